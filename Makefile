@@ -1,0 +1,66 @@
+# Every target is one `mlfusion` command in a ready environment. `make` alone lists them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+MODEL ?=
+DATASET ?=
+RECIPE ?= pipelines/default.toml
+RESULTS ?= results
+HTML ?= $(RESULTS)/report.html
+ARGS ?=
+
+# Words are handed on only where they were given: the command line knows the defaults.
+model = $(if $(MODEL),--model '$(MODEL)')
+dataset = $(if $(DATASET),--dataset '$(DATASET)')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo extract probe run report models datasets test check format clean
+
+help: ## list the targets
+	@echo "make TARGET [MODEL=…] [DATASET=…] [RECIPE=…] [ARGS='…']"; echo
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+setup: .venv/.ready ## make .venv with everything installed; does nothing when it is up to date
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlfusion needs Python 3.11 or newer: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,dev]'
+	@touch $@
+
+demo: setup ## both stages on the embedded model and images, offline; ends with a report
+	HF_HUB_OFFLINE=1 $(BIN)/mlfusion run pipelines/default.toml --results '$(RESULTS)' $(ARGS)
+
+extract: setup ## stage 1: cache a frozen model's tokens       MODEL= DATASET=
+	$(BIN)/mlfusion extract $(model) $(dataset) $(ARGS)
+
+probe: setup ## stage 2: probes on cached tokens             DATASET= MODEL=
+	$(BIN)/mlfusion probe $(model) $(dataset) --results '$(RESULTS)' $(ARGS)
+
+run: setup ## both stages and the report, by a recipe     RECIPE=
+	$(BIN)/mlfusion run '$(RECIPE)' --results '$(RESULTS)' $(ARGS)
+
+report: setup ## a page and a table of all results            RESULTS= HTML=
+	$(BIN)/mlfusion report '$(RESULTS)' --html '$(HTML)' $(ARGS)
+
+models: setup ## the catalogue of models
+	@$(BIN)/mlfusion ls models
+
+datasets: setup ## the catalogue of data sets
+	@$(BIN)/mlfusion ls datasets
+
+test: setup ## the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## put the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment; the cache and the results stay
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

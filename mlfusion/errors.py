@@ -1,0 +1,57 @@
+"""The ways a user can go wrong, on one page; each message says what was wrong, what was allowed and what to type next.
+
+MlfusionError
+  UnknownName        no model, data set, probe, layer or token kind of that name
+  Unavailable        it exists, but cannot be had from here: no network, a gated model, a missing extra
+  BadModel           the folder or checkpoint is not one that can be read as a vision transformer
+  BadData            the images or labels cannot be used as they are
+  NotCached          stage 2 was asked for features that stage 1 has not written
+  CacheUnusable      the cache cannot be written or read: read-only, full, damaged, from a newer version
+  BadRecipe          a recipe says something that no recipe may say
+
+The command line prints any of these in one line and exits with 1; every other exception is our bug and stays a traceback.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MlfusionError(Exception):
+    """Something the user can mend."""
+
+
+class UnknownName(MlfusionError):
+    """No such name; offers the nearest ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, otherwise: str = "") -> None:
+        """`otherwise` says what else would have been accepted, such as a folder."""
+        allowed = sorted(known)
+        folded = {word.casefold(): word for word in allowed}
+        near = [folded[word] for word in get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)]
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        rest = f" {otherwise}" if otherwise else ""
+        super().__init__(f"no {kind} named {name!r}.{hint} Known: {', '.join(allowed)}.{rest}")
+
+
+class Unavailable(MlfusionError):
+    """It exists, but not from here and now."""
+
+
+class BadModel(MlfusionError):
+    """Not a checkpoint whose layers can be read."""
+
+
+class BadData(MlfusionError):
+    """Images or labels that cannot be used as they are."""
+
+
+class NotCached(MlfusionError):
+    """Features that no extraction has written yet."""
+
+
+class CacheUnusable(MlfusionError):
+    """The cache cannot be written to or trusted."""
+
+
+class BadRecipe(MlfusionError):
+    """A recipe that cannot be run as written."""

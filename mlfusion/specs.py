@@ -1,0 +1,238 @@
+"""What we mean, as frozen values: which model, which images, which tokens, which probe. Nothing here does I/O.
+
+Two specs are equal exactly when they name the same numbers, and `digest` hashes just the fields that `==` compares, so
+equality and identity on disk agree by construction. Names are for people (`compare=False`): renaming a catalogue row
+empties no cache.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from mlfusion.errors import MlfusionError, UnknownName
+
+FORMAT = 1
+"""Version of the key and of the layout on disk; an older reader refuses a newer one."""
+
+Dtype = Literal["float16", "float32"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+TokenKind = Literal["cls", "ap", "all"]
+KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
+"""CLS token; AP, the mean of the patch tokens; all tokens in the model's own order, CLS first where there is one."""
+
+Head = Literal["linear", "attentive"]
+HEADS: tuple[Head, ...] = get_args(Head)
+
+Pair = tuple[int, TokenKind]
+"""(layer, token kind): the unit in which features are asked for, held and computed."""
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Hex digits that name this value on every machine, in every process."""
+    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _plain(value: Any) -> Any:
+    """JSON of a spec: its type's name and the fields that `==` compares."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A frozen backbone together with everything between the image's bytes and a token's numbers."""
+
+    weights: str  # sha256 of the weight files
+    revision: str | None  # commit on the hub; None for a folder
+    config: str  # digest of the architecture's configuration
+    preprocess: str  # canonical JSON of the processor's settings
+    hook: str = "norm2"  # where in each block tokens are read
+    compute: str = "float32"  # precision of the forward pass
+    name: str = field(compare=False)
+    family: str = field(compare=False)  # transformers' model_type
+    depth: int = field(compare=False)  # L, the number of blocks: layers are 1..L, L being the final norm
+    width: int = field(compare=False)  # D, channels of a token
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """One split of a data set: which images in which order with which labels."""
+
+    content: str  # digest over every row's id, image bytes and label, in order
+    split: str
+    images: int
+    classes: tuple[str, ...]
+    name: str = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """One entry of the cache. Layers and token kinds are streams inside it, never part of its key."""
+
+    model: ModelSpec
+    data: DataSpec
+    dtype: Dtype = "float16"
+    format: int = FORMAT
+
+    @property
+    def key(self) -> str:
+        """Sixteen hex digits: the entry's name on every machine."""
+        return digest(self)
+
+
+# --- words for layers and tokens -------------------------------------------------------------------------------------
+
+
+def parse_layers(words: str, depth: int) -> tuple[int, ...]:
+    """'all' (1..L), 'last', or a list such as '1-4,8,12'; layer 0, the first block's norm, may be named.
+
+    Raises:
+        UnknownName: a word that is no layer of a model of this depth.
+    """
+    layers: set[int] = set()
+    for word in (part.strip() for part in words.split(",")):
+        if word == "all":
+            layers.update(range(1, depth + 1))
+        elif word == "last":
+            layers.add(depth)
+        elif (match := re.fullmatch(r"(\d+)(?:-(\d+))?", word)) and int(match[2] or match[1]) <= depth:
+            layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        else:
+            raise UnknownName("layer", word, ["all", "last", f"0-{depth}", "1,6,12"])
+    if not layers:
+        raise MlfusionError(f"{words!r} names no layer; allowed: all, last, or a list such as 1-4,{depth}")
+    return tuple(sorted(layers))
+
+
+def parse_tokens(words: str | Iterable[str], layers: str, depth: int) -> frozenset[Pair]:
+    """'cls,ap' at every one of `layers`, or with layers of a kind's own: 'cls,ap,all@last' → {(layer, kind), …}."""
+    parts = words.split(",") if isinstance(words, str) else list(words)
+    # A comma also separates the layers of one kind ('all@6,12'): a part that begins with a digit belongs to the last '@'.
+    joined: list[str] = []
+    for part in (p.strip() for p in parts):
+        if joined and "@" in joined[-1] and re.match(r"\d", part):
+            joined[-1] += "," + part
+        else:
+            joined.append(part)
+    pairs: set[Pair] = set()
+    for part in joined:
+        kinds, _, own = part.partition("@")
+        for kind in kinds.split("+"):
+            if kind not in KINDS:
+                raise UnknownName("token kind", kind, KINDS)
+            pairs.update((layer, kind) for layer in parse_layers(own or layers, depth))
+    return frozenset(pairs)
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """{1, 2, 3, 6} → '1-3,6': the words `parse_layers` reads."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+# --- representations and probes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Representation:
+    """Which tokens of which layers a probe is given, for example `cls+ap-all-layers`."""
+
+    kinds: tuple[TokenKind, ...]
+    at: str  # "last", "all-layers", "layer-7", or "N-layers": the N layers that part the depth evenly
+
+    @property
+    def name(self) -> str:
+        """As in the study's tables: 'all-tokens-last', 'cls+ap-4-layers'."""
+        return f"{'all-tokens' if self.kinds == ('all',) else '+'.join(self.kinds)}-{self.at}"
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """The layers for a model of `depth` blocks: of 12, '2-layers' are 6 and 12, '4-layers' 3, 6, 9 and 12."""
+        if self.at == "last":
+            return (depth,)
+        if self.at == "all-layers":
+            return tuple(range(1, depth + 1))
+        count = int(re.sub(r"\D", "", self.at))
+        if self.at.startswith("layer-"):
+            if count > depth:
+                raise UnknownName("layer", self.at, [f"layer-0 … layer-{depth}"])
+            return (count,)
+        return tuple(sorted({-(-depth * k // count) for k in range(1, count + 1)}))
+
+    def pairs(self, depth: int) -> frozenset[Pair]:
+        """Every (layer, kind) this representation reads."""
+        return frozenset((layer, kind) for layer in self.layers(depth) for kind in self.kinds)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A representation and the head that is trained on it: `cls+ap-all-layers/attentive` is ALF."""
+
+    representation: Representation
+    head: Head
+
+    @property
+    def name(self) -> str:
+        """'representation/head', as in the study's tables."""
+        return f"{self.representation.name}/{self.head}"
+
+
+BASELINE = "cls-last/linear"
+ALIASES = {"alf": "cls+ap-all-layers/attentive", "aat": "all-tokens-last/attentive"}
+STUDY = (
+    BASELINE,
+    "cls+ap-last/linear",
+    "cls+ap-last/attentive",
+    "cls+ap-2-layers/linear",
+    "cls+ap-2-layers/attentive",
+    "cls+ap-4-layers/linear",
+    "cls+ap-4-layers/attentive",
+    "cls+ap-all-layers/linear",
+    "cls+ap-all-layers/attentive",
+    "all-tokens-last/attentive",
+)
+"""The study's ten; others follow the same grammar, such as `ap-layer-7/linear`."""
+
+_PROBE = re.compile(
+    r"(?P<kinds>all-tokens|(?:cls|ap)(?:\+(?:cls|ap))?)-"
+    r"(?P<at>last|all-layers|each-layer|[1-9]\d*-layers|layer-\d+)/(?P<head>\w+)"
+)
+
+
+def parse_probes(names: str | Sequence[str], depth: int) -> tuple[Probe, ...]:
+    """Names, aliases ('alf', 'aat') or 'all' (the study's ten) → probes; 'cls-each-layer/linear' is one a layer.
+
+    Raises:
+        UnknownName: with the nearest names.
+    """
+    asked = names.split(",") if isinstance(names, str) else list(names)
+    probes: dict[Probe, None] = {}
+    for word in (w.strip() for w in asked):
+        for name in STUDY if word == "all" else (ALIASES.get(word.lower(), word),):
+            match = _PROBE.fullmatch(name)
+            if not match or match["head"] not in HEADS:
+                grammar = "Others: KINDS-LAYERS/HEAD, as ap-layer-7/linear or cls-each-layer/linear."
+                raise UnknownName("probe", name, [*STUDY, *ALIASES, "all"], otherwise=grammar)
+            words = ["all"] if match["kinds"] == "all-tokens" else match["kinds"].split("+")
+            kinds = tuple(kind for kind in KINDS if kind in words)
+            ats = [f"layer-{n}" for n in range(1, depth + 1)] if match["at"] == "each-layer" else [match["at"]]
+            probes.update({Probe(Representation(kinds, at), match["head"]): None for at in ats})
+    for probe in probes:
+        probe.representation.layers(depth)  # a layer this model does not have is refused here, not in mid-run
+    return tuple(probes)

@@ -1,0 +1,128 @@
+"""Names, layers and keys: what must be equal, what must differ, and that what is printed can be read back."""
+
+import dataclasses
+import hashlib
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlfusion.errors import UnknownName
+from mlfusion.specs import (
+    STUDY,
+    DataSpec,
+    FeatureSpec,
+    ModelSpec,
+    layer_ranges,
+    parse_layers,
+    parse_probes,
+    parse_tokens,
+)
+
+MODEL = ModelSpec(
+    weights="ab" * 32, revision=None, config="cd" * 8, preprocess="{}", name="m", family="vit", depth=12, width=192
+)
+DATA = DataSpec(content="ef" * 32, split="train", images=7, classes=("a", "b"), name="d")
+SPEC = FeatureSpec(model=MODEL, data=DATA)
+
+
+WRITTEN_OUT = (
+    '{"data":{"classes":["a","b"],"content":"' + "ef" * 32 + '","images":7,"split":"train","type":"DataSpec"},'
+    '"dtype":"float16","format":1,'
+    '"model":{"compute":"float32","config":"' + "cd" * 8 + '","hook":"norm2","preprocess":"{}","revision":null,'
+    '"type":"ModelSpec","weights":"' + "ab" * 32 + '"},"type":"FeatureSpec"}'
+)
+
+
+def test_the_key_is_the_same_on_every_machine():
+    assert SPEC.key == hashlib.sha256(WRITTEN_OUT.encode()).hexdigest()[:16]
+    code = (
+        "from mlfusion.specs import *\n"
+        f"print(FeatureSpec(model=ModelSpec(**{dataclasses.asdict(MODEL)}), data=DataSpec(**{dataclasses.asdict(DATA)})).key)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
+    )
+    assert said.stdout.strip() == SPEC.key
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("model", "weights", "00" * 32),
+        ("model", "revision", "main"),
+        ("model", "config", "00" * 8),
+        ("model", "preprocess", '{"resample": 3}'),
+        ("model", "hook", "block"),
+        ("model", "compute", "bfloat16"),
+        ("data", "content", "00" * 32),
+        ("data", "split", "test"),
+        ("data", "images", 8),
+        ("data", "classes", ("a", "c")),
+        (None, "dtype", "float32"),
+        (None, "format", 2),
+    ],
+)
+def test_what_changes_the_numbers_changes_the_key(part, field, value):
+    if part is None:
+        changed = dataclasses.replace(SPEC, **{field: value})
+    else:
+        changed = dataclasses.replace(SPEC, **{part: dataclasses.replace(getattr(SPEC, part), **{field: value})})
+    assert changed != SPEC
+    assert changed.key != SPEC.key
+
+
+def test_names_change_nothing():
+    renamed = dataclasses.replace(
+        SPEC, model=dataclasses.replace(MODEL, name="other"), data=dataclasses.replace(DATA, name="another")
+    )
+    assert renamed == SPEC
+    assert renamed.key == SPEC.key
+
+
+@given(st.sets(st.integers(0, 40), min_size=1))
+def test_ranges_read_back(layers):
+    assert set(parse_layers(layer_ranges(layers), 40)) == layers
+
+
+def test_words_for_layers_and_tokens():
+    assert parse_layers("all", 4) == (1, 2, 3, 4)
+    assert parse_layers("0,2-3,last", 4) == (0, 2, 3, 4)
+    assert parse_tokens("cls,all@2,4", "1", 4) == {(1, "cls"), (2, "all"), (4, "all")}
+    assert parse_tokens("cls+ap@last", "all", 4) == {(4, "cls"), (4, "ap")}
+
+
+@pytest.mark.parametrize("words", ["13", "1-13", "x", "", "2-", "-1"])
+def test_layers_that_are_not_there(words):
+    with pytest.raises(UnknownName, match="Known: 0-12"):
+        parse_layers(words, 12)
+
+
+@pytest.mark.parametrize(("depth", "four", "two"), [(12, (3, 6, 9, 12), (6, 12)), (24, (6, 12, 18, 24), (12, 24))])
+def test_the_studys_layers(depth, four, two):
+    """As the study combines them: blocks 3, 6, 9 and the final norm of 12."""
+    layers = {probe.name: probe.representation.layers(depth) for probe in parse_probes("all", depth)}
+    assert layers["cls+ap-4-layers/linear"] == four
+    assert layers["cls+ap-2-layers/attentive"] == two
+    assert layers["cls+ap-all-layers/attentive"] == tuple(range(1, depth + 1))
+    assert layers["all-tokens-last/attentive"] == (depth,)
+
+
+@pytest.mark.parametrize("name", [*STUDY, "ap-layer-7/linear", "cls+ap-layer-3/attentive"])
+def test_a_probe_is_called_what_it_is_asked_by(name):
+    assert [probe.name for probe in parse_probes(name, 12)] == [name]
+
+
+def test_groups_of_probes():
+    assert len(parse_probes("all", 12)) == 10
+    assert [p.name for p in parse_probes("cls-each-layer/linear", 3)] == [f"cls-layer-{n}/linear" for n in (1, 2, 3)]
+    assert parse_probes("ALF", 12) == parse_probes("cls+ap-all-layers/attentive", 12)
+    assert len(parse_probes("alf,all", 12)) == 10
+
+
+@pytest.mark.parametrize("name", ["cls-lst/linear", "cls-last/linea", "cls+cls", "", "cls-layer-13/linear"])
+def test_unknown_probes_are_refused_with_what_there_is(name):
+    with pytest.raises(UnknownName, match="Known: "):
+        parse_probes(name, 12)
