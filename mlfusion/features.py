@@ -1,0 +1,167 @@
+"""From words to cached features: which entries are meant by a model's and a data set's name. Needs neither images nor model."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlfusion.errors import BadData, NotCached
+from mlfusion.specs import FeatureSpec, Pair, TokenKind, layer_ranges, parse_layers, parse_tokens
+from mlfusion.store import Entry, FeatureStore
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Tokens of one split with what belongs to their rows."""
+
+    tokens: (
+        np.ndarray
+    )  # [images, layers, kinds, width]; a kind of many tokens ('all') takes many places of the third axis
+    labels: np.ndarray  # [images] int64, an index into classes
+    ids: tuple[str, ...]  # [images]
+    classes: tuple[str, ...]
+    layers: tuple[int, ...]
+    kinds: tuple[TokenKind, ...]
+    key: str  # the entry's
+
+
+def load_features(
+    model: str,
+    dataset: str,
+    split: str,
+    *,
+    layers: str | Sequence[int] = "all",
+    tokens: Sequence[TokenKind] | str = ("cls", "ap"),
+    cache: str | os.PathLike[str] | None = None,
+) -> Features:
+    """Cached tokens as NumPy arrays, in the dtype they are kept in; images skipped at extraction are left out.
+
+        features = mlfusion.load_features("formula-vit", "digits", "train")
+        features.tokens, features.labels        # [1442, 12, 2, 128] float16, [1442] int64
+
+    Args:
+        model: a name, hub id or folder, as given to `extract`.
+        dataset: likewise.
+        split: 'train' or 'test'.
+        layers: 'all' (1..L), 'last', '1-4,12', or numbers; their order is kept.
+        tokens: token kinds, in the order wanted.
+        cache: its root; default $MLFUSION_CACHE, or ./cache.
+
+    Raises:
+        NotCached: says which `mlfusion extract` would make it so.
+        CacheUnusable: a checksum is wrong.
+    """
+    store = FeatureStore(cache)
+    entry = _newest(_of_split(store, model, dataset, split))
+    depth = entry.spec.model.depth
+    chosen = parse_layers(layers, depth) if isinstance(layers, str) else tuple(layers)
+    kinds = tuple(tokens.split(",")) if isinstance(tokens, str) else tuple(tokens)
+    pairs = parse_tokens(kinds, layer_ranges(chosen), depth)
+    require(entry, pairs, model, dataset)
+    rows, samples = entry.rows, entry.samples
+    return Features(
+        tokens=entry.read(chosen, kinds),  # type: ignore[arg-type]
+        labels=samples.labels[rows],
+        ids=tuple(samples.ids[row] for row in rows),
+        classes=samples.classes,
+        layers=chosen,
+        kinds=kinds,  # type: ignore[arg-type]
+        key=entry.key,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SplitPair:
+    """Train and test features of one model on one data set, made alike."""
+
+    model: str  # what the user called it
+    dataset: str
+    train: Entry
+    test: Entry
+
+    @property
+    def held(self) -> frozenset[Pair]:
+        """What both have."""
+        return self.train.held() & self.test.held()
+
+
+def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[SplitPair]:
+    """The newest train and test features of one model, or of every model, on a data set.
+
+    Raises:
+        NotCached: there are none, or one split lacks its partner; says what to run.
+    """
+    found: dict[str, list[SplitPair]] = {}
+    trains, tests = (store.find(model=model, dataset=dataset, split=split) for split in ("train", "test"))
+    for train in trains:
+        for test in tests:
+            if _made_alike(train.spec, test.spec):
+                name = train.names[0]
+                found.setdefault(model or name.model_source, []).append(
+                    SplitPair(name.model, name.dataset, train, test)
+                )
+    if not found:
+        raise NotCached(_not_there(store, model, dataset, [e.spec.data.split for e in (*trains, *tests)]))
+    return [max(pairs, key=lambda pair: max(pair.train.touched, pair.test.touched)) for pairs in found.values()]
+
+
+def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str) -> None:
+    """Refuse, with the command that mends it, unless the entry wholly holds `pairs`."""
+    if absent := pairs - entry.held():
+        raise NotCached(
+            f"{entry.spec.data.split} features of {model} on {dataset} lack {_words(absent)}; run: "
+            + extract_command(model, dataset, absent, entry.spec)
+        )
+
+
+def extract_command(model: str, dataset: str, pairs: frozenset[Pair], spec: FeatureSpec | None = None) -> str:
+    """The command that caches `pairs`."""
+    by_kind = {kind: sorted(layer for layer, k in pairs if k == kind) for _, kind in pairs}
+    groups: dict[str, list[str]] = {}
+    for kind in ("cls", "ap", "all"):
+        if kind in by_kind:
+            groups.setdefault(layer_ranges(by_kind[kind]), []).append(kind)
+    tokens = ",".join(f"{'+'.join(kinds)}@{layers}" for layers, kinds in groups.items())
+    dtype = f" --dtype {spec.dtype}" if spec and spec.dtype != "float16" else ""
+    return f"mlfusion extract --model {model} --dataset {dataset} --tokens {tokens}{dtype}"
+
+
+def _made_alike(train: FeatureSpec, test: FeatureSpec) -> bool:
+    return (train.model, train.dtype, train.format) == (test.model, test.dtype, test.format)
+
+
+def _of_split(store: FeatureStore, model: str, dataset: str, split: str) -> list[Entry]:
+    entries = store.find(model=model, dataset=dataset, split=split)
+    if not entries:
+        others = [e.spec.data.split for e in store.find(model=model, dataset=dataset)]
+        if others:
+            raise BadData(f"no {split!r} split of {dataset} is cached; cached: {', '.join(sorted(set(others)))}")
+        raise NotCached(_not_there(store, model, dataset, []))
+    return entries
+
+
+def _newest(entries: list[Entry]) -> Entry:
+    """Of entries that differ in content, preprocessing or dtype, the one extracted last."""
+    return max(entries, key=lambda entry: entry.touched)
+
+
+def _not_there(store: FeatureStore, model: str | None, dataset: str, splits: list[str]) -> str:
+    if splits:
+        absent = "test" if "test" not in splits else "train" if "train" not in splits else None
+        why = f"only {', '.join(sorted(set(splits)))} is cached" if absent else "train and test were made unlike"
+        return (
+            f"a probe needs train and test features made alike; of {dataset}, {why}. Run: mlfusion extract "
+            f"--model {model or 'MODEL'} --dataset {dataset}"
+        )
+    pairs = sorted({(n.model, n.dataset) for entry in store.entries() for n in entry.names})
+    shown = ", ".join(f"{m} on {d}" for m, d in pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
+    return (
+        f"no features of {dataset}{f' by {model}' if model else ''} in {store.root} (it holds {shown or 'nothing yet'}). "
+        f"Run: mlfusion extract --model {model or 'MODEL'} --dataset {dataset}"
+    )
+
+
+def _words(pairs: frozenset[Pair]) -> str:
+    kinds = sorted({kind for _, kind in pairs})
+    return "; ".join(f"{kind} of layers {layer_ranges(layer for layer, k in pairs if k == kind)}" for kind in kinds)

@@ -1,0 +1,99 @@
+"""How long work shows itself: nothing for two seconds, then a bar with rate and time left, on standard error.
+
+On a terminal the bar is live; in a log it is a line every ten seconds.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+SILENCE = 2.0  # seconds before anything is shown
+LOG_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Bar:
+    """One piece of work, counted in `unit`s."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self._start = time.monotonic()
+        self._told = self._start + SILENCE - LOG_EVERY
+        self._live: Progress | None = None
+        self._console = Console(stderr=True)
+
+    def advance(self, count: int = 1) -> None:
+        """`count` more units are done."""
+        self.to(self.done + count)
+
+    def to(self, done: int, total: int | None = None) -> None:
+        """So many units are done, of so many."""
+        self.done, self.total = done, total or self.total
+        now = time.monotonic()
+        if now - self._start < SILENCE:
+            return
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Progress(
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                    _Rate(self),
+                    TimeRemainingColumn(),
+                    console=self._console,
+                    transient=True,
+                )
+                self._live.add_task(self.title, total=self.total)
+                self._live.start()
+            self._live.update(self._live.task_ids[0], completed=self.done, total=self.total)
+        elif now - self._told >= LOG_EVERY:
+            self._told = now
+            left = (self.total - self.done) / max(self.rate, 1e-9)
+            sys.stderr.write(
+                f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.rate:,.1f} {self.unit}/s, "
+                f"{duration(left)} left\n"
+            )
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the beginning."""
+        return self.done / max(time.monotonic() - self._start, 1e-9)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._live is not None:
+            self._live.stop()
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, bar: Bar) -> None:
+        super().__init__()
+        self._bar = bar
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{self._bar.rate:,.1f} {self._bar.unit}/s", style="progress.data.speed")
+
+
+@contextmanager
+def track(title: str, total: int, unit: str) -> Iterator[Bar]:
+    """A bar that goes away when the work ends, however it ends."""
+    bar = Bar(title, total, unit)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
