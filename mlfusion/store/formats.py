@@ -203,8 +203,8 @@ class ZarrShard:
             ]
 
     def close(self) -> None:
-        del self._bytes
-        self._map.close()
+        # The map goes with its last view: closing it under one, which an error's traceback may hold, is refused.
+        del self._bytes, self._map
 
 
 # --- HDF5 ------------------------------------------------------------------------------------------------------------

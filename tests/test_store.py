@@ -1,0 +1,328 @@
+"""The cache gives back exactly what was put in, to us and to plain zarr and h5py, or refuses; it is never silently wrong."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlfusion.errors import BadData, CacheUnusable, NotCached
+from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
+from mlfusion.store import Entry, FeatureStore, Names, Samples, Stream, disk, stream, streams_for
+
+MODEL = ModelSpec(
+    weights="ab" * 32, revision=None, config="cd" * 8, preprocess="{}", name="m", family="vit", depth=3, width=4
+)
+NAMES = Names(model="m", model_source="somewhere/m", dataset="d", dataset_source="/somewhere/d")
+PAIRS = frozenset((layer, kind) for layer in (1, 2, 3) for kind in ("cls", "ap"))
+WIDTHS = dict.fromkeys(range(4), 4)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(stream, "SHARD_ROWS", (8, 8))
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 4 * 4 * 2)  # four images of one float16 token of width 4
+
+
+def new_entry(root: Path, images: int = 19, dtype: str = "float16") -> Entry:
+    samples = Samples(
+        ids=tuple(f"train/α/{i} ½.png" for i in range(images)),
+        labels=np.arange(images) % 3,
+        digests=np.random.default_rng(0).integers(0, 256, (images, 16), np.uint8),
+        classes=("x", "y", "z"),
+    )
+    data = DataSpec(content=samples.content, split="train", images=images, classes=samples.classes, name="d")
+    return FeatureStore(root).create(FeatureSpec(model=MODEL, data=data, dtype=dtype), samples, NAMES)
+
+
+def fill(entry: Entry, format: str, pairs=PAIRS, tokens=None, seed: int = 0, batch: int = 3) -> dict[str, np.ndarray]:
+    """Write streams for `pairs` from random numbers, a batch at a time; stream name → what was written."""
+    random = np.random.default_rng(seed)
+    streams = streams_for(
+        pairs,
+        tokens=tokens or {"cls": 1, "ap": 1, "all": 5},
+        widths=WIDTHS,
+        images=entry.spec.data.images,
+        dtype=entry.spec.dtype,
+        format=format,
+    )
+    entry.begin(streams)
+    written = {}
+    for one in streams:
+        values = written[one.name] = random.normal(size=one.shape).astype(one.dtype)
+        for shard in range(one.shards):
+            rows = one.rows(shard)
+            with entry.draft(one, shard) as draft:
+                for start in range(rows.start, rows.stop, batch):
+                    part = values[start : min(start + batch, rows.stop)]
+                    draft.append(part, np.zeros(len(part), bool))
+                assert draft.publish()
+    return written
+
+
+both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
+
+
+@both
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    images=st.integers(1, 40),
+    dtype=st.sampled_from(["float16", "float32"]),
+    pairs=st.sets(st.tuples(st.integers(0, 3), st.sampled_from(["cls", "ap", "all"])), min_size=1),
+    batch=st.integers(1, 9),
+)
+def test_what_is_written_is_what_is_read(format, tmp_path_factory, images, dtype, pairs, batch):
+    entry = new_entry(tmp_path_factory.mktemp("cache"), images, dtype)
+    written = fill(entry, format, pairs, batch=batch)
+    assert entry.held() == pairs
+    for one in entry.streams():
+        for layer, kind in one.pairs & pairs:
+            li, ki = one.plane(layer, kind)
+            want = written[one.name][:, li, ki * one.tokens : (ki + 1) * one.tokens]
+            np.testing.assert_array_equal(entry.read([layer], [kind])[:, 0], want)
+
+
+@both
+def test_layers_and_kinds_come_in_the_order_asked_for(format, tmp_path):
+    entry = new_entry(tmp_path)
+    [values] = fill(entry, format).values()
+    np.testing.assert_array_equal(entry.read([3, 1], ["ap", "cls"]), values[:, [2, 0]][:, :, [1, 0]])
+
+
+@both
+def test_streams_of_different_extractions_read_as_one(format, tmp_path):
+    entry = new_entry(tmp_path)
+    [first] = fill(entry, format, {(1, "cls"), (1, "ap")}).values()
+    [second] = fill(entry, format, {(2, "cls"), (2, "ap")}, seed=1).values()
+    np.testing.assert_array_equal(entry.read([1, 2], ["cls", "ap"]), np.concatenate([first, second], 1))
+
+
+def test_zarr_opens_without_us(tmp_path):
+    entry = new_entry(tmp_path)
+    written = fill(entry, "zarr", {*PAIRS, (3, "all")})
+    group = zarr.open_group(entry.path / "tokens", mode="r")
+    assert set(group.array_keys()) == set(written) == {"cls.ap.L1-3", "all.L3"}
+    for name, values in written.items():
+        np.testing.assert_array_equal(group[name][:], values)
+        np.testing.assert_array_equal(group[name][2:11, -1], values[2:11, -1])
+    assert group["cls.ap.L1-3"].attrs["kinds"] == ["cls", "ap"]
+    np.testing.assert_array_equal(np.load(entry.path / "labels.npy", allow_pickle=False), entry.samples.labels)
+
+
+def test_what_zarr_writes_we_read(tmp_path):
+    """The other way round, so that no private reading of the format can have crept in."""
+    entry = new_entry(tmp_path)
+    [(name, values)] = fill(entry, "zarr").items()
+    array = zarr.open_array(entry.path / "tokens" / name, mode="r+")
+    array[:] = -values
+    np.testing.assert_array_equal(entry.read([1, 2, 3], ["cls", "ap"]), -values)
+
+
+def test_hdf5_opens_without_us(tmp_path):
+    entry = new_entry(tmp_path)
+    [(name, values)] = fill(entry, "hdf5").items()
+    files = sorted((entry.path / "tokens" / name).glob("*.h5"))
+    np.testing.assert_array_equal(np.concatenate([h5py.File(file)["tokens"][:] for file in files]), values)
+
+
+@both
+def test_no_damaged_byte_is_ever_read_as_a_token(format, tmp_path):
+    entry = new_entry(tmp_path)
+    [(name, values)] = fill(entry, format).items()
+    files = [f for f in sorted((entry.path / "tokens" / name).iterdir()) if f.suffix == ".h5" or f.name[:2] == "c."]
+    random, refused = np.random.default_rng(5), 0
+    for _ in range(150):
+        file = files[random.integers(len(files))]
+        sound = file.read_bytes()
+        at, bit = random.integers(len(sound)), 1 << random.integers(8)
+        file.write_bytes(sound[:at] + bytes([sound[at] ^ bit]) + sound[at + 1 :])
+        try:
+            read = entry.read([1, 2, 3], ["cls", "ap"])
+        except CacheUnusable:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(read, values)  # a byte that carries nothing
+        file.write_bytes(sound)
+    assert refused > (140 if format == "zarr" else 10)  # an HDF5 file is mostly its own bookkeeping here
+
+
+@both
+@pytest.mark.parametrize("keep", [0, 3, 0.5, -1])
+def test_a_shard_cut_short_is_refused(format, keep, tmp_path):
+    entry = new_entry(tmp_path)
+    [name] = fill(entry, format)
+    file = sorted(f for f in (entry.path / "tokens" / name).iterdir() if f.suffix == ".h5" or f.name[:2] == "c.")[0]
+    sound = file.read_bytes()
+    file.write_bytes(sound[: int(keep * len(sound)) if isinstance(keep, float) else keep])
+    with pytest.raises(CacheUnusable, match=r"damaged.*run the same"):
+        entry.read([1], ["cls"])
+
+
+@both
+def test_a_missing_shard_is_missing(format, tmp_path):
+    entry = new_entry(tmp_path)
+    [name] = fill(entry, format)
+    file = sorted(f for f in (entry.path / "tokens" / name).iterdir() if f.suffix == ".h5" or f.name[:2] == "c.")[1]
+    file.unlink()
+    [one] = entry.streams()
+    assert entry.missing_shards(one) == [1]
+    assert entry.held() == frozenset()
+    with pytest.raises(NotCached, match="cls of layers 1"):
+        entry.read([1], ["cls"])
+
+
+@both
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_numbers_that_cannot_be_kept_are_refused_with_the_image(format, value, tmp_path):
+    entry = new_entry(tmp_path)
+    [one] = streams_for(PAIRS, tokens={"cls": 1, "ap": 1}, widths=WIDTHS, images=19, dtype="float16", format=format)
+    entry.begin([one])
+    tokens = np.zeros((8, *one.shape[1:]), np.float32)
+    tokens[5, 1, 0, 2] = value
+    with pytest.raises(BadData, match=r"layer 2 of image 'train/α/5 ½.png'"), entry.draft(one, 0) as draft:
+        draft.append(tokens, np.zeros(8, bool))
+    assert entry.missing_shards(one) == [0, 1, 2]
+    assert not list(entry.path.rglob(f"{disk.DRAFT}*"))
+
+
+def test_the_first_of_two_writers_wins(tmp_path):
+    entry = new_entry(tmp_path)
+    [one] = streams_for(PAIRS, tokens={"cls": 1, "ap": 1}, widths=WIDTHS, images=19, dtype="float16", format="zarr")
+    entry.begin([one])
+    with entry.draft(one, 0) as a, entry.draft(one, 0) as b:
+        a.append(np.full((8, *one.shape[1:]), 1, np.float16), np.zeros(8, bool))
+        b.append(np.full((8, *one.shape[1:]), 2, np.float16), np.zeros(8, bool))
+        assert b.publish()
+        assert not a.publish()
+    assert not list(entry.path.rglob(f"{disk.DRAFT}*"))
+    assert zarr.open_array(entry.path / "tokens" / one.name, mode="r")[0, 0, 0, 0] == 2
+
+
+def test_two_writers_of_a_stream_cut_it_alike(tmp_path, monkeypatch):
+    entry = new_entry(tmp_path)
+    words = {"tokens": {"cls": 1, "ap": 1}, "widths": WIDTHS, "images": 19, "dtype": "float16", "format": "zarr"}
+    entry.begin(streams_for(PAIRS, **words))
+    monkeypatch.setattr(stream, "SHARD_ROWS", (4, 4))
+    entry.begin(streams_for(PAIRS, **words))
+    assert [one.shard_rows for one in entry.streams()] == [8]
+
+
+def test_drafts_of_the_dead_are_swept_and_of_the_living_are_not(tmp_path):
+    entry = new_entry(tmp_path)
+    dead = os.fork()
+    if not dead:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    host = disk.draft_name(tmp_path).name.split("~")[1]
+    gone = entry.path / f"{disk.DRAFT}{host}~{dead}~00000000"
+    mine = disk.draft_name(entry.path)
+    elsewhere = entry.path / f"{disk.DRAFT}another-host~{dead}~00000000"
+    for draft in (gone, mine, elsewhere):
+        draft.write_text("half")
+    new_entry(tmp_path)
+    assert [draft.exists() for draft in (gone, mine, elsewhere)] == [False, True, True]
+
+
+def test_images_that_could_not_be_read_are_left_out(tmp_path):
+    entry = new_entry(tmp_path)
+    [one] = streams_for(PAIRS, tokens={"cls": 1, "ap": 1}, widths=WIDTHS, images=19, dtype="float16", format="zarr")
+    entry.begin([one])
+    values = np.random.default_rng(0).normal(size=one.shape).astype(np.float16)
+    for shard in range(one.shards):
+        rows = one.rows(shard)
+        with entry.draft(one, shard) as draft:
+            draft.append(values[rows.start : rows.stop].copy(), np.isin(rows, [9]))
+            draft.publish()
+    entry.skip(9, "not an image")
+    np.testing.assert_array_equal(entry.read([1, 2, 3], ["cls", "ap"]), np.delete(values, 9, 0))
+    assert entry.skipped() == {9: "not an image"}
+    assert np.isnan(zarr.open_array(entry.path / "tokens" / one.name, mode="r")[9]).all()
+
+
+@pytest.mark.parametrize("file", ["labels.npy", "digests.npy", "ids.json"])
+def test_labels_and_ids_are_tied_to_the_key(file, tmp_path):
+    entry = new_entry(tmp_path)
+    path = entry.path / file
+    data = path.read_bytes()
+    changed = data.replace(b"/5 ", b"/6 ") if file == "ids.json" else data[:-8] + bytes([data[-8] ^ 1]) + data[-7:]
+    assert changed != data
+    path.write_bytes(changed)
+    with pytest.raises(CacheUnusable, match="ids, labels or digests are damaged"):
+        _ = Entry(entry.path).samples
+
+
+def test_an_entry_that_does_not_fit_its_name_is_refused(tmp_path):
+    entry = new_entry(tmp_path)
+    body = json.loads((entry.path / "entry.json").read_text())
+    body["model"]["revision"] = "another"
+    (entry.path / "entry.json").write_text(json.dumps(body))
+    with pytest.raises(CacheUnusable, match="does not belong"):
+        Entry(entry.path)
+
+
+def test_a_cache_of_a_newer_format_is_refused(tmp_path):
+    (tmp_path / "mlfusion-cache.json").write_text('{"format": 99}')
+    with pytest.raises(CacheUnusable, match=r"format 99.*update mlfusion"):
+        FeatureStore(tmp_path)
+
+
+def test_a_moved_cache_still_opens(tmp_path):
+    entry = new_entry(tmp_path / "here")
+    [values] = fill(entry, "zarr").values()
+    (tmp_path / "here").rename(tmp_path / "there ½ #")
+    [moved] = FeatureStore(tmp_path / "there ½ #").entries()
+    assert moved.key == entry.key
+    np.testing.assert_array_equal(moved.read([1, 2, 3], ["cls", "ap"]), values)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written"), (errno.EACCES, "--cache")]
+)
+def test_a_disk_that_refuses_is_told_in_words(number, words, tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(disk.os, "fsync", refuse)
+    with pytest.raises(CacheUnusable, match=words):
+        new_entry(tmp_path)
+
+
+def test_a_file_where_the_cache_should_be(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(CacheUnusable, match="cannot be written"):
+        new_entry(tmp_path / "cache")
+
+
+def test_features_are_found_by_any_name_they_were_given(tmp_path):
+    entry, store = new_entry(tmp_path), FeatureStore(tmp_path)
+    entry.call(replace(NAMES, model="alias", model_source="hub/alias"))
+    for model in ("m", "somewhere/m", "alias", "hub/alias", None):
+        assert [e.key for e in store.find(model=model, dataset="d")] == [entry.key]
+    assert not store.find(model="m2", dataset="d")
+    assert not store.find(model="m", dataset="d", split="test")
+
+
+@given(images=st.integers(1, 3_000_000), layers=st.integers(1, 40), width=st.integers(1, 4096), tokens=st.integers(1, 600))
+def test_shards_tile_the_images_once_and_are_cut_in_powers_of_two(images, layers, width, tokens):
+    one = Stream.cut(
+        [(layer, "all") for layer in range(layers)],
+        tokens=tokens,
+        width=width,
+        images=images,
+        dtype="float16",
+        format="zarr",
+    )
+    assert one.shard_rows & (one.shard_rows - 1) == 0
+    assert one.shard_rows % one.chunk_rows == 0
+    edges = [one.rows(0), one.rows(one.shards // 2), one.rows(one.shards - 1)]
+    assert edges[0].start == 0
+    assert edges[-1].stop == images
+    assert all(0 < len(rows) <= one.shard_rows for rows in edges)
+    assert sum(len(one.rows(s)) for s in (0, one.shards - 1)) + max(0, one.shards - 2) * one.shard_rows >= images
