@@ -1,0 +1,81 @@
+"""Rows for the tests of results and report: whole, small, and never shipped."""
+
+from mlfusion.results import Row
+from mlfusion.specs import parse_probes
+
+
+def row(row_id: str = "a1", **changes: object) -> Row:
+    """A whole row; `changes` replaces fields."""
+    fields: dict[str, object] = {
+        "id": row_id,
+        "model": "a-vit",
+        "dataset": "digits",
+        "probe": "cls-last/linear",
+        "seed": 0,
+        "metric": "balanced_accuracy",
+        "val": 0.8,
+        "test": 0.75,
+        "train": 1,  # JSON knows no difference between 1 and 1.0
+        "metrics": {
+            "balanced_accuracy": 0.75,
+            "accuracy": 0.75,
+            "top5": 1.0,
+            "macro_f1": 0.7,
+            "loss": 0.9,
+            "recall": [0.5, 1.0],
+        },
+        "selected": {"lr": 0.01, "weight_decay": 1e-6, "steps": 1000, "batch_size": 32},
+        "grid": "quick",
+        "configurations": 6,
+        "parameters": 1000,
+        "seconds": 1.5,
+        "layers": [4],
+        "tokens": ["cls"],
+        "depth": 4,
+        "width": 8,
+        "classes": ["null", "µ-ein"],
+        "images": {"train": 100, "test": 40},
+        "features": ["k" * 16, "t" * 16],
+        "attention": None,
+        "versions": {"numpy": "2"},
+        "code": "abc",
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    return fields | changes  # type: ignore[return-value]
+
+
+def study(
+    scores: dict[str, list[float]], *, depth: int = 4, model: str = "a-vit", dataset: str = "digits", **changes: object
+) -> list[Row]:
+    """Rows of {probe: [test score by seed]}; the attentive ones get attention that differs by seed."""
+    made = []
+    for probe, tests in scores.items():
+        representation = parse_probes(probe, depth)[0].representation
+        layers = representation.layers(depth)
+        tokens = [(layer, kind) for kind in representation.kinds for layer in layers]
+        for seed, test in enumerate(tests):
+            attention = None
+            if probe.endswith("attentive"):
+                weights = [1 + (7 * i + 3 * seed) % 5 for i in range(len(tokens))]
+                attention = {
+                    "layers": [layer for layer, _ in tokens],
+                    "kinds": [kind for _, kind in tokens],
+                    "mean": [weight / sum(weights) for weight in weights],
+                    "sd": [0.01 * (1 + seed)] * len(tokens),
+                }
+            own: dict[str, object] = {
+                "model": model,
+                "dataset": dataset,
+                "probe": probe,
+                "seed": seed,
+                "test": test,
+                "val": test - 0.01,
+                "layers": list(layers),
+                "tokens": list(representation.kinds),
+                "depth": depth,
+                "attention": attention,
+                "images": {"train": 100, "test": 4000},
+                "features": [f"{model}-{dataset}-train", f"{model}-{dataset}-test"],
+            }
+            made.append(row(f"{model}-{dataset}-{len(made)}", **(own | changes)))
+    return made
