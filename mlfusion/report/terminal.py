@@ -1,0 +1,69 @@
+"""The report as a table for the terminal, so that an answer needs no browser."""
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mlfusion.report.summary import Block, Score, Spread, blocks, count, duration, percent, points
+from mlfusion.report.words import answer
+from mlfusion.results import Row
+
+
+def table(rows: Sequence[Row]) -> RenderableType:
+    """One table for each model and data set, with a sentence that answers the question, for `rich.Console.print`.
+
+    Raises:
+        MlfusionError: there are no rows.
+    """
+    parts: list[RenderableType] = []
+    for block in blocks(rows):
+        parts += [_table(block), Text(answer(block)), Text()]
+    return Group(*parts[:-1])
+
+
+def _table(block: Block) -> Table:
+    images = block.rows[0]["images"]
+    sizes = f"{count(images['train'])} train, {count(images['test'])} test images, {block.grid} grid"
+    drawn = Table(
+        title=Text.assemble((block.name, "bold"), ("   " + sizes, "dim")),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="dim",
+        title_style="",
+    )
+    drawn.add_column(block.metric.replace("_", " ") + ", %", no_wrap=True)
+    for head in ("test", "gain, points", "val", "param.", "time", "n"):
+        drawn.add_column(head, justify="right", no_wrap=True)
+    best = max((score for score in block.scores if score.gain), key=lambda score: score.test.mean, default=None)
+    for score in block.scores:
+        style = "bold" if score is best and not score.is_baseline else ""
+        drawn.add_row(*_cells(score), style=style)
+    return drawn
+
+
+def _cells(score: Score) -> tuple[str, ...]:
+    return (
+        score.probe,
+        _spread(score.test, percent),
+        "baseline" if score.is_baseline else _spread(score.gain, points) if score.gain else "",
+        percent(score.val.mean),
+        _short(score.parameters),
+        duration(score.seconds),
+        str(score.test.n),
+    )
+
+
+def _spread(spread: Spread, shown: Callable[[float], str]) -> str:
+    return shown(spread.mean) + (f" ± {percent(spread.sd)}" if spread.sd is not None else "")
+
+
+def _short(number: int) -> str:
+    """18447 → '18.4 k'."""
+    for scale, unit in ((1e6, " M"), (1e3, " k")):
+        if number >= scale:
+            return f"{number / scale:.3g}{unit}"
+    return str(number)

@@ -1,0 +1,386 @@
+"""The report says what the rows say: its numbers against ones worked out here, by other means."""
+
+import ast
+import io
+import json
+import re
+import statistics
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rows import row, study
+
+from mlfusion.errors import MlfusionError, Unavailable
+from mlfusion.report import table, write_page
+from mlfusion.report.page import page
+from mlfusion.report.summary import blocks, duration, percent, points
+from mlfusion.report.words import answer, opening
+from mlfusion.results import Row
+
+ALF = "cls+ap-all-layers/attentive"
+BASE = "cls-last/linear"
+
+SCORES = {
+    BASE: [0.900, 0.910, 0.935],
+    ALF: [0.943, 0.951, 0.980],
+    "cls+ap-all-layers/linear": [0.931, 0.925],
+    "all-tokens-last/attentive": [0.95, 0.94, 0.96],
+    "cls-layer-1/linear": [0.5, 0.52, 0.54],
+    "cls-layer-2/linear": [0.7, 0.6, 0.65],
+    "ap-layer-1/linear": [0.45, 0.47, 0.46],
+}
+
+
+def shown(rows: list[Row], width: int = 120) -> str:
+    """What the terminal shows."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(table(rows))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+class Page(HTMLParser):
+    """A page's tables as {id: [[(text, value), …], …]}, its other text, its elements, its figures' specifications."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[tuple[str, str | None]]]] = {}
+        self.text = ""
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.figures: dict[str, dict] = {}
+        self._cells: list[list[tuple[str, str | None]]] | None = None
+        self._cell: tuple[str, str | None] | None = None
+        self._raw: dict[str, str | None] | None = None
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        held = dict(attrs)
+        self.elements.append((tag, held))
+        if tag == "table":
+            self._cells = self.tables.setdefault(str(held.get("id")), [])
+        elif tag == "tr" and self._cells is not None:
+            self._cells.append([])
+        elif tag in ("td", "th"):
+            self._cell = ("", held.get("data-value"))
+        elif tag in ("script", "style"):
+            self._raw = held
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._cells is not None and self._cell is not None:
+            self._cells[-1].append((self._cell[0].strip(), self._cell[1]))
+            self._cell = None
+        elif tag in ("script", "style"):
+            self._raw = None
+
+    def handle_data(self, data: str) -> None:
+        if self._raw is not None:
+            if self._raw.get("id") == "figures":
+                self.figures = json.loads(data)
+        elif self._cell is not None:
+            self._cell = (self._cell[0] + data, self._cell[1])
+        else:
+            self.text += data
+
+
+def line_of(text: str, probe: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(probe))
+
+
+def numbers(text: str) -> list[float]:
+    return [float(n.replace("\N{MINUS SIGN}", "-")) for n in re.findall(r"[-+\N{MINUS SIGN}]?\d+(?:\.\d+)?", text)]
+
+
+def records(spec: dict, *fields: str) -> list[dict]:
+    """The data of the first of a figure's layers whose records have all these fields, wherever Vega-Lite keeps it."""
+    held = [*spec.get("datasets", {}).values(), *(layer.get("data", {}).get("values", []) for layer in spec["layer"])]
+    held.append(spec.get("data", {}).get("values", []))
+    return next(values for values in held if values and all(field in values[0] for field in fields))
+
+
+def test_terminal_table_shows_means_deviations_and_gains_paired_by_seed() -> None:
+    text = shown(study(SCORES))
+    for probe, tests in SCORES.items():
+        found = numbers(line_of(text, probe).removeprefix(probe))
+        assert found[0] == pytest.approx(100 * statistics.mean(tests), abs=0.0501)
+        assert found[1] == pytest.approx(100 * statistics.stdev(tests), abs=0.0501)
+        if probe == BASE:
+            assert "baseline" in line_of(text, probe)
+            continue
+        gains = [test - base for test, base in zip(tests, SCORES[BASE], strict=False)]  # seeds in common
+        assert found[2] == pytest.approx(100 * statistics.mean(gains), abs=0.0501)
+        assert found[3] == pytest.approx(100 * statistics.stdev(gains), abs=0.0501)
+        assert found[4] == pytest.approx(100 * (statistics.mean(tests) - 0.01), abs=0.0501)
+        assert found[-1] == len(tests)
+
+
+def test_gains_pair_seeds_and_not_places() -> None:
+    base = study({BASE: [0.5, 0.7]})
+    other = [row("x", probe=ALF, seed=1, test=0.71, features=base[0]["features"])]
+    score = blocks([*base, *other])[0].scores[-1]
+    assert score.gain is not None
+    assert (score.gain.mean, score.gain.n, score.gain.sd) == (pytest.approx(0.01), 1, None)
+
+
+def test_terminal_table_fits_eighty_columns() -> None:
+    text = shown(study(SCORES), width=80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_one_seed_has_no_deviation_and_says_so() -> None:
+    rows = study({BASE: [0.9], ALF: [0.95]})
+    text = shown(rows)
+    assert "±" not in text
+    assert "one seed" in text
+    assert "±" not in Page(page(rows)).tables["scores"][-1][1][0]
+
+
+def test_html_tables_show_the_same_numbers() -> None:
+    scores = Page(page(study(SCORES))).tables["scores"]
+    header, lines = [cell[0] for cell in scores[0]], {line[0][0]: line for line in scores[1:]}
+    assert header == ["Probe", "Test, %", "Gain, points", "Val., %", "Train, %", "Parameters", "Time", "Seeds"]
+    assert set(lines) == {probe for probe in SCORES if "-layer-" not in probe}
+    for probe, line in lines.items():
+        tests = SCORES[probe]
+        assert numbers(line[1][0]) == pytest.approx(
+            [100 * statistics.mean(tests), 100 * statistics.stdev(tests)], abs=0.0501
+        )
+        assert float(str(line[1][1])) == pytest.approx(statistics.mean(tests))
+        gains = [test - base for test, base in zip(tests, SCORES[BASE], strict=False)]
+        assert float(str(line[2][1])) == pytest.approx(statistics.mean(gains))
+        if probe != BASE:
+            expected = [100 * statistics.mean(gains), 100 * statistics.stdev(gains)]
+            assert numbers(line[2][0]) == pytest.approx(expected, abs=0.0501)
+        assert line[7][0] == str(len(tests))
+
+
+def test_every_row_is_listed_with_its_hyper_parameters() -> None:
+    rows = study(SCORES)
+    listed = Page(page(rows)).tables["rows"]
+    assert len(listed) == 1 + len(rows)
+    place = {name: i for i, (name, _) in enumerate(listed[0])}
+    by_id = {line[place["Row"]][0]: line for line in listed[1:]}
+    for held in rows:
+        line = by_id[held["id"]]
+        assert float(str(line[place["Test"]][1])) == held["test"]
+        assert float(str(line[place["Learning rate"]][1])) == held["selected"]["lr"]
+        assert line[place["Weight decay"]][0] == "1e-06"
+
+
+def test_figures_hold_the_rows_numbers() -> None:
+    rows = study(SCORES)
+    figures = Page(page(rows)).figures
+    assert set(figures) == {"accuracy-0", "attention", "layers-0"}
+    dots = {r["probe"]: r for r in records(figures["accuracy-0"], "test", "head")}
+    for probe, dot in dots.items():
+        mean, sd = 100 * statistics.mean(SCORES[probe]), 100 * statistics.stdev(SCORES[probe])
+        assert (dot["test"], dot["low"], dot["high"]) == pytest.approx((mean, mean - sd, mean + sd))
+        assert dot["baseline"] == pytest.approx(100 * statistics.mean(SCORES[BASE]))
+    held = [r["attention"] for r in rows if r["probe"] == ALF and r["attention"]]
+    cells = {(r["layer"], r["kind"]): r for r in records(figures["attention"], "share")}
+    assert len(cells) == len(held[0]["mean"]) == 8
+    for i, (layer, kind) in enumerate(zip(held[0]["layers"], held[0]["kinds"], strict=True)):
+        cell = cells[layer, kind.upper()]
+        assert cell["share"] == pytest.approx(100 * statistics.mean(h["mean"][i] for h in held))
+        assert f"± {100 * statistics.mean(h['sd'][i] for h in held):.2f}" in cell["spread"]
+    assert sum(cell["share"] for cell in cells.values()) == pytest.approx(100)
+    by_layer = {(r["series"], r["layer"]): r["test"] for r in records(figures["layers-0"], "series")}
+    expected = {("cls/linear", 1): "cls-layer-1/linear", ("cls/linear", 2): "cls-layer-2/linear"}
+    expected |= {("ap/linear", 1): "ap-layer-1/linear", ("cls/linear", 4): BASE}  # the last layer is the baseline's
+    assert by_layer == {key: pytest.approx(100 * statistics.mean(SCORES[probe])) for key, probe in expected.items()}
+
+
+def test_the_peak_of_the_attention_is_named() -> None:
+    rows = study({BASE: [0.9, 0.91], ALF: [0.95, 0.96]})
+    shares = dict.fromkeys(range(1, 5), 0.0)
+    for held in (r["attention"] for r in rows if r["attention"]):
+        for layer, mean in zip(held["layers"], held["mean"], strict=True):
+            shares[layer] += mean / 2
+    peak = max(shares, key=lambda layer: shares[layer])
+    text = " ".join(Page(page(rows)).text.split())
+    place = ", the last" if peak == 4 else " of 4"
+    assert f"attention peaks at layer {peak}{place}, with {100 * shares[peak]:.0f} %" in text
+    assert f"layers before the last get {100 * (1 - shares[4]):.0f} %" in text
+
+
+ANSWERS = [
+    ({BASE: [0.930], ALF: [0.971]}, r"help: cls\+ap-all-layers/attentive reaches 97.1 % against 93.0 %.*\+4.1 points"),
+    ({BASE: [0.90, 0.92], ALF: [0.95, 0.96]}, r"layers help: .*95.5 % against 91.0 %.*\(\+4.5 ± 0.7 points, 2 seeds\)"),
+    ({BASE: [0.95, 0.96], ALF: [0.90, 0.92]}, r"do not help: .*\(−4.5 ± 0.7 points"),  # noqa: RUF001
+    ({BASE: [0.95, 0.96], ALF: [0.96, 0.954]}, r"make no clear difference: .*\(\+0.2 ± 1.1 points"),
+    ({BASE: [0.95], ALF: [0.95]}, r"make no clear difference: .*\(0.0 points, one seed"),
+    ({ALF: [0.95]}, r"ALF reaches 95.0 %; cls-last/linear was not run, so whether .* is open".replace("ALF", r"\S+")),
+    ({BASE: [0.95]}, r"is open: no probe read several layers\. cls-last/linear, the only one, reaches 95.0 %"),
+    # by validation (here the order of the test scores), and only where ALF was not run
+    (
+        {BASE: [0.9], "cls+ap-2-layers/linear": [0.93], "cls+ap-4-layers/linear": [0.92]},
+        r"help: cls\+ap-2-layers/linear",
+    ),
+    ({BASE: [0.9], ALF: [0.91], "cls+ap-4-layers/linear": [0.99]}, rf"help: {re.escape(ALF)}"),
+]
+
+
+@pytest.mark.parametrize(("scores", "said"), ANSWERS)
+def test_the_answer_claims_what_the_rows_show(scores: dict[str, list[float]], said: str) -> None:
+    rows = study(scores)
+    text = answer(blocks(rows)[0]).replace("\N{NO-BREAK SPACE}", " ")
+    assert text.startswith("On digits, with a-vit, ")
+    assert re.search(said, text), text
+    for report in (Page(page(rows)).text, shown(rows)):
+        assert " ".join(text.split()) in " ".join(report.split())  # lines and kinds of space aside
+
+
+def test_a_gain_within_what_few_test_images_leave_to_chance_is_not_called_one() -> None:
+    scores = {BASE: [0.867, 0.867], ALF: [0.90, 0.90]}
+    error = 100 * ((0.867 * 0.133 + 0.9 * 0.1) / 120) ** 0.5
+    text = answer(blocks(study(scores, images={"train": 240, "test": 120}))[0])
+    assert "make no clear difference" in text
+    assert f"; chance makes about ±{error:.1f} with 120 test images)" in text
+    assert "layers help" in answer(blocks(study(scores, images={"train": 240, "test": 1200}))[0])
+
+
+def test_seeds_that_the_baseline_lacks_leave_the_answer_open() -> None:
+    rows = [*study({BASE: [0.9]}), row("x", probe=ALF, seed=5, test=0.95, features=study({BASE: [0.9]})[0]["features"])]
+    assert "share no seed" in answer(blocks(rows)[0])
+    page(rows)
+
+
+def test_several_cases_are_tallied_each_with_its_scores() -> None:
+    rows = study({BASE: [0.90, 0.91], ALF: [0.95, 0.96]}, dataset="one")
+    rows += study({BASE: [0.80, 0.81], ALF: [0.79, 0.80]}, dataset="two")
+    rows += study({BASE: [0.70, 0.71]}, dataset="three")
+    held = blocks(rows)
+    text = opening(held).replace("\N{NO-BREAK SPACE}", " ")
+    assert text.startswith(
+        "Of 2 cases (a model on a data set), the intermediate layers help in 1 and do not help in 1:"
+    )
+    assert f"reaches 87.5 % against 85.5 % for {BASE} (+2.0 points, from \N{MINUS SIGN}1.0 to +5.0)" in text
+    parsed = Page(page(rows))
+    assert "a-vit on two: 79.5 % against 80.5 %" in " ".join(parsed.text.replace("\N{NO-BREAK SPACE}", " ").split())
+    assert {"accuracy-0", "accuracy-1", "accuracy-2"} <= set(parsed.figures)
+    assert opening(held[2:]) == answer(held[2])
+    assert "in none of the 2 cases" in opening([held[2], held[2]])
+    assert "help in all 2 cases" in opening([held[0], held[0]])
+
+
+def test_only_like_is_compared_with_like() -> None:
+    quick, paper = study({BASE: [0.9]}), study({ALF: [0.95]}, grid="paper")
+    held = blocks([*quick, *paper])
+    assert [block.name for block in held] == ["a-vit on digits (quick grid)", "a-vit on digits (paper grid)"]
+    assert held[1].scores[0].gain is None
+    other = study({ALF: [0.95]}, features=["elsewhere", "too"])
+    assert [block.name for block in blocks([*quick, *other])][1] == "a-vit on digits (features elsewh+too)"
+
+
+def test_of_one_probe_and_seed_the_last_row_counts_and_the_other_is_told() -> None:
+    rows = [*study({BASE: [0.5]}), row("again", test=0.9, features=study({BASE: [0.5]})[0]["features"], code="later")]
+    held = blocks(rows)
+    assert held[0].scores[0].test.mean == 0.9
+    assert "1 older row is left out" in Page(page(rows)).text
+
+
+def test_what_was_run_can_be_run_again() -> None:
+    rows = study(SCORES) + study({BASE: [0.9], "cls-layer-1/linear": [0.5]}, depth=1, model="my model")
+    parsed = Page(page(rows, name="out.html"))
+    assert "mlfusion extract --model a-vit --dataset digits --tokens cls,ap,all@4" in parsed.text
+    assert (
+        "mlfusion probe --model a-vit --dataset digits --probe cls+ap-all-layers/linear --grid quick --seeds 0,1"
+        in (parsed.text)
+    )
+    assert f"--probe {BASE},cls-each-layer/linear --grid quick --seeds 0" in parsed.text
+    assert "--model 'my model'" in parsed.text
+    assert "mlfusion report --html out.html" in parsed.text
+    for word in ("100 + 4\N{NARROW NO-BREAK SPACE}000", "abc", "numpy", "a-vit-digits-train"):
+        assert word in parsed.text or any(word in cell[0] for line in parsed.tables["None"] for cell in line)
+
+
+def test_names_cannot_break_out_of_the_page() -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)> on {{ 7*7 }}"
+    rows = study(SCORES, model=evil, dataset=evil, code=evil, versions={evil: evil}, metric=evil)
+    rows[0]["id"] = "fine"
+    harmless, parsed = Page(page(study(SCORES))), Page(page(rows, title=evil, name=evil))
+    for tag in ("script", "img", "svg", "th"):
+        assert sum(t == tag for t, _ in parsed.elements) == sum(t == tag for t, _ in harmless.elements)
+    assert evil in parsed.text
+    assert records(parsed.figures["attention"], "share")[0]["block"] == f"{evil} on {evil}"
+    assert not any(name.startswith("on") for _, held in parsed.elements for name in held)
+
+
+def test_nothing_is_loaded_from_the_network() -> None:
+    html = page(study(SCORES))
+    for tag, held in Page(html).elements:
+        assert tag not in ("iframe", "object", "embed", "base", "img")
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert not (held.get(name) or "data:").startswith(("http", "//", "/", ".")), (tag, held)
+        if tag == "meta" and held.get("http-equiv"):
+            assert str(held["content"]).startswith("default-src 'none';")
+            assert "http" not in str(held["content"])
+    styles = "".join(re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
+    assert "url(" not in styles and "@import" not in styles
+    assert len(html.encode()) < 2_000_000
+
+
+def test_the_drawing_code_is_there_once_however_many_figures() -> None:
+    one = len(page(study(SCORES)))
+    several = len(page([row for name in "abc" for row in study(SCORES, dataset=name)]))
+    assert several - one < one / 4
+
+
+def test_one_row_makes_a_whole_report() -> None:
+    for probe in (BASE, ALF, "all-tokens-last/attentive", "ap-layer-3/linear"):
+        rows = study({probe: [0.5]})
+        assert probe in shown(rows)
+        parsed = Page(page(rows))
+        assert "1 model, 1 data set, 1 probe, 1 seed" in parsed.text
+        assert ("attention" in parsed.figures) == (probe == ALF)
+        assert ("accuracy-0" in parsed.figures) != ("layers-0" in parsed.figures)
+
+
+def test_the_same_rows_give_the_same_page(tmp_path: Path) -> None:
+    first = write_page(study(SCORES), tmp_path / "new" / "report.html")
+    before = first.read_bytes()
+    assert write_page(study(SCORES), str(first)).read_bytes() == before
+    assert [p.name for p in first.parent.iterdir()] == ["report.html"]
+
+
+def test_no_rows_and_no_place_are_told_with_what_to_type(tmp_path: Path) -> None:
+    for report in (table, lambda rows: write_page(rows, tmp_path / "x.html")):
+        with pytest.raises(MlfusionError, match=r"no results to report.*mlfusion probe --dataset digits"):
+            report([])
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "file" / "x.html", tmp_path / "folder"):
+        with pytest.raises(MlfusionError, match=f"cannot write the report to '{place}'.*mlfusion report --html"):
+            write_page(study({BASE: [0.5]}), place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("missing", ["altair", "vl_convert"])
+def test_without_the_extra_the_page_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(Unavailable, match=rf"{missing}.*pip install 'mlfusion\[report\]'"):
+        page(study({BASE: [0.5]}))
+    assert BASE in shown(study({BASE: [0.5]}))
+
+
+def test_the_terminal_table_needs_neither_torch_nor_the_extra() -> None:
+    heavy = ("torch", "pandas", "altair", "vl_convert", "jinja2")
+    code = f"import sys, mlfusion.report; print([m for m in {heavy} if m in sys.modules])"
+    assert ast.literal_eval(subprocess.check_output([sys.executable, "-c", code], text=True)) == []
+
+
+def test_numbers_read_well() -> None:
+    assert [percent(v) for v in (0.9712, 1.0)] == ["97.1", "100.0"]
+    assert [points(v) for v in (0.041, -0.041, 0.0, -0.0002)] == ["+4.1", "\N{MINUS SIGN}4.1", "0.0", "0.0"]
+    assert [duration(s) for s in (0.04, 9.96, 59.6, 75, 3600, 4020)] == [
+        "0.0 s",
+        "10 s",
+        "1 min",
+        "1 min 15 s",
+        "1 h 0 min",
+        "1 h 7 min",
+    ]
