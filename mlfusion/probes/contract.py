@@ -1,0 +1,60 @@
+"""What every probe of the family agrees on, so that training and protocol need to know none of them by name."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes from which a probe is built."""
+
+    tokens: int  # T, tokens of an image
+    width: int  # D, channels of a token
+    classes: int  # C
+    heads: int = 1  # H, attention heads; probes without attention ignore it
+
+
+class Probe(Protocol):
+    """A population of K configurations of one head; a population of one is the plain probe.
+
+    Every parameter and buffer carries a leading axis K, and no number of one configuration depends on another.
+    """
+
+    clip: ClassVar[float | None]  # largest gradient norm of a configuration
+    drops: ClassVar[bool]  # whether the dropout rate is one of its hyper-parameters
+    attends: ClassVar[bool]  # whether it has `attention(tokens) -> [K, B, H, T]`
+
+    def __init__(self, shape: Shape, *, seeds: Sequence[int], dropouts: Sequence[float]) -> None:
+        """`seeds[k]` starts all random streams of configuration k."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Normalised tokens [B, T, D] → logits [K, B, C]."""
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """Normalised tokens [B, T, D] → weights [K, B, H, T], which sum to one over T."""
+
+    @staticmethod
+    def bytes_each(shape: Shape, batch: int) -> int:
+        """Estimate of what one configuration adds to the memory of a float32 training step with `batch` images."""
+
+    def train(self, mode: bool = True) -> nn.Module: ...
+    def eval(self) -> nn.Module: ...
+    def to(self, device: torch.device, dtype: torch.dtype) -> nn.Module: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+def generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """A random stream for each configuration: what it draws does not depend on its company."""
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def uniform(streams: Sequence[torch.Generator], *size: int, fan_in: int) -> nn.Parameter:
+    """[K, *size] from U(−1/√fan_in, 1/√fan_in), PyTorch's default for a Linear's weight and bias alike."""
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter(torch.stack([torch.empty(size).uniform_(-bound, bound, generator=g) for g in streams]))

@@ -1,0 +1,358 @@
+"""Lockstep training against one configuration at a time with torch.optim, and the arithmetic of batches and rates."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from literal import LiteralAttentive, LiteralLinear, copy_into, train_literally
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor
+
+from mlfusion import population
+from mlfusion.population import AdamW, Configuration, Schedule, Tokens
+from mlfusion.probes import PROBES, Attentive, Linear, Shape
+from mlfusion.specs import Head
+
+F64 = torch.float64
+SHAPE = Shape(tokens=4, width=10, classes=3, heads=4)
+SEVEN = [
+    Configuration(lr, weight_decay, dropout)
+    for lr, weight_decay, dropout in zip(
+        [1e-1, 1e-2, 1e-3, 1e-2, 1e-1, 1e-2, 1e-3],
+        [1e-6, 1e-1, 1e-2, 1e0, 1e-3, 1e-5, 1e-4],
+        [0.0, 0.3, 0.1, 0.0, 0.3, 0.1, 0.0],
+        strict=True,
+    )
+]
+
+
+def some(images: int, *, seed: int = 0, tokens: int = 4, width: int = 10, classes: int = 3) -> Tokens:
+    """Tokens with some of their class in them, at least one image of each."""
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, images - classes)])
+    centres = rng.normal(size=(classes, tokens, width))
+    return Tokens((centres[labels] + rng.normal(size=(images, tokens, width))).astype(np.float32), labels)
+
+
+def memory_for(configurations: int, head: Head, schedule: Schedule) -> int:
+    """Bytes into which just so many fit."""
+    each = PROBES[head].bytes_each(SHAPE, schedule.batch_size)
+    return 16 * schedule.batch_size * SHAPE.tokens * SHAPE.width + configurations * each
+
+
+def trained(
+    head: Head,
+    tokens: Tokens,
+    configurations: Sequence[Configuration],
+    *,
+    steps: int = 12,
+    at_once: int = 7,
+    dtype: torch.dtype = F64,
+) -> list[dict[str, Tensor]]:
+    """The state of every configuration after training on all the images."""
+    schedule, rows = Schedule.of(len(tokens), epochs=1, least_steps=steps), np.arange(len(tokens))
+    states: list[dict[str, Tensor]] = []
+    memory = memory_for(at_once, head, schedule)
+    for group, probe in population.train(
+        head, tokens, rows, configurations, SHAPE, schedule, seed=3, memory=memory, dtype=dtype
+    ):
+        assert group.start == len(states) and group.stop - group.start <= at_once
+        states += [{n: v[k] for n, v in probe.state_dict().items()} for k in range(group.stop - group.start)]
+    return states
+
+
+@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("at_once", [7, 3, 1])
+def test_a_population_of_seven_ends_where_seven_singles_end(head: Head, at_once: int) -> None:
+    tokens = some(40)
+    together = trained(head, tokens, SEVEN, at_once=at_once)
+    assert len(together) == 7
+    for configuration, state in zip(SEVEN, together, strict=True):
+        [alone] = trained(head, tokens, [configuration])
+        for name, value in state.items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("head", PROBES)
+def test_training_follows_the_literal_loop(head: Head) -> None:
+    """Every step of AdamW, cosine, clipping and weighted loss, for every configuration without dropout."""
+    tokens, steps = some(40), 25
+    configurations = [Configuration(c.lr, c.weight_decay) for c in SEVEN]
+    schedule = Schedule.of(40, epochs=1, least_steps=steps)
+    weights = torch.from_numpy(compute_class_weight("balanced", classes=np.arange(3), y=tokens.labels))
+    for configuration, state in zip(configurations, trained(head, tokens, configurations, steps=steps), strict=True):
+        start = PROBES[head](SHAPE, seeds=[configuration.seed(3)], dropouts=[0.0]).state_dict()
+        module = LiteralAttentive(10, 4, 3).double() if head == "attentive" else LiteralLinear(4, 10, 3).double()
+        copy_into(module, {name: value[0] for name, value in start.items()})
+        batches = population.batches(tokens, np.arange(40), schedule, seed=3, device="cpu", dtype=F64)
+        train_literally(
+            module,
+            ((batch, labels, None) for batch, labels in batches),
+            steps=steps,
+            lr=configuration.lr,
+            weight_decay=configuration.weight_decay,
+            class_weights=weights,
+            clip=5.0 if head == "attentive" else None,
+        )
+        for name, value in module.counterparts().items():
+            torch.testing.assert_close(state[name], value.detach().view_as(state[name]), rtol=1e-7, atol=1e-8, msg=name)
+
+
+def test_training_with_dropout_follows_the_literal_loop_given_the_same_masks() -> None:
+    steps, images, k = 15, 24, 2
+    lr, weight_decay = [1e-1, 1e-2], [1e-2, 1e-1]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(steps, images, 4, 10, dtype=F64, generator=generator)
+    labels = torch.randint(0, 3, (steps, images), generator=generator)
+    keep = (torch.rand(steps, k, images, 4, 4, dtype=F64, generator=generator) > 0.3) / 0.7
+    weights = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
+
+    probe = Attentive(SHAPE, seeds=[1, 2], dropouts=[0.3, 0.3]).double()
+    modules = [LiteralAttentive(10, 4, 3).double() for _ in range(k)]
+    for i, module in enumerate(modules):
+        copy_into(module, {name: value[i] for name, value in probe.state_dict().items()})
+    optimizer = AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
+    for step in range(steps):
+        population.losses(probe(tokens[step], keep[step]), labels[step], weights).sum().backward()
+        optimizer.clip(5.0)
+        optimizer.step(population.cosine(optimizer.lr, step, steps))
+    for i, module in enumerate(modules):
+        batches = zip(tokens, labels, keep[:, i], strict=True)
+        train_literally(
+            module, batches, steps=steps, lr=lr[i], weight_decay=weight_decay[i], class_weights=weights, clip=5.0
+        )
+        state = probe.state_dict()
+        for name, value in module.counterparts().items():
+            torch.testing.assert_close(state[name][i], value.view_as(state[name][i]), rtol=1e-7, atol=1e-8, msg=name)
+
+
+def test_adamw_and_clipping_are_those_of_torch_for_each_configuration() -> None:
+    k, rng = 4, torch.Generator().manual_seed(0)
+    lr, weight_decay = [1e-1, 1e-2, 1e-3, 3e-2], [1e-2, 0.0, 1.0, 0.1]
+    ours = [torch.randn(k, *size, dtype=F64, generator=rng).requires_grad_() for size in ((3, 50), (7,), (20_000,))]
+    theirs = [[p[i].detach().clone().requires_grad_() for p in ours] for i in range(k)]
+    optimizer = AdamW(ours, lr=lr, weight_decay=weight_decay)
+    references = [torch.optim.AdamW(p, lr=a, weight_decay=b) for p, a, b in zip(theirs, lr, weight_decay, strict=True)]
+    size = torch.tensor([1e-3, 1.0, 100.0, 1e-2], dtype=F64)  # gradient norms below and above the limit
+    for _ in range(5):
+        for n, p in enumerate(ours):
+            noise = torch.randn(p.shape, dtype=F64, generator=rng)
+            p.grad = noise * size.view(-1, *[1] * (p.ndim - 1))
+            if p.ndim == 3:  # as a product's gradient may come: transposed in memory
+                p.grad = p.grad.mT.contiguous().mT
+            for i in range(k):
+                theirs[i][n].grad = p.grad[i].clone()
+        optimizer.clip(5.0)
+        for i, reference in enumerate(references):
+            torch.nn.utils.clip_grad_norm_(theirs[i], 5.0)
+            for n, p in enumerate(ours):
+                torch.testing.assert_close(p.grad[i], theirs[i][n].grad, rtol=1e-12, atol=1e-15)
+            reference.step()
+        optimizer.step()
+        for n, p in enumerate(ours):
+            assert p.grad is None
+            for i in range(k):
+                torch.testing.assert_close(p[i], theirs[i][n], rtol=1e-12, atol=1e-13)
+
+
+def test_rates_follow_torchs_cosine_from_each_configurations_own() -> None:
+    steps, own = 50, torch.tensor([1e-1, 1e-3], dtype=F64)
+    for i, lr in enumerate(own.tolist()):
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=lr)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
+        for step in range(steps):
+            assert population.cosine(own, step, steps)[i].item() == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+            optimizer.step()
+            scheduler.step()
+    assert population.cosine(own, steps, steps).tolist() == pytest.approx([1e-6, 1e-6])
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "batches", "steps"),
+    [
+        (1504, 301, 5, 1000),  # DTD
+        (240, 48, 5, 1000),
+        (10_240, 2048, 5, 1000),
+        (50_000, 2000, 25, 1000),  # 25 even batches rather than 24 of 2,048 and a rest
+        (200_000, 2041, 98, 3920),
+        (3, 3, 1, 1000),  # never a batch of one image
+        (2, 2, 1, 1000),
+    ],
+)
+def test_steps_and_batches_are_the_studys(images: int, batch_size: int, batches: int, steps: int) -> None:
+    schedule = Schedule.of(images)
+    assert (schedule.batch_size, schedule.batches, schedule.steps) == (batch_size, batches, steps)
+    assert steps == max(1000, 40 * batches)
+
+
+@given(st.integers(2, 30_000))
+def test_an_epoch_reads_every_image_once_in_even_batches(images: int) -> None:
+    schedule = Schedule.of(images)
+    order = np.random.default_rng(0).permutation(images)
+    epoch = schedule.epoch(order)
+    sizes = [len(batch) for batch in epoch]
+    assert np.array_equal(np.concatenate(epoch), order)
+    assert max(sizes) == schedule.batch_size <= 2048
+    assert min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
+    assert len(sizes) >= 5 or images < 10
+
+
+def test_order_and_jitter_come_from_the_seed_alone() -> None:
+    tokens, rows, schedule = some(40), np.arange(5, 35), Schedule.of(30, epochs=2, least_steps=1)
+
+    def run(seed: int) -> list[tuple[Tensor, Tensor]]:
+        return list(population.batches(tokens, rows, schedule, seed=seed, device="cpu"))
+
+    for (a, i), (b, j) in zip(run(0), run(0), strict=True):
+        assert torch.equal(a, b) and torch.equal(i, j)
+    assert not torch.equal(torch.cat([i for _, i in run(0)]), torch.cat([i for _, i in run(1)]))
+    labels = torch.cat([i for _, i in run(0)])
+    assert len(run(0)) == schedule.steps == 2 * schedule.batches
+    for epoch in labels.split(30):  # rows outside the split never show up
+        assert np.array_equal(np.bincount(epoch, minlength=3), np.bincount(tokens.labels[rows], minlength=3))
+    assert not torch.equal(*labels.split(30))  # a new order each epoch
+
+
+def test_jitter_shakes_half_of_the_images() -> None:
+    tokens = Tokens(np.repeat(some(1, classes=1).values, 4000, axis=0), np.zeros(4000, dtype=np.int64))
+    schedule = Schedule.of(4000, epochs=1, least_steps=1)
+    [*batches] = population.batches(tokens, np.arange(4000), schedule, seed=0, device="cpu")
+    noise = torch.cat([batch for batch, _ in batches]) - tokens.normalised(np.zeros(1, dtype=int), "cpu")
+    shaken = (noise != 0).flatten(1)
+    assert torch.equal(shaken.any(1), shaken.all(1))  # a whole image or none of it
+    assert shaken.any(1).double().mean().item() == pytest.approx(0.5, abs=0.03)
+    values = noise[shaken.any(1)]
+    assert values.std().item() == pytest.approx(0.05, rel=0.01)
+    assert values.mean().item() == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "torch", "read-only"])
+def test_tokens_are_normalised_over_their_width(kind: str) -> None:
+    values = some(6).values.copy()
+    values[2, 1] = 0
+    given_values: np.ndarray | Tensor = values.astype(np.float16) if kind == "float16" else values
+    if kind == "torch":
+        given_values = torch.from_numpy(values)
+    if kind == "read-only":
+        values.setflags(write=False)
+    rows = np.array([4, 2, 2])
+    found = Tokens(given_values, np.zeros(6, dtype=np.int64)).normalised(rows, "cpu")
+    length = np.linalg.norm(values[rows], axis=-1, keepdims=True)
+    expected = np.divide(values[rows], length, out=np.zeros_like(values[rows]), where=length > 0)
+    assert found.dtype == torch.float32
+    assert (found[1, 1] == 0).all()
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-3 if kind == "float16" else 1e-6)
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+def test_class_weights_are_scikit_learns_balanced() -> None:
+    labels = np.array([0] * 10 + [1] * 3 + [2])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    np.testing.assert_allclose(population.class_weights(labels, 3), expected)
+
+
+def test_a_class_without_images_weighs_nothing() -> None:
+    assert population.class_weights(np.array([0, 0, 2]), 3).tolist() == pytest.approx([0.5, 0, 1])
+
+
+def test_loss_is_torchs_weighted_cross_entropy_for_each_configuration() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(4, 30, 3, generator=generator), torch.randint(0, 3, (30,), generator=generator)
+    weights = torch.tensor([0.2, 1.0, 5.0])
+    criterion = torch.nn.CrossEntropyLoss(weight=weights)
+    torch.testing.assert_close(
+        population.losses(logits, labels, weights), torch.stack([criterion(k, labels) for k in logits])
+    )
+
+
+# --- what training is for --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", PROBES)
+def test_twenty_samples_are_learned_by_heart(head: Head) -> None:
+    rng = np.random.default_rng(0)
+    tokens = Tokens(rng.normal(size=(20, 4, 10)).astype(np.float16), np.arange(20) % 3)
+    schedule = Schedule.of(20, epochs=1, least_steps=300)
+    [(_, probe)] = population.train(
+        head,
+        tokens,
+        np.arange(20),
+        [Configuration(1e-2 if head == "attentive" else 1e-1, 1e-4)],
+        SHAPE,
+        schedule,
+        seed=0,
+    )
+    [(logits, _)] = population.read(probe, tokens, np.arange(20), block=20, device="cpu")
+    assert (logits[0].argmax(-1).numpy() == tokens.labels).all()
+
+
+def test_linear_reaches_the_optimum_that_scikit_learn_finds() -> None:
+    """Overlapping classes, so that the likelihood has its one maximum at a finite place; no decay, no jitter."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(240) % 3
+    x = rng.normal(size=(240, 2, 2)) + rng.normal(size=(3, 2, 2))[labels]
+    inputs, truth = torch.from_numpy(x), torch.from_numpy(labels)
+    probe = Linear(Shape(tokens=2, width=2, classes=3), seeds=[0, 1]).double()
+    optimizer = AdamW(probe.parameters(), lr=[0.1, 0.03], weight_decay=[0.0, 0.0])
+    for step in range(800):
+        population.losses(probe(inputs), truth, torch.ones(3, dtype=F64)).sum().backward()
+        optimizer.step(population.cosine(optimizer.lr, step, 800))
+    reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000).fit(x.reshape(240, 4), labels)
+    expected = reference.predict_proba(x.reshape(240, 4))
+    for probabilities in probe(inputs).softmax(-1).detach().numpy():
+        assert log_loss(labels, probabilities) == pytest.approx(log_loss(labels, expected), abs=1e-7)
+        np.testing.assert_allclose(probabilities, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("head", PROBES)
+def test_a_configuration_that_diverges_harms_no_other(head: Head) -> None:
+    tokens, wild = some(40), Configuration(1e30, 1.0)
+    states = trained(head, tokens, [SEVEN[1], wild, SEVEN[2]], dtype=torch.float32)
+    finite = [all(bool(torch.isfinite(value).all()) for value in state.values()) for state in states]
+    assert finite == [True, False, True]
+    for state, configuration in ((states[0], SEVEN[1]), (states[2], SEVEN[2])):
+        for name, value in trained(head, tokens, [configuration], dtype=torch.float32)[0].items():
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+# --- groups and streams ----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 70), st.integers(1, 2**34), st.integers(1, 30), st.sampled_from(sorted(PROBES)))
+def test_groups_tile_the_population_and_fit(count: int, memory: int, at_once: int, head: Head) -> None:
+    shape = Shape(tokens=24, width=192, classes=10, heads=24)
+    parts = population.groups(count, shape, head, 48, memory=memory, at_once=at_once)
+    sizes = [part.stop - part.start for part in parts]
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+    assert max(sizes) <= at_once and max(sizes) - min(sizes) <= 1
+    assert max(sizes) * PROBES[head].bytes_each(shape, 48) <= memory or max(sizes) == 1
+
+
+def test_progress_counts_configurations() -> None:
+    counts: list[int] = []
+    schedule = Schedule.of(40, epochs=1, least_steps=3)
+    memory = memory_for(3, "linear", schedule)
+    for _ in population.train(
+        "linear", some(40), np.arange(40), SEVEN, SHAPE, schedule, seed=0, memory=memory, progress=counts.append
+    ):
+        pass
+    assert sum(counts) == 7 * schedule.steps and len(counts) == 3 * schedule.steps
+
+
+def test_configurations_have_streams_of_their_own() -> None:
+    seeds = {c.seed(s) for c, s in itertools.product(SEVEN, range(3))}
+    assert len(seeds) == 21
+    assert SEVEN[0].seed(0) == Configuration(*(getattr(SEVEN[0], f) for f in ("lr", "weight_decay", "dropout"))).seed(0)
+    assert math.log2(max(seeds)) > 60
