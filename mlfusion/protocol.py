@@ -48,11 +48,11 @@ GRIDS = {
         least_steps=1000,
     ),
     "quick": Grid(
-        learning_rates=(1e-2, 1e-3),
-        weight_decays=(1e-4, 1e-1),
+        learning_rates=(1e-1, 1e-2, 1e-3),
+        weight_decays=(1e-2,),
         dropouts=(0.0, 0.1),
-        epochs=15,
-        least_steps=375,
+        epochs=12,
+        least_steps=300,
     ),
 }
 

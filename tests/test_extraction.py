@@ -1,0 +1,253 @@
+"""Stage 1 fills the gaps and nothing else; stopped anywhere it goes on; nothing that is not in the numbers is in the key."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import save_images, save_model
+
+import mlfusion
+from mlfusion.errors import BadData, CacheUnusable, MlfusionError, NotCached, UnknownName
+from mlfusion.store import FeatureStore, disk, stream
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(save_model("vit", tmp_path_factory.mktemp("model") / "tiny-vit"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> str:
+    return str(save_images(tmp_path_factory.mktemp("data") / "colours", {"train": 7, "test": 3}))
+
+
+def total(done, field: str) -> int:
+    return sum(getattr(one, field) for one in done)
+
+
+def test_a_second_time_is_free(model, images):
+    first = mlfusion.extract(model, images)
+    assert [one.entry.spec.data.split for one in first] == ["train", "test"]
+    assert total(first, "images_written") == 30
+    assert total(first, "forward_passes") > 0
+    again = mlfusion.extract(model, images)
+    assert total(again, "forward_passes") == total(again, "images_written") == 0
+    assert total(again, "images_reused") == 30
+    assert [one.entry.key for one in again] == [one.entry.key for one in first]
+
+
+@pytest.mark.parametrize("format", ["zarr", "hdf5"])
+def test_one_more_layer_writes_that_layer_alone(format, model, images):
+    [first] = mlfusion.extract(model, images, splits="train", layers="3,4", format=format)
+    files = {file: file.stat().st_mtime_ns for file in first.entry.path.rglob("tokens/*/*")}
+    [second] = mlfusion.extract(model, images, splits="train", layers="2-4", format=format)
+    assert second.entry.key == first.entry.key
+    assert second.forward_passes > 0
+    new = {file.parent.name for file in second.entry.path.rglob("tokens/*/*") if file not in files}
+    assert new == {"cls.ap.L2"}
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+
+
+def test_one_more_kind_writes_that_kind_alone(model, images):
+    [first] = mlfusion.extract(model, images, splits="train", tokens="ap")
+    [second] = mlfusion.extract(model, images, splits="train", tokens="cls,ap,all@last")
+    assert {one.name for one in second.entry.streams()} == {"ap.L1-4", "cls.L1-4", "all.L4"}
+    whole = second.entry.read([4], ["all"])[:, 0].astype(np.float32)
+    np.testing.assert_array_equal(second.entry.read([4], ["cls"])[:, 0, 0], whole[:, 0])
+    np.testing.assert_allclose(second.entry.read([4], ["ap"])[:, 0, 0], whole[:, 1:].mean(1), atol=2e-3)
+
+
+def test_what_does_not_change_the_numbers_is_not_in_the_key(model, images, tmp_path):
+    [one] = mlfusion.extract(model, images, splits="train", batch_size=2, cache=tmp_path / "a", layers="1,4")
+    moved = shutil.copytree(model, tmp_path / "elsewhere" / "renamed")
+    data = shutil.copytree(images, tmp_path / "elsewhere" / "other")
+    [other] = mlfusion.extract(
+        str(moved), str(data), splits="train", batch_size=7, cache=tmp_path / "b", layers="4,1", device="cpu"
+    )
+    assert other.entry.key == one.entry.key
+    np.testing.assert_allclose(
+        other.entry.read([1, 4], ["cls", "ap"]).astype(float), one.entry.read([1, 4], ["cls", "ap"]), atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("change", ["weights", "preprocessing", "image", "label", "dtype", "split", "configuration"])
+def test_what_changes_the_numbers_is_in_the_key(change, model, images, tmp_path):
+    [one] = mlfusion.extract(model, images, splits="train", layers="1")
+    folder, data, words = Path(shutil.copytree(model, tmp_path / "m")), Path(shutil.copytree(images, tmp_path / "d")), {}
+    if change == "weights":
+        shutil.copy(save_model("vit", tmp_path / "other", seed=1) / "model.safetensors", folder)
+    elif change in ("preprocessing", "configuration"):
+        file, field, value = {
+            "preprocessing": ("preprocessor_config.json", "resample", 3),
+            "configuration": ("config.json", "layer_norm_eps", 1e-3),
+        }[change]
+        body = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**body, field: value}))
+    elif change == "image":
+        shutil.copy(data / "test" / "red" / "001.png", data / "train" / "red" / "001.png")
+    elif change == "label":
+        (data / "train" / "red" / "001.png").rename(data / "train" / "blue" / "9.png")
+    elif change == "dtype":
+        words = {"dtype": "float32"}
+    [other] = mlfusion.extract(
+        str(folder), str(data), splits="test" if change == "split" else "train", layers="1", **words
+    )
+    assert other.entry.key != one.entry.key
+    assert other.forward_passes > 0
+
+
+def test_load_features_gives_arrays_with_labels_and_ids(model, images):
+    mlfusion.extract(model, images)
+    found = mlfusion.load_features(model, images, "train")
+    assert found.tokens.shape == (21, 4, 2, 32)
+    assert found.tokens.dtype == np.float16
+    assert found.ids[:2] == ("train/blue/000.png", "train/blue/001.png")
+    assert [found.classes[label] for label in found.labels[[0, 7, 14]]] == ["blue", "green", "red"]
+    part = mlfusion.load_features(model, images, "train", layers=[4, 2], tokens="ap")
+    np.testing.assert_array_equal(part.tokens[:, :, 0], found.tokens[:, [3, 1], 1])
+    with pytest.raises(NotCached, match=r"lack all of layers 4; run: mlfusion extract .* --tokens all@4"):
+        mlfusion.load_features(model, images, "train", layers="last", tokens="all")
+    with pytest.raises(BadData, match="cached: test, train"):
+        mlfusion.load_features(model, images, "validation")
+
+
+def test_an_unreadable_image_is_named_and_what_was_done_is_kept(model, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "SHARD_ROWS", (4, 4))
+    data = Path(shutil.copytree(images, tmp_path / "d"))
+    (data / "train" / "red" / "003.png").write_bytes(b"broken")
+    with pytest.raises(BadData, match=r"train/red/003\.png cannot be read: not an image.*--skip-bad"):
+        mlfusion.extract(model, str(data), batch_size=2)
+    [entry] = FeatureStore().entries()
+    [one] = entry.streams()
+    assert one.shards - len(entry.missing_shards(one)) >= 3
+    assert not list(entry.path.rglob(f"{disk.DRAFT}*"))
+    train, test = mlfusion.extract(model, str(data), batch_size=2, skip_bad=True)
+    assert train.entry.key == entry.key
+    assert (train.images_skipped, test.images_skipped) == (1, 0)
+    assert train.images_written < 21
+    found = mlfusion.load_features(model, str(data), "train")
+    whole = mlfusion.extract(model, images, batch_size=2)[0].entry.read([1, 2, 3, 4], ["cls", "ap"])
+    assert len(found.tokens) == len(found.labels) == len(found.ids) == 20
+    assert "train/red/003.png" not in found.ids
+    np.testing.assert_array_equal(found.tokens, np.delete(whole, 17, 0))
+
+
+SLOWLY = """
+import sys, time
+from mlfusion.backbone import Backbone
+from mlfusion.store import stream
+stream.SHARD_ROWS = (4, 4)
+forward = Backbone.__call__
+def slow(self, pixels, pairs):
+    time.sleep(0.15)
+    return forward(self, pixels, pairs)
+Backbone.__call__ = slow
+import mlfusion
+mlfusion.extract(sys.argv[1], sys.argv[2], splits="train", batch_size=2, tokens="cls,ap,all@last", format=sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("format", ["zarr", "hdf5"])
+def test_killed_anywhere_it_ends_with_the_same_bytes(format, model, images, tmp_path):
+    """kill -9 once shards have begun to appear, several times, then to the end: compared with an undisturbed run."""
+
+    def start(folder: str) -> subprocess.Popen:
+        env = {**os.environ, "MLFUSION_CACHE": str(tmp_path / folder)}
+        return subprocess.Popen([sys.executable, "-c", SLOWLY, model, images, format], env=env, stderr=subprocess.PIPE)
+
+    def shards(folder: str) -> dict[str, bytes]:
+        files = [f for f in (tmp_path / folder).rglob("tokens/*/*") if f.name.startswith(("c.", "shard-"))]
+        return {str(file.relative_to(tmp_path / folder)): file.read_bytes() for file in files}
+
+    assert start("whole").wait() == 0
+    want = shards("whole")
+    assert len(want) == 12
+    kept: dict[str, bytes] = {}
+    for more in (1, 4):
+        process = start("killed")
+        while len(shards("killed")) < len(kept) + more and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+        now = shards("killed")
+        assert kept.items() <= now.items()
+        assert len(kept) < len(now) < len(want)
+        kept = now
+    assert start("killed").wait() == 0
+    assert shards("killed") == want
+    assert not list((tmp_path / "killed").rglob(f"{disk.DRAFT}*"))
+
+
+def test_a_full_disk_loses_nothing(model, images, tmp_path):
+    """A limit on the size of files stands in for the disk: the all-tokens shard does not fit, the others do."""
+    limited = (
+        "import resource, sys, mlfusion\nfrom mlfusion.errors import CacheUnusable\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try:\n    mlfusion.extract(sys.argv[1], sys.argv[2], splits='train', tokens='all', layers='4')\n"
+        "except CacheUnusable as err:\n    print(err)\n"
+    )
+    [before] = mlfusion.extract(model, images, splits="train", layers="1")
+    said = subprocess.run(
+        [sys.executable, "-c", limited, model, images], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
+    assert "no space left for the cache" in said.stdout
+    assert "--cache" in said.stdout
+    assert not list(Path("cache").rglob(f"{disk.DRAFT}*"))
+    assert before.entry.read([1], ["cls"]).shape == (21, 1, 1, 32)
+    [after] = mlfusion.extract(model, images, splits="train", layers="4", tokens="all")
+    assert after.entry.read([4], ["all"]).shape == (21, 1, 17, 32)
+
+
+def test_too_little_space_is_refused_before_any_work(model, images, monkeypatch):
+    from mlfusion import extraction
+
+    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(CacheUnusable, match="GB are needed"):
+        mlfusion.extract(model, images)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("unshare"), reason="root writes anywhere, needs unshare")
+def test_a_read_only_cache_is_said_and_still_read(model, images, tmp_path):
+    """The cache mounted read-only in a mount namespace of its own."""
+    cache = tmp_path / "lab"
+    mlfusion.extract(model, images, cache=cache, layers="1")
+    script = (
+        f"mount --bind {cache} {cache} && mount -o remount,ro,bind {cache} && "
+        f"{sys.executable} -m mlfusion extract --model {model} --dataset {images} --cache {cache} --layers $0 --json"
+    )
+
+    def run(layers: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["unshare", "-rm", "sh", "-c", script, layers], capture_output=True, text=True)
+
+    reused = run("1")
+    if "unshare" in reused.stderr or "mount:" in reused.stderr:
+        pytest.skip(f"this machine gives no mount namespaces: {reused.stderr.strip()}")
+    assert json.loads(reused.stdout)["features"][0]["forward_passes"] == 0
+    refused = run("1,2")
+    assert refused.returncode == 1
+    assert "cannot be written" in refused.stderr
+    assert "--cache" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ({"layers": "5"}, UnknownName, "no layer named '5'"),
+        ({"tokens": "patch"}, UnknownName, "no token kind named 'patch'"),
+        ({"dtype": "int4"}, UnknownName, "float16"),
+        ({"batch_size": 0}, MlfusionError, "--batch-size"),
+        ({"splits": "valid"}, BadData, "it has test, train|it has train, test"),
+        ({"device": "tpu"}, MlfusionError, "allowed: auto"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused_before_any_work(words, error, message, model, images):
+    with pytest.raises(error, match=message):
+        mlfusion.extract(model, images, **words)
+    assert not Path("cache").exists()
