@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mlfusion import models
-from mlfusion.errors import BadModel, Unavailable
+from mlfusion.errors import BadModel
 from mlfusion.specs import Pair, TokenKind
 
 
@@ -145,24 +145,6 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def pick_device(word: str) -> str:
-    """'auto' → cuda, mps or cpu, whichever is there; anything else must be there.
-
-    Raises:
-        Unavailable: the device asked for is not there.
-    """
-    there = [
-        *(["cuda"] if torch.cuda.is_available() else []),
-        *(["mps"] if torch.backends.mps.is_available() else []),
-        "cpu",
-    ]
-    if word == "auto":
-        return there[0]
-    if word.split(":")[0] not in there:
-        raise Unavailable(f"no device {word!r} on this machine; allowed: auto, {', '.join(there)}")
-    return word
 
 
 def _load(folder: Path) -> tuple[nn.Module, set[str]]:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from mlfusion import datasets, models
-from mlfusion.backbone import Backbone, pick_device
+from mlfusion.backbone import Backbone
+from mlfusion.devices import pick_device
 from mlfusion.errors import BadData, CacheUnusable, MlfusionError, UnknownName
 from mlfusion.progress import Bar, track
 from mlfusion.specs import (

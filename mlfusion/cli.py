@@ -1,0 +1,365 @@
+"""The command line: words to function calls, errors to exit codes. All it does a program can do through the library.
+
+Nothing heavy is imported before it is needed: `mlfusion --help` starts neither torch nor transformers.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mlfusion.errors import MlfusionError, UnknownName
+from mlfusion.specs import STUDY, layer_ranges
+
+MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
+DATASET = "digits"
+
+
+class _Commands(TyperGroup):
+    """A MlfusionError is the user's to mend: one line, exit 1. Anything else is a bug: a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MlfusionError as err:
+            _say("error: " + " ".join(str(err).split()))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _say("stopped; what was finished is kept, the same command goes on from here")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Ask a frozen vision transformer what its layers know.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Catalogue name (mlfusion ls models), hub id, or folder.")]
+AnyModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="As given to extract; default: every model cached for the data set.")
+]
+Dataset = Annotated[
+    str, typer.Option("--dataset", "-d", help="Catalogue name (mlfusion ls datasets), hub id, or folder.")
+]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", help="Root of the feature cache; default $MLFUSION_CACHE or ./cache.")
+]
+ResultsPath = Annotated[Path, typer.Option("--results", help="Folder that result rows are kept in.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+Grid = Annotated[str, typer.Option("--grid", help="paper: 21 configurations, 63 for attentive probes; quick: 3 and 6.")]
+
+
+@app.command()
+def extract(
+    model: Model = MODEL,
+    dataset: Dataset = DATASET,
+    split: Annotated[str, typer.Option("--split", help="Splits, comma-separated.")] = "train,test",
+    layers: Annotated[str, typer.Option("--layers", help="all (1..L), last, or a list such as 1-4,12.")] = "all",
+    tokens: Annotated[
+        str, typer.Option("--tokens", help="cls, ap, all; a kind may name its own layers: cls,ap,all@last.")
+    ] = "cls,ap",
+    format: Annotated[str, typer.Option("--format", help="zarr or hdf5, for shards that are new.")] = "zarr",
+    dtype: Annotated[str, typer.Option("--dtype", help="float16 or float32, as kept.")] = "float16",
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in a forward pass.")] = 32,
+    cache: Cache = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on past images that cannot be read.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 1: run a frozen model once and cache its tokens; what is cached is not computed again."""
+    if format not in ("zarr", "hdf5"):
+        raise UnknownName("format", format, ["zarr", "hdf5"])
+    from mlfusion.extraction import extract as run
+
+    done = run(
+        model,
+        dataset,
+        splits=split,
+        layers=layers,
+        tokens=tokens,
+        format=format,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
+        device=device,
+        batch_size=batch_size,
+        cache=cache,
+        skip_bad=skip_bad,
+    )
+    if as_json:
+        _print_json({"features": [one.to_json() for one in done]})
+        return
+    for one in done:
+        _say_extracted(one.to_json())
+
+
+@app.command()
+def probe(
+    dataset: Dataset = DATASET,
+    model: AnyModel = None,
+    probes: Annotated[
+        str, typer.Option("--probe", help="Names (mlfusion ls probes), comma-separated, or all.")
+    ] = "all",
+    grid: Grid = "paper",
+    seeds: Annotated[str, typer.Option("--seeds", help="Comma-separated; each gives a row.")] = "0,1,2",
+    cache: Cache = None,
+    results: ResultsPath = Path("results"),
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Stage 2: train and test probes on cached features, by the study's protocol. Runs no forward pass."""
+    from mlfusion import evaluation
+
+    done = evaluation.probe(
+        dataset,
+        model=model,
+        probes=probes,
+        grid=grid,
+        seeds=evaluation.check_seeds(seeds),
+        cache=cache,
+        results=results,
+        device=device,
+        say=_say,
+    )
+    if as_json:
+        _print_json({"results": [_row_json(row) for row in done.rows]})
+    else:
+        _print_table(done.rows)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A file of pipelines/.")],
+    cache: Cache = None,
+    results: ResultsPath = Path("results"),
+    html: Annotated[Path | None, typer.Option("--html", help="The page; default RESULTS/<recipe>.html.")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Both stages and the report, as a recipe says. What is cached or done already is not done again."""
+    from mlfusion import evaluation
+    from mlfusion import recipe as recipes
+    from mlfusion.extraction import extract as run_extract
+
+    plan = recipes.load(recipe)
+    features, rows = [], []
+    for model in plan.models:
+        for dataset in plan.datasets:
+            extracted = run_extract(model, dataset, layers=plan.layers, tokens=plan.tokens, cache=cache, device=device)
+            features += [one.to_json() for one in extracted]
+            for one in extracted:
+                _say_extracted(one.to_json(), say=_say)
+            done = evaluation.probe(
+                dataset,
+                model=model,
+                probes=plan.probes,
+                grid=plan.grid,
+                seeds=plan.seeds,
+                cache=cache,
+                results=results,
+                device=device,
+                say=_say,
+            )
+            rows += done.rows
+    page = html or results / f"{recipe.stem}.html"
+    _write_page(rows, page)
+    if as_json:
+        _print_json({"features": features, "results": [_row_json(row) for row in rows], "html": str(page)})
+    else:
+        _print_table(rows)
+        typer.echo(f"report: {page}")
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
+    html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page here.")] = None,
+) -> None:
+    """A table of results in the terminal, and a page if --html is given."""
+    from mlfusion.results import Results
+
+    rows = Results(results).require()
+    if html:
+        _write_page(rows, html)
+    _print_table(rows)
+    if html:
+        typer.echo(f"report: {html}")
+
+
+@app.command()
+def ls(
+    what: Annotated[str, typer.Argument(help="models, datasets, probes or features.")],
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """What there is to choose from, and what is cached."""
+    listings = {"models": _models, "datasets": _datasets, "probes": _probes, "features": lambda: _features(cache)}
+    if what not in listings:
+        raise UnknownName("listing", what, listings)
+    rows = list(listings[what]())
+    if as_json:
+        _print_json({what: rows})
+    else:
+        _print_rows(rows, nothing=f"no {what} yet; run: mlfusion extract")
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="How to make the images and train.")] = Path(
+        "pipelines/formula-vit.toml"
+    ),
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model, in the hub's format.")] = Path(
+        "results/formula-vit"
+    ),
+) -> None:
+    """Make the embedded model again from its seed: a small ViT trained on images drawn by formula."""
+    from mlfusion.pretrain import pretrain as run_pretrain
+
+    run_pretrain(recipe, out, progress=lambda event: _say(" ".join(f"{k} {v}" for k, v in event.items())))
+    typer.echo(f"model: {out}")
+
+
+# --- listings --------------------------------------------------------------------------------------------------------
+
+
+def _models() -> Iterator[dict[str, Any]]:
+    from mlfusion.models import CATALOGUE
+
+    for row in CATALOGUE.values():
+        yield {
+            "name": row.name,
+            "family": row.family,
+            "layers": row.depth,
+            "width": row.width,
+            "pixels": row.image_px,
+            "patch": row.patch_px,
+            "source": row.source,
+            "about": row.about,
+        }
+
+
+def _datasets() -> Iterator[dict[str, Any]]:
+    from mlfusion.datasets import CATALOGUE
+
+    for row in CATALOGUE.values():
+        yield {
+            "name": row.name,
+            "train_images": row.train_images,
+            "classes": row.classes,
+            "domain": row.domain,
+            "source": row.source,
+        }
+
+
+def _probes() -> Iterator[dict[str, Any]]:
+    from mlfusion.specs import ALIASES, BASELINE
+
+    known = {name: alias.upper() for alias, name in ALIASES.items()} | {BASELINE: "the baseline"}
+    for name in STUDY:
+        yield {"name": name, "known_as": known.get(name, "")}
+    for name in ("cls-each-layer/linear", "ap-each-layer/linear"):
+        yield {"name": name, "known_as": "one probe a layer"}
+
+
+def _features(cache: Path | None) -> Iterator[dict[str, Any]]:
+    from mlfusion.store import FeatureStore
+
+    for entry in FeatureStore(cache).entries():
+        held = entry.held()
+        kinds = [kind for kind in ("cls", "ap", "all") if any(k == kind for _, k in held)]
+        tokens = ",".join(f"{kind}@{layer_ranges(layer for layer, k in held if k == kind)}" for kind in kinds)
+        spec = entry.spec
+        yield {
+            "model": spec.model.name,
+            "dataset": spec.data.name,
+            "split": spec.data.split,
+            "images": spec.data.images,
+            "tokens": tokens or "(not complete)",
+            "dtype": spec.dtype,
+            "bytes": entry.size(),
+            "key": entry.key,
+        }
+
+
+# --- saying ----------------------------------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _print_json(body: Any) -> None:
+    typer.echo(json.dumps(body, ensure_ascii=False, indent=2))
+
+
+def _row_json(row: Any) -> dict[str, Any]:
+    """What `mlfusion probe --json` promises, and the row's id, by which the rest is found."""
+    names = (
+        "model",
+        "dataset",
+        "probe",
+        "seed",
+        "metric",
+        "val",
+        "test",
+        "metrics",
+        "selected",
+        "parameters",
+        "seconds",
+    )
+    return {name: row[name] for name in names} | {"features": row["features"], "id": row["id"]}
+
+
+def _say_extracted(one: dict[str, Any], say: Any = typer.echo) -> None:
+    skipped = f", {one['images_skipped']} skipped as unreadable" if one["images_skipped"] else ""
+    say(
+        f"{one['model']} on {one['dataset']}/{one['split']}: {one['images_written']:,} images written, "
+        f"{one['images_reused']:,} reused{skipped}; {one['forward_passes']} forward passes; "
+        f"{one['bytes'] / 1e6:,.1f} MB in {one['key']}"
+    )
+
+
+def _print_rows(rows: list[dict[str, Any]], nothing: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        _say(nothing)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, value in rows[0].items():
+        table.add_column(name.replace("_", " "), justify="right" if isinstance(value, int) else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=200).print(table)
+
+
+def _print_table(rows: Iterable[Any]) -> None:
+    from rich.console import Console
+
+    from mlfusion.report import table
+
+    Console().print(table(list(rows)))
+
+
+def _write_page(rows: Iterable[Any], path: Path) -> None:
+    from mlfusion.report import write_page
+
+    write_page(list(rows), path)
+
+
+def main() -> None:
+    """Entry point of `mlfusion`."""
+    # Threads that spin while they wait make small training loops 30 times slower on a machine with other work to do.
+    # Read once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    app()

@@ -1,0 +1,219 @@
+"""Stage 2: cached tokens → probes → rows. Opens no image and no model; a row that is there already is not made again."""
+
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache as once
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlfusion import protocol
+from mlfusion.devices import pick_device
+from mlfusion.errors import BadData, UnknownName
+from mlfusion.features import SplitPair, extract_command, require, split_pairs
+from mlfusion.population import Tokens
+from mlfusion.progress import track
+from mlfusion.results import Results, Row
+from mlfusion.specs import Probe, digest, parse_probes
+from mlfusion.store import Entry, FeatureStore
+
+PROTOCOL = 1
+"""Part of every row's id: raised when a change of code changes scores, so that old rows are made again."""
+
+AAT_HEADS = (
+    8  # attention over all tokens has this many heads, any other representation one a token (the study's choice)
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Probed:
+    """What a call of `probe` came to."""
+
+    rows: list[Row]
+    trained: int  # rows that were not there before
+    left_out: list[str]  # probes of 'all' whose tokens are not cached, with what to run
+
+
+def probe(
+    dataset: str,
+    *,
+    model: str | None = None,
+    probes: str | Sequence[str] = "all",
+    grid: str = "paper",
+    seeds: Sequence[int] = (0, 1, 2),
+    cache: str | os.PathLike[str] | None = None,
+    results: str | os.PathLike[str] = "results",
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda _: None,
+) -> Probed:
+    """Train and test probes on cached features, each by the study's protocol.
+
+    Args:
+        dataset: as given to `extract`.
+        model: likewise; None is every model whose features of the data set are cached.
+        probes: names as in `mlfusion ls probes`, or 'all': those of the study's ten that the cache can serve.
+        grid: 'paper' (21 configurations, 63 for attentive probes) or 'quick'.
+        seeds: each gives a row; split, initialisation, order, jitter and dropout follow from it.
+        cache: its root; default $MLFUSION_CACHE, or ./cache.
+        results: the folder that rows are kept in.
+        device: where to train.
+        say: told what is reused and what is left out, a line each.
+
+    Raises:
+        NotCached: says which `mlfusion extract` to run.
+        MlfusionError: any other of its kinds.
+    """
+    if grid not in protocol.GRIDS:
+        raise UnknownName("grid", grid, protocol.GRIDS)
+    store, kept, device = FeatureStore(cache), Results(Path(results)), pick_device(device)
+    rows: list[Row] = []
+    trained, left_out = 0, []
+    for pair in split_pairs(store, dataset, model):
+        word = model or pair.train.names[0].model_source
+        chosen, lacking = _servable(pair, probes, word, dataset)
+        left_out += lacking
+        for line in lacking:
+            say(line)
+        say(
+            f"{pair.model} on {pair.dataset}: features reused from the cache ({pair.train.key}, {pair.test.key}), no "
+            "forward pass"
+        )
+        jobs = [(one, seed) for one in chosen for seed in seeds]
+        known = {job: kept.find(_row_id(pair, *job, grid)) for job in jobs}
+        if done := sum(row is not None for row in known.values()):
+            say(f"{done} of {len(jobs)} results are in {kept.root} already and are not made again")
+        for one, seed in jobs:
+            row = known[one, seed]
+            if row is None:
+                row, arrays = _run(pair, one, seed, grid, device)
+                kept.append(row, arrays)
+                trained += 1
+            rows.append(row)
+    return Probed(rows, trained, left_out)
+
+
+def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: str) -> tuple[list[Probe], list[str]]:
+    """The probes asked for. Of 'all', those whose tokens are not cached are left out with a word; others are refused."""
+    depth = pair.train.spec.model.depth
+    words = names.split(",") if isinstance(names, str) else list(names)
+    named = parse_probes([word for word in words if word.strip() != "all"], depth)
+    for one in named:
+        for entry in (pair.train, pair.test):
+            require(entry, one.representation.pairs(depth), model, dataset)
+    chosen, lacking = dict.fromkeys(named), []
+    for one in parse_probes("all", depth) if len(named) < len(words) else ():
+        if absent := one.representation.pairs(depth) - pair.held:
+            lacking.append(
+                f"{one.name} is left out, its tokens are not cached; to have it: {extract_command(model, dataset, absent)}"
+            )
+        else:
+            chosen[one] = None
+    return list(chosen), lacking
+
+
+def _run(pair: SplitPair, one: Probe, seed: int, grid: str, device: str) -> tuple[Row, dict[str, np.ndarray]]:
+    spec = pair.train.spec
+    train, test = _tokens(pair.train, one), lambda: _tokens(pair.test, one)
+    with track(f"{one.name} on {pair.dataset}, seed {seed}", 1, "steps") as bar:
+        outcome = protocol.fit(
+            one.head,
+            train,
+            test,
+            classes=len(spec.data.classes),
+            heads=AAT_HEADS if one.representation.kinds == ("all",) else None,
+            grid=grid,
+            seed=seed,
+            device=device,
+            progress=bar.to,
+        )
+    arrays = {
+        "probabilities": outcome.probabilities.astype(np.float16),
+        "labels": pair.test.samples.labels[pair.test.rows],
+    }
+    if outcome.attention is not None:
+        arrays["attention"] = outcome.attention.astype(np.float16)
+    depth = spec.model.depth
+    row: Row = {
+        "id": _row_id(pair, one, seed, grid),
+        "model": pair.model,
+        "dataset": pair.dataset,
+        "probe": one.name,
+        "seed": seed,
+        "metric": "balanced_accuracy",
+        "val": outcome.val,
+        "test": outcome.test,
+        "train": outcome.train,
+        "metrics": outcome.metrics,  # type: ignore[typeddict-item]
+        "selected": outcome.selected,  # type: ignore[typeddict-item]
+        "grid": grid,  # type: ignore[typeddict-item]
+        "configurations": outcome.configurations,
+        "parameters": outcome.parameters,
+        "seconds": round(outcome.seconds, 3),
+        "layers": list(one.representation.layers(depth)),
+        "tokens": list(one.representation.kinds),
+        "depth": depth,
+        "width": spec.model.width,
+        "classes": list(spec.data.classes),
+        "images": {"train": len(pair.train.rows), "test": len(pair.test.rows)},
+        "features": [pair.train.key, pair.test.key],
+        "attention": _attention(one, depth, outcome.attention),  # type: ignore[typeddict-item]
+        "versions": {name: version(name) for name in ("mlfusion", "torch", "numpy", "scikit-learn")},
+        "code": _code(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return row, arrays
+
+
+def _tokens(entry: Entry, one: Probe) -> Tokens:
+    """[images, tokens, width]: layer by layer, in each layer CLS before AP."""
+    layers = one.representation.layers(entry.spec.model.depth)
+    values = entry.read(layers, one.representation.kinds)
+    return Tokens(values.reshape(len(values), -1, values.shape[-1]), entry.samples.labels[entry.rows])
+
+
+def _attention(one: Probe, depth: int, attention: np.ndarray | None) -> dict[str, Any] | None:
+    """Mean and spread over the test images of the attention on each token, [images, tokens]."""
+    if attention is None:
+        return None
+    layers, kinds = one.representation.layers(depth), one.representation.kinds
+    each = attention.shape[1] // (len(layers) * len(kinds))
+    return {
+        "layers": [layer for layer in layers for _ in range(len(kinds) * each)],
+        "kinds": [kind for _ in layers for kind in kinds for _ in range(each)],
+        "mean": [float(v) for v in attention.mean(0, dtype=np.float64)],
+        "sd": [float(v) for v in attention.std(0, dtype=np.float64)],
+    }
+
+
+def _row_id(pair: SplitPair, one: Probe, seed: int, grid: str) -> str:
+    """The same features, probe, grid and seed under the same protocol are the same result."""
+    return digest([PROTOCOL, pair.train.key, pair.test.key, one.name, grid, seed])
+
+
+@once
+def _code() -> str:
+    """The commit that a checkout is at, with '-dirty' if it was changed; the version where there is no checkout."""
+    here = Path(__file__).resolve().parent.parent
+    if (here / ".git").exists():
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+        said = subprocess.run(git, capture_output=True, text=True, check=False)
+        if said.returncode == 0:
+            return said.stdout.strip()
+    return version("mlfusion")
+
+
+def check_seeds(words: str) -> tuple[int, ...]:
+    """'0,1,2' → (0, 1, 2).
+
+    Raises:
+        BadData: not whole numbers from 0, or one twice.
+    """
+    parts = [part.strip() for part in words.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+        raise BadData(f"--seeds {words!r}; allowed: different whole numbers from 0, such as 0,1,2")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,295 @@
+"""The journey at the command line: both stages and the report, exit codes, JSON alone on standard output, plain errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_images, save_model
+
+from mlfusion import cli, evaluation, protocol
+from mlfusion.results import Results
+
+BASELINE, ALF = "cls-last/linear", "cls+ap-all-layers/attentive"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(save_model("vit", tmp_path_factory.mktemp("model") / "tiny-vit"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> str:
+    return str(save_images(tmp_path_factory.mktemp("data") / "colours", {"train": 8, "test": 4}))
+
+
+@pytest.fixture
+def short_grid(monkeypatch):
+    """The quick grid, cut shorter: these tests are about what is said and kept, not about scores."""
+    grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
+    monkeypatch.setitem(protocol.GRIDS, "quick", grid)
+
+
+class Said:
+    """What a command wrote and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    def call(*words: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["mlfusion", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Said(ended.value.code or 0, out, err)
+
+    return call
+
+
+def test_the_whole_journey(run, model, images, short_grid):
+    extracted = run("extract", "--model", model, "--dataset", images, "--tokens", "cls,ap,all@last", "--json")
+    assert extracted.code == 0
+    features = extracted.json["features"]
+    assert [
+        set(one)
+        >= {
+            "model",
+            "dataset",
+            "split",
+            "images",
+            "layers",
+            "tokens",
+            "dtype",
+            "key",
+            "path",
+            "bytes",
+            "images_written",
+            "images_reused",
+            "forward_passes",
+            "seconds",
+        }
+        for one in features
+    ] == [True] * 2
+    assert [one["images"] for one in features] == [24, 12]
+    assert features[0]["layers"] == [1, 2, 3, 4]
+    assert Path(features[0]["path"]).is_dir()
+
+    again = run("extract", "--model", model, "--dataset", images, "--json").json["features"]
+    assert [one["forward_passes"] for one in again] == [0, 0]
+
+    words = ("probe", "--dataset", images, "--grid", "quick", "--seeds", "0,1", "--json")
+    probed = run(*words, "--model", model)
+    assert probed.code == 0
+    assert "reused from the cache" in probed.err
+    results = probed.json["results"]
+    assert len(results) == 20
+    assert {row["probe"] for row in results} == set(cli.STUDY)
+    for row in results:
+        assert set(row) >= {
+            "model",
+            "dataset",
+            "probe",
+            "seed",
+            "metric",
+            "val",
+            "test",
+            "metrics",
+            "selected",
+            "parameters",
+            "seconds",
+            "features",
+        }
+        assert 0 <= row["val"] <= 1
+        assert 0 <= row["test"] <= 1
+        assert row["test"] == row["metrics"]["balanced_accuracy"]
+        assert row["features"] == [one["key"] for one in features]
+
+    repeated = run(*words)  # every model whose features are cached: here the same one
+    assert repeated.json["results"] == results
+    assert "20 of 20 results are in results already" in repeated.err
+
+    reported = run("report", "--html", "page.html")
+    assert reported.code == 0
+    assert ALF in reported.out.replace("\n", "")
+    assert Path("page.html").stat().st_size > 100_000
+
+
+def test_rows_lead_home_and_keep_their_attention(run, model, images, short_grid):
+    run("extract", "-m", model, "-d", images)
+    run("probe", "-d", images, "--grid", "quick", "--seeds", "0", "--probe", "alf,cls-last/linear")
+    results = Results("results")
+    by_probe = {row["probe"]: row for row in results.rows()}
+    alf = by_probe[ALF]
+    assert alf["attention"]["layers"] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert alf["attention"]["kinds"] == ["cls", "ap"] * 4
+    assert sum(alf["attention"]["mean"]) == pytest.approx(1, abs=1e-3)
+    kept = results.arrays(alf)
+    assert kept["attention"].shape == (12, 8)
+    assert kept["probabilities"].shape == (12, 3)
+    assert kept["attention"].astype(float).mean(0) == pytest.approx(alf["attention"]["mean"], abs=1e-3)
+    assert kept["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    right = (kept["probabilities"].argmax(1) == kept["labels"]).mean()
+    assert alf["metrics"]["accuracy"] == pytest.approx(right)
+    assert by_probe[BASELINE]["attention"] is None
+    assert alf["parameters"] > by_probe[BASELINE]["parameters"] == 3 * 33
+
+
+def test_the_cache_serves_stage_two_without_images_or_model(run, tmp_path, short_grid):
+    images = save_images(tmp_path / "d", {"train": 4, "test": 3})
+    model = save_model("vit", tmp_path / "m")
+    run("extract", "-m", str(model), "-d", str(images))
+    model.rename(tmp_path / "gone")
+    images.rename(tmp_path / "gone-too")
+    said = run("probe", "-d", str(tmp_path / "d"), "--grid", "quick", "--seeds", "0", "--probe", BASELINE, "--json")
+    assert len(said.json["results"]) == 1
+
+
+def test_deleting_the_cache_loses_no_result(run, model, images, short_grid):
+    import shutil
+
+    run("extract", "-m", model, "-d", images)
+    run("probe", "-d", images, "--grid", "quick", "--seeds", "0", "--probe", BASELINE)
+    shutil.rmtree("cache")
+    assert run("report").code == 0
+
+
+def test_more_seeds_run_only_those(run, model, images, short_grid):
+    run("extract", "-m", model, "-d", images)
+    words = ("probe", "-d", images, "--grid", "quick", "--probe", f"{BASELINE},cls+ap-last/linear")
+    run(*words, "--seeds", "0")
+    said = run(*words, "--seeds", "0,1")
+    assert "2 of 4 results are in results already" in said.err
+    assert len(Results("results").rows()) == 4
+
+
+def test_probes_that_the_cache_cannot_serve(run, model, images, short_grid):
+    run("extract", "-m", model, "-d", images, "--layers", "3,4")
+    words = ("probe", "-d", images, "--model", model, "--grid", "quick", "--seeds", "0")
+    refused = run(*words, "--probe", "aat")
+    assert refused.code == 1
+    assert "lack all of layers 4; run: mlfusion extract" in refused.err
+    command = refused.err.split("run: ")[1].split()
+    said = run(*words, "--probe", "all", "--json")
+    assert said.code == 0
+    assert {row["probe"] for row in said.json["results"]} == {BASELINE, "cls+ap-last/linear", "cls+ap-last/attentive"}
+    assert said.err.count("is left out, its tokens are not cached; to have it: mlfusion extract") == 7
+    assert run(*command[1:]).code == 0  # what the error said to type
+    assert run(*words, "--probe", "aat").code == 0
+
+
+def test_a_recipe_runs_both_stages_and_the_report(run, model, images, short_grid):
+    Path("mine.toml").write_text(
+        f'models = ["{model}"]\ndatasets = ["{images}"]\ntokens = "cls,ap,all@last"\ngrid = "quick"\nseeds = [3]\n'
+        'probes = ["cls-last/linear", "alf", "aat", "ap-each-layer/linear"]\n'
+    )
+    said = run("run", "mine.toml", "--json")
+    assert said.code == 0
+    assert Path(said.json["html"]).is_file()
+    assert len(said.json["results"]) == 7
+    assert sum(one["forward_passes"] for one in said.json["features"]) > 0
+    again = run("run", "mine.toml", "--json").json
+    assert again["results"] == said.json["results"]
+    assert sum(one["forward_passes"] for one in again["features"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("extract", "-m", "clip-vit-b61"), "Did you mean clip-vit-b16"),
+        (("extract", "-m", "clip-vit-b16"), "hub cannot be reached"),
+        (("extract", "-m", "nobody/nothing"), "hub cannot be reached"),
+        (("extract", "-d", "digit"), "Did you mean digits or"),
+        (("extract", "-d", "dtd"), "hub cannot be reached"),
+        (("extract", "-d", "."), "allowed: train/<class>"),
+        (("extract", "-m", "."), "no config.json"),
+        (("extract", "--format", "npz"), "Known: hdf5, zarr"),
+        (("probe", "-d", "dtd"), "Run: mlfusion extract --model MODEL --dataset dtd"),
+        (("probe", "--grid", "fast"), "no grid named 'fast'"),
+        (("probe", "--seeds", "0,0"), "allowed: different whole numbers"),
+        (("report",), "no results"),
+        (("run", "nowhere.toml"), "no recipe can be read"),
+        (("ls", "model"), "Did you mean models?"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_1(run, words, message):
+    said = run(*words)
+    assert said.code == 1
+    assert said.out == ""
+    lines = [line for line in said.err.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("words", [("extract", "--bogus"), ("nothing",), ("extract", "--batch-size", "many")])
+def test_wrong_usage_is_exit_code_2(run, words):
+    assert run(*words).code == 2
+
+
+def test_features_made_unlike_are_not_mixed(run, model, images, short_grid):
+    run("extract", "-m", model, "-d", images, "--split", "train", "--dtype", "float32")
+    run("extract", "-m", model, "-d", images, "--split", "test")
+    said = run("probe", "-d", images, "--grid", "quick")
+    assert said.code == 1
+    assert "made unlike" in said.err
+
+
+@pytest.mark.parametrize("what", ["models", "datasets", "probes", "features"])
+def test_listings(run, what, model, images):
+    if what == "features":
+        run("extract", "-m", model, "-d", images)
+    rows = run("ls", what, "--json").json[what]
+    assert rows
+    shown = run("ls", what)
+    name = "model" if what == "features" else "name"
+    assert all(row[name] in shown.out for row in rows)
+
+
+def test_help_starts_nothing_heavy():
+    code = (
+        "import sys\nsys.argv = ['mlfusion', '--help']\nfrom mlfusion.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'transformers', 'zarr', 'datasets', 'altair', 'numpy') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip().endswith("[]")
+
+
+def test_a_report_needs_no_torch(model, images, run, short_grid):
+    run("extract", "-m", model, "-d", images)
+    run("probe", "-d", images, "--grid", "quick", "--seeds", "0", "--probe", BASELINE)
+    code = (
+        "import sys\nsys.argv = ['mlfusion', 'report', '--html', 'p.html']\nfrom mlfusion.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'transformers', 'zarr', 'datasets') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert said.stdout.strip().endswith("[]")
+
+
+def test_a_stopped_run_says_that_it_goes_on(run, monkeypatch):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "probe", stop)
+    said = run("probe")
+    assert said.code == 130
+    assert "the same command goes on from here" in said.err
+
+
+def test_a_bug_is_a_traceback(monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(evaluation, "probe", broken)
+    monkeypatch.setattr(sys, "argv", ["mlfusion", "probe"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
