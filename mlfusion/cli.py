@@ -5,7 +5,6 @@ Nothing heavy is imported before it is needed: `mlfusion --help` starts neither 
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any

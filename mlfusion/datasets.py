@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from PIL import Image, UnidentifiedImageError
 
-from mlfusion.errors import BadData, MlfusionError, Unavailable, UnknownName
+from mlfusion.errors import BadData, BadImage, Unavailable, UnknownName
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -60,10 +60,6 @@ CATALOGUE: dict[str, Row] = {
         Row("imagenet1k", "clip-benchmark/wds_imagenet1k", "Natural (multi-domain)", 1281167, 1000),
     ]
 }
-
-
-class BadImage(MlfusionError):
-    """One image that cannot be read."""
 
 
 @dataclass(frozen=True, eq=False)

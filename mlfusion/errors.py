@@ -5,8 +5,10 @@ MlfusionError
   Unavailable        it exists, but cannot be had from here: no network, a gated model, a missing extra
   BadModel           the folder or checkpoint is not one that can be read as a vision transformer
   BadData            the images or labels cannot be used as they are
+    BadImage         one image that cannot be read
   NotCached          stage 2 was asked for features that stage 1 has not written
   CacheUnusable      the cache cannot be written or read: read-only, full, damaged, from a newer version
+  ResultsUnusable    likewise the results, or there are none yet
   BadRecipe          a recipe says something that no recipe may say
 
 The command line prints any of these in one line and exits with 1; every other exception is our bug and stays a traceback.
@@ -45,12 +47,20 @@ class BadData(MlfusionError):
     """Images or labels that cannot be used as they are."""
 
 
+class BadImage(BadData):
+    """One image that cannot be read; says which and why."""
+
+
 class NotCached(MlfusionError):
     """Features that no extraction has written yet."""
 
 
 class CacheUnusable(MlfusionError):
     """The cache cannot be written to or trusted."""
+
+
+class ResultsUnusable(MlfusionError):
+    """Results that cannot be saved or read."""
 
 
 class BadRecipe(MlfusionError):

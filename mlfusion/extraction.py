@@ -21,7 +21,7 @@ import numpy as np
 from mlfusion import datasets, models
 from mlfusion.backbone import Backbone
 from mlfusion.devices import pick_device
-from mlfusion.errors import BadData, CacheUnusable, MlfusionError, UnknownName
+from mlfusion.errors import BadData, BadImage, CacheUnusable, MlfusionError, UnknownName
 from mlfusion.progress import Bar, track
 from mlfusion.specs import (
     DTYPES,
@@ -257,7 +257,7 @@ class _Work:
             for i, row in enumerate(rows):
                 try:
                     images.append(self.split.image(row))
-                except datasets.BadImage as err:
+                except BadImage as err:
                     if not self.skip_bad:
                         raise BadData(
                             f"{err}; mend or remove it, or go on without such images by --skip-bad. What was extracted "

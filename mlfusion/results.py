@@ -18,7 +18,7 @@ from typing import Any, Literal, NotRequired, TypedDict, Union, get_args, get_or
 
 import numpy as np
 
-from mlfusion.errors import MlfusionError
+from mlfusion.errors import ResultsUnusable
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Results:
             arrays: such as probabilities [n_test, C] float16, attention [n_test, T] float16 and labels [n_test].
 
         Raises:
-            MlfusionError: the folder cannot be written (read-only, full, not a folder). Nothing half-written is left.
+            ResultsUnusable: the folder cannot be written (read-only, full, not a folder). Nothing half-written is left.
             ValueError: the row or an array is not one that can be read back.
         """
         if fault := _fault(row, Row):
@@ -131,7 +131,7 @@ class Results:
                 self._save_arrays(row["id"], arrays)
             self._append_line(line)
         except OSError as err:
-            raise MlfusionError(
+            raise ResultsUnusable(
                 f"cannot save results in {str(self.root)!r}: {err.strerror or err}. Nothing was lost but this row; "
                 "make room there or allow writing, or name another folder with --results PATH, and run it again"
             ) from err
@@ -173,7 +173,7 @@ class Results:
         """Every row, oldest first; of those with the same id the last. Empty where nothing was saved yet.
 
         Raises:
-            MlfusionError: the file cannot be read, or a whole line of it is no row.
+            ResultsUnusable: the file cannot be read, or a whole line of it is no row.
         """
         try:
             with self.path.open("rb") as file:
@@ -185,7 +185,7 @@ class Results:
             self._forget()
             return []
         except OSError as err:
-            raise MlfusionError(
+            raise ResultsUnusable(
                 f"cannot read results in {str(self.path)!r}: {err.strerror}; allowed: a folder that `mlfusion probe` "
                 "wrote (results by default), or the rows.jsonl in it"
             ) from err
@@ -208,7 +208,7 @@ class Results:
             log.warning("%s line %d is torn (a killed run's); it is left out", self.path, line)
             return
         if fault := _fault(row, Row):
-            raise MlfusionError(
+            raise ResultsUnusable(
                 f"{self.path} line {line} is no result: {fault}. Rows are written by `mlfusion probe`; move "
                 "that line out of the file, or name another folder of results"
             )
@@ -219,12 +219,12 @@ class Results:
         """Like `rows`, for a reader that has nothing to say without any.
 
         Raises:
-            MlfusionError: there are none; says how to make some.
+            ResultsUnusable: there are none; says how to make some.
         """
         if rows := self.rows():
             return rows
         state = "holds no row yet" if self.path.exists() else "does not exist"
-        raise MlfusionError(
+        raise ResultsUnusable(
             f"no results: {str(self.path)!r} {state}. Make some with `mlfusion probe --dataset digits --results "
             f"{self.root}`, or name a folder that has them: `mlfusion report RESULTS`"
         )
@@ -238,7 +238,7 @@ class Results:
         """What was saved beside the row: probabilities [n_test, C], attention [n_test, T], labels [n_test].
 
         Raises:
-            MlfusionError: nothing was, or it cannot be read.
+            ResultsUnusable: nothing was, or it cannot be read.
         """
         path = self.root / ARRAYS / f"{row['id']}.npz"
         try:
@@ -246,7 +246,7 @@ class Results:
                 return {name: held[name] for name in held.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as err:
             what = "were not kept" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
-            raise MlfusionError(
+            raise ResultsUnusable(
                 f"the arrays of result {row['id']} {what}: {path}. Make them again with `mlfusion probe --model "
                 f"{row['model']} --dataset {row['dataset']} --probe {row['probe']} --seeds {row['seed']} --results "
                 "PATH`, PATH being a fresh folder"

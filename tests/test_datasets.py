@@ -9,8 +9,7 @@ from PIL import Image
 from tiny import save_images
 
 from mlfusion import datasets
-from mlfusion.datasets import BadImage
-from mlfusion.errors import BadData, Unavailable, UnknownName
+from mlfusion.errors import BadData, BadImage, Unavailable, UnknownName
 
 
 def test_digits_are_scikit_learns_split_within_each_class():

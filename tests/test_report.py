@@ -210,7 +210,7 @@ def test_the_peak_of_the_attention_is_named() -> None:
 ANSWERS = [
     ({BASE: [0.930], ALF: [0.971]}, r"help: cls\+ap-all-layers/attentive reaches 97.1 % against 93.0 %.*\+4.1 points"),
     ({BASE: [0.90, 0.92], ALF: [0.95, 0.96]}, r"layers help: .*95.5 % against 91.0 %.*\(\+4.5 ± 0.7 points, 2 seeds\)"),
-    ({BASE: [0.95, 0.96], ALF: [0.90, 0.92]}, r"do not help: .*\(−4.5 ± 0.7 points"),  # noqa: RUF001
+    ({BASE: [0.95, 0.96], ALF: [0.90, 0.92]}, r"do not help: .*\(−4.5 ± 0.7 points"),
     ({BASE: [0.95, 0.96], ALF: [0.96, 0.954]}, r"make no clear difference: .*\(\+0.2 ± 1.1 points"),
     ({BASE: [0.95], ALF: [0.95]}, r"make no clear difference: .*\(0.0 points, one seed"),
     ({ALF: [0.95]}, r"ALF reaches 95.0 %; cls-last/linear was not run, so whether .* is open".replace("ALF", r"\S+")),

@@ -283,7 +283,8 @@ def test_a_moved_cache_still_opens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written"), (errno.EACCES, "--cache")]
+    ("number", "words"),
+    [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written"), (errno.EACCES, "--cache")],
 )
 def test_a_disk_that_refuses_is_told_in_words(number, words, tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
@@ -309,7 +310,9 @@ def test_features_are_found_by_any_name_they_were_given(tmp_path):
     assert not store.find(model="m", dataset="d", split="test")
 
 
-@given(images=st.integers(1, 3_000_000), layers=st.integers(1, 40), width=st.integers(1, 4096), tokens=st.integers(1, 600))
+@given(
+    images=st.integers(1, 3_000_000), layers=st.integers(1, 40), width=st.integers(1, 4096), tokens=st.integers(1, 600)
+)
 def test_shards_tile_the_images_once_and_are_cut_in_powers_of_two(images, layers, width, tokens):
     one = Stream.cut(
         [(layer, "all") for layer in range(layers)],

@@ -1,0 +1,167 @@
+"""What the house promises of itself: which rooms open onto which, what is exported, what the Makefile and README say."""
+
+import ast
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import save_images, save_model
+
+import mlfusion
+from mlfusion import cli
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mlfusion"
+
+# Who may import whom. The two stages meet only in the cache: evaluation never reaches models' files or images.
+DOORS: dict[str, set[str]] = {
+    "errors": set(),
+    "specs": {"errors"},
+    "progress": set(),
+    "store": {"errors", "specs"},
+    "models": {"errors", "specs"},
+    "datasets": {"errors"},
+    "backbone": {"errors", "specs", "models"},
+    "probes": {"errors", "specs"},
+    "metrics": set(),
+    "population": {"errors", "specs", "probes"},
+    "protocol": {"errors", "specs", "probes", "population", "metrics"},
+    "results": {"errors"},
+    "report": {"errors", "specs", "results"},
+    "features": {"errors", "specs", "store"},
+    "extraction": {"errors", "specs", "store", "models", "datasets", "backbone", "devices", "progress"},
+    "evaluation": {"errors", "specs", "store", "features", "protocol", "population", "progress", "results", "devices"},
+    "recipe": {"errors", "specs", "protocol"},
+    "formula": {"errors"},
+    "pretrain": {"errors", "formula", "specs"},
+    "devices": {"errors"},
+}
+HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
+    "transformers": {"backbone", "models", "pretrain"},
+    "zarr": set(),
+    "h5py": {"store"},
+    "datasets": {"datasets"},
+    "altair": {"report"},
+    "vl_convert": {"report"},
+    "sklearn": {"datasets", "metrics"},
+    "torch": {"backbone", "devices", "probes", "population", "protocol", "pretrain", "formula"},
+}
+
+
+def rooms() -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        inner = path.relative_to(PACKAGE)
+        name = inner.parts[0] if len(inner.parts) > 1 else inner.stem
+        if name not in ("__init__", "__main__", "cli"):
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.update([node.module] if node.module != "mlfusion" else [f"mlfusion.{a.name}" for a in node.names])
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return names
+
+
+def test_every_room_has_its_doors_written_down():
+    assert set(rooms()) == set(DOORS)
+
+
+@pytest.mark.parametrize("room", sorted(DOORS))
+def test_rooms_open_only_onto_their_neighbours(room):
+    for path in rooms()[room]:
+        inside = {name.split(".")[1] for name in imports(path) if name.startswith("mlfusion.")} - {room}
+        assert inside <= DOORS[room], path.name
+
+
+@pytest.mark.parametrize("library", sorted(HEAVY))
+def test_heavy_libraries_have_a_home(library):
+    users = {room for room, paths in rooms().items() for p in paths for n in imports(p) if n.split(".")[0] == library}
+    assert users <= HEAVY[library]
+
+
+def test_every_module_says_why_it_exists():
+    for path in PACKAGE.rglob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path.name
+
+
+def test_exports_are_there_and_sorted():
+    assert mlfusion.__all__ == sorted(mlfusion.__all__)
+    for name in mlfusion.__all__:
+        assert callable(getattr(mlfusion, name))
+    importlib.import_module("mlfusion.extraction")  # importing the rooms must not put modules in place of functions
+    assert callable(mlfusion.extract)
+    assert callable(mlfusion.probe)
+
+
+def targets() -> list[str]:
+    return re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("target", ["demo", "extract", "probe", "run", "report", "models", "datasets"])
+def test_targets_call_commands_that_exist(target):
+    said = subprocess.run(
+        ["make", "-n", target, "MODEL=m", "DATASET=a b"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    words = re.search(r"/mlfusion (\w+)", said)
+    assert words
+    assert words[1] in {command.callback.__name__ for command in cli.app.registered_commands}
+    if target in ("extract", "probe"):
+        assert "--model 'm' --dataset 'a b'" in said
+
+
+def test_make_alone_lists_every_target():
+    said = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(re.search(f"^{target} ", said, re.M) for target in targets())
+
+
+def test_the_readme_names_what_exists():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"(?:^|`)make ([a-z]+)", text, re.M):
+        assert target in targets(), target
+    for command in re.findall(r"(?:^|`)mlfusion ([a-z]+)", text, re.M):
+        assert command in {c.callback.__name__ for c in cli.app.registered_commands}, command
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / path).exists(), path
+
+
+def fenced(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
+def test_the_caches_readme_shows_the_tree_that_is_written(tmp_path):
+    model, data = save_model("vit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 3, "test": 2})
+    [one] = mlfusion.extract(str(model), str(data), splits="train", tokens="cls,ap,all@last", cache=tmp_path / "cache")
+    mlfusion.extract(str(model), str(data), splits="train", tokens="ap@0", cache=tmp_path / "cache", format="hdf5")
+
+    def general(path: Path) -> str:
+        text = path.relative_to(tmp_path / "cache").as_posix().replace(one.entry.key, "KEY")
+        return re.sub(r"(names|runs)/\w+\.json", r"\1/ID.json", text)
+
+    written = {general(path) for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    [tree] = fenced(ROOT / "cache" / "README.md", "tree")
+    described = {line.split("  ")[0].strip() for line in tree.splitlines() if line.strip()}
+    assert described == written | {"v1/KEY/skipped/ROW.json"}
+
+
+def test_the_code_in_the_caches_readme_runs(tmp_path, monkeypatch):
+    model, data = save_model("vit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 3, "test": 2})
+    cache = tmp_path / "cache"
+    [one] = mlfusion.extract(str(model), str(data), splits="train", cache=cache)
+    mlfusion.extract(str(model), str(data), splits="train", tokens="ap@0", cache=cache, format="hdf5")
+    monkeypatch.chdir(tmp_path)
+    held: dict[str, np.ndarray] = {}
+    for code in fenced(ROOT / "cache" / "README.md", "python"):
+        exec(code.replace("KEY", one.entry.key), held)
+    np.testing.assert_array_equal(held["tokens"], one.entry.read([1, 2, 3, 4], ["cls", "ap"]))
+    np.testing.assert_array_equal(held["first"], one.entry.read([0], ["ap"]))
+    assert held["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert held["ids"] == list(one.entry.samples.ids)
