@@ -181,13 +181,18 @@ def run(
 def report(
     results: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
     html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page here.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the tables as Markdown here.")] = None,
 ) -> None:
-    """A table of results in the terminal, and a page if --html is given."""
+    """A table of results in the terminal; a page if --html is given."""
     from mlfusion.results import Results
 
     rows = Results(results).require()
     if html:
         _write_page(rows, html)
+    if markdown:
+        from mlfusion.report import markdown as written
+
+        markdown.write_text(written(rows), encoding="utf-8")
     _print_table(rows)
     if html:
         typer.echo(f"report: {html}")

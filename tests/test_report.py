@@ -15,7 +15,7 @@ from rich.console import Console
 from rows import row, study
 
 from mlfusion.errors import MlfusionError, Unavailable
-from mlfusion.report import table, write_page
+from mlfusion.report import markdown, table, write_page
 from mlfusion.report.page import page
 from mlfusion.report.summary import blocks, duration, percent, points
 from mlfusion.report.words import answer, opening
@@ -384,3 +384,11 @@ def test_numbers_read_well() -> None:
         "1 h 0 min",
         "1 h 7 min",
     ]
+
+
+def test_markdown_says_what_the_terminal_says() -> None:
+    text = markdown(study({BASE: [0.90, 0.92], ALF: [0.95, 0.96]}))
+    assert f"| `{BASE}` | 91.0 ± 1.4 | baseline |" in text
+    assert f"| `{ALF}` | 95.5 ± 0.7 | +4.5 ± 0.7 |" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert "mlfusion probe --model" in text

@@ -4,6 +4,6 @@
 """
 
 from mlfusion.report.page import write_page
-from mlfusion.report.terminal import table
+from mlfusion.report.terminal import markdown, table
 
-__all__ = ["table", "write_page"]
+__all__ = ["markdown", "table", "write_page"]

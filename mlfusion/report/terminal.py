@@ -1,4 +1,4 @@
-"""The report as a table for the terminal, so that an answer needs no browser."""
+"""The report as a table for the terminal, or as Markdown for a page of text, so that an answer needs no browser."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,9 +6,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mlfusion.report.page import commands
 from mlfusion.report.summary import Block, Score, Spread, blocks, count, duration, percent, points
 from mlfusion.report.words import answer
 from mlfusion.results import Row
+
+
+HEADS = ("test", "gain, points", "val", "param.", "time", "n")
 
 
 def table(rows: Sequence[Row]) -> RenderableType:
@@ -23,11 +27,44 @@ def table(rows: Sequence[Row]) -> RenderableType:
     return Group(*parts[:-1])
 
 
-def _table(block: Block) -> Table:
+def markdown(rows: Sequence[Row]) -> str:
+    """The same as Markdown, with the commands that make it again.
+
+    Raises:
+        MlfusionError: there are no rows.
+    """
+    parts = []
+    for block in blocks(rows):
+        lines = [_cells(score) for score in block.scores]
+        metric = block.metric.replace("_", " ")
+        parts.append(
+            "\n".join(
+                [
+                    f"### {block.name}",
+                    "",
+                    f"{_sizes(block)}. {answer(block)}",
+                    "",
+                    f"| {metric}, % | " + " | ".join(HEADS) + " |",
+                    "|---|" + "---:|" * len(HEADS),
+                    *("| " + " | ".join([f"`{name}`", *cells]) + " |" for name, *cells in lines),
+                    "",
+                    "```",
+                    *commands(block),
+                    "```",
+                ]
+            )
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _sizes(block: Block) -> str:
     images = block.rows[0]["images"]
-    sizes = f"{count(images['train'])} train, {count(images['test'])} test images, {block.grid} grid"
+    return f"{count(images['train'])} train, {count(images['test'])} test images, {block.grid} grid"
+
+
+def _table(block: Block) -> Table:
     drawn = Table(
-        title=Text.assemble((block.name, "bold"), ("   " + sizes, "dim")),
+        title=Text.assemble((block.name, "bold"), ("   " + _sizes(block), "dim")),
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -36,7 +73,7 @@ def _table(block: Block) -> Table:
         title_style="",
     )
     drawn.add_column(block.metric.replace("_", " ") + ", %", no_wrap=True)
-    for head in ("test", "gain, points", "val", "param.", "time", "n"):
+    for head in HEADS:
         drawn.add_column(head, justify="right", no_wrap=True)
     best = max((score for score in block.scores if score.gain), key=lambda score: score.test.mean, default=None)
     for score in block.scores:
