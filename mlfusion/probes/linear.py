@@ -34,9 +34,9 @@ class Linear(nn.Module):
         """A linear probe attends to nothing.
 
         Raises:
-            NotImplementedError: always; ask `attends` first.
+            TypeError: always; ask `attends` first.
         """
-        raise NotImplementedError("a linear probe has no attention")
+        raise TypeError("a linear probe has no attention")
 
     @staticmethod
     def bytes_each(shape: Shape, batch: int) -> int:

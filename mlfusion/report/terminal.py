@@ -11,7 +11,6 @@ from mlfusion.report.summary import Block, Score, Spread, blocks, count, duratio
 from mlfusion.report.words import answer
 from mlfusion.results import Row
 
-
 HEADS = ("test", "gain, points", "val", "param.", "time", "n")
 
 
