@@ -208,10 +208,11 @@ class _Work:
 
     def run(self, backbone: Backbone, pairs: frozenset[Pair]) -> None:
         """Compute and publish every missing shard that holds one of `pairs`."""
+        wanted = pairs - self.entry.held()
         gaps = {
             stream: missing
             for stream in self.entry.streams()
-            if stream.pairs & (pairs - self.entry.held()) and (missing := set(self.entry.missing_shards(stream)))
+            if stream.pairs & wanted and (missing := set(self.entry.missing_shards(stream)))
         }
         if not gaps:
             return

@@ -224,5 +224,5 @@ def test_the_registry_keeps_the_contract() -> None:
         if probe.attends:
             assert built.attention(torch.randn(4, SHAPE.tokens, SHAPE.width)).ndim == 4
         else:
-            with pytest.raises(NotImplementedError, match="no attention"):
+            with pytest.raises(TypeError, match="no attention"):
                 built.attention(torch.randn(4, SHAPE.tokens, SHAPE.width))

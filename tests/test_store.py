@@ -230,6 +230,18 @@ def test_drafts_of_the_dead_are_swept_and_of_the_living_are_not(tmp_path):
     assert [draft.exists() for draft in (gone, mine, elsewhere)] == [False, True, True]
 
 
+def test_what_another_writer_has_not_finished_is_not_seen(tmp_path):
+    import shutil
+
+    entry = new_entry(tmp_path)
+    fill(entry, "zarr")
+    shutil.copytree(entry.path, disk.draft_name(entry.path.parent))
+    [one] = entry.streams()
+    shutil.copytree(entry.path / "tokens" / one.name, disk.draft_name(entry.path / "tokens"))
+    assert [e.key for e in FeatureStore(tmp_path).entries()] == [entry.key]
+    assert entry.streams() == [one]
+
+
 def test_images_that_could_not_be_read_are_left_out(tmp_path):
     entry = new_entry(tmp_path)
     [one] = streams_for(PAIRS, tokens={"cls": 1, "ap": 1}, widths=WIDTHS, images=19, dtype="float16", format="zarr")

@@ -100,8 +100,8 @@ class FeatureStore:
 
     def entries(self) -> Iterator[Entry]:
         """Every entry, whole or begun."""
-        for path in sorted(self._entries.glob("*/entry.json")):
-            yield Entry(path.parent)
+        for path in disk.finished(self._entries, "entry.json"):
+            yield Entry(path)
 
     def find(self, *, model: str | None = None, dataset: str, split: str | None = None) -> list[Entry]:
         """Entries that somebody extracted under these words: a name, a hub id or a folder."""

@@ -25,6 +25,11 @@ def draft_name(folder: Path) -> Path:
     return folder / f"{DRAFT}{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
 
 
+def finished(folder: Path, marker: str) -> list[Path]:
+    """Folders in `folder` that hold the file `marker` and bear a name of their own, by name."""
+    return sorted(file.parent for file in folder.glob(f"*/{marker}") if not file.parent.name.startswith(DRAFT))
+
+
 def sweep(folder: Path) -> None:
     """Remove the drafts that dead processes of this host left in `folder`."""
     for draft in folder.glob(f"{DRAFT}*"):

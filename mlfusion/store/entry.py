@@ -107,7 +107,8 @@ class Entry:
 
     def streams(self) -> list[Stream]:
         """Every stream that was begun."""
-        return [Stream.from_json(json.loads(f.read_text())) for f in sorted((self.path / TOKENS).glob("*/stream.json"))]
+        folders = disk.finished(self.path / TOKENS, "stream.json")
+        return [Stream.from_json(json.loads((folder / "stream.json").read_text())) for folder in folders]
 
     def missing_shards(self, stream: Stream) -> list[int]:
         """Shards of a stream that are not there yet."""
@@ -158,11 +159,7 @@ class Entry:
 
     def sweep(self) -> None:
         """Remove what killed writers left behind."""
-        for folder in (
-            self.path,
-            self.path / TOKENS,
-            *(file.parent for file in (self.path / TOKENS).glob("*/stream.json")),
-        ):
+        for folder in (self.path, *(folder for folder in self.path.rglob("*") if folder.is_dir())):
             disk.sweep(folder)
 
     # --- reading ----------------------------------------------------------------------------------------------------
