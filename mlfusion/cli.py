@@ -55,7 +55,7 @@ Cache = Annotated[
 ResultsPath = Annotated[Path, typer.Option("--results", help="Folder that result rows are kept in.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
-Grid = Annotated[str, typer.Option("--grid", help="paper: 21 configurations, 63 for attentive probes; quick: 3 and 6.")]
+Grid = Annotated[str, typer.Option("--grid", help="paper: 21 configurations, 63 for attentive probes; quick: 3.")]
 
 
 @app.command()

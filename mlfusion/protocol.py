@@ -50,7 +50,7 @@ GRIDS = {
     "quick": Grid(
         learning_rates=(1e-1, 1e-2, 1e-3),
         weight_decays=(1e-2,),
-        dropouts=(0.0, 0.1),
+        dropouts=(0.1,),
         epochs=12,
         least_steps=300,
     ),

@@ -55,15 +55,14 @@ def test_the_papers_grid_has_21_linear_and_63_attentive_configurations() -> None
     assert (GRIDS["paper"].epochs, GRIDS["paper"].least_steps) == (40, 1000)
 
 
+@pytest.mark.parametrize(("head", "times"), [("linear", 17), ("attentive", 50)])
 @pytest.mark.parametrize("images", [240, 1504, 100_000])
-def test_the_quick_grid_is_some_twenty_times_cheaper(images: int) -> None:
+def test_the_quick_grid_is_many_times_cheaper(images: int, head: str, times: int) -> None:
     def cost(name: str) -> int:
         grid = GRIDS[name]
-        return (
-            len(grid.configurations("attentive")) * grid.schedule(images * 4 // 5).steps + grid.schedule(images).steps
-        )
+        return len(grid.configurations(head)) * grid.schedule(images * 4 // 5).steps + grid.schedule(images).steps
 
-    assert 15 < cost("paper") / cost("quick") < 40
+    assert cost("paper") / cost("quick") > times
 
 
 def test_an_unknown_grid_is_told_with_those_there_are() -> None:
