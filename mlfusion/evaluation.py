@@ -100,13 +100,13 @@ def probe(
 def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: str) -> tuple[list[Probe], list[str]]:
     """The probes asked for. Of 'all', those whose tokens are not cached are left out with a word; others are refused."""
     depth = pair.train.spec.model.depth
-    words = names.split(",") if isinstance(names, str) else list(names)
-    named = parse_probes([word for word in words if word.strip() != "all"], depth)
+    words = [word.strip() for word in (names.split(",") if isinstance(names, str) else names)]
+    named = parse_probes([word for word in words if word != "all"], depth)
     for one in named:
         for entry in (pair.train, pair.test):
             require(entry, one.representation.pairs(depth), model, dataset)
     chosen, lacking = dict.fromkeys(named), []
-    for one in parse_probes("all", depth) if len(named) < len(words) else ():
+    for one in parse_probes("all", depth) if "all" in words else ():
         if absent := one.representation.pairs(depth) - pair.held:
             lacking.append(
                 f"{one.name} is left out, its tokens are not cached; to have it: {extract_command(model, dataset, absent)}"

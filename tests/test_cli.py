@@ -161,6 +161,15 @@ def test_deleting_the_cache_loses_no_result(run, model, images, short_grid):
     assert run("report").code == 0
 
 
+def test_all_and_more_by_name(run, model, images, short_grid):
+    run("extract", "-m", model, "-d", images)
+    words = ("probe", "-d", images, "--grid", "quick", "--seeds", "0", "--json")
+    said = run(*words, "--probe", "all,cls-each-layer/linear").json["results"]
+    assert {row["probe"] for row in said} == {*cli.STUDY, *(f"cls-layer-{n}/linear" for n in range(1, 5))} - {
+        "all-tokens-last/attentive"
+    }
+
+
 def test_more_seeds_run_only_those(run, model, images, short_grid):
     run("extract", "-m", model, "-d", images)
     words = ("probe", "-d", images, "--grid", "quick", "--probe", f"{BASELINE},cls+ap-last/linear")
