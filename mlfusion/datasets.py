@@ -181,7 +181,7 @@ def _digits() -> DataSet:
             decode=lambda data: Image.frombytes("L", (8, 8), data),
         )
 
-    test = turn % 5 == 4
+    test = turn % 5 == 4  # every fifth of a class
     return DataSet(
         "digits",
         "embedded",

@@ -165,3 +165,13 @@ def test_the_code_in_the_caches_readme_runs(tmp_path, monkeypatch):
     np.testing.assert_array_equal(held["first"], one.entry.read([0], ["ap"]))
     assert held["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert held["ids"] == list(one.entry.samples.ids)
+
+
+def test_the_code_in_the_readme_runs_on_the_embedded_default(capsys):
+    """The real model on the real digits, offline: what the README shows first."""
+    [code] = fenced(ROOT / "README.md", "python")
+    exec(code, held := {})
+    assert held["features"].tokens.shape == (1442, 8, 2, 128)
+    said = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(said["cls-last/linear"]) > 0.95
+    assert float(said["cls+ap-all-layers/attentive"]) > 0.97

@@ -391,4 +391,3 @@ def test_markdown_says_what_the_terminal_says() -> None:
     assert f"| `{BASE}` | 91.0 ± 1.4 | baseline |" in text
     assert f"| `{ALF}` | 95.5 ± 0.7 | +4.5 ± 0.7 |" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
-    assert "mlfusion probe --model" in text

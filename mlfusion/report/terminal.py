@@ -6,7 +6,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlfusion.report.page import commands
 from mlfusion.report.summary import Block, Score, Spread, blocks, count, duration, percent, points
 from mlfusion.report.words import answer
 from mlfusion.results import Row
@@ -27,7 +26,7 @@ def table(rows: Sequence[Row]) -> RenderableType:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The same as Markdown, with the commands that make it again.
+    """The same as Markdown.
 
     Raises:
         MlfusionError: there are no rows.
@@ -46,10 +45,6 @@ def markdown(rows: Sequence[Row]) -> str:
                     f"| {metric}, % | " + " | ".join(HEADS) + " |",
                     "|---|" + "---:|" * len(HEADS),
                     *("| " + " | ".join([f"`{name}`", *cells]) + " |" for name, *cells in lines),
-                    "",
-                    "```",
-                    *commands(block),
-                    "```",
                 ]
             )
         )
