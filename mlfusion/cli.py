@@ -140,7 +140,9 @@ def run(
     cache: Cache = None,
     results: ResultsPath = Path("results"),
     html: Annotated[Path | None, typer.Option("--html", help="The page; default RESULTS/<recipe>.html.")] = None,
-    device: Device = "auto",
+    device: Annotated[
+        str, typer.Option("--device", help="Of the forward pass; probes train on the processor.")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Both stages and the report, as a recipe says. What is cached or done already is not done again."""
@@ -164,7 +166,6 @@ def run(
                 seeds=plan.seeds,
                 cache=cache,
                 results=results,
-                device=device,
                 say=_say,
             )
             rows += done.rows
