@@ -38,7 +38,7 @@ def load_features(
     """Cached tokens as NumPy arrays, in the dtype they are kept in; images skipped at extraction are left out.
 
         features = mlfusion.load_features("formula-vit", "digits", "train")
-        features.tokens, features.labels        # [1442, 12, 2, 128] float16, [1442] int64
+        features.tokens, features.labels        # [1442, 8, 2, 128] float16, [1442] int64
 
     Args:
         model: a name, hub id or folder, as given to `extract`.
