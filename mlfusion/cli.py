@@ -35,7 +35,6 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Ask a frozen vision transformer what its layers know.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -56,6 +55,23 @@ ResultsPath = Annotated[Path, typer.Option("--results", help="Folder that result
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Grid = Annotated[str, typer.Option("--grid", help="paper: 21 configurations, 63 for attentive probes; quick: 3.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mlfusion {version('mlfusion')}")
+        raise typer.Exit
+
+
+@app.callback()
+def mlfusion(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and go.")
+    ] = False,
+) -> None:
+    """Ask a frozen vision transformer what its layers know."""
 
 
 @app.command()

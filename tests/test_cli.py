@@ -243,6 +243,12 @@ def test_wrong_usage_is_exit_code_2(run, words):
     assert run(*words).code == 2
 
 
+def test_the_version_is_told(run):
+    said = run("--version")
+    assert said.code == 0
+    assert said.out.startswith("mlfusion 0.")
+
+
 def test_features_made_unlike_are_not_mixed(run, model, images, short_grid):
     run("extract", "-m", model, "-d", images, "--split", "train", "--dtype", "float32")
     run("extract", "-m", model, "-d", images, "--split", "test")

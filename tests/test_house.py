@@ -30,7 +30,7 @@ DOORS: dict[str, set[str]] = {
     "population": {"errors", "specs", "probes"},
     "protocol": {"errors", "specs", "probes", "population", "metrics"},
     "results": {"errors"},
-    "report": {"errors", "specs", "results"},
+    "report": {"errors", "specs", "results", "progress"},
     "features": {"errors", "specs", "store"},
     "extraction": {"errors", "specs", "store", "models", "datasets", "backbone", "devices", "progress"},
     "evaluation": {"errors", "specs", "store", "features", "protocol", "population", "progress", "results", "devices"},

@@ -15,9 +15,10 @@ from rich.console import Console
 from rows import row, study
 
 from mlfusion.errors import MlfusionError, Unavailable
+from mlfusion.progress import duration
 from mlfusion.report import markdown, table, write_page
 from mlfusion.report.page import page
-from mlfusion.report.summary import blocks, duration, percent, points
+from mlfusion.report.summary import blocks, percent, points
 from mlfusion.report.words import answer, opening
 from mlfusion.results import Row
 

@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlfusion.report.summary import Block, Score, Spread, blocks, count, duration, percent, points
+from mlfusion.progress import duration
+from mlfusion.report.summary import Block, Score, Spread, blocks, count, percent, points
 from mlfusion.report.words import answer
 from mlfusion.results import Row
 
