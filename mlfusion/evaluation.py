@@ -83,6 +83,8 @@ def probe(
             f"{pair.model} on {pair.dataset}: features reused from the cache ({pair.train.key}, {pair.test.key}), no "
             "forward pass"
         )
+        if pair.older:
+            say(f"{pair.older} other sets of features go by these names; those extracted last are used")
         jobs = [(one, seed) for one in chosen for seed in seeds]
         known = {job: kept.find(_row_id(pair, *job, grid)) for job in jobs}
         if done := sum(row is not None for row in known.values()):

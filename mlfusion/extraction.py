@@ -130,7 +130,7 @@ def extract(
             dtype=dtype,
         )
         entry = store.entry(spec) or store.create(spec, samples, names)
-        _note_names(entry, names)
+        entry.use(names)
         work = _Work(entry, split, batch_size, skip_bad)
         if not pairs <= entry.held():
             backbone = backbone or Backbone(checkpoint, device)
@@ -163,15 +163,6 @@ def _samples(name: str, split: datasets.Split) -> Samples:
             bar.advance()
     table = np.frombuffer(bytes(digests), np.uint8).reshape(len(split), 16)
     return Samples(split.ids, split.labels, table, split.classes)
-
-
-def _note_names(entry: Entry, names: Names) -> None:
-    """Record what the user calls these features; a cache that is only read goes without."""
-    if names not in entry.names:
-        try:
-            entry.call(names)
-        except OSError:
-            return
 
 
 def _begin_streams(entry: Entry, pairs: frozenset[Pair], backbone: Backbone, format: FormatName) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mlfusion.errors import BadData, NotCached
 from mlfusion.specs import FeatureSpec, Pair, TokenKind, layer_ranges, parse_layers, parse_tokens
-from mlfusion.store import Entry, FeatureStore
+from mlfusion.store import Entry, FeatureStore, Names
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +79,7 @@ class SplitPair:
     dataset: str
     train: Entry
     test: Entry
+    older: int  # other pairs that go by the same names
 
     @property
     def held(self) -> frozenset[Pair]:
@@ -92,18 +93,21 @@ def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[Sp
     Raises:
         NotCached: there are none, or one split lacks its partner; says what to run.
     """
-    found: dict[str, list[SplitPair]] = {}
+    found: dict[str, list[tuple[Names, Entry, Entry]]] = {}
     trains, tests = (store.find(model=model, dataset=dataset, split=split) for split in ("train", "test"))
     for train in trains:
         for test in tests:
             if _made_alike(train.spec, test.spec):
                 name = train.names[0]
-                found.setdefault(model or name.model_source, []).append(
-                    SplitPair(name.model, name.dataset, train, test)
-                )
+                found.setdefault(model or name.model_source, []).append((name, train, test))
     if not found:
         raise NotCached(_not_there(store, model, dataset, [e.spec.data.split for e in (*trains, *tests)]))
-    return [max(pairs, key=lambda pair: max(pair.train.touched, pair.test.touched)) for pairs in found.values()]
+    pairs = []
+    for alike in found.values():
+        # The newest of each, not of both together: a data set that changed leaves old partners for new splits.
+        name, train, test = max(alike, key=lambda each: (each[1].touched, each[2].touched))
+        pairs.append(SplitPair(name.model, name.dataset, train, test, older=len(alike) - 1))
+    return pairs
 
 
 def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str) -> None:
@@ -128,7 +132,8 @@ def extract_command(model: str, dataset: str, pairs: frozenset[Pair], spec: Feat
 
 
 def _made_alike(train: FeatureSpec, test: FeatureSpec) -> bool:
-    return (train.model, train.dtype, train.format) == (test.model, test.dtype, test.format)
+    same = (train.model, train.dtype, train.format) == (test.model, test.dtype, test.format)
+    return same and train.data.classes == test.data.classes
 
 
 def _of_split(store: FeatureStore, model: str, dataset: str, split: str) -> list[Entry]:

@@ -161,6 +161,30 @@ def test_deleting_the_cache_loses_no_result(run, model, images, short_grid):
     assert run("report").code == 0
 
 
+def test_of_a_data_set_that_changed_the_features_extracted_last_are_used(run, model, tmp_path, short_grid):
+    import shutil
+
+    images = save_images(tmp_path / "d", {"train": 4, "test": 3})
+    shutil.copytree(images, tmp_path / "as-it-was")
+
+    def keys(*words: str) -> tuple[list[str], str]:
+        extracted = run("extract", "-m", model, "-d", str(images), "--json").json["features"]
+        said = run("probe", "-d", str(images), "--grid", "quick", "--seeds", "0", "--probe", BASELINE, "--json")
+        assert said.json["results"][0]["features"] == [one["key"] for one in extracted]
+        return said.json["results"][0]["features"], said.err
+
+    first, told = keys()
+    assert "other sets" not in told
+    for split in ("train", "test"):
+        shutil.copy(images / split / "red" / "000.png", images / split / "red" / "001.png")
+    second, told = keys()
+    assert not set(first) & set(second)
+    assert "3 other sets of features go by these names; those extracted last are used" in told
+    shutil.rmtree(images)
+    shutil.copytree(tmp_path / "as-it-was", images)
+    assert keys()[0] == first  # reused, not computed again, and meant again
+
+
 def test_all_and_more_by_name(run, model, images, short_grid):
     run("extract", "-m", model, "-d", images)
     words = ("probe", "-d", images, "--grid", "quick", "--seeds", "0", "--json")

@@ -10,9 +10,10 @@
 """
 
 import json
+import os
 import uuid
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +100,12 @@ class Entry:
         if not file.exists():
             disk.publish_json(file, asdict(names))
 
+    def use(self, names: Names) -> None:
+        """Make this the entry that these names mean now; a cache that can only be read goes without."""
+        with suppress(OSError):
+            self.call(names)
+            os.utime(self.path / "names")
+
     def record_run(self, provenance: dict[str, Any]) -> None:
         """Keep how an extraction went: versions, device, images a second."""
         disk.publish_json(self.path / "runs" / f"{uuid.uuid4().hex[:12]}.json", provenance)
@@ -123,8 +130,8 @@ class Entry:
 
     @property
     def touched(self) -> int:
-        """When something was last written here, in nanoseconds; only ever compared."""
-        return max(file.stat().st_mtime_ns for file in (self.path / "runs", self.path / TOKENS, self.path / "names"))
+        """When this was last extracted or reused by an extraction, in nanoseconds; only ever compared."""
+        return (self.path / "names").stat().st_mtime_ns
 
     def size(self) -> int:
         """Bytes on disk."""
