@@ -1,6 +1,7 @@
 """From words to cached features: which entries are meant by a model's and a data set's name. Needs neither images nor model."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,7 +129,7 @@ def extract_command(model: str, dataset: str, pairs: frozenset[Pair], spec: Feat
             groups.setdefault(layer_ranges(by_kind[kind]), []).append(kind)
     tokens = ",".join(f"{'+'.join(kinds)}@{layers}" for layers, kinds in groups.items())
     dtype = f" --dtype {spec.dtype}" if spec and spec.dtype != "float16" else ""
-    return f"mlfusion extract --model {model} --dataset {dataset} --tokens {tokens}{dtype}"
+    return f"mlfusion extract {_place(model, dataset)} --tokens {tokens}{dtype}"
 
 
 def _made_alike(train: FeatureSpec, test: FeatureSpec) -> bool:
@@ -157,14 +158,19 @@ def _not_there(store: FeatureStore, model: str | None, dataset: str, splits: lis
         why = f"only {', '.join(sorted(set(splits)))} is cached" if absent else "train and test were made unlike"
         return (
             f"a probe needs train and test features made alike; of {dataset}, {why}. Run: mlfusion extract "
-            f"--model {model or 'MODEL'} --dataset {dataset}"
+            + _place(model, dataset)
         )
     pairs = sorted({(n.model, n.dataset) for entry in store.entries() for n in entry.names})
     shown = ", ".join(f"{m} on {d}" for m, d in pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
     return (
         f"no features of {dataset}{f' by {model}' if model else ''} in {store.root} (it holds {shown or 'nothing yet'}). "
-        f"Run: mlfusion extract --model {model or 'MODEL'} --dataset {dataset}"
+        f"Run: mlfusion extract {_place(model, dataset)}"
     )
+
+
+def _place(model: str | None, dataset: str) -> str:
+    """The options as they can be typed."""
+    return f"--model {shlex.quote(model or 'MODEL')} --dataset {shlex.quote(dataset)}"
 
 
 def _words(pairs: frozenset[Pair]) -> str:

@@ -143,12 +143,14 @@ def test_rows_lead_home_and_keep_their_attention(run, model, images, short_grid)
 
 
 def test_the_cache_serves_stage_two_without_images_or_model(run, tmp_path, short_grid):
-    images = save_images(tmp_path / "d", {"train": 4, "test": 3})
+    images = save_images(tmp_path / "d e", {"train": 4, "test": 3})
     model = save_model("vit", tmp_path / "m")
     run("extract", "-m", str(model), "-d", str(images))
+    refused = run("probe", "-d", str(images), "--probe", "aat")
+    assert f"--dataset '{images}' --tokens all@4" in refused.err
     model.rename(tmp_path / "gone")
     images.rename(tmp_path / "gone-too")
-    said = run("probe", "-d", str(tmp_path / "d"), "--grid", "quick", "--seeds", "0", "--probe", BASELINE, "--json")
+    said = run("probe", "-d", str(tmp_path / "d e"), "--grid", "quick", "--seeds", "0", "--probe", BASELINE, "--json")
     assert len(said.json["results"]) == 1
 
 

@@ -24,6 +24,14 @@ def test_every_recipe_of_both_stages_loads(path):
     assert recipe.load(path).models
 
 
+def test_the_recipes_readme_names_every_recipe_and_every_key():
+    import dataclasses
+
+    text = (PIPELINES / "README.md").read_text()
+    assert set(re.findall(r"\]\((\w[\w-]*\.toml)\)", text)) == {path.name for path in PIPELINES.glob("*.toml")}
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == {f.name for f in dataclasses.fields(recipe.Recipe)}
+
+
 def test_the_default_recipe_is_what_the_commands_default_to():
     default = recipe.load(PIPELINES / "default.toml")
     assert (default.models, default.datasets) == ((cli.MODEL,), (cli.DATASET,))
