@@ -129,6 +129,7 @@ def test_the_readme_names_what_exists():
         assert target in targets(), target
     for command in re.findall(r"(?:^|`)mlfusion ([a-z]+)", text, re.M):
         assert command in {c.callback.__name__ for c in cli.app.registered_commands}, command
+    assert all(path.name in text or path.parent.name != "mlfusion" for path in PACKAGE.glob("[a-z]*.py"))
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / path).exists(), path
 
