@@ -189,23 +189,28 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(format, model, images, tmp_
     assert not list((tmp_path / "killed").rglob(f"{disk.DRAFT}*"))
 
 
-def test_a_full_disk_loses_nothing(model, images, tmp_path):
+@pytest.mark.parametrize("format", ["zarr", "hdf5"])
+def test_a_full_disk_loses_nothing(format, model, images, tmp_path):
     """A limit on the size of files stands in for the disk: the all-tokens shard does not fit, the others do."""
     limited = (
         "import resource, sys, mlfusion\nfrom mlfusion.errors import CacheUnusable\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "try:\n    mlfusion.extract(sys.argv[1], sys.argv[2], splits='train', tokens='all', layers='4')\n"
+        "try:\n    mlfusion.extract(sys.argv[1], sys.argv[2], splits='train', tokens='all', layers='4', format=sys.argv[3])\n"
         "except CacheUnusable as err:\n    print(err)\n"
     )
     [before] = mlfusion.extract(model, images, splits="train", layers="1")
     said = subprocess.run(
-        [sys.executable, "-c", limited, model, images], capture_output=True, text=True, check=True, cwd=Path.cwd()
+        [sys.executable, "-c", limited, model, images, format],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path.cwd(),
     )
     assert "no space left for the cache" in said.stdout
     assert "--cache" in said.stdout
     assert not list(Path("cache").rglob(f"{disk.DRAFT}*"))
     assert before.entry.read([1], ["cls"]).shape == (21, 1, 1, 32)
-    [after] = mlfusion.extract(model, images, splits="train", layers="4", tokens="all")
+    [after] = mlfusion.extract(model, images, splits="train", layers="4", tokens="all", format=format)
     assert after.entry.read([4], ["all"]).shape == (21, 1, 17, 32)
 
 

@@ -5,10 +5,10 @@ readable by it, but a direct read runs at the speed of a memory map where the li
 shards are small whole files, one a shard, never appended to.
 """
 
+import io
 import json
 import mmap
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -151,9 +151,7 @@ class ZarrWriter:
         if entry is not None:
             entry[:] = self._offset, data.nbytes + crc.nbytes
         for part in (data, crc):
-            view = part.data.cast("B")
-            while view:  # a raw write may be short
-                view = view[self._file.write(view) :]
+            _write(self._file, part.data)
         self._offset += data.nbytes + crc.nbytes
 
     def close(self) -> None:
@@ -227,14 +225,14 @@ class Hdf5:
 
 
 class Hdf5Writer:
-    """Writes under the name it is given, through HDF5's own writer, and flushes to the disk on close."""
+    """Builds the file in memory and writes it whole on close: HDF5's own writing crashes the process on a full disk."""
 
     def __init__(self, path: Path, stream: Stream, shard: int) -> None:
         self._path = path
         rows = stream.rows(shard)
-        # v110: a file that was never closed refuses to open, where the older layout opens with part of its rows.
-        self._file = h5py.File(path, "x", libver="v110")
-        self._data = self._file.create_dataset(
+        # v110: a file that was cut short refuses to open, where the older layout opens with part of its rows.
+        self._image = h5py.File(path, "w", driver="core", backing_store=False, libver="v110")
+        self._data = self._image.create_dataset(
             "tokens",
             shape=(len(rows), *stream.shape[1:]),
             dtype=np.dtype(stream.dtype).newbyteorder("<"),
@@ -249,13 +247,14 @@ class Hdf5Writer:
         self._row += len(tokens)
 
     def close(self) -> None:
-        self._file.close()
-        with open(self._path, "rb+") as file:
+        self._image.flush()
+        with open(self._path, "xb", buffering=0) as file:
+            _write(file, self._image.id.get_file_image())
             os.fsync(file.fileno())
+        self._image.close()
 
     def abandon(self) -> None:
-        with suppress(OSError, RuntimeError):  # on a full disk HDF5 cannot even close
-            self._file.close()
+        self._image.close()
 
 
 class Hdf5Shard:
@@ -281,6 +280,13 @@ class Hdf5Shard:
 
 
 FORMATS: dict[FormatName, Format] = {"zarr": Zarr(), "hdf5": Hdf5()}
+
+
+def _write(file: io.FileIO, data: memoryview | bytes) -> None:
+    """All of it: a raw write may be short."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[file.write(view) :]
 
 
 def _damaged(path: Path, why: str) -> CacheUnusable:
