@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mlfusion import datasets, models
+from mlfusion import datasets, disk, models
 from mlfusion.backbone import Backbone
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadData, BadImage, CacheUnusable, MlfusionError, UnknownName
@@ -33,7 +33,7 @@ from mlfusion.specs import (
     layer_ranges,
     parse_tokens,
 )
-from mlfusion.store import Entry, FeatureStore, FormatName, Names, Samples, ShardDraft, Stream, disk, streams_for
+from mlfusion.store import Entry, FeatureStore, FormatName, Names, Samples, ShardDraft, Stream, streams_for
 
 BATCH = 32
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NotRequired, TypedDict, Union, get_args, get_or
 
 import numpy as np
 
+from mlfusion import disk
 from mlfusion.errors import ResultsUnusable
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class Results:
             draft.replace(final)
         finally:
             draft.unlink(missing_ok=True)
-        _sync_folder(final.parent)
+        disk.flush_folder(final.parent)
 
     def _append_line(self, line: bytes) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -167,7 +168,7 @@ class Results:
         finally:
             os.close(descriptor)
         if fresh:
-            _sync_folder(self.root)
+            disk.flush_folder(self.root)
 
     def rows(self) -> list[Row]:
         """Every row, oldest first; of those with the same id the last. Empty where nothing was saved yet.
@@ -251,15 +252,6 @@ class Results:
                 f"{row['model']} --dataset {row['dataset']} --probe {row['probe']} --seeds {row['seed']} --results "
                 "PATH`, PATH being a fresh folder"
             ) from err
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name is durable only once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fault(value: Any, hint: Any, where: str = "row") -> str | None:

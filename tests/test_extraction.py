@@ -14,8 +14,9 @@ import pytest
 from tiny import save_images, save_model
 
 import mlfusion
+from mlfusion import disk
 from mlfusion.errors import BadData, CacheUnusable, MlfusionError, NotCached, UnknownName
-from mlfusion.store import FeatureStore, disk, stream
+from mlfusion.store import FeatureStore, stream
 
 
 @pytest.fixture(scope="module")

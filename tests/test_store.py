@@ -13,9 +13,10 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlfusion import disk
 from mlfusion.errors import BadData, CacheUnusable, NotCached
 from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
-from mlfusion.store import Entry, FeatureStore, Names, Samples, Stream, disk, stream, streams_for
+from mlfusion.store import Entry, FeatureStore, Names, Samples, Stream, stream, streams_for
 
 MODEL = ModelSpec(
     weights="ab" * 32, revision=None, config="cd" * 8, preprocess="{}", name="m", family="vit", depth=3, width=4

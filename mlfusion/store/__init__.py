@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mlfusion import disk
 from mlfusion.errors import CacheUnusable
 from mlfusion.specs import FORMAT, FeatureSpec
-from mlfusion.store import disk
 from mlfusion.store.entry import TOKENS, Entry, Names, Samples, ShardDraft, streams_for
 from mlfusion.store.stream import FormatName, Stream
 

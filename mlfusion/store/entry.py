@@ -21,9 +21,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from mlfusion import disk
 from mlfusion.errors import BadData, CacheUnusable, NotCached
 from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec, Pair, TokenKind, digest, layer_ranges
-from mlfusion.store import disk
 from mlfusion.store.formats import FORMATS, OpenShard, ShardWriter
 from mlfusion.store.stream import FormatName, Stream
 

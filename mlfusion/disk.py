@@ -100,14 +100,13 @@ def told(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        number = err.errno or (errno.ENOSPC if "errno = 28" in str(err) or "No space" in str(err) else None)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(root).free if root.exists() else 0
             raise CacheUnusable(
                 f"no space left for the cache at {root} ({free / 1e6:,.0f} MB free); what was written is safe: "
                 "free some space, or choose another place with --cache, and run the same command again"
             ) from err
-        if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if err.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise CacheUnusable(
                 f"the cache at {root} cannot be written ({err.strerror or err}); choose another place with "
                 "--cache PATH or the variable MLFUSION_CACHE"
