@@ -49,7 +49,11 @@ Dataset = Annotated[
     str, typer.Option("--dataset", "-d", help="Catalogue name (mlfusion ls datasets), hub id, or folder.")
 ]
 Cache = Annotated[
-    Path | None, typer.Option("--cache", help="Root of the feature cache; default $MLFUSION_CACHE or ./cache.")
+    str | None,
+    typer.Option(
+        "--cache",
+        help="Root of the feature cache, or MINE:SHARED to read others too; default $MLFUSION_CACHE or ./cache.",
+    ),
 ]
 ResultsPath = Annotated[Path, typer.Option("--results", help="Folder that result rows are kept in.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
@@ -84,7 +88,9 @@ def extract(
         str, typer.Option("--tokens", help="cls, ap, all; a kind may name its own layers: cls,ap,all@last.")
     ] = "cls,ap",
     format: Annotated[str, typer.Option("--format", help="zarr or hdf5, for shards that are new.")] = "zarr",
-    dtype: Annotated[str, typer.Option("--dtype", help="float16 or float32, as kept.")] = "float16",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="As kept: float16, bfloat16, float32, or int8 with a scale a vector.")
+    ] = "float16",
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images in a forward pass.")] = 32,
     cache: Cache = None,
@@ -304,7 +310,7 @@ def _probes() -> Iterator[dict[str, Any]]:
         yield {"name": name, "known_as": "one probe a layer"}
 
 
-def _features(cache: Path | None) -> Iterator[dict[str, Any]]:
+def _features(cache: str | None) -> Iterator[dict[str, Any]]:
     from mlfusion.store import FeatureStore
 
     for entry in FeatureStore(cache).entries():

@@ -1,28 +1,60 @@
 """How a file or folder comes to exist: written under a draft's name, flushed, then given its own name in one step.
 
 What exists under its own name is therefore whole. No lock is taken; of two writers the first wins and the second's draft
-is dropped. Drafts carry host and process in their name, so those of the dead can be told and swept.
+is dropped. Drafts carry host and process in their name, so those of the dead can be told and swept. JSON carries a digest
+of its own text, so that one changed byte is noticed.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
 from mlfusion.errors import CacheUnusable
 
 DRAFT = ".draft~"
+STALE = 24 * 3600.0  # seconds after which the draft of an unknown host counts as left behind
+
+
+@once
+def here() -> str:
+    """What processes are numbered by: the host, and on Linux the namespace of its process numbers (containers)."""
+    with suppress(OSError):
+        return f"{socket.gethostname()}.{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
+
+
+def claim() -> str:
+    """A word that says who writes it and is used once: host~process~random."""
+    return f"{here()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+
+
+def alive(claim: str) -> bool | None:
+    """Whether the process that made a claim lives; None where that cannot be known from here."""
+    parts = claim.split("~")
+    if len(parts) != 3 or parts[0] != here() or not parts[1].isdecimal():
+        return None
+    try:
+        os.kill(int(parts[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's process
+    return True
 
 
 def draft_name(folder: Path) -> Path:
     """A path in `folder` that no other writer uses, on any host."""
-    return folder / f"{DRAFT}{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+    return folder / f"{DRAFT}{claim()}"
 
 
 def finished(folder: Path, marker: str) -> list[Path]:
@@ -31,21 +63,40 @@ def finished(folder: Path, marker: str) -> list[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts that dead processes of this host left in `folder`."""
+    """Remove the drafts in `folder` that dead processes left, and those of other hosts after a day."""
     for draft in folder.glob(f"{DRAFT}*"):
-        parts = draft.name.split("~")
-        if len(parts) == 4 and parts[1] == socket.gethostname() and not _alive(int(parts[2])):
-            shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
+        lives = alive(draft.name.removeprefix(DRAFT))
+        if lives is False or (lives is None and age(draft) > STALE):
+            remove(draft)
 
 
-def _alive(pid: int) -> bool:
+def remove(path: Path) -> None:
+    """A file or a folder; no complaint if somebody else was faster."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def clock(folder: Path) -> float:
+    """Now, by the file system that `folder` lies on: times of files are compared with it and not with a host's clock."""
+    probe = draft_name(folder)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # somebody else's process
-    return True
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+    except OSError:  # read-only: nothing will be done about what is old either
+        return time.time()
+    return now
+
+
+def age(path: Path) -> float:
+    """Seconds since `path` was last changed; 0 if it is gone."""
+    try:
+        changed = path.stat().st_mtime
+    except OSError:
+        return 0.0
+    return clock(path.parent) - changed
 
 
 def publish_file(draft: Path, final: Path) -> bool:
@@ -54,40 +105,78 @@ def publish_file(draft: Path, final: Path) -> bool:
         os.link(draft, final)  # unlike rename, never replaces what is there
     except FileExistsError:
         won = False
+    except OSError as err:
+        if err.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            remove(draft)
+            raise
+        won = not final.exists()  # no hard links here: of two writers in the same instant the later one wins
+        if won:
+            os.rename(draft, final)
     else:
         won = True
-    draft.unlink()
-    flush_folder(final.parent)
+    draft.unlink(missing_ok=True)
+    flush(final.parent)
     return won
 
 
-def publish_json(final: Path, body: Any) -> bool:
-    """A small JSON file, whole or absent; False if it was there already."""
+def write(path: Path, text: str) -> None:
+    """A new file, flushed; nothing is left where that fails."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        remove(path)
+        raise
+
+
+def publish_json(final: Path, body: dict[str, Any]) -> bool:
+    """A small JSON file with its digest, whole or absent; False if it was there already."""
     draft = draft_name(final.parent)
-    with open(draft, "x", encoding="utf-8") as file:
-        json.dump(body, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    write(draft, sealed(body))
     return publish_file(draft, final)
+
+
+def sealed(body: dict[str, Any]) -> str:
+    """JSON whose first line is the digest of the rest."""
+    text = json.dumps(body, indent=1, ensure_ascii=False).removeprefix("{")
+    return f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}",{text}\n'
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `publish_json` wrote.
+
+    Raises:
+        CacheUnusable: a byte of it was changed.
+        FileNotFoundError: it is not there.
+    """
+    text = path.read_bytes()
+    head, _, rest = text.partition(b",")
+    if head != b'{"sha256": "%s"' % hashlib.sha256(rest[:-1]).hexdigest().encode() or rest[-1:] != b"\n":
+        raise CacheUnusable(f"{path} is damaged: its text does not match its digest")
+    body: dict[str, Any] = json.loads(b"{" + rest)
+    return body
 
 
 def publish_folder(draft: Path, final: Path) -> bool:
     """Give a folder that holds finished files its name; False if another writer was first."""
-    flush_folder(draft)
+    for folder in (*(path for path in draft.rglob("*") if path.is_dir()), draft):
+        flush(folder)
     try:
         os.rename(draft, final)  # onto a folder that is not empty this fails
     except OSError:
-        shutil.rmtree(draft)
+        remove(draft)
         if not final.is_dir():  # no lost race: a real failure
             raise
         return False
-    flush_folder(final.parent)
+    flush(final.parent)
     return True
 
 
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -105,6 +194,10 @@ def told(root: Path) -> Iterator[None]:
             raise CacheUnusable(
                 f"no space left for the cache at {root} ({free / 1e6:,.0f} MB free); what was written is safe: "
                 "free some space, or choose another place with --cache, and run the same command again"
+            ) from err
+        if err.errno in (errno.ENOENT, errno.ESTALE):
+            raise CacheUnusable(
+                f"a part of the cache at {root} was removed while it was in use ({err.filename}); run the same command again"
             ) from err
         if err.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise CacheUnusable(

@@ -20,7 +20,7 @@ from mlfusion.population import Tokens
 from mlfusion.progress import track
 from mlfusion.results import Results, Row
 from mlfusion.specs import Probe, digest, parse_probes
-from mlfusion.store import Entry, FeatureStore
+from mlfusion.store import Entry, FeatureStore, Place
 
 PROTOCOL = 1
 """Part of every row's id: raised when a change of code changes scores, so that old rows are made again."""
@@ -46,7 +46,7 @@ def probe(
     probes: str | Sequence[str] = "all",
     grid: str = "paper",
     seeds: Sequence[int] = (0, 1, 2),
-    cache: str | os.PathLike[str] | None = None,
+    cache: Place = None,
     results: str | os.PathLike[str] = "results",
     device: str = "cpu",
     say: Callable[[str], None] = lambda _: None,
@@ -59,7 +59,7 @@ def probe(
         probes: names as in `mlfusion ls probes`, or 'all': those of the study's ten that the cache can serve.
         grid: 'paper' (21 configurations, 63 for attentive probes) or 'quick'.
         seeds: each gives a row; split, initialisation, order, jitter and dropout follow from it.
-        cache: its root; default $MLFUSION_CACHE, or ./cache.
+        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
         results: the folder that rows are kept in.
         device: where to train.
         say: told what is reused and what is left out, a line each.

@@ -1,22 +1,25 @@
 """Stage 1: fill the gaps of the cache. Every image passes through the model once, whatever layers and tokens are missing.
 
 Work is cut by rows, storage by (stream, rows). A block of rows goes through the model when any stream lacks a shard
-there, as deep as the deepest layer missing, and every lacking stream takes its part of that one pass.
+there, as deep as the deepest layer missing, and every lacking stream takes its part of that one pass. Any number of
+extractors may fill one entry: each takes leases on the shards it is about to make, and passes over those that others hold.
 """
 
 import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+from PIL.Image import Image
 
 from mlfusion import datasets, disk, models
 from mlfusion.backbone import Backbone
@@ -25,6 +28,7 @@ from mlfusion.errors import BadData, BadImage, CacheUnusable, MlfusionError, Unk
 from mlfusion.progress import Bar, track
 from mlfusion.specs import (
     DTYPES,
+    KINDS,
     DataSpec,
     Dtype,
     FeatureSpec,
@@ -33,9 +37,22 @@ from mlfusion.specs import (
     layer_ranges,
     parse_tokens,
 )
-from mlfusion.store import Entry, FeatureStore, FormatName, Names, Samples, ShardDraft, Stream, streams_for
+from mlfusion.store import (
+    Entry,
+    FeatureStore,
+    FormatName,
+    Leases,
+    Names,
+    Place,
+    Samples,
+    ShardDraft,
+    Stream,
+    streams_for,
+)
 
 BATCH = 32
+WAIT = 0.5  # seconds between looks at what other extractors still hold
+TRIAL_SECONDS = 5.0  # that `plan` measures for, after a batch that does not count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +90,80 @@ class Extracted:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """Words resolved: what an extraction, or a plan of one, is about. Reads every image's bytes once, for their identity."""
+
+    checkpoint: models.Checkpoint
+    names: Names
+    pairs: frozenset[Pair]
+    splits: tuple[tuple[datasets.Split, Samples, FeatureSpec], ...]
+    format: FormatName
+    device: str
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        dataset: str,
+        *,
+        splits: Sequence[str] | str,
+        layers: str,
+        tokens: str | Iterable[str],
+        format: FormatName,
+        dtype: Dtype,
+        device: str,
+        batch_size: int,
+    ) -> "_Request":
+        if dtype not in DTYPES:
+            raise UnknownName("dtype", dtype, DTYPES)
+        if format not in get_args(FormatName):
+            raise UnknownName("format", format, get_args(FormatName))
+        if batch_size < 1:
+            raise MlfusionError(f"--batch-size {batch_size}: allowed are 1 and more")
+        device = pick_device(device)
+        checkpoint = models.locate(model)
+        data = datasets.load(dataset)
+        chosen = [data.split(name.strip()) for name in (splits.split(",") if isinstance(splits, str) else splits)]
+        model_spec = models.identify(checkpoint)
+        pairs = parse_tokens(tokens, layers, model_spec.depth)
+        jobs = []
+        for split in chosen:
+            samples = _samples(data.name, split)
+            data_spec = DataSpec(
+                content=samples.content, split=split.name, images=len(split), classes=split.classes, name=data.name
+            )
+            jobs.append((split, samples, FeatureSpec(model=model_spec, data=data_spec, dtype=dtype)))
+        names = Names(
+            model=checkpoint.name, model_source=checkpoint.source, dataset=data.name, dataset_source=data.source
+        )
+        return cls(checkpoint, names, pairs, tuple(jobs), format, device, batch_size)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for layer, _ in self.pairs}))
+
+    @property
+    def kinds(self) -> tuple[TokenKind, ...]:
+        return tuple(kind for kind in KINDS if any(k == kind for _, k in self.pairs))
+
+    def fresh(self, entry: Entry | None, spec: FeatureSpec, backbone: Backbone) -> list[Stream]:
+        """Streams for every pair that none holds, or has begun to."""
+        for kind in self.kinds:
+            if kind not in backbone.kinds:
+                raise BadData(f"{backbone.name} has no {kind} token; allowed: {', '.join(backbone.kinds)}")
+        begun = {pair for stream in entry.streams() for pair in stream.pairs} | entry.held() if entry else frozenset()
+        return streams_for(
+            self.pairs - begun,
+            tokens=backbone.kinds,
+            widths=backbone.anatomy.widths,
+            images=spec.data.images,
+            dtype=spec.dtype,
+            format=self.format,
+        )
+
+
 def extract(
     model: str,
     dataset: str,
@@ -84,8 +175,9 @@ def extract(
     dtype: Dtype = "float16",
     device: str = "auto",
     batch_size: int = BATCH,
-    cache: str | os.PathLike[str] | None = None,
+    cache: Place = None,
     skip_bad: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Extracted]:
     """Cache a frozen model's tokens of a data set; what is there already is not computed again.
 
@@ -96,54 +188,50 @@ def extract(
         layers: 'all' (1..L), 'last', or a list such as '1-4,12'; L is the final norm.
         tokens: kinds, each with layers of its own if need be: 'cls,ap,all@last'.
         format: of shards that are new; what is cached in the other format is reused as it is.
-        dtype: in which tokens are kept.
+        dtype: in which tokens are kept: float16, bfloat16, float32, or int8 with a scale per token vector.
         device: 'auto', 'cpu', 'cuda', 'mps'. Never part of the key.
         batch_size: images in a forward pass. Never part of the key.
-        cache: its root; default $MLFUSION_CACHE, or ./cache.
+        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
         skip_bad: go on past images that cannot be read; their rows are left out by readers.
+        say: told whom this waits for, if other extractors are at work on the same entry.
 
     Raises:
         MlfusionError: one of its kinds; see `mlfusion.errors`.
     """
-    if dtype not in DTYPES:
-        raise UnknownName("dtype", dtype, DTYPES)
-    if batch_size < 1:
-        raise MlfusionError(f"--batch-size {batch_size}: allowed are 1 and more")
-    device = pick_device(device)
-    checkpoint = models.locate(model)
-    data = datasets.load(dataset)
-    chosen = [data.split(name.strip()) for name in (splits.split(",") if isinstance(splits, str) else splits)]
-    model_spec = models.identify(checkpoint)
-    pairs = parse_tokens(tokens, layers, model_spec.depth)
-    names = Names(model=checkpoint.name, model_source=checkpoint.source, dataset=data.name, dataset_source=data.source)
+    asked = _Request.of(
+        model,
+        dataset,
+        splits=splits,
+        layers=layers,
+        tokens=tokens,
+        format=format,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+    )
     store = FeatureStore(cache)
     done: list[Extracted] = []
     backbone: Backbone | None = None
-    for split in chosen:
+    for split, samples, spec in asked.splits:
         began = time.monotonic()
-        samples = _samples(data.name, split)
-        spec = FeatureSpec(
-            model=model_spec,
-            data=DataSpec(
-                content=samples.content, split=split.name, images=len(split), classes=split.classes, name=data.name
-            ),
-            dtype=dtype,
-        )
-        entry = store.entry(spec) or store.create(spec, samples, names)
-        entry.use(names)
-        work = _Work(entry, split, batch_size, skip_bad)
-        if not pairs <= entry.held():
-            backbone = backbone or Backbone(checkpoint, device)
+        entry = store.entry(spec)
+        work = _Work(split, asked.batch_size, skip_bad, say)
+        if entry is None or not asked.pairs <= entry.held():
+            backbone = backbone or Backbone(asked.checkpoint, asked.device)
+            entry = store.create(spec, samples, asked.names)
             with disk.told(store.root):
-                entry.sweep()
-                _begin_streams(entry, pairs, backbone, format)
-                work.run(backbone, pairs)
-                entry.record_run(_provenance(work, device, time.monotonic() - began))
+                fresh = asked.fresh(entry, spec, backbone)
+                _check_space(entry, fresh)
+                entry.begin(fresh)
+                work.run(entry, backbone, asked.pairs)
+                if work.written:
+                    entry.record_run(_provenance(entry, work, asked.device, time.monotonic() - began))
+        entry.use(asked.names)
         done.append(
             Extracted(
                 entry=entry,
-                layers=tuple(sorted({layer for layer, _ in pairs})),
-                tokens=tuple(kind for kind in ("cls", "ap", "all") if any(k == kind for _, k in pairs)),
+                layers=asked.layers,
+                tokens=asked.kinds,
                 images_written=work.written,
                 images_reused=len(split) - work.written,
                 images_skipped=len(entry.skipped()),
@@ -165,115 +253,144 @@ def _samples(name: str, split: datasets.Split) -> Samples:
     return Samples(split.ids, split.labels, table, split.classes)
 
 
-def _begin_streams(entry: Entry, pairs: frozenset[Pair], backbone: Backbone, format: FormatName) -> None:
-    """Give every pair that no stream holds or has begun a stream; refuse early what the disk cannot hold."""
-    for _, kind in pairs:
-        if kind not in backbone.kinds:
-            raise BadData(f"{backbone.name} has no {kind} token; allowed: {', '.join(backbone.kinds)}")
-    begun = {pair for stream in entry.streams() for pair in stream.pairs}
-    fresh = streams_for(
-        pairs - begun,
-        tokens=backbone.kinds,
-        widths=backbone.anatomy.widths,
-        images=entry.spec.data.images,
-        dtype=entry.spec.dtype,
-        format=format,
-    )
-    needed = sum(int(np.prod(stream.shape)) * np.dtype(stream.dtype).itemsize for stream in fresh)
+def _check_space(entry: Entry, fresh: Iterable[Stream]) -> None:
+    """Refuse early what the disk cannot hold."""
+    needed = sum(stream.nbytes for stream in fresh)
     free = shutil.disk_usage(entry.path).free
     if needed > free:
         raise CacheUnusable(
-            f"{needed / 1e9:,.1f} GB are needed under {entry.path} and {free / 1e9:,.1f} GB are free; free some space, "
-            "choose another place with --cache, or ask for fewer --layers or --tokens"
+            f"{needed / 1e9:,.1f} GB are needed under {entry.path} and {free / 1e9:,.1f} GB are free; free some space "
+            "(mlfusion cache prune), choose another place with --cache, or ask for fewer --layers or --tokens"
         )
-    entry.begin(fresh)
+
+
+Batch = tuple[range, list[Stream]]
+"""Rows that go through the model at once, and the streams that take of them."""
 
 
 class _Work:
     """The gaps of one entry, and the loop that fills them."""
 
-    def __init__(self, entry: Entry, split: datasets.Split, batch_size: int, skip_bad: bool) -> None:
-        self.entry, self.split, self.batch_size, self.skip_bad = entry, split, batch_size, skip_bad
+    def __init__(self, split: datasets.Split, batch_size: int, skip_bad: bool, say: Callable[[str], None]) -> None:
+        self.split, self.batch_size, self.skip_bad, self.say = split, batch_size, skip_bad, say
         self.written = 0
         self.forward_passes = 0
 
-    def run(self, backbone: Backbone, pairs: frozenset[Pair]) -> None:
-        """Compute and publish every missing shard that holds one of `pairs`."""
-        wanted = pairs - self.entry.held()
-        gaps = {
-            stream: missing
-            for stream in self.entry.streams()
-            if stream.pairs & wanted and (missing := set(self.entry.missing_shards(stream)))
-        }
-        if not gaps:
-            return
-        step = min(stream.shard_rows for stream in gaps)  # shard sizes are powers of two: each is a multiple of this
-        blocks = []
-        for start in range(0, len(self.split), step):
-            if lacking := [stream for stream, missing in gaps.items() if start // stream.shard_rows in missing]:
-                blocks.append((range(start, min(start + step, len(self.split))), lacking))
-        batches = [
-            (range(at, min(at + self.batch_size, rows.stop)), lacking)
-            for rows, lacking in blocks
-            for at in range(rows.start, rows.stop, self.batch_size)
-        ]
-        title = f"{backbone.name} on {self.entry.spec.data.name}/{self.split.name}"
-        total = sum(len(rows) for rows, _ in batches)
-        # ExitStack: whatever ends the loop, drafts that were not published go away.
-        with track(title, total, "images") as bar, ExitStack() as drafts:
-            self._fill(backbone, batches, drafts, bar)
+    def run(self, entry: Entry, backbone: Backbone, pairs: frozenset[Pair]) -> None:
+        """Compute and publish every missing shard that holds one of `pairs`, or wait for those who do."""
+        leases = entry.leases()
+        title = f"{backbone.name} on {entry.spec.data.name}/{self.split.name}"
+        waiting = ""
+        # ExitStack: whatever ends the loop, drafts that were not published and leases go away.
+        with track(title, len(self.split), "images") as bar, ExitStack() as undo:
+            undo.callback(leases.release)
+            while True:
+                entry.seal()
+                gaps = _gaps(entry, pairs)
+                if not gaps:
+                    return
+                before = self.forward_passes
+                self._fill(entry, backbone, self._batches(entry, gaps, leases), leases, undo, bar)
+                if self.forward_passes == before:  # all that is missing is being made by others
+                    stream, missing = next(iter(gaps.items()))
+                    if waiting != (waiting := leases.holder(entry.lease_name(stream, min(missing)))):
+                        self.say(f"the rest of {title} is being extracted by {waiting}; waiting for it")
+                    time.sleep(min(WAIT, leases.term / 4))
 
-    def _fill(self, backbone: Backbone, batches: list[tuple[range, list[Stream]]], drafts: ExitStack, bar: Bar) -> None:
-        open_drafts: dict[Stream, ShardDraft] = {}
-        for (rows, lacking), (pixels, unread) in zip(batches, self._prepared(backbone, batches), strict=True):
-            wanted = frozenset(pair for stream in lacking for pair in stream.pairs)
+    def _batches(self, entry: Entry, gaps: dict[Stream, set[int]], leases: Leases) -> Iterator[Batch]:
+        """The rows to compute, claimed as they are asked for, in order; rows that others are at work on are left out."""
+        # Shard sizes are powers of two: a unit holds whole shards of every stream, and each is a multiple of a step.
+        unit, step = (pick(stream.shard_rows for stream in gaps) for pick in (max, min))
+        for first in range(0, len(self.split), unit):
+            rows = range(first, min(first + unit, len(self.split)))
+            wanted = {
+                stream: missing & set(range(rows.start // stream.shard_rows, -(-rows.stop // stream.shard_rows)))
+                for stream, missing in gaps.items()
+            }
+            names = [entry.lease_name(stream, shard) for stream, shards in wanted.items() for shard in sorted(shards)]
+            if not names or not leases.take(names):
+                continue
+            # Another may have published a shard between our look and our lease.
+            lacking = {stream: shards & set(entry.missing_shards(stream)) for stream, shards in wanted.items()}
+            leases.release(
+                entry.lease_name(stream, shard)
+                for stream, shards in wanted.items()
+                for shard in shards - lacking[stream]
+            )
+            for start in range(rows.start, rows.stop, step):
+                takers = [stream for stream, shards in lacking.items() if start // stream.shard_rows in shards]
+                stop = min(start + step, rows.stop)
+                for at in range(start, stop if takers else start, self.batch_size):
+                    yield range(at, min(at + self.batch_size, stop)), takers
+
+    def _fill(
+        self, entry: Entry, backbone: Backbone, batches: Iterator[Batch], leases: Leases, undo: ExitStack, bar: Bar
+    ) -> None:
+        drafts: dict[Stream, ShardDraft] = {}
+        for rows, takers, pixels, unread in prepared(backbone, self.split, batches, self.skip_bad):
+            wanted = frozenset(pair for stream in takers for pair in stream.pairs)
             tokens = backbone(pixels, wanted)
             self.forward_passes += 1
-            for stream in lacking:
-                if stream not in open_drafts:
-                    shard = rows.start // stream.shard_rows
-                    open_drafts[stream] = drafts.enter_context(self.entry.draft(stream, shard))
-                open_drafts[stream].append(_assemble(tokens, stream), unread)
+            leases.renew()
+            for stream in takers:
+                shard = rows.start // stream.shard_rows
+                if stream not in drafts:
+                    drafts[stream] = undo.enter_context(entry.draft(stream, shard))
+                drafts[stream].append(_assemble(tokens, stream), unread)
                 if rows.stop % stream.shard_rows == 0 or rows.stop == len(self.split):
-                    open_drafts.pop(stream).publish()
+                    drafts.pop(stream).publish()
+                    leases.release([entry.lease_name(stream, shard)])
             self.written += len(rows)
-            bar.advance(len(rows))
+            bar.to(rows.stop)
 
-    def _prepared(
-        self, backbone: Backbone, batches: Iterable[tuple[range, list[Stream]]]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pixels of each batch and which images were unread; two batches are prepared ahead of the forward pass."""
 
-        def prepare(rows: range) -> tuple[np.ndarray, np.ndarray]:
-            images, unread = [], np.zeros(len(rows), bool)
-            for i, row in enumerate(rows):
-                try:
-                    images.append(self.split.image(row))
-                except BadImage as err:
-                    if not self.skip_bad:
-                        raise BadData(
-                            f"{err}; mend or remove it, or go on without such images by --skip-bad. What was extracted "
-                            "is kept"
-                        ) from err
-                    self.entry.skip(row, str(err))
-                    unread[i] = True
-            pixels = backbone.prepare(images) if images else np.zeros((0, *backbone.pixels), np.float32)
-            whole = np.zeros((len(rows), *backbone.pixels), np.float32)
-            whole[~unread] = pixels
-            return whole, unread
+def _gaps(entry: Entry, pairs: frozenset[Pair]) -> dict[Stream, set[int]]:
+    """Missing shards of the streams that hold a wanted pair; the same streams in the same order for every worker."""
+    wanted = pairs - entry.held()
+    return {
+        stream: missing
+        for stream in entry.streams()
+        if stream.pairs & wanted and (missing := set(entry.missing_shards(stream)))
+    }
 
-        with ThreadPoolExecutor(2) as pool:
-            ahead: list[Future[tuple[np.ndarray, np.ndarray]]] = []
+
+def prepared(
+    backbone: Backbone, split: datasets.Split, batches: Iterable[Batch], skip_bad: bool
+) -> Iterator[tuple[range, list[Stream], np.ndarray, dict[int, str]]]:
+    """Each batch with its pixels and, by row, why an image was unread; two are prepared ahead of the forward pass."""
+
+    def prepare(rows: range) -> tuple[np.ndarray, dict[int, str]]:
+        images: list[Image] = []
+        unread: dict[int, str] = {}
+        for row in rows:
             try:
-                for rows, _ in batches:
-                    ahead.append(pool.submit(prepare, rows))
-                    if len(ahead) > 2:
-                        yield ahead.pop(0).result()
-                while ahead:
-                    yield ahead.pop(0).result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+                images.append(split.image(row))
+            except BadImage as err:
+                if not skip_bad:
+                    raise BadData(
+                        f"{err}; mend or remove it, or go on without such images by --skip-bad. What was extracted "
+                        "is kept"
+                    ) from err
+                unread[row] = str(err)
+        whole = np.zeros((len(rows), *backbone.pixels), np.float32)
+        if images:
+            whole[[row not in unread for row in rows]] = backbone.prepare(images)
+        return whole, unread
+
+    with ThreadPoolExecutor(2) as pool:
+        ahead: deque[tuple[range, list[Stream], Future[tuple[np.ndarray, dict[int, str]]]]] = deque()
+        try:
+            for rows, takers in batches:
+                ahead.append((rows, takers, pool.submit(prepare, rows)))
+                if len(ahead) > 2:
+                    first, its, future = ahead.popleft()
+                    yield first, its, *future.result()
+            while ahead:
+                first, its, future = ahead.popleft()
+                yield first, its, *future.result()
+        finally:
+            for *_, future in ahead:
+                future.cancel()
 
 
 def _assemble(tokens: dict[Pair, np.ndarray], stream: Stream) -> np.ndarray:
@@ -286,7 +403,7 @@ def _workers() -> int:
     return min(8, (os.cpu_count() or 1) + 1)
 
 
-def _provenance(work: _Work, device: str, seconds: float) -> dict[str, Any]:
+def _provenance(entry: Entry, work: _Work, device: str, seconds: float) -> dict[str, Any]:
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
@@ -297,6 +414,6 @@ def _provenance(work: _Work, device: str, seconds: float) -> dict[str, Any]:
         "forward_passes": work.forward_passes,
         "seconds": round(seconds, 3),
         "images_per_second": round(work.written / max(seconds, 1e-9), 2),
-        "streams": [stream.name for stream in work.entry.streams()],
-        "layers": layer_ranges(layer for stream in work.entry.streams() for layer in stream.layers),
+        "streams": [stream.name for stream in entry.streams()],
+        "layers": layer_ranges(layer for stream in entry.streams() for layer in stream.layers),
     }

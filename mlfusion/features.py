@@ -1,6 +1,5 @@
 """From words to cached features: which entries are meant by a model's and a data set's name. Needs neither images nor model."""
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ import numpy as np
 
 from mlfusion.errors import BadData, NotCached
 from mlfusion.specs import FeatureSpec, Pair, TokenKind, layer_ranges, parse_layers, parse_tokens
-from mlfusion.store import Entry, FeatureStore, Names
+from mlfusion.store import Entry, FeatureStore, Names, Place
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +33,7 @@ def load_features(
     *,
     layers: str | Sequence[int] = "all",
     tokens: Sequence[TokenKind] | str = ("cls", "ap"),
-    cache: str | os.PathLike[str] | None = None,
+    cache: Place = None,
 ) -> Features:
     """Cached tokens as NumPy arrays, in the dtype they are kept in; images skipped at extraction are left out.
 
@@ -47,7 +46,7 @@ def load_features(
         split: 'train' or 'test'.
         layers: 'all' (1..L), 'last', '1-4,12', or numbers; their order is kept.
         tokens: token kinds, in the order wanted.
-        cache: its root; default $MLFUSION_CACHE, or ./cache.
+        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
 
     Raises:
         NotCached: says which `mlfusion extract` would make it so.

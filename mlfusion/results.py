@@ -151,7 +151,7 @@ class Results:
             draft.replace(final)
         finally:
             draft.unlink(missing_ok=True)
-        disk.flush_folder(final.parent)
+        disk.flush(final.parent)
 
     def _append_line(self, line: bytes) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ class Results:
         finally:
             os.close(descriptor)
         if fresh:
-            disk.flush_folder(self.root)
+            disk.flush(self.root)
 
     def rows(self) -> list[Row]:
         """Every row, oldest first; of those with the same id the last. Empty where nothing was saved yet.

@@ -15,11 +15,12 @@ from typing import Any, Literal, get_args
 
 from mlfusion.errors import MlfusionError, UnknownName
 
-FORMAT = 1
+FORMAT = 2
 """Version of the key and of the layout on disk; an older reader refuses a newer one."""
 
-Dtype = Literal["float16", "float32"]
+Dtype = Literal["float16", "bfloat16", "float32", "int8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+"""How the cache keeps a number; int8 keeps a scale with every token's vector."""
 
 TokenKind = Literal["cls", "ap", "all"]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)

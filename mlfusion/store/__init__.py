@@ -4,109 +4,131 @@ The only room that knows a path under the cache's root. Both stages meet here an
 in `cache/README.md`.
 """
 
-import json
 import os
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-
 from mlfusion import disk
-from mlfusion.errors import CacheUnusable
+from mlfusion.errors import CacheUnusable, MlfusionError
 from mlfusion.specs import FORMAT, FeatureSpec
-from mlfusion.store.entry import TOKENS, Entry, Names, Samples, ShardDraft, streams_for
+from mlfusion.store.claims import Leases
+from mlfusion.store.encoding import ENCODINGS, Encoding
+from mlfusion.store.entry import Entry, Names, Samples, ShardDraft, streams_for
+from mlfusion.store.manifest import Manifest
+from mlfusion.store.reader import Check, TokenReader
 from mlfusion.store.stream import FormatName, Stream
 
 __all__ = [
+    "ENCODINGS",
+    "Check",
+    "Encoding",
     "Entry",
     "FeatureStore",
     "FormatName",
+    "Leases",
+    "Manifest",
     "Names",
+    "Place",
     "Samples",
     "ShardDraft",
     "Stream",
+    "TokenReader",
     "default_root",
     "streams_for",
 ]
 
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of mlfusion; see README.md beside this file.\n"
+MARKER = "mlfusion-cache.json"
+
+Place = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
+"""A cache's root; or several, one's own first and those below it, which are only read: a list, or 'mine:/lab/shared'."""
 
 
-def default_root() -> Path:
+def default_root() -> str:
     """$MLFUSION_CACHE, or `cache` in the working folder."""
-    return Path(os.environ.get("MLFUSION_CACHE") or "cache")
+    return os.environ.get("MLFUSION_CACHE") or "cache"
 
 
 class FeatureStore:
-    """A folder of entries, each named by its key."""
+    """Entries by key, in one folder, or in layers: one's own cache above caches that are only read."""
 
-    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
-        self.root = Path(root).expanduser() if root else default_root()
-        marker = self.root / "mlfusion-cache.json"
-        if marker.is_file() and (found := json.loads(marker.read_text())["format"]) > FORMAT:
+    def __init__(self, place: Place = None) -> None:
+        """Open, or name what is to be made.
+
+        Raises:
+            CacheUnusable: a newer mlfusion made it; or a lower layer is not there.
+        """
+        self.root, *below = _roots(place)
+        self.below = tuple(FeatureStore([root]) for root in below)
+        for layer in self.below:
+            if not layer.root.is_dir():
+                raise CacheUnusable(f"there is no cache at {layer.root}, which was named as one to read from")
+        marker = self.root / MARKER
+        if marker.is_file() and (found := disk.read_json(marker)["format"]) > FORMAT:
             raise CacheUnusable(f"{self.root} has format {found}, this mlfusion reads {FORMAT}; update mlfusion")
-        self._entries = self.root / f"v{FORMAT}"
+
+    @property
+    def folder(self) -> Path:
+        """Of the entries."""
+        return self.root / f"v{FORMAT}"
 
     def entry(self, spec: FeatureSpec) -> Entry | None:
         """The entry of these features, if it was begun."""
-        path = self._entries / spec.key
-        return Entry(path) if (path / "entry.json").is_file() else None
+        return self.by_key(spec.key)
+
+    def by_key(self, key: str) -> Entry | None:
+        """The entry of this key, in the uppermost layer that has it and with those below."""
+        found = [entry for layer in self.below if (entry := layer.by_key(key))]
+        if (self.folder / key / "entry.json").is_file():
+            return Entry(self.folder / key, found)
+        return Entry(found[0].path, found[1:]) if found else None
 
     def create(self, spec: FeatureSpec, samples: Samples, names: Names) -> Entry:
-        """The entry of these features, made if need be; drafts of dead writers are swept.
+        """The entry of these features in the uppermost layer, made if need be; drafts of dead writers are swept.
 
         Raises:
             CacheUnusable: the cache cannot be written.
         """
         with disk.told(self.root):
-            self._entries.mkdir(parents=True, exist_ok=True)
-            for name, text in {
-                "CACHEDIR.TAG": CACHEDIR_TAG,
-                "mlfusion-cache.json": json.dumps({"format": FORMAT, "uuid": str(uuid.uuid4())}),
-            }.items():
-                if not (self.root / name).exists():
-                    draft = disk.draft_name(self.root)
-                    draft.write_text(text)
-                    disk.publish_file(draft, self.root / name)
-            disk.sweep(self.root)
-            disk.sweep(self._entries)
-            final = self._entries / spec.key
-            if not final.exists():
-                draft = disk.draft_name(self._entries)
-                for folder in (TOKENS, "names", "skipped", "runs"):
-                    (draft / folder).mkdir(parents=True)
-                np.save(draft / "labels.npy", samples.labels.astype("<i8"), allow_pickle=False)
-                np.save(draft / "digests.npy", samples.digests, allow_pickle=False)
-                (draft / "ids.json").write_text(json.dumps(samples.ids, ensure_ascii=False), encoding="utf-8")
-                group = {"zarr_format": 3, "node_type": "group", "attributes": {"mlfusion": spec.key}}
-                (draft / TOKENS / "zarr.json").write_text(json.dumps(group, indent=2))
-                data = asdict(spec.data)
-                del data["classes"]
-                body = {
-                    "format": spec.format,
-                    "dtype": spec.dtype,
-                    "model": asdict(spec.model),
-                    "data": data,
-                    "classes": spec.data.classes,
-                }
-                (draft / "entry.json").write_text(json.dumps(body, indent=2, ensure_ascii=False), encoding="utf-8")
-                disk.publish_folder(draft, final)
-            entry = Entry(final)
+            self.prepare()
+            if not (self.folder / spec.key).exists():
+                disk.publish_folder(Entry.draft_in(self.folder, spec, samples), self.folder / spec.key)
+            entry = self.entry(spec)
+            assert entry is not None and entry.path.parent == self.folder
             entry.call(names)
             entry.sweep()
             return entry
 
-    def entries(self) -> Iterator[Entry]:
-        """Every entry, whole or begun."""
-        for path in disk.finished(self._entries, "entry.json"):
-            yield Entry(path)
+    def prepare(self) -> None:
+        """Make the root ready to be written to."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, text in {
+            "CACHEDIR.TAG": CACHEDIR_TAG,
+            MARKER: disk.sealed({"format": FORMAT, "uuid": str(uuid.uuid4())}),
+        }.items():
+            if not (self.root / name).exists():
+                draft = disk.draft_name(self.root)
+                disk.write(draft, text)
+                disk.publish_file(draft, self.root / name)
+        disk.sweep(self.root)
+        disk.sweep(self.folder)
 
-    def find(self, *, model: str | None = None, dataset: str, split: str | None = None) -> list[Entry]:
+    def entries(self) -> Iterator[Entry]:
+        """Every entry, whole or begun, of all layers."""
+        layers = (self, *self.below)
+        keys = {path.name for layer in layers for path in disk.finished(layer.folder, "entry.json")}
+        for key in sorted(keys):
+            if entry := self.by_key(key):
+                yield entry
+
+    def find(self, *, model: str | None = None, dataset: str | None = None, split: str | None = None) -> list[Entry]:
         """Entries that somebody extracted under these words: a name, a hub id or a folder."""
 
-        def called(word: str, name: str, source: str) -> bool:
+        def called(word: str | None, name: str, source: str) -> bool:
+            if word is None:
+                return True
             if Path(word).is_dir():  # a folder is meant by its place, two of the same name are told apart
                 return source == str(Path(word).resolve())
             return word in (name, source)
@@ -116,8 +138,37 @@ class FeatureStore:
             for entry in self.entries()
             if (split is None or entry.spec.data.split == split)
             and any(
-                called(dataset, names.dataset, names.dataset_source)
-                and (model is None or called(model, names.model, names.model_source))
+                called(dataset, names.dataset, names.dataset_source) and called(model, names.model, names.model_source)
                 for names in entry.names
             )
         ]
+
+
+def _roots(place: Place) -> list[Path]:
+    if place is None or place == "":
+        place = default_root()
+    if isinstance(place, (str, os.PathLike)):
+        word = os.fspath(place)
+        # A path that exists as it is written may hold the separator itself.
+        place = [word] if Path(word).expanduser().is_dir() else [part for part in word.split(os.pathsep) if part]
+    roots = [Path(root).expanduser() for root in place]
+    if not roots:
+        raise MlfusionError("--cache names no folder; allowed: PATH, or several as MINE:SHARED")
+    return roots
+
+
+def differences(one: FeatureSpec, other: FeatureSpec) -> list[tuple[str, object, object]]:
+    """Fields of two specs that differ, as (name, one's, other's): those that make their keys differ."""
+    found: list[tuple[str, object, object]] = []
+    for group in ("model", "data", None):
+        a, b = (getattr(one, group), getattr(other, group)) if group else (one, other)
+        for field in fields(a):
+            if (
+                field.compare
+                and field.name not in ("model", "data")
+                and getattr(a, field.name) != getattr(b, field.name)
+            ):
+                found.append(
+                    (".".join(filter(None, (group, field.name))), getattr(a, field.name), getattr(b, field.name))
+                )
+    return found

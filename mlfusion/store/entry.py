@@ -2,32 +2,38 @@
 
 <key>/entry.json          the FeatureSpec whose digest is the folder's name, and the class names
       ids.json labels.npy digests.npy      row by row: sample id, label, digest of the image's bytes
-      zarr.json           so that the folder opens as a Zarr group
       names/<digest>.json what people have called this model and data set
-      skipped/<row>.json  images that could not be read; their rows are NaN on disk and left out by readers
       runs/<id>.json      provenance of each extraction: versions, device, rates; never part of the key
-      <stream>/           stream.json, and one file a shard: absent or complete
+      leases/ pins/       who extracts, who reads
+      tokens/<stream>/    stream.json; c/<shard>/, a folder that comes whole: the shard and its commit record; and once all
+                          shards are there manifest.json, which joins the records
 """
 
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import xxhash
 
 from mlfusion import disk
 from mlfusion.errors import BadData, CacheUnusable, NotCached
-from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec, Pair, TokenKind, digest, layer_ranges
-from mlfusion.store.formats import FORMATS, OpenShard, ShardWriter
+from mlfusion.specs import FORMAT, DataSpec, FeatureSpec, ModelSpec, Pair, TokenKind, digest, layer_ranges
+from mlfusion.store.claims import Leases
+from mlfusion.store.formats import FORMATS, ShardWriter
+from mlfusion.store.manifest import Manifest
+from mlfusion.store.reader import Check, Part, Source, TokenReader, damaged
 from mlfusion.store.stream import FormatName, Stream
 
 TOKENS = "tokens"
+FOLDERS = (TOKENS, "names", "runs", "leases", "pins")
+SAMPLES = ("ids.json", "labels.npy", "digests.npy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +53,12 @@ class Samples:
         """Digest of ids, bytes and labels in their order: what a DataSpec is identified by."""
         return digest([list(self.ids), self.labels.tolist(), self.digests.tobytes().hex()], 64)
 
+    def of(self, rows: range) -> str:
+        """Digest of some rows: a shard's record carries it, so that its rows are those of these samples."""
+        some = slice(rows.start, rows.stop)
+        text = json.dumps([rows.start, self.ids[some], self.labels[some].tolist(), self.digests[some].tobytes().hex()])
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
@@ -59,18 +71,53 @@ class Names:
 
 
 class Entry:
-    """Reads and fills one folder of the cache. Made by FeatureStore."""
+    """Reads and fills one folder of the cache. Made by FeatureStore.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    In a layered cache `below` are the same entry's folders in the caches that lie below this one: they are read, and only
+    this one is written.
+    """
+
+    def __init__(self, path: Path, below: Sequence["Entry"] = ()) -> None:
+        self.path, self.below = path, tuple(below)
         try:
-            body = json.loads((path / "entry.json").read_text(encoding="utf-8"))
+            body = disk.read_json(path / "entry.json")
+            if body["format"] > FORMAT:
+                raise CacheUnusable(
+                    f"{path} has format {body['format']}, this mlfusion reads {FORMAT}; update mlfusion"
+                )
             model, data = ModelSpec(**body["model"]), DataSpec(**{**body["data"], "classes": tuple(body["classes"])})
             self.spec = FeatureSpec(model=model, data=data, dtype=body["dtype"], format=body["format"])
+        except FileNotFoundError as err:
+            raise NotCached(f"{path} was removed; run the same `mlfusion extract` again") from err
         except (OSError, ValueError, KeyError, TypeError) as err:
-            raise CacheUnusable(f"{path} is not an entry of the cache ({err}); delete it and extract again") from err
+            raise damaged(path / "entry.json", str(err)) from err
         if self.spec.key != path.name:
-            raise CacheUnusable(f"{path}/entry.json does not belong to this folder; delete the folder, extract again")
+            raise damaged(path / "entry.json", "it does not belong to this folder")
+
+    @staticmethod
+    def draft_in(folder: Path, spec: FeatureSpec, samples: Samples) -> Path:
+        """A new entry's folder under a draft's name, ready to be published."""
+        draft = disk.draft_name(folder)
+        for name in FOLDERS:
+            (draft / name).mkdir(parents=True)
+        np.save(draft / "labels.npy", samples.labels.astype("<i8"), allow_pickle=False)
+        np.save(draft / "digests.npy", samples.digests, allow_pickle=False)
+        for name in ("labels.npy", "digests.npy"):
+            disk.flush(draft / name)
+        disk.write(draft / "ids.json", json.dumps(samples.ids, ensure_ascii=False))
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {"mlfusion": spec.key}}
+        disk.write(draft / TOKENS / "zarr.json", json.dumps(group, indent=2))
+        data = asdict(spec.data)
+        del data["classes"]
+        body = {
+            "format": spec.format,
+            "dtype": spec.dtype,
+            "model": asdict(spec.model),
+            "data": data,
+            "classes": spec.data.classes,
+        }
+        disk.write(draft / "entry.json", disk.sealed(body))
+        return draft
 
     @property
     def key(self) -> str:
@@ -80,19 +127,27 @@ class Entry:
     @cached_property
     def samples(self) -> Samples:
         """Every row, read images and skipped ones alike; checked against the key."""
-        ids = tuple(json.loads((self.path / "ids.json").read_text(encoding="utf-8")))
-        labels = np.load(self.path / "labels.npy", allow_pickle=False)
-        digests = np.load(self.path / "digests.npy", allow_pickle=False)
-        samples = Samples(ids, labels, digests, self.spec.data.classes)
-        if samples.content != self.spec.data.content:
-            raise CacheUnusable(f"{self.path}: ids, labels or digests are damaged; delete the folder, extract again")
+        try:
+            ids = tuple(json.loads((self.path / "ids.json").read_text(encoding="utf-8")))
+            labels = np.load(self.path / "labels.npy", allow_pickle=False)
+            digests = np.load(self.path / "digests.npy", allow_pickle=False)
+            samples = Samples(ids, labels, digests, self.spec.data.classes)
+            sound = samples.content == self.spec.data.content
+        except (OSError, ValueError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise damaged(self.path, "ids, labels or digests of its images do not match its key")
         return samples
 
     @property
     def names(self) -> list[Names]:
         """Every pair of names under which this entry was extracted, the earliest first."""
-        files = sorted((self.path / "names").glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
-        return [Names(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        every: dict[Names, None] = {}
+        for entry in (self, *self.below):
+            files = (entry.path / "names").glob("*.json")
+            for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name)):
+                every[Names(**disk.read_json(file))] = None
+        return list(every)
 
     def call(self, names: Names) -> None:
         """Record one more pair of names."""
@@ -113,29 +168,66 @@ class Entry:
     # --- what is there, what is not ---------------------------------------------------------------------------------
 
     def streams(self) -> list[Stream]:
-        """Every stream that was begun."""
+        """Every stream that was begun in this folder."""
         folders = disk.finished(self.path / TOKENS, "stream.json")
-        return [Stream.from_json(json.loads((folder / "stream.json").read_text())) for folder in folders]
+        return [Stream.from_json(disk.read_json(folder / "stream.json")) for folder in folders]
 
     def missing_shards(self, stream: Stream) -> list[int]:
         """Shards of a stream that are not there yet."""
-        folder = self.path / TOKENS / stream.name
-        present = {file.name for file in folder.iterdir()}
-        name = FORMATS[stream.format].file
-        return [shard for shard in range(stream.shards) if name(shard) not in present]
+        with suppress(FileNotFoundError):
+            present = set(os.listdir(self.folder(stream) / "c"))
+            return [shard for shard in range(stream.shards) if str(shard) not in present]
+        return list(range(stream.shards))
+
+    def sources(self) -> dict[Pair, Source]:
+        """Every (layer, kind) that is wholly there, here or below, and the stream to read it from."""
+        found: dict[Pair, Source] = {}
+        for stream in self.streams():
+            path = self.folder(stream) / "manifest.json"
+            with suppress(FileNotFoundError):
+                body = disk.read_json(path)
+                if Stream.from_json(body["stream"]) != stream:
+                    raise damaged(path, "it is another stream's")
+                source = Source(path.parent, stream, Manifest.from_json(body))
+                found |= dict.fromkeys(stream.pairs, source)
+        for entry in self.below:
+            found = entry.sources() | found
+        return found
 
     def held(self) -> frozenset[Pair]:
         """Every (layer, kind) of which all shards are there."""
-        return frozenset(p for stream in self.streams() if not self.missing_shards(stream) for p in stream.pairs)
+        pairs = (stream.pairs for stream in self.streams() if (self.folder(stream) / "manifest.json").exists())
+        return frozenset().union(*pairs, *(entry.held() for entry in self.below))
+
+    def skipped(self) -> dict[int, str]:
+        """Row → why its image could not be read."""
+        found: dict[int, str] = {}
+        for source in dict.fromkeys(self.sources().values()):
+            found |= source.manifest.skipped
+        return dict(sorted(found.items()))
+
+    @property
+    def rows(self) -> np.ndarray:
+        """[readable images] int64: the rows that hold tokens."""
+        return np.setdiff1d(np.arange(self.spec.data.images), np.fromiter(self.skipped(), np.int64))
 
     @property
     def touched(self) -> int:
         """When this was last extracted or reused by an extraction, in nanoseconds; only ever compared."""
-        return (self.path / "names").stat().st_mtime_ns
+        return max((entry.path / "names").stat().st_mtime_ns for entry in (self, *self.below))
+
+    @property
+    def used(self) -> float:
+        """When this was last extracted or read, in seconds of the file system's clock."""
+        return max((self.path / name).stat().st_mtime for name in ("names", "entry.json"))
 
     def size(self) -> int:
-        """Bytes on disk."""
+        """Bytes on disk, of this folder alone."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    def folder(self, stream: Stream) -> Path:
+        """Where a stream lies."""
+        return self.path / TOKENS / stream.name
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -143,88 +235,109 @@ class Entry:
         """Make the folders of new streams; of two writers with the same stream the first one's cutting stands."""
         for stream in streams:
             draft = disk.draft_name(self.path / TOKENS)
-            draft.mkdir()
+            (draft / "c").mkdir(parents=True)
             for name, text in FORMATS[stream.format].describe(stream).items():
-                (draft / name).write_text(text)
-            (draft / "stream.json").write_text(json.dumps(stream.to_json(), indent=2))
-            disk.publish_folder(draft, self.path / TOKENS / stream.name)
+                disk.write(draft / name, text)
+            disk.write(draft / "stream.json", disk.sealed(stream.to_json()))
+            disk.publish_folder(draft, self.folder(stream))
+
+    def leases(self) -> Leases:
+        """For one worker, to take shards by `lease_name`."""
+        return Leases(self.path / "leases")
+
+    @staticmethod
+    def lease_name(stream: Stream, shard: int) -> str:
+        """The piece of work that a shard is."""
+        return f"{stream.name}~{shard}"
 
     def draft(self, stream: Stream, shard: int) -> "ShardDraft":
         """Begin a shard."""
         return ShardDraft(self, stream, shard)
 
-    def skip(self, row: int, why: str) -> None:
-        """Record that a row's image cannot be read."""
-        file = self.path / "skipped" / f"{row:09d}.json"
-        if not file.exists():
-            disk.publish_json(file, {"row": row, "id": self.samples.ids[row], "why": why})
+    def seal(self) -> None:
+        """Publish the manifest of every stream whose shards are all there.
 
-    def skipped(self) -> dict[int, str]:
-        """Row → why its image could not be read."""
-        bodies = (json.loads(file.read_text(encoding="utf-8")) for file in (self.path / "skipped").glob("*.json"))
-        return {body["row"]: body["why"] for body in sorted(bodies, key=lambda body: body["row"])}
+        Raises:
+            CacheUnusable: a shard holds rows of other samples than this entry's.
+        """
+        for stream in self.streams():
+            path = self.folder(stream) / "manifest.json"
+            if not path.exists() and not self.missing_shards(stream):
+                records = [self.record(stream, shard) for shard in range(stream.shards)]
+                disk.publish_json(path, {"stream": stream.to_json(), **Manifest.join(records).to_json()})
+
+    def record(self, stream: Stream, shard: int) -> Manifest:
+        """The commit record of a shard."""
+        path = self.folder(stream) / "c" / str(shard) / "commit.json"
+        body = disk.read_json(path)
+        record = Manifest.from_json(body)
+        if (body["stream"], body["shard"]) != (stream.name, shard) or record.samples[0] != self.sample_digest(
+            stream, shard
+        ):
+            raise damaged(path, "it is another shard's")
+        return record
+
+    def sample_digest(self, stream: Stream, shard: int) -> str:
+        """What a shard's record must say of its rows."""
+        return self.samples.of(stream.rows(shard))
 
     def sweep(self) -> None:
         """Remove what killed writers left behind."""
-        for folder in (self.path, *(folder for folder in self.path.rglob("*") if folder.is_dir())):
+        for folder in (self.path, *(self.path / name for name in FOLDERS), *map(self.folder, self.streams())):
             disk.sweep(folder)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    @property
-    def rows(self) -> np.ndarray:
-        """[readable images] int64: the rows that hold tokens."""
-        return np.setdiff1d(np.arange(self.spec.data.images), np.fromiter(self.skipped(), np.int64))
+    def open(self, layers: Sequence[int], kinds: Sequence[TokenKind], *, check: Check = "once") -> TokenReader:
+        """A reader of these layers and kinds of the readable images.
 
-    def read(self, layers: Sequence[int], kinds: Sequence[TokenKind]) -> np.ndarray:
-        """[readable images, layers, tokens, width] in the entry's dtype; the third axis holds the kinds one after another.
-
-        Layers narrower than the widest are padded with zeros. Every checksum on the way is checked.
+        Its arrays are [images, layers, tokens, width]; the third axis holds the kinds one after another, and layers narrower
+        than the widest are padded with zeros. `check` says when a chunk's checksum is compared: 'once', on first touch by
+        this reader, 'always', or 'never'.
 
         Raises:
             NotCached: a (layer, kind) that is not, or not wholly, in the cache.
-            CacheUnusable: a shard is damaged.
+            CacheUnusable: a record is damaged.
         """
-        home = {p: stream for stream in self.streams() if not self.missing_shards(stream) for p in stream.pairs}
+        with suppress(OSError):
+            os.utime(self.path / "entry.json")  # for `prune`, which takes what was not used for longest
+        home = self.sources()
         wanted = [(layer, kind) for layer in layers for kind in kinds]
-        absent = [pair for pair in wanted if pair not in home]
-        if absent:
+        if absent := [pair for pair in wanted if pair not in home]:
             names = "; ".join(
                 f"{kind} of layers {layer_ranges(layer for layer, k in absent if k == kind)}"
                 for kind in dict.fromkeys(kind for _, kind in absent)
             )
             raise NotCached(f"not in the cache: {names}")
-        if len({kind: home[layer, kind].tokens for layer, kind in wanted}) != len(kinds) or any(
-            home[layer, kind].tokens != home[layers[0], kind].tokens for layer, kind in wanted
+        counts = [home[layers[0], kind].stream.tokens for kind in kinds]
+        if any(
+            home[layer, kind].stream.tokens != count
+            for layer in layers
+            for kind, count in zip(kinds, counts, strict=True)
         ):
             raise CacheUnusable(f"{self.path}: layers differ in their number of tokens; read them one at a time")
-        counts = [home[layers[0], kind].tokens for kind in kinds]
-        ends = np.cumsum([0, *counts])
-        width = max(stream.width for stream in home.values() if stream.pairs & set(wanted))
-        out = np.zeros((self.spec.data.images, len(layers), int(ends[-1]), width), self.spec.dtype)
-        for stream in {home[pair].name: home[pair] for pair in wanted}.values():
-            planes = [
-                (li, ki)
-                for li, layer in enumerate(layers)
-                for ki, kind in enumerate(kinds)
-                if home[layer, kind] == stream
-            ]
-            for shard in range(stream.shards):
-                rows = stream.rows(shard)
-                with closing(self._open(stream, shard)) as file:
-                    for li, ki in planes:
-                        layer, kind = stream.plane(layers[li], kinds[ki])
-                        target = out[rows.start : rows.stop, li, ends[ki] : ends[ki + 1], : stream.width]
-                        file.into(layer, kind, target)
-        return out if not self.skipped() else out[self.rows]
+        ends = np.cumsum([0, *counts]).tolist()
+        planes: dict[Source, list[tuple[int, slice, int, int]]] = {}
+        for li, layer in enumerate(layers):
+            for ki, kind in enumerate(kinds):
+                source = home[layer, kind]
+                place = source.stream.plane(layer, kind)
+                planes.setdefault(source, []).append((li, slice(ends[ki], ends[ki + 1]), *place))
+        skipped = {row for source in home.values() for row in source.manifest.skipped}
+        return TokenReader(
+            [Part(source, tuple(where)) for source, where in planes.items()],
+            layers=len(layers),
+            tokens=ends[-1],
+            width=max(source.stream.width for source in planes),
+            images=self.spec.data.images,
+            skipped=sorted(skipped),
+            check=check,
+        )
 
-    def _open(self, stream: Stream, shard: int) -> OpenShard:
-        form = FORMATS[stream.format]
-        file = self.path / TOKENS / stream.name / form.file(shard)
-        try:
-            return form.open(file, stream, shard)
-        except FileNotFoundError as err:
-            raise NotCached(f"{file} was removed while it was read; run the same `mlfusion extract` again") from err
+    def read(self, layers: Sequence[int], kinds: Sequence[TokenKind]) -> np.ndarray:
+        """[readable images, layers, tokens, width]: `open` and read everything."""
+        with self.open(layers, kinds) as reader:
+            return reader.read()
 
 
 class ShardDraft:
@@ -233,39 +346,54 @@ class ShardDraft:
     def __init__(self, entry: Entry, stream: Stream, shard: int) -> None:
         self._entry, self._stream, self._shard = entry, stream, shard
         self._row = stream.rows(shard).start
-        form = FORMATS[stream.format]
-        self._final = entry.path / TOKENS / stream.name / form.file(shard)
-        self._draft = disk.draft_name(self._final.parent)
-        self._writer: ShardWriter | None = form.writer(self._draft, stream, shard)
+        self._skipped: dict[int, str] = {}
+        self._final = entry.folder(stream) / "c" / str(shard)
+        self._draft = disk.draft_name(entry.folder(stream))
+        file = self._draft / FORMATS[stream.format].file
+        file.parent.mkdir(parents=True)
+        self._writer: ShardWriter | None = FORMATS[stream.format].writer(file, stream, shard)
 
-    def append(self, tokens: np.ndarray, unread: np.ndarray) -> None:
-        """The shard's next rows, [rows, layers, kinds x tokens, width]; `unread` [rows] marks images that were skipped.
+    def append(self, tokens: np.ndarray, unread: Mapping[int, str] = {}) -> None:
+        """The shard's next rows, [rows, layers, kinds x tokens, width]; `unread` says of which, and why, there is no image.
 
         Raises:
             BadData: a value is not finite, or too large for the cache's dtype; the image is named.
         """
         assert self._writer is not None
-        if tokens.dtype != self._stream.dtype:
-            with np.errstate(over="ignore"):  # overflow becomes infinite and is refused below, by name
-                tokens = tokens.astype(self._stream.dtype)
-        finite = np.isfinite(tokens).all(axis=(2, 3))  # [rows, layers]
-        finite[unread] = True
+        encoding = self._stream.encoding
+        stored = encoding.encode(tokens)
+        finite = np.all(encoding.finite(stored), axis=2)  # [rows, layers]
+        missing = [row - self._row for row in unread]
+        finite[missing] = True
         if not finite.all():
             row, layer = (int(i[0]) for i in np.nonzero(~finite))
             raise BadData(
                 f"layer {self._stream.layers[layer]} of image {self._entry.samples.ids[self._row + row]!r} is not finite "
                 f"in {self._stream.dtype}; use --dtype float32, or look at that image"
             )
-        tokens[unread] = np.nan
-        self._writer.append(tokens)
+        if missing:
+            stored = stored.copy()
+            stored[missing] = encoding.blank()
+            self._skipped |= unread
+        self._writer.append(stored)
         self._row += len(tokens)
 
     def publish(self) -> bool:
-        """Flush and name the shard; False if another writer had published it meanwhile."""
+        """Flush and name the shard with its record; False if another writer had published it meanwhile."""
         assert self._writer is not None and self._row == self._stream.rows(self._shard).stop
-        self._writer.close()
+        written = self._writer.close()
         self._writer = None
-        return disk.publish_file(self._draft, self._final)
+        record = Manifest(
+            sizes=(written.size,),
+            digests=(written.digest,),
+            samples=(self._entry.sample_digest(self._stream, self._shard),),
+            skipped=self._skipped,
+            offsets=written.offsets,
+            checksums=written.checksums,
+        )
+        body = {"stream": self._stream.name, "shard": self._shard, **record.to_json()}
+        disk.write(self._draft / "commit.json", disk.sealed(body))
+        return disk.publish_folder(self._draft, self._final)
 
     def __enter__(self) -> Self:
         return self
@@ -273,7 +401,8 @@ class ShardDraft:
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.abandon()
-            self._draft.unlink(missing_ok=True)
+            self._writer = None
+        disk.remove(self._draft)
 
 
 def streams_for(

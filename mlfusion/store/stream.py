@@ -5,14 +5,14 @@ stream's layers lie in one shard (few files), but its chunks hold one layer and 
 touches that layer's bytes alone. Pure arithmetic; nothing here does I/O.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from mlfusion.specs import Dtype, Pair, TokenKind, layer_ranges
+from mlfusion.store.encoding import ENCODINGS, Encoding
 
 FormatName = Literal["zarr", "hdf5"]
 
@@ -49,11 +49,12 @@ class Stream:
         """Choose shard and chunk sizes; `pairs` is the full product of some layers and some kinds."""
         layers = tuple(sorted({layer for layer, _ in pairs}))
         kinds: tuple[TokenKind, ...] = tuple(k for k in ("cls", "ap", "all") if any(kind == k for _, kind in pairs))
-        row_bytes = len(layers) * len(kinds) * tokens * width * np.dtype(dtype).itemsize
+        chunk_row = tokens * (width + ENCODINGS[dtype].extra) * ENCODINGS[dtype].stored.itemsize
+        row_bytes = len(layers) * len(kinds) * chunk_row
         shard_rows = min(max(_power_of_two(images // 64), SHARD_ROWS[0]), SHARD_ROWS[1])
         while shard_rows > 1 and shard_rows * row_bytes > SHARD_BYTES:
             shard_rows //= 2
-        chunk_rows = min(_power_of_two(CHUNK_BYTES // (tokens * width * np.dtype(dtype).itemsize)), shard_rows)
+        chunk_rows = min(_power_of_two(CHUNK_BYTES // chunk_row), shard_rows)
         return cls(
             layers=layers,
             kinds=kinds,
@@ -86,14 +87,34 @@ class Stream:
         return frozenset((layer, kind) for layer in self.layers for kind in self.kinds)
 
     @property
+    def encoding(self) -> Encoding:
+        """How its numbers are kept."""
+        return ENCODINGS[self.dtype]
+
+    @property
+    def columns(self) -> int:
+        """Stored numbers of a token's vector: its width, and with int8 the bytes of its scale."""
+        return self.width + self.encoding.extra
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[images, layers, kinds x tokens, width]."""
-        return self.images, len(self.layers), len(self.kinds) * self.tokens, self.width
+        """As stored: [images, layers, kinds x tokens, columns]."""
+        return self.images, len(self.layers), len(self.kinds) * self.tokens, self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its numbers."""
+        return math.prod(self.shape) * self.encoding.stored.itemsize
 
     @property
     def shards(self) -> int:
         """How many files hold it."""
         return -(-self.images // self.shard_rows)
+
+    @property
+    def shard_blocks(self) -> int:
+        """Blocks of rows in a full shard; a chunk is one block, one layer and one kind."""
+        return self.shard_rows // self.chunk_rows
 
     def rows(self, shard: int) -> range:
         """The images of shard number `shard`."""

@@ -1,0 +1,101 @@
+"""How the cache keeps a token's vector: as float16, bfloat16, float32, or in 8 bits with a scale.
+
+NumPy and Zarr have no bfloat16, so it is kept as its 16 bits in a uint16. In 8 bits a vector of D numbers is D whole numbers
+in -127..127 and behind them, in four more bytes, the float32 that they are multiplied with (little-endian): a vector and
+its scale cannot part ways. In every encoding the fill value of a missing part decodes to NaN, never to plausible numbers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlfusion.specs import Dtype
+
+LARGEST = 127  # of an 8-bit number; -128 is left unused so that the range is symmetric
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Numbers on disk and back."""
+
+    stored: np.dtype  # little-endian, as the shards hold it
+    numbers: np.dtype  # what reading gives
+    extra: int  # stored columns of a vector beyond its D
+    fill: int | str  # of a missing part, in Zarr's words
+    encode: Callable[[np.ndarray], np.ndarray]  # [..., D] floats → [..., D + extra] stored
+    decode: Callable[[np.ndarray], np.ndarray]  # the inverse, to `numbers`
+    finite: Callable[[np.ndarray], np.ndarray]  # [..., D + extra] stored → [...], whether every number could be kept
+
+    @property
+    def plain(self) -> bool:
+        """Whether stored numbers are the numbers themselves."""
+        return self.stored == self.numbers
+
+    def blank(self) -> np.ndarray:
+        """The stored value of a row that holds nothing."""
+        return np.array(np.nan if self.fill == "NaN" else self.fill, self.stored)
+
+
+def _floats(name: Dtype) -> Encoding:
+    kind = np.dtype(name).newbyteorder("<")
+
+    def encode(tokens: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):  # overflow becomes infinite, and `finite` says so
+            return tokens.astype(kind, copy=False)
+
+    return Encoding(kind, kind, 0, "NaN", encode, lambda stored: stored, lambda stored: np.isfinite(stored).all(-1))
+
+
+def _to_bfloat16(tokens: np.ndarray) -> np.ndarray:
+    """Rounded to nearest, halves to even."""
+    bits = np.ascontiguousarray(tokens, "<f4").view("<u4")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    # Rounding must not turn a NaN's bits into those of a number.
+    return np.where(np.isnan(tokens), 0x7FC0, rounded).astype("<u2")
+
+
+def _from_bfloat16(stored: np.ndarray) -> np.ndarray:
+    return (stored.astype("<u4") << 16).view("<f4")
+
+
+def _to_int8(tokens: np.ndarray) -> np.ndarray:
+    tokens = np.asarray(tokens, np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scale = np.abs(tokens).max(-1, keepdims=True) / np.float32(LARGEST)
+        whole = np.rint(tokens / np.where(scale > 0, scale, 1)).clip(-LARGEST, LARGEST)
+        kept = np.nan_to_num(whole).astype(np.int8)
+    return np.concatenate([kept, np.ascontiguousarray(scale, "<f4").view(np.int8)], -1)
+
+
+def _scale(stored: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(stored[..., -SCALE_BYTES:]).view("<f4")
+
+
+def _from_int8(stored: np.ndarray) -> np.ndarray:
+    return stored[..., :-SCALE_BYTES] * _scale(stored)
+
+
+ENCODINGS: dict[Dtype, Encoding] = {
+    "float16": _floats("float16"),
+    "bfloat16": Encoding(
+        np.dtype("<u2"),
+        np.dtype("<f4"),
+        0,
+        0xFFFF,
+        _to_bfloat16,
+        _from_bfloat16,
+        lambda stored: ((stored & 0x7F80) != 0x7F80).all(-1),
+    ),
+    "float32": _floats("float32"),
+    "int8": Encoding(
+        np.dtype("i1"),
+        np.dtype("<f4"),
+        SCALE_BYTES,
+        -1,  # four bytes of 0xFF are a NaN for a scale
+        _to_int8,
+        _from_int8,
+        lambda stored: np.isfinite(_scale(stored)[..., 0]),
+    ),
+}
