@@ -52,7 +52,6 @@ from mlfusion.store import (
 
 BATCH = 32
 WAIT = 0.5  # seconds between looks at what other extractors still hold
-TRIAL_SECONDS = 5.0  # that `plan` measures for, after a batch that does not count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ class Extracted:
 
 
 @dataclass(frozen=True, eq=False)
-class _Request:
+class Request:
     """Words resolved: what an extraction, or a plan of one, is about. Reads every image's bytes once, for their identity."""
 
     checkpoint: models.Checkpoint
@@ -115,7 +114,7 @@ class _Request:
         dtype: Dtype,
         device: str,
         batch_size: int,
-    ) -> "_Request":
+    ) -> "Request":
         if dtype not in DTYPES:
             raise UnknownName("dtype", dtype, DTYPES)
         if format not in get_args(FormatName):
@@ -198,7 +197,7 @@ def extract(
     Raises:
         MlfusionError: one of its kinds; see `mlfusion.errors`.
     """
-    asked = _Request.of(
+    asked = Request.of(
         model,
         dataset,
         splits=splits,
@@ -286,26 +285,26 @@ class _Work:
             undo.callback(leases.release)
             while True:
                 entry.seal()
-                gaps = _gaps(entry, pairs)
-                if not gaps:
+                lacking = gaps(entry, pairs)
+                if not lacking:
                     return
                 before = self.forward_passes
-                self._fill(entry, backbone, self._batches(entry, gaps, leases), leases, undo, bar)
+                self._fill(entry, backbone, self._batches(entry, lacking, leases), leases, undo, bar)
                 if self.forward_passes == before:  # all that is missing is being made by others
-                    stream, missing = next(iter(gaps.items()))
-                    if waiting != (waiting := leases.holder(entry.lease_name(stream, min(missing)))):
+                    stream, shards = next(iter(lacking.items()))
+                    if waiting != (waiting := leases.holder(entry.lease_name(stream, min(shards)))):
                         self.say(f"the rest of {title} is being extracted by {waiting}; waiting for it")
                     time.sleep(min(WAIT, leases.term / 4))
 
-    def _batches(self, entry: Entry, gaps: dict[Stream, set[int]], leases: Leases) -> Iterator[Batch]:
+    def _batches(self, entry: Entry, missing: dict[Stream, set[int]], leases: Leases) -> Iterator[Batch]:
         """The rows to compute, claimed as they are asked for, in order; rows that others are at work on are left out."""
         # Shard sizes are powers of two: a unit holds whole shards of every stream, and each is a multiple of a step.
-        unit, step = (pick(stream.shard_rows for stream in gaps) for pick in (max, min))
+        unit, step = (pick(stream.shard_rows for stream in missing) for pick in (max, min))
         for first in range(0, len(self.split), unit):
             rows = range(first, min(first + unit, len(self.split)))
             wanted = {
-                stream: missing & set(range(rows.start // stream.shard_rows, -(-rows.stop // stream.shard_rows)))
-                for stream, missing in gaps.items()
+                stream: shards & set(range(rows.start // stream.shard_rows, -(-rows.stop // stream.shard_rows)))
+                for stream, shards in missing.items()
             }
             names = [entry.lease_name(stream, shard) for stream, shards in wanted.items() for shard in sorted(shards)]
             if not names or not leases.take(names):
@@ -344,7 +343,7 @@ class _Work:
             bar.to(rows.stop)
 
 
-def _gaps(entry: Entry, pairs: frozenset[Pair]) -> dict[Stream, set[int]]:
+def gaps(entry: Entry, pairs: frozenset[Pair]) -> dict[Stream, set[int]]:
     """Missing shards of the streams that hold a wanted pair; the same streams in the same order for every worker."""
     wanted = pairs - entry.held()
     return {

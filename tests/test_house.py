@@ -35,6 +35,7 @@ DOORS: dict[str, set[str]] = {
     "report": {"errors", "specs", "results", "progress"},
     "features": {"errors", "specs", "store"},
     "extraction": {"errors", "specs", "disk", "store", "models", "datasets", "backbone", "devices", "progress"},
+    "planning": {"errors", "specs", "store", "datasets", "backbone", "extraction"},
     "evaluation": {"errors", "specs", "store", "features", "protocol", "population", "progress", "results", "devices"},
     "recipe": {"errors", "specs", "protocol"},
     "formula": {"errors"},
@@ -130,7 +131,9 @@ def test_the_readme_names_what_exists():
     for target in re.findall(r"(?:^|`)make ([a-z]+)", text, re.M):
         assert target in targets(), target
     for command in re.findall(r"(?:^|`)mlfusion ([a-z]+)", text, re.M):
-        assert command in {c.callback.__name__ for c in cli.app.registered_commands}, command
+        assert command in {c.callback.__name__ for c in cli.app.registered_commands} | {"cache"}, command
+    for command in re.findall(r"(?:^|`)mlfusion cache ([a-z]+)", text, re.M):
+        assert command in {c.name or c.callback.__name__ for c in cli.cache_app.registered_commands}, command
     assert all(path.name in text or path.parent.name != "mlfusion" for path in PACKAGE.glob("[a-z]*.py"))
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / path).exists(), path

@@ -30,7 +30,7 @@ SPEC = FeatureSpec(model=MODEL, data=DATA)
 
 WRITTEN_OUT = (
     '{"data":{"classes":["a","b"],"content":"' + "ef" * 32 + '","images":7,"split":"train","type":"DataSpec"},'
-    '"dtype":"float16","format":1,'
+    '"dtype":"float16","format":2,'
     '"model":{"compute":"float32","config":"' + "cd" * 8 + '","hook":"norm2","preprocess":"{}","revision":null,'
     '"type":"ModelSpec","weights":"' + "ab" * 32 + '"},"type":"FeatureSpec"}'
 )
@@ -62,7 +62,7 @@ def test_the_key_is_the_same_on_every_machine():
         ("data", "images", 8),
         ("data", "classes", ("a", "c")),
         (None, "dtype", "float32"),
-        (None, "format", 2),
+        (None, "format", 3),
     ],
 )
 def test_what_changes_the_numbers_changes_the_key(part, field, value):

@@ -15,7 +15,7 @@ from mlfusion.errors import CacheUnusable, MlfusionError
 from mlfusion.specs import FORMAT, FeatureSpec
 from mlfusion.store.claims import Leases
 from mlfusion.store.encoding import ENCODINGS, Encoding
-from mlfusion.store.entry import Entry, Names, Samples, ShardDraft, streams_for
+from mlfusion.store.entry import Entry, Names, Samples, ShardDraft, folder_bytes, streams_for
 from mlfusion.store.manifest import Manifest
 from mlfusion.store.reader import Check, TokenReader
 from mlfusion.store.stream import FormatName, Stream
@@ -36,6 +36,8 @@ __all__ = [
     "Stream",
     "TokenReader",
     "default_root",
+    "differences",
+    "folder_bytes",
     "streams_for",
 ]
 
@@ -95,6 +97,7 @@ class FeatureStore:
             self.prepare()
             if not (self.folder / spec.key).exists():
                 disk.publish_folder(Entry.draft_in(self.folder, spec, samples), self.folder / spec.key)
+            Entry.mend(self.folder / spec.key, spec, samples)
             entry = self.entry(spec)
             assert entry is not None and entry.path.parent == self.folder
             entry.call(names)
@@ -122,6 +125,11 @@ class FeatureStore:
         for key in sorted(keys):
             if entry := self.by_key(key):
                 yield entry
+
+    def own(self) -> Iterator[Entry]:
+        """Entries of the uppermost layer alone, without those below."""
+        for path in disk.finished(self.folder, "entry.json"):
+            yield Entry(path)
 
     def find(self, *, model: str | None = None, dataset: str | None = None, split: str | None = None) -> list[Entry]:
         """Entries that somebody extracted under these words: a name, a hub id or a folder."""

@@ -105,8 +105,7 @@ class Entry:
         for name in ("labels.npy", "digests.npy"):
             disk.flush(draft / name)
         disk.write(draft / "ids.json", json.dumps(samples.ids, ensure_ascii=False))
-        group = {"zarr_format": 3, "node_type": "group", "attributes": {"mlfusion": spec.key}}
-        disk.write(draft / TOKENS / "zarr.json", json.dumps(group, indent=2))
+        disk.write(draft / TOKENS / "zarr.json", Entry.group(spec.key))
         data = asdict(spec.data)
         del data["classes"]
         body = {
@@ -118,6 +117,21 @@ class Entry:
         }
         disk.write(draft / "entry.json", disk.sealed(body))
         return draft
+
+    @staticmethod
+    def group(key: str) -> str:
+        """What makes the folder of the streams a Zarr v3 group."""
+        return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"mlfusion": key}}, indent=2)
+
+    @staticmethod
+    def mend(path: Path, spec: FeatureSpec, samples: Samples) -> None:
+        """Put back the records that a repair took out of an entry's folder."""
+        lost = [name for name in ("entry.json", *SAMPLES) if not (path / name).exists()]
+        if lost:
+            draft = Entry.draft_in(path.parent, spec, samples)
+            for name in sorted(lost, key="entry.json".__eq__):  # which makes it an entry again, last
+                disk.publish_file(draft / name, path / name)
+            disk.remove(draft)
 
     @property
     def key(self) -> str:
@@ -221,9 +235,14 @@ class Entry:
         """When this was last extracted or read, in seconds of the file system's clock."""
         return max((self.path / name).stat().st_mtime for name in ("names", "entry.json"))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens that are wholly there, in this folder alone, by arithmetic."""
+        return sum(s.nbytes for s in self.streams() if (self.folder(s) / "manifest.json").exists())
+
     def size(self) -> int:
         """Bytes on disk, of this folder alone."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        return folder_bytes(self.path)
 
     def folder(self, stream: Stream) -> Path:
         """Where a stream lies."""
@@ -340,6 +359,17 @@ class Entry:
             return reader.read()
 
 
+def folder_bytes(folder: str | Path) -> int:
+    """Bytes of all files below a folder; 0 if it is not there."""
+    total = 0
+    with suppress(FileNotFoundError), os.scandir(folder) as found:
+        for one in found:
+            with suppress(FileNotFoundError):
+                inner = one.is_dir(follow_symlinks=False)
+                total += folder_bytes(one.path) if inner else one.stat(follow_symlinks=False).st_size
+    return total
+
+
 class ShardDraft:
     """A shard being written. `publish` gives it its name; leaving without that leaves nothing behind."""
 
@@ -359,9 +389,12 @@ class ShardDraft:
         Raises:
             BadData: a value is not finite, or too large for the cache's dtype; the image is named.
         """
+        self.append_stored(self._stream.encoding.encode(tokens), unread)
+
+    def append_stored(self, stored: np.ndarray, unread: Mapping[int, str] = {}) -> None:
+        """Likewise, of rows that are encoded already."""
         assert self._writer is not None
         encoding = self._stream.encoding
-        stored = encoding.encode(tokens)
         finite = np.all(encoding.finite(stored), axis=2)  # [rows, layers]
         missing = [row - self._row for row in unread]
         finite[missing] = True
@@ -376,7 +409,7 @@ class ShardDraft:
             stored[missing] = encoding.blank()
             self._skipped |= unread
         self._writer.append(stored)
-        self._row += len(tokens)
+        self._row += len(stored)
 
     def publish(self) -> bool:
         """Flush and name the shard with its record; False if another writer had published it meanwhile."""

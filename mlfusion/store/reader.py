@@ -8,6 +8,7 @@ threads, and after fork or spawn: each process maps the files for itself.
 import mmap
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -132,11 +133,15 @@ class TokenReader:
         # Files are opened from here on relative to the folder itself: a prune that moves it away takes nothing from us.
         self._folders: dict[Path, int] = {}
         for folder in folders:
-            try:
-                self._folders[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            except FileNotFoundError as err:
-                self.close()
-                raise NotCached(_gone(folder)) from err
+            for last in (False, False, True):
+                try:
+                    self._folders[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                    break
+                except FileNotFoundError as err:
+                    if last:
+                        self.close()
+                        raise NotCached(_gone(folder)) from err
+                    time.sleep(0.1)  # a prune that sees our mark puts it back
 
     # --- the five ways to read --------------------------------------------------------------------------------------
 
@@ -304,6 +309,36 @@ class TokenReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._begin()
+
+
+def stored(source: Source, rows: range) -> np.ndarray:
+    """Rows of one shard as they are kept, [rows, layers, kinds x tokens, columns]; every chunk is checked.
+
+    Raises:
+        CacheUnusable: a chunk is damaged.
+    """
+    stream = source.stream
+    number = rows.start // stream.shard_rows
+    path = source.path(number)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as err:
+        raise CacheUnusable(f"{path} cannot be read ({err.strerror}); run `mlfusion cache verify`") from err
+    try:
+        shard = Shard(source, number, descriptor)
+    finally:
+        os.close(descriptor)
+    out = np.empty((len(rows), *stream.shape[1:]), stream.encoding.stored)
+    first = rows.start - stream.rows(number).start
+    for block in range(first // stream.chunk_rows, -(-(first + len(rows)) // stream.chunk_rows)):
+        start = block * stream.chunk_rows
+        for layer in range(len(stream.layers)):
+            for kind in range(len(stream.kinds)):
+                chunk = shard.chunk(block, layer, kind, "always")
+                part = chunk[max(first - start, 0) : first + len(rows) - start]
+                at = max(start - first, 0)
+                out[at : at + len(part), layer, kind * stream.tokens : (kind + 1) * stream.tokens] = part
+    return out
 
 
 def _gone(path: Path) -> str:

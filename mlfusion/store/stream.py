@@ -8,7 +8,7 @@ touches that layer's bytes alone. Pure arithmetic; nothing here does I/O.
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mlfusion.specs import Dtype, Pair, TokenKind, layer_ranges
@@ -75,6 +75,10 @@ class Stream:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as stored in stream.json."""
         return asdict(self)
+
+    def kept_as(self, format: FormatName) -> "Stream":
+        """The same stream, cut alike, in another format."""
+        return replace(self, format=format)
 
     @property
     def name(self) -> str:

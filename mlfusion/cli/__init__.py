@@ -3,62 +3,46 @@
 Nothing heavy is imported before it is needed: `mlfusion --help` starts neither torch nor transformers.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from mlfusion.errors import MlfusionError, UnknownName
-from mlfusion.specs import STUDY, layer_ranges
-
-MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
-DATASET = "digits"
-
-
-class _Commands(TyperGroup):
-    """A MlfusionError is the user's to mend: one line, exit 1. Anything else is a bug: a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except MlfusionError as err:
-            _say("error: " + " ".join(str(err).split()))
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _say("stopped; what was finished is kept, the same command goes on from here")
-            raise typer.Exit(130) from None
-
+from mlfusion.cli.cache import app as cache_app
+from mlfusion.cli.words import (
+    DATASET,
+    MODEL,
+    AnyModel,
+    AsJson,
+    Cache,
+    Commands,
+    Dataset,
+    Device,
+    Dtype,
+    Format,
+    Grid,
+    Layers,
+    Model,
+    ResultsPath,
+    Split,
+    Tokens,
+    print_json,
+    print_rows,
+    say,
+)
+from mlfusion.errors import UnknownName
+from mlfusion.specs import STUDY
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Model = Annotated[str, typer.Option("--model", "-m", help="Catalogue name (mlfusion ls models), hub id, or folder.")]
-AnyModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="As given to extract; default: every model cached for the data set.")
-]
-Dataset = Annotated[
-    str, typer.Option("--dataset", "-d", help="Catalogue name (mlfusion ls datasets), hub id, or folder.")
-]
-Cache = Annotated[
-    str | None,
-    typer.Option(
-        "--cache",
-        help="Root of the feature cache, or MINE:SHARED to read others too; default $MLFUSION_CACHE or ./cache.",
-    ),
-]
-ResultsPath = Annotated[Path, typer.Option("--results", help="Folder that result rows are kept in.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
-Grid = Annotated[str, typer.Option("--grid", help="paper: 21 configurations, 63 for attentive probes; quick: 3.")]
+app.add_typer(cache_app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,15 +66,11 @@ def mlfusion(
 def extract(
     model: Model = MODEL,
     dataset: Dataset = DATASET,
-    split: Annotated[str, typer.Option("--split", help="Splits, comma-separated.")] = "train,test",
-    layers: Annotated[str, typer.Option("--layers", help="all (1..L), last, or a list such as 1-4,12.")] = "all",
-    tokens: Annotated[
-        str, typer.Option("--tokens", help="cls, ap, all; a kind may name its own layers: cls,ap,all@last.")
-    ] = "cls,ap",
-    format: Annotated[str, typer.Option("--format", help="zarr or hdf5, for shards that are new.")] = "zarr",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="As kept: float16, bfloat16, float32, or int8 with a scale a vector.")
-    ] = "float16",
+    split: Split = "train,test",
+    layers: Layers = "all",
+    tokens: Tokens = "cls,ap",
+    format: Format = "zarr",
+    dtype: Dtype = "float16",
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images in a forward pass.")] = 32,
     cache: Cache = None,
@@ -98,8 +78,6 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Stage 1: run a frozen model once and cache its tokens; what is cached is not computed again."""
-    if format not in ("zarr", "hdf5"):
-        raise UnknownName("format", format, ["zarr", "hdf5"])
     from mlfusion.extraction import extract as run
 
     done = run(
@@ -116,10 +94,55 @@ def extract(
         skip_bad=skip_bad,
     )
     if as_json:
-        _print_json({"features": [one.to_json() for one in done]})
+        print_json({"features": [one.to_json() for one in done]})
         return
     for one in done:
         _say_extracted(one.to_json())
+
+
+@app.command()
+def plan(
+    model: Model = MODEL,
+    dataset: Dataset = DATASET,
+    split: Split = "train,test",
+    layers: Layers = "all",
+    tokens: Tokens = "cls,ap",
+    format: Format = "zarr",
+    dtype: Dtype = "float16",
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in a forward pass.")] = 32,
+    cache: Cache = None,
+    trial: Annotated[float, typer.Option("--trial", help="Seconds to measure the rate for.")] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """What extract with the same words would write, and how long it would take; writes nothing."""
+    from mlfusion.planning import plan as make
+    from mlfusion.progress import duration
+
+    made = make(
+        model,
+        dataset,
+        splits=split,
+        layers=layers,
+        tokens=tokens,
+        format=format,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
+        device=device,
+        batch_size=batch_size,
+        cache=cache,
+        trial=trial,
+    )
+    if as_json:
+        print_json(made.to_json())
+        return
+    print_rows([vars(one) for one in made.splits], nothing="")
+    rate = f" at {made.images_per_second:,.1f} images/s, as tried" if made.images_per_second else ""
+    typer.echo(
+        f"to write: {made.bytes_to_write / 1e6:,.1f} MB of {made.free_bytes / 1e6:,.1f} MB free; "
+        f"forward passes: {duration(made.seconds)}{rate}"
+    )
+    if made.bytes_to_write > made.free_bytes:
+        say("that does not fit; ask for fewer --layers or --tokens, --dtype int8, or another --cache")
 
 
 @app.command()
@@ -148,10 +171,10 @@ def probe(
         cache=cache,
         results=results,
         device=device,
-        say=_say,
+        say=say,
     )
     if as_json:
-        _print_json({"results": [_row_json(row) for row in done.rows]})
+        print_json({"results": [_row_json(row) for row in done.rows]})
     else:
         _print_table(done.rows)
 
@@ -179,7 +202,7 @@ def run(
             extracted = run_extract(model, dataset, layers=plan.layers, tokens=plan.tokens, cache=cache, device=device)
             features += [one.to_json() for one in extracted]
             for one in extracted:
-                _say_extracted(one.to_json(), say=_say)
+                _say_extracted(one.to_json(), say=say)
             done = evaluation.probe(
                 dataset,
                 model=model,
@@ -188,13 +211,13 @@ def run(
                 seeds=plan.seeds,
                 cache=cache,
                 results=results,
-                say=_say,
+                say=say,
             )
             rows += done.rows
     page = html or results / f"{recipe.stem}.html"
     _write_page(rows, page)
     if as_json:
-        _print_json({"features": features, "results": [_row_json(row) for row in rows], "html": str(page)})
+        print_json({"features": features, "results": [_row_json(row) for row in rows], "html": str(page)})
     else:
         _print_table(rows)
         typer.echo(f"report: {page}")
@@ -223,19 +246,18 @@ def report(
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="models, datasets, probes or features.")],
-    cache: Cache = None,
+    what: Annotated[str, typer.Argument(help="models, datasets or probes.")],
     as_json: AsJson = False,
 ) -> None:
-    """What there is to choose from, and what is cached."""
-    listings = {"models": _models, "datasets": _datasets, "probes": _probes, "features": lambda: _features(cache)}
+    """What there is to choose from; what is cached: mlfusion cache ls."""
+    listings = {"models": _models, "datasets": _datasets, "probes": _probes}
     if what not in listings:
         raise UnknownName("listing", what, listings)
     rows = list(listings[what]())
     if as_json:
-        _print_json({what: rows})
+        print_json({what: rows})
     else:
-        _print_rows(rows, nothing=f"no {what} yet; run: mlfusion extract")
+        print_rows(rows, nothing="")
 
 
 @app.command()
@@ -310,35 +332,7 @@ def _probes() -> Iterator[dict[str, Any]]:
         yield {"name": name, "known_as": "one probe a layer"}
 
 
-def _features(cache: str | None) -> Iterator[dict[str, Any]]:
-    from mlfusion.store import FeatureStore
-
-    for entry in FeatureStore(cache).entries():
-        held = entry.held()
-        kinds = [kind for kind in ("cls", "ap", "all") if any(k == kind for _, k in held)]
-        tokens = ",".join(f"{kind}@{layer_ranges(layer for layer, k in held if k == kind)}" for kind in kinds)
-        spec = entry.spec
-        yield {
-            "model": spec.model.name,
-            "dataset": spec.data.name,
-            "split": spec.data.split,
-            "images": spec.data.images,
-            "tokens": tokens or "(not complete)",
-            "dtype": spec.dtype,
-            "bytes": entry.size(),
-            "key": entry.key,
-        }
-
-
 # --- saying ----------------------------------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _print_json(body: Any) -> None:
-    typer.echo(json.dumps(body, ensure_ascii=False, indent=2))
 
 
 def _row_json(row: Any) -> dict[str, Any]:
@@ -366,22 +360,6 @@ def _say_extracted(one: dict[str, Any], say: Any = typer.echo) -> None:
         f"{one['images_reused']:,} reused{skipped}; {one['forward_passes']} forward passes; "
         f"{one['bytes'] / 1e6:,.1f} MB in {one['key']}"
     )
-
-
-def _print_rows(rows: list[dict[str, Any]], nothing: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        _say(nothing)
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, value in rows[0].items():
-        table.add_column(name.replace("_", " "), justify="right" if isinstance(value, int) else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
 
 
 def _print_table(rows: Iterable[Any]) -> None:

@@ -1,0 +1,82 @@
+"""What every command shares: its options, how errors end it, and how rows and JSON are printed."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mlfusion.errors import MlfusionError
+
+MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
+DATASET = "digits"
+
+
+class Commands(TyperGroup):
+    """A MlfusionError is the user's to mend: one line, exit 1. Anything else is a bug: a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MlfusionError as err:
+            say("error: " + " ".join(str(err).split()))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            say("stopped; what was finished is kept, the same command goes on from here")
+            raise typer.Exit(130) from None
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Catalogue name (mlfusion ls models), hub id, or folder.")]
+AnyModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="As given to extract; default: every model cached for the data set.")
+]
+Dataset = Annotated[
+    str, typer.Option("--dataset", "-d", help="Catalogue name (mlfusion ls datasets), hub id, or folder.")
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        help="Root of the feature cache, or MINE:SHARED to read others too; default $MLFUSION_CACHE or ./cache.",
+    ),
+]
+Split = Annotated[str, typer.Option("--split", help="Splits, comma-separated.")]
+Layers = Annotated[str, typer.Option("--layers", help="all (1..L), last, or a list such as 1-4,12.")]
+Tokens = Annotated[str, typer.Option("--tokens", help="cls, ap, all; a kind may name its own layers: cls,ap,all@last.")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="As kept: float16, bfloat16, float32, or int8 with a scale a vector.")
+]
+Format = Annotated[str, typer.Option("--format", help="zarr or hdf5, for shards that are new.")]
+ResultsPath = Annotated[Path, typer.Option("--results", help="Folder that result rows are kept in.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+Grid = Annotated[str, typer.Option("--grid", help="paper: 21 configurations, 63 for attentive probes; quick: 3.")]
+
+
+def say(line: str) -> None:
+    """A line for people, on standard error."""
+    typer.echo(line, err=True)
+
+
+def print_json(body: Any) -> None:
+    """One document, on standard output."""
+    typer.echo(json.dumps(body, ensure_ascii=False, indent=2))
+
+
+def print_rows(rows: Sequence[dict[str, Any]], nothing: str) -> None:
+    """A table, or why there is none."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        say(nothing)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, value in rows[0].items():
+        table.add_column(name.replace("_", " "), justify="right" if isinstance(value, int) else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=200).print(table)

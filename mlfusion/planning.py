@@ -1,0 +1,316 @@
+"""What an extraction would find and do, before it does it: which entry it means, why it misses, and what filling it costs."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlfusion import datasets
+from mlfusion.backbone import Backbone
+from mlfusion.extraction import BATCH, Request, gaps, prepared
+from mlfusion.specs import Dtype, FeatureSpec, Pair, TokenKind, layer_ranges
+from mlfusion.store import Entry, FeatureStore, FormatName, Place, Samples, Stream, differences
+
+TRIAL_SECONDS = 5.0  # measured for, after a batch that does not count
+FILES = {"entry": 7, "stream": 3, "shard": 2}
+NAMED = 3  # images that a difference names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """Which entry the words mean, and where there is none, what sets the nearest one apart."""
+
+    split: str
+    key: str
+    entry: Entry | None
+    lacking: frozenset[Pair]
+    nearest: Entry | None
+    differences: tuple[tuple[str, str, str], ...]  # field, as asked for, as in the nearest entry
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `mlfusion cache explain --json` prints."""
+        return {
+            "split": self.split,
+            "key": self.key,
+            "state": "absent" if self.entry is None else "partial" if self.lacking else "whole",
+            "path": str(self.entry.path) if self.entry else None,
+            "lacking": _words(self.lacking),
+            "nearest": self.nearest.key if self.nearest else None,
+            "differences": [
+                {"field": name, "asked": asked, "nearest": there} for name, asked, there in self.differences
+            ],
+        }
+
+
+def explain(
+    model: str,
+    dataset: str,
+    *,
+    splits: Sequence[str] | str = ("train", "test"),
+    layers: str = "all",
+    tokens: str = "cls,ap",
+    dtype: Dtype = "float16",
+    cache: Place = None,
+) -> list[Explained]:
+    """Say of each split which entry `extract` with the same words would use. Arguments and errors as in `extract`."""
+    asked = Request.of(
+        model,
+        dataset,
+        splits=splits,
+        layers=layers,
+        tokens=tokens,
+        format="zarr",
+        dtype=dtype,
+        device="cpu",
+        batch_size=1,
+    )
+    store = FeatureStore(cache)
+    others = list(store.entries())
+    explained = []
+    for split, samples, spec in asked.splits:
+        entry = store.entry(spec)
+        near = None if entry else _nearest(spec, others)
+        explained.append(
+            Explained(
+                split=split.name,
+                key=spec.key,
+                entry=entry,
+                lacking=asked.pairs - (entry.held() if entry else frozenset()),
+                nearest=near,
+                differences=tuple(_told(spec, samples, near)) if near else (),
+            )
+        )
+    return explained
+
+
+def _nearest(spec: FeatureSpec, entries: list[Entry]) -> Entry | None:
+    """Of the same split, the entry with the fewest differing fields; of two, the one used last."""
+    same = [entry for entry in entries if entry.spec.data.split == spec.data.split] or entries
+    return min(same, key=lambda entry: (len(differences(spec, entry.spec)), -entry.used), default=None)
+
+
+def _told(spec: FeatureSpec, samples: Samples, near: Entry) -> list[tuple[str, str, str]]:
+    said = []
+    for name, asked, there in differences(spec, near.spec):
+        if name == "model.preprocess":
+            said += _settings(str(asked), str(there))
+        elif name == "data.content":
+            said.append((name, _images(samples, near.samples), ""))
+        elif name == "model.weights":
+            said.append(
+                (
+                    f"{name} (sha256)",
+                    f"{str(asked)[:16]}… ({spec.model.name})",
+                    f"{str(there)[:16]}… ({near.spec.model.name})",
+                )
+            )
+        else:
+            said.append((name, _short(asked), _short(there)))
+    return said
+
+
+def _settings(asked: str, there: str) -> list[tuple[str, str, str]]:
+    """Which of a processor's settings differ."""
+    one, other = json.loads(asked), json.loads(there)
+    return [
+        (f"model.preprocess.{name}", json.dumps(one.get(name)), json.dumps(other.get(name)))
+        for name in sorted({*one, *other})
+        if one.get(name) != other.get(name)
+    ]
+
+
+def _images(one: Samples, other: Samples) -> str:
+    """What happened to the images, in words."""
+    mine = {name: (d.tobytes(), int(label)) for name, d, label in zip(one.ids, one.digests, one.labels, strict=True)}
+    its = {
+        name: (d.tobytes(), int(label)) for name, d, label in zip(other.ids, other.digests, other.labels, strict=True)
+    }
+    both = [name for name in mine if name in its]
+    changes = {
+        "new": [name for name in mine if name not in its],
+        "gone": [name for name in its if name not in mine],
+        "with other bytes": [name for name in both if mine[name][0] != its[name][0]],
+        "with another label": [name for name in both if mine[name][1] != its[name][1]],
+    }
+    said = [
+        f"{len(names):,} {what} ({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})"
+        for what, names in changes.items()
+        if names
+    ]
+    return "; ".join(said) or "the same images in another order"
+
+
+def _short(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _words(pairs: frozenset[Pair]) -> str:
+    kinds: list[TokenKind] = sorted({kind for _, kind in pairs})
+    return ",".join(f"{kind}@{layer_ranges(layer for layer, k in pairs if k == kind)}" for kind in kinds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSplit:
+    """What one split would take."""
+
+    split: str
+    key: str
+    images: int
+    images_to_run: int
+    bytes_held: int
+    bytes_to_write: int
+    files_to_write: int
+    forward_passes: int
+    forward_passes_saved: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an extraction would take, by arithmetic and a short measured trial."""
+
+    model: str
+    dataset: str
+    splits: tuple[PlannedSplit, ...]
+    free_bytes: int
+    images_per_second: float | None  # None where nothing is to be run
+    trial_seconds: float
+
+    @property
+    def bytes_to_write(self) -> int:
+        """In all."""
+        return sum(split.bytes_to_write for split in self.splits)
+
+    @property
+    def seconds(self) -> float:
+        """That the forward passes would take, by the trial."""
+        images = sum(split.images_to_run for split in self.splits)
+        return images / self.images_per_second if self.images_per_second else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `mlfusion plan --json` prints."""
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "splits": [vars(split) for split in self.splits],
+            "bytes_to_write": self.bytes_to_write,
+            "free_bytes": self.free_bytes,
+            "fits": self.bytes_to_write <= self.free_bytes,
+            "images_per_second": self.images_per_second and round(self.images_per_second, 2),
+            "seconds": round(self.seconds, 1),
+            "trial_seconds": round(self.trial_seconds, 1),
+        }
+
+
+def plan(
+    model: str,
+    dataset: str,
+    *,
+    splits: Sequence[str] | str = ("train", "test"),
+    layers: str = "all",
+    tokens: str = "cls,ap",
+    format: FormatName = "zarr",
+    dtype: Dtype = "float16",
+    device: str = "auto",
+    batch_size: int = BATCH,
+    cache: Place = None,
+    trial: float = TRIAL_SECONDS,
+) -> Plan:
+    """Say what `extract` with the same words would write and how long it would take. Writes nothing.
+
+    `trial` is for how many seconds images are prepared and run through the model to find the rate; other arguments and
+    errors as in `extract`.
+    """
+    asked = Request.of(
+        model,
+        dataset,
+        splits=splits,
+        layers=layers,
+        tokens=tokens,
+        format=format,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+    )
+    store = FeatureStore(cache)
+    planned: list[PlannedSplit] = []
+    backbone: Backbone | None = None
+    rate, spent = None, 0.0
+    for split, _, spec in asked.splits:
+        entry = store.entry(spec)
+        todo: dict[Stream, set[int]] = {}
+        if entry is None or not asked.pairs <= entry.held():
+            backbone = backbone or Backbone(asked.checkpoint, asked.device)
+            todo = gaps(entry, asked.pairs) if entry else {}
+            todo |= {stream: set(range(stream.shards)) for stream in asked.fresh(entry, spec, backbone)}
+            if rate is None:
+                wanted = frozenset(pair for stream in todo for pair in stream.pairs)
+                rate, spent = _trial(backbone, split, wanted, asked.batch_size, trial)
+        planned.append(_planned(split.name, spec, entry, todo, asked))
+    root = store.root
+    while not root.exists():
+        root = root.absolute().parent
+    return Plan(
+        model=asked.names.model,
+        dataset=asked.names.dataset,
+        splits=tuple(planned),
+        free_bytes=shutil.disk_usage(root).free,
+        images_per_second=rate,
+        trial_seconds=spent,
+    )
+
+
+def _planned(
+    name: str, spec: FeatureSpec, entry: Entry | None, todo: dict[Stream, set[int]], asked: Request
+) -> PlannedSplit:
+    images = np.zeros(spec.data.images, bool)
+    nbytes, files = 0, 0 if entry else FILES["entry"]
+    for stream, shards in todo.items():
+        files += FILES["shard"] * len(shards) + (FILES["stream"] if len(shards) == stream.shards else 0)
+        for shard in shards:
+            rows = stream.rows(shard)
+            images[rows.start : rows.stop] = True
+            nbytes += len(rows) * (stream.nbytes // stream.images)
+    # No batch reaches over the end of a shard.
+    cut = todo or (entry.streams() if entry else [])
+    step = min((stream.shard_rows for stream in cut), default=spec.data.images)
+    steps = [range(at, min(at + step, spec.data.images)) for at in range(0, spec.data.images, step)]
+    batches = [-(-len(rows) // asked.batch_size) for rows in steps]
+    passes = sum(count for count, rows in zip(batches, steps, strict=True) if images[rows.start])
+    return PlannedSplit(
+        split=name,
+        key=spec.key,
+        images=spec.data.images,
+        images_to_run=int(images.sum()),
+        bytes_held=entry.size() if entry else 0,
+        bytes_to_write=nbytes,
+        files_to_write=files,
+        forward_passes=passes,
+        forward_passes_saved=sum(batches) - passes,
+    )
+
+
+def _trial(
+    backbone: Backbone, split: datasets.Split, wanted: frozenset[Pair], batch_size: int, seconds: float
+) -> tuple[float, float]:
+    """Images a second, decoded and run; and for how long that was measured. A data set that is short is gone through again."""
+
+    def rounds() -> Any:
+        while True:
+            for at in range(0, len(split), batch_size):
+                yield range(at, min(at + batch_size, len(split))), []
+
+    images, start = 0, 0.0
+    for rows, _, pixels, _ in prepared(backbone, split, rounds(), skip_bad=True):
+        backbone(pixels, wanted)
+        if not start:
+            start = time.monotonic()
+            continue
+        images += len(rows)
+        if (spent := time.monotonic() - start) >= seconds:
+            break
+    return images / spent, spent

@@ -1,0 +1,294 @@
+"""Looking after the cache: every flipped byte is found and mended, nothing in use is removed, copies are the same bits."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_store import NAMES, PAIRS, fill, new_entry, small_shards  # noqa: F401 - the fixture makes shards small here too
+from tiny import save_images, save_model
+
+from mlfusion import cli, disk
+from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
+from mlfusion.store import FeatureStore
+from mlfusion.store.audit import repair, verify
+from mlfusion.store.housekeeping import decide, remove
+from mlfusion.store.transfer import copy
+
+
+def everything(entry) -> np.ndarray:
+    return entry.read([1, 2, 3], ["cls", "ap"])
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("format", ["zarr", "hdf5"])
+def test_a_flipped_byte_of_any_file_is_found_and_mended(format, tmp_path):
+    """One byte of every file, first, last and somewhere: verify names it, repair and writing it again restore all."""
+    entry = new_entry(tmp_path / "cache")
+    written = fill(entry, format)
+    whole = everything(entry)
+    entry.record_run({"device": "cpu"})
+    sound = tree(entry.path)
+    assert not list(verify(tmp_path / "cache", entry.path))
+    random = np.random.default_rng(0)
+    for name, data in sound.items():
+        for at in {0, len(data) - 1, int(random.integers(len(data)))}:
+            file = entry.path / name
+            bad = bytearray(data)
+            bad[at] ^= 1 << int(random.integers(8))
+            file.write_bytes(bad)
+            found = list(verify(tmp_path / "cache", entry.path))
+            assert found, (name, at)
+            assert all(damage.path == entry.path or damage.path.name in name for damage in found)
+            with suppress(MlfusionError):  # a read gives what was written or an error, never anything else
+                np.testing.assert_array_equal(everything(FeatureStore(tmp_path / "cache").by_key(entry.key)), whole)
+            moved = repair(tmp_path / "cache", entry.path, found)
+            assert moved
+            again = new_entry(tmp_path / "cache")  # what the next extraction does: records first, then missing shards
+            made = 0
+            for stream in again.streams():
+                for shard in again.missing_shards(stream):
+                    made += 1
+                    rows = stream.rows(shard)
+                    with again.draft(stream, shard) as draft:
+                        draft.append(written[stream.name][rows.start : rows.stop])
+                        draft.publish()
+            again.seal()
+            assert made <= 1  # only that again
+            if not name.startswith(("names", "runs")):
+                assert (
+                    tree(entry.path).items()
+                    >= {k: v for k, v in sound.items() if k[:4] not in ("name", "runs")}.items()
+                )
+            for (
+                path,
+                text,
+            ) in sound.items():  # names and provenance are not made again: put them back for the next round
+                (entry.path / path).write_bytes(text)
+            np.testing.assert_array_equal(everything(again), whole)
+    assert not list(verify(tmp_path / "cache", entry.path))
+
+
+def test_verify_names_layers_and_rows(tmp_path):
+    entry = new_entry(tmp_path / "cache")
+    fill(entry, "zarr")
+    [stream] = entry.streams()
+    shard = entry.folder(stream) / "c" / "1" / "0/0/0"
+    data = bytearray(shard.read_bytes())
+    record = entry.record(stream, 1)
+    data[int(record.offsets[1, 2, 0])] ^= 1  # second block of four rows of the second shard of eight, third layer
+    shard.write_bytes(data)
+    [found] = verify(tmp_path / "cache", entry.path)
+    assert "layers 3 of rows 12-15" in found.why
+
+
+@pytest.mark.parametrize("target", ["zarr", "hdf5"])
+@pytest.mark.parametrize("source", ["zarr", "hdf5"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_a_copy_is_the_same_bits(source, target, dtype, tmp_path):
+    entry = new_entry(tmp_path / "one", dtype=dtype)
+    fill(entry, source)
+    there = FeatureStore(tmp_path / "two").create(entry.spec, entry.samples, NAMES)
+    assert copy(entry, there, format=target) == entry.nbytes
+    np.testing.assert_array_equal(everything(there), everything(entry))
+    assert {stream.format for stream in there.streams()} == {target}
+    assert not list(verify(tmp_path / "two", there.path))
+    if source == target:
+        mine, its = tree(entry.path / "tokens"), tree(there.path / "tokens")
+        assert mine == its
+    assert copy(entry, there, format=target) == 0  # it is there
+    back = FeatureStore(tmp_path / "three").create(entry.spec, entry.samples, NAMES)
+    copy(there, back, format=source)
+    assert tree(back.path / "tokens") == tree(entry.path / "tokens")
+
+
+def test_a_damaged_chunk_is_not_copied(tmp_path):
+    entry = new_entry(tmp_path / "one")
+    fill(entry, "zarr")
+    [stream] = entry.streams()
+    shard = entry.folder(stream) / "c" / "0" / "0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[5] ^= 1
+    shard.write_bytes(data)
+    there = FeatureStore(tmp_path / "two").create(entry.spec, entry.samples, NAMES)
+    with pytest.raises(CacheUnusable, match="checksum"):
+        copy(entry, there)
+    assert there.missing_shards(stream) == [0, 1, 2]
+    assert not list(there.path.rglob(f"{disk.DRAFT}*"))
+
+
+def fates(store: FeatureStore, **criteria) -> dict[int, bool]:
+    """Whether it goes, by the number of images that tells the entries of these tests apart."""
+    every = list(store.own())
+    decided = decide(every, every=every, now=disk.clock(store.root), **criteria)
+    return {fate.entry.spec.data.images: fate.goes for fate in decided}
+
+
+def test_what_goes_by_age_size_and_need(tmp_path):
+    store = FeatureStore(tmp_path)
+    for images, days in ((9, 10), (17, 5), (25, 1)):
+        entry = new_entry(tmp_path, images)
+        fill(entry, "zarr")
+        then = time.time() - days * 86400
+        for name in ("names", "entry.json"):
+            os.utime(entry.path / name, (then, then))
+    assert fates(store, older=3 * 86400) == {9: True, 17: True, 25: False}
+    sizes = {entry.spec.data.images: entry.size() for entry in store.own()}
+    assert fates(store, quota=sizes[25] + sizes[17]) == {9: True, 17: False, 25: False}
+    assert fates(store, quota=sizes[25]) == {9: True, 17: True, 25: False}
+    assert fates(store, quota=sum(sizes.values())) == dict.fromkeys(sizes, False)
+    assert fates(store, needed={new_entry(tmp_path, 9).key}) == {9: False, 17: True, 25: True}
+    new_entry(tmp_path, 9).read([1], ["cls"])  # reading is use
+    assert fates(store, older=3 * 86400) == {9: False, 17: True, 25: False}
+
+
+def test_a_reader_keeps_its_entry(tmp_path):
+    entry = new_entry(tmp_path)
+    fill(entry, "zarr")
+    whole = everything(entry)
+    with entry.open([1, 2, 3], ["cls", "ap"]) as reader:
+        assert fates(FeatureStore(tmp_path), older=0) == {19: False}
+        assert remove(tmp_path, entry.path) == "it is being read"  # a reader that came after the decision
+        np.testing.assert_array_equal(reader.read(), whole)
+        np.testing.assert_array_equal(reader[np.arange(19)], whole)
+    assert not list((tmp_path / "trash").iterdir())
+    assert remove(tmp_path, entry.path) == ""
+    assert FeatureStore(tmp_path).by_key(entry.key) is None
+    with pytest.raises(NotCached):
+        entry.open([1], ["cls"]).read()
+
+
+def test_an_extraction_keeps_its_entry(tmp_path):
+    entry = new_entry(tmp_path)
+    leases = entry.leases()
+    assert leases.take(["cls~0"])
+    assert remove(tmp_path, entry.path) == "it is being extracted"
+    leases.release()
+    assert remove(tmp_path, entry.path) == ""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    model = save_model("vit", tmp_path_factory.mktemp("model") / "tiny-vit")
+    images = save_images(tmp_path_factory.mktemp("data") / "colours", {"train": 4, "test": 2})
+    return ["--model", str(model), "--dataset", str(images)]
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    def call(*said: str, code: int = 0):
+        monkeypatch.setattr(sys, "argv", ["mlfusion", *said])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert (ended.value.code or 0) == code, err
+        return json.loads(out) if "--json" in said else out + err
+
+    return call
+
+
+def test_the_commands(run, words, tmp_path):
+    run("extract", *words)
+    rows = sorted(run("cache", "ls", "--json")["entries"], key=lambda row: row["split"])
+    assert [(row["split"], row["images"], row["tokens"]) for row in rows] == [
+        ("test", 6, "cls@1-4,ap@1-4"),
+        ("train", 12, "cls@1-4,ap@1-4"),
+    ]
+    assert run("cache", "du", "--json")["bytes"] == sum(
+        f.stat().st_size for f in (tmp_path / "cache" / "v2").rglob("*") if f.is_file()
+    )
+    assert run("cache", "path", "--json")["paths"] == [str(tmp_path / "cache")]
+    paths = run("cache", "path", *words, "--split", "train", "--json")["paths"]
+    assert [Path(path).name for path in paths] == [row["key"] for row in rows if row["split"] == "train"]
+    assert run("cache", "verify", "--json") == {"entries": 2, "damaged": [], "quarantined": []}
+    assert run("cache", "export", str(tmp_path / "copy"), "--format", "hdf5", "--json")["entries"]
+    assert {row["key"] for row in run("cache", "ls", "--cache", "copy", "--json")["entries"]} == {
+        row["key"] for row in rows
+    }
+    assert "removed" in run("cache", "prune", *words)
+    assert run("cache", "ls", "--json")["entries"] == []
+    assert run("cache", "import", "copy", "--json")["entries"]
+    again = run("extract", *words, "--json")["features"]
+    assert sum(one["forward_passes"] for one in again) == 0
+    # one shard damaged: found, taken out, and only it is made again
+    [shard, *_] = (tmp_path / "cache" / "v2").rglob("*.h5")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 255
+    shard.write_bytes(data)
+    said = run("cache", "verify", code=1)
+    assert str(shard.parent.relative_to(tmp_path)) in said
+    assert "--repair" in said
+    assert run("cache", "verify", "--repair", "--json")["quarantined"]
+    again = run("extract", *words, "--json")["features"]
+    assert sorted(one["images_written"] > 0 for one in again) == [False, True]
+    assert run("cache", "verify", "--json")["damaged"] == []
+
+
+def test_prune_says_first_and_asks_what(run, words):
+    run("extract", *words)
+    told = run("cache", "prune", "--older", "0h", "--dry-run", "--json")
+    assert [one["removed"] for one in told["entries"]] == [True, True]
+    assert told["bytes_freed"] > 0
+    assert len(run("cache", "ls", "--json")["entries"]) == 2
+    assert "at least one of" in run("cache", "prune", code=1)
+    assert "no amount" in run("cache", "prune", "--size", "many", code=1)
+    run("probe", "--dataset", words[3], "--grid", "quick", "--seeds", "0", "--probe", "cls-last/linear")
+    assert run("cache", "prune", "--unneeded", "results", "--json")["bytes_freed"] == 0
+
+
+def test_explain_says_what_differs(run, words, tmp_path):
+    run("extract", *words, "--split", "train")
+    same = run("cache", "explain", *words, "--split", "train", "--json")["splits"]
+    assert [(one["state"], one["lacking"]) for one in same] == [("whole", "")]
+    more = run("cache", "explain", *words, "--split", "train", "--tokens", "cls,all@last", "--json")["splits"]
+    assert [(one["state"], one["lacking"]) for one in more] == [("partial", "all@4")]
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(words[1], model)
+    shutil.copytree(words[3], data)
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    settings["image_std"] = [0.5, 0.5, 0.5]
+    (model / "preprocessor_config.json").write_text(json.dumps(settings))
+    first = sorted((data / "train" / "blue").iterdir())[0]
+    first.unlink()
+    told = run(
+        "cache",
+        "explain",
+        "--model",
+        str(model),
+        "--dataset",
+        str(data),
+        "--split",
+        "train",
+        "--dtype",
+        "int8",
+        "--json",
+    )
+    [one] = told["splits"]
+    assert one["state"] == "absent"
+    fields = {difference["field"]: difference for difference in one["differences"]}
+    assert set(fields) == {"model.preprocess.image_std", "data.content", "data.images", "dtype"}
+    assert "[0.5, 0.5, 0.5]" in fields["model.preprocess.image_std"]["asked"]
+    assert fields["data.content"]["asked"].startswith("1 gone")
+    assert first.name in fields["data.content"]["asked"]
+
+
+def test_a_plan_is_what_then_happens(run, words, tmp_path):
+    planned = run("plan", *words, "--trial", "0.1", "--json")
+    assert planned["fits"]
+    assert planned["images_per_second"] > 0
+    assert not (tmp_path / "cache").exists()
+    done = run("extract", *words, "--json")["features"]
+    assert [split["forward_passes"] for split in planned["splits"]] == [one["forward_passes"] for one in done]
+    stored = sum(entry["bytes"] for entry in run("cache", "ls", "--json")["entries"])
+    assert planned["bytes_to_write"] == stored
+    again = run("plan", *words, "--json")
+    assert again["bytes_to_write"] == again["seconds"] == 0
+    assert [s["forward_passes_saved"] for s in again["splits"]] == [s["forward_passes"] for s in planned["splits"]]
