@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -225,6 +225,9 @@ def extract(
                 work.run(entry, backbone, asked.pairs)
                 if work.written:
                     entry.record_run(_provenance(entry, work, asked.device, time.monotonic() - began))
+        elif entry.path.parent == store.folder:
+            with suppress(OSError):  # of one that was killed after its last shard; a cache may be read-only
+                entry.sweep()
         entry.use(asked.names)
         done.append(
             Extracted(

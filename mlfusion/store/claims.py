@@ -116,14 +116,16 @@ class Pin:
 
 
 def pinned(folder: Path) -> bool:
-    """Whether a reader that may be alive has its mark here; marks of the dead are removed."""
-    held = False
+    """Whether a reader that may be alive has its mark here."""
+    return any(_may_live(path, PIN_TERM) for path in _claims(folder))
+
+
+def sweep(folder: Path) -> None:
+    """Remove the leases and marks that the dead left, and those of other hosts after a day."""
     for path in _claims(folder):
-        if _may_live(path, PIN_TERM):
-            held = True
-        else:
-            disk.remove(path)
-    return held
+        state = _state(path)
+        if state is not None and not _may_live(path, disk.STALE):
+            _take_away(path, state)
 
 
 def _claims(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ import xxhash
 from mlfusion import disk
 from mlfusion.errors import BadData, CacheUnusable, NotCached
 from mlfusion.specs import FORMAT, DataSpec, FeatureSpec, ModelSpec, Pair, TokenKind, digest, layer_ranges
+from mlfusion.store import claims
 from mlfusion.store.claims import Leases
 from mlfusion.store.formats import FORMATS, ShardWriter
 from mlfusion.store.manifest import Manifest
@@ -304,6 +305,8 @@ class Entry:
         """Remove what killed writers left behind."""
         for folder in (self.path, *(self.path / name for name in FOLDERS), *map(self.folder, self.streams())):
             disk.sweep(folder)
+        for name in ("leases", "pins"):
+            claims.sweep(self.path / name)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
