@@ -1,0 +1,195 @@
+"""An extraction whose every number is known beforehand, run by processes that may be killed, stopped or starved.
+
+The loop, the leases and the cache are the real ones; only the model is a formula, so that a process costs a fork and a
+whole extraction a few hundred milliseconds.
+"""
+
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from mlfusion import disk, extraction
+from mlfusion.errors import MlfusionError
+from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
+from mlfusion.store import Entry, FeatureStore, Names, Samples
+from mlfusion.store.audit import verify
+
+IMAGES = 44
+KINDS = {"cls": 1, "ap": 1, "all": 17}  # tokens of each
+WIDTH = 4
+PAIRS = frozenset({(layer, kind) for layer in (1, 2, 3) for kind in ("cls", "ap")} | {(3, "all")})
+NAMES = Names(model="formula", model_source="a/formula", dataset="numbers", dataset_source="/some where/zählen")
+MODEL = ModelSpec(
+    weights="ab" * 32,
+    revision=None,
+    config="cd" * 8,
+    preprocess="{}",
+    name="formula",
+    family="vit",
+    depth=3,
+    width=WIDTH,
+)
+UNUSABLE = 3  # exit status of a child that ended with one of our errors
+
+
+def numbers(rows, layer: int, kind: str) -> np.ndarray:
+    """[rows, tokens, width] float32: what the model says of these images."""
+    inner = np.arange(KINDS[kind] * WIDTH).reshape(1, KINDS[kind], WIDTH)
+    at = np.asarray(rows, np.float64).reshape(-1, 1, 1) * 12.9898 + layer * 78.233 + len(kind) * 37.719
+    return np.sin(at + inner * 0.618).astype(np.float32)
+
+
+class Model:
+    """Stands where the frozen model stands: pixels are row numbers."""
+
+    name, kinds, pixels = "formula", KINDS, (1,)
+    anatomy = SimpleNamespace(widths=dict.fromkeys(range(4), WIDTH))
+
+    def __init__(self, passes: Path | None, pause: float) -> None:
+        self._passes, self._pause = passes, pause
+
+    def prepare(self, images: list[int]) -> np.ndarray:
+        return np.array(images, np.float32)[:, None]
+
+    def __call__(self, pixels: np.ndarray, wanted: frozenset) -> dict:
+        rows = pixels[:, 0].astype(int)
+        if self._passes:  # one line a pass, so that what was computed twice can be told
+            with open(self._passes, "a") as file:
+                file.write(f"{os.getpid()} {rows[0]} {rows[-1]}\n")
+        time.sleep(self._pause)
+        return {(layer, kind): numbers(rows, layer, kind) for layer, kind in wanted}
+
+
+class Images:
+    """A split of so many images, image i being the number i."""
+
+    def __init__(self, count: int) -> None:
+        self.name, self._count = "train", count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def image(self, row: int) -> int:
+        return row
+
+
+def samples(images: int = IMAGES) -> Samples:
+    return Samples(
+        ids=tuple(f"train/α/{i} ½.png" for i in range(images)),
+        labels=np.arange(images) % 3,
+        digests=np.random.default_rng(0).integers(0, 256, (images, 16), np.uint8),
+        classes=("x", "y", "z"),
+    )
+
+
+def spec(images: int = IMAGES) -> FeatureSpec:
+    rows = samples(images)
+    data = DataSpec(content=rows.content, split="train", images=images, classes=rows.classes, name="numbers")
+    return FeatureSpec(model=MODEL, data=data, dtype="float16")
+
+
+def extract(
+    root: Path, *, images: int = IMAGES, format: str = "zarr", passes: Path | None = None, pause: float = 0.0
+) -> Entry:
+    """`mlfusion.extract` of the formula."""
+    asked = extraction.Request(
+        checkpoint=None,
+        names=NAMES,
+        pairs=PAIRS,
+        splits=((Images(images), samples(images), spec(images)),),
+        format=format,
+        device="cpu",
+        batch_size=4,
+    )
+    kept = extraction.Request, extraction.Backbone
+    extraction.Request = SimpleNamespace(of=lambda *_, **__: asked)
+    extraction.Backbone = lambda *_: Model(passes, pause)
+    try:
+        [done] = extraction.extract("formula", "numbers", cache=root)
+    finally:
+        extraction.Request, extraction.Backbone = kept
+    return done.entry
+
+
+class Child:
+    """A process of our own that does one thing."""
+
+    def __init__(self, work: Callable[..., object], *args: object, **words: object) -> None:
+        self._pipe, ours = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                work(*args, **words)
+                status = 0
+            except MlfusionError as err:
+                os.write(ours, str(err).encode()[:9999])
+                status = UNUSABLE
+            except BaseException as err:  # noqa: BLE001 - the parent says it
+                os.write(ours, "".join(traceback.format_exception(err)).encode()[-9999:])
+            finally:
+                os._exit(status)
+        os.close(ours)
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Its exit status, or minus the signal that ended it; what it had to say is then in `said`."""
+        _, status = os.waitpid(self.pid, 0)
+        with open(self._pipe, "rb") as pipe:
+            self.said = pipe.read().decode(errors="replace")
+        return os.waitstatus_to_exitcode(status)
+
+    def kill_after(self, seconds: float) -> int:
+        """Its exit status; it is killed if it lives so long."""
+        time.sleep(seconds)
+        self.send(signal.SIGKILL)  # of a child that ended already, but was not waited for, nothing comes
+        return self.wait()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder that others may be changing, but the provenance of runs."""
+    found = {}
+    for at, _, names in os.walk(folder):
+        for name in names:
+            path = Path(at, name)
+            if path.parent.name != "runs":
+                found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+def published(entry_folder: Path) -> dict[str, tuple[int, int]]:
+    """Every published shard file: what changes if it is written anew."""
+    found = (path for path in entry_folder.glob("tokens/[!.]*/c/*/**/*") if path.is_file())
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def litter(root: Path) -> list[Path]:
+    """What should not be left in a cache that nobody is at work in."""
+    return [*root.rglob(f"{disk.DRAFT}*"), *root.glob("v2/*/leases/*"), *root.glob("v2/*/pins/*")]
+
+
+def right(entry: Entry) -> None:
+    """Assert that an entry reads as the formula says, to the bit."""
+    images = entry.spec.data.images
+    for layer, kind in sorted(PAIRS):
+        want = numbers(range(images), layer, kind).astype(np.float16)[:, None]
+        np.testing.assert_array_equal(entry.read([layer], [kind]), want)
+
+
+def whole(root: Path, images: int = IMAGES) -> Entry:
+    """Assert that the cache holds the extraction, whole and right, and nothing beside it."""
+    entry = FeatureStore(root).entry(spec(images))
+    assert entry is not None
+    assert entry.held() == PAIRS
+    right(entry)
+    assert not list(verify(root, entry.path))
+    assert litter(root) == []
+    return entry
