@@ -64,7 +64,9 @@ def verify(root: Path, folder: Path, *, read: Callable[[int], None] = lambda _: 
     if entry is None:
         return
     try:
-        entry.samples  # noqa: B018 - reading them compares them with the key
+        for name, data in entry.samples.files().items():  # reading them compares them with the key
+            if (folder / name).read_bytes() != data:
+                yield Damage(path=folder / name, why="it is not as it was written", take=(folder / name,))
     except MlfusionError as err:
         # Which of the three is wrong cannot be told, and they are small.
         yield Damage(path=folder, why=str(err), take=tuple(folder / name for name in SAMPLES))
@@ -101,7 +103,7 @@ def _verify_stream(entry: Entry, folder: Path, read: Callable[[int], None]) -> I
     try:
         body = disk.read_json(sealed)
         manifest = Manifest.from_json(body)
-        if Stream.from_json(body["stream"]) != stream or manifest.shards != stream.shards:
+        if Stream.from_json(body["stream"]) != stream or not manifest.fits(stream):
             raise ValueError("it is another stream's")
     except FileNotFoundError:
         pass

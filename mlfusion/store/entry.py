@@ -9,6 +9,7 @@
                           shards are there manifest.json, which joins the records
 """
 
+import io
 import json
 import os
 import uuid
@@ -53,6 +54,14 @@ class Samples:
     def content(self) -> str:
         """Digest of ids, bytes and labels in their order: what a DataSpec is identified by."""
         return digest([list(self.ids), self.labels.tolist(), self.digests.tobytes().hex()], 64)
+
+    def files(self) -> dict[str, bytes]:
+        """The entry's files that hold them, by name, to the byte."""
+        found = {"ids.json": json.dumps(self.ids, ensure_ascii=False).encode()}
+        for name, table in {"labels.npy": self.labels.astype("<i8"), "digests.npy": self.digests}.items():
+            np.save(file := io.BytesIO(), table, allow_pickle=False)
+            found[name] = file.getvalue()
+        return found
 
     def of(self, rows: range) -> str:
         """Digest of some rows: a shard's record carries it, so that its rows are those of these samples."""
@@ -101,11 +110,9 @@ class Entry:
         draft = disk.draft_name(folder)
         for name in FOLDERS:
             (draft / name).mkdir(parents=True)
-        np.save(draft / "labels.npy", samples.labels.astype("<i8"), allow_pickle=False)
-        np.save(draft / "digests.npy", samples.digests, allow_pickle=False)
-        for name in ("labels.npy", "digests.npy"):
+        for name, data in samples.files().items():
+            (draft / name).write_bytes(data)
             disk.flush(draft / name)
-        disk.write(draft / "ids.json", json.dumps(samples.ids, ensure_ascii=False))
         disk.write(draft / TOKENS / "zarr.json", Entry.group(spec.key))
         data = asdict(spec.data)
         del data["classes"]
@@ -184,8 +191,13 @@ class Entry:
 
     def streams(self) -> list[Stream]:
         """Every stream that was begun in this folder."""
-        folders = disk.finished(self.path / TOKENS, "stream.json")
-        return [Stream.from_json(disk.read_json(folder / "stream.json")) for folder in folders]
+        found = []
+        for folder in disk.finished(self.path / TOKENS, "stream.json"):
+            try:
+                found.append(Stream.from_json(disk.read_json(folder / "stream.json")))
+            except ValueError as err:
+                raise damaged(folder / "stream.json", str(err)) from err
+        return found
 
     def missing_shards(self, stream: Stream) -> list[int]:
         """Shards of a stream that are not there yet."""
@@ -201,9 +213,13 @@ class Entry:
             path = self.folder(stream) / "manifest.json"
             with suppress(FileNotFoundError):
                 body = disk.read_json(path)
-                if Stream.from_json(body["stream"]) != stream:
-                    raise damaged(path, "it is another stream's")
-                source = Source(path.parent, stream, Manifest.from_json(body))
+                try:
+                    manifest = Manifest.from_json(body)
+                    if Stream.from_json(body["stream"]) != stream or not manifest.fits(stream):
+                        raise ValueError("it is another stream's")
+                except (ValueError, KeyError, TypeError) as err:
+                    raise damaged(path, str(err)) from err
+                source = Source(path.parent, stream, manifest)
                 found |= dict.fromkeys(stream.pairs, source)
         for entry in self.below:
             found = entry.sources() | found

@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from mlfusion.store.stream import Stream
+
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
@@ -40,6 +42,15 @@ class Manifest:
     def shards(self) -> int:
         """How many shards it speaks of."""
         return len(self.sizes)
+
+    def fits(self, stream: Stream) -> bool:
+        """Whether it can be of the whole of this stream: so many shards, blocks, layers, kinds and images."""
+        blocks = sum(-(-len(stream.rows(shard)) // stream.chunk_rows) for shard in range(stream.shards))
+        return (
+            len(self.sizes) == len(self.digests) == len(self.samples) == stream.shards
+            and self.offsets.shape == self.checksums.shape == (blocks, len(stream.layers), len(stream.kinds))
+            and all(0 <= row < stream.images for row in self.skipped)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the tables as base64 of little-endian numbers in C order."""

@@ -62,9 +62,13 @@ class Shard:
         self._rows = len(rows)
         if os.fstat(descriptor).st_size != source.manifest.sizes[shard]:
             raise damaged(self._path, "its size is not the manifest's")
+        self._row_bytes = self._stream.tokens * self._stream.columns * self._stream.encoding.stored.itemsize
+        held = np.minimum(self._rows - np.arange(len(self._offsets)) * self._stream.chunk_rows, self._stream.chunk_rows)
+        last = source.manifest.sizes[shard] - held * self._row_bytes  # where a chunk may begin at the latest
+        if (last < 0).any() or (self._offsets > last.astype(np.uint64)[:, None, None]).any():
+            raise damaged(self._path, "a chunk would lie beyond its end")
         self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         self._bytes = np.frombuffer(self._map, np.uint8)
-        self._row_bytes = self._stream.tokens * self._stream.columns * self._stream.encoding.stored.itemsize
         self.touched = np.zeros(self._offsets.shape, bool)  # chunks that were asked of the disk, and checked
 
     def chunk(self, block: int, layer: int, kind: int, check: Check) -> np.ndarray:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mlfusion.specs import Dtype, Pair, TokenKind, layer_ranges
 from mlfusion.store.encoding import ENCODINGS, Encoding
@@ -69,8 +69,21 @@ class Stream:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Stream":
-        """The inverse of `to_json`."""
-        return cls(**{**body, "layers": tuple(body["layers"]), "kinds": tuple(body["kinds"])})
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: no stream is like that.
+        """
+        try:
+            stream = cls(**{**body, "layers": tuple(body["layers"]), "kinds": tuple(body["kinds"])})
+            numbers = (stream.tokens, stream.width, stream.images, stream.shard_rows, stream.chunk_rows)
+            sane = min(numbers) > 0 and stream.shard_rows % stream.chunk_rows == 0 and stream.layers and stream.kinds
+            known = stream.dtype in ENCODINGS and stream.format in get_args(FormatName)
+        except (KeyError, TypeError) as err:
+            raise ValueError(f"a description of no stream: {err}") from err
+        if not sane or not known:
+            raise ValueError("a description of no stream")
+        return stream
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as stored in stream.json."""

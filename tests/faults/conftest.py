@@ -8,6 +8,8 @@ import pytest
 
 from mlfusion.store import stream
 
+pytest.register_assert_rewrite("workers")
+
 LONG = os.environ.get("MLFUSION_FAULTS") == "long"
 TALLY: dict[str, list[int]] = {}  # what was tried → how often, how often something was lost
 

@@ -190,6 +190,6 @@ def whole(root: Path, images: int = IMAGES) -> Entry:
     assert entry is not None
     assert entry.held() == PAIRS
     right(entry)
-    assert not list(verify(root, entry.path))
+    assert list(verify(root, entry.path)) == []
     assert litter(root) == []
     return entry
