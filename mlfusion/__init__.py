@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from mlfusion.errors import MlfusionError
     from mlfusion.evaluation import probe
     from mlfusion.extraction import extract
-    from mlfusion.features import Features, load_features
+    from mlfusion.features import Features, load_features, open_features
     from mlfusion.results import Results
     from mlfusion.store import FeatureStore
 
-__all__ = ["FeatureStore", "Features", "MlfusionError", "Results", "extract", "load_features", "probe"]
+__all__ = ["FeatureStore", "Features", "MlfusionError", "Results", "extract", "load_features", "open_features", "probe"]
 
 _HOME = {
     "FeatureStore": "store",
@@ -24,6 +24,7 @@ _HOME = {
     "Results": "results",
     "extract": "extraction",
     "load_features": "features",
+    "open_features": "features",
     "probe": "evaluation",
 }
 

@@ -2,28 +2,38 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
 from mlfusion.errors import BadData, NotCached
 from mlfusion.specs import FeatureSpec, Pair, TokenKind, layer_ranges, parse_layers, parse_tokens
-from mlfusion.store import Entry, FeatureStore, Names, Place
+from mlfusion.store import Check, Entry, FeatureStore, Names, Place, TokenReader
+
+if TYPE_CHECKING:
+    import torch
+
+Tokens = TypeVar("Tokens", np.ndarray, TokenReader)
 
 
 @dataclass(frozen=True, eq=False)
-class Features:
+class Features(Generic[Tokens]):
     """Tokens of one split with what belongs to their rows."""
 
-    tokens: (
-        np.ndarray
-    )  # [images, layers, kinds, width]; a kind of many tokens ('all') takes many places of the third axis
+    tokens: Tokens  # [images, layers, kinds, width]; a kind of many tokens ('all') takes many places of the third axis
     labels: np.ndarray  # [images] int64, an index into classes
     ids: tuple[str, ...]  # [images]
     classes: tuple[str, ...]
     layers: tuple[int, ...]
     kinds: tuple[TokenKind, ...]
     key: str  # the entry's
+
+    def tensors(self: "Features[np.ndarray]") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Tokens and labels as torch tensors on the same memory: nothing is copied."""
+        import torch
+
+        return torch.from_numpy(self.tokens), torch.from_numpy(self.labels)
 
 
 def load_features(
@@ -34,11 +44,14 @@ def load_features(
     layers: str | Sequence[int] = "all",
     tokens: Sequence[TokenKind] | str = ("cls", "ap"),
     cache: Place = None,
-) -> Features:
+) -> Features[np.ndarray]:
     """Cached tokens as NumPy arrays, in the dtype they are kept in; images skipped at extraction are left out.
 
         features = mlfusion.load_features("formula-vit", "digits", "train")
         features.tokens, features.labels        # [1442, 8, 2, 128] float16, [1442] int64
+        tokens, labels = features.tensors()     # the same memory, as torch tensors
+
+    bfloat16 and 8-bit tokens come as float32, which NumPy has.
 
     Args:
         model: a name, hub id or folder, as given to `extract`.
@@ -52,16 +65,42 @@ def load_features(
         NotCached: says which `mlfusion extract` would make it so.
         CacheUnusable: a checksum is wrong.
     """
-    store = FeatureStore(cache)
-    entry = _newest(_of_split(store, model, dataset, split))
+    opened = open_features(model, dataset, split, layers=layers, tokens=tokens, cache=cache)
+    with opened.tokens as reader:
+        return Features(reader.read(), *(getattr(opened, each.name) for each in fields(Features)[1:]))
+
+
+def open_features(
+    model: str,
+    dataset: str,
+    split: str,
+    *,
+    layers: str | Sequence[int] = "all",
+    tokens: Sequence[TokenKind] | str = ("cls", "ap"),
+    cache: Place = None,
+    check: Check = "once",
+) -> Features[TokenReader]:
+    """The same, read when asked for: features that need not fit into memory.
+
+        features = mlfusion.open_features("formula-vit", "digits", "train", layers="last")
+        features.tokens[[5, 3, 900]], features.labels[[5, 3, 900]]      # these images, in this order
+        for rows, tokens in features.tokens.batches(256, seed=0): ...   # one pass in a shuffled order
+
+    The reader works in threads and in the workers of a torch DataLoader; a prune leaves it what it reads.
+
+    Args:
+        check: 'once' compares a chunk's checksum when it is first read, 'always' at every reading, 'never' not at all.
+
+    The other arguments and the errors are those of `load_features`.
+    """
+    entry = _newest(_of_split(FeatureStore(cache), model, dataset, split))
     depth = entry.spec.model.depth
     chosen = parse_layers(layers, depth) if isinstance(layers, str) else tuple(layers)
     kinds = tuple(tokens.split(",")) if isinstance(tokens, str) else tuple(tokens)
-    pairs = parse_tokens(kinds, layer_ranges(chosen), depth)
-    require(entry, pairs, model, dataset)
+    require(entry, parse_tokens(kinds, layer_ranges(chosen), depth), model, dataset)
     rows, samples = entry.rows, entry.samples
     return Features(
-        tokens=entry.read(chosen, kinds),  # type: ignore[arg-type]
+        tokens=entry.open(chosen, kinds, check=check),  # type: ignore[arg-type]
         labels=samples.labels[rows],
         ids=tuple(samples.ids[row] for row in rows),
         classes=samples.classes,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import save_images, save_model
 
 import mlfusion
@@ -117,10 +118,31 @@ def test_load_features_gives_arrays_with_labels_and_ids(model, images):
     assert [found.classes[label] for label in found.labels[[0, 7, 14]]] == ["blue", "green", "red"]
     part = mlfusion.load_features(model, images, "train", layers=[4, 2], tokens="ap")
     np.testing.assert_array_equal(part.tokens[:, :, 0], found.tokens[:, [3, 1], 1])
+    tokens, labels = found.tensors()
+    assert tokens.dtype == torch.float16
+    assert (tokens.data_ptr(), labels.data_ptr()) == (found.tokens.ctypes.data, found.labels.ctypes.data)
     with pytest.raises(NotCached, match=r"lack all of layers 4; run: mlfusion extract .* --tokens all@4"):
         mlfusion.load_features(model, images, "train", layers="last", tokens="all")
     with pytest.raises(BadData, match="cached: test, train"):
         mlfusion.load_features(model, images, "validation")
+
+
+def test_open_features_reads_what_is_asked_for_and_no_more(model, images):
+    mlfusion.extract(model, images)
+    whole = mlfusion.load_features(model, images, "train", layers="3,4", tokens="ap")
+    found = mlfusion.open_features(model, images, "train", layers="3,4", tokens="ap", check="always")
+    assert (found.ids, found.layers, found.kinds, found.key) == (whole.ids, whole.layers, whole.kinds, whole.key)
+    assert found.tokens.shape == whole.tokens.shape
+    np.testing.assert_array_equal(found.tokens[[20, 3, 3]], whole.tokens[[20, 3, 3]])
+    for rows, tokens in found.tokens.batches(8, seed=1):
+        np.testing.assert_array_equal(tokens, whole.tokens[rows])
+    # In the workers of a DataLoader, which get the reader by fork or by pickle, each image comes from its own process.
+    for way in ("fork", "spawn"):
+        loader = torch.utils.data.DataLoader(
+            found.tokens, batch_size=None, sampler=[[5, 1], [7]], num_workers=2, multiprocessing_context=way
+        )
+        for rows, tokens in zip(([5, 1], [7]), loader, strict=True):
+            np.testing.assert_array_equal(tokens.numpy(), whole.tokens[rows])
 
 
 def test_an_unreadable_image_is_named_and_what_was_done_is_kept(model, images, tmp_path, monkeypatch):

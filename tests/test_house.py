@@ -50,7 +50,7 @@ HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
     "altair": {"report"},
     "vl_convert": {"report"},
     "sklearn": {"datasets", "metrics"},
-    "torch": {"backbone", "devices", "probes", "population", "protocol", "pretrain", "formula"},
+    "torch": {"backbone", "devices", "features", "probes", "population", "protocol", "pretrain", "formula"},
 }
 
 
