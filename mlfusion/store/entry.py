@@ -30,7 +30,7 @@ from mlfusion.store import claims
 from mlfusion.store.claims import Leases
 from mlfusion.store.formats import FORMATS, ShardWriter
 from mlfusion.store.manifest import Manifest
-from mlfusion.store.reader import Check, Part, Source, TokenReader, damaged
+from mlfusion.store.reader import Check, Source, TokenReader, damaged, spans
 from mlfusion.store.stream import FormatName, Stream
 
 TOKENS = "tokens"
@@ -355,15 +355,15 @@ class Entry:
         ):
             raise CacheUnusable(f"{self.path}: layers differ in their number of tokens; read them one at a time")
         ends = np.cumsum([0, *counts]).tolist()
-        planes: dict[Source, list[tuple[int, slice, int, int]]] = {}
+        planes: dict[Source, list[tuple[int, int, int, int]]] = {}
         for li, layer in enumerate(layers):
             for ki, kind in enumerate(kinds):
                 source = home[layer, kind]
                 place = source.stream.plane(layer, kind)
-                planes.setdefault(source, []).append((li, slice(ends[ki], ends[ki + 1]), *place))
+                planes.setdefault(source, []).append((li, ends[ki], *place))
         skipped = {row for source in home.values() for row in source.manifest.skipped}
         return TokenReader(
-            [Part(source, tuple(where)) for source, where in planes.items()],
+            [span for source, where in planes.items() for span in spans(source, where)],
             layers=len(layers),
             tokens=ends[-1],
             width=max(source.stream.width for source in planes),

@@ -1,18 +1,24 @@
 """Reads tokens out of shards: all of them, a layer, a kind, random rows, or rows in a shuffled order, and nothing else.
 
-Shards are mapped into memory, and a chunk holds one layer and one kind of a run of images, so what was not asked for
-stays on the disk. A chunk's checksum is compared with the manifest's when it is first touched. A reader works in
-threads, and after fork or spawn: each process maps the files for itself.
+A chunk holds one layer and one kind of a run of images, so what was not asked for stays on the disk. Reading everything
+goes in few large reads, which is faster than a fresh map whose pages come one by one; images here and there come from
+shards that are mapped and stay so. A chunk's checksum is compared with the manifest's when it is first touched. A
+reader works in threads, and after fork or spawn: each process opens the files for itself.
 """
 
+import math
 import mmap
 import os
+import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,7 +34,9 @@ Check = Literal["once", "always", "never"]
 
 OPEN_SHARDS = 256  # mapped at once; each takes one of the process's file descriptors
 BUFFER = 8  # shards that a shuffled order mixes
-THREADS = 4
+THREADS = min(4, os.cpu_count() or 1)
+READ = 1 << 26  # bytes read at once by a thread, at most, but for a single chunk
+PIECE = 1 << 20  # bytes
 SMALL = 1 << 24  # bytes below which threads are not worth starting
 
 
@@ -49,54 +57,231 @@ class Source:
         return self.folder / self.file(shard)
 
 
-class Shard:
-    """One file, mapped."""
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Planes that stand next to each other in the result: [.., layers, kinds x tokens, ..] is one view of it."""
+
+    source: Source
+    into_layers: slice  # of the result
+    into_tokens: slice
+    layers: np.ndarray  # [l] of the source, one for each of the result's
+    kinds: np.ndarray  # [k]
+
+    @cached_property
+    def planes(self) -> "list[Span]":
+        """Plane by plane."""
+        tokens = self.source.stream.tokens
+        first, start = self.into_layers.start, self.into_tokens.start
+        return [
+            Span(
+                self.source,
+                slice(first + i, first + i + 1),
+                slice(start + j * tokens, start + (j + 1) * tokens),
+                self.layers[i : i + 1],
+                self.kinds[j : j + 1],
+            )
+            for i in range(len(self.layers))
+            for j in range(len(self.kinds))
+        ]
+
+    def of(self, out: np.ndarray, width: int) -> np.ndarray:
+        """Its part of a result [rows, layers, tokens, width or more], as [rows, layers, kinds, tokens, width]."""
+        part = out[:, self.into_layers, self.into_tokens, :width]
+        return part.reshape(len(out), len(self.layers), len(self.kinds), -1, width)
+
+
+def spans(source: Source, planes: Sequence[tuple[int, int, int, int]]) -> list[Span]:
+    """Join planes, each (result's layer, result's first token, source's layer, source's kind), into few spans."""
+    tokens = source.stream.tokens
+    runs: list[tuple[int, int, list[int], list[int]]] = []  # first layer and token of the result; layers, kinds
+    for layer, rows in groupby(planes, key=lambda plane: plane[0]):
+        kinds: list[tuple[int, list[int]]] = []
+        for _, token, _, kind in (found := list(rows)):
+            if kinds and token == kinds[-1][0] + len(kinds[-1][1]) * tokens:
+                kinds[-1][1].append(kind)
+            else:
+                kinds.append((token, [kind]))
+        for token, some in kinds:
+            for run in runs:
+                if run[0] + len(run[2]) == layer and (run[1], run[3]) == (token, some):
+                    run[2].append(found[0][2])
+                    break
+            else:
+                runs.append((layer, token, [found[0][2]], some))
+    return [
+        Span(
+            source,
+            slice(layer, layer + len(layers)),
+            slice(token, token + len(some) * tokens),
+            np.array(layers),
+            np.array(some),
+        )
+        for layer, token, layers, some in runs
+    ]
+
+
+class Chunks:
+    """Where the chunks of one shard lie in its file, and what their checksums are."""
 
     def __init__(self, source: Source, shard: int, descriptor: int) -> None:
         self._stream, self._path = source.stream, source.path(shard)
-        rows = source.stream.rows(shard)
+        self._rows = len(source.stream.rows(shard))
+        self.blocks = -(-self._rows // source.stream.chunk_rows)
         first = shard * source.stream.shard_blocks
-        blocks = slice(first, first + -(-len(rows) // source.stream.chunk_rows))
-        self._offsets = source.manifest.offsets[blocks]
-        self._checksums = source.manifest.checksums[blocks]
-        self._rows = len(rows)
-        if os.fstat(descriptor).st_size != source.manifest.sizes[shard]:
-            raise damaged(self._path, "its size is not the manifest's")
+        self._offsets = source.manifest.offsets[first : first + self.blocks].astype(np.int64)
+        self._checksums = source.manifest.checksums[first : first + self.blocks]
         self._row_bytes = self._stream.tokens * self._stream.columns * self._stream.encoding.stored.itemsize
-        held = np.minimum(self._rows - np.arange(len(self._offsets)) * self._stream.chunk_rows, self._stream.chunk_rows)
-        last = source.manifest.sizes[shard] - held * self._row_bytes  # where a chunk may begin at the latest
-        if (last < 0).any() or (self._offsets > last.astype(np.uint64)[:, None, None]).any():
+        self._size = source.manifest.sizes[shard]
+        if os.fstat(descriptor).st_size != self._size:
+            raise damaged(self._path, "its size is not the manifest's")
+        ends = self._offsets + np.array([self._bytes(block) for block in range(self.blocks)])[:, None, None]
+        if self._offsets.min() < 0 or ends.max() > self._size:
             raise damaged(self._path, "a chunk would lie beyond its end")
+
+    def rows(self, block: int) -> int:
+        """Images in a block."""
+        return min(self._stream.chunk_rows, self._rows - block * self._stream.chunk_rows)
+
+    def _bytes(self, block: int) -> int:
+        return self.rows(block) * self._row_bytes
+
+    def _starts(self, block: int, span: Span) -> np.ndarray:
+        """[layers, kinds] int64."""
+        return self._offsets[block][np.ix_(span.layers, span.kinds)]
+
+    def _compare(self, data: np.ndarray, origin: int, block: int, layer: int, kind: int) -> None:
+        """Refuse a chunk whose bytes, of the file from `origin` on, are not those that were written."""
+        start = int(self._offsets[block, layer, kind]) - origin
+        if checksum(data[start : start + self._bytes(block)]) != self._checksums[block, layer, kind]:
+            raise damaged(self._path, f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
+
+    def _view(self, data: np.ndarray, origin: int, block: int, span: Span) -> np.ndarray | None:
+        """[rows, layers, kinds, tokens, columns] as stored, without a copy, if the chunks lie at even distances."""
+        starts = self._starts(block, span)
+        first = int(starts[0, 0])
+        step = int(starts[1, 0]) - first if len(starts) > 1 else 0
+        stride = int(starts[0, 1]) - first if starts.shape[1] > 1 else 0
+        if np.any(starts != first + step * np.arange(len(starts))[:, None] + stride * np.arange(starts.shape[1])):
+            return None
+        stored = self._stream.encoding.stored
+        token = self._stream.columns * stored.itemsize
+        return np.ndarray(
+            (self.rows(block), *starts.shape, self._stream.tokens, self._stream.columns),
+            stored,
+            data.data,
+            first - origin,
+            (self._row_bytes, step, stride, token, stored.itemsize),
+        )
+
+    def _views(self, data: np.ndarray, origin: int, block: int, span: Span) -> list[tuple[Span, np.ndarray]]:
+        """All at once, or plane by plane."""
+        whole = self._view(data, origin, block, span)
+        if whole is not None:
+            return [(span, whole)]
+        planes = ((plane, self._view(data, origin, block, plane)) for plane in span.planes)
+        return [(plane, view) for plane, view in planes if view is not None]  # of one plane there always is one
+
+
+class ShardFile(Chunks):
+    """Read into memory of one's own, in few large reads: for much of a shard at once."""
+
+    def __init__(self, source: Source, shard: int, descriptor: int) -> None:
+        super().__init__(source, shard, descriptor)
+        self._descriptor = descriptor
+
+    def read(self, block: int, span: Span, check: bool) -> Iterator[tuple[Span, np.ndarray]]:
+        """A block of a span: [rows, layers, kinds, tokens, columns] as stored, or plane by plane. Gone with the next read.
+
+        Raises:
+            CacheUnusable: a checksum is wrong, or the file ends before its time.
+        """
+        starts = self._starts(block, span)
+        first, last = int(starts.min()), int(starts.max()) + self._bytes(block)
+        if starts.size > 1 and last - first > min(READ, starts.size * self._bytes(block) * 5 // 4):
+            for plane in span.planes:
+                yield from self.read(block, plane, check)
+            return
+        data = _buffer(last - first)
+        got = 0
+        while got < len(data):
+            more = os.preadv(self._descriptor, [data[got:].data], first + got)
+            if more == 0:
+                raise damaged(self._path, "it ends before its time")
+            got += more
+        if check:
+            for layer in span.layers.tolist():
+                for kind in span.kinds.tolist():
+                    self._compare(data, first, block, layer, kind)
+        yield from self._views(data, first, block, span)
+
+
+class ShardMap(Chunks):
+    """Mapped into memory: for some images of a shard, again and again."""
+
+    def __init__(self, source: Source, shard: int, descriptor: int, wanted: Sequence[Span]) -> None:
+        super().__init__(source, shard, descriptor)
+        self._cold = self._absent(descriptor, wanted)
         self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        self._bytes = np.frombuffer(self._map, np.uint8)
-        self.touched = np.zeros(self._offsets.shape, bool)  # chunks that were asked of the disk, and checked
+        self._data = np.frombuffer(self._map, np.uint8)
+        self._compared = np.zeros(self._offsets.shape, bool)
+        self._known: dict[tuple[int, Span], list[tuple[Span, np.ndarray]]] = {}
 
-    def chunk(self, block: int, layer: int, kind: int, check: Check) -> np.ndarray:
-        """[rows, tokens, columns] as stored, without a copy."""
-        rows = min(self._stream.chunk_rows, self._rows - block * self._stream.chunk_rows)
-        start = int(self._offsets[block, layer, kind])
-        data = self._bytes[start : start + rows * self._row_bytes]
-        if check == "always" or (check == "once" and not self.touched[block, layer, kind]):
-            if len(data) != rows * self._row_bytes or checksum(data) != self._checksums[block, layer, kind]:
-                raise damaged(self._path, f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
-            self.touched[block, layer, kind] = True
-        return data.view(self._stream.encoding.stored).reshape(rows, self._stream.tokens, self._stream.columns)
+    def views(self, block: int, span: Span, check: Check) -> list[tuple[Span, np.ndarray]]:
+        """A block of a span, as stored, without a copy: [rows, layers, kinds, tokens, columns], or plane by plane.
 
-    def fetch(self, block: int, layer: int, kind: int) -> None:
-        """Ask the disk for a chunk that is about to be read: page by page, on first use, it would come ten times slower."""
-        if hasattr(mmap, "MADV_WILLNEED") and not self.touched[block, layer, kind]:
-            start = int(self._offsets[block, layer, kind])
-            page = start - start % mmap.PAGESIZE
-            length = min(start + self._stream.chunk_rows * self._row_bytes, len(self._bytes)) - page
-            self._map.madvise(mmap.MADV_WILLNEED, page, length)
+        Raises:
+            CacheUnusable: a checksum is wrong.
+        """
+        known = self._known.get((block, span))
+        if known is not None and check != "always":
+            return known
+        for layer in span.layers.tolist():
+            for kind in span.kinds.tolist():
+                if check == "always" or (check == "once" and not self._compared[block, layer, kind]):
+                    self._compare(self._data, 0, block, layer, kind)
+                    self._compared[block, layer, kind] = True
+        return self._known.setdefault((block, span), self._views(self._data, 0, block, span))
+
+    def _absent(self, descriptor: int, wanted: Sequence[Span]) -> np.ndarray:
+        """Chunks that are not in memory already, by their last byte: to ask for those that are costs as much as a copy."""
+        absent = np.zeros(self._offsets.shape, bool)
+        if hasattr(mmap, "MADV_WILLNEED"):
+            for span in wanted:
+                absent[np.ix_(np.arange(self.blocks), span.layers, span.kinds)] = True
+        if hasattr(os, "RWF_NOWAIT"):
+            byte = [bytearray(1)]
+            with suppress(OSError):  # of a file system that cannot tell: all are asked for
+                for chunk in np.flatnonzero(absent).tolist():
+                    with suppress(BlockingIOError):
+                        end = int(self._offsets.flat[chunk]) + self._row_bytes
+                        absent.flat[chunk] = not os.preadv(descriptor, byte, end - 1, os.RWF_NOWAIT)
+        return absent
+
+    def fetch(self, block: int, span: Span) -> None:
+        """Ask the disk for chunks that are about to be read: page by page, on first use, they would come ten times slower."""
+        if not self._cold.any():
+            return
+        planes = np.ix_(np.array([block]), span.layers, span.kinds)
+        starts = np.sort(self._offsets[planes][self._cold[planes]])
+        if not len(starts):
+            return
+        self._cold[planes] = False
+        # Neighbours are asked for together; a gap of less than a page is none.
+        breaks = np.flatnonzero(np.diff(starts) > self._bytes(block) + mmap.PAGESIZE) + 1
+        for run in np.split(starts, breaks):
+            page = int(run[0]) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, int(run[-1]) + self._bytes(block) - page)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Where the planes of one source go in the result."""
+_buffers = threading.local()
 
-    source: Source
-    planes: tuple[tuple[int, slice, int, int], ...]  # result's layer and tokens; source's layer and kind
+
+def _buffer(size: int) -> np.ndarray:
+    """[size] uint8, the same memory for every call of a thread."""
+    if len(getattr(_buffers, "one", ())) < size:
+        _buffers.one = np.empty(size, np.uint8)
+    found: np.ndarray = _buffers.one[:size]
+    return found
 
 
 class TokenReader:
@@ -113,7 +298,7 @@ class TokenReader:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        spans: Sequence[Span],
         *,
         layers: int,
         tokens: int,
@@ -122,17 +307,17 @@ class TokenReader:
         skipped: Sequence[int],
         check: Check,
     ) -> None:
-        self._parts, self._check = tuple(parts), check
+        self._spans, self._check = tuple(spans), check
         self._rows = np.setdiff1d(np.arange(images), np.asarray(skipped, np.int64)) if len(skipped) else None
         self._images = images
         self.shape = (images - len(skipped), layers, tokens, width)
-        self.dtype = parts[0].source.stream.encoding.numbers
+        self.dtype = spans[0].source.stream.encoding.numbers
         self._begin()
 
     def _begin(self) -> None:
-        self._shards: OrderedDict[tuple[Path, int], Shard] = OrderedDict()
+        self._shards: OrderedDict[tuple[Path, int], ShardMap] = OrderedDict()
         self._lock = threading.Lock()
-        folders = list(dict.fromkeys(part.source.folder for part in self._parts))
+        folders = list(dict.fromkeys(span.source.folder for span in self._spans))
         self._pins = [Pin(folder) for folder in dict.fromkeys(folder.parent.parent / "pins" for folder in folders)]
         # Files are opened from here on relative to the folder itself: a prune that moves it away takes nothing from us.
         self._folders: dict[Path, int] = {}
@@ -152,26 +337,26 @@ class TokenReader:
     def read(self) -> np.ndarray:
         """Everything: [images, layers, tokens, width] in `dtype`."""
         out = self._empty(self._images)
-        jobs = [(part, shard) for part in self._parts for shard in range(part.source.stream.shards)]
+        jobs = [(span, shard) for span in self._spans for shard in range(span.source.stream.shards)]
 
         def copy(job: int) -> None:
-            for ahead in jobs[job : job + 2]:
-                self._fetch_shard(*ahead)
-            part, number = jobs[job]
-            stream = part.source.stream
-            shard = self._shard(part.source, number)
-            for block in range(-(-len(stream.rows(number)) // stream.chunk_rows)):
-                first = number * stream.shard_rows + block * stream.chunk_rows
-                for layer, span, source_layer, kind in part.planes:
-                    chunk = shard.chunk(block, source_layer, kind, self._check)
-                    target = out[first : first + len(chunk), layer, span, : stream.width]
-                    target[...] = chunk if stream.encoding.plain else stream.encoding.decode(chunk)
+            span, number = jobs[job]
+            stream = span.source.stream
+            with self._file(span.source, number) as descriptor:
+                file = ShardFile(span.source, number, descriptor)
+                for block in range(file.blocks):
+                    first = number * stream.shard_rows + block * stream.chunk_rows
+                    rows = out[first : first + file.rows(block)]
+                    for part, view in file.read(block, span, self._check != "never"):
+                        into, step = part.of(rows, stream.width), _piece(view)
+                        for start in range(0, len(view), step):
+                            into[start : start + step] = _decoded(stream, view[start : start + step])
 
         if out.nbytes < SMALL:
             for job in range(len(jobs)):
                 copy(job)
         else:
-            with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(copy, range(len(jobs))))
         return out if self._rows is None else out[self._rows]
 
@@ -191,28 +376,42 @@ class TokenReader:
             raise IndexError(f"rows {wanted.min()}..{wanted.max()} of {len(self)} images")
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         images = wanted if self._rows is None else self._rows[wanted]
+        return self._gather(images, THREADS)
+
+    def _gather(self, images: np.ndarray, threads: int) -> np.ndarray:
         out = self._empty(len(images))
         for pin in self._pins:
             pin.renew()
-        for part in self._parts:
-            stream = part.source.stream
-            blocks = images // stream.chunk_rows
+        jobs: list[tuple[Span, int, np.ndarray]] = []  # a block, and the places in the result of the images from it
+        for size in {span.source.stream.chunk_rows for span in self._spans}:
+            blocks = images // size
             order = np.argsort(blocks, kind="stable")
             numbers, starts = np.unique(blocks[order], return_index=True)
-            runs = [
-                (self._shard(part.source, number // stream.shard_blocks), number % stream.shard_blocks, where)
-                for number, where in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)
-            ]
-            for shard, block, _ in runs:
-                for _, _, layer, kind in part.planes:
-                    shard.fetch(block, layer, kind)
-            for shard, block, where in runs:
-                inside = images[where] % stream.chunk_rows
-                for layer, span, source_layer, kind in part.planes:
-                    chunk = shard.chunk(block, source_layer, kind, self._check)[inside]
-                    out[where, layer, span, : stream.width] = (
-                        chunk if stream.encoding.plain else stream.encoding.decode(chunk)
-                    )
+            runs = list(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))
+            jobs += [(span, *run) for span in self._spans if span.source.stream.chunk_rows == size for run in runs]
+        for span, number, _ in jobs:
+            self._fetch_block(span, number)
+
+        def gather(job: tuple[Span, int, np.ndarray]) -> None:
+            span, number, where = job
+            stream = span.source.stream
+            shard = self._shard(span.source, number // stream.shard_blocks)
+            inside = images[where] % stream.chunk_rows
+            # A run that goes to consecutive places, as in a sorted batch, is written there without a detour.
+            there = bool(where[-1] - where[0] + 1 == len(where) and np.all(np.diff(where) == 1))
+            for part, view in shard.views(number % stream.shard_blocks, span, self._check):
+                into, step = part.of(out, stream.width), _piece(view)
+                for start in range(0, len(where), step):
+                    some = where[start : start + step]
+                    place = slice(some[0], some[-1] + 1) if there else some
+                    into[place] = _decoded(stream, view[inside[start : start + step]])
+
+        if threads == 1 or out.nbytes < SMALL:
+            for job in jobs:
+                gather(job)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(gather, jobs))
         return out
 
     def order(self, seed: int, *, buffer: int = BUFFER) -> np.ndarray:
@@ -223,7 +422,7 @@ class TokenReader:
         it is a plain permutation. The same seed gives the same order.
         """
         random = np.random.default_rng(seed)
-        size = max(part.source.stream.shard_rows for part in self._parts)
+        size = max(span.source.stream.shard_rows for span in self._spans)
         images = np.arange(self._images) if self._rows is None else self._rows
         shard = images // size
         numbers = random.permutation(-(-self._images // size))
@@ -233,42 +432,56 @@ class TokenReader:
         return mixed[np.argsort(group[shard[mixed]], kind="stable")]
 
     def batches(self, size: int, *, seed: int, buffer: int = BUFFER) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """One pass in a shuffled order: (rows [b], tokens [b, layers, tokens, width]), the next ones asked of the disk."""
+        """One pass in a shuffled order: (rows [b], tokens [b, layers, tokens, width]), read ahead by threads.
+
+        Which images come together is drawn; within a batch they stand in the order of the disk. No more than THREADS
+        batches wait in memory.
+        """
         order = self.order(seed, buffer=buffer)
-        for start in range(0, len(order), size):
-            self.fetch(order[start + size : start + 4 * size])
-            yield order[start : start + size], self[order[start : start + size]]
+        batches = [np.sort(order[start : start + size]) for start in range(0, len(order), size)]
+        with ThreadPoolExecutor(THREADS) as pool:
+            ahead: deque[Future[np.ndarray]] = deque()
+            for number, rows in enumerate(batches):
+                while len(ahead) < THREADS and number + len(ahead) < len(batches):
+                    later = batches[number + len(ahead)]
+                    ahead.append(pool.submit(self._gather, later if self._rows is None else self._rows[later], 1))
+                yield rows, ahead.popleft().result()
 
     def fetch(self, rows: np.ndarray) -> None:
         """Ask the disk for the shards of images that will be read soon; returns at once."""
         images = rows if self._rows is None else self._rows[rows]
-        for part in self._parts:
-            stream = part.source.stream
-            for number in np.unique(images // stream.chunk_rows).tolist():
-                shard = self._shard(part.source, number // stream.shard_blocks)
-                for _, _, layer, kind in part.planes:
-                    shard.fetch(number % stream.shard_blocks, layer, kind)
+        for span in self._spans:
+            for number in np.unique(images // span.source.stream.chunk_rows).tolist():
+                self._fetch_block(span, number)
 
     # --- what they stand on -----------------------------------------------------------------------------------------
 
     def _empty(self, images: int) -> np.ndarray:
         _, layers, tokens, width = self.shape
-        narrow = any(part.source.stream.width < width for part in self._parts)
+        narrow = any(span.source.stream.width < width for span in self._spans)
         return (np.zeros if narrow else np.empty)((images, layers, tokens, width), self.dtype)
 
-    def _fetch_shard(self, part: Part, number: int) -> None:
-        shard = self._shard(part.source, number)
-        for block in range(len(shard.touched)):
-            for _, _, layer, kind in part.planes:
-                shard.fetch(block, layer, kind)
+    def _fetch_block(self, span: Span, number: int) -> None:
+        shards = span.source.stream.shard_blocks
+        self._shard(span.source, number // shards).fetch(number % shards, span)
 
-    def _shard(self, source: Source, number: int) -> Shard:
+    def _shard(self, source: Source, number: int) -> ShardMap:
         key = (source.folder, number)
         with self._lock:
             shard = self._shards.get(key)
             if shard is not None:
                 self._shards.move_to_end(key)
                 return shard
+        with self._file(source, number) as descriptor:
+            shard = ShardMap(source, number, descriptor, [span for span in self._spans if span.source is source])
+        with self._lock:
+            shard = self._shards.setdefault(key, shard)
+            while len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)  # its map goes with the last view of it
+        return shard
+
+    @contextmanager
+    def _file(self, source: Source, number: int) -> Iterator[int]:
         path = source.path(number)
         try:
             descriptor = os.open(source.file(number), os.O_RDONLY, dir_fd=self._folders[source.folder])
@@ -277,16 +490,9 @@ class TokenReader:
         except OSError as err:
             raise CacheUnusable(f"{path} cannot be read ({err.strerror}); look at its permissions") from err
         try:
-            shard = Shard(source, number, descriptor)
-        except ValueError as err:  # nothing can be mapped of an empty file
-            raise damaged(path, str(err)) from err
+            yield descriptor
         finally:
             os.close(descriptor)
-        with self._lock:
-            shard = self._shards.setdefault(key, shard)
-            while len(self._shards) > OPEN_SHARDS:
-                self._shards.popitem(last=False)  # its map goes with the last view of it
-        return shard
 
     def close(self) -> None:
         """Let go of the files; the reader must not be used after."""
@@ -303,7 +509,9 @@ class TokenReader:
         self.close()
 
     def __del__(self) -> None:
-        if "_folders" in vars(self):
+        if (
+            "_folders" in vars(self) and not sys.is_finalizing()
+        ):  # a process that ends takes its mark to be a dead one's
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -313,6 +521,15 @@ class TokenReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._begin()
+
+
+def _piece(view: np.ndarray) -> int:
+    """Images to copy at once: few enough to stay in the processor's cache on the way."""
+    return max(1, PIECE // math.prod(view.shape[1:]) // view.itemsize)
+
+
+def _decoded(stream: Stream, stored: np.ndarray) -> np.ndarray:
+    return stored if stream.encoding.plain else stream.encoding.decode(stored)
 
 
 def stored(source: Source, rows: range) -> np.ndarray:
@@ -328,20 +545,25 @@ def stored(source: Source, rows: range) -> np.ndarray:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as err:
         raise CacheUnusable(f"{path} cannot be read ({err.strerror}); run `mlfusion cache verify`") from err
+    out = np.empty((len(rows), *stream.shape[1:]), stream.encoding.stored)
+    whole = Span(
+        source,
+        slice(0, len(stream.layers)),
+        slice(0, out.shape[2]),
+        np.arange(len(stream.layers)),
+        np.arange(len(stream.kinds)),
+    )
     try:
-        shard = Shard(source, number, descriptor)
+        shard = ShardFile(source, number, descriptor)
+        first = rows.start - stream.rows(number).start
+        for block in range(first // stream.chunk_rows, -(-(first + len(rows)) // stream.chunk_rows)):
+            start = block * stream.chunk_rows
+            at = max(start - first, 0)
+            for part, view in shard.read(block, whole, check=True):
+                some = view[max(first - start, 0) : first + len(rows) - start]
+                part.of(out[at : at + len(some)], stream.columns)[...] = some
     finally:
         os.close(descriptor)
-    out = np.empty((len(rows), *stream.shape[1:]), stream.encoding.stored)
-    first = rows.start - stream.rows(number).start
-    for block in range(first // stream.chunk_rows, -(-(first + len(rows)) // stream.chunk_rows)):
-        start = block * stream.chunk_rows
-        for layer in range(len(stream.layers)):
-            for kind in range(len(stream.kinds)):
-                chunk = shard.chunk(block, layer, kind, "always")
-                part = chunk[max(first - start, 0) : first + len(rows) - start]
-                at = max(start - first, 0)
-                out[at : at + len(part), layer, kind * stream.tokens : (kind + 1) * stream.tokens] = part
     return out
 
 
