@@ -12,9 +12,9 @@ import os
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +33,8 @@ from mlfusion.store.stream import Stream
 Check = Literal["once", "always", "never"]
 
 OPEN_SHARDS = 256  # mapped at once; each takes one of the process's file descriptors
-BUFFER = 8  # shards that a shuffled order mixes
+MIXED = 1 << 28  # bytes of images that are shuffled together, of at least
+FEWEST = 4  # blocks
 THREADS = min(4, os.cpu_count() or 1)
 READ = 1 << 26  # bytes read at once by a thread, at most, but for a single chunk
 PIECE = 1 << 20  # bytes
@@ -66,6 +67,11 @@ class Span:
     into_tokens: slice
     layers: np.ndarray  # [l] of the source, one for each of the result's
     kinds: np.ndarray  # [k]
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(layer, kind), plane by plane."""
+        return [(layer, kind) for layer in self.layers.tolist() for kind in self.kinds.tolist()]
 
     @cached_property
     def planes(self) -> "list[Span]":
@@ -147,7 +153,8 @@ class Chunks:
 
     def _starts(self, block: int, span: Span) -> np.ndarray:
         """[layers, kinds] int64."""
-        return self._offsets[block][np.ix_(span.layers, span.kinds)]
+        found: np.ndarray = self._offsets[block, span.layers[:, None], span.kinds]
+        return found
 
     def _compare(self, data: np.ndarray, origin: int, block: int, layer: int, kind: int) -> None:
         """Refuse a chunk whose bytes, of the file from `origin` on, are not those that were written."""
@@ -159,10 +166,10 @@ class Chunks:
         """[rows, layers, kinds, tokens, columns] as stored, without a copy, if the chunks lie at even distances."""
         starts = self._starts(block, span)
         first = int(starts[0, 0])
+        if starts.size > 1 and not _even(starts):
+            return None
         step = int(starts[1, 0]) - first if len(starts) > 1 else 0
         stride = int(starts[0, 1]) - first if starts.shape[1] > 1 else 0
-        if np.any(starts != first + step * np.arange(len(starts))[:, None] + stride * np.arange(starts.shape[1])):
-            return None
         stored = self._stream.encoding.stored
         token = self._stream.columns * stored.itemsize
         return np.ndarray(
@@ -209,9 +216,8 @@ class ShardFile(Chunks):
                 raise damaged(self._path, "it ends before its time")
             got += more
         if check:
-            for layer in span.layers.tolist():
-                for kind in span.kinds.tolist():
-                    self._compare(data, first, block, layer, kind)
+            for layer, kind in span.pairs:
+                self._compare(data, first, block, layer, kind)
         yield from self._views(data, first, block, span)
 
 
@@ -223,6 +229,7 @@ class ShardMap(Chunks):
         self._cold = self._absent(descriptor, wanted)
         self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         self._data = np.frombuffer(self._map, np.uint8)
+        self._lock = threading.Lock()
         self._compared = np.zeros(self._offsets.shape, bool)
         self._known: dict[tuple[int, Span], list[tuple[Span, np.ndarray]]] = {}
 
@@ -235,8 +242,8 @@ class ShardMap(Chunks):
         known = self._known.get((block, span))
         if known is not None and check != "always":
             return known
-        for layer in span.layers.tolist():
-            for kind in span.kinds.tolist():
+        with self._lock:  # what one thread compares, another need not
+            for layer, kind in span.pairs:
                 if check == "always" or (check == "once" and not self._compared[block, layer, kind]):
                     self._compare(self._data, 0, block, layer, kind)
                     self._compared[block, layer, kind] = True
@@ -290,8 +297,8 @@ class TokenReader:
     with entry.open([6, 12], ["cls", "ap"]) as tokens:
         tokens.shape                    # (images, 2 layers, 2 tokens, width)
         tokens[np.array([5, 3, 900])]   # these images, in this order
-        for rows in np.array_split(tokens.order(seed=0), steps):
-            tokens[rows]                # a shuffled batch, read from few shards
+        for rows, batch in tokens.batches(256, seed=0):
+            ...                         # one pass in a shuffled order
     """
 
     _OWN = ("_shards", "_lock", "_pins", "_folders")  # of this process
@@ -352,12 +359,14 @@ class TokenReader:
                         for start in range(0, len(view), step):
                             into[start : start + step] = _decoded(stream, view[start : start + step])
 
-        if out.nbytes < SMALL:
-            for job in range(len(jobs)):
+        def copy_some(some: np.ndarray) -> None:
+            for job in some.tolist():
                 copy(job)
-        else:
-            with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(copy, range(len(jobs))))
+
+        # A thread takes neighbours: two that write to one page of the result wait for each other.
+        threads = 1 if out.nbytes < SMALL else THREADS
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(copy_some, np.array_split(np.arange(len(jobs)), threads)))
         return out if self._rows is None else out[self._rows]
 
     def __len__(self) -> int:
@@ -376,19 +385,10 @@ class TokenReader:
             raise IndexError(f"rows {wanted.min()}..{wanted.max()} of {len(self)} images")
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         images = wanted if self._rows is None else self._rows[wanted]
-        return self._gather(images, THREADS)
-
-    def _gather(self, images: np.ndarray, threads: int) -> np.ndarray:
         out = self._empty(len(images))
         for pin in self._pins:
             pin.renew()
-        jobs: list[tuple[Span, int, np.ndarray]] = []  # a block, and the places in the result of the images from it
-        for size in {span.source.stream.chunk_rows for span in self._spans}:
-            blocks = images // size
-            order = np.argsort(blocks, kind="stable")
-            numbers, starts = np.unique(blocks[order], return_index=True)
-            runs = list(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))
-            jobs += [(span, *run) for span in self._spans if span.source.stream.chunk_rows == size for run in runs]
+        jobs = [(span, *run) for span in self._spans for run in _runs(images // span.source.stream.chunk_rows)]
         for span, number, _ in jobs:
             self._fetch_block(span, number)
 
@@ -397,64 +397,109 @@ class TokenReader:
             stream = span.source.stream
             shard = self._shard(span.source, number // stream.shard_blocks)
             inside = images[where] % stream.chunk_rows
-            # A run that goes to consecutive places, as in a sorted batch, is written there without a detour.
-            there = bool(where[-1] - where[0] + 1 == len(where) and np.all(np.diff(where) == 1))
             for part, view in shard.views(number % stream.shard_blocks, span, self._check):
                 into, step = part.of(out, stream.width), _piece(view)
                 for start in range(0, len(where), step):
-                    some = where[start : start + step]
-                    place = slice(some[0], some[-1] + 1) if there else some
-                    into[place] = _decoded(stream, view[inside[start : start + step]])
+                    some = slice(start, start + step)
+                    into[where[some]] = _decoded(stream, view[inside[some]])
 
-        if threads == 1 or out.nbytes < SMALL:
+        if out.nbytes < SMALL:
             for job in jobs:
                 gather(job)
         else:
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(gather, jobs))
         return out
 
-    def order(self, seed: int, *, buffer: int = BUFFER) -> np.ndarray:
-        """A permutation of the images whose consecutive ones lie in few shards: [images] int64.
+    def order(self, seed: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """The order of `batches`: all images, or those of `rows`, [n] int64. The same seed gives the same order."""
+        groups = self._groups(seed, rows)
+        return np.concatenate(groups) if groups else np.empty(0, np.int64)
 
-        Shards are shuffled, dealt into groups of `buffer`, and the images of a group are shuffled among themselves: a
-        batch reads from one group, and the next group is asked of the disk meanwhile. With no more shards than `buffer`
-        it is a plain permutation. The same seed gives the same order.
+    def batches(
+        self, size: int, *, seed: int, rows: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """One pass in a shuffled order over all images, or over `rows`: (rows [b], tokens [b, layers, tokens, width]).
+
+        Blocks of neighbouring images are drawn from the whole entry, as many as MIXED bytes hold; their images are
+        shuffled among themselves and dealt out while threads read the next blocks. So memory does not grow with the
+        entry, every block is read once and in one piece, and what comes as sorted by class leaves well mixed. An entry
+        smaller than MIXED is shuffled without such bounds. The last batch may be smaller.
         """
-        random = np.random.default_rng(seed)
-        size = max(span.source.stream.shard_rows for span in self._spans)
-        images = np.arange(self._images) if self._rows is None else self._rows
-        shard = images // size
-        numbers = random.permutation(-(-self._images // size))
-        group = np.empty(len(numbers), np.int64)
-        group[numbers] = np.arange(len(numbers)) // buffer
-        mixed = random.permutation(len(images))
-        return mixed[np.argsort(group[shard[mixed]], kind="stable")]
-
-    def batches(self, size: int, *, seed: int, buffer: int = BUFFER) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """One pass in a shuffled order: (rows [b], tokens [b, layers, tokens, width]), read ahead by threads.
-
-        Which images come together is drawn; within a batch they stand in the order of the disk. No more than THREADS
-        batches wait in memory.
-        """
-        order = self.order(seed, buffer=buffer)
-        batches = [np.sort(order[start : start + size]) for start in range(0, len(order), size)]
-        with ThreadPoolExecutor(THREADS) as pool:
-            ahead: deque[Future[np.ndarray]] = deque()
-            for number, rows in enumerate(batches):
-                while len(ahead) < THREADS and number + len(ahead) < len(batches):
-                    later = batches[number + len(ahead)]
-                    ahead.append(pool.submit(self._gather, later if self._rows is None else self._rows[later], 1))
-                yield rows, ahead.popleft().result()
+        groups = self._groups(seed, rows)
+        left = np.empty(0, np.int64), self._empty(0)
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = [ahead.submit(self._scatter, group) for group in groups[:1]]
+            for number, group in enumerate(groups):
+                tokens = waiting.pop().result()
+                waiting = [ahead.submit(self._scatter, each) for each in groups[number + 1 : number + 2]]
+                start = min(size - len(left[0]), len(group)) if len(left[0]) else 0
+                if start:
+                    left = np.concatenate([left[0], group[:start]]), np.concatenate([left[1], tokens[:start]])
+                    if len(left[0]) == size:
+                        yield left
+                        left = np.empty(0, np.int64), self._empty(0)
+                stop = start + (len(group) - start) // size * size
+                for first in range(start, stop, size):
+                    yield group[first : first + size], tokens[first : first + size]
+                if stop < len(group):
+                    left = group[stop:], tokens[stop:].copy()  # not to hold the group
+        if len(left[0]):
+            yield left
 
     def fetch(self, rows: np.ndarray) -> None:
-        """Ask the disk for the shards of images that will be read soon; returns at once."""
+        """Ask the disk for images that will be read soon; returns at once."""
         images = rows if self._rows is None else self._rows[rows]
         for span in self._spans:
             for number in np.unique(images // span.source.stream.chunk_rows).tolist():
                 self._fetch_block(span, number)
 
     # --- what they stand on -----------------------------------------------------------------------------------------
+
+    def _groups(self, seed: int, rows: np.ndarray | None) -> list[np.ndarray]:
+        """Rows that are in memory together, each [n] int64, in the order in which they are dealt out."""
+        random = np.random.default_rng(seed)
+        chosen = np.arange(len(self)) if rows is None else np.asarray(rows, np.int64)
+        size = max(span.source.stream.chunk_rows for span in self._spans)  # powers of two
+        block = (chosen if self._rows is None else self._rows[chosen]) // size
+        numbers = random.permutation(-(-self._images // size))
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        together = max(FEWEST, MIXED // (size * row_bytes))
+        group = np.empty(len(numbers), np.int64)
+        group[numbers] = np.arange(len(numbers)) // together
+        mixed = random.permutation(len(chosen))
+        mixed = mixed[np.argsort(group[block[mixed]], kind="stable")]
+        cuts = np.flatnonzero(np.diff(group[block[mixed]])) + 1
+        return np.split(chosen[mixed], cuts) if len(chosen) else []
+
+    def _scatter(self, rows: np.ndarray) -> np.ndarray:
+        """[n, layers, tokens, width] of some rows, chunk after chunk: each is read, compared and dealt out while at hand."""
+        images = rows if self._rows is None else self._rows[rows]
+        out = self._empty(len(images))
+        for pin in self._pins:
+            pin.renew()
+        jobs = [(span, *run) for span in self._spans for run in _runs(images // span.source.stream.chunk_rows)]
+
+        def scatter(job: tuple[Span, int, np.ndarray]) -> None:
+            span, number, where = job
+            stream = span.source.stream
+            shard, block = divmod(number, stream.shard_blocks)
+            inside = images[where] % stream.chunk_rows
+            with self._file(span.source, shard) as descriptor:
+                file = ShardFile(span.source, shard, descriptor)
+                if len(where) == file.rows(block):  # all of them: in the order of the disk, nothing is picked
+                    where, inside = where[np.argsort(inside)], slice(None)
+                for plane in span.planes:
+                    for part, view in file.read(block, plane, self._check != "never"):
+                        part.of(out, stream.width)[where] = _decoded(stream, view[inside])
+
+        if out.nbytes < SMALL:
+            for job in jobs:
+                scatter(job)
+        else:
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(scatter, jobs))
+        return out
 
     def _empty(self, images: int) -> np.ndarray:
         _, layers, tokens, width = self.shape
@@ -521,6 +566,19 @@ class TokenReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._begin()
+
+
+def _even(starts: np.ndarray) -> bool:
+    """Whether [a, b] numbers lie at even distances along both axes."""
+    down, across = np.diff(starts, axis=0), np.diff(starts, axis=1)
+    return bool(np.all(down == down[:1, :1]) and np.all(across == across[:1, :1]))
+
+
+def _runs(blocks: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """For each block that occurs: its number, and where."""
+    order = np.argsort(blocks, kind="stable")
+    numbers, starts = np.unique(blocks[order], return_index=True)
+    return list(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))
 
 
 def _piece(view: np.ndarray) -> int:
