@@ -226,8 +226,9 @@ def extract(
                 if work.written:
                     entry.record_run(_provenance(entry, work, asked.device, time.monotonic() - began))
         elif entry.path.parent == store.folder:
-            with suppress(OSError):  # of one that was killed after its last shard; a cache may be read-only
-                entry.sweep()
+            with suppress(OSError):  # a cache may be read-only
+                Entry.mend(entry.path, spec, samples)  # what a repair took out
+                entry.sweep()  # of one that was killed after its last shard
         entry.use(asked.names)
         done.append(
             Extracted(

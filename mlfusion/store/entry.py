@@ -110,8 +110,8 @@ class Entry:
         draft = disk.draft_name(folder)
         for name in FOLDERS:
             (draft / name).mkdir(parents=True)
-        for name, data in samples.files().items():
-            (draft / name).write_bytes(data)
+        for name, content in samples.files().items():
+            (draft / name).write_bytes(content)
             disk.flush(draft / name)
         disk.write(draft / TOKENS / "zarr.json", Entry.group(spec.key))
         data = asdict(spec.data)

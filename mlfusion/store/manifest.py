@@ -44,13 +44,19 @@ class Manifest:
         return len(self.sizes)
 
     def fits(self, stream: Stream) -> bool:
-        """Whether it can be of the whole of this stream: so many shards, blocks, layers, kinds and images."""
-        blocks = sum(-(-len(stream.rows(shard)) // stream.chunk_rows) for shard in range(stream.shards))
-        return (
+        """Whether it can be of this whole stream: its shards, blocks, planes and images, and chunks that lie in their files."""
+        first = np.arange(0, stream.images, stream.chunk_rows)  # of each block; a shard is a whole number of blocks
+        if not (
             len(self.sizes) == len(self.digests) == len(self.samples) == stream.shards
-            and self.offsets.shape == self.checksums.shape == (blocks, len(stream.layers), len(stream.kinds))
+            and self.offsets.shape == self.checksums.shape == (len(first), len(stream.layers), len(stream.kinds))
             and all(0 <= row < stream.images for row in self.skipped)
-        )
+        ):
+            return False
+        row_bytes = stream.tokens * stream.columns * stream.encoding.stored.itemsize
+        held = np.minimum(stream.images - first, stream.chunk_rows) * row_bytes
+        last = np.array(self.sizes)[first // stream.shard_rows] - held  # where a block's chunks may begin at the latest
+        offsets = self.offsets.astype(np.int64)  # beyond its range they turn negative
+        return bool(np.all((offsets >= 0) & (offsets <= last[:, None, None])))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the tables as base64 of little-endian numbers in C order."""
@@ -66,7 +72,13 @@ class Manifest:
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> Self:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no manifest.
+        """
+        if min(body["chunks"]) < 0:  # which NumPy would take for "whatever fits"
+            raise ValueError("a table of a negative shape")
         return cls(
             sizes=tuple(body["bytes"]),
             digests=tuple(body["xxh3_128"]),

@@ -9,7 +9,6 @@ reader works in threads, and after fork or spawn: each process opens the files f
 import math
 import mmap
 import os
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -130,7 +129,7 @@ class Chunks:
     """Where the chunks of one shard lie in its file, and what their checksums are."""
 
     def __init__(self, source: Source, shard: int, descriptor: int) -> None:
-        self._stream, self._path = source.stream, source.path(shard)
+        self._source, self._shard, self._stream = source, shard, source.stream
         self._rows = len(source.stream.rows(shard))
         self.blocks = -(-self._rows // source.stream.chunk_rows)
         first = shard * source.stream.shard_blocks
@@ -139,10 +138,10 @@ class Chunks:
         self._row_bytes = self._stream.tokens * self._stream.columns * self._stream.encoding.stored.itemsize
         self._size = source.manifest.sizes[shard]
         if os.fstat(descriptor).st_size != self._size:
-            raise damaged(self._path, "its size is not the manifest's")
-        ends = self._offsets + np.array([self._bytes(block) for block in range(self.blocks)])[:, None, None]
-        if self._offsets.min() < 0 or ends.max() > self._size:
-            raise damaged(self._path, "a chunk would lie beyond its end")
+            raise self._damaged("its size is not the manifest's")
+
+    def _damaged(self, why: str) -> CacheUnusable:
+        return damaged(self._source.path(self._shard), why)
 
     def rows(self, block: int) -> int:
         """Images in a block."""
@@ -160,16 +159,17 @@ class Chunks:
         """Refuse a chunk whose bytes, of the file from `origin` on, are not those that were written."""
         start = int(self._offsets[block, layer, kind]) - origin
         if checksum(data[start : start + self._bytes(block)]) != self._checksums[block, layer, kind]:
-            raise damaged(self._path, f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
+            raise self._damaged(f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
 
     def _view(self, data: np.ndarray, origin: int, block: int, span: Span) -> np.ndarray | None:
         """[rows, layers, kinds, tokens, columns] as stored, without a copy, if the chunks lie at even distances."""
         starts = self._starts(block, span)
-        first = int(starts[0, 0])
-        if starts.size > 1 and not _even(starts):
+        places = starts.tolist()
+        first = places[0][0]
+        step = places[1][0] - first if len(places) > 1 else 0
+        stride = places[0][1] - first if len(places[0]) > 1 else 0
+        if any(start != first + i * step + j * stride for i, row in enumerate(places) for j, start in enumerate(row)):
             return None
-        step = int(starts[1, 0]) - first if len(starts) > 1 else 0
-        stride = int(starts[0, 1]) - first if starts.shape[1] > 1 else 0
         stored = self._stream.encoding.stored
         token = self._stream.columns * stored.itemsize
         return np.ndarray(
@@ -205,20 +205,36 @@ class ShardFile(Chunks):
         starts = self._starts(block, span)
         first, last = int(starts.min()), int(starts.max()) + self._bytes(block)
         if starts.size > 1 and last - first > min(READ, starts.size * self._bytes(block) * 5 // 4):
-            for plane in span.planes:
-                yield from self.read(block, plane, check)
+            for plane, (layer, kind) in zip(span.planes, span.pairs, strict=True):
+                yield plane, self.chunk(block, layer, kind, check)[:, None, None]
             return
-        data = _buffer(last - first)
-        got = 0
-        while got < len(data):
-            more = os.preadv(self._descriptor, [data[got:].data], first + got)
-            if more == 0:
-                raise damaged(self._path, "it ends before its time")
-            got += more
+        data = self._bytes_from(first, last - first)
         if check:
             for layer, kind in span.pairs:
                 self._compare(data, first, block, layer, kind)
         yield from self._views(data, first, block, span)
+
+    def chunk(self, block: int, layer: int, kind: int, check: bool) -> np.ndarray:
+        """[rows, tokens, columns] as stored. Gone with the next read.
+
+        Raises:
+            CacheUnusable: likewise.
+        """
+        first = int(self._offsets[block, layer, kind])
+        data = self._bytes_from(first, self._bytes(block))
+        if check:
+            self._compare(data, first, block, layer, kind)
+        return data.view(self._stream.encoding.stored).reshape(-1, self._stream.tokens, self._stream.columns)
+
+    def _bytes_from(self, first: int, size: int) -> np.ndarray:
+        data = _buffer(size)
+        got = os.preadv(self._descriptor, [data.data], first)
+        while got < size:
+            more = os.preadv(self._descriptor, [data[got:].data], first + got)
+            if more == 0:
+                raise self._damaged("it ends before its time")
+            got += more
+        return data
 
 
 class ShardMap(Chunks):
@@ -427,25 +443,19 @@ class TokenReader:
         smaller than MIXED is shuffled without such bounds. The last batch may be smaller.
         """
         groups = self._groups(seed, rows)
-        left = np.empty(0, np.int64), self._empty(0)
+        left, kept = np.empty(0, np.int64), self._empty(0)  # less than a batch, which the next group completes
         with ThreadPoolExecutor(1) as ahead:
-            waiting = [ahead.submit(self._scatter, group) for group in groups[:1]]
+            waiting = ahead.submit(self._scatter, groups[0], kept) if groups else None
             for number, group in enumerate(groups):
-                tokens = waiting.pop().result()
-                waiting = [ahead.submit(self._scatter, each) for each in groups[number + 1 : number + 2]]
-                start = min(size - len(left[0]), len(group)) if len(left[0]) else 0
-                if start:
-                    left = np.concatenate([left[0], group[:start]]), np.concatenate([left[1], tokens[:start]])
-                    if len(left[0]) == size:
-                        yield left
-                        left = np.empty(0, np.int64), self._empty(0)
-                stop = start + (len(group) - start) // size * size
-                for first in range(start, stop, size):
-                    yield group[first : first + size], tokens[first : first + size]
-                if stop < len(group):
-                    left = group[stop:], tokens[stop:].copy()  # not to hold the group
-        if len(left[0]):
-            yield left
+                assert waiting is not None
+                dealt, tokens = np.concatenate([left, group]), waiting.result()
+                last = number + 1 == len(groups)
+                stop = len(dealt) if last else len(dealt) // size * size
+                left, kept = dealt[stop:], tokens[stop:]
+                waiting = None if last else ahead.submit(self._scatter, groups[number + 1], kept)
+                for first in range(0, stop, size):
+                    end = min(first + size, stop)
+                    yield dealt[first:end], tokens[first:end]
 
     def fetch(self, rows: np.ndarray) -> None:
         """Ask the disk for images that will be read soon; returns at once."""
@@ -472,10 +482,12 @@ class TokenReader:
         cuts = np.flatnonzero(np.diff(group[block[mixed]])) + 1
         return np.split(chosen[mixed], cuts) if len(chosen) else []
 
-    def _scatter(self, rows: np.ndarray) -> np.ndarray:
-        """[n, layers, tokens, width] of some rows, chunk after chunk: each is read, compared and dealt out while at hand."""
+    def _scatter(self, rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """`kept` and behind it the tokens of `rows`, chunk after chunk: each is read, compared and dealt out while at hand."""
         images = rows if self._rows is None else self._rows[rows]
-        out = self._empty(len(images))
+        whole = self._empty(len(kept) + len(images))
+        whole[: len(kept)] = kept
+        out = whole[len(kept) :]
         for pin in self._pins:
             pin.renew()
         jobs = [(span, *run) for span in self._spans for run in _runs(images // span.source.stream.chunk_rows)]
@@ -489,9 +501,10 @@ class TokenReader:
                 file = ShardFile(span.source, shard, descriptor)
                 if len(where) == file.rows(block):  # all of them: in the order of the disk, nothing is picked
                     where, inside = where[np.argsort(inside)], slice(None)
-                for plane in span.planes:
-                    for part, view in file.read(block, plane, self._check != "never"):
-                        part.of(out, stream.width)[where] = _decoded(stream, view[inside])
+                for plane, (layer, kind) in zip(span.planes, span.pairs, strict=True):
+                    chunk = file.chunk(block, layer, kind, self._check != "never")
+                    into = out[:, plane.into_layers.start, plane.into_tokens, : stream.width]
+                    into[where] = _decoded(stream, chunk[inside])
 
         if out.nbytes < SMALL:
             for job in jobs:
@@ -499,7 +512,7 @@ class TokenReader:
         else:
             with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(scatter, jobs))
-        return out
+        return whole
 
     def _empty(self, images: int) -> np.ndarray:
         _, layers, tokens, width = self.shape
@@ -554,10 +567,9 @@ class TokenReader:
         self.close()
 
     def __del__(self) -> None:
-        if (
-            "_folders" in vars(self) and not sys.is_finalizing()
-        ):  # a process that ends takes its mark to be a dead one's
-            self.close()
+        if "_folders" in vars(self):
+            with suppress(Exception):  # when the interpreter ends, what this calls may be gone before it
+                self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs to open the same shards for itself."""
@@ -566,12 +578,6 @@ class TokenReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._begin()
-
-
-def _even(starts: np.ndarray) -> bool:
-    """Whether [a, b] numbers lie at even distances along both axes."""
-    down, across = np.diff(starts, axis=0), np.diff(starts, axis=1)
-    return bool(np.all(down == down[:1, :1]) and np.all(across == across[:1, :1]))
 
 
 def _runs(blocks: np.ndarray) -> list[tuple[int, np.ndarray]]:
