@@ -26,6 +26,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ def new_entry(root: Path, images: int) -> Entry:
 
 
 def fill(entry: Entry, tokens: np.ndarray, format: str = "zarr") -> None:
-    """Write `tokens` [images, layers, kinds, width] as an extraction does: shard by shard, a batch at a time."""
+    """Write `tokens` [images, layers, kinds, width] as an extraction does: by batches, each shard flushed behind the next."""
     [stream] = streams_for(
         [(layer, kind) for layer in LAYERS for kind in KINDS],
         tokens={"cls": 1, "ap": 1},
@@ -86,12 +88,16 @@ def fill(entry: Entry, tokens: np.ndarray, format: str = "zarr") -> None:
         format=format,
     )
     entry.begin([stream])
-    for shard in range(stream.shards):
-        with entry.draft(stream, shard) as draft:
+    with ExitStack() as undo, ThreadPoolExecutor(1) as writer:
+        published = writer.submit(bool)
+        for shard in range(stream.shards):
+            draft = undo.enter_context(entry.draft(stream, shard))
             rows = stream.rows(shard)
             for start in range(rows.start, rows.stop, 256):
                 draft.append(tokens[start : min(start + 256, rows.stop)])
-            draft.publish()
+            published.result()
+            published = writer.submit(draft.publish)
+        published.result()
     entry.seal()
 
 

@@ -330,21 +330,33 @@ class _Work:
         self, entry: Entry, backbone: Backbone, batches: Iterator[Batch], leases: Leases, undo: ExitStack, bar: Bar
     ) -> None:
         drafts: dict[Stream, ShardDraft] = {}
-        for rows, takers, pixels, unread in prepared(backbone, self.split, batches, self.skip_bad):
-            wanted = frozenset(pair for stream in takers for pair in stream.pairs)
-            tokens = backbone(pixels, wanted)
-            self.forward_passes += 1
-            leases.renew()
-            for stream in takers:
-                shard = rows.start // stream.shard_rows
-                if stream not in drafts:
-                    drafts[stream] = undo.enter_context(entry.draft(stream, shard))
-                drafts[stream].append(_assemble(tokens, stream), unread)
-                if rows.stop % stream.shard_rows == 0 or rows.stop == len(self.split):
-                    drafts.pop(stream).publish()
-                    leases.release([entry.lease_name(stream, shard)])
-            self.written += len(rows)
-            bar.to(rows.stop)
+        publishing: deque[tuple[str, Future[bool]]] = deque()
+
+        def settle(most: int) -> None:
+            """Wait until no more than so many shards are on their way to the disk."""
+            while len(publishing) > most:
+                name, done = publishing.popleft()
+                done.result()
+                leases.release([name])
+
+        # A shard is flushed while the next one is computed. Whatever ends the loop, what was complete is published.
+        with ThreadPoolExecutor(1) as writer:
+            for rows, takers, pixels, unread in prepared(backbone, self.split, batches, self.skip_bad):
+                wanted = frozenset(pair for stream in takers for pair in stream.pairs)
+                tokens = backbone(pixels, wanted)
+                self.forward_passes += 1
+                leases.renew()
+                for stream in takers:
+                    shard = rows.start // stream.shard_rows
+                    if stream not in drafts:
+                        drafts[stream] = undo.enter_context(entry.draft(stream, shard))
+                    drafts[stream].append(_assemble(tokens, stream), unread)
+                    if rows.stop % stream.shard_rows == 0 or rows.stop == len(self.split):
+                        publishing.append((entry.lease_name(stream, shard), writer.submit(drafts.pop(stream).publish)))
+                        settle(1)
+                self.written += len(rows)
+                bar.to(rows.stop)
+            settle(0)
 
 
 def gaps(entry: Entry, pairs: frozenset[Pair]) -> dict[Stream, set[int]]:

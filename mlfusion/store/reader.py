@@ -476,7 +476,8 @@ class TokenReader:
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         together = max(FEWEST, MIXED // (size * row_bytes))
         group = np.empty(len(numbers), np.int64)
-        group[numbers] = np.arange(len(numbers)) // together
+        count = -(-len(numbers) // together)
+        group[numbers] = np.arange(len(numbers)) * count // max(len(numbers), 1)  # groups of like size
         mixed = random.permutation(len(chosen))
         mixed = mixed[np.argsort(group[block[mixed]], kind="stable")]
         cuts = np.flatnonzero(np.diff(group[block[mixed]])) + 1
