@@ -59,7 +59,11 @@ def draft_name(folder: Path) -> Path:
 
 def finished(folder: Path, marker: str) -> list[Path]:
     """Folders in `folder` that hold the file `marker` and bear a name of their own, by name."""
-    return sorted(file.parent for file in folder.glob(f"*/{marker}") if not file.parent.name.startswith(DRAFT))
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith(DRAFT))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in names if os.path.exists(f"{folder}/{name}/{marker}")]
 
 
 def sweep(folder: Path) -> None:

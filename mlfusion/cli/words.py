@@ -67,16 +67,15 @@ def print_json(body: Any) -> None:
 
 def print_rows(rows: Sequence[dict[str, Any]], nothing: str) -> None:
     """A table, or why there is none."""
-    from rich.console import Console
-    from rich.table import Table
-
     if not rows:
         say(nothing)
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, value in rows[0].items():
-        table.add_column(name.replace("_", " "), justify="right" if isinstance(value, int) else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    lines = [[name.replace("_", " ") for name in rows[0]]]
+    lines += [[f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [isinstance(value, int) for value in rows[0].values()]
+    text = []
+    for line in lines:  # by hand: thousands of rows take a table of rich's seconds
+        cells = zip(line, widths, right, strict=True)
+        text.append("  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in cells))
+    typer.echo("\n".join(each.rstrip() for each in text))

@@ -166,9 +166,10 @@ class Entry:
         """Every pair of names under which this entry was extracted, the earliest first."""
         every: dict[Names, None] = {}
         for entry in (self, *self.below):
-            files = (entry.path / "names").glob("*.json")
-            for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name)):
-                every[Names(**disk.read_json(file))] = None
+            with suppress(FileNotFoundError), os.scandir(entry.path / "names") as found:
+                files = [file for file in found if file.name.endswith(".json")]
+                for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name)):
+                    every[Names(**disk.read_json(Path(file.path)))] = None
         return list(every)
 
     def call(self, names: Names) -> None:
@@ -227,8 +228,11 @@ class Entry:
 
     def held(self) -> frozenset[Pair]:
         """Every (layer, kind) of which all shards are there."""
-        pairs = (stream.pairs for stream in self.streams() if (self.folder(stream) / "manifest.json").exists())
-        return frozenset().union(*pairs, *(entry.held() for entry in self.below))
+        return frozenset().union(*(s.pairs for s in self.whole()), *(entry.held() for entry in self.below))
+
+    def whole(self) -> list[Stream]:
+        """Streams of which all shards are in this folder."""
+        return [stream for stream in self.streams() if (self.folder(stream) / "manifest.json").exists()]
 
     def skipped(self) -> dict[int, str]:
         """Row → why its image could not be read."""
@@ -255,7 +259,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of the tokens that are wholly there, in this folder alone, by arithmetic."""
-        return sum(s.nbytes for s in self.streams() if (self.folder(s) / "manifest.json").exists())
+        return sum(stream.nbytes for stream in self.whole())
 
     def size(self) -> int:
         """Bytes on disk, of this folder alone."""
