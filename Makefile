@@ -15,11 +15,11 @@ model = $(if $(MODEL),--model '$(MODEL)')
 dataset = $(if $(DATASET),--dataset '$(DATASET)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract probe run report models datasets test check format clean
+.PHONY: help setup demo extract probe run report models datasets test test-faults check format clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=…] [DATASET=…] [RECIPE=…] [ARGS='…']"; echo
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: .venv/.ready ## make .venv with everything installed; does nothing when it is up to date
 
@@ -52,6 +52,9 @@ datasets: setup ## the catalogue of data sets
 
 test: setup ## the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: setup ## the long form of the cache's fault tests: minutes, and a table
+	MLFUSION_FAULTS=long $(BIN)/python -m pytest -q tests/faults $(ARGS)
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .

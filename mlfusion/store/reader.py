@@ -31,7 +31,7 @@ from mlfusion.store.stream import Stream
 
 Check = Literal["once", "always", "never"]
 
-OPEN_SHARDS = 256  # mapped at once; each takes one of the process's file descriptors
+OPEN_SHARDS = 256  # mapped at once; each takes one of the process's file descriptors, of which it leaves three quarters
 MIXED = 1 << 28  # bytes of images that are shuffled together, of at least
 FEWEST = 4  # blocks
 THREADS = min(4, os.cpu_count() or 1)
@@ -317,7 +317,7 @@ class TokenReader:
             ...                         # one pass in a shuffled order
     """
 
-    _OWN = ("_shards", "_lock", "_pins", "_folders")  # of this process
+    _OWN = ("_shards", "_lock", "_most", "_pins", "_folders")  # of this process
 
     def __init__(
         self,
@@ -340,6 +340,11 @@ class TokenReader:
     def _begin(self) -> None:
         self._shards: OrderedDict[tuple[Path, int], ShardMap] = OrderedDict()
         self._lock = threading.Lock()
+        self._most = OPEN_SHARDS
+        with suppress(ImportError):
+            import resource  # where there are such limits
+
+            self._most = min(OPEN_SHARDS, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         folders = list(dict.fromkeys(span.source.folder for span in self._spans))
         self._pins = [Pin(folder) for folder in dict.fromkeys(folder.parent.parent / "pins" for folder in folders)]
         # Files are opened from here on relative to the folder itself: a prune that moves it away takes nothing from us.
@@ -535,7 +540,7 @@ class TokenReader:
             shard = ShardMap(source, number, descriptor, [span for span in self._spans if span.source is source])
         with self._lock:
             shard = self._shards.setdefault(key, shard)
-            while len(self._shards) > OPEN_SHARDS:
+            while len(self._shards) > self._most:
                 self._shards.popitem(last=False)  # its map goes with the last view of it
         return shard
 

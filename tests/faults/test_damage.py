@@ -253,13 +253,13 @@ def test_links_instead_of_shards(cache, trial, tmp_path):
 
 
 @both
-def test_a_part_that_is_missing(format, cache, trial, tmp_path):
+def test_a_part_that_is_missing(format, cache, many, trial, tmp_path):
     """Any one file taken away: the read refuses, and extraction, if need be after a repair, makes the cache whole."""
     cache(format)
     sound, root = tmp_path / "sound", tmp_path / "cache"
     root.rename(sound)
     folder = Path("v2") / spec().key
-    for name in files(sound / folder):
+    for name in sorted(files(sound / folder))[:: many(4, 1)]:
         if name.startswith("names"):
             continue
         with trial(f"any one file removed, {format}"):
