@@ -26,7 +26,17 @@ TokenKind = Literal["cls", "ap", "all"]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 """CLS token; AP, the mean of the patch tokens; all tokens in the model's own order, CLS first where there is one."""
 
-Head = Literal["linear", "attentive"]
+Head = Literal[
+    "linear",
+    "attentive",
+    "scalar-mix",
+    "efficient",
+    "abmil",
+    "simpool",
+    "aim",
+    "v-jepa",
+    "v-jepa-4",
+]
 HEADS: tuple[Head, ...] = get_args(Head)
 
 Pair = tuple[int, TokenKind]
@@ -214,7 +224,7 @@ STUDY = (
 
 _PROBE = re.compile(
     r"(?P<kinds>all-tokens|(?:cls|ap)(?:\+(?:cls|ap))?)-"
-    r"(?P<at>last|all-layers|each-layer|[1-9]\d*-layers|layer-\d+)/(?P<head>\w+)"
+    r"(?P<at>last|all-layers|each-layer|[1-9]\d*-layers|layer-\d+)/(?P<head>[\w-]+)"
 )
 
 
@@ -230,8 +240,8 @@ def parse_probes(names: str | Sequence[str], depth: int) -> tuple[Probe, ...]:
         for name in STUDY if word == "all" else (ALIASES.get(word.lower(), word),):
             match = _PROBE.fullmatch(name)
             if not match or match["head"] not in HEADS:
-                grammar = "Others: KINDS-LAYERS/HEAD, as ap-layer-7/linear or cls-each-layer/linear."
-                raise UnknownName("probe", name, [*STUDY, *ALIASES, "all"], otherwise=grammar)
+                grammar = "Others: KINDS-LAYERS/HEAD, as ap-layer-7/linear or cls-each-layer/linear; heads: "
+                raise UnknownName("probe", name, [*STUDY, *ALIASES, "all"], otherwise=f"{grammar}{', '.join(HEADS)}.")
             words = ["all"] if match["kinds"] == "all-tokens" else match["kinds"].split("+")
             kinds = tuple(kind for kind in KINDS if kind in words)
             ats = [f"layer-{n}" for n in range(1, depth + 1)] if match["at"] == "each-layer" else [match["at"]]

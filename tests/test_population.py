@@ -80,7 +80,7 @@ def test_a_population_of_seven_ends_where_seven_singles_end(head: Head, at_once:
             torch.testing.assert_close(value, alone[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", ["linear", "attentive"])
 def test_training_follows_the_literal_loop(head: Head) -> None:
     """Every step of AdamW, cosine, clipping and weighted loss, for every configuration without dropout."""
     tokens, steps = some(40), 25
@@ -283,14 +283,16 @@ def test_loss_is_torchs_weighted_cross_entropy_for_each_configuration() -> None:
 @pytest.mark.parametrize("head", PROBES)
 def test_twenty_samples_are_learned_by_heart(head: Head) -> None:
     rng = np.random.default_rng(0)
-    tokens = Tokens(rng.normal(size=(20, 4, 10)).astype(np.float16), np.arange(20) % 3)
+    # Wider than there are images: a mean of tokens, too, can tell all of them apart.
+    shape = Shape(tokens=4, width=24, classes=3, heads=4)
+    tokens = Tokens(rng.normal(size=(20, 4, 24)).astype(np.float16), np.arange(20) % 3)
     schedule = Schedule.of(20, epochs=1, least_steps=300)
     [(_, probe)] = population.train(
         head,
         tokens,
         np.arange(20),
-        [Configuration(1e-2 if head == "attentive" else 1e-1, 1e-4)],
-        SHAPE,
+        [Configuration({"linear": 1e-1, "scalar-mix": 1e-1, "v-jepa-4": 1e-3}.get(head, 1e-2), 1e-4)],
+        shape,
         schedule,
         seed=0,
     )

@@ -16,9 +16,9 @@ from mlfusion.specs import BASELINE, STUDY
 
 ALF = "cls+ap-all-layers/attentive"
 
-_LAYERWISE = re.compile(r"(?P<kinds>.+)-layer-(?P<layer>\d+)/(?P<head>\w+)")
-_LAST = re.compile(r"(?P<kinds>.+)-last/(?P<head>\w+)")
-_SEVERAL = re.compile(r".+-(?:all|\d+)-layers/\w+")
+_LAYERWISE = re.compile(r"(?P<kinds>.+)-layer-(?P<layer>\d+)/(?P<head>[\w-]+)")
+_LAST = re.compile(r"(?P<kinds>.+)-last/(?P<head>[\w-]+)")
+_SEVERAL = re.compile(r".+-(?:all|\d+)-layers/[\w-]+")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""Gated AbMIL: a small network scores every token by itself, and the tokens are averaged by their scores."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlfusion.probes.contract import Shape, generators, uniform
+from mlfusion.probes.pooling import average, classifier, linear, split, standard
+
+HIDDEN = 128  # the paper's L
+
+
+class AbMIL(nn.Module):
+    """K gated attention poolings (arXiv 1802.04712, equation 9; AbMILP as a probe in arXiv 2412.03215), linear map.
+
+    Token t weighs exp(wᵀ(tanh(V x_t + c) ⊙ σ(U x_t + d))), and nothing folds: the scores are not linear in the tokens.
+    Tokens get a LayerNorm without scale and shift, since they come of length 1, where the gates would be all but linear.
+    """
+
+    clip: ClassVar[float | None] = 5.0
+    drops: ClassVar[bool] = False
+    attends: ClassVar[bool] = True
+
+    def __init__(self, shape: Shape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
+        """PyTorch's default initialisation; `shape.heads` and `dropouts` are ignored."""
+        super().__init__()
+        d, streams = shape.width, generators(seeds)
+        self.hidden, self.hidden_bias = uniform(streams, HIDDEN, d, fan_in=d), uniform(streams, HIDDEN, fan_in=d)
+        self.gate, self.gate_bias = uniform(streams, HIDDEN, d, fan_in=d), uniform(streams, HIDDEN, fan_in=d)
+        self.score = uniform(streams, HIDDEN, fan_in=HIDDEN)
+        self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Normalised tokens [B, T, D] → logits [K, B, C]."""
+        x = standard(tokens)
+        return linear(average(self._weights(x), x), self.classifier, self.classifier_bias)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """Normalised tokens [B, T, D] → weights [K, B, 1, T], which sum to one over T."""
+        return split(self._weights(standard(tokens)), len(self.score))
+
+    def _weights(self, x: Tensor) -> Tensor:
+        """LayerNormed tokens [B, T, D] → [B, K, T]."""
+        # (B, T, D) × (D, K·L): one wide product for all configurations.
+        hidden = F.linear(x, self.hidden.flatten(0, 1), self.hidden_bias.flatten())
+        gate = F.linear(x, self.gate.flatten(0, 1), self.gate_bias.flatten())
+        gated = (torch.tanh(hidden) * torch.sigmoid(gate)).unflatten(-1, self.score.shape)  # [B, T, K, L]
+        return torch.softmax(torch.einsum("btkl,kl->bkt", gated, self.score), dim=-1)
+
+    @staticmethod
+    def bytes_each(shape: Shape, batch: int) -> int:
+        """Both hidden layers of every token with what their gradients need; averages, logits; weights and moments."""
+        d = shape.width
+        parameters = 2 * HIDDEN * (d + 1) + HIDDEN + (d + 1) * shape.classes
+        activations = shape.tokens * (9 * HIDDEN + 4) + 3 * d + 4 * shape.classes
+        return 4 * (5 * parameters + batch * activations)
