@@ -21,6 +21,7 @@ from mlfusion.progress import track
 from mlfusion.results import Results, Row
 from mlfusion.specs import Probe, digest, parse_probes
 from mlfusion.store import Entry, FeatureStore, Place
+from mlfusion.targets import target_of
 
 PROTOCOL = 1
 """Part of every row's id: raised when a change of code changes scores, so that old rows are made again."""
@@ -121,12 +122,13 @@ def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: 
 def _run(pair: SplitPair, one: Probe, seed: int, grid: str, device: str) -> tuple[Row, dict[str, np.ndarray]]:
     spec = pair.train.spec
     train, test = _tokens(pair.train, one), lambda: _tokens(pair.test, one)
+    target = target_of(train.labels, len(spec.data.classes))
     with track(f"{one.name} on {pair.dataset}, seed {seed}", 1, "steps") as bar:
         outcome = protocol.fit(
             one.head,
             train,
             test,
-            classes=len(spec.data.classes),
+            target=target,
             heads=AAT_HEADS if one.representation.kinds == ("all",) else None,
             grid=grid,
             seed=seed,
@@ -134,7 +136,7 @@ def _run(pair: SplitPair, one: Probe, seed: int, grid: str, device: str) -> tupl
             progress=bar.to,
         )
     arrays = {
-        "probabilities": outcome.probabilities.astype(np.float16),
+        "probabilities": outcome.predictions.astype(np.float16),
         "labels": pair.test.samples.labels[pair.test.rows],
     }
     if outcome.attention is not None:
@@ -146,7 +148,7 @@ def _run(pair: SplitPair, one: Probe, seed: int, grid: str, device: str) -> tupl
         "dataset": pair.dataset,
         "probe": one.name,
         "seed": seed,
-        "metric": "balanced_accuracy",
+        "metric": outcome.metric,
         "val": outcome.val,
         "test": outcome.test,
         "train": outcome.train,
@@ -175,7 +177,9 @@ def _tokens(entry: Entry, one: Probe) -> Tokens:
     """[images, tokens, width]: layer by layer, in each layer CLS before AP."""
     layers = one.representation.layers(entry.spec.model.depth)
     values = entry.read(layers, one.representation.kinds)
-    return Tokens(values.reshape(len(values), -1, values.shape[-1]), entry.samples.labels[entry.rows])
+    rows, samples = entry.rows, entry.samples
+    ids = tuple(samples.ids[row] for row in rows)
+    return Tokens(values.reshape(len(values), -1, values.shape[-1]), samples.labels[rows], ids)
 
 
 def _attention(one: Probe, depth: int, attention: np.ndarray | None) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Scores of a classifier, all of them scikit-learn's, in the one form in which results keep them."""
+"""Scores of a probe, all of them scikit-learn's, in the one form in which results keep them."""
 
 from typing import Any
 
@@ -40,3 +40,60 @@ def scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
         "recall": [float(r) if there else None for r, there in zip(recall, present, strict=True)],
         "loss": float(metrics.log_loss(labels, probabilities, labels=classes)),
     }
+
+
+def mean_average_precision(labels: np.ndarray, scored: np.ndarray) -> float:
+    """Mean over the labels that occur of the area under precision against recall, without interpolation.
+
+    Args:
+        labels: 0 or 1 [N, C].
+        scored: the higher, the surer [N, C].
+    """
+    return float(np.nanmean(_average_precision(labels, scored)))
+
+
+def label_scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """Every metric of several labels an image, as fractions.
+
+    Args:
+        labels: 0 or 1 [N, C].
+        probabilities: of every label by itself [N, C].
+
+    Returns:
+        mean_average_precision; average_precision of each label, None for one that is on no image; micro_f1 and macro_f1
+        at a probability of one half; loss, the mean binary cross-entropy in nats.
+    """
+    each = _average_precision(labels, probabilities)
+    predicted = probabilities > 0.5
+    sure = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
+    return {
+        "mean_average_precision": float(np.nanmean(each)),
+        "average_precision": [None if np.isnan(value) else float(value) for value in each],
+        "micro_f1": float(metrics.f1_score(labels, predicted, average="micro", zero_division=0)),
+        "macro_f1": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0)),
+        "loss": float(-(labels * np.log(sure) + (1 - labels) * np.log(1 - sure)).mean()),
+    }
+
+
+def r2(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """The part of the variance of `labels` [N] that is explained: 1 is perfect, 0 is the mean, below 0 is worse."""
+    return float(metrics.r2_score(labels, predicted))
+
+
+def number_scores(labels: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    """Of numbers [N]: r2; mae, the mean absolute error, and rmse, both in the labels' own unit."""
+    return {
+        "r2": r2(labels, predicted),
+        "mae": float(metrics.mean_absolute_error(labels, predicted)),
+        "rmse": float(metrics.root_mean_squared_error(labels, predicted)),
+    }
+
+
+def _average_precision(labels: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """[C], NaN for a label that is on no image."""
+    return np.array(
+        [
+            metrics.average_precision_score(truth, score) if truth.any() else np.nan
+            for truth, score in zip(labels.T, scored.T, strict=True)
+        ]
+    )

@@ -7,7 +7,8 @@ All configurations see the same images, in the same order, with the same jitter.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ class Tokens:
     """What a probe is given for the images of one split; may be float16, and is converted batch by batch."""
 
     values: np.ndarray | Tensor  # [N, T, D], as extracted: not normalised
-    labels: np.ndarray  # [N] int64 in 0..C-1
+    labels: np.ndarray  # [N] int64 in 0..C-1; or [N, C] of 0 and 1, or [N] floating, see `targets`
+    ids: tuple[str, ...] | None = None  # [N], by which an image is named in errors
 
     def __len__(self) -> int:
         """N, the number of images."""
@@ -110,7 +112,7 @@ def batches(
             # Noise is drawn only for the images that get it, and in float32 whatever the tokens are.
             noise = torch.randn(int(shaken.sum()), *tokens.shape[1:], generator=jitter, device=device)
             tokens[shaken] += (JITTER_STD * noise).to(dtype)
-            yield tokens, torch.from_numpy(train.labels[chosen]).to(device, torch.int64)
+            yield tokens, torch.from_numpy(train.labels[chosen]).to(device)
             step += 1
 
 
@@ -205,6 +207,8 @@ def train(
     dtype: torch.dtype = torch.float32,
     memory: int | None = None,
     progress: Callable[[int], None] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    until: int | None = None,
 ) -> Iterator[tuple[slice, Probe]]:
     """Train all configurations on images `rows`, as many at once as fit in `memory` bytes.
 
@@ -220,11 +224,15 @@ def train(
         dtype: of parameters and products.
         memory: bytes that a group may take by estimate, by default `MEMORY` of the device; results do not depend on it.
         progress: called after each step with the number of configurations that took it.
+        loss: outputs [K, B, C] and labels → [K]; by default cross-entropy with class weights.
+        until: stop after so many steps of the schedule.
 
     Yields:
         A group of the configurations and its probe, in evaluation mode. A configuration that diverged is not finite.
     """
-    weights = torch.from_numpy(class_weights(tokens.labels[rows], shape.classes)).to(device, dtype)
+    if loss is None:
+        weights = torch.from_numpy(class_weights(tokens.labels[rows], shape.classes)).to(device, dtype)
+        loss = partial(losses, weights=weights)
     kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
     memory, at_once = MEMORY[kind] if memory is None else memory, AT_ONCE[kind]
     for group in groups(len(configurations), shape, head, schedule.batch_size, memory=memory, at_once=at_once):
@@ -235,9 +243,10 @@ def train(
         optimizer = AdamW(
             probe.parameters(), lr=[c.lr for c in members], weight_decay=[c.weight_decay for c in members]
         )
-        for step, (batch, labels) in enumerate(batches(tokens, rows, schedule, seed=seed, device=device, dtype=dtype)):
+        passing = batches(tokens, rows, schedule, seed=seed, device=device, dtype=dtype)
+        for step, (batch, labels) in enumerate(islice(passing, until)):
             # The sum over the population: no configuration's loss has a gradient for another's parameters.
-            torch.autograd.backward(losses(probe(batch), labels, weights).sum())
+            torch.autograd.backward(loss(probe(batch), labels).sum())
             if probe.clip is not None:
                 optimizer.clip(probe.clip)
             optimizer.step(cosine(optimizer.lr, step, schedule.steps))

@@ -1,8 +1,9 @@
 """The study's protocol (arXiv 2601.09322): choose on a part of train, refit on all of it, read the test set once."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
@@ -10,13 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlfusion import metrics, population
+from mlfusion import exact, population
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.population import Configuration, Schedule, Tokens
 from mlfusion.probes import PROBES, Probe, Shape
 from mlfusion.specs import Head
+from mlfusion.targets import Loss, Target
 
 VALIDATION = 0.2  # part of train that the choice is made on
+KEPT = 3  # of successive halving: one in three goes on, three times as far
+RUNGS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +63,21 @@ GRIDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One probe of one seed, chosen, refitted and tested; scores are fractions."""
+    """One probe of one seed, chosen, refitted and tested."""
 
     seed: int
-    val: float  # balanced accuracy of the chosen configuration on the part of train that it did not see
-    test: float  # balanced accuracy
-    train: float  # balanced accuracy of the refitted probe on what it was fitted to
-    metrics: dict[str, Any]  # of the test set, see `metrics.scores`
+    metric: str  # what val, test and train are, as fractions; see `targets`
+    val: float  # of the chosen configuration on images of train that it did not see
+    test: float
+    train: float  # of the refitted probe on what it was fitted to
+    metrics: dict[str, Any]  # of the test set, see `metrics`
     selected: dict[str, float | int]
     configurations: int
     parameters: int
     seconds: float
-    probabilities: np.ndarray  # [N_test, C] float32
+    predictions: np.ndarray  # [N_test, C] float32: probabilities, or the number
     attention: np.ndarray | None  # [N_test, T] float32, mean over heads; None for a head that does not attend
-    weights: dict[str, np.ndarray]  # parameters and running statistics of the refitted probe
+    weights: dict[str, np.ndarray]  # parameters and statistics of the refitted probe
 
 
 def fit(
@@ -80,11 +85,12 @@ def fit(
     train: Tokens,
     test: Callable[[], Tokens],
     *,
-    classes: int,
+    target: Target,
     heads: int | None,
     grid: str,
     seed: int,
     device: str = "cpu",
+    halving: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Choose a configuration on a stratified fifth of train, refit it on all of train, test it once.
@@ -93,11 +99,12 @@ def fit(
         head: the probe.
         train: tokens and labels of the training split.
         test: gives those of the test split; called once, after the choice is made and the probe refitted.
-        classes: C.
+        target: what the labels are.
         heads: attention heads; None is one for each token, as in ALF.
         grid: name in `GRIDS`.
         seed: split, order, jitter, initialisation and dropout follow from it.
         device: where to train.
+        halving: stop configurations without hope early, see `Training`.
         progress: called after each step with the steps done and all there are, counted per configuration.
 
     Raises:
@@ -107,74 +114,279 @@ def fit(
     begun = time.perf_counter()
     if grid not in GRIDS:
         raise UnknownName("grid", grid, GRIDS)
-    _check(train, classes, "train")
-    _check_classes(train.labels, classes)
-    _, t, d = train.values.shape
-    heads = (t if heads is None else heads) if PROBES[head].attends else 1
-    if not 1 <= heads <= d:
-        raise BadData(
-            f"{heads} attention heads do not fit tokens of width {d}; allowed: 1 to {d}. "
-            f"Pass heads={min(8, d)}, or take fewer tokens where there is a head for each"
+    _check(train, target, "train")
+    target.check_choice(train.labels)
+    search: Search
+    if head in SOLVERS:
+        search = SOLVERS[head](train, target, grid=grid, seed=seed, device=device, progress=progress)
+    else:
+        search = Training(
+            head, train, target, heads=heads, grid=grid, seed=seed, device=device, halving=halving, progress=progress
         )
-    shape = Shape(tokens=t, width=d, classes=classes, heads=heads)
-    configurations = GRIDS[grid].configurations(head)
-    fitted, held_out = split(train.labels, seed=seed)
-    choosing, refitting = GRIDS[grid].schedule(len(fitted)), GRIDS[grid].schedule(len(train))
-    all_steps = choosing.steps * len(configurations) + refitting.steps
-    done = 0
-
-    def advance(members: int) -> None:
-        nonlocal done
-        done += members
-        if progress:
-            progress(done, all_steps)
-
-    truth = train.labels[held_out]
-    weights = torch.from_numpy(population.class_weights(train.labels[fitted], classes)).to(device, torch.float32)
-    accuracy, loss = np.empty(len(configurations)), np.empty(len(configurations))
-    for group, probe in population.train(
-        head, train, fitted, configurations, shape, choosing, seed=seed, device=device, progress=advance
-    ):
-        logits = _logits(probe, train, held_out, choosing.batch_size, device)
-        accuracy[group] = [metrics.balanced_accuracy(truth, predicted) for predicted in logits.argmax(-1).cpu().numpy()]
-        loss[group] = population.losses(logits, torch.from_numpy(truth).to(device, torch.int64), weights).cpu().numpy()
-    best = choose(accuracy, loss)
-    chosen = configurations[best]
-
-    everything = np.arange(len(train))
-    [(_, probe)] = population.train(
-        head, train, everything, [chosen], shape, refitting, seed=seed, device=device, progress=advance
-    )
-    on_train = _logits(probe, train, everything, refitting.batch_size, device)[0].argmax(-1).cpu().numpy()
+    score, loss = search.scores()
+    best = choose(score, loss)
+    probe = search.refit(best)
+    on_train = target.predictions(_outputs(probe, train, np.arange(len(train)), search.block, device)[0])
 
     unseen = test()
-    _check(unseen, classes, "test")
+    _check(unseen, target, "test")
     if unseen.values.shape[1:] != train.values.shape[1:]:
         raise BadData(
             f"test has tokens of shape {tuple(unseen.values.shape[1:])} and train {tuple(train.values.shape[1:])}; "
             "allowed: the same tokens and width, so extract both splits with the same model, layers and tokens"
         )
-    probabilities, attention = _predict(probe, unseen, refitting.batch_size, device)
-    found = metrics.scores(unseen.labels, probabilities)
-    selected: dict[str, float | int] = {"lr": chosen.lr, "weight_decay": chosen.weight_decay}
-    if probe.drops:
-        selected["dropout"] = chosen.dropout
-    if probe.attends:
-        selected["heads"] = heads
+    predictions, attention = predict(probe, unseen, target, block=search.block, device=device)
+    found = target.scores(unseen.labels, predictions)
     return Outcome(
         seed=seed,
-        val=float(accuracy[best]),
-        test=found["balanced_accuracy"],
-        train=metrics.balanced_accuracy(train.labels, on_train),
+        metric=target.metric,
+        val=float(score[best]),
+        test=found[target.metric],
+        train=target.score(train.labels, on_train.cpu().numpy()),
         metrics=found,
-        selected=selected | {"steps": refitting.steps, "batch_size": refitting.batch_size},
-        configurations=len(configurations),
+        selected=search.selected(best),
+        configurations=len(score),
         parameters=sum(p.numel() for p in probe.parameters()),
         seconds=time.perf_counter() - begun,
-        probabilities=probabilities,
+        predictions=predictions,
         attention=attention,
         weights={name: value[0].detach().cpu().numpy().copy() for name, value in probe.state_dict().items()},
     )
+
+
+class Search(ABC):
+    """How the configurations of a head come by their scores, and the chosen one to its weights."""
+
+    block: int = population.LARGEST_BATCH  # images that the probe is read with at a time
+
+    def __init__(
+        self, train: Tokens, target: Target, *, seed: int, device: str, progress: Callable[[int, int], None] | None
+    ) -> None:
+        """Hold out a part of train."""
+        self.train, self.target, self.device = train, target, device
+        self.fitted, self.held_out = split(target.strata(train.labels), seed=seed)
+        self.everything = np.arange(len(train))
+        self.progress, self.done, self.steps = progress, 0, 0
+
+    def advance(self, steps: int = 1) -> None:
+        """So many of `self.steps` more are done."""
+        self.done += steps
+        if self.progress:
+            self.progress(self.done, self.steps)
+
+    @abstractmethod
+    def scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """Score and loss of every configuration [K] on images it was not fitted to; -inf and inf of one that diverged."""
+
+    @abstractmethod
+    def refit(self, best: int) -> Probe:
+        """That configuration, fitted to all of train."""
+
+    @abstractmethod
+    def selected(self, best: int) -> dict[str, float | int]:
+        """Its hyper-parameters, for a row."""
+
+    def measure(self, outputs: Tensor, rows: np.ndarray, loss: Loss) -> tuple[np.ndarray, np.ndarray]:
+        """Of outputs [K, n, C] for images `rows` [n]: scores and losses [K]."""
+        truth = self.train.labels[rows]
+        sound = torch.isfinite(outputs).flatten(1).all(1)
+        losses = loss(outputs, torch.from_numpy(truth).to(outputs.device)).double().cpu().numpy()
+        predicted = self.target.predictions(outputs).cpu().numpy()
+        scores = [self.target.score(truth, p) if good else -np.inf for p, good in zip(predicted, sound, strict=True)]
+        return np.array(scores), np.where(sound.cpu().numpy(), losses, np.inf)
+
+
+class Training(Search):
+    """Configurations trained in lockstep.
+
+    With `halving`, all are trained for a ninth of the steps, the best third of them for a third, and of those the best third
+    to the end (successive halving, arXiv 1502.07943). Who goes on begins anew, in a schedule that is the whole one every
+    time: a configuration that gets to the end has the score that it would have had anyway.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        train: Tokens,
+        target: Target,
+        *,
+        heads: int | None,
+        grid: str,
+        seed: int,
+        device: str = "cpu",
+        halving: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """As `fit`.
+
+        Raises:
+            BadData: heads that do not fit the tokens.
+        """
+        super().__init__(train, target, seed=seed, device=device, progress=progress)
+        _, t, d = train.values.shape
+        heads = (t if heads is None else heads) if PROBES[head].attends else 1
+        if not 1 <= heads <= d:
+            raise BadData(
+                f"{heads} attention heads do not fit tokens of width {d}; allowed: 1 to {d}. "
+                f"Pass heads={min(8, d)}, or take fewer tokens where there is a head for each"
+            )
+        self.head, self.seed = head, seed
+        self.shape = Shape(tokens=t, width=d, classes=target.outputs, heads=heads)
+        self.configurations = GRIDS[grid].configurations(head)
+        self.choosing, self.refitting = GRIDS[grid].schedule(len(self.fitted)), GRIDS[grid].schedule(len(train))
+        self.block = self.refitting.batch_size
+        self.rungs = rungs(len(self.configurations), self.choosing.steps, halving=halving)
+        self.steps = sum(members * until for members, until in self.rungs) + self.refitting.steps
+
+    def scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where halving left one behind: -inf and inf."""
+        score, loss = np.empty(0), np.empty(0)
+        alive = np.arange(len(self.configurations))
+        measure = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
+        for members, until in self.rungs:
+            if members < len(alive):
+                alive = np.sort(alive[np.lexsort((loss[alive], -score[alive]))[:members]])
+            score, loss = (np.full(len(self.configurations), value) for value in (-np.inf, np.inf))
+            chosen = [self.configurations[k] for k in alive]
+            for group, probe in self._train(self.fitted, chosen, self.choosing, measure, until):
+                outputs = _outputs(probe, self.train, self.held_out, self.choosing.batch_size, self.device)
+                score[alive[group]], loss[alive[group]] = self.measure(outputs, self.held_out, measure)
+        return score, loss
+
+    def refit(self, best: int) -> Probe:
+        measure = self.target.loss(self.train.labels, self.device, torch.float32)
+        [(_, probe)] = self._train(
+            self.everything, [self.configurations[best]], self.refitting, measure, self.refitting.steps
+        )
+        return probe
+
+    def selected(self, best: int) -> dict[str, float | int]:
+        chosen = self.configurations[best]
+        selected: dict[str, float | int] = {"lr": chosen.lr, "weight_decay": chosen.weight_decay}
+        if PROBES[self.head].drops:
+            selected["dropout"] = chosen.dropout
+        if PROBES[self.head].attends:
+            selected["heads"] = self.shape.heads
+        return selected | {"steps": self.refitting.steps, "batch_size": self.refitting.batch_size}
+
+    def _train(
+        self, rows: np.ndarray, chosen: Sequence[Configuration], schedule: Schedule, loss: Loss, until: int
+    ) -> Iterator[tuple[slice, Probe]]:
+        return population.train(
+            self.head,
+            self.train,
+            rows,
+            chosen,
+            self.shape,
+            schedule,
+            seed=self.seed,
+            device=self.device,
+            progress=self.advance,
+            loss=loss,
+            until=until,
+        )
+
+
+class RidgeSearch(Search):
+    """Penalties of ridge regression, chosen by leaving out every image of train in turn: that costs no further fit."""
+
+    def __init__(self, train: Tokens, target: Target, *, grid: str, **others: Any) -> None:
+        """As `fit`."""
+        super().__init__(train, target, **others)
+        self.path = exact.penalties(grid)
+        self.steps = len(self.path)
+        self.ridge = exact.Ridge(exact.Design(train, self.everything, target, self.device))
+
+    def scores(self) -> tuple[np.ndarray, np.ndarray]:
+        score, loss = np.empty(len(self.path)), np.empty(len(self.path))
+        for k, penalty in enumerate(self.path):
+            outputs = self.ridge.left_out(penalty)[None]
+            measure = self.target.loss(self.train.labels, str(outputs.device), outputs.dtype)
+            score[k : k + 1], loss[k : k + 1] = self.measure(outputs, self.everything, measure)
+            self.advance()
+        return score, loss
+
+    def refit(self, best: int) -> Probe:
+        return self.ridge.solve(self.path[best])
+
+    def selected(self, best: int) -> dict[str, float | int]:
+        return asdict(self.path[best])
+
+
+class LogisticSearch(Search):
+    """Penalties of logistic regression, along one path."""
+
+    def __init__(self, train: Tokens, target: Target, *, grid: str, **others: Any) -> None:
+        """As `fit`.
+
+        Raises:
+            BadData: the labels are numbers.
+        """
+        super().__init__(train, target, **others)
+        self.path = exact.penalties(grid)
+        self.steps = len(self.path)
+        self.logistic = exact.Logistic(exact.Design(train, self.fitted, target, self.device))
+
+    def scores(self) -> tuple[np.ndarray, np.ndarray]:
+        score, loss = np.empty(len(self.path)), np.empty(len(self.path))
+        measure = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
+        for group, probe in self.logistic.solve(self.path):
+            outputs = _outputs(probe, self.train, self.held_out, self.block, self.device)
+            score[group], loss[group] = self.measure(outputs, self.held_out, measure)
+            self.advance(group.stop - group.start)
+        return score, loss
+
+    def refit(self, best: int) -> Probe:
+        logistic = exact.Logistic(exact.Design(self.train, self.everything, self.target, self.device))
+        [*_, (_, probe)] = logistic.solve([*self.path[: best : exact.AT_ONCE], self.path[best]])
+        return probe.last()
+
+    def selected(self, best: int) -> dict[str, float | int]:
+        return asdict(self.path[best])
+
+
+class NeighbourSearch(Search):
+    """Numbers of neighbours and temperatures, all from one search."""
+
+    def __init__(self, train: Tokens, target: Target, *, grid: str, **others: Any) -> None:
+        """As `fit`."""
+        super().__init__(train, target, **others)
+        self.grid = exact.neighbourhoods(grid)
+        self.steps = 1
+
+    def scores(self) -> tuple[np.ndarray, np.ndarray]:
+        measure = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
+        outputs = _outputs(self._of(self.fitted, self.grid), self.train, self.held_out, self.block, self.device)
+        return self.measure(outputs, self.held_out, measure)
+
+    def refit(self, best: int) -> Probe:
+        self.advance()
+        return self._of(self.everything, [self.grid[best]])
+
+    def selected(self, best: int) -> dict[str, float | int]:
+        return asdict(self.grid[best])
+
+    def _of(self, rows: np.ndarray, chosen: Sequence[exact.Neighbourhood]) -> Probe:
+        return exact.neighbours(self.train, rows, chosen, self.target, self.device)
+
+
+SOLVERS: dict[Head, Callable[..., Search]] = {
+    "ridge": RidgeSearch,
+    "logistic": LogisticSearch,
+    "knn": NeighbourSearch,
+}
+"""The heads that are not trained."""
+
+
+def rungs(configurations: int, steps: int, *, halving: bool) -> list[tuple[int, int]]:
+    """How many configurations are trained for how many steps, one after the other; all for all without halving.
+
+    Of 63 for 1,000 steps: (63, 112), (21, 334), (7, 1000), a third of the work.
+    """
+    if not halving:
+        return [(configurations, steps)]
+    parts = [KEPT**power for power in range(RUNGS)]
+    return [(-(-configurations // part), -(-steps * part // parts[-1])) for part in parts]
 
 
 def split(labels: np.ndarray, *, seed: int, part: float = VALIDATION) -> tuple[np.ndarray, np.ndarray]:
@@ -213,36 +425,40 @@ def choose(accuracy: np.ndarray, loss: np.ndarray) -> int:
     return int(np.lexsort((np.where(sound, loss, np.inf), -np.where(sound, accuracy, -np.inf)))[0])
 
 
-def _logits(probe: Probe, tokens: Tokens, rows: np.ndarray, block: int, device: str) -> Tensor:
+def _outputs(probe: Probe, tokens: Tokens, rows: np.ndarray, block: int, device: str) -> Tensor:
     """[K, rows, C]."""
-    return torch.cat([logits for logits, _ in population.read(probe, tokens, rows, block=block, device=device)], dim=1)
+    return torch.cat(
+        [outputs for outputs, _ in population.read(probe, tokens, rows, block=block, device=device)], dim=1
+    )
 
 
-def _predict(probe: Probe, tokens: Tokens, block: int, device: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Of a population of one: probabilities [N, C], and the attention [N, T] if it has any."""
-    probabilities, attention = [], []
-    for logits, batch in population.read(probe, tokens, np.arange(len(tokens)), block=block, device=device):
-        probabilities.append(torch.softmax(logits[0], dim=-1).cpu().numpy())
+def predict(
+    probe: Probe, tokens: Tokens, target: Target, *, block: int = population.LARGEST_BATCH, device: str = "cpu"
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Of a population of one: predictions [N, C], and the attention [N, T] if it has any."""
+    predictions, attention = [], []
+    for outputs, batch in population.read(probe, tokens, np.arange(len(tokens)), block=block, device=device):
+        predictions.append(target.predictions(outputs[0]).cpu().numpy())
         if probe.attends:
             with torch.no_grad():
                 attention.append(probe.attention(batch)[0].mean(1).cpu().numpy())
-    return np.concatenate(probabilities), np.concatenate(attention) if attention else None
+    return np.concatenate(predictions), np.concatenate(attention) if attention else None
 
 
-def _check(tokens: Tokens, classes: int, name: str) -> None:
+def _check(tokens: Tokens, target: Target, name: str) -> None:
     """Refuse tokens and labels that do not belong together, or are not finite."""
-    shape, labels = tuple(tokens.values.shape), tokens.labels
+    shape, labels, ids = tuple(tokens.values.shape), tokens.labels, tokens.ids
     if len(shape) != 3 or len(labels) != shape[0] or 0 in shape:
         raise BadData(
             f"{name} has tokens of shape {shape} and labels of shape {labels.shape}; "
-            "allowed: [N, T, D] and [N], none of them 0"
+            "allowed: [N, T, D] and a label for each of the N, none of them 0"
         )
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(wrong):
+    if ids is not None and len(ids) != shape[0]:
         raise BadData(
-            f"{name} row {wrong[0]} has label {labels[wrong[0]]}; allowed: 0 to {classes - 1}. "
-            "Extract the split again, or pass the number of classes that the labels have"
+            f"{name} has tokens of {shape[0]} images and ids of {len(ids)}; allowed: features of the same images in the "
+            "same order, so read them from one entry of the cache"
         )
+    target.check(labels, name)
     block = max(1, 2**24 // (shape[1] * shape[2]))
     for start in range(0, shape[0], block):
         part = tokens.values[start : start + block]
@@ -250,19 +466,6 @@ def _check(tokens: Tokens, classes: int, name: str) -> None:
         if not finite.all():
             row = start + int(finite.tolist().index(False))
             raise BadData(
-                f"{name} row {row} has a token that is NaN or infinite; allowed: finite numbers. "
-                "Extract that image again, with --dtype float32 if the model's activations overflow float16"
+                f"{name} row {row}{f' ({ids[row]})' if ids else ''} has a token that is NaN or infinite; allowed: finite "
+                "numbers. Extract that image again, with --dtype float32 if the model's activations overflow float16"
             )
-
-
-def _check_classes(labels: np.ndarray, classes: int) -> None:
-    """Refuse a training split from which no part can be held out."""
-    if classes < 2:
-        raise BadData(f"{classes} class in train; allowed: 2 or more, so choose a data set with at least two classes")
-    counts = np.bincount(labels, minlength=classes)
-    if counts.min() < 2:
-        scarce = int(counts.argmin())
-        raise BadData(
-            f"class {scarce} has {counts[scarce]} training image{'' if counts[scarce] == 1 else 's'}; "
-            "allowed: 2 or more, one to fit and one to choose on. Add images of that class or leave it out"
-        )

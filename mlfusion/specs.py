@@ -36,6 +36,9 @@ Head = Literal[
     "aim",
     "v-jepa",
     "v-jepa-4",
+    "ridge",
+    "logistic",
+    "knn",
 ]
 HEADS: tuple[Head, ...] = get_args(Head)
 

@@ -17,6 +17,7 @@ from mlfusion.population import Configuration, Tokens
 from mlfusion.probes import PROBES
 from mlfusion.protocol import GRIDS, Grid, Outcome, choose, fit, split
 from mlfusion.specs import Head
+from mlfusion.targets import OneClass
 
 SMALL = Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-4, 1e-1), dropouts=(0.0, 0.1), epochs=1, least_steps=40)
 CLASSES = 3
@@ -37,7 +38,7 @@ def tokens(images: int = 90, *, seed: int = 0, signal: float = 1.0, width: int =
 
 
 def fitted(head: Head, train: Tokens, test: Tokens | Callable[[], Tokens], **options: Any) -> Outcome:
-    given_options = {"classes": CLASSES, "heads": None, "grid": "small", "seed": 0} | options
+    given_options = {"target": OneClass(CLASSES), "heads": None, "grid": "small", "seed": 0} | options
     return fit(head, train, test if callable(test) else lambda: test, **given_options)
 
 
@@ -184,13 +185,13 @@ def test_the_outcome_of_an_attentive_probe() -> None:
     assert outcome.configurations == 8
     d, inner = 12, 6 * 2 * 2
     assert outcome.parameters == (9 * d + 4 * d * inner) + (d + 1) * CLASSES
-    assert outcome.probabilities.shape == (50, CLASSES) and outcome.probabilities.dtype == np.float32
+    assert outcome.predictions.shape == (50, CLASSES) and outcome.predictions.dtype == np.float32
     assert outcome.attention is not None and outcome.attention.dtype == np.float32
-    np.testing.assert_allclose(outcome.probabilities.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(outcome.predictions.sum(1), 1, atol=1e-5)
     np.testing.assert_allclose(outcome.attention.sum(1), np.ones(50), atol=1e-5)
     assert outcome.test == outcome.metrics["balanced_accuracy"] > 0.7
     assert outcome.train > 0.7 and outcome.val > 0.7
-    assert outcome.metrics == metrics.scores(test.labels, outcome.probabilities)
+    assert outcome.metrics == metrics.scores(test.labels, outcome.predictions)
     assert outcome.seconds > 0
     assert seen[-1] == (8 * 40 + 40, 8 * 40 + 40)
     assert [at for at, _ in seen] == sorted({at for at, _ in seen})
@@ -214,7 +215,7 @@ def test_the_weights_are_the_probe_that_was_tested(head: Head) -> None:
     ).eval()
     values = torch.from_numpy(test.values).float()
     values = values / values.norm(dim=-1, keepdim=True)
-    np.testing.assert_allclose(module(values).softmax(-1).detach().numpy(), outcome.probabilities, atol=1e-5)
+    np.testing.assert_allclose(module(values).softmax(-1).detach().numpy(), outcome.predictions, atol=1e-5)
     if isinstance(module, LiteralAttentive):
         expected = module.attention(values).mean(1).detach().numpy()
         np.testing.assert_allclose(expected, outcome.attention, atol=1e-6)
@@ -249,8 +250,8 @@ def test_shuffled_labels_leave_chance(head: Head) -> None:
 @pytest.mark.parametrize("head", PROBES)
 def test_the_seed_decides_everything(head: Head) -> None:
     a, b, c = (fitted(head, tokens(), tokens(seed=1), seed=seed) for seed in (0, 0, 1))
-    assert np.array_equal(a.probabilities, b.probabilities)
-    assert not np.array_equal(a.probabilities, c.probabilities)
+    assert np.array_equal(a.predictions, b.predictions)
+    assert not np.array_equal(a.predictions, c.predictions)
 
 
 @pytest.mark.parametrize("kind", ["torch", "read-only", "float32"])
@@ -262,12 +263,12 @@ def test_tokens_may_come_in_any_of_these(kind: str) -> None:
         data.labels.setflags(write=False)
     given_tokens = Tokens(torch.from_numpy(values) if kind == "torch" else values, data.labels)
     expected = fitted("linear", data, tokens(seed=1))
-    assert np.array_equal(fitted("linear", given_tokens, tokens(seed=1)).probabilities, expected.probabilities)
+    assert np.array_equal(fitted("linear", given_tokens, tokens(seed=1)).predictions, expected.predictions)
 
 
 def test_two_images_of_a_class_are_enough() -> None:
     outcome = fitted("attentive", tokens(6), tokens(seed=1))
-    assert np.isfinite(outcome.probabilities).all()
+    assert np.isfinite(outcome.predictions).all()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ def spoiled(what: str) -> Tokens:
         ("negative", "train row 8 has label -1; allowed: 0 to 2"),
         ("scarce", "class 1 has 1 training image; allowed: 2 or more"),
         ("absent", "class 1 has 0 training images; allowed: 2 or more"),
-        ("short", r"labels of shape \(29,\); allowed: \[N, T, D\] and \[N\]"),
+        ("short", r"labels of shape \(29,\); allowed: \[N, T, D\] and a label for each"),
         ("flat", r"tokens of shape \(30, 12\).*allowed: \[N, T, D\]"),
     ],
 )
@@ -338,7 +339,7 @@ def test_a_test_split_that_does_not_match_is_refused(test: Tokens, message: str)
 def test_one_class_is_no_question() -> None:
     data = tokens(30)
     with pytest.raises(BadData, match="1 class in train; allowed: 2 or more"):
-        fitted("linear", Tokens(data.values, np.zeros(30, dtype=np.int64)), tokens(), classes=1)
+        fitted("linear", Tokens(data.values, np.zeros(30, dtype=np.int64)), tokens(), target=OneClass(1))
 
 
 @pytest.mark.parametrize("heads", [13, 0])
