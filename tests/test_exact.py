@@ -1,0 +1,327 @@
+"""Heads that are solved for, held to scikit-learn's solvers and to fits that are made one by one."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import Ridge as SklearnRidge
+from sklearn.neighbors import KNeighborsClassifier
+
+from mlfusion import exact, protocol
+from mlfusion.errors import BadData
+from mlfusion.exact import Design, Logistic, Neighbourhood, Penalty, Ridge, minimise, neighbours
+from mlfusion.population import Tokens
+from mlfusion.targets import Number, OneClass, SeveralLabels, Target
+
+F64 = torch.float64
+TALL, WIDE = (60, 2, 5), (24, 3, 16)  # more images than numbers an image, and fewer
+
+
+def data(shape: tuple[int, int, int], kind: str = "class", seed: int = 0) -> tuple[Tokens, Target]:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=shape)
+    images = shape[0]
+    if kind == "class":  # of unlike numbers, so that class weights differ
+        labels = rng.permutation(np.minimum(np.arange(images) % 5, 2))
+        values[np.arange(images), 0, labels] += 1.5
+        return Tokens(values, labels), OneClass(3)
+    if kind == "labels":
+        several = (rng.random((images, 4)) < 0.4).astype(np.int64)
+        values[:, :, :4] += 2 * several[:, None]
+        return Tokens(values, several), SeveralLabels(4)
+    numbers = rng.normal(size=images)
+    values[:, :, 0] += 2 * numbers[:, None]
+    return Tokens(values, numbers), Number(1, float(numbers.mean()), float(numbers.std()))
+
+
+def flat(tokens: Tokens) -> np.ndarray:
+    values = np.asarray(tokens.values, np.float64)
+    return (values / np.linalg.norm(values, axis=-1, keepdims=True)).reshape(len(values), -1)
+
+
+def rows(tokens: Tokens) -> np.ndarray:
+    return np.arange(len(tokens))
+
+
+def design(tokens: Tokens, target: Target) -> Design:
+    return Design(tokens, rows(tokens), target, "cpu")
+
+
+def outputs(probe: Any, tokens: Tokens) -> np.ndarray:
+    x = torch.from_numpy(flat(tokens)).float().view(tuple(tokens.values.shape))
+    with torch.no_grad():
+        return np.asarray(probe(x))
+
+
+# --- the design ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE])
+def test_the_turned_images_are_orthogonal_and_lose_nothing(shape: tuple[int, int, int]) -> None:
+    tokens, target = data(shape)
+    made, weights = design(tokens, target), target.weights(tokens.labels)
+    z = made.turned.numpy()
+    np.testing.assert_allclose(z.T @ (weights[:, None] * z), np.diag(made.power.numpy()), atol=1e-10)
+    np.testing.assert_allclose(z @ made.basis.numpy().T + made.centre.numpy(), flat(tokens), atol=1e-6)
+    np.testing.assert_allclose(made.basis.T @ made.basis, np.eye(z.shape[1]), atol=1e-8)
+
+
+def test_blocks_of_images_are_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, target = data(TALL)
+    whole = Ridge(design(tokens, target)).left_out(Penalty(0.1))
+    monkeypatch.setattr(exact, "BLOCK", 70)  # seven images
+    torch.testing.assert_close(Ridge(design(tokens, target)).left_out(Penalty(0.1)), whole)
+
+
+# --- ridge -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE])
+@pytest.mark.parametrize("kind", ["class", "labels", "number"])
+@pytest.mark.parametrize("penalty", [1e-3, 1.0, 1e3])
+def test_ridge_is_scikit_learns(shape: tuple[int, int, int], kind: str, penalty: float) -> None:
+    tokens, target = data(shape, kind)
+    x, y = flat(tokens), target.regressand(tokens.labels)
+    other = SklearnRidge(alpha=penalty).fit(x, y, sample_weight=target.weights(tokens.labels))
+    expected = other.predict(x).reshape(len(x), -1)
+    found = outputs(Ridge(design(tokens, target)).solve(Penalty(penalty)), tokens)[0]
+    if kind != "number":  # up to the factor that makes probabilities of scores
+        factor = (found * (expected - 0.5)).sum() / ((expected - 0.5) ** 2).sum()
+        assert factor > 0
+        expected = factor * (expected - 0.5)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE])
+@pytest.mark.parametrize("penalty", [1e-3, 10.0])
+def test_an_image_is_left_out_as_if_never_seen(shape: tuple[int, int, int], penalty: float) -> None:
+    tokens, target = data(shape, "number")
+    x, y, weights = flat(tokens), target.regressand(tokens.labels)[:, 0], np.ones(shape[0])
+    expected = []
+    for row in range(len(x)):
+        others = np.arange(len(x)) != row
+        fitted = SklearnRidge(alpha=penalty).fit(x[others], y[others], sample_weight=weights[others])
+        expected.append(fitted.predict(x[row : row + 1])[0])
+    found = Ridge(design(tokens, target)).left_out(Penalty(penalty))[:, 0]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+
+
+def test_left_out_with_weights_of_classes() -> None:
+    tokens, target = data(TALL)
+    x, y, weights = flat(tokens), target.regressand(tokens.labels), target.weights(tokens.labels)
+    found = Ridge(design(tokens, target))._left_out(Penalty(0.5))
+    for row in (0, 7, 31):
+        others = np.arange(len(x)) != row
+        fitted = SklearnRidge(alpha=0.5).fit(x[others], y[others], sample_weight=weights[others])
+        np.testing.assert_allclose(found[row], fitted.predict(x[row : row + 1])[0], atol=1e-9)
+
+
+def test_the_factor_of_ridges_scores_leaves_no_better() -> None:
+    tokens, target = data(TALL)
+    ridge = Ridge(design(tokens, target))
+    chosen = ridge.left_out(Penalty(1.0))
+    loss, labels = target.loss(tokens.labels, "cpu", F64), torch.from_numpy(tokens.labels)
+    best, less, more = (float(loss((scale * chosen)[None], labels)[0]) for scale in (1, 0.8, 1.25))
+    assert best <= less and best <= more
+
+
+# --- logistic regression ---------------------------------------------------------------------------------------------
+
+
+def objective(tokens: Tokens, target: Target, weight: np.ndarray, bias: np.ndarray, penalty: float) -> float:
+    """Written out, in NumPy."""
+    logits, wanted = flat(tokens) @ weight.T + bias, target.regressand(tokens.labels)
+    if isinstance(target, OneClass):
+        each = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1) - (logits * wanted).sum(1)
+    else:
+        each = (np.logaddexp(0, logits) - logits * wanted).sum(1)
+    return float(target.weights(tokens.labels) @ each + penalty / 2 * (weight**2).sum())
+
+
+def sklearn_logistic(tokens: Tokens, target: Target, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    options = {"C": 1 / penalty, "tol": 1e-10, "max_iter": 20000}
+    x, weights = flat(tokens), target.weights(tokens.labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if isinstance(target, OneClass):
+            one = LogisticRegression(**options).fit(x, tokens.labels, sample_weight=weights)
+            return one.coef_, one.intercept_
+        each = [LogisticRegression(**options).fit(x, column) for column in tokens.labels.T]
+        return np.concatenate([e.coef_ for e in each]), np.concatenate([e.intercept_ for e in each])
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE])
+@pytest.mark.parametrize("kind", ["class", "labels"])
+def test_the_whole_path_has_scikit_learns_loss_to_a_millionth(shape: tuple[int, int, int], kind: str) -> None:
+    tokens, target = data(shape, kind)
+    path = [Penalty(float(value)) for value in np.logspace(2, -3, 21)]  # three runs, the later ones started warm
+    solved: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+    for run, probe in Logistic(design(tokens, target)).solve(path):
+        weights, biases = (p.detach().double().numpy() for p in (probe.weight, probe.bias))
+        solved |= {one.penalty: (w, b) for one, w, b in zip(path[run], weights, biases, strict=True)}
+    assert len(solved) == 21
+    for one in path[::5]:
+        expected = objective(tokens, target, *sklearn_logistic(tokens, target, one.penalty), one.penalty)
+        found = objective(tokens, target, *solved[one.penalty], one.penalty)
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_logistic_regression_of_real_features(shared: Any) -> None:
+    """Pixels of photographs: a spectrum that falls steeply, and penalties so weak that the classes part."""
+    from PIL import Image
+
+    files = sorted((shared / "flowers5" / "train").glob("*/*"))[::6]
+    names = sorted({file.parent.name for file in files})
+    labels = np.array([names.index(file.parent.name) for file in files])
+    values = np.stack([np.asarray(Image.open(file).convert("RGB").resize((16, 16)), np.float64) for file in files])
+    tokens, target = Tokens(values.reshape(len(files), 3, -1), labels), OneClass(len(names))
+    for one in (Penalty(1.0), Penalty(1e-3)):
+        [(_, probe)] = Logistic(design(tokens, target)).solve([one])
+        expected = objective(tokens, target, *sklearn_logistic(tokens, target, one.penalty), one.penalty)
+        weight, bias = probe.weight[0].detach().double().numpy(), probe.bias[0].detach().double().numpy()
+        assert objective(tokens, target, weight, bias, one.penalty) <= expected * (1 + 1e-6)
+
+
+def test_logistic_regression_has_no_numbers() -> None:
+    with pytest.raises(BadData, match="logistic regression has no numbers; allowed: classes or labels"):
+        Logistic(design(*data(TALL, "number")))
+
+
+def test_minima_are_found_each_for_itself() -> None:
+    """Quadratics with curvatures from 1 to 1e4, one of them started where it ends."""
+    generator = torch.Generator().manual_seed(0)
+    curvature = torch.logspace(0, 4, 12, dtype=F64)
+    centres = torch.randn(4, 12, dtype=F64, generator=generator)
+
+    def function(x: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        off = x - centres[which]
+        return 1 + 0.5 * (curvature * off**2).sum(1), curvature * off
+
+    start = torch.randn(4, 12, dtype=F64, generator=generator)
+    start[2] = centres[2]
+    together = minimise(function, start)
+    torch.testing.assert_close(together, centres, rtol=0, atol=1e-4)
+    for k in range(4):
+        alone = minimise(lambda x, _, k=k: function(x, torch.tensor([k])), start[k : k + 1])
+        torch.testing.assert_close(alone[0], together[k], rtol=0, atol=1e-9)
+
+
+# --- nearest neighbours ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 4, 60, 500])
+def test_neighbours_are_scikit_learns(count: int) -> None:
+    train, target = data(TALL)
+    test, _ = data((17, 2, 5), seed=1)
+    chosen = Neighbourhood(count, 0.07)
+    other = KNeighborsClassifier(
+        min(count, 60), metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(flat(train), train.labels)
+    probe = neighbours(train, rows(train), [chosen], target, "cpu")
+    found = target.predictions(torch.from_numpy(outputs(probe, test)[0]))
+    np.testing.assert_allclose(found, other.predict_proba(flat(test)), atol=2e-5)
+
+
+def test_neighbours_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    (train, target), (test, _) = data(TALL), data((17, 2, 5), seed=1)
+    probe = neighbours(train, rows(train), [Neighbourhood(3, 0.1), Neighbourhood(9, 0.02)], target, "cpu")
+    whole = outputs(probe, test)
+    monkeypatch.setattr(exact, "BLOCK", 120)
+    np.testing.assert_allclose(outputs(probe, test), whole, atol=1e-5)
+    assert whole.shape == (2, 17, 3)
+
+
+@pytest.mark.parametrize("kind", ["labels", "number"])
+def test_neighbours_vote_for_labels_and_numbers(kind: str) -> None:
+    train, target = data(TALL, kind)
+    x = flat(train)
+    cosine = x @ x.T / 2
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :5]
+    weights = np.exp(np.take_along_axis(cosine, nearest, 1) / 0.2)
+    votes = (weights[..., None] * train.labels.reshape(60, -1)[nearest]).sum(1) / weights.sum(1, keepdims=True)
+    probe = neighbours(train, rows(train), [Neighbourhood(5, 0.2)], target, "cpu")
+    np.testing.assert_allclose(target.predictions(torch.from_numpy(outputs(probe, train)[0])), votes, atol=1e-5)
+
+
+# --- in the protocol -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [(h, k) for h in protocol.SOLVERS for k in ("class", "labels", "number") if (h, k) != ("logistic", "number")],
+)
+def test_they_are_chosen_refitted_and_tested(head: Any, kind: str) -> None:
+    train, target = data((90, 3, 8), kind)
+    test, _ = data((60, 3, 8), kind, seed=1)
+    seen: list[tuple[int, int]] = []
+    outcome = protocol.fit(
+        head, train, lambda: test, target=target, heads=None, grid="quick", seed=0, progress=lambda *at: seen.append(at)
+    )
+    floor = {"class": 0.5, "labels": 0.6, "number": 0.4}[kind]  # by chance: a third, two fifths, none
+    assert outcome.test == outcome.metrics[outcome.metric] > floor
+    assert seen[-1][0] == seen[-1][1]
+    assert outcome.configurations == (3 if head == "knn" else 13)
+    assert outcome.selected.keys() == ({"neighbours", "temperature"} if head == "knn" else {"penalty"})
+    again = protocol.fit(head, train, lambda: test, target=target, heads=None, grid="quick", seed=0)
+    assert np.array_equal(again.predictions, outcome.predictions)
+
+
+@pytest.mark.parametrize("head", protocol.SOLVERS)
+def test_the_refit_is_the_solution_on_all_of_train(head: Any) -> None:
+    train, target = data(TALL)
+    outcome = protocol.fit(head, train, lambda: train, target=target, heads=None, grid="paper", seed=0)
+    if head == "knn":
+        assert outcome.weights["bank"].shape == (60, 10)
+        assert outcome.weights["neighbours"] == outcome.selected["neighbours"]
+        return
+    one = Penalty(float(outcome.selected["penalty"]))
+    if head == "ridge":
+        expected = outputs(Ridge(design(train, target)).solve(one), train)[0]
+        found = flat(train) @ outcome.weights["weight"].T + outcome.weights["bias"]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    else:
+        best = objective(train, target, *sklearn_logistic(train, target, one.penalty), one.penalty)
+        weight, bias = (outcome.weights[name].astype(np.float64) for name in ("weight", "bias"))
+        assert objective(train, target, weight, bias, one.penalty) == pytest.approx(best, rel=1e-6)
+
+
+def test_ridge_is_chosen_by_leaving_out() -> None:
+    train, target = data(WIDE)
+    outcome = protocol.fit("ridge", train, lambda: train, target=target, heads=None, grid="quick", seed=0)
+    ridge = Ridge(design(train, target))
+    scores = [
+        target.score(train.labels, target.predictions(ridge.left_out(one)).numpy()) for one in exact.penalties("quick")
+    ]
+    assert outcome.val == max(scores)
+
+
+@pytest.mark.parametrize("head", protocol.SOLVERS)
+def test_shuffled_labels_leave_chance(head: Any) -> None:
+    rng = np.random.default_rng(0)
+
+    def noise(images: int) -> Tokens:
+        return Tokens(rng.normal(size=(images, 2, 6)), rng.permutation(np.arange(images) % 3))
+
+    target = OneClass(3)
+    scores = [
+        protocol.fit(head, noise(90), lambda: noise(300), target=target, heads=None, grid="quick", seed=seed).test
+        for seed in range(4)
+    ]
+    assert np.mean(scores) == pytest.approx(1 / 3, abs=0.06)
+
+
+@pytest.mark.parametrize("head", protocol.SOLVERS)
+def test_twenty_images_are_learnt_by_heart(head: Any) -> None:
+    rng = np.random.default_rng(0)
+    train = Tokens(rng.normal(size=(20, 3, 16)), np.arange(20) % 2)
+    target = OneClass(2)
+    if head == "knn":
+        probe: Any = neighbours(train, rows(train), [Neighbourhood(1, 0.07)], target, "cpu")
+    elif head == "ridge":
+        probe = Ridge(design(train, target)).solve(Penalty(1e-3))
+    else:
+        [(_, probe)] = Logistic(design(train, target)).solve([Penalty(1e-3)])
+    assert (outputs(probe, train)[0].argmax(1) == train.labels).all()
