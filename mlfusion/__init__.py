@@ -12,10 +12,21 @@ if TYPE_CHECKING:
     from mlfusion.evaluation import probe
     from mlfusion.extraction import extract
     from mlfusion.features import Features, load_features, open_features
+    from mlfusion.prediction import predict
     from mlfusion.results import Results
     from mlfusion.store import FeatureStore
 
-__all__ = ["FeatureStore", "Features", "MlfusionError", "Results", "extract", "load_features", "open_features", "probe"]
+__all__ = [
+    "FeatureStore",
+    "Features",
+    "MlfusionError",
+    "Results",
+    "extract",
+    "load_features",
+    "open_features",
+    "predict",
+    "probe",
+]
 
 _HOME = {
     "FeatureStore": "store",
@@ -25,6 +36,7 @@ _HOME = {
     "extract": "extraction",
     "load_features": "features",
     "open_features": "features",
+    "predict": "prediction",
     "probe": "evaluation",
 }
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache as once
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlfusion import protocol
+from mlfusion import protocol, trained
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.features import SplitPair, extract_command, require, split_pairs
@@ -22,6 +22,8 @@ from mlfusion.results import Results, Row
 from mlfusion.specs import Probe, digest, parse_probes
 from mlfusion.store import Entry, FeatureStore, Place
 from mlfusion.targets import target_of
+
+PROBES = "probes"  # folder of the results that trained probes are kept in
 
 PROTOCOL = 1
 """Part of every row's id: raised when a change of code changes scores, so that old rows are made again."""
@@ -47,6 +49,10 @@ def probe(
     probes: str | Sequence[str] = "all",
     grid: str = "paper",
     seeds: Sequence[int] = (0, 1, 2),
+    shots: Sequence[int | None] = (None,),
+    halving: bool = False,
+    smoothing: float = 0.0,
+    save: bool = False,
     cache: Place = None,
     results: str | os.PathLike[str] = "results",
     device: str = "cpu",
@@ -60,6 +66,10 @@ def probe(
         probes: names as in `mlfusion ls probes`, or 'all': those of the study's ten that the cache can serve.
         grid: 'paper' (21 configurations, 63 for attentive probes) or 'quick'.
         seeds: each gives a row; split, initialisation, order, jitter and dropout follow from it.
+        shots: train on so many images of each class, drawn by the seed; None is all of them.
+        halving: stop configurations without hope early, see `protocol.Training`.
+        smoothing: of the labels.
+        save: keep every trained probe in RESULTS/probes/ID, for `mlfusion.predict`.
         cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
         results: the folder that rows are kept in.
         device: where to train.
@@ -73,7 +83,7 @@ def probe(
         raise UnknownName("grid", grid, protocol.GRIDS)
     store, kept, device = FeatureStore(cache), Results(Path(results)), pick_device(device)
     rows: list[Row] = []
-    trained, left_out = 0, []
+    made, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
         word = model or pair.train.names[0].model_source
         chosen, lacking = _servable(pair, probes, word, dataset)
@@ -86,18 +96,30 @@ def probe(
         )
         if pair.older:
             say(f"{pair.older} other sets of features go by these names; those extracted last are used")
-        jobs = [(one, seed) for one in chosen for seed in seeds]
-        known = {job: kept.find(_row_id(pair, *job, grid)) for job in jobs}
+        jobs = [
+            Job(one, seed, grid, shots=count, halving=halving, smoothing=smoothing)
+            for count in shots
+            for one in chosen
+            for seed in seeds
+        ]
+        known = {job: kept.find(job.row_id(pair)) for job in jobs}
+        lost = {job for job, row in known.items() if row and save and not (_folder(kept, row) / trained.CARD).is_file()}
         if done := sum(row is not None for row in known.values()):
             say(f"{done} of {len(jobs)} results are in {kept.root} already and are not made again")
-        for one, seed in jobs:
-            row = known[one, seed]
-            if row is None:
-                row, arrays = _run(pair, one, seed, grid, device)
-                kept.append(row, arrays)
-                trained += 1
+        if lost:
+            say(f"{len(lost)} of them are trained again, since their probes were not kept")
+        for job in jobs:
+            row = known[job]
+            if row is None or job in lost:
+                row, arrays, card, weights = _run(pair, job, device)
+                if save:
+                    trained.save(_folder(kept, row), card, weights)
+                    say(f"{job.probe.name}, seed {job.seed}, is kept in {_folder(kept, row)}")
+                if job not in lost:
+                    kept.append(row, arrays)
+                    made += 1
             rows.append(row)
-    return Probed(rows, trained, left_out)
+    return Probed(rows, made, left_out)
 
 
 def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: str) -> tuple[list[Probe], list[str]]:
@@ -119,20 +141,57 @@ def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: 
     return list(chosen), lacking
 
 
-def _run(pair: SplitPair, one: Probe, seed: int, grid: str, device: str) -> tuple[Row, dict[str, np.ndarray]]:
-    spec = pair.train.spec
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What changes a result beyond probe, grid and seed; at these values it is as if they were not there."""
+
+    shots: int | None = None
+    halving: bool = False
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job(_Options):
+    """One row to make."""
+
+    probe: Probe
+    seed: int
+    grid: str
+
+    def options(self) -> dict[str, Any]:
+        """Those that are not as always; a part of the row and of its id."""
+        return {f.name: getattr(self, f.name) for f in fields(_Options) if getattr(self, f.name) != f.default}
+
+    def row_id(self, pair: SplitPair) -> str:
+        """The same features, probe, grid, seed and options under the same protocol are the same result."""
+        named = [PROTOCOL, pair.train.key, pair.test.key, self.probe.name, self.grid, self.seed]
+        return digest([*named, self.options()] if self.options() else named)
+
+
+def _folder(results: Results, row: Row) -> Path:
+    """Where a row's trained probe is kept."""
+    return results.root / PROBES / row["id"]
+
+
+def _run(
+    pair: SplitPair, job: Job, device: str
+) -> tuple[Row, dict[str, np.ndarray], trained.Card, dict[str, np.ndarray]]:
+    spec, one = pair.train.spec, job.probe
     train, test = _tokens(pair.train, one), lambda: _tokens(pair.test, one)
-    target = target_of(train.labels, len(spec.data.classes))
-    with track(f"{one.name} on {pair.dataset}, seed {seed}", 1, "steps") as bar:
+    target = target_of(train.labels, len(spec.data.classes), smoothing=job.smoothing)
+    if job.shots is not None:
+        train = train.of(protocol.draw(train.labels, job.shots, classes=target.outputs, seed=job.seed))
+    with track(f"{one.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
         outcome = protocol.fit(
             one.head,
             train,
             test,
             target=target,
             heads=AAT_HEADS if one.representation.kinds == ("all",) else None,
-            grid=grid,
-            seed=seed,
+            grid=job.grid,
+            seed=job.seed,
             device=device,
+            halving=job.halving,
             progress=bar.to,
         )
     arrays = {
@@ -143,18 +202,18 @@ def _run(pair: SplitPair, one: Probe, seed: int, grid: str, device: str) -> tupl
         arrays["attention"] = outcome.attention.astype(np.float16)
     depth = spec.model.depth
     row: Row = {
-        "id": _row_id(pair, one, seed, grid),
+        "id": job.row_id(pair),
         "model": pair.model,
         "dataset": pair.dataset,
         "probe": one.name,
-        "seed": seed,
+        "seed": job.seed,
         "metric": outcome.metric,
         "val": outcome.val,
         "test": outcome.test,
         "train": outcome.train,
-        "metrics": outcome.metrics,  # type: ignore[typeddict-item]
-        "selected": outcome.selected,  # type: ignore[typeddict-item]
-        "grid": grid,  # type: ignore[typeddict-item]
+        "metrics": outcome.metrics,
+        "selected": outcome.selected,
+        "grid": job.grid,
         "configurations": outcome.configurations,
         "parameters": outcome.parameters,
         "seconds": round(outcome.seconds, 3),
@@ -163,14 +222,44 @@ def _run(pair: SplitPair, one: Probe, seed: int, grid: str, device: str) -> tupl
         "depth": depth,
         "width": spec.model.width,
         "classes": list(spec.data.classes),
-        "images": {"train": len(pair.train.rows), "test": len(pair.test.rows)},
+        "images": {"train": len(train), "test": len(pair.test.rows)},
         "features": [pair.train.key, pair.test.key],
-        "attention": _attention(one, depth, outcome.attention),  # type: ignore[typeddict-item]
+        "attention": _attention(one, depth, outcome.attention),
         "versions": {name: version(name) for name in ("mlfusion", "torch", "numpy", "scikit-learn")},
         "code": _code(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **job.options(),  # type: ignore[typeddict-item]
     }
-    return row, arrays
+    model, names = spec.model, pair.train.names[0]
+    card = trained.Card(
+        probe=one.name,
+        head=one.head,
+        shape=asdict(outcome.shape),
+        target=trained.describe(target),
+        classes=list(spec.data.classes),
+        backbone=trained.Backbone(
+            name=names.model,
+            source=names.model_source,
+            weights=model.weights,
+            config=model.config,
+            preprocess=digest(model.preprocess),
+            hook=model.hook,
+            compute=model.compute,
+        ),
+        layers=row["layers"],
+        kinds=row["tokens"],
+        dtype=spec.dtype,
+        features=row["features"],
+        dataset=pair.dataset,
+        seed=job.seed,
+        selected=outcome.selected,
+        metric=outcome.metric,
+        scores={"val": outcome.val, "test": outcome.test, "train": outcome.train},
+        versions=row["versions"],
+        code=row["code"],
+        created=row["created"],
+    )
+    return row, arrays, card, outcome.weights
 
 
 def _tokens(entry: Entry, one: Probe) -> Tokens:
@@ -196,11 +285,6 @@ def _attention(one: Probe, depth: int, attention: np.ndarray | None) -> dict[str
     }
 
 
-def _row_id(pair: SplitPair, one: Probe, seed: int, grid: str) -> str:
-    """The same features, probe, grid and seed under the same protocol are the same result."""
-    return digest([PROTOCOL, pair.train.key, pair.test.key, one.name, grid, seed])
-
-
 @once
 def _code() -> str:
     """The commit that a checkout is at, with '-dirty' if it was changed; the version where there is no checkout."""
@@ -222,4 +306,18 @@ def check_seeds(words: str) -> tuple[int, ...]:
     parts = [part.strip() for part in words.split(",")]
     if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
         raise BadData(f"--seeds {words!r}; allowed: different whole numbers from 0, such as 0,1,2")
+    return tuple(int(part) for part in parts)
+
+
+def check_shots(words: str) -> tuple[int, ...]:
+    """'2,4,8' → (2, 4, 8).
+
+    Raises:
+        BadData: not whole numbers from 2, or one twice.
+    """
+    parts = [part.strip() for part in words.split(",")]
+    if not all(part.isdecimal() and int(part) > 1 for part in parts) or len(set(parts)) != len(parts):
+        raise BadData(
+            f"--shots {words!r}; allowed: different whole numbers from 2, one image to fit and one to choose on, such as 2,4,8"
+        )
     return tuple(int(part) for part in parts)

@@ -41,6 +41,11 @@ class Tokens:
         """N, the number of images."""
         return len(self.values)
 
+    def of(self, rows: np.ndarray) -> "Tokens":
+        """Some of the images."""
+        some = torch.from_numpy(rows).to(self.values.device) if isinstance(self.values, Tensor) else rows
+        return Tokens(self.values[some], self.labels[rows], self.ids and tuple(self.ids[row] for row in rows))
+
     def normalised(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Tokens of these images, each of length 1 over its width (a zero token stays zero): [rows, T, D]."""
         if isinstance(self.values, Tensor):

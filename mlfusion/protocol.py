@@ -74,6 +74,7 @@ class Outcome:
     selected: dict[str, float | int]
     configurations: int
     parameters: int
+    shape: Shape
     seconds: float
     predictions: np.ndarray  # [N_test, C] float32: probabilities, or the number
     attention: np.ndarray | None  # [N_test, T] float32, mean over heads; None for a head that does not attend
@@ -147,6 +148,7 @@ def fit(
         selected=search.selected(best),
         configurations=len(score),
         parameters=sum(p.numel() for p in probe.parameters()),
+        shape=search.shape,
         seconds=time.perf_counter() - begun,
         predictions=predictions,
         attention=attention,
@@ -166,6 +168,8 @@ class Search(ABC):
         self.train, self.target, self.device = train, target, device
         self.fitted, self.held_out = split(target.strata(train.labels), seed=seed)
         self.everything = np.arange(len(train))
+        _, t, d = train.values.shape
+        self.shape = Shape(tokens=t, width=d, classes=target.outputs)
         self.progress, self.done, self.steps = progress, 0, 0
 
     def advance(self, steps: int = 1) -> None:
@@ -408,6 +412,31 @@ def split(labels: np.ndarray, *, seed: int, part: float = VALIDATION) -> tuple[n
         held_out.append(random.permutation(rows)[:count])
     chosen = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def draw(labels: np.ndarray, shots: int, *, classes: int, seed: int) -> np.ndarray:
+    """Rows of `shots` images of each class, ascending: another draw for another seed; of more images, fewer are a part.
+
+    Args:
+        labels: classes [N].
+        shots: images of each class.
+        classes: C.
+        seed: names the draw.
+
+    Raises:
+        BadData: labels that are no classes, or a class with fewer images.
+    """
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise BadData("few-shot training needs one class an image; leave --shots out for other labels")
+    counts = np.bincount(labels, minlength=classes)
+    if counts.min() < shots:
+        scarce = int(counts.argmin())
+        raise BadData(
+            f"class {scarce} has {counts[scarce]} training image{'' if counts[scarce] == 1 else 's'}; allowed: as many as "
+            f"--shots {shots} asks for, or more. Ask for at most {counts.min()}"
+        )
+    random = np.random.default_rng(population.stream("shots", seed))
+    return np.sort(np.concatenate([random.permutation(np.flatnonzero(labels == c))[:shots] for c in range(classes)]))
 
 
 def choose(accuracy: np.ndarray, loss: np.ndarray) -> int:

@@ -30,25 +30,46 @@ _ID = re.compile(r"\w[\w.-]*")  # an id is a file name too: it may not lead out 
 
 
 class Metrics(TypedDict):
-    """Scores on the test split, as fractions."""
+    """Scores on the test split, as fractions, of one class an image."""
 
     balanced_accuracy: float
     accuracy: float
     top5: float
     macro_f1: float
     loss: float  # cross-entropy, nats
-    recall: list[float]  # one a class, in the order of the row's `classes`
+    recall: list[float | None]  # one a class, in the order of the row's `classes`; None for one without test images
 
 
-class Selected(TypedDict):
-    """The hyper-parameters chosen on the validation part."""
+class LabelMetrics(TypedDict):
+    """The same, of several labels an image."""
+
+    mean_average_precision: float
+    average_precision: list[float | None]  # one a label; None for one that no test image has
+    micro_f1: float
+    macro_f1: float
+    loss: float  # binary cross-entropy, nats
+
+
+class NumberMetrics(TypedDict):
+    """The same, of a number an image."""
+
+    r2: float
+    mae: float  # in the labels' unit
+    rmse: float
+
+
+class Selected(TypedDict, total=False):
+    """The hyper-parameters chosen on the validation part; which there are depends on the head."""
 
     lr: float
     weight_decay: float
     steps: int
     batch_size: int
-    dropout: NotRequired[float]  # attentive probes only
-    heads: NotRequired[int]  # attentive probes only
+    dropout: float
+    heads: int
+    penalty: float  # ridge and logistic
+    neighbours: int
+    temperature: float
 
 
 class Images(TypedDict):
@@ -75,11 +96,11 @@ class Row(TypedDict):
     dataset: str
     probe: str  # "cls+ap-all-layers/attentive"
     seed: int
-    metric: str  # "balanced_accuracy": what val, test and train are, as fractions
+    metric: str  # what val, test and train are: balanced_accuracy, mean_average_precision or r2
     val: float  # of the chosen configuration, on the 20 % of train held out for the choice
     test: float  # looked at once
     train: float
-    metrics: Metrics
+    metrics: Metrics | LabelMetrics | NumberMetrics
     selected: Selected
     grid: Literal["paper", "quick"]
     configurations: int  # tried on the validation part
@@ -96,6 +117,9 @@ class Row(TypedDict):
     versions: dict[str, str]
     code: str
     created: str  # ISO 8601
+    shots: NotRequired[int]  # images of each class trained on, where not all
+    halving: NotRequired[bool]
+    smoothing: NotRequired[float]
 
 
 class Results:

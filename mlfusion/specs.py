@@ -42,6 +42,22 @@ Head = Literal[
 ]
 HEADS: tuple[Head, ...] = get_args(Head)
 
+ABOUT: dict[Head, str] = {
+    "linear": "one linear map of all tokens",
+    "attentive": "cross-attention of one learned query (the study's)",
+    "scalar-mix": "one learned weight a token (ELMo, S3PRL)",
+    "efficient": "32 learned queries, no keys (efficient probing)",
+    "abmil": "gated attention (AbMIL)",
+    "simpool": "the mean token asks (SimPool)",
+    "aim": "attention pooling of AIM and CoCa",
+    "v-jepa": "attentive pooler with an MLP (V-JEPA)",
+    "v-jepa-4": "the same, four blocks deep (V-JEPA 2)",
+    "ridge": "ridge regression, solved for",
+    "logistic": "logistic regression, solved for (CLIP's protocol)",
+    "knn": "weighted votes of the nearest images",
+}
+"""A few words about each head, for lists."""
+
 Pair = tuple[int, TokenKind]
 """(layer, token kind): the unit in which features are asked for, held and computed."""
 

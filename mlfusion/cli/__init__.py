@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mlfusion.cli.cache import app as cache_app
+from mlfusion.cli.predict import predict
 from mlfusion.cli.words import (
     DATASET,
     MODEL,
@@ -43,6 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cache_app, name="cache")
+app.command()(predict)
 
 
 def _print_version(wanted: bool) -> None:
@@ -154,6 +156,14 @@ def probe(
     ] = "all",
     grid: Grid = "paper",
     seeds: Annotated[str, typer.Option("--seeds", help="Comma-separated; each gives a row.")] = "0,1,2",
+    shots: Annotated[
+        str | None, typer.Option("--shots", help="Few-shot: images of each class to train on, such as 2,4,8.")
+    ] = None,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="Stop configurations without hope early: a third of the work.")
+    ] = False,
+    smoothing: Annotated[float, typer.Option("--smoothing", help="Of the labels, from 0 to below 1.")] = 0.0,
+    save: Annotated[bool, typer.Option("--save", help="Keep the trained probes, for mlfusion predict.")] = False,
     cache: Cache = None,
     results: ResultsPath = Path("results"),
     device: Device = "cpu",
@@ -168,6 +178,10 @@ def probe(
         probes=probes,
         grid=grid,
         seeds=evaluation.check_seeds(seeds),
+        shots=evaluation.check_shots(shots) if shots else (None,),
+        halving=halving,
+        smoothing=smoothing,
+        save=save,
         cache=cache,
         results=results,
         device=device,
@@ -323,13 +337,15 @@ def _datasets() -> Iterator[dict[str, Any]]:
 
 
 def _probes() -> Iterator[dict[str, Any]]:
-    from mlfusion.specs import ALIASES, BASELINE
+    from mlfusion.specs import ABOUT, ALIASES, BASELINE, HEADS
 
     known = {name: alias.upper() for alias, name in ALIASES.items()} | {BASELINE: "the baseline"}
     for name in STUDY:
         yield {"name": name, "known_as": known.get(name, "")}
     for name in ("cls-each-layer/linear", "ap-each-layer/linear"):
         yield {"name": name, "known_as": "one probe a layer"}
+    for head in HEADS[2:]:  # those that are not the study's
+        yield {"name": f"cls+ap-all-layers/{head}", "known_as": ABOUT[head]}
 
 
 # --- saying ----------------------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ class Block:
     grid: str
     metric: str
     features: tuple[str, ...]
+    options: str  # such as '4 shots'; empty for the protocol as it is
     name: str  # "vit on digits", with what tells it from another block of that model and data set where there is one
     scores: tuple[Score, ...]  # the study's order, then the others by name
 
@@ -142,7 +143,7 @@ class Block:
         They share their images, so the true one is smaller; rows alone cannot say by how much.
         """
         held = [score.test.mean for score in (self.answer, self.baseline) if score]
-        return sqrt(sum(mean * (1 - mean) for mean in held) / self.rows[0]["images"]["test"])
+        return sqrt(sum(max(0.0, mean * (1 - mean)) for mean in held) / self.rows[0]["images"]["test"])
 
     @property
     def attention(self) -> "LayerAttention | None":
@@ -204,6 +205,7 @@ class _Comparable(NamedTuple):
     grid: str
     metric: str
     features: tuple[str, ...]
+    options: str  # such as '4 shots'; empty for the protocol as it is
 
 
 def blocks(rows: Sequence[Row]) -> list[Block]:
@@ -216,12 +218,23 @@ def blocks(rows: Sequence[Row]) -> list[Block]:
         raise MlfusionError("no results to report. Make some with `mlfusion probe --dataset digits`")
     grouped: dict[_Comparable, dict[tuple[str, int], Row]] = {}
     for row in rows:
-        key = _Comparable(row["model"], row["dataset"], row["grid"], row["metric"], tuple(row["features"]))
+        key = _Comparable(
+            row["model"], row["dataset"], row["grid"], row["metric"], tuple(row["features"]), _options(row)
+        )
         grouped.setdefault(key, {})[row["probe"], row["seed"]] = row
     models = list(dict.fromkeys(key.model for key in grouped))
     datasets = list(dict.fromkeys(key.dataset for key in grouped))
     keys = sorted(grouped, key=lambda key: (models.index(key.model), datasets.index(key.dataset)))
     return [_block(key, list(grouped[key].values()), _told_apart(key, keys)) for key in keys]
+
+
+def _options(row: Row) -> str:
+    said = [
+        f"{row['shots']} shots" if "shots" in row else "",
+        "halving" if "halving" in row else "",
+        f"labels smoothed by {row['smoothing']:g}" if "smoothing" in row else "",
+    ]
+    return ", ".join(text for text in said if text)
 
 
 def _told_apart(key: _Comparable, keys: Sequence[_Comparable]) -> str:
@@ -232,7 +245,7 @@ def _told_apart(key: _Comparable, keys: Sequence[_Comparable]) -> str:
         (len({other.metric for other in rivals}), key.metric.replace("_", " ")),
         (len({other.features for other in rivals}), f"features {'+'.join(k[:6] for k in key.features)}"),
     ]
-    words = ", ".join(text for ways, text in said if ways > 1)
+    words = ", ".join([key.options] * bool(key.options) + [text for ways, text in said if ways > 1])
     return f"{key.model} on {key.dataset}" + (f" ({words})" if words else "")
 
 

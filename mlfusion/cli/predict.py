@@ -1,0 +1,30 @@
+"""`mlfusion predict`: new images through a saved probe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlfusion.cli.words import AsJson, Device, print_json
+
+
+def predict(
+    images: Annotated[list[str], typer.Argument(help="Image files.")],
+    probe: Annotated[Path, typer.Option("--probe", help="Folder of a probe that `mlfusion probe --save` wrote.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Where the same backbone is, if it moved.")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes to print.")] = 5,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Classify images: the probe's own backbone and preprocessing, then its most probable classes."""
+    from mlfusion.prediction import predict as run
+
+    made = run(probe, images, model=model, top=top, device=device)
+    if as_json:
+        print_json({"predictions": [one.to_json() for one in made]})
+        return
+    for one in made:
+        if one.number is not None:
+            typer.echo(f"{one.image}: {one.number:.4g}")
+            continue
+        typer.echo(f"{one.image}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in one.top))

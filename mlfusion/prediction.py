@@ -1,0 +1,118 @@
+"""New images through a saved probe: the backbone it was trained on, the same preprocessing, the same layers, its scores.
+
+The one room that both stages open onto: pictures and a model on one side, a trained head on the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlfusion import datasets, models, protocol, trained
+from mlfusion.backbone import Backbone
+from mlfusion.devices import pick_device
+from mlfusion.errors import BadModel
+from mlfusion.population import Tokens
+from mlfusion.specs import ModelSpec, digest
+from mlfusion.store.encoding import ENCODINGS
+
+BATCH = 32
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a probe says of one image."""
+
+    image: str
+    top: tuple[tuple[str, float], ...]  # classes or labels with their probabilities, the likeliest first
+    number: float | None  # of a probe that was trained for one
+
+    def to_json(self) -> dict[str, Any]:
+        """As `mlfusion predict --json` prints it."""
+        if self.number is not None:
+            return {"image": self.image, "number": self.number}
+        return {"image": self.image, "top": [{"class": name, "probability": p} for name, p in self.top]}
+
+
+def identity(spec: ModelSpec) -> dict[str, str]:
+    """What must be the same for features to be: not the names, nor the hub's commit."""
+    return {
+        "weights": spec.weights,
+        "config": spec.config,
+        "preprocess": digest(spec.preprocess),
+        "hook": spec.hook,
+        "compute": spec.compute,
+    }
+
+
+def predict(
+    probe: str | Path,
+    images: Sequence[str | Path],
+    *,
+    model: str | None = None,
+    top: int = TOP,
+    device: str = "cpu",
+    batch_size: int = BATCH,
+) -> list[Prediction]:
+    """Classify images by a saved probe.
+
+    Args:
+        probe: the folder that `mlfusion probe --save` wrote.
+        images: files.
+        model: where the backbone is, if it is not where the card says; its weights and preprocessing must be the same.
+        top: how many classes to give.
+        device: of the forward pass.
+        batch_size: images in a forward pass.
+
+    Raises:
+        ResultsUnusable: no probe in that folder, or a damaged one.
+        BadModel: the backbone is another than the probe's.
+        BadImage: an image cannot be read.
+    """
+    card, head = trained.load(Path(probe))
+    checkpoint = models.locate(model or _word(card.backbone.source))
+    found = identity(models.identify(checkpoint))
+    if differing := [name for name, value in found.items() if getattr(card.backbone, name) != value]:
+        raise BadModel(
+            f"{checkpoint.name} is not the backbone of this probe, {card.backbone.name} from {card.backbone.source}: "
+            f"{' and '.join(differing)} differ{'s' if len(differing) == 1 else ''}. Allowed: the same weights and "
+            "preprocessing, so give their folder with --model, or train the probe again on this model's features"
+        )
+    pictures = datasets.pictures([str(image) for image in images])
+    backbone = Backbone(checkpoint, pick_device(device))
+    made: list[Prediction] = []
+    for start in range(0, len(pictures), batch_size):
+        rows = range(start, min(start + batch_size, len(pictures)))
+        pixels = backbone.prepare([pictures.image(row) for row in rows])
+        values = _tokens(backbone, pixels, card)
+        # No labels are known; none are looked at.
+        given = Tokens(values, np.zeros(len(values), np.int64))
+        predictions, _ = protocol.predict(head, given, card.goal)
+        made += [_said(card, pictures.ids[row], one, top) for row, one in zip(rows, predictions, strict=True)]
+    return made
+
+
+def _tokens(backbone: Backbone, pixels: np.ndarray, card: trained.Card) -> np.ndarray:
+    """[images, tokens, width] in the order and the precision in which the cache gives them."""
+    pairs = [(layer, kind) for layer in card.layers for kind in card.kinds]
+    read = backbone(pixels, pairs)  # type: ignore[arg-type]
+    encoding = ENCODINGS[card.dtype]  # type: ignore[index]
+    parts = [encoding.decode(encoding.encode(read[pair])) for pair in pairs]  # type: ignore[index]
+    width = max(part.shape[-1] for part in parts)
+    padded = [np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[-1]))) for part in parts]
+    return np.concatenate(padded, axis=1)
+
+
+def _said(card: trained.Card, image: str, prediction: np.ndarray, top: int) -> Prediction:
+    if card.goal.kind == "number":
+        return Prediction(image, (), float(prediction[0]))
+    best = np.argsort(-prediction, kind="stable")[:top]
+    return Prediction(image, tuple((card.classes[i], float(prediction[i])) for i in best), None)
+
+
+def _word(source: str) -> str:
+    """What `models.locate` understands."""
+    return next((row.name for row in models.CATALOGUE.values() if row.source == source), source)
