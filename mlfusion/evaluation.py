@@ -111,11 +111,12 @@ def probe(
         for job in jobs:
             row = known[job]
             if row is None or job in lost:
-                row, arrays, card, weights = _run(pair, job, device)
+                new, arrays, card, weights = _run(pair, job, device)
                 if save:
-                    trained.save(_folder(kept, row), card, weights)
-                    say(f"{job.probe.name}, seed {job.seed}, is kept in {_folder(kept, row)}")
-                if job not in lost:
+                    trained.save(_folder(kept, new), card, weights)
+                    say(f"{job.probe.name}, seed {job.seed}, is kept in {_folder(kept, new)}")
+                if row is None:
+                    row = new
                     kept.append(row, arrays)
                     made += 1
             rows.append(row)

@@ -86,6 +86,7 @@ HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
         "targets",
         "exact",
         "protocol",
+        "trained",
         "pretrain",
         "formula",
     },

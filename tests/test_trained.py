@@ -1,0 +1,236 @@
+"""Saved probes: what was written is read, what was changed is refused, and new images get the scores of cached ones."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from tiny import save_images, save_model
+
+import mlfusion
+from mlfusion import datasets, protocol, trained
+from mlfusion.errors import BadImage, BadModel, ResultsUnusable
+from mlfusion.population import Tokens
+from mlfusion.results import Results
+from mlfusion.specs import HEADS, Head
+from mlfusion.targets import Number, OneClass, SeveralLabels, Target
+
+SHORT = protocol.Grid(learning_rates=(1e-2,), weight_decays=(1e-2,), dropouts=(0.1,), epochs=1, least_steps=20)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(protocol.GRIDS, "quick", SHORT)
+
+
+def tokens(target: Target, images: int = 40, seed: int = 0) -> Tokens:
+    rng = np.random.default_rng(seed)
+    labels: Any = np.arange(images) % 3
+    if target.kind == "labels":
+        labels = (rng.random((images, 3)) < 0.5).astype(np.int64)
+    if target.kind == "number":
+        labels = 50 + 10 * rng.normal(size=images)
+    return Tokens(rng.normal(size=(images, 4, 8)).astype(np.float32), labels)
+
+
+def card(head: Head, target: Target, outcome: protocol.Outcome) -> trained.Card:
+    return trained.Card(
+        probe=f"cls+ap-2-layers/{head}",
+        head=head,
+        shape=dataclasses.asdict(outcome.shape),
+        target=trained.describe(target),
+        classes=["a", "ß", "c"] if target.kind != "number" else [],
+        backbone=trained.Backbone(
+            name="m", source="/m", weights="w", config="c", preprocess="p", hook="norm2", compute="float32"
+        ),
+        layers=[2, 4],
+        kinds=["cls", "ap"],
+        dtype="float16",
+        features=["k" * 16, "t" * 16],
+        dataset="d",
+        seed=0,
+        selected=outcome.selected,
+        metric=outcome.metric,
+        scores={"val": outcome.val, "test": outcome.test, "train": outcome.train},
+        versions={"torch": "2"},
+        code="abc",
+        created="2026-01-01T00:00:00+00:00",
+    )
+
+
+def saved(folder: Path, head: Head = "linear", target: Target | None = None) -> tuple[protocol.Outcome, Tokens]:
+    goal = target or OneClass(3)
+    test = tokens(goal, 20, seed=1)
+    outcome = protocol.fit(head, tokens(goal), lambda: test, target=goal, heads=2, grid="quick", seed=0)
+    trained.save(folder, card(head, goal, outcome), outcome.weights)
+    return outcome, test
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_probe_is_read_as_it_was_written(head: Head, tmp_path: Path) -> None:
+    outcome, test = saved(tmp_path / "deep" / "probe", head)
+    held, probe = trained.load(tmp_path / "deep" / "probe")
+    assert held == card(head, OneClass(3), outcome)
+    assert held.goal == OneClass(3)
+    predictions, attention = protocol.predict(probe, test, held.goal)
+    np.testing.assert_allclose(predictions, outcome.predictions, atol=1e-6)
+    if outcome.attention is not None:
+        np.testing.assert_allclose(attention, outcome.attention, atol=1e-6)
+    assert sorted(path.name for path in (tmp_path / "deep" / "probe").iterdir()) == ["card.json", "probe.safetensors"]
+
+
+@pytest.mark.parametrize("head", ["linear", "attentive", "ridge", "knn"])
+@pytest.mark.parametrize("target", [SeveralLabels(3), Number(1, 50.0, 10.0)], ids=["labels", "number"])
+def test_other_targets_are_kept_too(head: Head, target: Target, tmp_path: Path) -> None:
+    outcome, test = saved(tmp_path / "probe", head, target)
+    held, probe = trained.load(tmp_path / "probe")
+    assert held.goal == target
+    np.testing.assert_allclose(protocol.predict(probe, test, held.goal)[0], outcome.predictions, rtol=1e-5, atol=1e-5)
+
+
+def test_saving_twice_keeps_the_first(tmp_path: Path) -> None:
+    outcome, _ = saved(tmp_path / "probe")
+    before = (tmp_path / "probe" / "card.json").read_bytes()
+    trained.save(tmp_path / "probe", card("linear", OneClass(3), outcome), {"weight": np.zeros(3)})
+    assert (tmp_path / "probe" / "card.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["probe"]  # no draft is left
+
+
+def change(folder: Path, what: str) -> None:
+    body = json.loads((folder / "card.json").read_text())
+    held = load_file(folder / "probe.safetensors")
+    if what == "tensors":
+        save_file({name: np.array(value + 1) for name, value in held.items()}, folder / "probe.safetensors")
+    elif what == "gone":
+        (folder / "probe.safetensors").unlink()
+    elif what == "torn":
+        (folder / "card.json").write_text(json.dumps(body)[:-20])
+    else:
+        changes: dict[str, dict[str, Any]] = {
+            "newer": {"format": 2},
+            "shape": {"shape": body["shape"] | {"width": 9}},
+            "head": {"head": "magic"},
+            "target": {"target": {"kind": "colour"}},
+            "classes": {"classes": ["a"]},
+            "field": {"layers": None} | {"extra": 1},
+            "list": {},
+        }
+        text = json.dumps([] if what == "list" else body | changes[what])
+        (folder / "card.json").write_text(text)
+
+
+@pytest.mark.parametrize("head", ["linear", "ridge", "knn", "v-jepa"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("tensors", "is damaged: probe.safetensors is not the one that card.json names"),
+        ("gone", "no probe in .*allowed: a folder with card.json and probe.safetensors"),
+        ("torn", "cannot be read .*make it again with `mlfusion probe --save`"),
+        ("newer", "is of format 2; this version reads up to 1. Update"),
+        ("shape", "holds no probe that can be built"),
+        ("head", "holds no probe that can be built .*no head named 'magic'"),
+        ("target", "holds no probe that can be built"),
+        ("classes", "holds no probe that can be built .*1 classes for 3 outputs"),
+        ("field", "holds no probe that can be built"),
+        ("list", "is damaged"),
+    ],
+)
+def test_what_was_changed_is_refused(head: Head, what: str, message: str, tmp_path: Path) -> None:
+    saved(tmp_path / "probe", head)
+    change(tmp_path / "probe", what)
+    with pytest.raises(ResultsUnusable, match=message):
+        trained.load(tmp_path / "probe")
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultsUnusable, match=r"cannot save a probe in .*name another folder with --results"):
+        saved(tmp_path / "file" / "probe")
+
+
+# --- new images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("vit", tmp_path_factory.mktemp("model") / "tiny-vit")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_images(tmp_path_factory.mktemp("data") / "colours", {"train": 8, "test": 4})
+
+
+def probed(model: Path, images: Path, names: str, **options: Any) -> list[tuple[Any, Path]]:
+    """Each row with the folder of its probe."""
+    dtype = options.pop("dtype", "float16")
+    mlfusion.extract(str(model), str(images), tokens="cls,ap,all@last", dtype=dtype)
+    done = mlfusion.probe(str(images), model=str(model), probes=names, grid="quick", seeds=(0,), save=True, **options)
+    return [(row, Path("results") / "probes" / row["id"]) for row in done.rows]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_new_images_get_the_scores_of_cached_ones(model: Path, images: Path, dtype: str) -> None:
+    split = datasets.load(str(images)).split("test")
+    files = [images / name for name in split.ids]
+    names = "cls+ap-2-layers/attentive,all-tokens-last/efficient,ap-layer-1/ridge,cls+ap-all-layers/knn"
+    for row, folder in probed(model, images, names, dtype=dtype):
+        made = mlfusion.predict(folder, files, top=3, batch_size=5)
+        held = Results("results").arrays(row)["probabilities"]
+        assert [one.image for one in made] == [str(file) for file in files]
+        for one, expected in zip(made, held, strict=True):
+            given = dict(one.top)
+            np.testing.assert_allclose([given[name] for name in split.classes], expected, atol=2e-3)  # kept in float16
+            assert list(given.values()) == sorted(given.values(), reverse=True)
+
+
+def test_a_probe_is_not_put_on_another_backbone(model: Path, images: Path, tmp_path: Path) -> None:
+    [(_, folder)] = probed(model, images, "cls-last/linear")
+    picture = next(images.rglob("*.png"))
+    other = save_model("vit", tmp_path / "other", seed=1)
+    with pytest.raises(BadModel, match=r"other is not the backbone of this probe, tiny-vit from .*: weights differs"):
+        mlfusion.predict(folder, [picture], model=str(other))
+    same = save_model("vit", tmp_path / "same")
+    settings = same / "preprocessor_config.json"
+    assert mlfusion.predict(folder, [picture], model=str(same)) == mlfusion.predict(folder, [picture])
+    settings.write_text(settings.read_text().replace("0.5, 0.6, 0.7", "0.5, 0.6, 0.8"))
+    with pytest.raises(BadModel, match=r"preprocess differs\. Allowed: the same weights and preprocessing"):
+        mlfusion.predict(folder, [picture], model=str(same))
+
+
+def test_an_image_that_cannot_be_read_is_named(model: Path, images: Path, tmp_path: Path) -> None:
+    [(_, folder)] = probed(model, images, "cls-last/linear")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, why in (("text.png", "not an image"), ("absent.png", "No such file")):
+        with pytest.raises(BadImage, match=f"{name} cannot be read: .*{why}"):
+            mlfusion.predict(folder, [tmp_path / name])
+
+
+def test_a_probe_that_was_not_kept_is_trained_again_and_the_same(model: Path, images: Path) -> None:
+    mlfusion.extract(str(model), str(images))
+    options: dict[str, Any] = {"model": str(model), "probes": "cls-last/linear", "grid": "quick", "seeds": (0,)}
+    first = mlfusion.probe(str(images), **options)
+    assert not Path("results/probes").exists()
+    said: list[str] = []
+    second = mlfusion.probe(str(images), **options, save=True, say=said.append)
+    assert any("1 of them are trained again" in line for line in said)
+    assert second.trained == 0 and second.rows == first.rows
+    assert len(Results("results").rows()) == 1
+    held, probe = trained.load(Path("results/probes") / first.rows[0]["id"])
+    assert held.scores["test"] == first.rows[0]["test"]
+    assert sum(p.numel() for p in probe.parameters()) == first.rows[0]["parameters"]
+    third = mlfusion.probe(str(images), **options, save=True, say=said.append)
+    assert third.rows == first.rows
+
+
+def test_a_saved_probe_holds_nothing_that_is_executed(tmp_path: Path) -> None:
+    saved(tmp_path / "probe", "attentive")
+    raw = (tmp_path / "probe" / "probe.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert {one["dtype"] for one in header.values()} == {"F32"}
+    assert torch.isfinite(torch.from_numpy(load_file(tmp_path / "probe" / "probe.safetensors")["query"])).all()
