@@ -15,7 +15,7 @@ from mlfusion import metrics, protocol
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.population import Configuration, Tokens
 from mlfusion.probes import PROBES
-from mlfusion.protocol import GRIDS, Grid, Outcome, choose, fit, split
+from mlfusion.protocol import GRIDS, Grid, Outcome, choose, draw, fit, split
 from mlfusion.specs import Head
 from mlfusion.targets import OneClass
 
@@ -381,3 +381,89 @@ def test_a_class_without_test_images_has_no_recall_and_counts_nowhere() -> None:
 
 def test_a_configuration_is_what_its_numbers_are() -> None:
     assert Configuration(0.1, 0.2) == Configuration(0.1, 0.2, 0.0)
+
+
+# --- successive halving ----------------------------------------------------------------------------------------------
+
+
+WIDE = Grid(
+    learning_rates=(1e-1, 1e-2, 1e-3, 1e-5), weight_decays=(1e-4, 1e-1, 1.0), dropouts=(0.0,), epochs=1, least_steps=45
+)
+
+
+def test_a_third_goes_on_three_times_as_far() -> None:
+    assert protocol.rungs(63, 1000, halving=True) == [(63, 112), (21, 334), (7, 1000)]
+    assert protocol.rungs(63, 1000, halving=False) == [(63, 1000)]
+    assert protocol.rungs(1, 5, halving=True)[-1] == (1, 5)
+    for configurations in range(1, 80):
+        members = [count for count, _ in protocol.rungs(configurations, 90, halving=True)]
+        assert members == sorted(members, reverse=True) and members[0] == configurations and members[-1] >= 1
+
+
+@pytest.mark.parametrize("head", ["linear", "attentive"])
+def test_who_gets_to_the_end_has_the_score_of_a_whole_search(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "wide", WIDE)
+    if head == "attentive":  # with dropout, whose masks are a configuration's own
+        monkeypatch.setitem(GRIDS, "wide", dataclasses.replace(WIDE, dropouts=(0.2,)))
+    options: dict[str, Any] = {"target": OneClass(CLASSES), "heads": 3, "grid": "wide", "seed": 0}
+    whole = protocol.Training(head, tokens(), **options)
+    halved = protocol.Training(head, tokens(), halving=True, **options)
+    score, loss = whole.scores()
+    kept, kept_loss = halved.scores()
+    alive = np.isfinite(kept_loss)
+    assert alive.sum() == 2  # of twelve, four, two
+    np.testing.assert_allclose(kept[alive], score[alive], atol=1e-6)
+    np.testing.assert_allclose(kept_loss[alive], loss[alive], rtol=1e-4)
+    assert np.isneginf(kept[~alive]).all() and np.isinf(kept_loss[~alive]).all()
+    assert {WIDE.configurations("linear")[k].lr for k in np.flatnonzero(alive)} <= {1e-1, 1e-2}
+    assert halved.done + halved.refitting.steps == halved.steps < 0.5 * whole.steps
+
+
+def test_halving_tells_how_far_it_is_and_ends_in_the_same_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRIDS, "wide", WIDE)
+    seen: list[tuple[int, int]] = []
+    halved = fitted("linear", tokens(), tokens(seed=1), grid="wide", halving=True, progress=lambda *at: seen.append(at))
+    whole = fitted("linear", tokens(), tokens(seed=1), grid="wide")
+    assert seen[-1] == (12 * 5 + 4 * 15 + 2 * 45 + 45,) * 2
+    assert halved.configurations == whole.configurations == 12
+    if halved.selected == whole.selected:
+        assert np.array_equal(halved.predictions, whole.predictions)
+    assert halved.val <= whole.val  # it chooses among fewer
+
+
+# --- few-shot --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(3, 20), min_size=2, max_size=8), st.integers(1, 3), st.integers(0, 5))
+def test_so_many_of_each_class_are_drawn(counts: list[int], shots: int, seed: int) -> None:
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    rows = draw(labels, shots, classes=len(counts), seed=seed)
+    assert np.array_equal(rows, np.unique(rows))
+    assert np.bincount(labels[rows]).tolist() == [shots] * len(counts)
+    fewer = draw(labels, max(1, shots - 1), classes=len(counts), seed=seed)
+    assert set(fewer) <= set(rows)
+
+
+def test_every_image_is_drawn_by_some_seed_and_a_seed_draws_the_same() -> None:
+    labels = np.arange(30) % 3
+    draws = [draw(labels, 2, classes=3, seed=seed) for seed in range(40)]
+    assert set(np.concatenate(draws)) == set(range(30))
+    assert np.array_equal(draws[3], draw(labels, 2, classes=3, seed=3))
+
+
+def test_more_than_there_are_cannot_be_drawn() -> None:
+    labels = np.array([0, 0, 0, 1, 1])
+    with pytest.raises(BadData, match=r"class 1 has 2 training images; .*--shots 3 asks for.*Ask for at most 2"):
+        draw(labels, 3, classes=2, seed=0)
+    with pytest.raises(BadData, match="few-shot training needs one class an image"):
+        draw(labels.astype(float), 2, classes=2, seed=0)
+
+
+@pytest.mark.parametrize("as_torch", [False, True], ids=["numpy", "torch"])
+def test_some_of_the_images(as_torch: bool) -> None:
+    data = tokens(12)
+    named = Tokens(torch.from_numpy(data.values) if as_torch else data.values, data.labels, tuple("abcdefghijkl"))
+    some = named.of(np.array([2, 7]))
+    assert np.array_equal(np.asarray(some.values), data.values[[2, 7]])
+    assert some.labels.tolist() == data.labels[[2, 7]].tolist() and some.ids == ("c", "h")
+    assert data.of(np.array([0])).ids is None
