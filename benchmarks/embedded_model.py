@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModel
 import mlfusion
 from mlfusion import datasets, metrics, models, protocol
 from mlfusion.population import Tokens
+from mlfusion.targets import OneClass
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1e0, 1e1)
 
@@ -61,7 +62,7 @@ def probes_of(
             head,  # type: ignore[arg-type]
             Tokens(cut(train.tokens[rows]), train.labels[rows]),
             lambda: Tokens(cut(test.tokens), test.labels),
-            classes=len(train.classes),
+            target=OneClass(len(train.classes)),
             heads=None,
             grid=grids[head],
             seed=draw,

@@ -81,6 +81,8 @@ def probe(
     """
     if grid not in protocol.GRIDS:
         raise UnknownName("grid", grid, protocol.GRIDS)
+    if not 0 <= smoothing < 1:
+        raise BadData(f"--smoothing {smoothing:g}; allowed: from 0 to below 1, such as 0.1")
     store, kept, device = FeatureStore(cache), Results(Path(results)), pick_device(device)
     rows: list[Row] = []
     made, left_out = 0, []

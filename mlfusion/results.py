@@ -118,7 +118,7 @@ class Row(TypedDict):
     code: str
     created: str  # ISO 8601
     shots: NotRequired[int]  # images of each class trained on, where not all
-    halving: NotRequired[bool]
+    halving: NotRequired[Literal[True]]
     smoothing: NotRequired[float]
 
 

@@ -10,6 +10,7 @@ from tiny import save_images, save_model
 
 from mlfusion import cli, evaluation, protocol
 from mlfusion.results import Results
+from mlfusion.specs import HEADS
 
 BASELINE, ALF = "cls-last/linear", "cls+ap-all-layers/attentive"
 
@@ -331,3 +332,56 @@ def test_a_bug_is_a_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mlfusion", "probe"])
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main()
+
+
+def test_a_kept_probe_classifies_new_images(run, model, images, short_grid):
+    run("extract", "--model", model, "--dataset", images)
+    kept = run(
+        "probe", "--dataset", images, "--probe", f"{BASELINE},{ALF}", "--grid", "quick", "--seeds", "0", "--save"
+    )
+    assert kept.code == 0
+    assert kept.err.count("is kept in") == 2
+    folder = sorted(Path("results/probes").iterdir())[0]
+    pictures = [str(path) for path in sorted(Path(images, "test").rglob("*.png"))[:2]]
+    said = run("predict", "--probe", str(folder), "--top", "2", *pictures)
+    assert said.code == 0
+    lines = said.out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == pictures
+    assert all(line.count(" %") == 2 for line in lines)
+    body = run("predict", "--probe", str(folder), "--json", pictures[0]).json
+    top = body["predictions"][0]["top"]
+    assert {one["class"] for one in top} == {"blue", "green", "red"}
+    assert sum(one["probability"] for one in top) == pytest.approx(1, abs=1e-5)
+    wrong = run("predict", "--probe", "nowhere", pictures[0])
+    assert wrong.code == 1
+    assert wrong.err.startswith("error: no probe in 'nowhere'; allowed:")
+
+
+def test_few_shots_halving_and_smoothing_make_rows_of_their_own(run, model, images, short_grid):
+    run("extract", "--model", model, "--dataset", images)
+    probe = ("probe", "--dataset", images, "--probe", BASELINE, "--grid", "quick", "--seeds", "0,1", "--json")
+    rows = {}
+    for words in ((), ("--shots", "2,4"), ("--halving",), ("--smoothing", "0.1")):
+        said = run(*probe, *words)
+        assert said.code == 0
+        rows[words] = [row["id"] for row in said.json["results"]]
+    assert [len(ids) for ids in rows.values()] == [2, 4, 2, 2]
+    assert len({name for ids in rows.values() for name in ids}) == 10
+    held = {row["id"]: row for row in Results("results").rows()}
+    assert [held[name]["images"]["train"] for name in rows["--shots", "2,4"]] == [6, 6, 12, 12]
+    assert [held[name]["shots"] for name in rows["--shots", "2,4"]] == [2, 2, 4, 4]
+    assert all(held[name]["halving"] for name in rows["--halving",])
+    table = run("report", "results").out
+    assert "(2 shots)" in table and "(halving)" in table
+    assert run(*probe, "--shots", "1").err.startswith("error: --shots '1'; allowed: different whole numbers from 2")
+    assert "class 0 has 8 training images" in run(*probe, "--shots", "9").err
+    assert "allowed: from 0 to below 1" in run(*probe, "--smoothing", "1").err
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_has_a_name_at_the_command_line(run, model, images, short_grid, head):
+    run("extract", "--model", model, "--dataset", images)
+    said = run("probe", "--dataset", images, "--probe", f"cls+ap-all-layers/{head}", "--grid", "quick", "--seeds", "0")
+    assert said.code == 0, said.err
+    assert run("report", "results", "--html", "page.html").code == 0
+    assert head in run("ls", "probes").out
