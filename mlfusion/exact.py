@@ -167,8 +167,15 @@ class Ridge:
         labels = self.design.tokens.labels[self.design.rows]
         loss, truth = self.design.target.loss(labels, self.design.device, F64), torch.from_numpy(labels)
         truth = truth.to(self.design.device)
-        losses = [float(loss(self._outputs(scores, scale)[None], truth)[0]) for scale in SCALES]
-        return SCALES[int(np.argmin(losses))]
+
+        def at(place: int) -> float:
+            return float(loss(self._outputs(scores, SCALES[place])[None], truth)[0])
+
+        low, high = 0, len(SCALES) - 1
+        while low < high:  # the loss is convex in the factor: it falls, then rises
+            middle = (low + high) // 2
+            low, high = (low, middle) if at(middle) <= at(middle + 1) else (middle + 1, high)
+        return SCALES[low]
 
 
 # --- logistic regression ---------------------------------------------------------------------------------------------

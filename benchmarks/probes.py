@@ -1,0 +1,128 @@
+"""The family of probes on real features, and what successive halving does to the choice: the tables of docs/probes.md.
+
+    python benchmarks/probes.py --model MODEL --data FOLDER [--sets dtd10,flowers5] [--results results/probes] [--table]
+
+Caches every layer's CLS and AP and all tokens of the last layer, trains each head on both (quick grid, three seeds), then
+a few probes by the paper's grid with and without halving, and writes both tables into docs/probes.md. What is in the
+results already is not made again; with --table nothing is trained, and the tables show what there is.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+import mlfusion
+from mlfusion.progress import duration
+from mlfusion.results import Results, Row
+from mlfusion.specs import ABOUT, BASELINE, HEADS
+
+PAGE = Path(__file__).parent.parent / "docs" / "probes.md"
+SEEDS = (0, 1, 2)
+LAYERS, TOKENS = "cls+ap-all-layers", "all-tokens-last"
+HALVED = {  # probe → seeds; the attentive grid takes minutes a seed
+    BASELINE: SEEDS,
+    "cls+ap-last/linear": SEEDS,
+    "cls+ap-all-layers/linear": SEEDS,
+    "cls+ap-last/attentive": (0,),
+    "cls+ap-all-layers/attentive": (0,),
+}
+
+
+def spread(values: list[float], best: bool = False) -> str:
+    """Percent, mean ± sample deviation."""
+    if not values:
+        return "-"
+    text = f"{100 * fmean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+    return f"**{text}**" if best else text
+
+
+def family(rows: list[Row], sets: list[str]) -> str:
+    """Test scores of every head on both representations of every data set."""
+    held: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["grid"] == "quick" and not {"shots", "halving", "smoothing"} & row.keys():
+            held.setdefault((row["dataset"], row["probe"]), []).append(row)
+    columns = [(name, representation) for name in sets for representation in (LAYERS, TOKENS)]
+
+    def tests(name: str, probe: str) -> list[float]:
+        return [row["test"] for row in held.get((name, probe), [])]
+
+    lines = [
+        "| head | what | "
+        + " | ".join(f"{name}, `{representation}`" for name, representation in columns)
+        + " | time |",
+        "|---|---|" + "---:|" * (len(columns) + 1),
+        f"| `{BASELINE}` | the baseline | "
+        + " | ".join(spread(tests(name, BASELINE)) if r == LAYERS else "" for name, r in columns)
+        + " | |",
+    ]
+    best = {
+        (name, r): max((fmean(t) for head in HEADS if (t := tests(name, f"{r}/{head}"))), default=0.0)
+        for name, r in columns
+    }
+    for head in HEADS:
+        cells = []
+        for name, r in columns:
+            found = tests(name, f"{r}/{head}")
+            cells.append(spread(found, bool(found) and fmean(found) == best[name, r]))
+        seconds = [row["seconds"] for row in held.get((sets[0], f"{LAYERS}/{head}"), [])]
+        took = duration(fmean(seconds)) if seconds else "-"
+        lines.append(f"| `{head}` | {ABOUT[head]} | {' | '.join(cells)} | {took} |")
+    return "\n".join(lines)
+
+
+def halving(rows: list[Row], sets: list[str]) -> str:
+    """The same probes and seeds by the paper's grid, chosen among all and chosen by halving."""
+    ways: dict[tuple[str, str], dict[int, dict[bool, Row]]] = {}
+    for row in rows:
+        if row["grid"] == "paper" and row["probe"] in HALVED:
+            seeds = ways.setdefault((row["dataset"], row["probe"]), {})
+            seeds.setdefault(row["seed"], {})["halving" in row] = row
+    lines = [
+        "| data set | probe | seeds | same choice | val, all | val, halving | test, all | test, halving | time, of all |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in sets:
+        for probe in HALVED:
+            pairs = [way for way in ways.get((name, probe), {}).values() if len(way) == 2]
+            if not pairs:
+                continue
+            same = sum(way[True]["selected"] == way[False]["selected"] for way in pairs)
+            scores = [spread([way[half][what] for way in pairs]) for what in ("val", "test") for half in (False, True)]  # type: ignore[literal-required]
+            ratio = fmean(way[True]["seconds"] / way[False]["seconds"] for way in pairs)
+            cells = [name, f"`{probe}`", str(len(pairs)), f"{same} of {len(pairs)}", *scores, f"{ratio:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train what is missing, write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit-ti16", help="as for mlfusion extract")
+    parser.add_argument("--data", type=Path, default=Path(), help="folder of the data sets")
+    parser.add_argument("--sets", default="dtd10,flowers5", help="their names")
+    parser.add_argument("--cache", default=None)
+    parser.add_argument("--results", type=Path, default=Path("results/probes"))
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    asked = parser.parse_args()
+    sets = asked.sets.split(",")
+    for name in () if asked.table else sets:
+        where = str(asked.data / name)
+        mlfusion.extract(asked.model, where, tokens="cls,ap,all@last", cache=asked.cache)
+        options = {"model": asked.model, "cache": asked.cache, "results": asked.results, "say": print}
+        both = [f"{representation}/{head}" for representation in (LAYERS, TOKENS) for head in HEADS]
+        mlfusion.probe(where, probes=[BASELINE, *both], grid="quick", seeds=SEEDS, **options)
+        for probe, seeds in HALVED.items():
+            for half in (True, False):
+                mlfusion.probe(where, probes=[probe], grid="paper", seeds=seeds, halving=half, **options)
+    rows = Results(asked.results).require()
+    text = PAGE.read_text(encoding="utf-8")
+    for title, table in (("family", family(rows, sets)), ("halving", halving(rows, sets))):
+        begin, end = f"<!-- {title} -->", f"<!-- end of {title} -->"
+        text = re.sub(f"{begin}.*?{end}", lambda _, b=begin, t=table, e=end: f"{b}\n{t}\n{e}", text, flags=re.S)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
