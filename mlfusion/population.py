@@ -121,11 +121,13 @@ def batches(
             step += 1
 
 
-def losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def losses(logits: Tensor, labels: Tensor, weights: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy with class weights, as `torch.nn.CrossEntropyLoss` averages it: [K, B, C], [B], [C] → [K]."""
     k, b, _ = logits.shape
-    each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(k), weight=weights, reduction="none").view(k, b)
-    return each.sum(1) / weights[labels].sum()
+    each = F.cross_entropy(
+        logits.flatten(0, 1), labels.repeat(k), weight=weights, reduction="none", label_smoothing=smoothing
+    )
+    return each.view(k, b).sum(1) / weights[labels].sum()
 
 
 class AdamW:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mlfusion import metrics
 from mlfusion.errors import BadData
-from mlfusion.population import class_weights
+from mlfusion.population import class_weights, losses
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs [K, B, C] and labels [B, …] → the mean loss of every configuration [K]."""
@@ -122,16 +122,7 @@ class OneClass(Target):
         weights = torch.from_numpy(class_weights(labels, self.outputs)).to(device, dtype)
 
         def mean(outputs: Tensor, truth: Tensor) -> Tensor:
-            k, b, _ = outputs.shape
-            truth = truth.to(torch.int64)
-            each = F.cross_entropy(
-                outputs.flatten(0, 1),
-                truth.repeat(k),
-                weight=weights,
-                reduction="none",
-                label_smoothing=self.smoothing,
-            )
-            return each.view(k, b).sum(1) / weights[truth].sum()
+            return losses(outputs, truth.to(torch.int64), weights, smoothing=self.smoothing)
 
         return mean
 
