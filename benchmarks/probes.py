@@ -80,8 +80,8 @@ def halving(rows: list[Row], sets: list[str]) -> str:
             seeds = ways.setdefault((row["dataset"], row["probe"]), {})
             seeds.setdefault(row["seed"], {})["halving" in row] = row
     lines = [
-        "| data set | probe | seeds | same choice | val, all | val, halving | test, all | test, halving | time, of all |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| data set | probe | seeds | same choice | val, all | val, halving | test, all | test, halving |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name in sets:
         for probe in HALVED:
@@ -90,8 +90,7 @@ def halving(rows: list[Row], sets: list[str]) -> str:
                 continue
             same = sum(way[True]["selected"] == way[False]["selected"] for way in pairs)
             scores = [spread([way[half][what] for way in pairs]) for what in ("val", "test") for half in (False, True)]  # type: ignore[literal-required]
-            ratio = fmean(way[True]["seconds"] / way[False]["seconds"] for way in pairs)
-            cells = [name, f"`{probe}`", str(len(pairs)), f"{same} of {len(pairs)}", *scores, f"{ratio:.2f}"]
+            cells = [name, f"`{probe}`", str(len(pairs)), f"{same} of {len(pairs)}", *scores]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
