@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel
 
 import mlfusion
 from mlfusion import datasets, metrics, models, protocol
-from mlfusion.population import Tokens
+from mlfusion.batches import Tokens
 from mlfusion.targets import OneClass
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1e0, 1e1)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from mlfusion import protocol, trained
+from mlfusion.batches import Tokens
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.features import SplitPair, extract_command, require, split_pairs
-from mlfusion.population import Tokens
 from mlfusion.progress import track
 from mlfusion.results import Results, Row
 from mlfusion.specs import Probe, digest, parse_probes

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
-from mlfusion.population import Tokens
-from mlfusion.probes.contract import Shape
 from mlfusion.probes.linear import Linear
 from mlfusion.targets import OneClass, Target
 
@@ -377,11 +376,6 @@ class Neighbours(nn.Module):
             TypeError: always; ask `attends` first.
         """
         raise TypeError("nearest neighbours have no attention")
-
-    @staticmethod
-    def bytes_each(shape: Shape, batch: int) -> int:
-        """The votes: all else is shared."""
-        return 4 * batch * shape.classes
 
     def _votes(self, tokens: Tensor, most: int) -> Tensor:
         cosine, where = self._nearest(tokens.flatten(1) / tokens.shape[1], most)

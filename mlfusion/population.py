@@ -2,57 +2,40 @@
 
 All configurations see the same images, in the same order, with the same jitter. Whatever is a configuration's own
 (start, masks, learning rate, decay, clipping) is a vector over the population, so it ends where it would have alone.
+
+A population is trained in blocks of few configurations, each small enough for a core's caches and worked on by one thread:
+a grid has more configurations than a machine has cores, so that products need not be parted among threads that wait for
+each other. How many blocks are alive at once follows from the memory at hand and from what a trial step takes of it.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache as once
 from functools import partial
 from itertools import islice, pairwise
+from statistics import median
+from time import perf_counter
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 
+from mlfusion.batches import Schedule, Tokens, batches, stream
+from mlfusion.errors import BadData
+from mlfusion.memory import Footprint, available
 from mlfusion.probes import PROBES, Probe, Shape
-from mlfusion.specs import Head, digest
+from mlfusion.specs import Head
 
-LARGEST_BATCH = 2048
-FEWEST_BATCHES = 5  # an epoch
 LAST_LEARNING_RATE = 1e-6
-JITTER_STD = 0.05
-JITTER_PROBABILITY = 0.5
-MEMORY = {"cpu": 2**31, "cuda": 2**33}  # bytes of a group, by estimate
-AT_ONCE = {"cpu": 21, "cuda": 1024}  # configurations of a group: on a processor more fall out of its caches
-
-_BLOCK = 1 << 16  # elements of a parameter that AdamW works on at a time, so that they stay in a core's cache
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What a probe is given for the images of one split; may be float16, and is converted batch by batch."""
-
-    values: np.ndarray | Tensor  # [N, T, D], as extracted: not normalised
-    labels: np.ndarray  # [N] int64 in 0..C-1; or [N, C] of 0 and 1, or [N] floating, see `targets`
-    ids: tuple[str, ...] | None = None  # [N], by which an image is named in errors
-
-    def __len__(self) -> int:
-        """N, the number of images."""
-        return len(self.values)
-
-    def of(self, rows: np.ndarray) -> "Tokens":
-        """Some of the images."""
-        some = torch.from_numpy(rows).to(self.values.device) if isinstance(self.values, Tensor) else rows
-        return Tokens(self.values[some], self.labels[rows], self.ids and tuple(self.ids[row] for row in rows))
-
-    def normalised(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Tokens of these images, each of length 1 over its width (a zero token stays zero): [rows, T, D]."""
-        if isinstance(self.values, Tensor):
-            batch = self.values[torch.from_numpy(rows).to(self.values.device)]
-        else:
-            batch = torch.from_numpy(self.values[rows])
-        return F.normalize(batch.to(device, dtype), dim=-1)
+SPARE = 0.8  # of the free memory that may be taken
+IN_CACHE = 1 << 25  # bytes that a block's step may touch; one configuration always may
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -68,57 +51,10 @@ class Configuration:
         return stream("configuration", seed, self.lr, self.weight_decay, self.dropout)
 
 
-def stream(*words: str | float) -> int:
-    """64 bits that name a random stream, on every machine."""
-    return int(digest(words), 16)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long to train on N images, and in which batches."""
-
-    images: int  # N
-    steps: int
-    batch_size: int
-    batches: int  # an epoch
-
-    @classmethod
-    def of(cls, images: int, *, epochs: int = 40, least_steps: int = 1000) -> "Schedule":
-        """The study's: batches of 2,048, or smaller so that an epoch has five; never fewer than `least_steps`."""
-        batches = max(FEWEST_BATCHES, math.ceil(images / LARGEST_BATCH))
-        # BatchNorm has no statistics of one image: two at least in every batch.
-        batches = max(1, min(batches, images // 2))
-        return cls(images, max(epochs * batches, least_steps), math.ceil(images / batches), batches)
-
-    def epoch(self, order: np.ndarray) -> list[np.ndarray]:
-        """An order of the images [N] → batches whose sizes differ by one at most."""
-        return np.array_split(order, self.batches)
-
-
 def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
     """n / (C · n_c) for every class [C], so that each class weighs the same in the loss; 0 for one without images."""
     counts = np.bincount(labels, minlength=classes)
     return np.where(counts > 0, len(labels) / (classes * np.maximum(counts, 1)), 0.0)
-
-
-def batches(
-    train: Tokens, rows: np.ndarray, schedule: Schedule, *, seed: int, device: str, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Jittered tokens [B, T, D] and labels [B] of every step; order and jitter follow from `seed` alone."""
-    order = np.random.default_rng(stream("order", seed))
-    jitter = torch.Generator(device).manual_seed(stream("jitter", seed))
-    step = 0
-    while True:
-        for chosen in schedule.epoch(order.permutation(rows)):
-            if step == schedule.steps:
-                return
-            tokens = train.normalised(chosen, device, dtype)
-            shaken = torch.rand(len(chosen), generator=jitter, device=device) < JITTER_PROBABILITY
-            # Noise is drawn only for the images that get it, and in float32 whatever the tokens are.
-            noise = torch.randn(int(shaken.sum()), *tokens.shape[1:], generator=jitter, device=device)
-            tokens[shaken] += (JITTER_STD * noise).to(dtype)
-            yield tokens, torch.from_numpy(train.labels[chosen]).to(device)
-            step += 1
 
 
 def losses(logits: Tensor, labels: Tensor, weights: Tensor, *, smoothing: float = 0.0) -> Tensor:
@@ -148,7 +84,7 @@ class AdamW:
         self.lr = torch.tensor(lr, dtype=torch.float64)
         self.weight_decay = torch.tensor(weight_decay, dtype=torch.float64)
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
-        self._steps = 0
+        self._steps = [[torch.zeros((), device=p.device) for p in self.parameters] for _ in lr]
 
     @torch.no_grad()
     def clip(self, largest: float) -> None:
@@ -163,24 +99,31 @@ class AdamW:
     @torch.no_grad()
     def step(self, rate: Tensor | None = None) -> None:
         """One update, at learning rates `rate` [K] if given; gradients are forgotten after it."""
-        self._steps += 1
-        b1, b2 = self.betas
-        rate = self.lr if rate is None else rate
-        shrink = (1 - rate * self.weight_decay).to(self.parameters[0])
-        stride = (rate / (1 - b1**self._steps)).to(self.parameters[0])
-        correction = math.sqrt(1 - b2**self._steps)
-        for parameter, (first, second) in zip(self.parameters, self._moments, strict=True):
-            if parameter.grad is None:  # a gradient of zero, which leaves decay
-                parameter.mul_(_over(shrink, parameter))
-                continue
-            whole = [t.view(len(t), -1) for t in (parameter.detach(), parameter.grad.contiguous(), first, second)]
-            width = max(1, _BLOCK // len(parameter)) if parameter.device.type == "cpu" else whole[0].shape[1]
-            for p, g, m, v in zip(*(torch.split(t, width, dim=1) for t in whole), strict=True):
-                m.lerp_(g, 1 - b1)
-                v.mul_(b2).addcmul_(g, g, value=1 - b2)
-                move = v.sqrt().div_(correction).add_(self.eps).reciprocal_().mul_(m).mul_(_over(stride, m))
-                p.mul_(_over(shrink, p)).sub_(move)
-            parameter.grad = None
+        rates = (self.lr if rate is None else rate).tolist()
+        moved = [n for n, p in enumerate(self.parameters) if p.grad is not None]
+        gradients = [self.parameters[n].grad.contiguous() for n in moved]  # type: ignore[union-attr]
+        for k, (lr, decay) in enumerate(zip(rates, self.weight_decay.tolist(), strict=True)):
+            adamw(
+                [self.parameters[n].detach()[k] for n in moved],
+                [gradient[k] for gradient in gradients],
+                [self._moments[n][0][k] for n in moved],
+                [self._moments[n][1][k] for n in moved],
+                [],
+                [self._steps[k][n] for n in moved],
+                fused=True,
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=lr,
+                weight_decay=decay,
+                eps=self.eps,
+                maximize=False,
+            )
+            for parameter in self.parameters:
+                if parameter.grad is None:  # a gradient of zero, which leaves decay
+                    parameter.detach()[k].mul_(1 - lr * decay)
+        for n in moved:
+            self.parameters[n].grad = None
 
 
 def _over(vector: Tensor, like: Tensor) -> Tensor:
@@ -193,12 +136,161 @@ def cosine(lr: Tensor, step: int, steps: int) -> Tensor:
     return LAST_LEARNING_RATE + (lr - LAST_LEARNING_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def groups(count: int, shape: Shape, head: Head, batch_size: int, *, memory: int, at_once: int) -> list[slice]:
-    """Part `count` configurations into runs of about equal size, none over `at_once` or `memory` bytes by estimate."""
-    shared = 16 * batch_size * shape.tokens * shape.width
-    fit = max(1, min(at_once, (memory - shared) // PROBES[head].bytes_each(shape, batch_size)))
-    edges = np.linspace(0, count, math.ceil(count / fit) + 1).round().astype(int)
-    return [slice(a, b) for a, b in pairwise(edges.tolist())]
+@dataclass(frozen=True)
+class Needs:
+    """What training takes of memory, in bytes."""
+
+    batch: int  # a batch of tokens with what is made from it for all configurations
+    each: int  # parameters and moments of one configuration
+    step: int  # what a step of one configuration makes and forgets
+
+
+@once
+def needs(
+    head: Head,
+    shape: Shape,
+    images: int,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    bf16: bool = False,
+) -> Needs:
+    """Measured by a trial step of one configuration on a batch of `images`."""
+    with Footprint() as batch:
+        tokens = torch.ones(images, shape.tokens, shape.width, device=device, dtype=dtype)
+    with Footprint() as kept:
+        block = _Block(head, shape, (Configuration(1e-3, 1e-2, 0.1),), 0, device, dtype, bf16)
+    with Footprint() as step:
+        block.step(tokens, lambda logits: logits.float().square().mean((1, 2)), 0, 1)
+    # What the probes share of a batch, such as standard tokens, is made by the first of them and stays as long as it.
+    return Needs(batch.most + step.alive, kept.alive, step.most - step.alive)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a population is parted: into groups that are alive together, and those into blocks."""
+
+    together: int  # configurations of a group
+    block: int  # configurations of a block
+    lanes: int  # blocks that are worked on at the same time
+
+    @classmethod
+    def of(cls, count: int, need: Needs, *, memory: int, threads: int, shared: bool) -> "Layout":
+        """As many of `count` together as `memory` bytes hold.
+
+        Args:
+            count: K.
+            need: what one configuration takes.
+            memory: bytes.
+            threads: cores.
+            shared: whether blocks run on a device that works on one at a time, rather than one on each core.
+
+        Raises:
+            BadData: not even one fits.
+        """
+        lanes = 1 if shared else max(1, min(threads, count))
+        while lanes > 1 and need.batch + lanes * (need.each + need.step) > memory:
+            lanes -= 1
+        room = memory - need.batch - lanes * need.step
+        if room < need.each:
+            parts = (need.batch + need.step + need.each, need.batch, need.step + need.each, memory)
+            least, batch, probe, free = (f"{part / 1e9:.2f} GB" for part in parts)
+            raise BadData(
+                f"not even one configuration can be trained: it needs {least} of memory ({batch} for a batch of tokens, "
+                f"{probe} for the probe), and {free} may be taken; allowed: a probe that fits. Free memory, raise --memory, or choose "
+                "fewer layers or another head"
+            )
+        together = min(count, room // need.each)
+        if shared:
+            return cls(max(1, min(together, (memory - need.batch) // (need.each + need.step))), together, 1)
+        # More configurations at a time than a core's caches hold wait for memory; fewer wait for Python.
+        most = max(1, min(IN_CACHE // (need.each + need.step), together // lanes))
+        while most > 1 and need.batch + together * need.each + lanes * most * need.step > memory:
+            most -= 1
+        return cls(together, most, lanes)
+
+    def groups(self, count: int) -> list[list[slice]]:
+        """Blocks of every group, as slices of the population."""
+        edges = np.linspace(0, count, math.ceil(count / self.together) + 1).round().astype(int)
+        return [
+            [slice(a + i, min(a + i + self.block, b)) for i in range(0, b - a, self.block)]
+            for a, b in pairwise(edges.tolist())
+        ]
+
+
+class _Block:
+    """Some configurations with their optimiser."""
+
+    def __init__(
+        self,
+        head: Head,
+        shape: Shape,
+        members: Sequence[Configuration],
+        seed: int,
+        device: str,
+        dtype: torch.dtype,
+        bf16: bool,
+    ) -> None:
+        self.probe = PROBES[head](shape, seeds=[c.seed(seed) for c in members], dropouts=[c.dropout for c in members])
+        self.probe.to(torch.device(device), dtype)
+        self.probe.train()
+        self._optimizer = AdamW(
+            self.probe.parameters(), lr=[c.lr for c in members], weight_decay=[c.weight_decay for c in members]
+        )
+        self._autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16, enabled=bf16)
+        self._dtype = dtype
+
+    def step(self, tokens: Tensor, loss: Callable[[Tensor], Tensor], step: int, steps: int) -> None:
+        """One of `steps` steps, on a batch."""
+        with self._autocast():
+            logits = self.probe(tokens)
+        # The sum over the population: no configuration's loss has a gradient for another's parameters.
+        torch.autograd.backward(loss(logits.to(self._dtype)).sum())
+        if self.probe.clip is not None:
+            self._optimizer.clip(self.probe.clip)
+        self._optimizer.step(cosine(self._optimizer.lr, step, steps))
+
+
+@contextmanager
+def _in_lanes(count: int) -> Iterator[Callable[[Callable[[_Block], None], Sequence[_Block]], Iterable[None]]]:
+    """Work on blocks, `count` at a time, each by one thread; by all threads together if there is one lane."""
+    if count == 1:
+        yield map
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _tensor_cores(device: str) -> Iterator[None]:
+    """TF32 for products of float32 on devices that have it."""
+    before = torch.get_float32_matmul_precision()
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@once
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether a bfloat16 product takes less than two thirds of the time of a float32 one here; measured in milliseconds."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(384, 384, device=device, dtype=dtype)
+        each = []
+        for _ in range(4):
+            began = perf_counter()
+            _ = float((a @ a)[0, 0])  # waits for the device
+            each.append(perf_counter() - began)
+        seconds[dtype] = median(each[1:])
+    return seconds[torch.bfloat16] < seconds[torch.float32] * 2 / 3
 
 
 def train(
@@ -212,12 +304,14 @@ def train(
     seed: int,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    precision: Precision = "float32",
     memory: int | None = None,
+    layout: Layout | None = None,
     progress: Callable[[int], None] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     until: int | None = None,
 ) -> Iterator[tuple[slice, Probe]]:
-    """Train all configurations on images `rows`, as many at once as fit in `memory` bytes.
+    """Train all configurations on images `rows`, as many at once as fit into memory.
 
     Args:
         head: which probe.
@@ -228,39 +322,57 @@ def train(
         schedule: made for N images.
         seed: order of the images, jitter, and with a configuration its start and masks.
         device: where to train.
-        dtype: of parameters and products.
-        memory: bytes that a group may take by estimate, by default `MEMORY` of the device; results do not depend on it.
+        dtype: of parameters, statistics and losses.
+        precision: of matrix products: 'float32' is those of `dtype`, 'bfloat16' narrower ones (parameters, softmax, BatchNorm
+            and loss stay as wide as `dtype`), 'auto' those where they are faster here.
+        memory: bytes that may be taken, by default most of what is free; results do not depend on it.
+        layout: in which parts, by default as fits `memory`; results do not depend on it either.
         progress: called after each step with the number of configurations that took it.
         loss: outputs [K, B, C] and labels → [K]; by default cross-entropy with class weights.
         until: stop after so many steps of the schedule.
 
     Yields:
-        A group of the configurations and its probe, in evaluation mode. A configuration that diverged is not finite.
+        Some of the configurations and their probe, in evaluation mode. A configuration that diverged is not finite.
+
+    Raises:
+        BadData: not even one configuration fits.
     """
     if loss is None:
         weights = torch.from_numpy(class_weights(tokens.labels[rows], shape.classes)).to(device, dtype)
         loss = partial(losses, weights=weights)
-    kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
-    memory, at_once = MEMORY[kind] if memory is None else memory, AT_ONCE[kind]
-    for group in groups(len(configurations), shape, head, schedule.batch_size, memory=memory, at_once=at_once):
-        members = configurations[group]
-        probe = PROBES[head](shape, seeds=[c.seed(seed) for c in members], dropouts=[c.dropout for c in members])
-        probe.to(torch.device(device), dtype)
-        probe.train()
-        optimizer = AdamW(
-            probe.parameters(), lr=[c.lr for c in members], weight_decay=[c.weight_decay for c in members]
+    bf16 = precision == "bfloat16" or (precision == "auto" and dtype == torch.float32 and has_fast_bfloat16(device))
+    accelerated = torch.device(device).type != "cpu"
+    if accelerated and not isinstance(tokens.values, Tensor):
+        size = math.prod(tokens.shape) * torch.float16.itemsize
+        if size < available(device) / 2:
+            tokens = tokens.on(device)
+    if layout is None:
+        layout = Layout.of(
+            len(configurations),
+            needs(head, shape, schedule.batch_size, device=device, dtype=dtype, bf16=bf16),
+            memory=int(SPARE * available(device)) if memory is None else memory,
+            threads=torch.get_num_threads(),
+            shared=accelerated,
         )
-        passing = batches(tokens, rows, schedule, seed=seed, device=device, dtype=dtype)
-        for step, (batch, labels) in enumerate(islice(passing, until)):
-            # The sum over the population: no configuration's loss has a gradient for another's parameters.
-            torch.autograd.backward(loss(probe(batch), labels).sum())
-            if probe.clip is not None:
-                optimizer.clip(probe.clip)
-            optimizer.step(cosine(optimizer.lr, step, schedule.steps))
-            if progress:
-                progress(len(members))
-        probe.eval()
-        yield group, probe
+    for group in layout.groups(len(configurations)):
+        blocks = [_Block(head, shape, configurations[part], seed, device, dtype, bf16) for part in group]
+        with _tensor_cores(device), _in_lanes(min(layout.lanes, len(blocks))) as run:
+            passing = batches(tokens, rows, schedule, seed=seed, device=device, dtype=dtype)
+            for step, (batch, labels) in enumerate(islice(passing, until)):
+                one = partial(
+                    _Block.step, tokens=batch, loss=partial(_of, loss, labels), step=step, steps=schedule.steps
+                )
+                for _ in run(one, blocks):
+                    pass
+                if progress:
+                    progress(group[-1].stop - group[0].start)
+        for part, block in zip(group, blocks, strict=True):
+            block.probe.eval()
+            yield part, block.probe
+
+
+def _of(loss: Callable[[Tensor, Tensor], Tensor], labels: Tensor, logits: Tensor) -> Tensor:
+    return loss(logits, labels)
 
 
 @torch.no_grad()

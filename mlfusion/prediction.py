@@ -12,9 +12,9 @@ import numpy as np
 
 from mlfusion import datasets, models, protocol, trained
 from mlfusion.backbone import Backbone
+from mlfusion.batches import Tokens
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadModel
-from mlfusion.population import Tokens
 from mlfusion.specs import ModelSpec, digest
 from mlfusion.store.encoding import ENCODINGS
 

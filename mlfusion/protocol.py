@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mlfusion import exact, population
+from mlfusion.batches import LARGEST_BATCH, Schedule, Tokens, stream
 from mlfusion.errors import BadData, UnknownName
-from mlfusion.population import Configuration, Schedule, Tokens
+from mlfusion.population import Configuration
 from mlfusion.probes import PROBES, Probe, Shape
 from mlfusion.specs import Head
 from mlfusion.targets import Loss, Target
@@ -159,7 +160,7 @@ def fit(
 class Search(ABC):
     """How the configurations of a head come by their scores, and the chosen one to its weights."""
 
-    block: int = population.LARGEST_BATCH  # images that the probe is read with at a time
+    block: int = LARGEST_BATCH  # images that the probe is read with at a time
 
     def __init__(
         self, train: Tokens, target: Target, *, seed: int, device: str, progress: Callable[[int, int], None] | None
@@ -404,7 +405,7 @@ def split(labels: np.ndarray, *, seed: int, part: float = VALIDATION) -> tuple[n
         seed: names the split.
         part: fraction to hold out.
     """
-    random = np.random.default_rng(population.stream("split", seed))
+    random = np.random.default_rng(stream("split", seed))
     held_out = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -435,7 +436,7 @@ def draw(labels: np.ndarray, shots: int, *, classes: int, seed: int) -> np.ndarr
             f"class {scarce} has {counts[scarce]} training image{'' if counts[scarce] == 1 else 's'}; allowed: as many as "
             f"--shots {shots} asks for, or more. Ask for at most {counts.min()}"
         )
-    random = np.random.default_rng(population.stream("shots", seed))
+    random = np.random.default_rng(stream("shots", seed))
     return np.sort(np.concatenate([random.permutation(np.flatnonzero(labels == c))[:shots] for c in range(classes)]))
 
 
@@ -462,7 +463,7 @@ def _outputs(probe: Probe, tokens: Tokens, rows: np.ndarray, block: int, device:
 
 
 def predict(
-    probe: Probe, tokens: Tokens, target: Target, *, block: int = population.LARGEST_BATCH, device: str = "cpu"
+    probe: Probe, tokens: Tokens, target: Target, *, block: int = LARGEST_BATCH, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Of a population of one: predictions [N, C], and the attention [N, T] if it has any."""
     predictions, attention = [], []

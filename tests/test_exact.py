@@ -11,9 +11,9 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.neighbors import KNeighborsClassifier
 
 from mlfusion import exact, protocol
+from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
 from mlfusion.exact import Design, Logistic, Neighbourhood, Penalty, Ridge, minimise, neighbours
-from mlfusion.population import Tokens
 from mlfusion.targets import Number, OneClass, SeveralLabels, Target
 
 F64 = torch.float64

@@ -114,11 +114,12 @@ def test_every_parameter_and_buffer_has_the_population_in_front(head: str) -> No
 
 def test_dropout_rates_are_each_configurations_own() -> None:
     probe = Attentive(SHAPE, seeds=range(3), dropouts=[0.0, 0.1, 0.3])
-    keep = torch.stack([probe._draw(torch.ones(600, 9, 5)) for _ in range(2)])  # [2, K, B, H, T]
+    drawn = torch.stack([probe._draw(torch.ones(600, 5, 10)) for _ in range(2)])  # [2, B, T, K·H]
+    keep = drawn.unflatten(3, (3, -1)).movedim(3, 1)
     assert (keep[:, 0] == 1).all()  # exactly: a rate of 0 is the identity
     for k, rate in ((1, 0.1), (2, 0.3)):
         values = keep[:, k].unique().tolist()
-        assert values == pytest.approx([0, 1 / (1 - rate)])
+        assert values == pytest.approx([0, 1 / (1 - rate)], rel=1e-4)  # rates are kept to 1 part in 65,536
         assert (keep[:, k] == 0).double().mean().item() == pytest.approx(rate, abs=0.015)
     assert not torch.equal(keep[0, 1], keep[1, 1])  # a new mask in every step
     agree = ((keep[:, 1] == 0) & (keep[:, 2] == 0)).double().mean().item()
@@ -220,7 +221,6 @@ def test_the_registry_keeps_the_contract() -> None:
     for probe in PROBES.values():
         built: Probe = probe(SHAPE, seeds=[0], dropouts=[0.0])
         assert built(torch.randn(4, SHAPE.tokens, SHAPE.width)).shape == (1, 4, SHAPE.classes)
-        assert probe.bytes_each(SHAPE, 64) > 4 * 4 * sum(p.numel() for p in built.parameters())
         if probe.attends:
             assert built.attention(torch.randn(4, SHAPE.tokens, SHAPE.width)).ndim == 4
         else:

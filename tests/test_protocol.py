@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from literal import LiteralAttentive, LiteralLinear, copy_into
 
 from mlfusion import metrics, protocol
+from mlfusion.batches import Tokens
 from mlfusion.errors import BadData, UnknownName
-from mlfusion.population import Configuration, Tokens
+from mlfusion.population import Configuration
 from mlfusion.probes import PROBES
 from mlfusion.protocol import GRIDS, Grid, Outcome, choose, draw, fit, split
 from mlfusion.specs import Head

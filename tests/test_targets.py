@@ -12,8 +12,8 @@ from sklearn import metrics as sklearn_metrics
 from torch.nn import functional as F
 
 from mlfusion import metrics
+from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
-from mlfusion.population import Tokens
 from mlfusion.probes import PROBES
 from mlfusion.protocol import GRIDS, Grid, fit, split
 from mlfusion.specs import Head

@@ -13,8 +13,8 @@ from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion import datasets, protocol, trained
+from mlfusion.batches import Tokens
 from mlfusion.errors import BadImage, BadModel, ResultsUnusable
-from mlfusion.population import Tokens
 from mlfusion.results import Results
 from mlfusion.specs import HEADS, Head
 from mlfusion.targets import Number, OneClass, SeveralLabels, Target

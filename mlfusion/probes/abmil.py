@@ -49,11 +49,3 @@ class AbMIL(nn.Module):
         gate = F.linear(x, self.gate.flatten(0, 1), self.gate_bias.flatten())
         gated = (torch.tanh(hidden) * torch.sigmoid(gate)).unflatten(-1, self.score.shape)  # [B, T, K, L]
         return torch.softmax(torch.einsum("btkl,kl->bkt", gated, self.score), dim=-1)
-
-    @staticmethod
-    def bytes_each(shape: Shape, batch: int) -> int:
-        """Both hidden layers of every token with what their gradients need; averages, logits; weights and moments."""
-        d = shape.width
-        parameters = 2 * HIDDEN * (d + 1) + HIDDEN + (d + 1) * shape.classes
-        activations = shape.tokens * (9 * HIDDEN + 4) + 3 * d + 4 * shape.classes
-        return 4 * (5 * parameters + batch * activations)

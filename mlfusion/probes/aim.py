@@ -69,10 +69,3 @@ class Aim(nn.Module):
         self.running_mean.lerp_(mean.expand_as(self.running_mean), MOMENTUM)
         self.running_var.lerp_((variance * count / (count - 1)).expand_as(self.running_var), MOMENTUM)
         return mean.expand_as(self.running_mean), variance.expand_as(self.running_var)
-
-    @staticmethod
-    def bytes_each(shape: Shape, batch: int) -> int:
-        """Averages with their gradients, attention weights; weights and both moments."""
-        d, h = shape.width, heads_of(shape.width)
-        parameters = 2 * d * d + (d + 3) * shape.classes + 3 * d
-        return 4 * (6 * parameters + batch * (5 * h * d + 6 * h * shape.tokens + 4 * d + 4 * shape.classes))

@@ -38,10 +38,6 @@ class Probe(Protocol):
     def attention(self, tokens: Tensor) -> Tensor:
         """Normalised tokens [B, T, D] → weights [K, B, H, T], which sum to one over T."""
 
-    @staticmethod
-    def bytes_each(shape: Shape, batch: int) -> int:
-        """Estimate of what one configuration adds to the memory of a float32 training step with `batch` images."""
-
     def train(self, mode: bool = True) -> nn.Module: ...
     def eval(self) -> nn.Module: ...
     def to(self, device: torch.device, dtype: torch.dtype) -> nn.Module: ...
@@ -59,3 +55,15 @@ def uniform(streams: Sequence[torch.Generator], *size: int, fan_in: int) -> nn.P
     """[K, *size] from U(−1/√fan_in, 1/√fan_in), PyTorch's default for a Linear's weight and bias alike."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(torch.stack([torch.empty(size).uniform_(-bound, bound, generator=g) for g in streams]))
+
+
+def bits(count: int, stream: torch.Generator) -> Tensor:
+    """`count` random numbers of 16 bits, int16: four from each draw of the generator, which is what costs."""
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=stream.device)
+    return words.random_(-(2**63), None, generator=stream).view(torch.int16)[:count]
+
+
+def kept(rate: float, size: tuple[int, ...], stream: torch.Generator) -> Tensor:
+    """Dropout factors in float32: 0 at `rate`, to 1 part in 65,536, and otherwise what makes their expectation exactly 1."""
+    dropped = round(rate * 2**16)
+    return (bits(math.prod(size), stream) >= dropped - 2**15).view(size) * (2**16 / (2**16 - dropped))

@@ -53,10 +53,3 @@ class Efficient(nn.Module):
 
     def _weights(self, x: Tensor) -> Tensor:
         return weigh(x, self.queries / math.sqrt(self.queries.shape[-1]))
-
-    @staticmethod
-    def bytes_each(shape: Shape, batch: int) -> int:
-        """Averages and their gradients (the large ones), attention weights; weights and both moments."""
-        d, m = shape.width, min(QUERIES, shape.width)
-        parameters = m * d + d * d + (d + 1) * shape.classes
-        return 4 * (6 * parameters + batch * (3 * m * d + 6 * m * shape.tokens + 8 * d + 4 * shape.classes))

@@ -37,9 +37,3 @@ class Linear(nn.Module):
             TypeError: always; ask `attends` first.
         """
         raise TypeError("a linear probe has no attention")
-
-    @staticmethod
-    def bytes_each(shape: Shape, batch: int) -> int:
-        """Weights, gradients and both moments, and the logits with their gradients."""
-        parameters = (shape.tokens * shape.width + 1) * shape.classes
-        return 4 * (5 * parameters + 4 * batch * shape.classes)

@@ -5,15 +5,20 @@ to them, so that no tensor as wide as a projection exists per token; see `attent
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mlfusion.probes.contract import uniform
 
 NORM_EPS = 1e-5
 HEAD_WIDTH = 64
+
+_standard = WeakTensorKeyDictionary()
 
 
 def heads_of(width: int) -> int:
@@ -22,8 +27,16 @@ def heads_of(width: int) -> int:
 
 
 def standard(tokens: Tensor) -> Tensor:
-    """Tokens [B, T, D] of mean 0 and variance 1 over D: LayerNorm without scale and shift, the same for all K."""
-    return F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
+    """Tokens [B, T, D] of mean 0 and variance 1 over D: LayerNorm without scale and shift, the same for all K.
+
+    They are remembered as long as the batch is there, for the parts of a population that are trained on it in turn.
+    """
+    known = _standard.get(tokens)
+    if known is None or known[0] != tokens._version:
+        known = tokens._version, F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
+        if not tokens.requires_grad:
+            _standard[tokens] = known
+    return known[1]
 
 
 def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -33,8 +46,25 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """[K, …, I] by weights [K, O, I] and biases [K, O] → [K, …, O]."""
-    flat = torch.baddbmm(bias[:, None], x.flatten(1, -2), weight.mT)
-    return flat.view(*x.shape[:-1], weight.shape[1])
+    return _Linear.apply(x.flatten(1, -2), weight, bias).view(*x.shape[:-1], weight.shape[1])
+
+
+class _Linear(torch.autograd.Function):
+    """Its gradients come laid out as the weights are, so that AdamW need not turn them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """[K, B, I], [K, O, I], [K, O] → [K, B, O]."""
+        ctx.save_for_backward(x, weight)
+        return torch.baddbmm(bias[:, None], x, weight.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        narrow = given.dtype
+        to_weight = torch.bmm(given.mT, x.to(narrow)).to(weight.dtype)
+        return torch.bmm(given, weight.to(narrow)).to(x.dtype), to_weight, given.sum(1, dtype=weight.dtype)
 
 
 def weigh(tokens: Tensor, folded: Tensor) -> Tensor:

@@ -37,9 +37,3 @@ class ScalarMix(nn.Module):
     def attention(self, tokens: Tensor) -> Tensor:
         """Normalised tokens [B, T, D] → the mix [K, B, 1, T], the same for every image."""
         return torch.softmax(self.scores, dim=-1)[:, None, None].expand(-1, len(tokens), -1, -1)
-
-    @staticmethod
-    def bytes_each(shape: Shape, batch: int) -> int:
-        """Weights, gradients, both moments; mixes and logits with their gradients."""
-        parameters = shape.tokens + 1 + (shape.width + 1) * shape.classes
-        return 4 * (5 * parameters + batch * (3 * shape.width + 4 * shape.classes))

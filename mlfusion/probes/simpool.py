@@ -50,10 +50,3 @@ class SimPool(nn.Module):
         query = torch.matmul(x.mean(1), self.to_query.mT)  # [K, B, D]
         folded = torch.bmm(query, self.to_key) / math.sqrt(x.shape[-1])
         return torch.softmax(torch.bmm(folded.transpose(0, 1), x.mT), dim=-1)
-
-    @staticmethod
-    def bytes_each(shape: Shape, batch: int) -> int:
-        """Query, folded key and pooled value of every image, with gradients; weights and both moments."""
-        d = shape.width
-        parameters = 2 * d * d + (d + 1) * shape.classes
-        return 4 * (5 * parameters + batch * (12 * d + 6 * shape.tokens + 4 * shape.classes))

@@ -90,15 +90,6 @@ class VJepa(nn.Module):
         scores = x @ folded[:, None].mT  # [K, B, T, H]
         return torch.softmax(scores.permute(1, 0, 3, 2).flatten(1, 2), dim=-1)
 
-    @classmethod
-    def bytes_each(cls, shape: Shape, batch: int) -> int:
-        """Averages and MLP with their gradients; of a block before, about 60 numbers a channel of every token."""
-        d, h, t = shape.width, heads_of(shape.width), shape.tokens
-        deep = cls.depth - 1
-        parameters = (12 + 12 * deep) * d * d + (20 + 16 * deep) * d + (d + 1) * shape.classes
-        pooling = 5 * h * d + 6 * h * t + 20 * d + 4 * shape.classes
-        return 4 * (6 * parameters + batch * (pooling + deep * t * (60 * d + 6 * h * t)))
-
 
 class VJepa4(VJepa):
     """The pooler of four blocks with which V-JEPA 2 is probed (arXiv 2506.09985): three of self-attention come first.

@@ -1,0 +1,114 @@
+"""How much memory is free, and how much a piece of work takes: measured, so that nobody has to guess what fits."""
+
+import os
+import resource
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def available(device: str = "cpu") -> int:
+    """Bytes that this process may still take on a device: what is free, within the limits it is under."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        return torch.cuda.mem_get_info(where)[0]
+    if where.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return max(0, min(limit for limit in (_of_machine(), _of_group(), _of_process()) if limit is not None))
+
+
+def _of_machine() -> int | None:
+    """What the system can give without swapping."""
+    if (line := _line(Path("/proc/meminfo"), "MemAvailable:")) is not None:
+        return line * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def _of_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the control groups above this process leave (version 2, then 1); files that were read count as free."""
+    left = []
+    try:
+        entries = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return None
+    for _, controllers, path in entries:
+        if controllers == "":
+            base, most, used, idle = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, most, used, idle = (
+                root / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        inside = base / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if folder == base.parent:
+                break
+            try:
+                limit, taken = (folder / most).read_text().strip(), int((folder / used).read_text())
+            except (OSError, ValueError):
+                continue
+            if limit.isdecimal():
+                left.append(int(limit) - taken + (_line(folder / "memory.stat", idle) or 0))
+    return min(left, default=None)
+
+
+def _of_process() -> int | None:
+    """What a limit on the address space leaves (`ulimit -v`)."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    taken = _line(Path("/proc/self/status"), "VmSize:")
+    return None if limit == resource.RLIM_INFINITY or taken is None else limit - taken * 1024
+
+
+def _line(path: Path, name: str) -> int | None:
+    """The first number behind `name` at the start of a line."""
+    try:
+        for line in path.read_text().splitlines():
+            if line.startswith(name):
+                return int(line[len(name) :].split()[0])
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+class Footprint(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it: those alive, and the most that were at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self._known:
+            number, size = id(storage), storage.nbytes()
+            self._known.add(number)
+            self.alive += size
+            self.most = max(self.most, self.alive)
+            weakref.finalize(storage, self._gone, number, size)
+
+    def _gone(self, number: int, size: int) -> None:
+        self._known.discard(number)
+        self.alive -= size
