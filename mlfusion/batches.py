@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache as once
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ class Source(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """[N, …, D]; what is between images and width are the tokens of an image."""
+
+    @property
+    def dtype(self) -> "np.dtype[Any]": ...
 
     def __len__(self) -> int: ...
 
@@ -55,6 +58,11 @@ class Tokens:
         """(N, T, D)."""
         shape = tuple(self.values.shape)
         return (shape[0], math.prod(shape[1:-1]), shape[-1]) if isinstance(self.values, Source) else shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all of them take in memory, as they are kept."""
+        return math.prod(self.values.shape) * self.values.dtype.itemsize
 
     def __getitem__(self, rows: slice | np.ndarray) -> Tensor:
         """Tokens of these images as they are kept [rows, T, D]."""

@@ -3,29 +3,32 @@
 import os
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache as once
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from mlfusion import protocol, trained
+from mlfusion import population, protocol, trained
 from mlfusion.batches import Tokens
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.features import SplitPair, extract_command, require, split_pairs
+from mlfusion.memory import available
+from mlfusion.population import Precision
 from mlfusion.progress import track
 from mlfusion.results import Results, Row
 from mlfusion.specs import Probe, digest, parse_probes
-from mlfusion.store import Entry, FeatureStore, Place
+from mlfusion.store import Entry, FeatureStore, Place, TokenReader
 from mlfusion.targets import target_of
 
 PROBES = "probes"  # folder of the results that trained probes are kept in
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Part of every row's id: raised when a change of code changes scores, so that old rows are made again."""
 
 AAT_HEADS = (
@@ -56,6 +59,8 @@ def probe(
     cache: Place = None,
     results: str | os.PathLike[str] = "results",
     device: str = "cpu",
+    memory: int | None = None,
+    precision: Precision = "auto",
     say: Callable[[str], None] = lambda _: None,
 ) -> Probed:
     """Train and test probes on cached features, each by the study's protocol.
@@ -73,6 +78,9 @@ def probe(
         cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
         results: the folder that rows are kept in.
         device: where to train.
+        memory: bytes that a probe's training may take, by default most of what is free. Tokens that take more than half of
+            it are not loaded but read in shuffled batches as training goes on.
+        precision: of the matrix products of training: 'float32', 'bfloat16', or 'auto', bfloat16 where it is faster here.
         say: told what is reused and what is left out, a line each.
 
     Raises:
@@ -84,6 +92,8 @@ def probe(
     if not 0 <= smoothing < 1:
         raise BadData(f"--smoothing {smoothing:g}; allowed: from 0 to below 1, such as 0.1")
     store, kept, device = FeatureStore(cache), Results(Path(results)), pick_device(device)
+    limit = int(population.SPARE * available("cpu")) if memory is None else memory
+    narrow = population.resolve(precision, device)
     rows: list[Row] = []
     made, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
@@ -113,7 +123,7 @@ def probe(
         for job in jobs:
             row = known[job]
             if row is None or job in lost:
-                new, arrays, card, weights = _run(pair, job, device)
+                new, arrays, card, weights = _run(pair, job, device, limit, narrow)
                 if save:
                     trained.save(_folder(kept, new), card, weights)
                     say(f"{job.probe.name}, seed {job.seed}, is kept in {_folder(kept, new)}")
@@ -177,10 +187,18 @@ def _folder(results: Results, row: Row) -> Path:
 
 
 def _run(
-    pair: SplitPair, job: Job, device: str
+    pair: SplitPair, job: Job, device: str, memory: int, precision: Precision
+) -> tuple[Row, dict[str, np.ndarray], trained.Card, dict[str, np.ndarray]]:
+    with ExitStack() as opened:
+        return _fitted(pair, job, device, memory, precision, opened)
+
+
+def _fitted(
+    pair: SplitPair, job: Job, device: str, memory: int, precision: Precision, opened: ExitStack
 ) -> tuple[Row, dict[str, np.ndarray], trained.Card, dict[str, np.ndarray]]:
     spec, one = pair.train.spec, job.probe
-    train, test = _tokens(pair.train, one), lambda: _tokens(pair.test, one)
+    train, test = _tokens(pair.train, one, memory, opened), lambda: _tokens(pair.test, one, memory, opened)
+    streamed = isinstance(train.values, TokenReader)
     target = target_of(train.labels, len(spec.data.classes), smoothing=job.smoothing)
     if job.shots is not None:
         train = train.of(protocol.draw(train.labels, job.shots, classes=target.outputs, seed=job.seed))
@@ -195,6 +213,8 @@ def _run(
             seed=job.seed,
             device=device,
             halving=job.halving,
+            memory=memory - (0 if streamed else train.nbytes) if device == "cpu" else None,
+            precision=precision,
             progress=bar.to,
         )
     arrays = {
@@ -232,6 +252,8 @@ def _run(
         "code": _code(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **job.options(),  # type: ignore[typeddict-item]
+        **({"streamed": True} if streamed else {}),
+        **({"precision": precision} if precision != "float32" else {}),
     }
     model, names = spec.model, pair.train.names[0]
     card = trained.Card(
@@ -265,13 +287,16 @@ def _run(
     return row, arrays, card, outcome.weights
 
 
-def _tokens(entry: Entry, one: Probe) -> Tokens:
-    """[images, tokens, width]: layer by layer, in each layer CLS before AP."""
+def _tokens(entry: Entry, one: Probe, memory: int, opened: ExitStack) -> Tokens:
+    """[images, tokens, width]: layer by layer, in each layer CLS before AP; in memory, or read as training goes on."""
     layers = one.representation.layers(entry.spec.model.depth)
-    values = entry.read(layers, one.representation.kinds)
     rows, samples = entry.rows, entry.samples
     ids = tuple(samples.ids[row] for row in rows)
-    return Tokens(values.reshape(len(values), -1, values.shape[-1]), samples.labels[rows], ids)
+    reader = opened.enter_context(entry.open(layers, one.representation.kinds))
+    tokens = Tokens(reader, samples.labels[rows], ids)
+    if tokens.nbytes > memory / 2:
+        return tokens
+    return Tokens(tokens[:], tokens.labels, ids)
 
 
 def _attention(one: Probe, depth: int, attention: np.ndarray | None) -> dict[str, Any] | None:
@@ -324,3 +349,14 @@ def check_shots(words: str) -> tuple[int, ...]:
             f"--shots {words!r}; allowed: different whole numbers from 2, one image to fit and one to choose on, such as 2,4,8"
         )
     return tuple(int(part) for part in parts)
+
+
+def check_precision(word: str) -> Precision:
+    """The word, if it is one.
+
+    Raises:
+        UnknownName: it is not.
+    """
+    if word not in get_args(Precision):
+        raise UnknownName("precision", word, get_args(Precision))
+    return word  # type: ignore[return-value]

@@ -88,7 +88,7 @@ class Design:
         labels = tokens.labels[rows]
         self.weights = torch.from_numpy(target.weights(labels)).to(self.device, F64)  # [N]
         self.wanted = torch.from_numpy(target.regressand(labels)).to(self.device, F64)  # [N, C]
-        width = int(np.prod(tokens.values.shape[1:]))
+        width = int(np.prod(tokens.shape[1:]))
         total = self.weights.sum()
         self.centre = torch.zeros(width, device=self.device, dtype=F64)
         for some, x in self.blocks():
@@ -109,7 +109,7 @@ class Design:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Images [b, F] in float64, some at a time."""
-        width = int(np.prod(self.tokens.values.shape[1:]))
+        width = int(np.prod(self.tokens.shape[1:]))
         step = max(1, BLOCK // width)
         for start in range(0, len(self.rows), step):
             some = slice(start, min(start + step, len(self.rows)))

@@ -28,13 +28,13 @@ from torch.optim.adamw import adamw
 
 from mlfusion.batches import Schedule, Tokens, batches, stream
 from mlfusion.errors import BadData
-from mlfusion.memory import Footprint, available
+from mlfusion.memory import Footprint, available, pages_kept
 from mlfusion.probes import PROBES, Probe, Shape
 from mlfusion.specs import Head
 
 LAST_LEARNING_RATE = 1e-6
 SPARE = 0.8  # of the free memory that may be taken
-IN_CACHE = 1 << 25  # bytes that a block's step may touch; one configuration always may
+IN_CACHE = 1 << 26  # bytes that a block's step may touch; one configuration always may
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -194,11 +194,11 @@ class Layout:
         room = memory - need.batch - lanes * need.step
         if room < need.each:
             parts = (need.batch + need.step + need.each, need.batch, need.step + need.each, memory)
-            least, batch, probe, free = (f"{part / 1e9:.2f} GB" for part in parts)
+            least, batch, probe, free = (f"{part / 1e6:,.1f} MB" for part in parts)
             raise BadData(
                 f"not even one configuration can be trained: it needs {least} of memory ({batch} for a batch of tokens, "
-                f"{probe} for the probe), and {free} may be taken; allowed: a probe that fits. Free memory, raise --memory, or choose "
-                "fewer layers or another head"
+                f"{probe} for the probe), and {free} may be taken; allowed: a probe that fits. Free memory, raise --memory, or "
+                "choose fewer layers or another head"
             )
         together = min(count, room // need.each)
         if shared:
@@ -293,6 +293,13 @@ def has_fast_bfloat16(device: str) -> bool:
     return seconds[torch.bfloat16] < seconds[torch.float32] * 2 / 3
 
 
+def resolve(precision: Precision, device: str) -> Precision:
+    """'auto' → 'bfloat16' where it is faster, or 'float32'."""
+    if precision == "auto":
+        return "bfloat16" if has_fast_bfloat16(device) else "float32"
+    return precision
+
+
 def train(
     head: Head,
     tokens: Tokens,
@@ -340,12 +347,10 @@ def train(
     if loss is None:
         weights = torch.from_numpy(class_weights(tokens.labels[rows], shape.classes)).to(device, dtype)
         loss = partial(losses, weights=weights)
-    bf16 = precision == "bfloat16" or (precision == "auto" and dtype == torch.float32 and has_fast_bfloat16(device))
+    bf16 = resolve(precision, device) == "bfloat16"
     accelerated = torch.device(device).type != "cpu"
-    if accelerated and not isinstance(tokens.values, Tensor):
-        size = math.prod(tokens.shape) * torch.float16.itemsize
-        if size < available(device) / 2:
-            tokens = tokens.on(device)
+    if accelerated and not isinstance(tokens.values, Tensor) and tokens.nbytes < available(device) / 2:
+        tokens = tokens.on(device)
     if layout is None:
         layout = Layout.of(
             len(configurations),
@@ -356,7 +361,7 @@ def train(
         )
     for group in layout.groups(len(configurations)):
         blocks = [_Block(head, shape, configurations[part], seed, device, dtype, bf16) for part in group]
-        with _tensor_cores(device), _in_lanes(min(layout.lanes, len(blocks))) as run:
+        with pages_kept(), _tensor_cores(device), _in_lanes(min(layout.lanes, len(blocks))) as run:
             passing = batches(tokens, rows, schedule, seed=seed, device=device, dtype=dtype)
             for step, (batch, labels) in enumerate(islice(passing, until)):
                 one = partial(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mlfusion import exact, population
-from mlfusion.batches import LARGEST_BATCH, Schedule, Tokens, stream
+from mlfusion.batches import LARGEST_BATCH, Schedule, Source, Tokens, stream
 from mlfusion.errors import BadData, UnknownName
-from mlfusion.population import Configuration
+from mlfusion.population import Configuration, Precision
 from mlfusion.probes import PROBES, Probe, Shape
 from mlfusion.specs import Head
 from mlfusion.targets import Loss, Target
@@ -93,6 +93,8 @@ def fit(
     seed: int,
     device: str = "cpu",
     halving: bool = False,
+    memory: int | None = None,
+    precision: Precision = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Choose a configuration on a stratified fifth of train, refit it on all of train, test it once.
@@ -107,6 +109,8 @@ def fit(
         seed: split, order, jitter, initialisation and dropout follow from it.
         device: where to train.
         halving: stop configurations without hope early, see `Training`.
+        memory: bytes that training may take, see `population.train`.
+        precision: of its matrix products, likewise.
         progress: called after each step with the steps done and all there are, counted per configuration.
 
     Raises:
@@ -123,7 +127,17 @@ def fit(
         search = SOLVERS[head](train, target, grid=grid, seed=seed, device=device, progress=progress)
     else:
         search = Training(
-            head, train, target, heads=heads, grid=grid, seed=seed, device=device, halving=halving, progress=progress
+            head,
+            train,
+            target,
+            heads=heads,
+            grid=grid,
+            seed=seed,
+            device=device,
+            halving=halving,
+            memory=memory,
+            precision=precision,
+            progress=progress,
         )
     score, loss = search.scores()
     best = choose(score, loss)
@@ -132,9 +146,9 @@ def fit(
 
     unseen = test()
     _check(unseen, target, "test")
-    if unseen.values.shape[1:] != train.values.shape[1:]:
+    if unseen.shape[1:] != train.shape[1:]:
         raise BadData(
-            f"test has tokens of shape {tuple(unseen.values.shape[1:])} and train {tuple(train.values.shape[1:])}; "
+            f"test has tokens of shape {unseen.shape[1:]} and train {train.shape[1:]}; "
             "allowed: the same tokens and width, so extract both splits with the same model, layers and tokens"
         )
     predictions, attention = predict(probe, unseen, target, block=search.block, device=device)
@@ -169,7 +183,7 @@ class Search(ABC):
         self.train, self.target, self.device = train, target, device
         self.fitted, self.held_out = split(target.strata(train.labels), seed=seed)
         self.everything = np.arange(len(train))
-        _, t, d = train.values.shape
+        _, t, d = train.shape
         self.shape = Shape(tokens=t, width=d, classes=target.outputs)
         self.progress, self.done, self.steps = progress, 0, 0
 
@@ -220,6 +234,8 @@ class Training(Search):
         seed: int,
         device: str = "cpu",
         halving: bool = False,
+        memory: int | None = None,
+        precision: Precision = "float32",
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """As `fit`.
@@ -228,14 +244,14 @@ class Training(Search):
             BadData: heads that do not fit the tokens.
         """
         super().__init__(train, target, seed=seed, device=device, progress=progress)
-        _, t, d = train.values.shape
+        _, t, d = train.shape
         heads = (t if heads is None else heads) if PROBES[head].attends else 1
         if not 1 <= heads <= d:
             raise BadData(
                 f"{heads} attention heads do not fit tokens of width {d}; allowed: 1 to {d}. "
                 f"Pass heads={min(8, d)}, or take fewer tokens where there is a head for each"
             )
-        self.head, self.seed = head, seed
+        self.head, self.seed, self.memory, self.precision = head, seed, memory, precision
         self.shape = Shape(tokens=t, width=d, classes=target.outputs, heads=heads)
         self.configurations = GRIDS[grid].configurations(head)
         self.choosing, self.refitting = GRIDS[grid].schedule(len(self.fitted)), GRIDS[grid].schedule(len(train))
@@ -286,6 +302,8 @@ class Training(Search):
             schedule,
             seed=self.seed,
             device=self.device,
+            memory=self.memory,
+            precision=self.precision,
             progress=self.advance,
             loss=loss,
             until=until,
@@ -477,7 +495,7 @@ def predict(
 
 def _check(tokens: Tokens, target: Target, name: str) -> None:
     """Refuse tokens and labels that do not belong together, or are not finite."""
-    shape, labels, ids = tuple(tokens.values.shape), tokens.labels, tokens.ids
+    shape, labels, ids = tokens.shape, tokens.labels, tokens.ids
     if len(shape) != 3 or len(labels) != shape[0] or 0 in shape:
         raise BadData(
             f"{name} has tokens of shape {shape} and labels of shape {labels.shape}; "
@@ -489,10 +507,12 @@ def _check(tokens: Tokens, target: Target, name: str) -> None:
             "same order, so read them from one entry of the cache"
         )
     target.check(labels, name)
+    if isinstance(tokens.values, Source):  # the cache refuses at writing what is not finite
+        return
     block = max(1, 2**24 // (shape[1] * shape[2]))
     for start in range(0, shape[0], block):
-        part = tokens.values[start : start + block]
-        finite = (torch if isinstance(part, Tensor) else np).isfinite(part).reshape(len(part), -1).all(1)
+        part = tokens[start : start + block]
+        finite = torch.isfinite(part).flatten(1).all(1)
         if not finite.all():
             row = start + int(finite.tolist().index(False))
             raise BadData(

@@ -120,6 +120,8 @@ class Row(TypedDict):
     shots: NotRequired[int]  # images of each class trained on, where not all
     halving: NotRequired[Literal[True]]
     smoothing: NotRequired[float]
+    streamed: NotRequired[Literal[True]]  # read in shuffled batches, not loaded
+    precision: NotRequired[Literal["bfloat16"]]  # of the matrix products of training, where not float32
 
 
 class Results:

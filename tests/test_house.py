@@ -61,6 +61,7 @@ DOORS: dict[str, set[str]] = {
         "protocol",
         "memory",
         "batches",
+        "population",
         "progress",
         "results",
         "devices",

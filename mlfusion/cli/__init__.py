@@ -15,6 +15,7 @@ from mlfusion.cli.predict import predict
 from mlfusion.cli.words import (
     DATASET,
     MODEL,
+    UNITS,
     AnyModel,
     AsJson,
     Cache,
@@ -29,6 +30,7 @@ from mlfusion.cli.words import (
     ResultsPath,
     Split,
     Tokens,
+    amount,
     print_json,
     print_rows,
     say,
@@ -164,6 +166,14 @@ def probe(
     ] = False,
     smoothing: Annotated[float, typer.Option("--smoothing", help="Of the labels, from 0 to below 1.")] = 0.0,
     save: Annotated[bool, typer.Option("--save", help="Keep the trained probes, for mlfusion predict.")] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="That training may take: 500MB, 4GB. By default most of what is free."),
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option("--precision", help="Of matrix products: float32, bfloat16, or auto, the faster of them here."),
+    ] = "auto",
     cache: Cache = None,
     results: ResultsPath = Path("results"),
     device: Device = "cpu",
@@ -185,6 +195,8 @@ def probe(
         cache=cache,
         results=results,
         device=device,
+        memory=amount("memory", memory, UNITS),
+        precision=evaluation.check_precision(precision),
         say=say,
     )
     if as_json:

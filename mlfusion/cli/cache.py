@@ -8,6 +8,7 @@ import typer
 from mlfusion.cli.words import (
     DATASET,
     MODEL,
+    UNITS,
     AsJson,
     Cache,
     Dataset,
@@ -16,11 +17,12 @@ from mlfusion.cli.words import (
     Model,
     Split,
     Tokens,
+    amount,
     print_json,
     print_rows,
     say,
 )
-from mlfusion.errors import CacheUnusable, MlfusionError, NotCached, UnknownName
+from mlfusion.errors import CacheUnusable, NotCached, UnknownName
 from mlfusion.specs import KINDS, layer_ranges
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the feature cache.")
@@ -30,7 +32,6 @@ SomeDataset = Annotated[str | None, typer.Option("--dataset", "-d", help="Only e
 SomeSplit = Annotated[str | None, typer.Option("--split", help="Only entries of this split.")]
 NewFormat = Annotated[str | None, typer.Option("--format", help="zarr or hdf5; default: as each stream is kept.")]
 
-UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 TIMES = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -199,8 +200,8 @@ def prune(
         [entry for entry in every if entry.key in wanted],
         every=every,
         now=disk.clock(store.root),
-        older=_amount("older", older, TIMES),
-        quota=_amount("size", size, UNITS),
+        older=amount("older", older, TIMES),
+        quota=amount("size", size, UNITS),
         needed=_needed(unneeded) if unneeded else None,
     )
     kept: dict[str, str] = {}
@@ -224,16 +225,6 @@ def _needed(results: Path) -> set[str]:
     from mlfusion.results import Results
 
     return {key for row in Results(results).require() for key in row["features"]}
-
-
-def _amount(option: str, text: str | None, units: dict[str, int]) -> int | None:
-    if text is None:
-        return None
-    for unit, factor in units.items():
-        number = text.removesuffix(unit)
-        if number != text and number.replace(".", "", 1).isdecimal():
-            return int(float(number) * factor)
-    raise MlfusionError(f"--{option} {text!r} is no amount; allowed: a number and one of {', '.join(units)}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from mlfusion.errors import MlfusionError
 
 MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
 DATASET = "digits"
+UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Commands(TyperGroup):
@@ -79,3 +80,18 @@ def print_rows(rows: Sequence[dict[str, Any]], nothing: str) -> None:
         cells = zip(line, widths, right, strict=True)
         text.append("  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in cells))
     typer.echo("\n".join(each.rstrip() for each in text))
+
+
+def amount(option: str, text: str | None, units: dict[str, int]) -> int | None:
+    """'20GB' → 20 · 10⁹, by the units allowed.
+
+    Raises:
+        MlfusionError: it is no number with one of them.
+    """
+    if text is None:
+        return None
+    for unit, factor in units.items():
+        number = text.removesuffix(unit)
+        if number != text and number.replace(".", "", 1).isdecimal():
+            return int(float(number) * factor)
+    raise MlfusionError(f"--{option} {text!r} is no amount; allowed: a number and one of {', '.join(units)}")

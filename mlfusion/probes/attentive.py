@@ -164,8 +164,7 @@ class Gather(torch.autograd.Function):
             centred: what is added to all images alike has no effect and gets no gradient.
         """
         k, h, e, _ = weight.shape
-        narrow = _product_type(x)
-        x = x.to(narrow)
+        narrow = x.dtype
         # Scale and shift of LN_v go to the projection, which is smaller than the averages of a batch.
         project = (weight * scale[:, None, None]).to(narrow).flatten(0, 1)  # [K·H, e, D]
         constant = _times(weight, shift)  # [K·H, e]
@@ -247,9 +246,3 @@ def _softmax(x: Tensor, folded: Tensor) -> Tensor:
     """Standard tokens [B, T, D] and vectors [K·H, D] → weights [B, T, K·H], which sum to one over T."""
     scores = x.flatten(0, 1) @ folded.to(x.dtype).T
     return torch.softmax(scores.view(*x.shape[:2], -1).to(folded.dtype), dim=1)
-
-
-def _product_type(x: Tensor) -> torch.dtype:
-    """That of matrix products: autocast's where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -29,14 +29,17 @@ def heads_of(width: int) -> int:
 def standard(tokens: Tensor) -> Tensor:
     """Tokens [B, T, D] of mean 0 and variance 1 over D: LayerNorm without scale and shift, the same for all K.
 
+    Under autocast they are of the type of its products.
     They are remembered as long as the batch is there, for the parts of a population that are trained on it in turn.
     """
-    known = _standard.get(tokens)
-    if known is None or known[0] != tokens._version:
-        known = tokens._version, F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
+    kind = tokens.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+    version, made = _standard.get(tokens, (None, tokens))
+    if version != tokens._version or made.dtype != dtype:
+        made = F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS).to(dtype)
         if not tokens.requires_grad:
-            _standard[tokens] = known
-    return known[1]
+            _standard[tokens] = tokens._version, made
+    return made
 
 
 def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

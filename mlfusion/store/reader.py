@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -406,6 +406,8 @@ class TokenReader:
             raise IndexError(f"rows {wanted.min()}..{wanted.max()} of {len(self)} images")
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         images = wanted if self._rows is None else self._rows[wanted]
+        if self._dense(images):
+            return self._scatter(wanted, self._empty(0))
         out = self._empty(len(images))
         for pin in self._pins:
             pin.renew()
@@ -438,29 +440,46 @@ class TokenReader:
         return np.concatenate(groups) if groups else np.empty(0, np.int64)
 
     def batches(
-        self, size: int, *, seed: int, rows: np.ndarray | None = None
+        self, size: int | Sequence[int], *, seed: int, rows: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """One pass in a shuffled order over all images, or over `rows`: (rows [b], tokens [b, layers, tokens, width]).
 
         Blocks of neighbouring images are drawn from the whole entry, as many as MIXED bytes hold; their images are
         shuffled among themselves and dealt out while threads read the next blocks. So memory does not grow with the
         entry, every block is read once and in one piece, and what comes as sorted by class leaves well mixed. An entry
-        smaller than MIXED is shuffled without such bounds. The last batch may be smaller.
+        smaller than MIXED is shuffled without such bounds.
+
+        Args:
+            size: images of a batch, the last one may be smaller; or the sizes of all batches.
+            seed: names the order.
+            rows: images to read, by default all.
+
+        Raises:
+            ValueError: sizes that do not add up to the images there are.
+            CacheUnusable: a shard is damaged.
         """
         groups = self._groups(seed, rows)
+        images = sum(map(len, groups))
+        sizes = (
+            [size] * (images // size) + [images % size] * (images % size > 0) if isinstance(size, int) else list(size)
+        )
+        if sum(sizes) != images:
+            raise ValueError(f"batches of {sum(sizes)} images in all, and there are {images}")
+        ends = np.cumsum(sizes)
         left, kept = np.empty(0, np.int64), self._empty(0)  # less than a batch, which the next group completes
+        given = 0  # images that were dealt out
         with ThreadPoolExecutor(1) as ahead:
             waiting = ahead.submit(self._scatter, groups[0], kept) if groups else None
             for number, group in enumerate(groups):
                 assert waiting is not None
                 dealt, tokens = np.concatenate([left, group]), waiting.result()
-                last = number + 1 == len(groups)
-                stop = len(dealt) if last else len(dealt) // size * size
-                left, kept = dealt[stop:], tokens[stop:]
-                waiting = None if last else ahead.submit(self._scatter, groups[number + 1], kept)
-                for first in range(0, stop, size):
-                    end = min(first + size, stop)
-                    yield dealt[first:end], tokens[first:end]
+                cuts = [given, *ends[(ends > given) & (ends <= given + len(dealt))].tolist()]
+                left, kept = dealt[cuts[-1] - given :], tokens[cuts[-1] - given :]
+                more = number + 1 < len(groups)
+                waiting = ahead.submit(self._scatter, groups[number + 1], kept) if more else None
+                for first, end in pairwise(cuts):
+                    yield dealt[first - given : end - given], tokens[first - given : end - given]
+                given = cuts[-1]
 
     def fetch(self, rows: np.ndarray) -> None:
         """Ask the disk for images that will be read soon; returns at once."""
@@ -519,6 +538,11 @@ class TokenReader:
             with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(scatter, jobs))
         return whole
+
+    def _dense(self, images: np.ndarray) -> bool:
+        """Whether most of the chunks that these images are in would be read: then they are, rather than mapped."""
+        blocks = [(len(np.unique(images // rows)), rows) for rows in {s.source.stream.chunk_rows for s in self._spans}]
+        return all(len(images) >= count * rows / 2 for count, rows in blocks)
 
     def _empty(self, images: int) -> np.ndarray:
         _, layers, tokens, width = self.shape

@@ -1,0 +1,215 @@
+"""Batches streamed from the cache: the same images, labels and scores as from memory, in memory that does not grow."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlfusion import batches, evaluation, population
+from mlfusion.batches import Schedule, Source, Tokens
+from mlfusion.errors import BadData
+from mlfusion.population import Configuration
+from mlfusion.probes import Shape
+from mlfusion.results import Results
+from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
+from mlfusion.store import Entry, FeatureStore, Names, Samples, reader, streams_for
+
+DEPTH, WIDTH, TOKENS = 2, 24, 5
+
+
+def cached(root: Path, split: str, images: int, *, tokens: int = TOKENS, width: int = WIDTH, seed: int = 0) -> Entry:
+    """An entry of all tokens of the last of two layers, sorted by class, which they tell a little of."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(images) * 3 // images
+    samples = Samples(
+        ids=tuple(f"{split}/{i:05d}" for i in range(images)),
+        labels=labels,
+        digests=np.random.default_rng(len(split)).integers(0, 256, (images, 16), np.uint8),
+        classes=("a", "b", "c"),
+    )
+    model = ModelSpec(
+        weights="0" * 64,
+        revision=None,
+        config="none",
+        preprocess="{}",
+        name="m",
+        family="none",
+        depth=DEPTH,
+        width=width,
+    )
+    data = DataSpec(content=samples.content, split=split, images=images, classes=samples.classes, name="d")
+    names = Names(model="m", model_source="m", dataset="d", dataset_source="d")
+    entry = FeatureStore(root).create(FeatureSpec(model=model, data=data, dtype="float16"), samples, names)
+    [stream] = streams_for(
+        [(DEPTH, "all")], tokens={"all": tokens}, widths={DEPTH: width}, images=images, dtype="float16", format="zarr"
+    )
+    entry.begin([stream])
+    centres = np.random.default_rng(7).normal(size=(3, 1, tokens, width))
+    for shard in range(stream.shards):
+        rows = stream.rows(shard)
+        with entry.draft(stream, shard) as draft:
+            for start in range(rows.start, rows.stop, 1024):
+                some = labels[start : min(start + 1024, rows.stop)]
+                draft.append((centres[some] + 2 * random.normal(size=(len(some), 1, tokens, width))).astype(np.float32))
+            assert draft.publish()
+    entry.seal()
+    return entry
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several groups of several blocks in a few hundred images."""
+    monkeypatch.setattr(reader, "MIXED", 1 << 14)
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_a_streamed_pass_has_every_image_once_with_its_own_tokens_and_label(tmp_path: Path) -> None:
+    entry = cached(tmp_path, "train", 600)
+    rows = np.setdiff1d(np.arange(600), np.arange(0, 600, 7))
+    schedule = Schedule.of(len(rows), epochs=2, least_steps=1)
+    with entry.open([DEPTH], ["all"]) as values:
+        tokens = Tokens(values, entry.samples.labels)
+        assert isinstance(values, Source) and tokens.shape == (600, TOKENS, WIDTH)
+        whole = values.read().reshape(600, TOKENS, WIDTH)
+
+        def passed(seed: int) -> list[np.ndarray]:
+            order, found = np.random.default_rng(seed), []
+            for _ in range(2):
+                for chosen, given in tokens.passed(rows, schedule.sizes, order):
+                    assert np.array_equal(given.numpy(), whole[chosen])
+                    found.append(chosen)
+            return found
+
+        once, again, other = passed(0), passed(0), passed(1)
+        assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
+        assert not np.array_equal(np.concatenate(once), np.concatenate(other))
+        epochs = [np.concatenate(once[: schedule.batches]), np.concatenate(once[schedule.batches :])]
+        assert [len(batch) for batch in once] == schedule.sizes * 2
+        assert all(np.array_equal(np.sort(epoch), rows) for epoch in epochs)
+        assert not np.array_equal(*epochs)
+        # Sorted by class as they lie, and yet every batch has of every class.
+        assert all(len(np.unique(entry.samples.labels[batch])) == 3 for batch in once)
+        # What a step is given: of length 1 but for the jitter on some.
+        [*steps] = batches.batches(tokens, rows, schedule, seed=3, device="cpu")
+        lengths = torch.cat([batch for batch, _ in steps]).norm(dim=-1)
+        assert torch.isclose(lengths, torch.ones(()), atol=1e-3).double().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_streamed_training_is_training_on_the_same_batches(tmp_path: Path) -> None:
+    """Against an array of the images in the order in which they were streamed, passed without a shuffle."""
+    entry, steps = cached(tmp_path, "train", 300), 12
+
+    class InThatOrder(np.random.Generator):
+        def permutation(self, x: object, axis: int = 0) -> np.ndarray:
+            return orders.pop(0)
+
+    with entry.open([DEPTH], ["all"]) as values:
+        streamed = Tokens(values, entry.samples.labels)
+        loaded = Tokens(values.read().reshape(300, TOKENS, WIDTH), streamed.labels)
+        rows, schedule = np.arange(300), Schedule.of(300, epochs=1, least_steps=steps)
+        generator = np.random.default_rng(batches.stream("order", 0))
+        orders = [values.order(seed=int(generator.integers(2**63))) for _ in range(3)]
+        ends = []
+        for tokens in (streamed, loaded):
+            with pytest.MonkeyPatch.context() as patch:
+                if tokens is loaded:
+                    patch.setattr(np.random, "default_rng", lambda _: InThatOrder(np.random.PCG64()))
+                [(_, probe)] = population.train(
+                    "attentive",
+                    tokens,
+                    rows,
+                    [Configuration(1e-2, 1e-2, 0.1)],
+                    Shape(tokens=TOKENS, width=WIDTH, classes=3, heads=4),
+                    schedule,
+                    seed=0,
+                )
+            ends.append(probe.state_dict())
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+
+
+def test_sizes_must_add_up(tmp_path: Path) -> None:
+    with cached(tmp_path, "train", 30).open([DEPTH], ["all"]) as values, pytest.raises(ValueError, match="29 images"):
+        next(values.batches([10, 19], seed=0))
+
+
+def test_a_probe_streams_what_it_may_not_load(tmp_path: Path) -> None:
+    """The same protocol and about the same scores; the row tells."""
+    for split, images in (("train", 3000), ("test", 600)):
+        cached(tmp_path, split, images, tokens=20, width=64, seed=len(split))
+    rows = {}
+    for memory in (14 * 10**6, 10**9):
+        done = evaluation.probe(
+            "d",
+            model="m",
+            probes="all-tokens-last/attentive",
+            grid="quick",
+            seeds=(0,),
+            cache=tmp_path,
+            results=tmp_path / f"{memory}",
+            memory=memory,
+        )
+        [rows[memory]] = done.rows
+        assert Results(tmp_path / f"{memory}").require() == done.rows
+    streamed, loaded = rows[14 * 10**6], rows[10**9]
+    assert streamed["streamed"] is True and "streamed" not in loaded
+    assert loaded["test"] > 0.6 and streamed["test"] == pytest.approx(loaded["test"], abs=0.05)
+    assert streamed["id"] == loaded["id"]
+    with pytest.raises(
+        BadData, match=r"not even one configuration can be trained: it needs .* for a batch .* --memory"
+    ):
+        evaluation.probe(
+            "d",
+            probes="all-tokens-last/attentive",
+            grid="quick",
+            seeds=(0,),
+            cache=tmp_path,
+            results=tmp_path / "none",
+            memory=10**6,
+        )
+
+
+GROWS = """
+import sys
+import numpy as np, torch
+from mlfusion import population
+from mlfusion.batches import Schedule, Tokens
+from mlfusion.probes import Shape
+from mlfusion.store import FeatureStore, reader
+torch.set_num_threads(1)
+reader.MIXED = 1 << 23
+[entry] = FeatureStore(sys.argv[1]).entries()
+with entry.open([2], ["all"]) as values:
+    tokens = Tokens(values, entry.samples.labels)
+    if sys.argv[2] == "load":
+        tokens = Tokens(tokens[:], tokens.labels)
+    n, t, d = tokens.shape
+    schedule = Schedule(images=n, steps=n // 200, batch_size=200, batches=n // 200)
+    for _ in population.train("attentive", tokens, np.arange(n), [population.Configuration(1e-3, 0.1)],
+                              Shape(tokens=t, width=d, classes=3, heads=4), schedule, seed=0):
+        pass
+[peak] = [line for line in open('/proc/self/status') if line.startswith('VmHWM')]
+print(int(peak.split()[1]) // 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is told by Linux's /proc")
+def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    peaks = {}
+    for images in (2000, 8000):
+        cached(tmp_path / str(images), "train", images, tokens=50, width=128)
+        for way in ("stream", "load") if images == 8000 else ("stream",):
+            ran = subprocess.run(
+                [sys.executable, "-c", GROWS, str(tmp_path / str(images)), way],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            peaks[images, way] = int(ran.stdout)
+    # 26 MB and 102 MB of tokens.
+    assert peaks[8000, "stream"] < peaks[2000, "stream"] + 25
+    assert peaks[8000, "load"] > peaks[8000, "stream"] + 50
