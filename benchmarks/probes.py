@@ -8,16 +8,16 @@ results already is not made again; with --table nothing is trained, and the tabl
 """
 
 import argparse
-import re
 from pathlib import Path
 from statistics import fmean, stdev
+
+import page
 
 import mlfusion
 from mlfusion.progress import duration
 from mlfusion.results import Results, Row
 from mlfusion.specs import ABOUT, BASELINE, HEADS
 
-PAGE = Path(__file__).parent.parent / "docs" / "probes.md"
 SEEDS = (0, 1, 2)
 LAYERS, TOKENS = "cls+ap-all-layers", "all-tokens-last"
 HALVED = {  # probe → seeds; the attentive grid takes minutes a seed
@@ -116,11 +116,8 @@ def main() -> None:
             for half in (True, False):
                 mlfusion.probe(where, probes=[probe], grid="paper", seeds=seeds, halving=half, **options)
     rows = Results(asked.results).require()
-    text = PAGE.read_text(encoding="utf-8")
-    for title, table in (("family", family(rows, sets)), ("halving", halving(rows, sets))):
-        begin, end = f"<!-- {title} -->", f"<!-- end of {title} -->"
-        text = re.sub(f"{begin}.*?{end}", lambda _, b=begin, t=table, e=end: f"{b}\n{t}\n{e}", text, flags=re.S)
-    PAGE.write_text(text, encoding="utf-8")
+    page.put("probes.md", "family", family(rows, sets))
+    page.put("probes.md", "halving", halving(rows, sets))
 
 
 if __name__ == "__main__":

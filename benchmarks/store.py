@@ -1,6 +1,6 @@
 """How fast the cache reads and writes, as ratios to plain memory-mapped NumPy files that hold the same bytes.
 
-    python benchmarks/store.py [--images 20000] [--repeats 7] [--folder DIR] [--json]
+    python benchmarks/store.py [--images 20000] [--repeats 7] [--folder DIR] [--page] [--json]
 
 Tokens of 13 layers x (cls, ap) x 768 channels in float16, 800 MB at 20,000 images, and each repetition does the same work
 ours and theirs in turn, so that what else the machine does falls on both; a ratio is theirs / ours in seconds, medians of
@@ -21,7 +21,6 @@ Beside them, at `--rival-images`, what is common elsewhere: one `torch.save` fil
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -36,6 +35,7 @@ from typing import Any
 import crc32c
 import h5py
 import numpy as np
+import page
 import torch
 import xxhash
 
@@ -362,6 +362,7 @@ def main() -> None:
     parser.add_argument("--rival-images", type=int, default=4_000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the system's temporary one")
+    parser.add_argument("--page", action="store_true", help="put the table into docs/speed.md")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -379,8 +380,22 @@ def main() -> None:
     print(
         "\n"
         + ("missed: " + "; ".join(missed) if missed else "every bar is met")
-        + f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        + f"\n{page.machine()}"
     )
+    if args.page:
+        cells = [
+            (
+                row["row"],
+                f"{row['value']:.3g} {row['unit']}",
+                f"{row['low']:.3g} to {row['high']:.3g}" if "low" in row else "",
+                f"{BARS[row['row']]:g}" if row["row"] in BARS else "",
+                row.get("note", ""),
+            )
+            for row in rows
+        ]
+        heads = ["", "median", "spread", "bar", ""]
+        text = f"{page.machine()}, {args.images:,} images.\n\n{page.table(heads, cells)}"
+        page.put("speed.md", "store", text)
     if args.json:
         print(json.dumps(rows))
 

@@ -68,7 +68,8 @@ class Tokens:
         """Tokens of these images as they are kept [rows, T, D]."""
         if isinstance(self.values, Tensor):
             return self.values[rows if isinstance(rows, slice) else torch.from_numpy(rows).to(self.values.device)]
-        return torch.from_numpy(self.values[rows]).view(-1, *self.shape[1:])
+        some = self.values[rows]
+        return torch.from_numpy(some if some.flags.writeable else some.copy()).view(-1, *self.shape[1:])
 
     def of(self, rows: np.ndarray) -> "Tokens":
         """Some of the images, in memory."""

@@ -330,6 +330,25 @@ def test_a_configuration_that_diverges_harms_no_other(head: Head) -> None:
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("head", PROBES)
+def test_narrow_products_change_scores_little_and_keep_parameters_wide(head: Head) -> None:
+    tokens, schedule = some(40), Schedule.of(40, epochs=1, least_steps=10)
+    logits = {}
+    for precision in ("float32", "bfloat16"):
+        [(_, probe)] = population.train(
+            head, tokens, np.arange(40), [SEVEN[2]], SHAPE, schedule, seed=0, precision=precision
+        )
+        assert {value.dtype for value in probe.state_dict().values()} == {torch.float32}
+        [(logits[precision], _)] = population.read(probe, tokens, np.arange(40), block=40, device="cpu")
+    gap = (logits["bfloat16"] - logits["float32"]).abs().mean() / logits["float32"].std()
+    assert 0 < gap < 0.2  # other products, but the same training
+
+
+def test_the_faster_precision_is_taken_where_none_is_asked_for() -> None:
+    assert population.resolve("float32", "cpu") == "float32" and population.resolve("bfloat16", "cpu") == "bfloat16"
+    assert population.resolve("auto", "cpu") == ("bfloat16" if population.has_fast_bfloat16("cpu") else "float32")
+
+
 # --- groups and streams ----------------------------------------------------------------------------------------------
 
 
