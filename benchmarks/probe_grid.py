@@ -294,7 +294,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "usual loop, whole grid",
             f"{found['usual_grid_h']:.1f} h",
-            f"{found['configurations']} × {found['steps']:,} steps",
+            f"{found['configurations']} configurations, {found['steps']:,} steps each",
         ),
         ("ours, whole grid", f"{found['ours_grid_s'] / 60:.1f} min", f"goal on a GPU: {GOAL_CUDA} s"),
         (

@@ -377,11 +377,7 @@ def main() -> None:
         for r in rows
         if r["unit"] == "ms" and r["row"][:4] == "open" and r["value"] > OPEN_MS
     ]
-    print(
-        "\n"
-        + ("missed: " + "; ".join(missed) if missed else "every bar is met")
-        + f"\n{page.machine()}"
-    )
+    print("\n" + ("missed: " + "; ".join(missed) if missed else "every bar is met") + f"\n{page.machine()}")
     if args.page:
         cells = [
             (
