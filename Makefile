@@ -51,7 +51,7 @@ datasets: setup ## the catalogue of data sets
 	@$(BIN)/mlfusion ls datasets
 
 test: setup ## the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 test-faults: setup ## the long form of the cache's fault tests: minutes, and a table
 	MLFUSION_FAULTS=long $(BIN)/python -m pytest -q tests/faults $(ARGS)
