@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlfusion.errors import Unavailable
-from mlfusion.report.summary import Block, LayerAttention, Score, Spread, listed, percent, points
+from mlfusion.report.summary import Block, LayerAttention, Score, listed, percent, points
 from mlfusion.specs import BASELINE
+from mlfusion.statistics import Spread
 
 Record = dict[str, str | float | int | None]
 

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from mlfusion.errors import MlfusionError
 from mlfusion.progress import duration
 from mlfusion.report import figures, words
-from mlfusion.report.summary import Block, Score, Spread, blocks, count, listed, percent, points
+from mlfusion.report.summary import Block, Score, blocks, count, listed, percent, points
 from mlfusion.results import Row
 from mlfusion.specs import KINDS, STUDY, layer_ranges
+from mlfusion.statistics import Spread
 
 TITLE = "Do the intermediate layers help?"
 

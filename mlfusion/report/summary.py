@@ -4,36 +4,22 @@ Scores are fractions here, gains differences of fractions; only what shows them 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 from mlfusion.errors import MlfusionError
 from mlfusion.results import Row
 from mlfusion.specs import BASELINE, STUDY
+from mlfusion.statistics import Spread
 
 ALF = "cls+ap-all-layers/attentive"
 
 _LAYERWISE = re.compile(r"(?P<kinds>.+)-layer-(?P<layer>\d+)/(?P<head>[\w-]+)")
 _LAST = re.compile(r"(?P<kinds>.+)-last/(?P<head>[\w-]+)")
 _SEVERAL = re.compile(r".+-(?:all|\d+)-layers/[\w-]+")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation over n seeds; no deviation for one."""
-
-    mean: float
-    sd: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
-        """One value a seed."""
-        held = list(values)
-        return cls(fmean(held), stdev(held) if len(held) > 1 else None, len(held))
 
 
 @dataclass(frozen=True)

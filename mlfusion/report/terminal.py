@@ -7,9 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mlfusion.progress import duration
-from mlfusion.report.summary import Block, Score, Spread, blocks, count, percent, points
+from mlfusion.report.summary import Block, Score, blocks, count, percent, points
 from mlfusion.report.words import answer
 from mlfusion.results import Row
+from mlfusion.statistics import Spread
 
 HEADS = ("test", "gain, points", "val", "param.", "time", "n")
 

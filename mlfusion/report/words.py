@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from mlfusion.report.summary import ALF, Block, LayerAttention, Spread, count, listed, percent, points
+from mlfusion.report.summary import ALF, Block, LayerAttention, count, listed, percent, points
 from mlfusion.specs import BASELINE
+from mlfusion.statistics import Spread
 
 
 def opening(held: Sequence[Block]) -> str:

@@ -1,0 +1,64 @@
+"""How sure a number is: spreads, intervals, tests, ranks, calibration and similarity, by SciPy and scikit-learn. No torch.
+
+`seeds`       Spread: mean ± deviation over seeds
+`images`      over the test images of one data set: interval, difference (paired bootstrap), mcnemar, calibration, confusion
+`datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, against, ranking (Friedman, critical difference)
+`similarity`  of layers: cka, layer_cka (linear centred kernel alignment)
+
+Functions of arrays, each returning a frozen value. Scores are fractions; a gain always stands beside the scores it is the
+difference of. Deviation over seeds and interval over test images are two uncertainties: one says how much another training
+run would differ, the other how much another test set would.
+"""
+
+from mlfusion.statistics.datasets import (
+    FEWEST,
+    Against,
+    Pair,
+    Ranking,
+    Signed,
+    adjust,
+    against,
+    holm,
+    ranking,
+    wilcoxon,
+)
+from mlfusion.statistics.images import (
+    Bin,
+    Calibration,
+    Difference,
+    Interval,
+    McNemar,
+    calibration,
+    confusion,
+    difference,
+    interval,
+    mcnemar,
+)
+from mlfusion.statistics.seeds import Spread
+from mlfusion.statistics.similarity import cka, layer_cka
+
+__all__ = [
+    "FEWEST",
+    "Against",
+    "Bin",
+    "Calibration",
+    "Difference",
+    "Interval",
+    "McNemar",
+    "Pair",
+    "Ranking",
+    "Signed",
+    "Spread",
+    "adjust",
+    "against",
+    "calibration",
+    "cka",
+    "confusion",
+    "difference",
+    "holm",
+    "interval",
+    "layer_cka",
+    "mcnemar",
+    "ranking",
+    "wilcoxon",
+]

@@ -1,0 +1,223 @@
+"""Over data sets: is one probe better than another in general? The unit is a data set, with its mean over seeds.
+
+After Demšar (2006), Statistical Comparisons of Classifiers over Multiple Data Sets: signed ranks for two, Friedman's test and
+the critical difference of Nemenyi for more.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import sqrt
+
+import numpy as np
+
+from mlfusion.errors import BadData
+
+FEWEST = 6
+"""Data sets without which nothing is said: with fewer, no two-sided signed-rank test can give p < 0.05."""
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Wilcoxon's signed-rank test of n differences against 0."""
+
+    n: int
+    mean: float
+    median: float
+    p: float
+    alternative: str
+
+
+@dataclass(frozen=True)
+class Against:
+    """One probe against the baseline over data sets; p and q are None where there are too few of them."""
+
+    name: str
+    n: int
+    mean: float  # of the gains
+    median: float
+    p: float | None  # one-sided: it gains
+    q: float | None  # p adjusted for all that were tested beside it, by Benjamini and Hochberg
+    significant: bool  # q below the level
+    refused: str | None  # why p is None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two of the ranked, with the p-values that they do equally well."""
+
+    a: str
+    b: str
+    nemenyi: float
+    holm: float  # of Wilcoxon's two-sided test, adjusted by Holm's
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Mean ranks over data sets, 1 the best: what a critical-difference diagram draws."""
+
+    names: tuple[str, ...]  # by mean rank
+    ranks: tuple[float, ...]
+    means: tuple[float, ...]  # of the scores
+    datasets: int
+    friedman: float  # p-value that all do equally well
+    critical_difference: float  # of two mean ranks, by Nemenyi
+    level: float
+    groups: tuple[tuple[str, ...], ...]  # neighbours of which no two differ by more; none of one alone
+    pairs: tuple[Pair, ...]
+
+
+def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> Signed:
+    """Are differences, one a data set, above 0? One-sided unless told otherwise; exact for up to 50 without ties
+    (for up to 9 with), else by the normal approximation.
+
+    Differences of exactly 0 are left out, as Wilcoxon did.
+
+    Args:
+        differences: such as means over seeds of the gains, as fractions.
+        alternative: 'greater', 'less' or 'two-sided'.
+
+    Raises:
+        BadData: fewer than six that are not 0.
+    """
+    from scipy.stats import wilcoxon as test
+
+    held = np.asarray(differences, np.float64)
+    if reason := _too_few(int(np.count_nonzero(held)), len(held)):
+        raise BadData(reason)
+    given = np.round(
+        held[held != 0], 12
+    )  # differences of what was rounded to the same digits tie only up to the last bit
+    tied = len(np.unique(np.abs(given))) < len(given)
+    # With ties SciPy's exact p-value goes through all 2ⁿ signs, which takes it half a second from twelve on.
+    p = float(test(given, alternative=alternative, method="asymptotic" if tied and len(given) > 9 else "auto").pvalue)
+    return Signed(len(held), float(held.mean()), float(np.median(held)), p, alternative)
+
+
+def _too_few(differing: int, n: int) -> str | None:
+    if differing >= FEWEST:
+        return None
+    equal = f" ({n - differing} of {n} are exactly 0)" if differing < n else ""
+    return (
+        f"a signed-rank test of {differing} data set{'s' if differing != 1 else ''}{equal} is refused: with fewer than "
+        f"{FEWEST} it cannot give a two-sided p below 0.05, whatever they show. Probe more data sets, or look at each with "
+        "`mlfusion results compare`, which tests over images"
+    )
+
+
+def adjust(p: Sequence[float]) -> np.ndarray:
+    """p-values adjusted so that of those below α at most that part is false on average (Benjamini and Hochberg 1995)."""
+    from scipy.stats import false_discovery_control
+
+    held = np.asarray(p, np.float64)
+    adjusted: np.ndarray = false_discovery_control(held, method="bh") if len(held) else held
+    return adjusted
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """p-values adjusted so that the chance of any false one below α is at most α (Holm 1979)."""
+    held = np.asarray(p, np.float64)
+    order = np.argsort(held, kind="stable")
+    stepped = np.maximum.accumulate(held[order] * (len(held) - np.arange(len(held))))
+    adjusted = np.empty_like(held)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted
+
+
+def against(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> list[Against]:
+    """Several probes against one baseline: one-sided signed-rank tests, adjusted together.
+
+    Args:
+        gains: of each probe its gains over the baseline, one a data set (means over seeds).
+        level: of the false discoveries.
+    """
+    found: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name, held in gains.items():
+        try:
+            found[name] = wilcoxon(held).p
+        except BadData as err:
+            refused[name] = str(err)
+    adjusted = dict(zip(found, adjust(list(found.values())).tolist(), strict=True))
+    return [
+        Against(
+            name,
+            len(held),
+            float(np.mean(held)),
+            float(np.median(held)),
+            found.get(name),
+            adjusted.get(name),
+            adjusted.get(name, 1.0) < level,
+            refused.get(name),
+        )
+        for name, held in gains.items()
+    ]
+
+
+def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> Ranking:
+    """Mean ranks, and which of them differ.
+
+    Args:
+        scores: of each probe its score on each data set, all on the same ones in the same order; the higher the better.
+        level: of the critical difference.
+
+    Raises:
+        BadData: fewer than three probes or six data sets, or not every probe on every data set.
+    """
+    from scipy.stats import friedmanchisquare, rankdata, studentized_range
+
+    names, lengths = list(scores), {len(held) for held in scores.values()}
+    if len(lengths) > 1:
+        raise BadData(
+            "ranks need every probe on every data set; allowed: scores of the same data sets in the same order"
+        )
+    k, n = len(names), lengths.pop() if lengths else 0
+    if k < 3 or n < FEWEST:
+        raise BadData(
+            f"ranks of {k} probes on {n} data sets are refused: Friedman's test needs three probes, and says nothing of fewer "
+            f"than {FEWEST} data sets. Probe more of them, or compare two probes with `mlfusion results compare`"
+        )
+    table = np.array([scores[name] for name in names], np.float64)  # [k, n]
+    ranks = rankdata(-np.round(table, 12), axis=0).mean(1)
+    equal = bool((np.ptp(np.round(table, 12), axis=0) == 0).all())  # the statistic would be 0/0
+    friedman = 1.0 if equal else float(friedmanchisquare(*table).pvalue)
+    unit = sqrt(k * (k + 1) / (6 * n))
+    critical = float(studentized_range.ppf(1 - level, k, np.inf)) / sqrt(2) * unit
+    order = np.argsort(ranks, kind="stable").tolist()
+    two = list(combinations(order, 2))
+    signed = holm([_two_sided(table[a] - table[b]) for a, b in two])
+    pairs = tuple(
+        Pair(names[a], names[b], float(studentized_range.sf(abs(ranks[a] - ranks[b]) / unit * sqrt(2), k, np.inf)), p)
+        for (a, b), p in zip(two, signed.tolist(), strict=True)
+    )
+    return Ranking(
+        tuple(names[i] for i in order),
+        tuple(float(ranks[i]) for i in order),
+        tuple(float(table[i].mean()) for i in order),
+        n,
+        friedman,
+        critical,
+        level,
+        tuple(tuple(names[i] for i in order[a:b]) for a, b in _groups(ranks[order], critical)),
+        pairs,
+    )
+
+
+def _two_sided(differences: np.ndarray) -> float:
+    """Of few that differ, 1: nothing is claimed."""
+    try:
+        return wilcoxon(differences.tolist(), alternative="two-sided").p
+    except BadData:
+        return 1.0
+
+
+def _groups(ranks: np.ndarray, critical: float) -> list[tuple[int, int]]:
+    """The longest runs [a, b) of sorted ranks whose ends differ by no more than the critical difference."""
+    runs: list[tuple[int, int]] = []
+    for a in range(len(ranks)):
+        b = int(np.searchsorted(ranks, ranks[a] + critical + 1e-12, side="right"))
+        if b - a > 1 and (not runs or b > runs[-1][1]):
+            runs.append((a, b))
+    return runs

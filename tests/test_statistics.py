@@ -1,0 +1,371 @@
+"""Statistics held to second computations: by hand, by enumeration, by Gram matrices, by loops, and by simulated worlds."""
+
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+from sklearn import metrics as reference
+
+from mlfusion import statistics
+from mlfusion.errors import BadData, UnknownName
+from mlfusion.statistics import images as over_images
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def world(
+    seed: int, n: int = 60, classes: int = 4, skill: float = 1.0, labels: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    truth = random.integers(0, classes, n) if labels is None else labels
+    return truth, softmax(random.normal(size=(n, classes)) + skill * np.eye(classes)[truth])
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+CLASS = {
+    "balanced_accuracy": lambda t, p: reference.balanced_accuracy_score(t, p.argmax(1)),
+    "accuracy": lambda t, p: reference.accuracy_score(t, p.argmax(1)),
+    "macro_f1": lambda t, p: reference.f1_score(t, p.argmax(1), average="macro", labels=np.unique(t)),
+    "top5": lambda t, p: reference.top_k_accuracy_score(t, p, k=5, labels=np.arange(p.shape[1])),
+    "loss": lambda t, p: reference.log_loss(t, p, labels=np.arange(p.shape[1])),
+}
+
+
+@pytest.mark.parametrize("metric", CLASS)
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_a_metric_of_weights_is_scikit_learns_of_the_images_drawn(metric: str) -> None:
+    labels, probabilities = world(0, n=50, classes=8)
+    random = np.random.default_rng(1)
+    drawn = random.integers(0, 50, (6, 50))
+    weights = np.stack([np.bincount(one, minlength=50) for one in drawn]).astype(float)
+    found = over_images.measure(labels, probabilities, metric)(np.vstack([np.ones(50), weights]))
+    want = [CLASS[metric](labels[one], probabilities[one]) for one in (np.arange(50), *drawn)]
+    if metric == "macro_f1":  # over the classes of all images; scikit-learn's counts a class that was not drawn as 0
+        want = [
+            np.nanmean([_f1(labels[one], probabilities[one].argmax(1), c) for c in np.unique(labels)])
+            for one in (np.arange(50), *drawn)
+        ]
+        assert want[0] == pytest.approx(CLASS[metric](labels, probabilities))
+    np.testing.assert_allclose(found, want, rtol=1e-12)
+
+
+def _f1(truth: np.ndarray, taken: np.ndarray, c: int) -> float:
+    hits = int(((truth == c) & (taken == c)).sum())
+    either = int((truth == c).sum() + (taken == c).sum())
+    return 2 * hits / either if either else np.nan
+
+
+def test_metrics_of_several_labels_and_of_numbers() -> None:
+    random = np.random.default_rng(2)
+    truth = random.integers(0, 2, (40, 3))
+    scored = np.round(random.random((40, 3)), 1)  # many the same
+    drawn = random.integers(0, 40, (5, 40))
+    weights = np.stack([np.bincount(one, minlength=40) for one in drawn]).astype(float)
+    want = [reference.average_precision_score(truth[one], scored[one], average="macro") for one in drawn]
+    np.testing.assert_allclose(over_images.measure(truth, scored, "mean_average_precision")(weights), want, rtol=1e-12)
+
+    numbers, guesses = random.normal(size=40), random.normal(size=(40, 1))
+    for metric, score in (
+        ("r2", reference.r2_score),
+        ("mae", reference.mean_absolute_error),
+        ("rmse", reference.root_mean_squared_error),
+    ):
+        want = [score(numbers[one], guesses[one, 0]) for one in drawn]
+        np.testing.assert_allclose(over_images.measure(numbers, guesses, metric)(weights), want, rtol=1e-9)
+
+
+def test_a_label_that_no_image_drawn_has_is_left_out() -> None:
+    truth = np.array([[1, 0], [0, 0], [1, 1]])
+    scored = np.array([[0.9, 0.1], [0.5, 0.2], [0.4, 0.3]])
+    found = over_images.measure(truth, scored, "mean_average_precision")(np.array([[1.0, 2.0, 0.0]]))
+    assert found[0] == 1.0
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy"])
+def test_intervals_cover_the_truth_as_often_as_they_say(metric: str) -> None:
+    """A world whose true score is known: each class is right with its own probability."""
+    chance, share = np.array([0.9, 0.6]), np.array([0.7, 0.3])
+    truth = chance.mean() if metric == "balanced_accuracy" else chance @ share
+    random = np.random.default_rng(3)
+    worlds, n, held = 300, 150, 0
+    for number in range(worlds):
+        labels = random.choice(2, n, p=share)
+        right = random.random(n) < chance[labels]
+        probabilities = np.eye(2)[np.where(right, labels, 1 - labels)]
+        found = statistics.interval(labels, probabilities, metric=metric, resamples=400, seed=number)
+        held += found.low <= truth <= found.high
+        assert found.low <= found.value <= found.high
+    # Percentile intervals of 150 images are a little narrow: within what 93 and 97 % would give once in a thousand runs.
+    assert binom.ppf(0.0005, worlds, 0.93) <= held <= binom.ppf(0.9995, worlds, 0.97), held / worlds
+
+
+def test_the_p_value_of_a_difference_is_below_a_tenth_in_a_tenth_of_the_worlds_without_one() -> None:
+    random = np.random.default_rng(4)
+    worlds, below = 300, 0
+    for number in range(worlds):
+        labels = random.integers(0, 3, 120)
+        a, b = (softmax(random.normal(size=(120, 3)) + 1.5 * np.eye(3)[labels]) for _ in range(2))
+        below += statistics.difference(labels, a, b, metric="accuracy", resamples=300, seed=number).p < 0.1
+    assert binom.ppf(0.0005, worlds, 0.08) <= below <= binom.ppf(0.9995, worlds, 0.13), below / worlds
+
+
+def test_a_difference_is_paired() -> None:
+    """Where two probes err on nearly the same images, the paired interval is much narrower than the two apart."""
+    labels, a = world(5, n=400)
+    b = a.copy()
+    b[:8] = np.eye(4)[(labels[:8] + 1) % 4]  # worse on eight images
+    found = statistics.difference(labels, a, b)
+    apart = statistics.interval(labels, a)
+    assert 0 < found.value == pytest.approx(found.a - found.b)
+    assert found.high - found.low < (apart.high - apart.low) / 2
+    assert found.p < 0.05 < statistics.difference(labels, a, a).p == 1.0
+    turned = statistics.difference(labels, b, a)
+    assert (turned.value, turned.p) == (-found.value, found.p)
+    assert turned.low == pytest.approx(-found.high, abs=1e-3)
+
+
+def test_several_seeds_are_resampled_together() -> None:
+    labels, a = world(6)
+    _, b = world(7, labels=labels)
+    found = statistics.interval(labels, [a, b], resamples=200)
+    one, other = (statistics.interval(labels, each, resamples=200) for each in (a, b))
+    assert found.value == pytest.approx((one.value + other.value) / 2)
+    assert statistics.interval(labels, [a, a], resamples=200) == one  # the same images for both
+    assert (
+        statistics.interval(labels, a, resamples=200, seed=1) != one == statistics.interval(labels, [a], resamples=200)
+    )
+
+
+def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, a = world(8)
+    whole = statistics.interval(labels, a, resamples=100)
+    monkeypatch.setattr(over_images, "_BLOCK", 7 * len(labels))
+    assert statistics.interval(labels, a, resamples=100) == whole
+    corrected = statistics.interval(labels, a, resamples=300, method="BCa")
+    assert corrected.low < corrected.value < corrected.high
+
+
+def test_mcnemar_by_enumeration() -> None:
+    labels = np.zeros(30, int)
+    right, wrong = np.eye(2)[0], np.eye(2)[1]
+    a = np.array([right] * 10 + [right] * 7 + [wrong] * 2 + [wrong] * 11)
+    b = np.array([right] * 10 + [wrong] * 7 + [right] * 2 + [wrong] * 11)
+    found = statistics.mcnemar(labels, a, b)
+    assert (found.both, found.only_a, found.only_b, found.neither) == (10, 7, 2, 11)
+    outcomes = [sum(flips) for flips in product((0, 1), repeat=9)]  # every way that nine disagreements can fall
+    assert found.p == pytest.approx(np.mean([abs(k - 4.5) >= 2.5 for k in outcomes]))
+    assert statistics.mcnemar(labels, a, a).p == 1.0
+
+
+def test_calibration_by_a_loop() -> None:
+    labels, probabilities = world(9, n=500, classes=5, skill=2.0)
+    probabilities[:3] = np.eye(5)[:3]  # surely, at the edge of the last bin
+    found = statistics.calibration(labels, probabilities, bins=10)
+    ece = 0.0
+    for k, held in enumerate(found.bins):
+        inside = [i for i in range(500) if k / 10 < probabilities[i].max() <= (k + 1) / 10]
+        assert held.images == len(inside)
+        if inside:
+            confidence = sum(probabilities[i].max() for i in inside) / len(inside)
+            accuracy = sum(probabilities[i].argmax() == labels[i] for i in inside) / len(inside)
+            assert (held.confidence, held.accuracy) == (pytest.approx(confidence), pytest.approx(accuracy))
+            ece += len(inside) / 500 * abs(confidence - accuracy)
+        else:
+            assert held.confidence is held.accuracy is None
+    assert found.ece == pytest.approx(ece)
+    assert sum(held.images for held in found.bins) == 500
+
+
+def test_probabilities_that_say_what_is_true_are_calibrated() -> None:
+    random = np.random.default_rng(10)
+    probabilities = random.dirichlet(np.ones(3), 20_000)
+    labels = (random.random((20_000, 1)) > probabilities.cumsum(1)).sum(1)
+    assert statistics.calibration(labels, probabilities).ece < 0.02
+    sharper = probabilities**3 / (probabilities**3).sum(1, keepdims=True)
+    assert statistics.calibration(labels, sharper).ece > 0.1
+
+
+def test_confusion_counts() -> None:
+    labels, probabilities = world(11, classes=3)
+    found = statistics.confusion(labels, np.hstack([probabilities, np.zeros((60, 1))]))  # a class that never comes
+    for i, j in product(range(4), repeat=2):
+        assert found[i, j] == sum((labels == i) & (probabilities.argmax(1) == j))
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    labels, a = world(12)
+    with pytest.raises(BadData, match="60 labels and predictions of 59"):
+        statistics.interval(labels, a[:-1])
+    with pytest.raises(UnknownName, match=r"no metric named 'r2'.*balanced_accuracy"):
+        statistics.interval(labels, a, metric="r2")
+    with pytest.raises(BadData, match=r"labels outside 0\.\.2"):
+        statistics.calibration(labels, a[:, :3])
+    with pytest.raises(BadData, match="two or more"):
+        statistics.interval(labels[:1], a[:1])
+    with pytest.raises(BadData, match="one class an image"):
+        statistics.mcnemar(labels.astype(float), a[:, :1], a[:, :1])
+    with pytest.raises(BadData, match="no predictions"):
+        statistics.interval(labels, [])
+
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 1000), min_size=6, max_size=9, unique=True), st.data())
+@settings(max_examples=25, deadline=None)
+def test_wilcoxon_by_enumeration(sizes: list[int], data: st.DataObject) -> None:
+    """Exactly: of all ways to sign the ranks, how many give a sum as large."""
+    signs = data.draw(st.lists(st.sampled_from([-1, 1]), min_size=len(sizes), max_size=len(sizes)))
+    differences = [0.001 * size * sign for size, sign in zip(sizes, signs, strict=True)]
+    ranks = {size: rank for rank, size in enumerate(sorted(sizes), 1)}
+    sum_up = sum(ranks[size] for size, sign in zip(sizes, signs, strict=True) if sign > 0)
+    ways = [sum(r for r, up in enumerate(flips, 1) if up) for flips in product((0, 1), repeat=len(sizes))]
+    found = statistics.wilcoxon(differences)
+    assert found.p == pytest.approx(np.mean([way >= sum_up for way in ways]))
+    assert (found.n, found.mean) == (len(sizes), pytest.approx(np.mean(differences)))
+    assert statistics.wilcoxon(differences, alternative="less").p == pytest.approx(
+        np.mean([way <= sum_up for way in ways])
+    )
+
+
+def test_few_data_sets_are_refused_with_the_reason() -> None:
+    with pytest.raises(BadData, match=r"of 5 data sets is refused: with fewer than 6.*mlfusion results compare"):
+        statistics.wilcoxon([0.1, 0.2, 0.3, 0.4, 0.5])
+    with pytest.raises(BadData, match=r"of 5 data sets \(2 of 7 are exactly 0\)"):
+        statistics.wilcoxon([0.1, 0.2, 0.3, 0.4, 0.5, 0, 0])
+    assert statistics.wilcoxon([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]).p == 2**-6
+
+
+def test_benjamini_hochberg_by_hand() -> None:
+    """p(i) · m / i, made monotone from the largest down: the five of 0.01, 0.04, 0.03, 0.005 and 0.5."""
+    assert statistics.adjust([0.01, 0.04, 0.03, 0.005, 0.5]) == pytest.approx([0.025, 0.05, 0.05, 0.025, 0.5])
+    assert len(statistics.adjust([])) == 0
+
+
+def test_holm_by_hand() -> None:
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+
+
+def test_against_a_baseline() -> None:
+    gains = {"good": [0.01 * k for k in range(1, 9)], "bad": [-0.01] * 8, "few": [0.5] * 3}
+    good, bad, few = statistics.against(gains)
+    assert good.p == 2**-8 and good.q == pytest.approx(2**-7) and good.significant
+    assert bad.p is not None and bad.p > 0.9 and not bad.significant
+    assert few.p is few.q is None and not few.significant and few.refused and "of 3 data sets" in few.refused
+    assert (good.mean, good.median, good.n) == (pytest.approx(0.045), pytest.approx(0.045), 8)
+
+
+def test_mean_ranks_and_their_critical_difference() -> None:
+    """Demšar's worked example of C4.5 and its variants on fourteen data sets (2006, tables 6 and 5(a)).
+
+    On one of them two scores are printed alike and ranked apart: 0.9751 stands for the better of the two.
+    """
+    auc = {
+        "C4.5": "763 599 954 628 882 936 661 583 775 1000 940 619 972 957",
+        "C4.5+m": "768 591 971 661 888 931 668 583 838 1000 962 666 981 978",
+        "C4.5+cf": "771 590 968 654 886 916 609 563 866 1000 965 614 9751 946",
+        "C4.5+m+cf": "798 569 967 657 898 931 685 625 875 1000 962 669 975 970",
+    }
+    scores = {name: [float(f"0.{w}") if w != "1000" else 1.0 for w in words.split()] for name, words in auc.items()}
+    found = statistics.ranking(scores)
+    ranks = dict(zip(found.names, found.ranks, strict=True))
+    assert ranks == pytest.approx({"C4.5": 3.143, "C4.5+m": 2.0, "C4.5+cf": 2.893, "C4.5+m+cf": 1.964}, abs=5e-4)
+    assert found.critical_difference == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 14)), abs=1e-3)
+    chi = 12 * 14 / (4 * 5) * (sum(r**2 for r in found.ranks) - 4 * 25 / 4)  # without the correction for ties
+    assert chi == pytest.approx(9.28, abs=0.01)
+    assert found.friedman < 0.026
+    assert found.groups == (("C4.5+m+cf", "C4.5+m", "C4.5+cf", "C4.5"),)
+    assert found.datasets == 14 and len(found.pairs) == 6
+    loose = statistics.ranking(scores, level=0.1)  # the critical difference is 1.12, and two pairs differ by more
+    assert loose.critical_difference == pytest.approx(2.291 * np.sqrt(4 * 5 / (6 * 14)), abs=1e-3)
+    assert loose.groups == (("C4.5+m+cf", "C4.5+m", "C4.5+cf"), ("C4.5+cf", "C4.5"))
+
+
+def test_groups_are_runs_no_longer_than_the_critical_difference() -> None:
+    random = np.random.default_rng(13)
+    skill = {"a": 0.9, "b": 0.89, "c": 0.6, "d": 0.3}
+    scores = {name: list(level + 0.02 * random.normal(size=12)) for name, level in skill.items()}
+    found = statistics.ranking(scores)
+    at = dict(zip(found.names, found.ranks, strict=True))
+    joined = {frozenset(pair) for group in found.groups for pair in product(group, group) if pair[0] != pair[1]}
+    for pair in found.pairs:
+        near = abs(at[pair.a] - at[pair.b]) <= found.critical_difference
+        assert (frozenset((pair.a, pair.b)) in joined) == near == (pair.nemenyi >= 0.05)
+    assert found.friedman < 1e-4 and list(found.ranks) == sorted(found.ranks)
+    assert {pair.holm < 0.05 for pair in found.pairs if {pair.a, pair.b} == {"a", "d"}} == {True}
+
+
+def test_ranks_that_say_nothing_are_refused() -> None:
+    with pytest.raises(BadData, match="2 probes on 8 data sets"):
+        statistics.ranking({"a": [0.1] * 8, "b": [0.2] * 8})
+    with pytest.raises(BadData, match="every probe on every data set"):
+        statistics.ranking({"a": [0.1] * 8, "b": [0.2] * 8, "c": [0.3] * 7})
+    same = statistics.ranking({name: [0.5] * 8 for name in "abc"})
+    assert same.friedman == 1.0 and same.ranks == (2.0, 2.0, 2.0) and {pair.holm for pair in same.pairs} == {1.0}
+
+
+# --- similarity ------------------------------------------------------------------------------------------------------
+
+
+def _by_gram(x: np.ndarray, y: np.ndarray, debiased: bool) -> float:
+    """From N × N Gram matrices: centred on both sides, or by the unbiased estimate of Song et al. (2012), eq. 5."""
+    n = len(x)
+
+    def hsic(k: np.ndarray, m: np.ndarray) -> float:
+        if not debiased:
+            h = np.eye(n) - 1 / n
+            return float(np.trace(h @ k @ h @ m))
+        k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+        one = np.ones(n)
+        last = (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ m @ one)
+        return float((np.trace(k @ m) + last) / (n * (n - 3)))
+
+    k, m = x @ x.T, y @ y.T
+    return hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
+
+
+@pytest.mark.parametrize("debiased", [True, False])
+def test_cka_by_gram_matrices(debiased: bool) -> None:
+    random = np.random.default_rng(14)
+    x = random.normal(size=(30, 7)) + 3  # not centred
+    y = np.hstack([x[:, :4] @ random.normal(size=(4, 4)), random.normal(size=(30, 5))])
+    assert statistics.cka(x, y, debiased=debiased) == pytest.approx(_by_gram(x, y, debiased), rel=1e-9)
+    turned, _ = np.linalg.qr(random.normal(size=(7, 7)))
+    assert statistics.cka(x, 5 * x @ turned + 1, debiased=debiased) == pytest.approx(1)
+    tokens = np.stack([x, x**2, np.abs(x)], axis=1).astype(np.float16)
+    found = statistics.layer_cka(tokens, debiased=debiased)
+    want = [
+        [_by_gram(*(tokens[:, i].astype(float) for i in pair), debiased) for pair in ((i, 0), (i, 1), (i, 2))]
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(found, want, rtol=1e-8)
+
+
+def test_of_unrelated_representations_the_debiased_cka_is_nothing_and_the_plain_one_is_not() -> None:
+    random = np.random.default_rng(15)
+    pairs = [(random.normal(size=(50, 40)), random.normal(size=(50, 40))) for _ in range(40)]
+    assert abs(np.mean([statistics.cka(x, y) for x, y in pairs])) < 0.02
+    assert np.mean([statistics.cka(x, y, debiased=False) for x, y in pairs]) > 0.4
+
+
+def test_representations_that_cannot_be_compared() -> None:
+    with pytest.raises(BadData, match="5 and 6 images"):
+        statistics.cka(np.ones((5, 2)), np.ones((6, 2)))
+    with pytest.raises(BadData, match=r"\[N, D\] with 4 images"):
+        statistics.cka(np.ones((3, 2)), np.ones((3, 2)))
+    assert np.isnan(statistics.cka(np.ones((5, 2)), np.arange(10.0).reshape(5, 2)))
+
+
+def test_importing_statistics_starts_neither_scipy_nor_torch() -> None:
+    code = "import sys, mlfusion.statistics; print([m for m in ('scipy', 'sklearn', 'torch', 'pandas') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
