@@ -22,7 +22,9 @@ class Features(Generic[Tokens]):
     """Tokens of one split with what belongs to their rows."""
 
     tokens: Tokens  # [images, layers, kinds, width]; a kind of many tokens ('all') takes many places of the third axis
-    labels: np.ndarray  # [images] int64, an index into classes
+    labels: (
+        np.ndarray
+    )  # [images] int64, an index into classes; or [images, classes] uint8, or [images] float64, a number
     ids: tuple[str, ...]  # [images]
     classes: tuple[str, ...]
     layers: tuple[int, ...]

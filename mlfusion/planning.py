@@ -125,10 +125,10 @@ def _settings(asked: str, there: str) -> list[tuple[str, str, str]]:
 
 def _images(one: Samples, other: Samples) -> str:
     """What happened to the images, in words."""
-    mine = {name: (d.tobytes(), int(label)) for name, d, label in zip(one.ids, one.digests, one.labels, strict=True)}
-    its = {
-        name: (d.tobytes(), int(label)) for name, d, label in zip(other.ids, other.digests, other.labels, strict=True)
-    }
+    mine, its = (
+        {name: (d.tobytes(), label.tolist()) for name, d, label in zip(it.ids, it.digests, it.labels, strict=True)}
+        for it in (one, other)
+    )
     both = [name for name in mine if name in its]
     changes = {
         "new": [name for name in mine if name not in its],

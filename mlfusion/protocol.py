@@ -17,7 +17,7 @@ from mlfusion.errors import BadData, UnknownName
 from mlfusion.population import Configuration, Precision
 from mlfusion.probes import PROBES, Probe, Shape
 from mlfusion.specs import Head
-from mlfusion.targets import Loss, Target
+from mlfusion.targets import Loss, Target, kind_of
 
 VALIDATION = 0.2  # part of train that the choice is made on
 KEPT = 3  # of successive halving: one in three goes on, three times as far
@@ -505,6 +505,11 @@ def _check(tokens: Tokens, target: Target, name: str) -> None:
         raise BadData(
             f"{name} has tokens of {shape[0]} images and ids of {len(ids)}; allowed: features of the same images in the "
             "same order, so read them from one entry of the cache"
+        )
+    if (kind := kind_of(labels)) is not type(target):
+        raise BadData(
+            f"{name} has labels of the kind {kind.kind!r} where {target.kind!r} is asked for; allowed: train and test with "
+            "labels of one kind. Extract both splits of one data set"
         )
     target.check(labels, name)
     if isinstance(tokens.values, Source):  # the cache refuses at writing what is not finite

@@ -265,16 +265,30 @@ def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0) -> Ta
     Raises:
         BadData: labels of any other shape, or smoothing where there is nothing to smooth.
     """
-    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+    kind = kind_of(labels)
+    if kind is OneClass:
         return OneClass(classes, smoothing)
     if smoothing:
         raise BadData("labels are smoothed only where an image has one class; leave --smoothing out")
-    if labels.ndim == 2:
+    if kind is SeveralLabels:
         return SeveralLabels(classes)
+    sound = labels[np.isfinite(labels)].astype(np.float64)
+    deviation = float(sound.std()) if len(sound) else 0.0
+    return Number(1, float(sound.mean()) if len(sound) else 0.0, deviation or 1.0)
+
+
+def kind_of(labels: np.ndarray) -> type[Target]:
+    """What labels of this shape and type are.
+
+    Raises:
+        BadData: nothing.
+    """
+    if labels.ndim == 2:
+        return SeveralLabels
+    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+        return OneClass
     if labels.ndim == 1 and np.issubdtype(labels.dtype, np.floating):
-        sound = labels[np.isfinite(labels)].astype(np.float64)
-        deviation = float(sound.std()) if len(sound) else 0.0
-        return Number(1, float(sound.mean()) if len(sound) else 0.0, deviation or 1.0)
+        return Number
     raise BadData(
         f"labels of shape {labels.shape} and type {labels.dtype}; allowed: [N] integers (a class), [N, C] of 0 and 1 "
         "(several labels) or [N] floating-point numbers"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import save_features
 
 from mlfusion import batches, evaluation, population
 from mlfusion.batches import Schedule, Source, Tokens
@@ -14,49 +15,21 @@ from mlfusion.errors import BadData
 from mlfusion.population import Configuration
 from mlfusion.probes import Shape
 from mlfusion.results import Results
-from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
-from mlfusion.store import Entry, FeatureStore, Names, Samples, reader, streams_for
+from mlfusion.store import Entry, reader
 
-DEPTH, WIDTH, TOKENS = 2, 24, 5
+WIDTH, TOKENS = 24, 5
 
 
 def cached(root: Path, split: str, images: int, *, tokens: int = TOKENS, width: int = WIDTH, seed: int = 0) -> Entry:
     """An entry of all tokens of the last of two layers, sorted by class, which they tell a little of."""
     random = np.random.default_rng(seed)
     labels = np.arange(images) * 3 // images
-    samples = Samples(
-        ids=tuple(f"{split}/{i:05d}" for i in range(images)),
-        labels=labels,
-        digests=np.random.default_rng(len(split)).integers(0, 256, (images, 16), np.uint8),
-        classes=("a", "b", "c"),
-    )
-    model = ModelSpec(
-        weights="0" * 64,
-        revision=None,
-        config="none",
-        preprocess="{}",
-        name="m",
-        family="none",
-        depth=DEPTH,
-        width=width,
-    )
-    data = DataSpec(content=samples.content, split=split, images=images, classes=samples.classes, name="d")
-    names = Names(model="m", model_source="m", dataset="d", dataset_source="d")
-    entry = FeatureStore(root).create(FeatureSpec(model=model, data=data, dtype="float16"), samples, names)
-    [stream] = streams_for(
-        [(DEPTH, "all")], tokens={"all": tokens}, widths={DEPTH: width}, images=images, dtype="float16", format="zarr"
-    )
-    entry.begin([stream])
-    centres = np.random.default_rng(7).normal(size=(3, 1, tokens, width))
-    for shard in range(stream.shards):
-        rows = stream.rows(shard)
-        with entry.draft(stream, shard) as draft:
-            for start in range(rows.start, rows.stop, 1024):
-                some = labels[start : min(start + 1024, rows.stop)]
-                draft.append((centres[some] + 2 * random.normal(size=(len(some), 1, tokens, width))).astype(np.float32))
-            assert draft.publish()
-    entry.seal()
-    return entry
+    centres = np.random.default_rng(7).normal(size=(3, tokens, width))
+    values = np.empty((images, tokens, width), np.float16)
+    for start in range(0, images, 1024):
+        some = labels[start : start + 1024]
+        values[start : start + 1024] = centres[some] + 2 * random.normal(size=(len(some), tokens, width))
+    return save_features(root, split, values, labels)
 
 
 @pytest.fixture
@@ -70,7 +43,7 @@ def test_a_streamed_pass_has_every_image_once_with_its_own_tokens_and_label(tmp_
     entry = cached(tmp_path, "train", 600)
     rows = np.setdiff1d(np.arange(600), np.arange(0, 600, 7))
     schedule = Schedule.of(len(rows), epochs=2, least_steps=1)
-    with entry.open([DEPTH], ["all"]) as values:
+    with entry.open([2], ["all"]) as values:
         tokens = Tokens(values, entry.samples.labels)
         assert isinstance(values, Source) and tokens.shape == (600, TOKENS, WIDTH)
         whole = values.read().reshape(600, TOKENS, WIDTH)
@@ -107,7 +80,7 @@ def test_streamed_training_is_training_on_the_same_batches(tmp_path: Path) -> No
         def permutation(self, x: object, axis: int = 0) -> np.ndarray:
             return orders.pop(0)
 
-    with entry.open([DEPTH], ["all"]) as values:
+    with entry.open([2], ["all"]) as values:
         streamed = Tokens(values, entry.samples.labels)
         loaded = Tokens(values.read().reshape(300, TOKENS, WIDTH), streamed.labels)
         rows, schedule = np.arange(300), Schedule.of(300, epochs=1, least_steps=steps)
@@ -133,7 +106,7 @@ def test_streamed_training_is_training_on_the_same_batches(tmp_path: Path) -> No
 
 
 def test_sizes_must_add_up(tmp_path: Path) -> None:
-    with cached(tmp_path, "train", 30).open([DEPTH], ["all"]) as values, pytest.raises(ValueError, match="29 images"):
+    with cached(tmp_path, "train", 30).open([2], ["all"]) as values, pytest.raises(ValueError, match="29 images"):
         next(values.batches([10, 19], seed=0))
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mlfusion import disk
 from mlfusion.errors import BadData, CacheUnusable, NotCached
 from mlfusion.specs import DTYPES, DataSpec, FeatureSpec, ModelSpec
-from mlfusion.store import Entry, FeatureStore, Names, Samples, Stream, stream, streams_for
+from mlfusion.store import Entry, FeatureStore, Names, Samples, Stream, audit, stream, streams_for
 
 MODEL = ModelSpec(
     weights="ab" * 32, revision=None, config="cd" * 8, preprocess="{}", name="m", family="vit", depth=3, width=4
@@ -349,3 +349,55 @@ def test_shards_tile_the_images_once_and_are_cut_in_powers_of_two(images, layers
     assert edges[-1].stop == images
     assert all(0 < len(rows) <= one.shard_rows for rows in edges)
     assert sum(len(one.rows(s)) for s in (0, one.shards - 1)) + max(0, one.shards - 2) * one.shard_rows >= images
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "class": (np.array([2, 0, 1, 1]), np.int32, np.int64),
+    "labels": (np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]), bool, np.uint8),
+    "number": (np.array([0.1, -3.0, 1e300, 5e-324]), np.float64, np.float64),
+}
+
+
+def samples_of(labels: np.ndarray, classes: tuple[str, ...] = ("x", "y", "z")) -> Samples:
+    return Samples(tuple(f"{i}.png" for i in range(4)), labels, np.zeros((4, 16), np.uint8), classes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_of_every_kind_come_back(kind: str, tmp_path: Path) -> None:
+    labels, given, kept = KINDS[kind]
+    samples = samples_of(labels.astype(given))
+    data = DataSpec(content=samples.content, split="train", images=4, classes=samples.classes, name="d")
+    entry = FeatureStore(tmp_path).create(FeatureSpec(model=MODEL, data=data), samples, NAMES)
+    fill(entry, "zarr")
+    back = Entry(entry.path).samples.labels
+    assert back.dtype == kept and np.array_equal(back, labels)
+    assert np.array_equal(np.load(entry.path / "labels.npy", allow_pickle=False), labels)
+    assert not list(audit.verify(tmp_path, entry.path))
+
+
+def test_the_same_labels_in_other_types_are_the_same_features() -> None:
+    assert samples_of(np.array([2, 0, 1, 1], np.int16)).content == samples_of(np.array([2, 0, 1, 1])).content
+    several = KINDS["labels"][0]
+    assert samples_of(several.astype(bool)).content == samples_of(several).content
+    # A class is no number.
+    assert samples_of(np.array([2.0, 0.0, 1.0, 1.0])).content != samples_of(np.array([2, 0, 1, 1])).content
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array([0, 1, 3, 0]), r"image '2.png' has the label 3; allowed: 0 to 2"),
+        (np.array([0, -1, 2, 0]), r"image '1.png' has the label -1; allowed: 0 to 2"),
+        (np.array([0.5, 1, 2, np.nan]), r"image '3.png' has the label nan; allowed: a finite number"),
+        (np.array([[1, 0, 2]] * 4), r"image '0.png' has the label \[1, 0, 2\]; allowed: a 0 or 1 for every class"),
+        (np.array([[1, 0]] * 4), r"4 images of 3 classes have labels of shape \(4, 2\) .* allowed: \[images\] whole"),
+        (np.array([[0.5, 0, 1]] * 4), r"image '0.png' has the label \[0.5, 0.0, 1.0\]"),
+        (np.array([0, 1, 2]), r"4 images of 3 classes have labels of shape \(3,\)"),
+        (np.array(["a", "b", "c", "a"]), r"labels of shape \(4,\) and type <U1"),
+    ],
+)
+def test_labels_that_are_none_are_refused(labels: np.ndarray, message: str) -> None:
+    with pytest.raises(BadData, match=message):
+        samples_of(labels)

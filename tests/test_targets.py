@@ -1,6 +1,7 @@
 """Targets: what each kind of labels is trained and scored by, and what is refused."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
+from tiny import save_features
 from torch.nn import functional as F
 
-from mlfusion import metrics
+from mlfusion import evaluation, metrics
 from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
 from mlfusion.probes import PROBES
 from mlfusion.protocol import GRIDS, Grid, fit, split
+from mlfusion.report import write_page
+from mlfusion.results import Results
 from mlfusion.specs import Head
 from mlfusion.targets import Number, OneClass, SeveralLabels, Target, target_of
 
@@ -159,6 +163,33 @@ def numbers(images: int, seed: int = 0) -> Tokens:
     return Tokens(values, labels)
 
 
+@pytest.mark.parametrize(
+    ("make", "classes", "metric", "floor"),
+    [(several, ("sea", "sky", "sun"), "mean_average_precision", 0.7), (numbers, ("metres",), "r2", 0.5)],
+    ids=["labels", "number"],
+)
+def test_from_the_cache_to_the_report(
+    make: Callable[..., Tokens],
+    classes: tuple[str, ...],
+    metric: str,
+    floor: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(GRIDS, "quick", SMALL)
+    data = {name: make(images, seed) for seed, (name, images) in enumerate((("train", 200), ("test", 80)))}
+    for name, held in data.items():
+        save_features(tmp_path / "cache", name, np.asarray(held.values), held.labels, classes)
+    done = evaluation.probe(
+        "d", probes="all-tokens-last/linear", grid="quick", seeds=(0,), cache=tmp_path / "cache", results=tmp_path
+    )
+    [row] = Results(tmp_path).require()
+    assert done.rows == [row] and row["metric"] == metric and row["test"] > floor
+    assert row["classes"] == list(classes) and row["metrics"][metric] == row["test"]  # type: ignore[literal-required]
+    assert np.array_equal(Results(tmp_path).arrays(row)["labels"], data["test"].labels)
+    assert metric.replace("_", " ") in write_page([row], tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("head", ["linear", "attentive"])
 @pytest.mark.parametrize(
     ("make", "metric", "chance", "floor"),
@@ -246,6 +277,14 @@ def test_labels_that_cannot_be_learnt_are_refused(kind: str, message: str) -> No
     train, target = spoiled(kind)
     with pytest.raises(BadData, match=message):
         fit("linear", train, lambda: train, target=target, heads=None, grid="quick", seed=0)
+
+
+def test_train_and_test_have_labels_of_one_kind() -> None:
+    train, test = several(30), numbers(30)
+    with pytest.raises(
+        BadData, match="test has labels of the kind 'number' where 'labels' is asked for; allowed: train"
+    ):
+        fit("linear", train, lambda: test, target=SeveralLabels(3), heads=None, grid="quick", seed=0)
 
 
 def test_fewer_images_than_classes() -> None:

@@ -1,4 +1,4 @@
-"""Small things to test with: real transformers classes with random weights, and folders of small pictures."""
+"""Small things to test with: real transformers classes with random weights, folders of small pictures, cached features."""
 
 import json
 from collections.abc import Iterable
@@ -8,6 +8,9 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+
+from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
+from mlfusion.store import Entry, FeatureStore, Names, Samples, streams_for
 
 SMALL = {
     "hidden_size": 32,
@@ -89,3 +92,34 @@ def save_images(
                 pixels = np.clip(colour + random.normal(0, 40, (*size, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i:03d}.png")
     return root
+
+
+def save_features(
+    root: Path, split: str, tokens: np.ndarray, labels: np.ndarray, classes: tuple[str, ...] = ("a", "b", "c")
+) -> Entry:
+    """An entry of model 'm' on data set 'd' that holds tokens [N, T, D] as all tokens of the last of two layers."""
+    images, count, width = tokens.shape
+    samples = Samples(
+        ids=tuple(f"{split}/{i:05d}" for i in range(images)),
+        labels=labels,
+        digests=np.random.default_rng(len(split)).integers(0, 256, (images, 16), np.uint8),
+        classes=classes,
+    )
+    model = ModelSpec(
+        weights="0" * 64, revision=None, config="none", preprocess="{}", name="m", family="none", depth=2, width=width
+    )
+    data = DataSpec(content=samples.content, split=split, images=images, classes=samples.classes, name="d")
+    names = Names(model="m", model_source="m", dataset="d", dataset_source="d")
+    entry = FeatureStore(root).create(FeatureSpec(model=model, data=data, dtype="float16"), samples, names)
+    [stream] = streams_for(
+        [(2, "all")], tokens={"all": count}, widths={2: width}, images=images, dtype="float16", format="zarr"
+    )
+    entry.begin([stream])
+    for shard in range(stream.shards):
+        rows = stream.rows(shard)
+        with entry.draft(stream, shard) as draft:
+            for start in range(rows.start, rows.stop, 1024):
+                draft.append(tokens[start : min(start + 1024, rows.stop), None].astype(np.float32))
+            assert draft.publish()
+    entry.seal()
+    return entry

@@ -43,9 +43,12 @@ class Samples:
     """The rows of a split, in order."""
 
     ids: tuple[str, ...]
-    labels: np.ndarray  # [images] int64, an index into classes
+    labels: np.ndarray  # see `as_kept`
     digests: np.ndarray  # [images, 16] uint8, of each image's encoded bytes
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # of a number: what it is called, or nothing
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", as_kept(self.labels, self.ids, self.classes))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,7 +61,10 @@ class Samples:
     def files(self) -> dict[str, bytes]:
         """The entry's files that hold them, by name, to the byte."""
         found = {"ids.json": json.dumps(self.ids, ensure_ascii=False).encode()}
-        for name, table in {"labels.npy": self.labels.astype("<i8"), "digests.npy": self.digests}.items():
+        for name, table in {
+            "labels.npy": self.labels.astype(self.labels.dtype.newbyteorder("<")),
+            "digests.npy": self.digests,
+        }.items():
             np.save(file := io.BytesIO(), table, allow_pickle=False)
             found[name] = file.getvalue()
         return found
@@ -68,6 +74,40 @@ class Samples:
         some = slice(rows.start, rows.stop)
         text = json.dumps([rows.start, self.ids[some], self.labels[some].tolist(), self.digests[some].tobytes().hex()])
         return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def as_kept(labels: np.ndarray, ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Labels in the type that the cache keeps their kind in.
+
+    One class an image: [images] int64, an index into `classes`. Several labels: [images, classes] uint8 of 0 and 1. A
+    number: [images] float64.
+
+    Raises:
+        BadData: they are of no kind, not as many as the images, or one of them is out of range; names the image.
+    """
+    allowed = (
+        "allowed: [images] whole numbers, an index into the classes; [images, classes] of 0 and 1, several labels an "
+        "image; or [images] floating-point numbers. Give every image its label in one of these ways"
+    )
+    kind, shape, several = labels.dtype.kind, labels.shape, (len(ids), len(classes))
+    if shape != several[: labels.ndim] or not (
+        (labels.ndim == 1 and kind in "iuf") or (labels.ndim == 2 and kind in "iufb")
+    ):
+        raise BadData(
+            f"{several[0]:,} images of {several[1]:,} classes have labels of shape {shape} and type {labels.dtype}; {allowed}"
+        )
+    if labels.ndim == 2:
+        sound, said, kept = ((labels == 0) | (labels == 1)).all(1), "a 0 or 1 for every class", "u1"
+    elif kind == "f":
+        sound, said, kept = np.isfinite(labels), "a finite number", "f8"
+    else:
+        sound, said, kept = (labels >= 0) & (labels < len(classes)), f"0 to {len(classes) - 1}", "i8"
+    if not sound.all():
+        row = int(np.flatnonzero(~sound)[0])
+        raise BadData(
+            f"image {ids[row]!r} has the label {labels[row].tolist()}; allowed: {said}. Mend it in the data set"
+        )
+    return labels.astype(kept, copy=False)
 
 
 @dataclass(frozen=True, kw_only=True)
