@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mlfusion import models
 from mlfusion.errors import BadModel
-from mlfusion.specs import Pair, TokenKind
+from mlfusion.preprocessing import Preprocessing, read
+from mlfusion.specs import Compute, Pair, TokenKind
 
 
 class _Enough(Exception):
@@ -41,28 +42,36 @@ class Anatomy:
 
 
 class Backbone:
-    """A model ready to be read. Weights in float32, frozen, on `device`."""
+    """A model ready to be read, and how its pictures are prepared. Weights in `compute`, frozen, on `device`."""
 
-    def __init__(self, checkpoint: models.Checkpoint, device: str = "cpu") -> None:
-        """Load and dissect.
+    def __init__(
+        self,
+        checkpoint: models.Checkpoint,
+        device: str = "cpu",
+        *,
+        preprocessing: Preprocessing | None = None,
+        compute: Compute = "float32",
+    ) -> None:
+        """Load and dissect; `preprocessing` is the model's own unless given.
 
         Raises:
             BadModel: weights that the forward pass needs are missing, or no blocks with two norms are found.
         """
         self.name = checkpoint.name
         self.device = torch.device(device)
-        self._processor = models.processor(checkpoint.folder)
+        self.preprocessing = preprocessing or read(checkpoint.folder)
+        self._dtype: torch.dtype = getattr(torch, compute)
         self._model, missing = _load(checkpoint.folder)
         self._model.to(self.device)
         noise = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), np.uint8)
-        trial = self.prepare([Image.fromarray(image) for image in noise])
-        self.pixels = trial.shape[1:]  # channels, height, width of a prepared picture
-        self.anatomy, used = dissect(self._model, self._inputs(torch.from_numpy(trial)), checkpoint.name)
+        trial = self.preprocessing([Image.fromarray(image) for image in noise])
+        self.anatomy, used = dissect(self._model, self._inputs(trial), checkpoint.name)
         if lost := sorted(key for key in missing if key.rpartition(".")[0] in used):
             raise BadModel(
                 f"the weights of {checkpoint.name} lack {len(lost)} tensors that the forward pass needs, such as "
                 f"{lost[0]}; the features would be random. Allowed: a checkpoint of the class its config.json names"
             )
+        _convert(self._model, self._dtype)
 
     @property
     def depth(self) -> int:
@@ -74,17 +83,12 @@ class Backbone:
         """The token kinds this model can give → tokens of each kind per image and layer."""
         return {**({"cls": 1} if self.anatomy.has_cls else {}), "ap": 1, "all": self.anatomy.tokens}
 
-    def prepare(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Pictures as the model's own processor makes them: [images, 3, height, width] float32."""
-        pixels = self._processor(images=[image.convert("RGB") for image in images], return_tensors="np")["pixel_values"]
-        return np.asarray(pixels, np.float32)
-
     @torch.inference_mode()
-    def __call__(self, pixels: np.ndarray, pairs: Iterable[Pair]) -> dict[Pair, np.ndarray]:
-        """Run [images, 3, height, width] as deep as the deepest layer asked for.
+    def __call__(self, pixels: Tensor, pairs: Iterable[Pair]) -> dict[Pair, Tensor]:
+        """Run [images, 3, height, width], as `preprocessing` finishes them, as deep as the deepest layer asked for.
 
         Returns:
-            (layer, kind) → [images, tokens, width] float32.
+            (layer, kind) → [images, tokens, width] float32, on the model's device.
         """
         wanted: dict[int, list[TokenKind]] = {}
         for layer, kind in sorted(pairs):
@@ -99,10 +103,10 @@ class Backbone:
 
         # A convolution may use TF32 by default, which would make the patch embedding's numbers depend on the device.
         with self._tapped(wanted, take), torch.backends.cudnn.flags(allow_tf32=False), suppress(_Enough):
-            self._model(**self._inputs(torch.from_numpy(pixels)))
+            self._model(**self._inputs(pixels.to(self.device, self._dtype)))
         if absent := {(layer, kind) for layer in wanted for kind in wanted[layer]} - set(read):
             raise BadModel(f"{self.name}: the forward pass never came to {sorted(absent)}")
-        return {pair: tokens.float().cpu().numpy() for pair, tokens in read.items()}
+        return {pair: tokens.float() for pair, tokens in read.items()}
 
     def _reduce(self, tokens: Tensor, kind: TokenKind) -> Tensor:
         """[images, sequence, width] → [images, kept, width]; copies, so that the whole layer need not be kept."""
@@ -145,6 +149,15 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights and statistics in another precision; what a module computes for itself, such as angles, stays as it is."""
+    for module in model.modules():
+        saved = module._buffers.keys() - module._non_persistent_buffers_set
+        for tensor in [*module._parameters.values(), *(module._buffers[name] for name in saved)]:
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
 
 
 def _load(folder: Path) -> tuple[nn.Module, set[str]]:

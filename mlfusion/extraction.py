@@ -19,9 +19,9 @@ from importlib.metadata import version
 from typing import Any, get_args
 
 import numpy as np
-from PIL.Image import Image
+import torch
 
-from mlfusion import datasets, disk, models
+from mlfusion import datasets, disk, models, preprocessing
 from mlfusion.backbone import Backbone
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadData, BadImage, CacheUnusable, MlfusionError, UnknownName
@@ -94,6 +94,7 @@ class Request:
     """Words resolved: what an extraction, or a plan of one, is about. Reads every image's bytes once, for their identity."""
 
     checkpoint: models.Checkpoint
+    preprocessing: preprocessing.Preprocessing
     names: Names
     pairs: frozenset[Pair]
     splits: tuple[tuple[datasets.Split, Samples, FeatureSpec], ...]
@@ -125,7 +126,8 @@ class Request:
         checkpoint = models.locate(model)
         data = datasets.load(dataset)
         chosen = [data.split(name.strip()) for name in (splits.split(",") if isinstance(splits, str) else splits)]
-        model_spec = models.identify(checkpoint)
+        steps = preprocessing.read(checkpoint.folder)
+        model_spec = models.identify(checkpoint, steps.key())
         pairs = parse_tokens(tokens, layers, model_spec.depth)
         jobs = []
         for split in chosen:
@@ -137,7 +139,7 @@ class Request:
         names = Names(
             model=checkpoint.name, model_source=checkpoint.source, dataset=data.name, dataset_source=data.source
         )
-        return cls(checkpoint, names, pairs, tuple(jobs), format, device, batch_size)
+        return cls(checkpoint, steps, names, pairs, tuple(jobs), format, device, batch_size)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -216,7 +218,7 @@ def extract(
         entry = store.entry(spec)
         work = _Work(split, asked.batch_size, skip_bad, say)
         if entry is None or not asked.pairs <= entry.held():
-            backbone = backbone or Backbone(asked.checkpoint, asked.device)
+            backbone = backbone or Backbone(asked.checkpoint, asked.device, preprocessing=asked.preprocessing)
             entry = store.create(spec, samples, asked.names)
             with disk.told(store.root):
                 fresh = asked.fresh(entry, spec, backbone)
@@ -341,9 +343,10 @@ class _Work:
 
         # A shard is flushed while the next one is computed. Whatever ends the loop, what was complete is published.
         with ThreadPoolExecutor(1) as writer:
-            for rows, takers, pixels, unread in prepared(backbone, self.split, batches, self.skip_bad):
+            for rows, takers, pictures, unread in prepared(backbone, self.split, batches, self.skip_bad):
                 wanted = frozenset(pair for stream in takers for pair in stream.pairs)
-                tokens = backbone(pixels, wanted)
+                made = backbone(backbone.preprocessing.finish(pictures.to(backbone.device)), wanted)
+                tokens = {pair: one.cpu().numpy() for pair, one in made.items()}
                 self.forward_passes += 1
                 leases.renew()
                 for stream in takers:
@@ -371,15 +374,17 @@ def gaps(entry: Entry, pairs: frozenset[Pair]) -> dict[Stream, set[int]]:
 
 def prepared(
     backbone: Backbone, split: datasets.Split, batches: Iterable[Batch], skip_bad: bool
-) -> Iterator[tuple[range, list[Stream], np.ndarray, dict[int, str]]]:
-    """Each batch with its pixels and, by row, why an image was unread; two are prepared ahead of the forward pass."""
+) -> Iterator[tuple[range, list[Stream], torch.Tensor, dict[int, str]]]:
+    """Each batch with its pictures and, by row, why an image was unread; two are prepared ahead of the forward pass."""
 
-    def prepare(rows: range) -> tuple[np.ndarray, dict[int, str]]:
-        images: list[Image] = []
+    steps = backbone.preprocessing
+
+    def prepare(rows: range) -> tuple[torch.Tensor, dict[int, str]]:
+        whole = torch.zeros(len(rows), *steps.pixels, 3, dtype=steps.dtype)
         unread: dict[int, str] = {}
-        for row in rows:
+        for place, row in zip(whole, rows, strict=True):
             try:
-                images.append(split.image(row))
+                place.numpy()[:] = steps.picture(split.image(row))
             except BadImage as err:
                 if not skip_bad:
                     raise BadData(
@@ -387,13 +392,10 @@ def prepared(
                         "is kept"
                     ) from err
                 unread[row] = str(err)
-        whole = np.zeros((len(rows), *backbone.pixels), np.float32)
-        if images:
-            whole[[row not in unread for row in rows]] = backbone.prepare(images)
         return whole, unread
 
     with ThreadPoolExecutor(2) as pool:
-        ahead: deque[tuple[range, list[Stream], Future[tuple[np.ndarray, dict[int, str]]]]] = deque()
+        ahead: deque[tuple[range, list[Stream], Future[tuple[torch.Tensor, dict[int, str]]]]] = deque()
         try:
             for rows, takers in batches:
                 ahead.append((rows, takers, pool.submit(prepare, rows)))

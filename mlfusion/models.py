@@ -4,14 +4,13 @@ A model is a catalogue name, an id on the Hugging Face hub, or a folder in the h
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mlfusion.errors import BadModel, Unavailable, UnknownName
-from mlfusion.specs import ModelSpec, digest
+from mlfusion.specs import Compute, ModelSpec, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +138,11 @@ def weight_files(folder: Path) -> list[Path]:
     raise BadModel(f"{folder} holds no weights; allowed: *.safetensors (or pytorch_model*.bin)")
 
 
-def identify(checkpoint: Checkpoint) -> ModelSpec:
-    """What decides this model's numbers, read from its files: weights, architecture, preprocessing.
+def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float32") -> ModelSpec:
+    """What decides this model's numbers: weights and architecture, from its files, and the other two words as they are.
 
     Raises:
-        BadModel: a configuration or processor that transformers cannot read.
+        BadModel: a configuration that transformers cannot read.
     """
     config = configuration(checkpoint.folder)
     vision = getattr(config, "vision_config", config)
@@ -154,33 +153,17 @@ def identify(checkpoint: Checkpoint) -> ModelSpec:
             f"{checkpoint.name} ({config.model_type}) has no num_hidden_layers and hidden_size; allowed: vision "
             "transformers such as ViT, DeiT, CLIP, DINOv2, MAE"
         ) from err
-    settings = processor(checkpoint.folder).to_dict()
-    cosmetic = {"transformers_version", "processor_class", "_processor_class"}
     return ModelSpec(
         weights=_sha256(tuple(weight_files(checkpoint.folder))),
         revision=checkpoint.revision,
         config=digest(_architecture(config)),
-        preprocess=json.dumps(
-            {k: v for k, v in settings.items() if k not in cosmetic and v is not None}, sort_keys=True
-        ),
+        preprocess=preprocess,
+        compute=compute,
         name=checkpoint.name,
         family=config.model_type,
         depth=depth,
         width=width,
     )
-
-
-def processor(folder: Path) -> Any:
-    """The model's own image processor, in its PIL form: exact, and without torchvision."""
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
-    except (OSError, ValueError, ImportError) as err:
-        raise BadModel(
-            f"{folder.name}: no image processor can be made ({first_line(err)}); the folder needs a "
-            "preprocessor_config.json of a processor that has a PIL form"
-        ) from err
 
 
 def configuration(folder: Path) -> Any:

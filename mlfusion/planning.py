@@ -244,7 +244,7 @@ def plan(
         entry = store.entry(spec)
         todo: dict[Stream, set[int]] = {}
         if entry is None or not asked.pairs <= entry.held():
-            backbone = backbone or Backbone(asked.checkpoint, asked.device)
+            backbone = backbone or Backbone(asked.checkpoint, asked.device, preprocessing=asked.preprocessing)
             todo = gaps(entry, asked.pairs) if entry else {}
             todo |= {stream: set(range(stream.shards)) for stream in asked.fresh(entry, spec, backbone)}
             if rate is None:
@@ -305,8 +305,8 @@ def _trial(
                 yield range(at, min(at + batch_size, len(split))), []
 
     images, start = 0, 0.0
-    for rows, _, pixels, _ in prepared(backbone, split, rounds(), skip_bad=True):
-        backbone(pixels, wanted)
+    for rows, _, pictures, _ in prepared(backbone, split, rounds(), skip_bad=True):
+        backbone(backbone.preprocessing.finish(pictures.to(backbone.device)), wanted)
         if not start:
             start = time.monotonic()
             continue

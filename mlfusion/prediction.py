@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from mlfusion import datasets, models, protocol, trained
+from mlfusion import datasets, models, preprocessing, protocol, trained
 from mlfusion.backbone import Backbone
 from mlfusion.batches import Tokens
 from mlfusion.devices import pick_device
@@ -74,7 +75,8 @@ def predict(
     """
     card, head = trained.load(Path(probe))
     checkpoint = models.locate(model or _word(card.backbone.source))
-    found = identity(models.identify(checkpoint))
+    steps = preprocessing.read(checkpoint.folder)
+    found = identity(models.identify(checkpoint, steps.key()))
     if differing := [name for name, value in found.items() if getattr(card.backbone, name) != value]:
         raise BadModel(
             f"{checkpoint.name} is not the backbone of this probe, {card.backbone.name} from {card.backbone.source}: "
@@ -82,11 +84,11 @@ def predict(
             "preprocessing, so give their folder with --model, or train the probe again on this model's features"
         )
     pictures = datasets.pictures([str(image) for image in images])
-    backbone = Backbone(checkpoint, pick_device(device))
+    backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps)
     made: list[Prediction] = []
     for start in range(0, len(pictures), batch_size):
         rows = range(start, min(start + batch_size, len(pictures)))
-        pixels = backbone.prepare([pictures.image(row) for row in rows])
+        pixels = steps([pictures.image(row) for row in rows])
         values = _tokens(backbone, pixels, card)
         # No labels are known; none are looked at.
         given = Tokens(values, np.zeros(len(values), np.int64))
@@ -95,12 +97,12 @@ def predict(
     return made
 
 
-def _tokens(backbone: Backbone, pixels: np.ndarray, card: trained.Card) -> np.ndarray:
+def _tokens(backbone: Backbone, pixels: Tensor, card: trained.Card) -> np.ndarray:
     """[images, tokens, width] in the order and the precision in which the cache gives them."""
     pairs = [(layer, kind) for layer in card.layers for kind in card.kinds]
     read = backbone(pixels, pairs)  # type: ignore[arg-type]
     encoding = ENCODINGS[card.dtype]  # type: ignore[index]
-    parts = [encoding.decode(encoding.encode(read[pair])) for pair in pairs]  # type: ignore[index]
+    parts = [encoding.decode(encoding.encode(read[pair].cpu().numpy())) for pair in pairs]  # type: ignore[index]
     width = max(part.shape[-1] for part in parts)
     padded = [np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[-1]))) for part in parts]
     return np.concatenate(padded, axis=1)

@@ -22,6 +22,10 @@ Dtype = Literal["float16", "bfloat16", "float32", "int8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 """How the cache keeps a number; int8 keeps a scale with every token's vector."""
 
+Compute = Literal["float32", "bfloat16", "float16"]
+COMPUTES: tuple[Compute, ...] = get_args(Compute)
+"""In what the forward pass is computed: weights and activations; tokens are averaged in float32."""
+
 TokenKind = Literal["cls", "ap", "all"]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 """CLS token; AP, the mean of the patch tokens; all tokens in the model's own order, CLS first where there is one."""
@@ -89,9 +93,9 @@ class ModelSpec:
     weights: str  # sha256 of the weight files
     revision: str | None  # commit on the hub; None for a folder
     config: str  # digest of the architecture's configuration
-    preprocess: str  # canonical JSON of the processor's settings
+    preprocess: str  # canonical JSON of what is done to a picture
     hook: str = "norm2"  # where in each block tokens are read
-    compute: str = "float32"  # precision of the forward pass
+    compute: Compute = "float32"  # precision of the forward pass
     name: str = field(compare=False)
     family: str = field(compare=False)  # transformers' model_type
     depth: int = field(compare=False)  # L, the number of blocks: layers are 1..L, L being the final norm

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny import FAMILIES, save_model
+from tiny import FAMILIES, noise_images, save_model
 from torch import nn
 
 from mlfusion import models
@@ -58,20 +58,15 @@ def by_hand(model: nn.Module, family: str, pixels: torch.Tensor) -> list[torch.T
     return [*layers, getattr(model, final)(x)]
 
 
-def noise_images(count: int, seed: int = 1) -> list[Image.Image]:
-    random = np.random.default_rng(seed)
-    return [Image.fromarray(random.integers(0, 256, (50, 44, 3), np.uint8)) for _ in range(count)]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_and_kind_equals_the_blocks_run_by_hand(family, tmp_path):
     folder = save_model(family, tmp_path / family)
     backbone = Backbone(models.locate(str(folder)))
-    pixels = backbone.prepare(noise_images(3))
+    pixels = backbone.preprocessing(noise_images(3))
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     if family == "mae":
         model.config.mask_ratio = 0.0
-    expected = by_hand(getattr(model, "vision_model", model), family, torch.from_numpy(pixels))
+    expected = by_hand(getattr(model, "vision_model", model), family, pixels)
     prefix = WORDS[family][-1]
     pairs = [(layer, kind) for layer in range(5) for kind in ("cls", "ap", "all")]
     found = backbone(pixels, pairs)
@@ -85,17 +80,9 @@ def test_every_layer_and_kind_equals_the_blocks_run_by_hand(family, tmp_path):
     assert backbone.kinds == {"cls": 1, "ap": 1, "all": 16 + prefix}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pixels_are_the_processors_own(family, tmp_path):
-    folder = save_model(family, tmp_path / family)
-    pixels = Backbone(models.locate(str(folder))).prepare(noise_images(2))
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    np.testing.assert_array_equal(pixels, processor(noise_images(2), return_tensors="np")["pixel_values"])
-
-
 def test_batches_do_not_change_features(tmp_path):
     backbone = Backbone(models.locate(str(save_model("vit", tmp_path / "vit"))))
-    pixels = backbone.prepare(noise_images(5))
+    pixels = backbone.preprocessing(noise_images(5))
     whole = backbone(pixels, [(2, "cls"), (4, "ap")])
     for pair, tokens in whole.items():
         alone = np.concatenate([backbone(pixels[i : i + 1], [pair])[pair] for i in range(5)])
@@ -107,15 +94,15 @@ def test_what_lies_deeper_than_asked_is_not_run(tmp_path):
     ran: list[int] = []
     for number, block in enumerate(backbone.anatomy.blocks):
         block.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
-    backbone(backbone.prepare(noise_images(1)), [(1, "cls"), (2, "ap")])
+    backbone(backbone.preprocessing(noise_images(1)), [(1, "cls"), (2, "ap")])
     assert ran == [0, 1]  # layer 2 is the second norm of block 2, before its MLP
-    backbone(backbone.prepare(noise_images(1)), [(4, "ap")])
+    backbone(backbone.preprocessing(noise_images(1)), [(4, "ap")])
     assert ran == [0, 1, 0, 1, 2, 3]
 
 
 def test_no_hook_is_left_behind(tmp_path):
     backbone = Backbone(models.locate(str(save_model("clip", tmp_path / "clip"))))
-    backbone(backbone.prepare(noise_images(1)), [(1, "cls"), (4, "ap")])
+    backbone(backbone.preprocessing(noise_images(1)), [(1, "cls"), (4, "ap")])
     assert not any(module._forward_hooks for module in backbone._model.modules())
 
 
@@ -124,10 +111,10 @@ def test_deit_tiny_agrees_with_hidden_states(shared):
     folder = shared / "weights" / "deit_tiny_patch16_224"
     backbone = Backbone(models.locate(str(folder)))
     photos = sorted((shared / "dtd10" / "test").glob("*/*.jpg"))[::40]
-    pixels = backbone.prepare([Image.open(photo) for photo in photos])
+    pixels = backbone.preprocessing([Image.open(photo) for photo in photos])
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False).eval()
     with torch.inference_mode():
-        said = model(torch.from_numpy(pixels), output_hidden_states=True)
+        said = model(pixels, output_hidden_states=True)
         found = backbone(pixels, [(layer, kind) for layer in range(13) for kind in ("cls", "ap")])
         for layer in range(13):
             if layer < 12:

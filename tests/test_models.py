@@ -10,7 +10,7 @@ import hub
 import pytest
 from tiny import save_images, save_model
 
-from mlfusion import models
+from mlfusion import models, preprocessing
 from mlfusion.errors import BadModel, Unavailable, UnknownName
 
 
@@ -80,20 +80,21 @@ def test_a_folder_that_lacks_something_says_what(lost, message, tmp_path):
     folder = save_model("vit", tmp_path / "m")
     (folder / lost).unlink()
     with pytest.raises(BadModel, match=message):
-        models.identify(models.locate(str(folder)))
+        models.identify(models.locate(str(folder)), preprocessing.read(folder).key())
 
 
 def test_a_configuration_that_is_not_one(tmp_path):
     folder = save_model("vit", tmp_path / "m")
     (folder / "config.json").write_text('{"model_type": "no-such-thing"}')
     with pytest.raises(BadModel, match=r"config\.json cannot be read"):
-        models.identify(models.locate(str(folder)))
+        models.identify(models.locate(str(folder)), "{}")
 
 
 def test_the_catalogue_holds_the_studys_eleven_and_the_embedded_one_as_it_is():
     study = [row for row in models.CATALOGUE.values() if "study" in row.about]
     assert len(study) == 11
     row = models.CATALOGUE[models.EMBEDDED]
-    spec = models.identify(models.locate(models.EMBEDDED))
+    checkpoint = models.locate(models.EMBEDDED)
+    spec = models.identify(checkpoint, preprocessing.read(checkpoint.folder).key())
     assert (row.depth, row.width) == (spec.depth, spec.width)
     assert json.loads(spec.preprocess)["size"] == {"height": row.image_px, "width": row.image_px}

@@ -73,6 +73,12 @@ def save_model(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def noise_images(count: int, seed: int = 1) -> list[Image.Image]:
+    """Pictures of noise, a little higher than wide."""
+    random = np.random.default_rng(seed)
+    return [Image.fromarray(random.integers(0, 256, (50, 44, 3), np.uint8)) for _ in range(count)]
+
+
 def save_images(
     root: Path,
     counts: dict[str, int],

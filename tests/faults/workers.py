@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from mlfusion import disk, extraction
 from mlfusion.errors import MlfusionError
@@ -45,25 +46,34 @@ def numbers(rows, layer: int, kind: str) -> np.ndarray:
     return np.sin(at + inner * 0.618).astype(np.float32)
 
 
+class Steps:
+    """Stands where preprocessing stands: a picture of one pixel, its row number."""
+
+    pixels, dtype = (1, 1), torch.float32
+
+    def picture(self, image: int) -> np.ndarray:
+        return np.full((1, 1, 3), image, np.float32)
+
+    def finish(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures
+
+
 class Model:
     """Stands where the frozen model stands: pixels are row numbers."""
 
-    name, kinds, pixels = "formula", KINDS, (1,)
+    name, kinds, preprocessing, device = "formula", KINDS, Steps(), "cpu"
     anatomy = SimpleNamespace(widths=dict.fromkeys(range(4), WIDTH))
 
     def __init__(self, passes: Path | None, pause: float) -> None:
         self._passes, self._pause = passes, pause
 
-    def prepare(self, images: list[int]) -> np.ndarray:
-        return np.array(images, np.float32)[:, None]
-
-    def __call__(self, pixels: np.ndarray, wanted: frozenset) -> dict:
-        rows = pixels[:, 0].astype(int)
+    def __call__(self, pixels: torch.Tensor, wanted: frozenset) -> dict:
+        rows = pixels[:, 0, 0, 0].int().tolist()
         if self._passes:  # one line a pass, so that what was computed twice can be told
             with open(self._passes, "a") as file:
                 file.write(f"{os.getpid()} {rows[0]} {rows[-1]}\n")
         time.sleep(self._pause)
-        return {(layer, kind): numbers(rows, layer, kind) for layer, kind in wanted}
+        return {(layer, kind): torch.from_numpy(numbers(rows, layer, kind)) for layer, kind in wanted}
 
 
 class Images:
@@ -100,6 +110,7 @@ def extract(
     """`mlfusion.extract` of the formula."""
     asked = extraction.Request(
         checkpoint=None,
+        preprocessing=Steps(),
         names=NAMES,
         pairs=PAIRS,
         splits=((Images(images), samples(images), spec(images)),),
@@ -109,7 +120,7 @@ def extract(
     )
     kept = extraction.Request, extraction.Backbone
     extraction.Request = SimpleNamespace(of=lambda *_, **__: asked)
-    extraction.Backbone = lambda *_: Model(passes, pause)
+    extraction.Backbone = lambda *_, **__: Model(passes, pause)
     try:
         [done] = extraction.extract("formula", "numbers", cache=root)
     finally:

@@ -1,0 +1,357 @@
+"""What happens to a picture before the model sees it: the model's own steps, read from its files, and part of the key.
+
+The reference is the model's image processor in transformers, in its PIL form: ours gives the same numbers to the bit, needs
+neither torchvision nor a processor's class, and splits the work where it is cheap to split. `picture` is what a worker does
+for one image and ends in bytes, a quarter of the floats' memory; `finish` turns a batch of them into the numbers that the
+model takes, on the model's device. A processor with rules of its own (`Borrowed`) is called as it is.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mlfusion.errors import BadModel, UnknownName
+
+Word = Literal["exact", "paper"]
+WORDS: tuple[Word, ...] = get_args(Word)
+"""`exact`: the model's own processor, to the bit. `paper`: as the study prepared images for models of this family."""
+
+Kernel = Literal["pil", "torch-float32"]
+"""What resizes: PIL on bytes, or torch on floats (what torchvision's processors do)."""
+
+Rounding = Literal["floor", "half-even"]
+"""Of a crop's offset where the margin is odd: transformers' way, or torchvision's."""
+
+FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+KNOWN: dict[str, dict[str, Any]] = {
+    # What transformers' processors do where their configuration says nothing; `square` is how they take a size that is
+    # one number.
+    "CLIP": {"size": 224, "square": False, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "clip"},
+    "Bit": {"size": 224, "square": False, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "clip"},
+    "ViT": {"size": 224, "square": True, "resample": 2, "of": "half"},
+    "DeiT": {"size": 256, "square": True, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "half"},
+    "Beit": {"size": 224, "square": True, "crop_size": 224, "resample": 3, "of": "half"},
+    "Siglip": {"size": {"height": 224, "width": 224}, "square": False, "resample": 3, "of": "half"},
+    "ConvNext": {"size": 384, "square": False, "resample": 3, "of": "half", "crop_pct": 224 / 256},
+    "DINOv3ViT": {"size": 224, "square": True, "resample": 2, "of": "imagenet", "kernel": "torch-float32"},
+}
+COLOURS = {"clip": (CLIP_MEAN, CLIP_STD), "half": (HALF, HALF), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Resize, crop, rescale, normalise: everything between a picture in RGB and the model's input."""
+
+    size: tuple[int, int] | int | None  # (height, width), or the shortest edge
+    crop_size: tuple[int, int] | None  # about the centre; what is too small is padded with black
+    crop_rounding: Rounding = "floor"
+    resample: str = "bicubic"
+    kernel: Kernel = "pil"
+    rescale_factor: float | None = 1 / 255
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop_size is None and not isinstance(self.size, tuple):
+            raise BadModel(
+                f"pictures of every shape would come out of a resize to {self.size} without a crop; allowed: a processor "
+                "with a crop_size, or a size with height and width"
+            )
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of what the model is given."""
+        assert isinstance(self.size, tuple) or self.crop_size
+        return self.crop_size or self.size  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a picture before it is finished."""
+        return torch.uint8 if self.kernel == "pil" else torch.float32
+
+    def picture(self, image: Image.Image) -> np.ndarray:
+        """[height, width, 3] of `dtype`: resized and cropped; bytes are still those of the file, floats are rescaled."""
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        height, width = self._resized(image.height, image.width)
+        if self.kernel == "pil":
+            resized = np.asarray(image.resize((width, height), FILTERS[self.resample]))
+        else:
+            whole = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() * (self.rescale_factor or 1)
+            whole = torch.nn.functional.interpolate(whole, (height, width), mode=self.resample, antialias=True)
+            resized = whole[0].permute(1, 2, 0).numpy()
+        return _cropped(resized, self.crop_size, self.crop_rounding) if self.crop_size else resized
+
+    def finish(self, pictures: Tensor) -> Tensor:
+        """[images, height, width, 3] → [images, 3, height, width] float32, as the model is given it, on the same device."""
+        taken = pictures.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        factor = self.rescale_factor
+        if factor is not None and pictures.dtype == torch.uint8:
+            if self._divides:
+                taken.div_(1 / factor)
+            else:
+                taken.copy_(taken.double().mul_(factor))
+        if self.image_mean is not None and self.image_std is not None:
+            mean, std = (
+                torch.tensor(each, device=taken.device)[:, None, None] for each in (self.image_mean, self.image_std)
+            )
+            taken.sub_(mean).div_(std)
+        return taken
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures as the model is given them: [images, 3, height, width] float32."""
+        return self.finish(torch.from_numpy(np.stack([self.picture(image) for image in images])))
+
+    @cached_property
+    def _divides(self) -> bool:
+        """Whether a division in float32 gives what transformers' product in float64 is rounded to, of every byte."""
+        assert self.rescale_factor is not None
+        byte = torch.arange(256)
+        return torch.equal(byte.float() / (1 / self.rescale_factor), (byte.double() * self.rescale_factor).float())
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if self.size is None:
+            return height, width
+        if isinstance(self.size, tuple):
+            return self.size
+        short, long = sorted((height, width))
+        longer = int(self.size * long / short)
+        return (longer, self.size) if width <= height else (self.size, longer)
+
+    def key(self) -> str:
+        """Canonical JSON, in transformers' words where it has them: what a ModelSpec is told by."""
+        body = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if isinstance(self.size, tuple):
+            body["size"] = {"height": self.size[0], "width": self.size[1]}
+        elif self.size is not None:
+            body["size"] = {"shortest_edge": self.size}
+        if self.crop_size:
+            body["crop_size"] = {"height": self.crop_size[0], "width": self.crop_size[1]}
+        return json.dumps(body, sort_keys=True)
+
+
+def _cropped(pixels: np.ndarray, size: tuple[int, int], rounding: Rounding) -> np.ndarray:
+    """The middle of [height, width, 3]."""
+    offsets, pads = [], []
+    for have, want in zip(pixels.shape, size, strict=False):
+        margin, lack = max(have - want, 0), max(want - have, 0)
+        offsets.append(margin // 2 if rounding == "floor" else round(margin / 2))
+        before = -(-lack // 2) if rounding == "floor" else lack // 2
+        pads.append((before, lack - before))
+    if any(map(any, pads)):
+        pixels = np.pad(pixels, (*pads, (0, 0)))
+    top, left = offsets
+    return pixels[top : top + size[0], left : left + size[1]]
+
+
+class Borrowed:
+    """A processor of transformers whose rules are its own, called as it is; its pictures are finished floats."""
+
+    dtype = torch.float32
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        noise = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
+        self.pixels = self.picture(Image.fromarray(noise)).shape[:2]
+
+    def picture(self, image: Image.Image) -> np.ndarray:
+        """[height, width, 3] float32."""
+        made = self._processor(images=[image.convert("RGB")], return_tensors="np")["pixel_values"]
+        return np.moveaxis(np.asarray(made, np.float32)[0], 0, -1)
+
+    def finish(self, pictures: Tensor) -> Tensor:
+        """[images, height, width, 3] → [images, 3, height, width]."""
+        return pictures.permute(0, 3, 1, 2).contiguous()
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures as the model is given them: [images, 3, height, width] float32."""
+        return self.finish(torch.from_numpy(np.stack([self.picture(image) for image in images])))
+
+    def key(self) -> str:
+        """Canonical JSON of the processor's settings."""
+        cosmetic = {"transformers_version", "processor_class", "_processor_class"}
+        settings = self._processor.to_dict().items()
+        return json.dumps({k: v for k, v in settings if k not in cosmetic and v is not None}, sort_keys=True)
+
+
+Preprocessing = Steps | Borrowed
+
+
+def read(folder: Path, word: str = "exact") -> Preprocessing:
+    """How a model's pictures are prepared, by its own files or by the study's recipe for its family.
+
+    Raises:
+        UnknownName: `word` is none of WORDS.
+        BadModel: the folder says nothing that we or transformers can read, or the study has no recipe for such a model.
+    """
+    if word not in WORDS:
+        raise UnknownName("preprocessing", word, WORDS)
+    config = _json(folder / "config.json")
+    if word == "paper":
+        return _of_the_study(folder, config)
+    if (timm := config.get("pretrained_cfg")) and not (folder / "preprocessor_config.json").is_file():
+        return _of_timm(timm)
+    if clip := _json(folder / "open_clip_config.json").get("preprocess_cfg"):
+        return _of_open_clip(clip, _json(folder / "open_clip_config.json"))
+    settings = _json(folder / "preprocessor_config.json")
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+    processor = None
+    if _family(name) not in KNOWN or settings.get("do_pad"):
+        processor = _processor(folder)
+        settings, name = processor.to_dict(), type(processor).__name__
+    if _family(name) in KNOWN and not settings.get("do_pad"):
+        return _of_transformers(_family(name), settings)
+    return Borrowed(processor)
+
+
+def _family(name: str) -> str:
+    """'CLIPImageProcessorFast' and 'CLIPFeatureExtractor' → 'CLIP'."""
+    for suffix in ("Pil", "Fast", "ImageProcessor", "FeatureExtractor"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _of_transformers(family: str, settings: Mapping[str, Any]) -> Steps:
+    """As the processors of transformers read their configuration, old forms too."""
+    known = KNOWN[family]
+    said = {**known, **{name: value for name, value in settings.items() if value is not None}}
+    size = _size(said["size"], known["square"]) if said.get("do_resize", True) else None
+    crop = _size(said["crop_size"], True) if said.get("do_center_crop") else None
+    if family == "ConvNext" and isinstance(size, int):
+        # Below 384 pixels a margin is resized and cut off, from there on pictures are squashed.
+        size, crop = (int(size / said["crop_pct"]), (size, size)) if size < 384 else ((size, size), crop)
+    mean, std = COLOURS[known["of"]]
+    normalizes = said.get("do_normalize", True)
+    try:
+        resample = {number: name for name, number in FILTERS.items()}[int(said["resample"])]
+    except (KeyError, ValueError) as err:
+        raise BadModel(f"resample {said['resample']!r}: allowed are PIL's numbers 0 to 5") from err
+    return Steps(
+        size=size,
+        crop_size=crop if crop is None or isinstance(crop, tuple) else (crop, crop),
+        resample=resample,
+        kernel=known.get("kernel", "pil"),
+        rescale_factor=float(said.get("rescale_factor", 1 / 255)) if said.get("do_rescale", True) else None,
+        image_mean=_three(said.get("image_mean", mean)) if normalizes else None,
+        image_std=_three(said.get("image_std", std)) if normalizes else None,
+    )
+
+
+def _size(value: Any, square: bool) -> tuple[int, int] | int:
+    """One number, two, or a dictionary of one of transformers' forms."""
+    if isinstance(value, Mapping):
+        if value.get("height") and value.get("width"):
+            return int(value["height"]), int(value["width"])
+        if value.get("shortest_edge") and not value.get("longest_edge"):
+            return int(value["shortest_edge"])
+        raise BadModel(f"size {dict(value)}: allowed are height and width, or shortest_edge")
+    if isinstance(value, Sequence):
+        return int(value[0]), int(value[1])
+    return (int(value), int(value)) if square else int(value)
+
+
+def _three(value: float | Sequence[float]) -> tuple[float, ...]:
+    return tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),) * 3
+
+
+def _of_timm(settings: Mapping[str, Any]) -> Steps:
+    """timm's evaluation transform (timm/data/transforms_factory.py): resize by crop_pct, crop about the centre."""
+    _, height, width = settings["input_size"]
+    mode, share = settings.get("crop_mode", "center"), float(settings.get("crop_pct", 0.875))
+    if mode not in ("center", "squash"):
+        raise BadModel(f"timm's crop_mode {mode!r}: allowed are center, squash")
+    scaled = math.floor(height / share), math.floor(width / share)
+    return Steps(
+        size=scaled if mode == "squash" or height != width else scaled[0],
+        crop_size=(height, width),
+        crop_rounding="half-even",
+        resample=str(settings.get("interpolation", "bilinear")),
+        image_mean=_three(settings.get("mean", IMAGENET_MEAN)),
+        image_std=_three(settings.get("std", IMAGENET_STD)),
+    )
+
+
+def _of_open_clip(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Steps:
+    """open_clip's evaluation transform (open_clip/transform.py): shortest edge and crop, or squash."""
+    said = settings.get("size") or config["model_cfg"]["vision_cfg"].get("image_size", 224)
+    size = _size(said, True)
+    assert isinstance(size, tuple)
+    mode = settings.get("resize_mode", "shortest")
+    if mode not in ("shortest", "squash"):
+        raise BadModel(f"open_clip's resize_mode {mode!r}: allowed are shortest, squash")
+    return Steps(
+        size=size if mode == "squash" else min(size),
+        crop_size=size,
+        crop_rounding="half-even",
+        resample=str(settings.get("interpolation", "bicubic")),
+        image_mean=_three(settings.get("mean", CLIP_MEAN)),
+        image_std=_three(settings.get("std", CLIP_STD)),
+    )
+
+
+STUDY: dict[str, tuple[int, str, str]] = {  # model_type → shortest edge, filter, colours
+    "clip": (224, "bicubic", "clip"),
+    "clip_vision_model": (224, "bicubic", "clip"),
+    "vit": (248, "bicubic", "half"),
+    "dinov2": (256, "bilinear", "imagenet"),
+    "vit_mae": (256, "bilinear", "imagenet"),
+}
+"""What the study's code (arXiv 2601.09322, commit ef86a87) does: open_clip's, timm's and thingsvision's transforms."""
+
+
+def _of_the_study(folder: Path, config: Mapping[str, Any]) -> Steps:
+    family = str(config.get("model_type"))
+    if family not in STUDY:
+        raise BadModel(
+            f"the study has no model of the family {family} of {folder.name}; allowed with --preprocess paper: "
+            f"{', '.join(STUDY)}. Leave it away for the model's own preprocessing"
+        )
+    edge, resample, colours = STUDY[family]
+    mean, std = COLOURS[colours]
+    return Steps(
+        size=edge, crop_size=(224, 224), crop_rounding="half-even", resample=resample, image_mean=mean, image_std=std
+    )
+
+
+def _processor(folder: Path) -> Any:
+    """The model's own image processor, in its PIL form: exact, and without torchvision."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
+    except (OSError, ValueError, ImportError) as err:
+        said = (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
+        raise BadModel(
+            f"{folder.name}: no image processor can be made ({said}); the folder needs a preprocessor_config.json of one "
+            f"of {', '.join(KNOWN)}, or of another processor that has a PIL form in transformers"
+        ) from err
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's object, or an empty one where there is no such file.
+
+    Raises:
+        BadModel: it holds something else.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as err:
+        raise BadModel(f"{path} cannot be read: {err}") from err
+    if not isinstance(body, dict):
+        raise BadModel(f"{path} holds no JSON object")
+    return body
