@@ -96,6 +96,8 @@ HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
     "vl_convert": {"report"},
     "sklearn": {"datasets", "metrics", "statistics"},
     "scipy": {"statistics"},
+    "pandas": {"results"},
+    "sqlite3": {"results"},
     "torch": {
         "preprocessing",
         "backbone",

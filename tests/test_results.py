@@ -4,16 +4,38 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
+import resource
+import shutil
+import signal
+import sqlite3
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from rows import row
 
-from mlfusion.errors import MlfusionError
-from mlfusion.results import Results
+from mlfusion.errors import MlfusionError, UnknownName
+from mlfusion.results import Results, database, export
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def lines(path: Path, *rows: object) -> Path:
+    """A file as results were kept before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
+    return path
+
+
+def ids(store: Results) -> list[str]:
+    return [one["id"] for one in store.rows()]
 
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
@@ -21,11 +43,17 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     first, second = row("a1"), row("b2", seed=1, attention=attention)
     arrays = {"probabilities": np.linspace(0, 1, 6, dtype=np.float16).reshape(3, 2), "labels": np.array([0, 1, 1])}
     store = Results(tmp_path / "results")
-    assert store.rows() == [] and store.find("a1") is None
+    assert store.rows() == [] and store.find("a1") is None and store.listing() == [] and store.count() == 0
+    assert not (tmp_path / "results").exists()
     store.append(first)
     assert store.rows() == [first]
     store.append(second, arrays)
-    for reader in (store, Results(tmp_path / "results"), Results(tmp_path / "results" / "rows.jsonl")):
+    copies = (
+        Results(tmp_path / "results"),
+        Results(tmp_path / "results" / "results.sqlite"),
+        pickle.loads(pickle.dumps(store)),
+    )
+    for reader in (store, *copies):
         assert reader.rows() == reader.require() == [first, second]
         assert reader.find("b2") == second and reader.find("c3") is None
         read = reader.arrays(second)
@@ -33,7 +61,7 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
         for name in arrays:
             np.testing.assert_array_equal(read[name], arrays[name])
             assert read[name].dtype == arrays[name].dtype
-    assert [p.name for p in (tmp_path / "results" / "arrays").iterdir()] == ["b2.npz"]
+    assert sorted(path.name for path in (tmp_path / "results").rglob("*")) == ["arrays", "b2.npz", "results.sqlite"]
 
 
 def test_of_rows_with_one_id_the_last_counts(tmp_path: Path) -> None:
@@ -41,26 +69,49 @@ def test_of_rows_with_one_id_the_last_counts(tmp_path: Path) -> None:
     for row_id, test in (("a", 0.1), ("b", 0.2), ("a", 0.3)):
         store.append(row(row_id, test=test))
     assert [(r["id"], r["test"]) for r in store.rows()] == [("b", 0.2), ("a", 0.3)]
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("kept", [1, 20, 200, -1])
-def test_a_torn_line_is_left_out_kept_and_does_no_harm_to_later_ones(
-    tmp_path: Path, kept: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    Results(tmp_path).append(row("whole"))
-    torn = json.dumps(row("torn", dataset="µ"), ensure_ascii=False).encode()[:kept]
-    path.write_bytes(path.read_bytes() + torn)
-    reader = Results(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        assert [r["id"] for r in reader.rows()] == ["whole"]
-    assert "torn" in caplog.text and str(path) in caplog.text
-    Results(tmp_path).append(row("after"))
-    for again in (reader, Results(tmp_path)):  # the one that saw the tail torn, and a fresh one
-        assert [r["id"] for r in again.rows()] == ["whole", "after"]
-        assert again.damaged == [2]
-    assert torn in path.read_bytes().split(b"\n")
+def test_rows_are_found_by_what_they_are_of(tmp_path: Path) -> None:
+    store = Results(tmp_path)
+    for number, (model, dataset, probe) in enumerate(
+        [("a", "x", "cls-last/linear"), ("b", "x", "cls-last/linear"), ("a", "y", "alf"), ("a", "x", "alf")]
+    ):
+        store.append(row(f"r{number}", model=model, dataset=dataset, probe=probe, seed=number))
+    assert [r["id"] for r in store.rows(model="a")] == ["r0", "r2", "r3"]
+    assert [r["id"] for r in store.rows(dataset="x", probe="alf")] == ["r3"]
+    assert store.count(model="a", dataset="x") == 2 and store.count() == 4
+    listed = store.listing(model="a", limit=2)
+    assert [one["id"] for one in listed] == ["r2", "r3"]  # the newest, oldest first
+    assert listed[0] == {name: store.find("r2")[name] for name in listed[0]} and "test" in listed[0]
+    with pytest.raises(MlfusionError, match=r"no results of --dataset z in .*mlfusion results ls"):
+        store.require(dataset="z")
+
+
+def test_an_id_may_be_cut_short(tmp_path: Path) -> None:
+    store = Results(tmp_path)
+    with pytest.raises(MlfusionError, match="Make some with `mlfusion probe"):
+        store.named("a")
+    for row_id in ("abc1", "abd2", "ab"):
+        store.append(row(row_id))
+    assert store.named("abc")["id"] == "abc1"
+    assert store.named("ab")["id"] == "ab"  # whole: not one of the others
+    with pytest.raises(UnknownName, match=r"Several begin so"):
+        store.named("a")
+    with pytest.raises(UnknownName, match=r"no result named 'x'.*the newest.*mlfusion results ls"):
+        store.named("x")
+    with pytest.raises(UnknownName):
+        store.named("")
+
+
+def test_a_list_of_classes_is_kept_once(tmp_path: Path) -> None:
+    store = Results(tmp_path)
+    names = [f"class number {k}" for k in range(1000)]
+    for number in range(20):
+        store.append(row(f"r{number}", classes=names))
+    assert store.path.stat().st_size < 20 * len(json.dumps(names)) / 3
+    first, second = store.rows()[:2]
+    first["classes"].append("another")
+    assert second["classes"] == names
 
 
 def test_rows_newer_than_the_last_reading_are_seen_and_deleted_ones_forgotten(tmp_path: Path) -> None:
@@ -68,17 +119,19 @@ def test_rows_newer_than_the_last_reading_are_seen_and_deleted_ones_forgotten(tm
     writer.append(row("a"))
     assert reader.find("a")
     writer.append(row("b"))
-    assert [r["id"] for r in reader.rows()] == ["a", "b"]
-    (tmp_path / "rows.jsonl").unlink()
+    assert ids(reader) == ["a", "b"]
+    (tmp_path / "results.sqlite").unlink()
     assert reader.rows() == []
     writer.append(row("c"))
-    assert [r["id"] for r in reader.rows()] == ["c"]
+    assert ids(reader) == ["c"]
+
+
+# --- crowds and kills ------------------------------------------------------------------------------------------------
 
 
 def _append_many(root: Path, writer: int) -> None:
     store = Results(root)
     for i in range(25):
-        # Some rows are longer than a pipe's or a page's atomic write, as a thousand classes make them.
         many = 4000 if i % 5 == 0 else 2
         store.append(
             row(f"w{writer}-{i}", classes=["class"] * many), {"labels": np.full(3, writer)} if i % 10 == 0 else None
@@ -86,19 +139,94 @@ def _append_many(root: Path, writer: int) -> None:
 
 
 def test_rows_of_several_writers_do_not_mix(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_append_many, args=(tmp_path, w)) for w in range(4)]
+    lines(tmp_path / "rows.jsonl", row("old-1"), row("old-2"))  # who comes first takes them over
+    writers = [SPAWN.Process(target=_append_many, args=(tmp_path, w)) for w in range(4)]
     for process in writers:
         process.start()
     for process in writers:
         process.join()
         assert process.exitcode == 0
     store = Results(tmp_path)
-    assert {r["id"] for r in store.rows()} == {f"w{w}-{i}" for w in range(4) for i in range(25)}
-    assert store.damaged == []
-    ids = [r["id"] for r in store.rows()]
+    held = ids(store)
+    assert sorted(held) == sorted(["old-1", "old-2", *(f"w{w}-{i}" for w in range(4) for i in range(25))])
     for writer in range(4):  # each writer's rows in its own order
-        assert [i for i in ids if i.startswith(f"w{writer}-")] == [f"w{writer}-{i}" for i in range(25)]
+        assert [i for i in held if i.startswith(f"w{writer}-")] == [f"w{writer}-{i}" for i in range(25)]
+        np.testing.assert_array_equal(store.arrays(row(f"w{writer}-20"))["labels"], [writer] * 3)
+    assert [path.name for path in tmp_path.glob("rows.*")] == ["rows.jsonl.imported"]
+
+
+def _append_until_killed(root: Path, told: int) -> None:
+    store = Results(root)
+    for number in range(10**6):
+        row_id = f"{os.getpid()}-{number}"
+        store.append(row(row_id, classes=["class"] * (3000 * (number % 2))), {"labels": np.full(50, number)})
+        os.write(told, f"{row_id} {number}\n".encode())
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
+    store, random = Results(tmp_path), np.random.default_rng(0)
+    acknowledged: dict[str, int] = {}
+    for _ in range(8):
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                _append_until_killed(tmp_path, write)
+            finally:
+                os._exit(1)
+        os.close(write)
+        with open(read) as said:
+            first = said.readline()
+            time.sleep(random.uniform(0, 0.03))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            text = first + said.read()
+        acknowledged |= {
+            one.split()[0]: int(one.split()[1]) for one in text.splitlines(keepends=True) if one.endswith("\n")
+        }
+        rows = {one["id"]: one for one in store.rows()}
+        assert acknowledged.keys() <= rows.keys()
+        for row_id in rows:  # a row that can be read has its arrays, also one that was not acknowledged any more
+            np.testing.assert_array_equal(store.arrays(rows[row_id])["labels"], np.full(50, int(row_id.split("-")[1])))
+    assert len(acknowledged) >= 8
+    with sqlite3.connect(store.path) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_writer_killed_in_the_middle_of_a_commit_leaves_the_state_before(tmp_path: Path) -> None:
+    """Pages written to the database and the journal not yet gone: the next one to open it rolls back."""
+    store = Results(tmp_path)
+    for number in range(30):
+        store.append(row(f"r{number}", classes=[f"{number}"] * 500))
+    want = store.rows()
+    if (child := os.fork()) == 0:
+        connection = sqlite3.connect(store.path, isolation_level=None)
+        connection.execute("PRAGMA cache_size = 1")  # changed pages go to the disk before the commit
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("UPDATE results SET body = json_set(body, '$.test', 0.0)")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert store.path.with_name("results.sqlite-journal").stat().st_size > 0
+    torn = store.path.read_bytes()
+    assert store.rows() == want
+    assert store.path.read_bytes() != torn
+
+
+def test_who_waits_too_long_for_another_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Results(tmp_path)
+    store.append(row("a"))
+    monkeypatch.setattr(database, "PATIENCE", 0.05)
+    with sqlite3.connect(store.path, isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(MlfusionError, match=r"cannot save results.*locked.*has no locks.*mlfusion results import"):
+            store.append(row("b"))
+        with pytest.raises(MlfusionError, match=r"cannot read results.*locked"):
+            store.rows()
+        other.execute("ROLLBACK")
+    store.append(row("b"))
+    assert ids(store) == ["a", "b"]
+
+
+# --- places that do not let ------------------------------------------------------------------------------------------
 
 
 def test_a_row_that_cannot_be_saved_is_an_error_that_names_the_place(tmp_path: Path) -> None:
@@ -107,19 +235,97 @@ def test_a_row_that_cannot_be_saved_is_an_error_that_names_the_place(tmp_path: P
     for arrays in (None, {"labels": np.zeros(2)}):
         with pytest.raises(MlfusionError, match=r"cannot save results in '.*results'.*--results PATH"):
             Results(place).append(row(), arrays)
+    with pytest.raises(MlfusionError, match=r"cannot read results in .*not a folder"):
+        Results(place).rows()
     assert place.read_text() == "a file where a folder should be"
 
 
-def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_a_child(work: Callable[[], str]) -> str:
+    """What `work` says in a process of its own, whose limits and rights may be changed."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.write(write, work().encode())
+        except (MlfusionError, AssertionError) as err:
+            os.write(write, f"{type(err).__name__}: {err}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as said:
+        text = said.read()
+    os.waitpid(child, 0)
+    return text
+
+
+def test_a_full_disk_is_an_error_and_costs_no_row_that_was_there(tmp_path: Path) -> None:
     store = Results(tmp_path)
     store.append(row("before"))
-    with monkeypatch.context() as patch:
-        write = os.write
-        patch.setattr("os.write", lambda descriptor, data: write(descriptor, data[:100]))
-        with pytest.raises(MlfusionError, match="no space left"):
-            store.append(row("cut"))
+
+    def work() -> str:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (store.path.stat().st_size + 4096, resource.RLIM_INFINITY))
+        store.append(row("cut", classes=["class"] * 20_000))
+        return "saved"
+
+    said = in_a_child(work)
+    assert "ResultsUnusable: cannot save results in" in said and "Nothing was lost but this row; make room" in said
     store.append(row("after"))
-    assert [r["id"] for r in Results(tmp_path).rows()] == ["before", "after"]
+    assert ids(Results(tmp_path)) == ["before", "after"]
+
+
+@pytest.fixture
+def read_only() -> Iterator[Path]:
+    """A folder that can be read by everybody and, once `chmod` is done, written by nobody but its owner."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def _as_nobody(folder: Path, work: Callable[[], str]) -> str:
+    def without_rights() -> str:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        assert not os.access(folder, os.W_OK)
+        return work()
+
+    folder.chmod(0o555)
+    return in_a_child(without_rights)
+
+
+@pytest.mark.parametrize("kept", ["database", "lines", "both", "unfinished"])
+def test_a_folder_that_may_not_be_written_is_read(read_only: Path, kept: str) -> None:
+    want = ["a", "b"]
+    if kept != "lines":
+        Results(read_only).append(row("a"), {"labels": np.arange(3)})
+    if kept == "database":
+        Results(read_only).append(row("b"))
+    else:
+        name = "rows.jsonl.importing" if kept == "unfinished" else "rows.jsonl"
+        lines(read_only / name, *([row("a"), row("b")] if kept == "lines" else [row("b")]))
+
+    def work() -> str:
+        store = Results(read_only)
+        assert store.find("b") == row("b") and len(store.listing()) == 2
+        if kept == "database":
+            assert len(store.arrays(row("a"))["labels"]) == 3
+        return " ".join(ids(store))
+
+    assert _as_nobody(read_only, work) == " ".join(want)
+
+    def save() -> str:
+        Results(read_only).append(row("c"))
+        return "saved"
+
+    assert "ResultsUnusable: cannot save results in" in _as_nobody(read_only, save)
+    read_only.chmod(0o755)
+    assert ids(Results(read_only)) == want
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
 
 
 def test_arrays_that_would_be_pickled_are_refused_and_never_loaded(tmp_path: Path) -> None:
@@ -136,15 +342,19 @@ def test_arrays_that_would_be_pickled_are_refused_and_never_loaded(tmp_path: Pat
 def test_arrays_that_are_gone_or_damaged_say_how_to_make_them_again(tmp_path: Path) -> None:
     store = Results(tmp_path)
     store.append(row("a"))
-    again = "mlfusion probe --model a-vit --dataset digits --probe cls-last/linear --seeds 0"
+    again = "mlfusion results rerun a --keep"
     with pytest.raises(MlfusionError, match=f"were not kept.*{again}"):
         store.arrays(row("a"))
     (tmp_path / "arrays").mkdir()
     for bytes_ in (b"", b"PK\x03\x04 not a whole archive"):
         (tmp_path / "arrays" / "a.npz").write_bytes(bytes_)
-        with pytest.raises(MlfusionError, match="cannot be read"):
+        with pytest.raises(MlfusionError, match=f"cannot be read.*{again}"):
             store.arrays(row("a"))
+    store.keep_arrays(row("a"), {"labels": np.arange(2)})
+    assert store.arrays(row("a"))["labels"].tolist() == [0, 1]
 
+
+# --- what is no row, and what is no database -------------------------------------------------------------------------
 
 BAD = [
     ({"test": float("nan")}, "test is nan, not a finite number"),
@@ -161,17 +371,22 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
-def test_what_is_no_row_is_neither_saved_nor_read(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_what_is_no_row_is_neither_saved_nor_taken_over(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
     store = Results(tmp_path)
     with pytest.raises(ValueError, match=message):
         store.append(row(**changes))
-    store.append(row("good"))
-    with store.path.open("a") as file:
-        file.write(json.dumps(row(**changes)) + "\n")
-    with pytest.raises(MlfusionError, match=rf"rows\.jsonl line 2 is no result: .*{message}"):
-        store.rows()
-    with pytest.raises(MlfusionError, match="line 2"):  # the same line again, not the one after it
-        store.rows()
+    with pytest.raises(MlfusionError, match=rf"row 2 is no result: .*{message}"):
+        store.take([row("good"), row(**changes)])
+    assert store.rows() == []
+    path = lines(tmp_path / "rows.jsonl", row("good"), row(**changes))
+    for _ in range(2):
+        with pytest.raises(MlfusionError, match=rf"rows\.jsonl line 2 is no result: .*{message}"):
+            store.rows()
+    assert len(path.read_text().splitlines()) == 2  # to be mended
+    lines(path, row("good"))
+    assert ids(store) == ["good"]
 
 
 def test_a_missing_field_is_named_and_a_newer_one_let_be(tmp_path: Path) -> None:
@@ -184,15 +399,139 @@ def test_a_missing_field_is_named_and_a_newer_one_let_be(tmp_path: Path) -> None
         store.append(lacking)  # type: ignore[arg-type]
 
 
+def test_databases_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+    store = Results(tmp_path)
+    store.path.write_bytes(b"not a database, but longer than a header of one hundred bytes" * 9)
+    with pytest.raises(MlfusionError, match=r"results.sqlite is damaged.*\.recover"):
+        store.rows()
+    before = store.path.read_bytes()
+    with pytest.raises(MlfusionError, match="is damaged"):
+        store.append(row("a"))
+    assert store.path.read_bytes() == before
+    store.path.unlink()
+    with sqlite3.connect(store.path) as other:
+        other.execute("CREATE TABLE notes (text)")
+    with pytest.raises(MlfusionError, match="not a database of mlfusion's"):
+        store.append(row("a"))
+    store.path.unlink()
+    store.append(row("a"))
+    with sqlite3.connect(store.path) as newer:
+        newer.execute("PRAGMA user_version = 99")
+    with pytest.raises(MlfusionError, match=r"format 99.*pip install -U mlfusion"):
+        store.rows()
+
+
 def test_no_results_says_how_to_make_some(tmp_path: Path) -> None:
     with pytest.raises(MlfusionError, match=r"does not exist.*mlfusion probe --dataset"):
         Results(tmp_path / "nowhere").require()
-    (tmp_path / "rows.jsonl").touch()
     with pytest.raises(MlfusionError, match=r"holds no row yet.*mlfusion probe --dataset"):
         Results(tmp_path).require()
-    (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(MlfusionError, match=r"cannot read results in .*directory"):
-        Results(tmp_path / "folder.jsonl").require()
+    (tmp_path / "results.sqlite").touch()  # created, and killed before the first commit
+    with pytest.raises(MlfusionError, match=r"holds no row yet"):
+        Results(tmp_path).require()
+    Results(tmp_path).append(row("a"))
+    assert ids(Results(tmp_path)) == ["a"]
+
+
+# --- results of before -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [1, 20, 200, -1])
+def test_old_lines_are_taken_over_and_torn_ones_stay_in_the_old_file(
+    tmp_path: Path, kept: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = lines(tmp_path / "rows.jsonl", row("a", test=0.1), row("b"), row("a", test=0.2))
+    torn = json.dumps(row("torn", dataset="µ"), ensure_ascii=False).encode()[:kept]
+    path.write_bytes(path.read_bytes() + torn + b"\n" + json.dumps(row("c")).encode() + b"\n")
+    whole = path.read_bytes()
+    with caplog.at_level(logging.WARNING):
+        assert [(r["id"], r["test"]) for r in Results(tmp_path).rows()] == [("b", 0.75), ("a", 0.2), ("c", 0.75)]
+    assert "line 4 is torn" in caplog.text and "3 rows" in caplog.text
+    assert not path.exists() and path.with_name("rows.jsonl.imported").read_bytes() == whole
+    caplog.clear()
+    assert len(Results(tmp_path / "rows.jsonl").rows()) == 3 and not caplog.text  # by its old name; once only
+
+
+def test_lines_that_an_older_version_adds_later_are_taken_over_too(tmp_path: Path) -> None:
+    store = Results(tmp_path)
+    lines(tmp_path / "rows.jsonl", row("a"))
+    assert ids(store) == ["a"]
+    store.append(row("a", test=0.9, created="2026-02-01T00:00:00+00:00"))
+    lines(tmp_path / "rows.jsonl", row("a"), row("b"))  # the first is older than what is there
+    store.append(row("c"))
+    assert [(r["id"], r["test"]) for r in store.rows()] == [("a", 0.9), ("b", 0.75), ("c", 0.75)]
+    assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.jsonl.imported", "rows.jsonl.imported-2"]
+
+
+def test_a_kill_between_commit_and_renaming_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines(tmp_path / "rows.jsonl", row("a"), row("b"))
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_free_name", lambda path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Results(tmp_path).rows()
+    assert (tmp_path / "rows.jsonl.importing").exists()
+    lines(tmp_path / "rows.jsonl", row("c"))  # and another file is begun meanwhile
+    assert ids(Results(tmp_path)) == ["a", "b"] and ids(Results(tmp_path)) == ["a", "b", "c"]
+    assert not (tmp_path / "rows.jsonl.importing").exists()
+
+
+# --- to others -------------------------------------------------------------------------------------------------------
+
+
+def study() -> list[dict[str, object]]:
+    attention = {"layers": [1, 2], "kinds": ["cls", "ap"], "mean": [0.25, 0.75], "sd": [0.0, 0.125]}
+    return [
+        row("a", shots=2),
+        row("b", probe="alf", attention=attention),
+        row("c", dataset='µ, "quoted"\nline', test=1e-17),
+    ]
+
+
+def test_a_table_has_a_column_for_each_field(tmp_path: Path) -> None:
+    store = Results(tmp_path)
+    for one in study():
+        store.append(one)
+    table = store.to_pandas()
+    assert list(table["id"]) == ["a", "b", "c"] and table["metrics.loss"].tolist() == [0.9] * 3
+    assert (
+        table["shots"].dtype == "Int64"
+        and table["shots"][0] == 2
+        and table["shots"].isna().tolist() == [False, True, True]
+    )
+    assert table["attention.mean"][1] == [0.25, 0.75] and list(store.to_pandas(probe="alf")["id"]) == ["b"]
+    assert export.frame([]).empty
+
+
+def test_exports_say_the_same(tmp_path: Path) -> None:
+    for form in export.FORMS:
+        export.write(study(), tmp_path / "deep" / f"rows.{form}")
+    comma, columns = pandas.read_csv(tmp_path / "deep/rows.csv"), pandas.read_parquet(tmp_path / "deep/rows.parquet")
+    assert list(comma.columns) == list(columns.columns) == list(export.frame(study()).columns)
+    for name in ("id", "dataset", "test", "seed", "metrics.loss", "created"):
+        assert comma[name].tolist() == columns[name].tolist() == export.frame(study())[name].tolist()
+    assert json.loads(comma["metrics.recall"][0]) == columns["metrics.recall"][0].tolist() == [0.5, 1.0]
+    assert json.loads(comma["classes"][0]) == ["null", "µ-ein"]
+    again = Results(tmp_path / "again")
+    assert again.take(database.read_lines(tmp_path / "deep" / "rows.jsonl")) == 3
+    assert again.rows() == study()
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["rows.csv", "rows.jsonl", "rows.parquet"]
+    with pytest.raises(UnknownName, match="no form of export named 'xlsx'"):
+        export.write(study(), tmp_path / "rows.xlsx")
+    (tmp_path / "file").touch()
+    with pytest.raises(MlfusionError, match="cannot write"):
+        export.write(study(), tmp_path / "file" / "rows.csv")
+
+
+def test_another_folder_is_taken_over_with_its_arrays(tmp_path: Path) -> None:
+    here, there = Results(tmp_path / "here"), Results(tmp_path / "there")
+    here.append(row("a", test=0.9, created="2026-02-01T00:00:00+00:00"), {"labels": np.array([9])})
+    there.append(row("a"), {"labels": np.array([1])})
+    there.append(row("b"), {"labels": np.array([2])})
+    there.append(row("c"))
+    assert here.take(there.rows(), there.root) == 2
+    assert [(one["id"], one["test"]) for one in here.rows()] == [("a", 0.9), ("b", 0.75), ("c", 0.75)]
+    assert [here.arrays(row(name))["labels"].tolist() for name in "ab"] == [[9], [2]]
+    assert here.take(there.rows(), there.root) == 0
 
 
 def test_reading_results_needs_neither_torch_nor_pandas_nor_altair() -> None:
