@@ -81,9 +81,7 @@ def new_entry(root: Path, images: int) -> Entry:
 def fill(entry: Entry, tokens: np.ndarray, format: str = "zarr") -> None:
     """Write `tokens` [images, layers, kinds, width] as an extraction does: by batches, each shard flushed behind the next."""
     [stream] = streams_for(
-        [(layer, kind) for layer in LAYERS for kind in KINDS],
-        tokens={"cls": 1, "ap": 1},
-        widths=dict.fromkeys(LAYERS, WIDTH),
+        {(layer, kind): (1, WIDTH) for layer in LAYERS for kind in KINDS},
         images=len(tokens),
         dtype="float16",
         format=format,
@@ -272,9 +270,7 @@ def measure(folder: Path, images: int, repeats: int, rival_images: int) -> list[
 def fill_thousand(entry: Entry) -> None:
     """1,000 shards of one small layer."""
     [stream] = streams_for(
-        [(1, "cls")],
-        tokens={"cls": 1},
-        widths={1: 2},
+        {(1, "cls"): (1, 2)},
         images=entry.spec.data.images,
         dtype="float16",
         format="zarr",

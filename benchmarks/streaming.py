@@ -53,8 +53,7 @@ def write(root: Path, images: int) -> int:
     data = DataSpec(content=samples.content, split="train", images=images, classes=samples.classes, name="none")
     names = Names(model="none", model_source="none", dataset="none", dataset_source="none")
     entry = FeatureStore(root).create(FeatureSpec(model=model, data=data, dtype="float16"), samples, names)
-    pairs, kinds = [(LAYER, "all")], {"all": TOKENS}
-    [stream] = streams_for(pairs, tokens=kinds, widths={LAYER: WIDTH}, images=images, dtype="float16", format="zarr")  # type: ignore[arg-type]
+    [stream] = streams_for({(LAYER, "all"): (TOKENS, WIDTH)}, images=images, dtype="float16", format="zarr")
     entry.begin([stream])
     random = np.random.default_rng(0)
     for shard in range(stream.shards):

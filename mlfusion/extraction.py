@@ -151,14 +151,9 @@ class Request:
 
     def fresh(self, entry: Entry | None, spec: FeatureSpec, backbone: Backbone) -> list[Stream]:
         """Streams for every pair that none holds, or has begun to."""
-        for kind in self.kinds:
-            if kind not in backbone.kinds:
-                raise BadData(f"{backbone.name} has no {kind} token; allowed: {', '.join(backbone.kinds)}")
         begun = {pair for stream in entry.streams() for pair in stream.pairs} | entry.held() if entry else frozenset()
         return streams_for(
-            self.pairs - begun,
-            tokens=backbone.kinds,
-            widths=backbone.anatomy.widths,
+            backbone.shapes(self.pairs - begun),
             images=spec.data.images,
             dtype=spec.dtype,
             format=self.format,
@@ -219,6 +214,7 @@ def extract(
         work = _Work(split, asked.batch_size, skip_bad, say)
         if entry is None or not asked.pairs <= entry.held():
             backbone = backbone or Backbone(asked.checkpoint, asked.device, preprocessing=asked.preprocessing)
+            backbone.shapes(asked.pairs)  # a token that the model does not have is refused before anything is written
             entry = store.create(spec, samples, asked.names)
             with disk.told(store.root):
                 fresh = asked.fresh(entry, spec, backbone)

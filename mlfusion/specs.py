@@ -26,9 +26,35 @@ Compute = Literal["float32", "bfloat16", "float16"]
 COMPUTES: tuple[Compute, ...] = get_args(Compute)
 """In what the forward pass is computed: weights and activations; tokens are averaged in float32."""
 
-TokenKind = Literal["cls", "ap", "all"]
+TokenKind = Literal["cls", "ap", "registers", "dist", "max", "std", "grid2", "grid4", "grid7", "all"]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
-"""CLS token; AP, the mean of the patch tokens; all tokens in the model's own order, CLS first where there is one."""
+ABOUT_KINDS: dict[TokenKind, str] = {
+    "cls": "the class token",
+    "ap": "the mean of the patch tokens",
+    "registers": "the register tokens",
+    "dist": "DeiT's distillation token",
+    "max": "the maximum over the patch tokens, channel by channel",
+    "std": "their standard deviation, channel by channel",
+    "grid2": "2 x 2 means of the patch tokens, in raster order",
+    "grid4": "likewise 4 x 4",
+    "grid7": "likewise 7 x 7",
+    "all": "every token, in the model's own order",
+}
+"""A few words about each kind, for lists."""
+
+GRIDS: dict[TokenKind, int] = {"grid2": 2, "grid4": 4, "grid7": 7}
+"""Kinds that are patch tokens pooled to a grid → its side."""
+
+Hook = Literal["norm2", "block", "attn", "mlp", "projected"]
+HOOKS: tuple[Hook, ...] = get_args(Hook)
+ABOUT_HOOKS: dict[Hook, str] = {
+    "norm2": "the second norm inside each block, and the final norm: the study's choice and the default",
+    "block": "what each block gives, before any norm",
+    "attn": "what each block's attention gives, before it is added",
+    "mlp": "what each block's MLP gives, before it is added",
+    "projected": "as norm2, but the last layer goes through the projection to the space shared with texts (CLIP)",
+}
+"""A few words about each hook point, for lists."""
 
 Head = Literal[
     "linear",
@@ -94,7 +120,7 @@ class ModelSpec:
     revision: str | None  # commit on the hub; None for a folder
     config: str  # digest of the architecture's configuration
     preprocess: str  # canonical JSON of what is done to a picture
-    hook: str = "norm2"  # where in each block tokens are read
+    hook: Hook = "norm2"  # where in each block tokens are read
     compute: Compute = "float32"  # precision of the forward pass
     name: str = field(compare=False)
     family: str = field(compare=False)  # transformers' model_type
@@ -126,6 +152,65 @@ class FeatureSpec:
     def key(self) -> str:
         """Sixteen hex digits: the entry's name on every machine."""
         return digest(self)
+
+
+# --- words for models ------------------------------------------------------------------------------------------------
+
+Setting = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class ModelWord:
+    """A model as it is asked for: 'clip-vit-b16', or with a hook point and changed settings behind a colon.
+
+    'clip-vit-b16:block' reads it elsewhere, 'clip-vit-b16:hidden_act=gelu' changes its configuration; both are other
+    features, and so other names.
+    """
+
+    name: str  # of the catalogue, a hub id, or a folder
+    hook: Hook = "norm2"
+    settings: tuple[tuple[str, Setting], ...] = ()  # of the configuration, sorted
+
+    def __str__(self) -> str:
+        return self.name + self.suffix
+
+    @property
+    def suffix(self) -> str:
+        """':block,hidden_act=gelu', or nothing."""
+        parts: list[str] = [self.hook] if self.hook != "norm2" else []
+        parts += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.settings]
+        return f":{','.join(parts)}" if parts else ""
+
+
+def parse_model(word: str, hook: str | None = None, settings: Sequence[str] = ()) -> ModelWord:
+    """'NAME', 'NAME:HOOK' or 'NAME:key=value,…' → its parts; `hook` and `settings` ('key=value') are added to them.
+
+    Raises:
+        UnknownName: no hook point is called so.
+    """
+    scheme, name = ("embedded:", word.removeprefix("embedded:")) if word.startswith("embedded:") else ("", word)
+    name, _, rest = name.partition(":")
+    parts = [part.strip() for part in rest.split(",") if part.strip()] + ([hook] if hook else []) + list(settings)
+    found: Hook = "norm2"
+    changed: dict[str, Setting] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if equals and key:
+            changed[key] = _value(value)
+        elif part in HOOKS:
+            found = part
+        else:
+            raise UnknownName("hook point", part, HOOKS, otherwise="Or a setting of the model's, as hidden_act=gelu.")
+    return ModelWord(scheme + name, found, tuple(sorted(changed.items())))
+
+
+def _value(text: str) -> Setting:
+    """'0.1' → 0.1, 'true' → True, 'gelu' → 'gelu'."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (str, int, float, bool)) or value is None else text
 
 
 # --- words for layers and tokens -------------------------------------------------------------------------------------
@@ -246,7 +331,7 @@ STUDY = (
 """The study's ten; others follow the same grammar, such as `ap-layer-7/linear`."""
 
 _PROBE = re.compile(
-    r"(?P<kinds>all-tokens|(?:cls|ap)(?:\+(?:cls|ap))?)-"
+    rf"(?P<kinds>all-tokens|(?:{'|'.join(KINDS[:-1])})(?:\+(?:{'|'.join(KINDS[:-1])}))*)-"
     r"(?P<at>last|all-layers|each-layer|[1-9]\d*-layers|layer-\d+)/(?P<head>[\w-]+)"
 )
 

@@ -23,7 +23,7 @@ MODEL = ModelSpec(
 )
 NAMES = Names(model="m", model_source="somewhere/m", dataset="d", dataset_source="/somewhere/d")
 PAIRS = frozenset((layer, kind) for layer in (1, 2, 3) for kind in ("cls", "ap"))
-WIDTHS = dict.fromkeys(range(4), 4)
+SHAPES = dict.fromkeys(PAIRS, (1, 4))
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,7 @@ def fill(entry: Entry, format: str, pairs=PAIRS, tokens=None, seed: int = 0, bat
     """Write streams for `pairs` from random numbers, a batch at a time; stream name → what was written."""
     random = np.random.default_rng(seed)
     streams = streams_for(
-        pairs,
-        tokens=tokens or {"cls": 1, "ap": 1, "all": 5},
-        widths=WIDTHS,
+        {(layer, kind): ((tokens or {"cls": 1, "ap": 1, "all": 5})[kind], 4) for layer, kind in pairs},
         images=entry.spec.data.images,
         dtype=entry.spec.dtype,
         format=format,
@@ -192,7 +190,7 @@ def test_a_missing_shard_is_missing(format, tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
 def test_numbers_that_cannot_be_kept_are_refused_with_the_image(format, value, tmp_path):
     entry = new_entry(tmp_path)
-    [one] = streams_for(PAIRS, tokens={"cls": 1, "ap": 1}, widths=WIDTHS, images=19, dtype="float16", format=format)
+    [one] = streams_for(SHAPES, images=19, dtype="float16", format=format)
     entry.begin([one])
     tokens = np.zeros((8, *one.shape[1:]), np.float32)
     tokens[5, 1, 0, 2] = value
@@ -204,7 +202,7 @@ def test_numbers_that_cannot_be_kept_are_refused_with_the_image(format, value, t
 
 def test_the_first_of_two_writers_wins(tmp_path):
     entry = new_entry(tmp_path)
-    [one] = streams_for(PAIRS, tokens={"cls": 1, "ap": 1}, widths=WIDTHS, images=19, dtype="float16", format="zarr")
+    [one] = streams_for(SHAPES, images=19, dtype="float16", format="zarr")
     entry.begin([one])
     with entry.draft(one, 0) as a, entry.draft(one, 0) as b:
         a.append(np.full((8, *one.shape[1:]), 1, np.float16))
@@ -217,10 +215,10 @@ def test_the_first_of_two_writers_wins(tmp_path):
 
 def test_two_writers_of_a_stream_cut_it_alike(tmp_path, monkeypatch):
     entry = new_entry(tmp_path)
-    words = {"tokens": {"cls": 1, "ap": 1}, "widths": WIDTHS, "images": 19, "dtype": "float16", "format": "zarr"}
-    entry.begin(streams_for(PAIRS, **words))
+    words = {"images": 19, "dtype": "float16", "format": "zarr"}
+    entry.begin(streams_for(SHAPES, **words))
     monkeypatch.setattr(stream, "SHARD_ROWS", (4, 4))
-    entry.begin(streams_for(PAIRS, **words))
+    entry.begin(streams_for(SHAPES, **words))
     assert [one.shard_rows for one in entry.streams()] == [8]
 
 
@@ -252,7 +250,7 @@ def test_what_another_writer_has_not_finished_is_not_seen(tmp_path):
 
 def test_images_that_could_not_be_read_are_left_out(tmp_path):
     entry = new_entry(tmp_path)
-    [one] = streams_for(PAIRS, tokens={"cls": 1, "ap": 1}, widths=WIDTHS, images=19, dtype="float16", format="zarr")
+    [one] = streams_for(SHAPES, images=19, dtype="float16", format="zarr")
     entry.begin([one])
     values = np.random.default_rng(0).normal(size=one.shape).astype(np.float16)
     for shard in range(one.shards):

@@ -117,9 +117,7 @@ def save_features(
     data = DataSpec(content=samples.content, split=split, images=images, classes=samples.classes, name="d")
     names = Names(model="m", model_source="m", dataset="d", dataset_source="d")
     entry = FeatureStore(root).create(FeatureSpec(model=model, data=data, dtype="float16"), samples, names)
-    [stream] = streams_for(
-        [(2, "all")], tokens={"all": count}, widths={2: width}, images=images, dtype="float16", format="zarr"
-    )
+    [stream] = streams_for({(2, "all"): (count, width)}, images=images, dtype="float16", format="zarr")
     entry.begin([stream])
     for shard in range(stream.shards):
         rows = stream.rows(shard)

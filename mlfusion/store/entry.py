@@ -501,22 +501,11 @@ class ShardDraft:
         disk.remove(self._draft)
 
 
-def streams_for(
-    pairs: Iterable[Pair],
-    *,
-    tokens: dict[TokenKind, int],
-    widths: dict[int, int],
-    images: int,
-    dtype: Any,
-    format: FormatName,
-) -> list[Stream]:
-    """Cut (layer, kind) pairs into as few streams as their shapes allow.
-
-    `tokens` gives the number of tokens of each kind, `widths` the channels of each layer.
-    """
+def streams_for(shapes: Mapping[Pair, tuple[int, int]], *, images: int, dtype: Any, format: FormatName) -> list[Stream]:
+    """Cut (layer, kind) pairs into as few streams as their shapes, (tokens, width) of an image, allow."""
     kinds_of: dict[tuple[int, int, int], list[TokenKind]] = {}
-    for layer, kind in sorted(pairs):
-        kinds_of.setdefault((layer, widths[layer], tokens[kind]), []).append(kind)
+    for (layer, kind), (count, width) in sorted(shapes.items()):
+        kinds_of.setdefault((layer, width, count), []).append(kind)
     groups: dict[tuple[int, int, tuple[TokenKind, ...]], list[int]] = {}
     for (layer, width, count), kinds in kinds_of.items():
         groups.setdefault((width, count, tuple(kinds)), []).append(layer)

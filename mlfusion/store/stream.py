@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from mlfusion.specs import Dtype, Pair, TokenKind, layer_ranges
+from mlfusion.specs import KINDS, Dtype, Pair, TokenKind, layer_ranges
 from mlfusion.store.encoding import ENCODINGS, Encoding
 
 FormatName = Literal["zarr", "hdf5"]
@@ -27,7 +27,7 @@ class Stream:
 
     layers: tuple[int, ...]
     kinds: tuple[TokenKind, ...]
-    tokens: int  # tokens of one kind: 1 for cls and ap, the whole sequence for all
+    tokens: int  # tokens of one kind: 1 for ap, 16 for grid4, the whole sequence for all
     width: int  # channels per token
     images: int
     dtype: Dtype
@@ -48,7 +48,7 @@ class Stream:
     ) -> "Stream":
         """Choose shard and chunk sizes; `pairs` is the full product of some layers and some kinds."""
         layers = tuple(sorted({layer for layer, _ in pairs}))
-        kinds: tuple[TokenKind, ...] = tuple(k for k in ("cls", "ap", "all") if any(kind == k for _, kind in pairs))
+        kinds: tuple[TokenKind, ...] = tuple(k for k in KINDS if any(kind == k for _, kind in pairs))
         chunk_row = tokens * (width + ENCODINGS[dtype].extra) * ENCODINGS[dtype].stored.itemsize
         row_bytes = len(layers) * len(kinds) * chunk_row
         shard_rows = min(max(_power_of_two(images // 64), SHARD_ROWS[0]), SHARD_ROWS[1])

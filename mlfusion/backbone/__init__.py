@@ -1,0 +1,190 @@
+"""A frozen vision model, read by hooks: every layer and token kind asked for, from one forward pass.
+
+Where to read is found by watching trial passes (`anatomy`), not looked up. By default layer ℓ is the output of the *second
+LayerNorm inside a block* (of block ℓ, counted from 0, for ℓ < L) and layer L the final norm: the study's choice (arXiv
+2601.09322; `blocks.i.norm2` and `norm` in timm's words). Other hook points go by name.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlfusion import models
+from mlfusion import preprocessing as prepare
+from mlfusion.backbone.anatomy import Anatomy, Enough, Tap, dissect, tensor_of
+from mlfusion.backbone.inputs import Feed
+from mlfusion.backbone.loading import Loaded, load
+from mlfusion.backbone.reduction import Reducer, count
+from mlfusion.errors import BadModel
+from mlfusion.preprocessing import Preprocessing
+from mlfusion.specs import HOOKS, KINDS, Compute, Hook, Pair, TokenKind, layer_ranges
+
+__all__ = ["Anatomy", "Backbone", "Tap", "dissect"]
+
+
+class Backbone:
+    """A model ready to be read, and how its pictures are prepared. Weights in `compute`, frozen, on `device`."""
+
+    def __init__(
+        self,
+        checkpoint: models.Checkpoint,
+        device: str = "cpu",
+        *,
+        preprocessing: Preprocessing | None = None,
+        compute: Compute = "float32",
+    ) -> None:
+        """Load and dissect; `preprocessing` is the model's own unless given.
+
+        Raises:
+            BadModel: weights that the forward pass needs are missing, no blocks are found, or they have no such hook point.
+        """
+        self.name = checkpoint.name
+        self.device = torch.device(device)
+        self.preprocessing = preprocessing or prepare.read(checkpoint.folder)
+        self._dtype: torch.dtype = getattr(torch, compute)
+        loaded = load(checkpoint)
+        self._model = loaded.tower.to(self.device)
+        shape = models.shape(checkpoint)
+        self._feed = Feed(self._model, patch_px=shape.patch_px)
+        pixels = (3, *self.preprocessing.pixels)
+        self.anatomy = dissect(self._model, self._feed, pixels, depth=shape.depth, name=self.name)
+        self._refuse_random(loaded)
+        for part in (self._model, loaded.projection):
+            if part is not None:
+                _convert(part, self._dtype)
+        self._taps = self._chosen(checkpoint.hook, loaded)
+        self._reducers = {layer: Reducer(tap, self.anatomy.special) for layer, tap in self._taps.items()}
+
+    @property
+    def depth(self) -> int:
+        """L: layers are 1..L, and 0 for the first block's second norm."""
+        return self.anatomy.depth
+
+    @property
+    def kinds(self) -> dict[TokenKind, int]:
+        """The token kinds that the last layer has → tokens of each kind per image."""
+        return {kind: tokens for kind in KINDS if (tokens := self.count(self.depth, kind))}
+
+    def count(self, layer: int, kind: TokenKind) -> int:
+        """Tokens of this kind that an image has at a layer; 0: there are none."""
+        return count(kind, self._taps[layer], self.anatomy.special) if layer in self._taps else 0
+
+    def shapes(self, pairs: Iterable[Pair]) -> dict[Pair, tuple[int, int]]:
+        """Of each (layer, kind): tokens per image, and their width.
+
+        Raises:
+            BadModel: this model has no such token, or no such layer at its hook point; says which it has.
+        """
+        found: dict[Pair, tuple[int, int]] = {}
+        for layer, kind in sorted(pairs):
+            tap = self._taps.get(layer)
+            if tap is None:
+                raise BadModel(
+                    f"{self.name} has no layer {layer} at this hook point; allowed: --layers {layer_ranges(self._taps)}"
+                )
+            if not (tokens := self.count(layer, kind)):
+                there = ", ".join(k for k in KINDS if self.count(layer, k))
+                raise BadModel(
+                    f"{self.name} has no cls token; allowed: {there}. So take --tokens ap, and probes such as "
+                    "ap-last/linear or ap-all-layers/attentive"
+                    if kind == "cls"
+                    else f"{self.name} has no {kind} tokens at layer {layer}; allowed: {there}"
+                )
+            found[layer, kind] = tokens, tap.width
+        return found
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor, pairs: Iterable[Pair]) -> dict[Pair, Tensor]:
+        """Run [images, 3, height, width], as `preprocessing` finishes them, as deep as the deepest layer asked for.
+
+        Returns:
+            (layer, kind) → [images, tokens, width] float32, on the model's device.
+        """
+        wanted: dict[int, list[TokenKind]] = {}
+        for layer, kind in self.shapes(pairs):
+            wanted.setdefault(layer, []).append(kind)
+        read: dict[Pair, Tensor] = {}
+
+        def take(layer: int, output: Tensor) -> None:
+            sequence = self._taps[layer].sequence(output)
+            for kind in wanted[layer]:
+                read[layer, kind] = self._reducers[layer](sequence, kind)
+            if layer == max(wanted):
+                raise Enough
+
+        # A convolution may use TF32 by default, which would make the patch embedding's numbers depend on the device.
+        with self._tapped(wanted, take), torch.backends.cudnn.flags(allow_tf32=False), suppress(Enough):
+            self._model(**self._feed(pixels.to(self.device, self._dtype)))
+        if absent := {(layer, kind) for layer in wanted for kind in wanted[layer]} - set(read):
+            raise BadModel(f"{self.name}: the forward pass never came to {sorted(absent)}")
+        return {pair: tokens.float() for pair, tokens in read.items()}
+
+    @contextmanager
+    def _tapped(self, wanted: Iterable[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Hooks on the layers asked for, removed however the forward pass ends."""
+        handles = []
+
+        def tap(layer: int, where: Tap) -> None:
+            def leaving(_: nn.Module, __: Any, output: Any) -> None:
+                take(layer, tensor_of(output, self.name))
+
+            def entering(_: nn.Module, args: Any, kwargs: Any) -> None:
+                take(layer, tensor_of((*args, *kwargs.values()), self.name))
+
+            if where.entering:
+                handles.append(where.module.register_forward_pre_hook(entering, with_kwargs=True))
+            else:
+                handles.append(where.module.register_forward_hook(leaving))
+
+        try:
+            for layer in sorted(wanted):
+                tap(layer, self._taps[layer])
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _refuse_random(self, loaded: Loaded) -> None:
+        used = self.anatomy.used
+        if lost := sorted(key for key in loaded.missing if key.rpartition(".")[0] in used):
+            raise BadModel(
+                f"the weights of {self.name} lack {len(lost)} tensors that the forward pass needs, such as {lost[0]}; "
+                "the features would be random. Allowed: a checkpoint of the class its config.json names"
+            )
+
+    def _chosen(self, hook: Hook, loaded: Loaded) -> dict[int, Tap]:
+        """Where each layer is read at this hook point."""
+        taps = dict(self.anatomy.taps.get("norm2" if hook == "projected" else hook, {}))
+        if hook == "projected":
+            if loaded.projection is None or loaded.missing_projection or self.anatomy.final_mode == "raw":
+                raise BadModel(
+                    f"{self.name} has no projection to an embedding shared with texts, so no hook point 'projected'; "
+                    f"allowed: {', '.join(self.anatomy.taps)}"
+                )
+            taps[self.depth] = _projected(taps[self.depth], loaded.projection.to(self.device))
+        if not taps:
+            raise BadModel(
+                f"the blocks of {self.name} have no hook point {hook!r}; allowed: "
+                f"{', '.join(name for name in HOOKS if name in self.anatomy.taps)}"
+            )
+        return taps
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights and statistics in another precision; what a module computes for itself, such as angles, stays as it is."""
+    for module in model.modules():
+        saved = module._buffers.keys() - module._non_persistent_buffers_set
+        for tensor in [*module._parameters.values(), *(module._buffers[name] for name in saved)]:
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+
+
+def _projected(tap: Tap, projection: nn.Module) -> Tap:
+    """The last layer, with the projection applied to all of its tokens."""
+    width = next(projection.parameters()).shape[0]
+    norm = projection if tap.norm is None else nn.Sequential(tap.norm, projection)
+    return replace(tap, norm=norm, width=width)

@@ -1,0 +1,83 @@
+"""From a checkpoint's folder to the vision tower in memory: float32, frozen, and what of its weights was not there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from mlfusion import models
+from mlfusion.errors import BadModel
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A vision tower in evaluation mode."""
+
+    tower: nn.Module
+    projection: nn.Module | None  # of the embedding that images share with texts; CLIP and its like
+    missing: frozenset[str]  # names, inside the tower, of tensors that the checkpoint did not have
+    missing_projection: bool
+
+
+def load(checkpoint: models.Checkpoint) -> Loaded:
+    """Load what reads images; of a checkpoint of images and texts, the vision tower.
+
+    Raises:
+        BadModel: transformers cannot load the folder.
+    """
+    config = models.configuration(checkpoint)
+    whole, lost = _from_transformers(checkpoint.folder, config)
+    tower = _tower(whole)
+    prefix = next(path for path, module in whole.named_modules() if module is tower)
+    inside = f"{prefix}." if prefix else ""
+    projection = getattr(whole, "visual_projection", None)
+    return Loaded(
+        tower=tower.eval().requires_grad_(False),
+        projection=projection.eval().requires_grad_(False) if isinstance(projection, nn.Module) else None,
+        missing=frozenset(key.removeprefix(inside) for key in lost if key.startswith(inside)),
+        missing_projection=any(key.startswith("visual_projection.") for key in lost),
+    )
+
+
+def _from_transformers(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0
+    transformers.utils.logging.disable_progress_bar()
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # missing tensors are judged later, by whether they are used
+    try:
+        model, report = _class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            weights_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as err:
+        raise BadModel(f"{folder} does not load: {models.first_line(err)}") from err
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+    return model, set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
+
+
+def _class(config: Any) -> Any:
+    """The bare model, but with its projection where the checkpoint has one."""
+    named = (config.architectures or [""])[0]
+    if named.endswith("VisionModelWithProjection") and hasattr(transformers, named):
+        return getattr(transformers, named)
+    return transformers.AutoModel
+
+
+def _tower(model: nn.Module) -> nn.Module:
+    """The part that reads images: the first that has the whole model's `vision_config` for its configuration."""
+    config = getattr(model, "config", None)
+    wanted = getattr(config, "vision_config", None)
+    for module in model.modules() if wanted is not None else ():
+        if getattr(module, "config", None) is wanted and isinstance(module, transformers.PreTrainedModel):
+            return module
+    inner = getattr(model, "vision_model", None)
+    return inner if isinstance(inner, transformers.PreTrainedModel) else model

@@ -1,0 +1,57 @@
+"""Token kinds: how the tokens of a layer become the few that are kept. Runs on the device, inside the hook."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlfusion.backbone.anatomy import Special, Tap
+from mlfusion.specs import GRIDS, TokenKind
+
+
+def count(kind: TokenKind, tap: Tap, special: Special) -> int:
+    """Tokens of this kind that an image has at a layer; 0: there are none."""
+    if kind in GRIDS:
+        side = GRIDS[kind]
+        return side * side if tap.grid is not None and min(tap.grid) >= side else 0
+    if kind == "all":
+        return tap.tokens
+    return {"cls": len(special.cls), "dist": len(special.dist), "registers": len(special.registers)}.get(kind, 1)
+
+
+class Reducer:
+    """Reduces the sequences of one layer; what several kinds need is computed once."""
+
+    def __init__(self, tap: Tap, special: Special) -> None:
+        self._special, self._grid, self._order = special, tap.grid, tap.order
+        patches = sorted(set(range(tap.tokens)) - set(special.every))
+        together = patches == list(range(patches[0], patches[-1] + 1))
+        self._patches: slice | list[int] = slice(patches[0], patches[-1] + 1) if together else patches
+
+    def __call__(self, sequence: Tensor, kind: TokenKind) -> Tensor:
+        """[images, sequence, width] → [images, kept, width]; copies, so that the whole layer need not be kept."""
+        if kind == "all":
+            return sequence.clone()
+        if kind in ("cls", "dist", "registers"):
+            return sequence[:, list(getattr(self._special, kind))]
+        patches = sequence[:, self._patches]
+        if kind in GRIDS:
+            return self._pooled(patches, GRIDS[kind])
+        return _STATISTICS[kind](patches)
+
+    def _pooled(self, patches: Tensor, side: int) -> Tensor:
+        """Means over a grid of side × side, in raster order; a patch at the border of two cells counts in both."""
+        assert self._grid is not None
+        if self._order is not None:
+            patches = patches[:, list(self._order)]
+        maps = patches.float().transpose(1, 2).unflatten(2, self._grid)
+        return F.adaptive_avg_pool2d(maps, side).flatten(2).transpose(1, 2)
+
+
+# Means in float32, whatever the model computes in: a mean of hundreds of bfloat16 numbers is off in its third digit.
+_STATISTICS: dict[TokenKind, Callable[[Tensor], Tensor]] = {
+    "ap": lambda patches: patches.mean(1, keepdim=True, dtype=torch.float32),
+    "max": lambda patches: patches.amax(1, keepdim=True),
+    "std": lambda patches: patches.float().std(1, keepdim=True, correction=0),
+}

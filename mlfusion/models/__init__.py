@@ -1,0 +1,223 @@
+"""Which frozen models there are, where their files lie, and what identifies them. Loads no weights and no torch module.
+
+A model is a catalogue name, an id on the Hugging Face hub, or a folder in the hub's format; all three end as a folder.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mlfusion.errors import BadModel, Unavailable, UnknownName
+from mlfusion.models.catalogue import CATALOGUE, EMBEDDED, Row
+from mlfusion.specs import Compute, Hook, ModelSpec, Setting, digest, parse_model
+
+__all__ = [
+    "CATALOGUE",
+    "EMBEDDED",
+    "Checkpoint",
+    "Row",
+    "Shape",
+    "configuration",
+    "first_line",
+    "identify",
+    "locate",
+    "shape",
+    "weight_files",
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files on this machine, and what of it was asked for to be otherwise."""
+
+    folder: Path
+    name: str  # what people call it, with what was asked for behind a colon
+    source: str  # hub id, or the folder's absolute path, likewise
+    revision: str | None  # commit on the hub
+    hook: Hook = "norm2"
+    settings: tuple[tuple[str, Setting], ...] = ()  # of its configuration, in place of its own
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's dimensions by its configuration."""
+
+    depth: int  # L, the number of blocks
+    width: int  # D, channels of a token in the last of them
+    patch_px: int | None
+
+
+def locate(word: str) -> Checkpoint:
+    """Find, and if need be download, what `word` means: 'NAME', or 'NAME:HOOK,key=value' for a hook point and settings.
+
+    Raises:
+        UnknownName: neither a catalogue name, nor an id with a slash, nor a folder; or no such hook point.
+        Unavailable: no network, no such repository, or a gated one.
+        BadModel: a folder without config.json or weights.
+    """
+    asked = parse_model(word)
+    row = CATALOGUE.get(asked.name)
+    if row and row.embedded:
+        folder, name, source, revision = row.embedded, row.name, row.source, None
+    elif not row and Path(asked.name).expanduser().is_dir():
+        folder = Path(asked.name).expanduser().resolve()
+        name, source, revision = folder.name, str(folder), None
+        if not (folder / "config.json").is_file():
+            raise BadModel(
+                f"{asked.name} has no config.json; allowed: a folder that save_pretrained wrote, with its weights"
+            )
+    elif not row and "/" not in asked.name:
+        otherwise = "Or an id on the hub, such as facebook/dinov2-base, or a folder in the hub's format."
+        raise UnknownName("model", asked.name, CATALOGUE, otherwise=otherwise)
+    else:
+        source = row.source if row else asked.name
+        folder = _download(source, asked.name, row.revision if row else None)
+        # The hub's cache keeps a snapshot in a folder named by its commit.
+        name, revision = row.name if row else source.rsplit("/", 1)[-1], folder.name
+    return Checkpoint(folder, name + asked.suffix, source + asked.suffix, revision, asked.hook, asked.settings)
+
+
+def _download(hub_id: str, word: str, revision: str | None) -> Path:
+    """A snapshot of the configuration and the weights, safetensors if the repository has them; None is the newest."""
+    from huggingface_hub import errors, snapshot_download
+
+    wanted = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+        if not list(folder.glob("*.safetensors")):
+            wanted.append("pytorch_model*.bin*")
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+        return folder
+    except errors.GatedRepoError as err:
+        raise Unavailable(
+            f"{hub_id} is gated: ask for access at https://huggingface.co/{hub_id}, then run `hf auth login`"
+        ) from err
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as err:
+        raise Unavailable(
+            f"the hub has no model {hub_id!r} that you may read; look at `mlfusion ls models`, or log in with "
+            "`hf auth login`"
+        ) from err
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError, OSError) as err:
+        raise Unavailable(
+            f"{word} is not on this machine and the hub cannot be reached ({type(err).__name__}); connect, or give a "
+            f"folder with --model, or try the embedded model: --model {EMBEDDED}"
+        ) from err
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: safetensors where there are any."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise BadModel(f"{folder} holds no weights; allowed: *.safetensors (or pytorch_model*.bin)")
+
+
+def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float32") -> ModelSpec:
+    """What decides this model's numbers: weights and architecture, from its files, and the other two words as they are.
+
+    Raises:
+        BadModel: a configuration that transformers cannot read.
+    """
+    config, dimensions = configuration(checkpoint), shape(checkpoint)
+    return ModelSpec(
+        weights=_sha256(tuple(weight_files(checkpoint.folder))),
+        revision=checkpoint.revision,
+        config=digest(_architecture(config)),
+        preprocess=preprocess,
+        hook=checkpoint.hook,
+        compute=compute,
+        name=checkpoint.name,
+        family=config.model_type,
+        depth=dimensions.depth,
+        width=dimensions.width,
+    )
+
+
+def shape(checkpoint: Checkpoint) -> Shape:
+    """Depth, width and patch size, as the configuration says; a model of stages is as deep as they are together.
+
+    Raises:
+        BadModel: it says none.
+    """
+    config = configuration(checkpoint)
+    vision = getattr(config, "vision_config", config)
+    depths, widths, patch = (getattr(vision, name, None) for name in ("depths", "hidden_sizes", "patch_size"))
+    depth = sum(depths) if isinstance(depths, (list, tuple)) else getattr(vision, "num_hidden_layers", None)
+    width = getattr(vision, "hidden_size", None) or (widths[-1] if widths else None)
+    if not depth or not width:
+        raise BadModel(
+            f"{checkpoint.name} ({config.model_type}) has no depth and width in its configuration (num_hidden_layers and "
+            "hidden_size, or depths and hidden_sizes); allowed: vision transformers and residual networks"
+        )
+    if isinstance(patch, (list, tuple)):
+        patch = patch[-1]
+    return Shape(int(depth), int(width), int(patch) if isinstance(patch, int) else None)
+
+
+def configuration(checkpoint: Checkpoint) -> Any:
+    """The transformers configuration in a folder, with the settings that were asked for.
+
+    Raises:
+        BadModel: transformers cannot read it.
+        UnknownName: a setting that it does not have.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as err:
+        raise BadModel(
+            f"{checkpoint.folder}/config.json cannot be read ({first_line(err)}); allowed: a model_type that "
+            "transformers knows"
+        ) from err
+    vision = getattr(config, "vision_config", config)
+    for key, value in checkpoint.settings:
+        if key not in (known := vision.to_dict()):
+            raise UnknownName("setting", key, known)
+        old = known[key]
+        if (
+            old is not None
+            and value is not None
+            and not isinstance(value, (type(old), int if type(old) is float else type(old)))
+        ):
+            raise BadModel(f"{key}={value} is a {type(value).__name__}; allowed: {type(old).__name__}, such as {old}")
+        setattr(vision, key, value)
+    return config
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    """The configuration without what cannot change a feature: paths, versions, class names."""
+    cosmetic = {
+        "_name_or_path",
+        "transformers_version",
+        "architectures",
+        "id2label",
+        "label2id",
+        "dtype",
+        "torch_dtype",
+    }
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): clean(v) for k, v in value.items() if k not in cosmetic}
+        return value
+
+    cleaned: dict[str, Any] = clean(config.to_dict())
+    return cleaned
+
+
+@lru_cache(maxsize=8)
+def _sha256(files: tuple[Path, ...]) -> str:
+    """Of the files' bytes: a name and a date can lie, content cannot. About a second per gigabyte."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def first_line(err: BaseException) -> str:
+    """What a library said, short enough to quote."""
+    return str(err).strip().splitlines()[0][:200] if str(err).strip() else type(err).__name__
