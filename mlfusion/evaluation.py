@@ -13,17 +13,18 @@ from typing import Any, get_args
 
 import numpy as np
 
-from mlfusion import population, protocol, trained
+from mlfusion import population, protocol, trackers, trained
 from mlfusion.batches import Tokens
 from mlfusion.devices import pick_device
-from mlfusion.errors import BadData, UnknownName
+from mlfusion.errors import BadData, NotCached, UnknownName
 from mlfusion.features import SplitPair, extract_command, require, split_pairs
 from mlfusion.memory import available
 from mlfusion.population import Precision
-from mlfusion.progress import track
+from mlfusion.progress import track as bar_of
 from mlfusion.results import Results, Row
-from mlfusion.specs import Probe, digest, parse_probes
+from mlfusion.specs import FeatureSpec, Probe, digest, parse_probes
 from mlfusion.store import Entry, FeatureStore, Place, TokenReader
+from mlfusion.store.encoding import ENCODINGS
 from mlfusion.targets import target_of
 
 PROBES = "probes"  # folder of the results that trained probes are kept in
@@ -61,6 +62,7 @@ def probe(
     device: str = "cpu",
     memory: int | None = None,
     precision: Precision = "auto",
+    track: str | Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Probed:
     """Train and test probes on cached features, each by the study's protocol.
@@ -81,6 +83,7 @@ def probe(
         memory: bytes that a probe's training may take, by default most of what is free. Tokens that take more than half of
             it are not loaded but read in shuffled batches as training goes on.
         precision: of the matrix products of training: 'float32', 'bfloat16', or 'auto', bfloat16 where it is faster here.
+        track: where new rows are shown as they are saved, such as 'tensorboard:runs'; see `trackers`.
         say: told what is reused and what is left out, a line each.
 
     Raises:
@@ -94,6 +97,7 @@ def probe(
     store, kept, device = FeatureStore(cache), Results(Path(results)), pick_device(device)
     limit = int(population.SPARE * available("cpu")) if memory is None else memory
     narrow = population.resolve(precision, device)
+    shown = trackers.opened(track)
     rows: list[Row] = []
     made, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
@@ -131,8 +135,93 @@ def probe(
                     row = new
                     kept.append(row, arrays)
                     made += 1
+                    for tracker in shown:
+                        tracker.log(row)
             rows.append(row)
     return Probed(rows, made, left_out)
+
+
+@dataclass(frozen=True, eq=False)
+class Rerun:
+    """A row, and what training it again from what it says gave."""
+
+    row: Row
+    again: Row
+    differs: list[str]  # in how the two were made: code, versions, the protocol
+
+    @property
+    def same(self) -> bool:
+        """Scores and choice are the same to the last bit."""
+        return all(self.row[name] == self.again[name] for name in ("val", "test", "train", "selected"))
+
+
+def rerun(
+    row_id: str,
+    *,
+    keep: bool = False,
+    cache: Place = None,
+    results: str | os.PathLike[str] = "results",
+    device: str | None = None,
+    memory: int | None = None,
+) -> Rerun:
+    """Train a row's probe again from the row alone: its features by their keys, its probe, seed, grid and options.
+
+    Args:
+        row_id: its id, or the beginning of it.
+        keep: where the scores are the same, put arrays and trained probe beside the row if they are not there.
+        cache: where the features are, as for `probe`.
+        results: where the row is.
+        device: where to train; None is where the row was.
+        memory: as for `probe`; whether tokens are loaded or streamed is as it was.
+
+    Raises:
+        NotCached: the features are gone; says how to make them again.
+        UnknownName: no such row.
+    """
+    store, kept = FeatureStore(cache), Results(Path(results))
+    row = kept.named(row_id)
+    [one] = parse_probes(row["probe"], row["depth"])
+    pair = _pair_of(store, row, one)
+    job = Job(
+        one,
+        row["seed"],
+        row["grid"],
+        shots=row.get("shots"),
+        halving=row.get("halving", False),
+        smoothing=row.get("smoothing", 0.0),
+    )
+    limit = int(population.SPARE * available("cpu")) if memory is None else memory
+    where = pick_device(device or row.get("device", "cpu"))
+    again, arrays, card, weights = _run(
+        pair, job, where, limit, row.get("precision", "float32"), row.get("streamed", False)
+    )
+    then, now = (
+        {"code": made["code"], "device": made.get("device", where), **made["versions"]} for made in (row, again)
+    )
+    differs = [f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
+    if row["id"] != again["id"]:
+        differs.append(f"protocol {row.get('protocol', 'of an older version')} then, {PROTOCOL} now")
+    done = Rerun(row, again, differs)
+    if keep and done.same:
+        kept.keep_arrays(row, arrays)
+        trained.save(_folder(kept, row), card, weights)
+    return done
+
+
+def _pair_of(store: FeatureStore, row: Row, one: Probe) -> SplitPair:
+    """The features that a row was made from, by their keys."""
+    train, test = (store.by_key(key) for key in row["features"])
+    sources = row.get("sources", {"model": row["model"], "dataset": row["dataset"]})
+    model, dataset = sources["model"], sources["dataset"]
+    pairs = one.representation.pairs(row["depth"])
+    if train is None or test is None:
+        raise NotCached(
+            f"the features of result {row['id']} ({', '.join(row['features'])}) are not in {store.root}. Name the cache that "
+            f"has them with --cache, or make them again: {extract_command(model, dataset, pairs)}"
+        )
+    for entry in (train, test):
+        require(entry, pairs, model, dataset)
+    return SplitPair(row["model"], row["dataset"], train, test, older=0)
 
 
 def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: str) -> tuple[list[Probe], list[str]]:
@@ -187,22 +276,29 @@ def _folder(results: Results, row: Row) -> Path:
 
 
 def _run(
-    pair: SplitPair, job: Job, device: str, memory: int, precision: Precision
+    pair: SplitPair, job: Job, device: str, memory: int, precision: Precision, stream: bool | None = None
 ) -> tuple[Row, dict[str, np.ndarray], trained.Card, dict[str, np.ndarray]]:
     with ExitStack() as opened:
-        return _fitted(pair, job, device, memory, precision, opened)
+        return _fitted(pair, job, device, memory, precision, stream, opened)
 
 
 def _fitted(
-    pair: SplitPair, job: Job, device: str, memory: int, precision: Precision, opened: ExitStack
+    pair: SplitPair,
+    job: Job,
+    device: str,
+    memory: int,
+    precision: Precision,
+    stream: bool | None,
+    opened: ExitStack,
 ) -> tuple[Row, dict[str, np.ndarray], trained.Card, dict[str, np.ndarray]]:
     spec, one = pair.train.spec, job.probe
-    train, test = _tokens(pair.train, one, memory, opened), lambda: _tokens(pair.test, one, memory, opened)
+    train = _tokens(pair.train, one, memory, opened, stream)
+    test = lambda: _tokens(pair.test, one, memory, opened)  # noqa: E731
     streamed = isinstance(train.values, TokenReader)
     target = target_of(train.labels, len(spec.data.classes), smoothing=job.smoothing)
     if job.shots is not None:
         train = train.of(protocol.draw(train.labels, job.shots, classes=target.outputs, seed=job.seed))
-    with track(f"{one.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
+    with bar_of(f"{one.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
         outcome = protocol.fit(
             one.head,
             train,
@@ -218,7 +314,8 @@ def _fitted(
             progress=bar.to,
         )
     arrays = {
-        "probabilities": outcome.predictions.astype(np.float16),
+        # Probabilities lose nothing that matters in half the bytes; numbers might, and may be larger than float16 holds.
+        "probabilities": outcome.predictions.astype(np.float32 if target.kind == "number" else np.float16),
         "labels": pair.test.samples.labels[pair.test.rows],
     }
     if outcome.attention is not None:
@@ -251,6 +348,16 @@ def _fitted(
         "versions": {name: version(name) for name in ("mlfusion", "torch", "numpy", "scikit-learn")},
         "code": _code(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "protocol": PROTOCOL,
+        "device": device,
+        "bytes": (len(train) + len(pair.test.rows)) * train.shape[1] * _vector_bytes(spec),
+        "sources": {
+            "model": pair.train.names[0].model_source,
+            "dataset": pair.train.names[0].dataset_source,
+            "weights": spec.model.weights,
+            "train": spec.data.content,
+            "test": pair.test.spec.data.content,
+        },
         **job.options(),  # type: ignore[typeddict-item]
         **({"streamed": True} if streamed else {}),
         **({"precision": precision} if precision != "float32" else {}),
@@ -287,16 +394,25 @@ def _fitted(
     return row, arrays, card, outcome.weights
 
 
-def _tokens(entry: Entry, one: Probe, memory: int, opened: ExitStack) -> Tokens:
-    """[images, tokens, width]: layer by layer, in each layer CLS before AP; in memory, or read as training goes on."""
+def _tokens(entry: Entry, one: Probe, memory: int, opened: ExitStack, stream: bool | None = None) -> Tokens:
+    """[images, tokens, width]: layer by layer, in each layer CLS before AP; in memory, or read as training goes on.
+
+    `stream` says which; None is as memory allows.
+    """
     layers = one.representation.layers(entry.spec.model.depth)
     rows, samples = entry.rows, entry.samples
     ids = tuple(samples.ids[row] for row in rows)
     reader = opened.enter_context(entry.open(layers, one.representation.kinds))
     tokens = Tokens(reader, samples.labels[rows], ids)
-    if tokens.nbytes > memory / 2:
+    if stream if stream is not None else tokens.nbytes > memory / 2:
         return tokens
     return Tokens(tokens[:], tokens.labels, ids)
+
+
+def _vector_bytes(spec: FeatureSpec) -> int:
+    """What a token takes in the cache."""
+    encoding = ENCODINGS[spec.dtype]
+    return (spec.model.width + encoding.extra) * encoding.stored.itemsize
 
 
 def _attention(one: Probe, depth: int, attention: np.ndarray | None) -> dict[str, Any] | None:

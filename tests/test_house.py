@@ -38,6 +38,7 @@ DOORS: dict[str, set[str]] = {
     "protocol": {"errors", "specs", "probes", "batches", "population", "exact", "targets"},
     "results": {"errors", "disk"},
     "statistics": {"errors", "results"},
+    "trackers": {"errors", "results"},
     "report": {"errors", "specs", "results", "statistics", "progress"},
     "features": {"errors", "specs", "store"},
     "extraction": {
@@ -80,6 +81,7 @@ DOORS: dict[str, set[str]] = {
         "results",
         "devices",
         "targets",
+        "trackers",
         "trained",
     },
     "recipe": {"errors", "specs", "protocol"},
@@ -98,6 +100,8 @@ HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
     "scipy": {"statistics"},
     "pandas": {"results"},
     "sqlite3": {"results"},
+    "wandb": {"trackers"},
+    "mlflow": {"trackers"},
     "torch": {
         "preprocessing",
         "backbone",
@@ -112,6 +116,7 @@ HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
         "targets",
         "exact",
         "protocol",
+        "trackers",
         "trained",
         "pretrain",
         "formula",
@@ -196,9 +201,10 @@ def test_the_readme_names_what_exists():
     for target in re.findall(r"(?:^|`)make ([a-z]+)", text, re.M):
         assert target in targets(), target
     for command in re.findall(r"(?:^|`)mlfusion ([a-z]+)", text, re.M):
-        assert command in {c.callback.__name__ for c in cli.app.registered_commands} | {"cache"}, command
-    for command in re.findall(r"(?:^|`)mlfusion cache ([a-z]+)", text, re.M):
-        assert command in {c.name or c.callback.__name__ for c in cli.cache_app.registered_commands}, command
+        assert command in {c.callback.__name__ for c in cli.app.registered_commands} | {"cache", "results"}, command
+    for group, app in {"cache": cli.cache_app, "results": cli.results_app}.items():
+        for command in re.findall(rf"(?:^|`)mlfusion {group} ([a-z]+)", text, re.M):
+            assert command in {c.name or c.callback.__name__ for c in app.registered_commands}, command
     assert all(path.name in text or path.parent.name != "mlfusion" for path in PACKAGE.glob("[a-z]*.py"))
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / path).exists(), path

@@ -12,6 +12,7 @@ import typer
 
 from mlfusion.cli.cache import app as cache_app
 from mlfusion.cli.predict import predict
+from mlfusion.cli.results import app as results_app
 from mlfusion.cli.words import (
     DATASET,
     MODEL,
@@ -30,6 +31,7 @@ from mlfusion.cli.words import (
     ResultsPath,
     Split,
     Tokens,
+    Track,
     amount,
     print_json,
     print_rows,
@@ -46,6 +48,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cache_app, name="cache")
+app.add_typer(results_app, name="results")
 app.command()(predict)
 
 
@@ -177,6 +180,7 @@ def probe(
     cache: Cache = None,
     results: ResultsPath = Path("results"),
     device: Device = "cpu",
+    track: Track = "",
     as_json: AsJson = False,
 ) -> None:
     """Stage 2: train and test probes on cached features, by the study's protocol. Runs no forward pass."""
@@ -197,6 +201,7 @@ def probe(
         device=device,
         memory=amount("memory", memory, UNITS),
         precision=evaluation.check_precision(precision),
+        track=track,
         say=say,
     )
     if as_json:
@@ -214,6 +219,7 @@ def run(
     device: Annotated[
         str, typer.Option("--device", help="Of the forward pass; probes train on the processor.")
     ] = "auto",
+    track: Track = "",
     as_json: AsJson = False,
 ) -> None:
     """Both stages and the report, as a recipe says. What is cached or done already is not done again."""
@@ -237,6 +243,7 @@ def run(
                 seeds=plan.seeds,
                 cache=cache,
                 results=results,
+                track=track,
                 say=say,
             )
             rows += done.rows

@@ -51,6 +51,12 @@ Dtype = Annotated[
 ]
 Format = Annotated[str, typer.Option("--format", help="zarr or hdf5, for shards that are new.")]
 ResultsPath = Annotated[Path, typer.Option("--results", help="Folder that result rows are kept in.")]
+Track = Annotated[
+    str,
+    typer.Option(
+        "--track", help="Show new results in tensorboard:DIR, wandb:PROJECT or mlflow:URI too, comma-separated."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Grid = Annotated[str, typer.Option("--grid", help="paper: 21 configurations, 63 for attentive probes; quick: 3.")]

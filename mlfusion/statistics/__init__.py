@@ -3,11 +3,12 @@
 `seeds`       Spread: mean ± deviation over seeds
 `images`      over the test images of one data set: interval, difference (paired bootstrap), mcnemar, calibration, confusion
 `datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, against, ranking (Friedman, critical difference)
+`rows`        of rows: compare, compare_probes, over_datasets, by_dataset, fit (train against test), cost, setting
 `similarity`  of layers: cka, layer_cka (linear centred kernel alignment)
 
-Functions of arrays, each returning a frozen value. Scores are fractions; a gain always stands beside the scores it is the
-difference of. Deviation over seeds and interval over test images are two uncertainties: one says how much another training
-run would differ, the other how much another test set would.
+Functions of arrays or rows, each returning a frozen value. Scores are fractions; a gain always stands beside the scores it
+is the difference of. Deviation over seeds and interval over test images are two uncertainties: one says how much another
+training run would differ, the other how much another test set would.
 """
 
 from mlfusion.statistics.datasets import (
@@ -34,6 +35,19 @@ from mlfusion.statistics.images import (
     interval,
     mcnemar,
 )
+from mlfusion.statistics.rows import (
+    Comparison,
+    Cost,
+    Fit,
+    Setting,
+    by_dataset,
+    compare,
+    compare_probes,
+    cost,
+    fit,
+    over_datasets,
+    setting,
+)
 from mlfusion.statistics.seeds import Spread
 from mlfusion.statistics.similarity import cka, layer_cka
 
@@ -42,23 +56,34 @@ __all__ = [
     "Against",
     "Bin",
     "Calibration",
+    "Comparison",
+    "Cost",
     "Difference",
+    "Fit",
     "Interval",
     "McNemar",
     "Pair",
     "Ranking",
+    "Setting",
     "Signed",
     "Spread",
     "adjust",
     "against",
+    "by_dataset",
     "calibration",
     "cka",
+    "compare",
+    "compare_probes",
     "confusion",
+    "cost",
     "difference",
+    "fit",
     "holm",
     "interval",
     "layer_cka",
     "mcnemar",
+    "over_datasets",
     "ranking",
+    "setting",
     "wilcoxon",
 ]

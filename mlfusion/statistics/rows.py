@@ -1,0 +1,277 @@
+"""Of rows: which may be compared, and how two probes, their fit and their cost compare. The absolute scores always beside."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mlfusion.errors import BadData, ResultsUnusable
+from mlfusion.results import Results, Row
+from mlfusion.statistics.datasets import Signed, wilcoxon
+from mlfusion.statistics.images import LEVEL, RESAMPLES, Difference, McNemar, difference, mcnemar
+from mlfusion.statistics.seeds import Spread
+
+
+class Setting(NamedTuple):
+    """What rows must have in common for their probes to be compared seed by seed."""
+
+    model: str
+    dataset: str
+    grid: str
+    metric: str
+    features: tuple[str, ...]
+    options: str  # such as '4 shots'; empty for the protocol as it is
+    protocol: int | None  # None of rows that do not say
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Probe A against probe B on one data set. All scores are those of the test split, as fractions."""
+
+    model: str  # 'one / other' where they differ
+    dataset: str
+    metric: str
+    a: str
+    b: str
+    seeds: tuple[int, ...]  # that both were trained with, or those of the two rows
+    score_a: Spread
+    score_b: Spread
+    gain: Spread  # A - B, seed by seed: how much another training would differ
+    images: Difference | None  # A - B over the test images: how much other images would; None where arrays are missing
+    mcnemar: tuple[McNemar, ...]  # one a seed; empty where arrays are missing or images have no single class
+    marks: tuple[str, ...]  # what else differs between the two
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Train against test: how much of what was learned was learned by heart."""
+
+    train: Spread
+    test: Spread
+    gap: Spread  # train - test, seed by seed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a probe costs: the most of any seed's parameters, and the mean time."""
+
+    parameters: int
+    seconds: float
+    bytes: int | None  # of the tokens it reads in the cache; None of rows that do not say
+
+
+def setting(row: Row) -> Setting:
+    """What other rows must share with this one."""
+    options = [
+        f"{row['shots']} shots" if "shots" in row else "",
+        "halving" if "halving" in row else "",
+        f"labels smoothed by {row['smoothing']:g}" if "smoothing" in row else "",
+    ]
+    return Setting(
+        row["model"],
+        row["dataset"],
+        row["grid"],
+        row["metric"],
+        tuple(row["features"]),
+        ", ".join(filter(None, options)),
+        row.get("protocol"),
+    )
+
+
+def fit(rows: Sequence[Row]) -> Fit:
+    """Of one probe's rows, one a seed."""
+    return Fit(
+        Spread.of(row["train"] for row in rows),
+        Spread.of(row["test"] for row in rows),
+        Spread.of(row["train"] - row["test"] for row in rows),
+    )
+
+
+def cost(rows: Sequence[Row]) -> Cost:
+    """Of one probe's rows, one a seed."""
+    held = [row["bytes"] for row in rows if "bytes" in row]
+    return Cost(
+        max(row["parameters"] for row in rows),
+        sum(row["seconds"] for row in rows) / len(rows),
+        max(held) if held else None,
+    )
+
+
+def by_dataset(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """{probe: {data set: mean test score over seeds}}, as `against` and `ranking` want them, of one model and setting.
+
+    Raises:
+        BadData: rows of several models, grids, options, metrics or protocols, whose scores do not belong in one table.
+    """
+    held: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    kinds: set[tuple[object, ...]] = set()
+    places: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for row in rows:
+        of = setting(row)
+        kinds.add((of.model, of.grid, of.metric, of.options, of.protocol))
+        places[of.dataset].add(of.features)
+        held[row["probe"]][row["dataset"]].append(row["test"])
+    if len(kinds) > 1:
+        told = ("models", "grids", "metrics", "options", "protocols")
+        mixed = [
+            f"{name} {', '.join(sorted({str(kind[i]) or 'none' for kind in kinds}))}"
+            for i, name in enumerate(told)
+            if len({kind[i] for kind in kinds}) > 1
+        ]
+        raise BadData(f"these rows cannot stand in one table, they are of {' and '.join(mixed)}; choose one of each")
+    if several := [name for name, features in places.items() if len(features) > 1]:
+        raise BadData(
+            f"rows on {', '.join(several)} were made from several sets of features; allowed: one a data set. Take the rows "
+            "of one, by their 'features'"
+        )
+    return {probe: {name: float(np.mean(v)) for name, v in sets.items()} for probe, sets in held.items()}
+
+
+def compare(
+    results: Results,
+    a: Row | Sequence[Row],
+    b: Row | Sequence[Row],
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Comparison:
+    """Two probes on the same test images: scores, the paired difference, and how sure it is.
+
+    Args:
+        results: where the rows are, and what each test image got.
+        a: a row, or rows of one probe, one a seed.
+        b: likewise; of several seeds those that both have count.
+        level: of the interval.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        BadData: the two cannot be compared: other data, images, metric or protocol.
+    """
+    held_a, held_b = _paired([a] if isinstance(a, dict) else list(a), [b] if isinstance(b, dict) else list(b))
+    one, other = held_a[0], held_b[0]
+    _comparable(one, other)
+    drawn: Difference | None = None
+    tests: tuple[McNemar, ...] = ()
+    marks = _marks(held_a, held_b)
+    try:
+        arrays_a, arrays_b = ([results.arrays(row) for row in rows] for rows in (held_a, held_b))
+    except ResultsUnusable as err:
+        marks = (*marks, f"no interval: {err}")
+    else:
+        labels = arrays_a[0]["labels"]
+        if not all(np.array_equal(labels, held["labels"]) for held in (*arrays_a, *arrays_b)):
+            raise BadData(
+                f"{one['id']} and {other['id']} were tested on other images, or in another order; allowed: the same test "
+                "split. Extract and probe both again from the data set as it is now"
+            )
+        of_a, of_b = ([held["probabilities"] for held in each] for each in (arrays_a, arrays_b))
+        drawn = difference(labels, of_a, of_b, metric=one["metric"], level=level, resamples=resamples, seed=seed)
+        if labels.ndim == 1 and labels.dtype.kind != "f":
+            tests = tuple(mcnemar(labels, x, y) for x, y in zip(of_a, of_b, strict=True))
+    return Comparison(
+        model=one["model"] if one["model"] == other["model"] else f"{one['model']} / {other['model']}",
+        dataset=one["dataset"],
+        metric=one["metric"],
+        a=one["probe"],
+        b=other["probe"],
+        seeds=tuple(dict.fromkeys(row["seed"] for row in (*held_a, *held_b))),
+        score_a=Spread.of(row["test"] for row in held_a),
+        score_b=Spread.of(row["test"] for row in held_b),
+        gain=Spread.of(x["test"] - y["test"] for x, y in zip(held_a, held_b, strict=True)),
+        images=drawn,
+        mcnemar=tests,
+        marks=marks,
+    )
+
+
+def compare_probes(
+    results: Results,
+    rows: Sequence[Row],
+    a: str,
+    b: str,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Probe `a` against probe `b` in every setting among `rows` that has both with a seed in common; by model, then data set.
+
+    Raises:
+        BadData: there is none.
+    """
+    grouped: dict[Setting, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["probe"] in (a, b):
+            grouped[setting(row)][row["probe"]].append(row)
+    both = {
+        key: held
+        for key, held in sorted(grouped.items(), key=lambda each: each[0][:2])
+        if {row["seed"] for row in held[a]} & {row["seed"] for row in held[b]}
+    }
+    if not both:
+        there = ", ".join(sorted({row["probe"] for row in rows})[:12])
+        raise BadData(
+            f"no data set has rows of both {a} and {b} with a seed, grid and protocol in common; there are rows of {there}. "
+            f"Make them with `mlfusion probe --probe {a},{b}`"
+        )
+    return [compare(results, held[a], held[b], level=level, resamples=resamples, seed=seed) for held in both.values()]
+
+
+def over_datasets(compared: Sequence[Comparison]) -> dict[str, Signed | str]:
+    """Of each model, the one-sided signed-rank test that A gains over B on its data sets, or why there is none."""
+    gains: dict[str, list[float]] = defaultdict(list)
+    for one in compared:
+        gains[one.model].append(one.gain.mean)
+    found: dict[str, Signed | str] = {}
+    for model, held in gains.items():
+        try:
+            found[model] = wilcoxon(held)
+        except BadData as err:
+            found[model] = str(err)
+    return found
+
+
+def _paired(a: list[Row], b: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of the same seeds, in the order of the seeds; of one row each, these two."""
+    if len(a) == len(b) == 1:
+        return a, b
+    by_seed = [{row["seed"]: row for row in rows} for rows in (a, b)]
+    if shared := sorted(by_seed[0].keys() & by_seed[1].keys()):
+        return [by_seed[0][s] for s in shared], [by_seed[1][s] for s in shared]
+    raise BadData("the two have no seed in common; probe both with the same --seeds")
+
+
+def _comparable(a: Row, b: Row) -> None:
+    """Refuse what would compare two different things."""
+    same = "allowed: rows of the same test images, metric and protocol"
+    if a["metric"] != b["metric"]:
+        raise BadData(f"{a['id']} is measured by {a['metric']}, {b['id']} by {b['metric']}; {same}")
+    if a["dataset"] != b["dataset"] or a["images"]["test"] != b["images"]["test"]:
+        raise BadData(
+            f"{a['id']} was tested on {a['images']['test']} images of {a['dataset']}, {b['id']} on {b['images']['test']} of "
+            f"{b['dataset']}; {same}"
+        )
+    if "sources" in a and "sources" in b and a["sources"]["test"] != b["sources"]["test"]:
+        raise BadData(
+            f"{a['dataset']} changed between {a['id']} and {b['id']}: they were tested on other images; {same}. Extract and "
+            "probe both again"
+        )
+    if (then := a.get("protocol")) != (now := b.get("protocol")) and None not in (then, now):
+        raise BadData(
+            f"{a['id']} was made by protocol {then}, {b['id']} by protocol {now}, which measure differently; {same}. Make the "
+            "older one again with the same `mlfusion probe`"
+        )
+
+
+def _marks(a: Sequence[Row], b: Sequence[Row]) -> tuple[str, ...]:
+    """What differs between the two beside the probe, and may be why their scores do."""
+    told: list[str] = []
+    for name in ("seed", "grid", "code", "protocol", "device", "precision", "shots", "halving", "smoothing"):
+        of_a, of_b = (sorted({str(row.get(name, "not said")) for row in rows}) for rows in (a, b))
+        if of_a != of_b:
+            told.append(f"{name}: {', '.join(of_a)} against {', '.join(of_b)}")
+    return tuple(told)

@@ -1,0 +1,177 @@
+"""Results where a lab already looks: TensorBoard, Weights & Biases and MLflow, each an extra.
+
+A tracker is given every row when it is saved, and can be given them later; the rows of record stay in `results`. One run a
+row, with the row's id, so that a chart leads back to it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlfusion.errors import Unavailable, UnknownName
+from mlfusion.results import Row
+
+
+class Tracker(Protocol):
+    """Somewhere that rows are shown."""
+
+    def log(self, row: Row) -> None:
+        """Show a row."""
+
+
+def settings(row: Row) -> dict[str, str | int | float]:
+    """What a row was made with: what trackers call hyper-parameters."""
+    names = ("model", "dataset", "probe", "seed", "grid", "metric", "parameters", "code", "id")
+    optional = ("shots", "halving", "smoothing", "precision", "device", "protocol")
+    held: Mapping[str, Any] = row
+    found = {name: held[name] for name in (*names, *optional) if name in held}
+    return found | {f"selected.{name}": value for name, value in held["selected"].items()}
+
+
+def scores(row: Row) -> dict[str, float]:
+    """The numbers that came out, as fractions; and seconds."""
+    held: Mapping[str, Any] = row
+    found = {name: float(held[name]) for name in ("test", "val", "train", "seconds")}
+    numbers = {name: value for name, value in held["metrics"].items() if isinstance(value, (int, float))}
+    return found | {f"metrics.{name}": float(value) for name, value in numbers.items()}
+
+
+def layers(row: Row) -> dict[str, dict[int, float]]:
+    """{kind: {layer: its share of the attention}} of a probe that shares it among layers."""
+    held = row["attention"]
+    found: dict[str, dict[int, float]] = {}
+    if held and len(set(held["layers"])) > 1:
+        for layer, kind, mean in zip(held["layers"], held["kinds"], held["mean"], strict=True):
+            of_kind = found.setdefault(kind, {})
+            of_kind[layer] = of_kind.get(layer, 0.0) + mean
+    return found
+
+
+def title(row: Row) -> str:
+    """'formula-vit on digits: cls-last/linear, seed 0'."""
+    return f"{row['model']} on {row['dataset']}: {row['probe']}, seed {row['seed']}"
+
+
+class TensorBoard:
+    """A folder that `tensorboard --logdir` reads: scalars, attention by layer, and hyper-parameters with their scores."""
+
+    def __init__(self, where: str) -> None:
+        """`where` is the folder; default runs."""
+        with _needs("tensorboard", "TensorBoard"):
+            from torch.utils.tensorboard.writer import SummaryWriter
+        self.folder, self._writer = Path(where or "runs"), SummaryWriter
+
+    def log(self, row: Row) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        words = row["model"], row["dataset"], row["probe"], row["seed"], row["id"]
+        place = "__".join(_word(word) for word in words)
+        then = datetime.fromisoformat(row["created"]).timestamp()
+        with self._writer(str(self.folder / place)) as writer:
+            numbers = scores(row)
+            for one in hparams(settings(row), dict(numbers)):
+                writer.file_writer.add_summary(one, walltime=then)
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, walltime=then)
+            for kind, shares in layers(row).items():
+                for layer, share in shares.items():
+                    writer.add_scalar(f"attention/{kind}", share, layer, walltime=then)
+
+
+class WandB:
+    """Weights & Biases: a run a row. WANDB_MODE=offline, WANDB_DIR and the login are its own affair."""
+
+    def __init__(self, where: str) -> None:
+        """`where` is the project; default mlfusion."""
+        with _needs("wandb", "Weights & Biases"):
+            import wandb
+        self.project, self._wandb = where or "mlfusion", wandb
+
+    def log(self, row: Row) -> None:
+        run = self._wandb.init(
+            project=self.project,
+            id=row["id"],
+            name=title(row),
+            group=f"{row['model']} on {row['dataset']}",
+            job_type=row["probe"],
+            config=settings(row),
+            settings=self._wandb.Settings(silent=True, console="off"),
+        )
+        try:
+            for kind, shares in layers(row).items():
+                run.define_metric(f"attention/{kind}", step_metric="layer")
+                for layer, share in shares.items():
+                    run.log({"layer": layer, f"attention/{kind}": share})
+            run.log(scores(row))
+        finally:
+            run.finish()
+
+
+class MLflow:
+    """An MLflow server or database: a run a row in the experiment mlfusion."""
+
+    def __init__(self, where: str) -> None:
+        """`where` is the tracking URI; default MLflow's own, such as $MLFLOW_TRACKING_URI."""
+        with _needs("mlflow", "MLflow"):
+            import mlflow
+        self._client = mlflow.MlflowClient(tracking_uri=where or None)
+        self._mlflow, self._experiment = mlflow, ""
+
+    def log(self, row: Row) -> None:
+        entities, client = self._mlflow.entities, self._client
+        if not self._experiment:
+            found = client.get_experiment_by_name("mlfusion")
+            self._experiment = found.experiment_id if found else client.create_experiment("mlfusion")
+        then = round(1000 * datetime.fromisoformat(row["created"]).timestamp())
+        run = client.create_run(self._experiment, start_time=then, run_name=title(row), tags={"mlfusion.id": row["id"]})
+        metrics = [entities.Metric(name, value, then, 0) for name, value in scores(row).items()]
+        metrics += [
+            entities.Metric(f"attention/{kind}", share, then, layer)
+            for kind, shares in layers(row).items()
+            for layer, share in shares.items()
+        ]
+        params = [entities.Param(name, str(value)) for name, value in settings(row).items()]
+        client.log_batch(run.info.run_id, metrics=metrics, params=params)
+        client.set_terminated(run.info.run_id)
+
+
+TRACKERS: dict[str, type[TensorBoard] | type[WandB] | type[MLflow]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
+
+
+def opened(words: str | Sequence[str]) -> list[Tracker]:
+    """'tensorboard:runs,wandb:project,mlflow:sqlite:///mlflow.db' → trackers; what follows the first colon is the place.
+
+    Raises:
+        UnknownName: no such tracker.
+        Unavailable: its extra is not installed; says how to.
+    """
+    parts = [part.strip() for part in (words.split(",") if isinstance(words, str) else words)]
+    found: list[Tracker] = []
+    for part in filter(None, parts):
+        name, _, where = part.partition(":")
+        if name not in TRACKERS:
+            raise UnknownName("tracker", name, TRACKERS, otherwise="A place may follow, as in tensorboard:runs.")
+        found.append(TRACKERS[name](where))
+    return found
+
+
+@contextmanager
+def _needs(extra: str, product: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as err:
+        raise Unavailable(
+            f"{product} is not installed ({err}). Install it with: pip install 'mlfusion[{extra}]', or leave "
+            f"{extra} out of --track"
+        ) from err
+
+
+def _word(value: Any) -> str:
+    """What can be a folder's name on any file system."""
+    return "".join(letter if letter.isalnum() or letter in "+-." else "-" for letter in str(value))

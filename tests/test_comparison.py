@@ -1,0 +1,312 @@
+"""Rows compared, shown and made again: what is alike is compared, what is not is refused or marked, and a row repeats."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rows import row, study
+from tiny import save_images, save_model
+
+import mlfusion
+from mlfusion import cli, evaluation, protocol, statistics, trained
+from mlfusion.errors import BadData, NotCached
+from mlfusion.results import Results, Row
+
+PROBES = "cls-last/linear,cls+ap-2-layers/attentive"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache and results of two probes with two seeds, as they are really made, by a grid cut short."""
+    root = tmp_path_factory.mktemp("made")
+    model, images = save_model("vit", root / "tiny-vit"), save_images(root / "colours", {"train": 10, "test": 6})
+    grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.1,), epochs=2, least_steps=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(protocol.GRIDS, "quick", grid)
+        mlfusion.extract(str(model), str(images), cache=root / "cache")
+        options: dict[str, Any] = {"grid": "quick", "cache": root / "cache", "results": root / "results"}
+        mlfusion.probe(str(images), probes=PROBES, seeds=(0, 1), **options)
+        mlfusion.probe(str(images), probes="cls-last/linear", seeds=(0,), shots=(4,), smoothing=0.1, **options)
+        with pytest.MonkeyPatch.context() as small:  # as on a machine with less memory than these few tokens take
+            small.setattr(evaluation, "_run", partial(evaluation._run, stream=True))
+            mlfusion.probe(str(images), probes="ap-last/linear", seeds=(0,), **options)
+        yield root
+
+
+@pytest.fixture
+def at(made: Path, tmp_path: Path) -> Path:
+    """A copy of its own."""
+    for name in ("cache", "results"):
+        shutil.copytree(made / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlfusion", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+def kept(root: Path, rows: list[Row], right: dict[str, float] | None = None, images: int = 40) -> Results:
+    """Rows with arrays: of three classes, right on the first part of the images."""
+    store = Results(root)
+    labels = np.arange(images) % 3
+    for one in rows:
+        share = (right or {}).get(one["probe"], one["test"])
+        taken = np.where(np.arange(images) < share * images, labels, (labels + 1) % 3)
+        store.append(one, {"probabilities": np.eye(3, dtype=np.float16)[taken], "labels": labels})
+    return store
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_probes_are_compared_seed_by_seed_and_image_by_image(tmp_path: Path) -> None:
+    rows = study({"cls-last/linear": [0.5, 0.6, 0.7], "alf/linear".replace("alf", "ap-last"): [0.6, 0.8]})
+    store = kept(tmp_path, rows)
+    a, b = [one for one in rows if one["probe"] == "ap-last/linear"], rows[:3]
+    found = statistics.compare(store, a, b, resamples=300)
+    assert found.seeds == (0, 1)
+    assert (found.score_a.mean, found.score_b.mean) == (pytest.approx(0.7), pytest.approx(0.55))
+    assert (found.gain.mean, found.gain.sd) == (pytest.approx(0.15), pytest.approx(np.std([0.1, 0.2], ddof=1)))
+    [first, second] = found.mcnemar
+    assert (first.only_a, first.only_b, second.only_a, second.both) == (4, 0, 8, 24)
+    assert found.images and found.images.low > 0 and found.images.p < 0.05 and found.marks == ()
+    turned = statistics.compare(store, b, a, resamples=300)
+    assert turned.gain.mean == -found.gain.mean and turned.images and turned.images.high < 0
+    [again] = statistics.compare_probes(store, rows, "ap-last/linear", "cls-last/linear", resamples=300)
+    assert again == found
+
+
+DIFFERENT = [
+    ({"metric": "r2"}, "is measured by balanced_accuracy, .* by r2"),
+    ({"dataset": "other"}, "40 images of digits, .* 40 of other"),
+    ({"images": {"train": 1, "test": 41}}, "41 of digits"),
+    ({"protocol": 1}, "by protocol 2, .* by protocol 1, which measure differently"),
+    (
+        {"sources": {"model": "m", "dataset": "d", "weights": "w", "train": "t", "test": "other"}},
+        "digits changed between",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), DIFFERENT)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    sources = {"model": "m", "dataset": "d", "weights": "w", "train": "t", "test": "t"}
+    one = row("a", protocol=2, sources=sources)
+    store = kept(tmp_path, [one])
+    with pytest.raises(BadData, match=rf"{message}.*allowed: rows of the same test images, metric and protocol"):
+        statistics.compare(store, one, row("b", **({"protocol": 2, "sources": sources} | changes)))
+
+
+def test_what_else_differs_is_marked(tmp_path: Path) -> None:
+    one, other = row("a", code="abc"), row("b", code="def", seed=3, shots=2)
+    store = kept(tmp_path, [one, other])
+    marks = statistics.compare(store, one, other, resamples=100).marks
+    assert marks == ("seed: 0 against 3", "code: abc against def", "shots: not said against 2")
+
+
+def test_rows_without_arrays_or_with_other_images(tmp_path: Path) -> None:
+    store = kept(tmp_path, [row("a")])
+    store.append(row("b"))
+    found = statistics.compare(store, row("a"), row("b"))
+    assert found.images is None and found.mcnemar == () and "mlfusion results rerun b --keep" in found.marks[0]
+    store.append(row("c"), {"probabilities": np.eye(3)[[0] * 40], "labels": np.zeros(40, int)})
+    with pytest.raises(BadData, match="a and c were tested on other images"):
+        statistics.compare(store, row("a"), row("c"))
+
+
+def test_probes_without_a_common_setting_are_not_compared(tmp_path: Path) -> None:
+    rows = [row("a"), row("b", probe="ap-last/linear", grid="paper")]
+    with pytest.raises(
+        BadData, match=r"no data set has rows of both.*there are rows of ap-last/linear, cls-last/linear"
+    ):
+        statistics.compare_probes(kept(tmp_path, rows), rows, "ap-last/linear", "cls-last/linear")
+    with pytest.raises(BadData, match="no seed in common"):
+        statistics.compare(Results(tmp_path), [row("a"), row("b", seed=1)], [row("c", seed=2), row("d", seed=3)])
+
+
+def test_over_data_sets(tmp_path: Path) -> None:
+    rows = [
+        one
+        for number in range(6)
+        for one in study(
+            {"cls-last/linear": [0.5], "ap-last/linear": [0.52 + number / 100]},
+            dataset=f"set-{number}",
+            images={"train": 9, "test": 40},
+        )
+    ]
+    store = kept(tmp_path, rows)
+    compared = statistics.compare_probes(store, rows, "ap-last/linear", "cls-last/linear", resamples=100)
+    assert [one.dataset for one in compared] == [f"set-{number}" for number in range(6)]
+    test = statistics.over_datasets(compared)["a-vit"]
+    assert isinstance(test, statistics.Signed) and test.p == 2**-6 and test.mean == pytest.approx(0.045)
+    assert "of 5 data sets is refused" in str(statistics.over_datasets(compared[:5])["a-vit"])
+    table = statistics.by_dataset(rows)
+    assert table["ap-last/linear"]["set-3"] == pytest.approx(0.55) and len(table["cls-last/linear"]) == 6
+    with pytest.raises(BadData, match="of models a-vit, another and grids paper, quick; choose one of each"):
+        statistics.by_dataset([*rows, row("x", model="another", grid="paper")])
+    with pytest.raises(BadData, match="several sets of features"):
+        statistics.by_dataset([row("x"), row("y", features=["other", "keys"])])
+
+
+def test_fit_and_cost() -> None:
+    rows = [row("a", train=0.9, test=0.7, bytes=100), row("b", train=1.0, test=0.6, parameters=2000, seconds=2.5)]
+    found = statistics.fit(rows)
+    assert found.gap.mean == pytest.approx(0.3) and found.gap.sd == pytest.approx(np.std([0.2, 0.4], ddof=1))
+    assert statistics.cost(rows) == statistics.Cost(2000, 2.0, 100)
+    assert statistics.cost(rows[1:]).bytes is None
+
+
+# --- made again ------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_repeats_from_itself_alone(at: Path) -> None:
+    """Plain, attentive with dropout, few-shot with smoothing, and streamed: the same scores to the last bit."""
+    rows = Results("results").rows()
+    assert {(one["probe"], "shots" in one, "streamed" in one) for one in rows} == {
+        ("cls-last/linear", False, False),
+        ("cls+ap-2-layers/attentive", False, False),
+        ("cls-last/linear", True, False),
+        ("ap-last/linear", False, True),
+    }
+    for one in rows:
+        assert one["protocol"] == evaluation.PROTOCOL and one["device"] == "cpu"
+        width = 32 * np.dtype("float16").itemsize
+        tokens = len(one["layers"]) * len(one["tokens"])
+        assert one["bytes"] == (one["images"]["train"] + one["images"]["test"]) * tokens * width
+        again = evaluation.rerun(one["id"])
+        assert again.same and again.differs == [] and again.row == one
+        assert again.again["attention"] == one["attention"] and again.again["metrics"] == one["metrics"]
+
+
+def test_lost_arrays_and_a_probe_are_made_again(at: Path) -> None:
+    store = Results("results")
+    one = store.rows(probe="cls+ap-2-layers/attentive")[0]
+    before = store.arrays(one)
+    (at / "results" / "arrays" / f"{one['id']}.npz").unlink()
+    assert evaluation.rerun(one["id"][:8], keep=True).same
+    assert all(np.array_equal(before[name], value) for name, value in store.arrays(one).items())
+    assert trained.load(at / "results" / "probes" / one["id"])[0].scores["test"] == one["test"]
+
+
+def test_a_row_whose_features_are_gone_says_how_to_make_them(at: Path, made: Path) -> None:
+    one = Results("results").rows(probe="cls+ap-2-layers/attentive")[0]
+    command = rf"mlfusion extract --model {made}/tiny-vit --dataset {made}/colours --tokens cls\+ap@2,4"
+    with pytest.raises(NotCached, match=rf"not in .*elsewhere.*--cache.*{command}"):
+        evaluation.rerun(one["id"], cache="elsewhere")
+
+
+def test_a_row_that_does_not_repeat_says_what_changed(at: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Results("results")
+    one = store.rows()[0]
+    store.append(one | {"test": 0.123, "code": "before", "versions": one["versions"] | {"torch": "1.0"}})
+    code, out, err = run("results", "rerun", one["id"], "--keep")
+    assert code == 1 and f"test: 0.123 then, {one['test']} now" in out
+    assert "code before then" in err and "torch 1.0 then" in err and "not the same" in err
+    monkeypatch.setattr(evaluation, "PROTOCOL", 99)
+    code, out, err = run("results", "rerun", one["id"], "--json")
+    assert (
+        code == 1 and json.loads(out)["same"] is False and any("99 now" in line for line in json.loads(out)["differs"])
+    )
+
+
+# --- at the command line ---------------------------------------------------------------------------------------------
+
+
+def test_ls_and_show(at: Path, run: Any) -> None:
+    rows = Results("results").rows()
+    listed = json.loads(run("results", "ls", "--json")[1])["results"]
+    assert [one["id"] for one in listed] == [one["id"] for one in rows]
+    code, out, err = run("results", "ls", "--probe", "cls-last/linear", "--limit", "2")
+    assert code == 0 and len(out.splitlines()) == 3 and "the newest 2 of 3" in err
+    shown = json.loads(run("results", "show", rows[0]["id"][:10], "--json")[1])
+    assert shown["result"] == rows[0] and shown["rerun"].startswith(f"mlfusion results rerun {rows[0]['id']}")
+    held = Results("results").arrays(rows[0])
+    assert shown["calibration"]["ece"] == statistics.calibration(held["labels"], held["probabilities"]).ece
+    assert shown["interval"]["low"] <= shown["interval"]["value"] <= shown["interval"]["high"]
+    wrong = (held["probabilities"].argmax(1) != held["labels"]).sum()
+    assert sum(pair["images"] for pair in shown["confusions"]) == wrong
+    _, out, _ = run("results", "show", rows[0]["id"])
+    assert f"again: mlfusion results rerun {rows[0]['id']}" in out and "expected calibration error" in out
+    assert str(rows[0]["selected"]["lr"]) in out
+
+
+def test_compare_at_the_command_line(at: Path, run: Any) -> None:
+    code, out, err = run("results", "compare", "cls+ap-2-layers/attentive", "cls-last/linear", "--resamples", "200")
+    assert code == 0 and len(out.splitlines()) == 2 and "A: cls+ap-2-layers/attentive" in out and not err
+    said = json.loads(run("results", "compare", "cls+ap-2-layers/attentive", "cls-last/linear", "--json")[1])
+    [one] = said["comparisons"]
+    assert one["seeds"] == [0, 1] and len(one["mcnemar"]) == 2
+    assert "refused" in said["over_datasets"]["tiny-vit"]
+    first, other = Results("results").rows()[0], Results("results").rows(probe="ap-last/linear")[0]
+    code, out, _ = run("results", "compare", first["id"], other["id"], "--json")
+    [one] = json.loads(out)["comparisons"]
+    assert one["gain"]["mean"] == pytest.approx(first["test"] - other["test"])
+    code, _, err = run("results", "compare", "alf", "cls-last/linear")
+    assert code == 1 and "no data set has rows of both cls+ap-all-layers/attentive and cls-last/linear" in err
+
+
+def test_rank_at_the_command_line(tmp_path: Path, run: Any) -> None:
+    scores = {"cls-last/linear": 0.5, "ap-last/linear": 0.6, "cls+ap-last/linear": 0.7}
+    store = Results("results")
+    for number in range(7):
+        for probe, score in scores.items():
+            store.append(row(f"{number}-{score}", dataset=f"set-{number}", probe=probe, test=score + number / 100))
+    store.append(row("alone", probe="ap-layer-2/linear", dataset="set 0"))
+    code, out, err = run("results", "rank")
+    assert code == 0 and "ap-layer-2/linear" in err
+    assert [line.split()[:2] for line in out.splitlines()[1:4]] == [
+        ["cls+ap-last/linear", "1.00"],
+        ["ap-last/linear", "2.00"],
+        ["cls-last/linear", "3.00"],
+    ]
+    assert "7 data sets" in out and "+20.0" in out
+    said = json.loads(run("results", "rank", "--json")[1])
+    assert said["left_out"] == ["ap-layer-2/linear"] and {one["q"] for one in said["against"]} == {2**-7}
+
+
+def test_export_and_import_at_the_command_line(at: Path, run: Any) -> None:
+    rows = Results("results").rows()
+    for form in ("csv", "parquet", "jsonl"):
+        code, out, _ = run("results", "export", f"all.{form}", "--json")
+        assert (
+            code == 0
+            and json.loads(out) == {"path": f"all.{form}", "results": len(rows)}
+            and Path(f"all.{form}").exists()
+        )
+    assert json.loads(run("results", "import", "results", "--results", "other", "--json")[1]) == {
+        "taken": 5 + 1,
+        "there": 0,
+    }
+    assert Results("other").rows() == rows and Results("other").arrays(rows[0])
+    assert json.loads(run("results", "import", "all.jsonl", "--results", "third", "--json")[1])["taken"] == len(rows)
+    assert json.loads(run("results", "import", "all.jsonl", "--results", "third", "--json")[1]) == {
+        "taken": 0,
+        "there": 6,
+    }
+    code, _, err = run("results", "import", "nothing.jsonl")
+    assert code == 1 and "cannot read 'nothing.jsonl'" in err
+
+
+EMPTY = [("ls",), ("show", "x"), ("compare", "alf", "aat"), ("rank",), ("export", "a.csv"), ("rerun", "x")]
+
+
+@pytest.mark.parametrize("words", [*EMPTY, ("track", "tensorboard")])
+def test_an_empty_store_says_what_to_do(run: Any, words: tuple[str, ...]) -> None:
+    code, out, err = run("results", *words)
+    assert code == 1 and out == "" and "Make some with `mlfusion probe --dataset digits" in err
+    assert os.listdir() in ([], ["runs"])
