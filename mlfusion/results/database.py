@@ -1,0 +1,516 @@
+"""One folder of results: `results.sqlite` for the rows, `arrays/<id>.npz` for what each test image got.
+
+SQLite with a rollback journal and full flushes: a commit is whole or not at all through a kill and a power loss, writers
+wait for each other, and finding one row among a hundred thousand takes as long as among ten. Why not another: docs/results.md.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import uuid
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import quote
+
+import numpy as np
+
+from mlfusion import disk
+from mlfusion.errors import ResultsUnusable, UnknownName
+from mlfusion.results.export import frame
+from mlfusion.results.rows import Row, fault
+
+if TYPE_CHECKING:
+    import pandas
+
+log = logging.getLogger(__name__)
+
+DATABASE = "results.sqlite"
+ARRAYS = "arrays"
+LINES = "rows.jsonl"  # how results were kept before; taken over when met
+FORMAT = 1
+APPLICATION = 0x6D6C6678  # 'mlfx': tells our files from other SQLite databases
+OLDEST = (3, 38, 0)  # from here on SQLite always knows JSON
+PATIENCE = 60.0  # seconds to wait for other writers; each holds the lock for milliseconds
+
+COLUMNS = {
+    "id": "TEXT",
+    "model": "TEXT",
+    "dataset": "TEXT",
+    "probe": "TEXT",
+    "seed": "INTEGER",
+    "grid": "TEXT",
+    "metric": "TEXT",
+    "val": "REAL",
+    "test": "REAL",
+    "train": "REAL",
+    "parameters": "INTEGER",
+    "seconds": "REAL",
+    "code": "TEXT",
+    "created": "TEXT",
+}
+"""Fields that a listing has: columns that the database takes by itself from the row that it holds."""
+
+_TAKEN = "\n    ".join(
+    f"{name} {kind} GENERATED ALWAYS AS (json_extract(body, '$.{name}')) STORED," for name, kind in COLUMNS.items()
+)
+_SCHEMA = (
+    "CREATE TABLE classes (digest TEXT PRIMARY KEY, names TEXT NOT NULL) WITHOUT ROWID",
+    f"""CREATE TABLE results (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    {_TAKEN}
+    classes TEXT NOT NULL REFERENCES classes (digest),
+    body TEXT NOT NULL
+)""",
+    "CREATE UNIQUE INDEX by_id ON results (id)",
+    "CREATE INDEX by_place ON results (dataset, model, probe, seed)",
+    f"PRAGMA application_id = {APPLICATION}",
+    f"PRAGMA user_version = {FORMAT}",
+)
+"""The row itself is `body`, JSON, but for its classes: a thousand names are kept once and not in each of a thousand rows."""
+
+
+class Results:
+    """Every row of one folder, safe under several threads, processes and kills.
+
+    Each call opens the database anew: nothing is held between calls, so an object may be shared, forked and pickled.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        """`root` is the folder, or the database in it. Nothing is created before the first row is saved."""
+        root = Path(root)
+        self.root = root.parent if root.name in (DATABASE, LINES) else root
+        self.path = self.root / DATABASE
+
+    def append(self, row: Row, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+        """Save a row for good, its arrays first: a row that can be read has its arrays.
+
+        Args:
+            row: every field of `Row`; a row whose id was saved before takes that one's place.
+            arrays: such as probabilities [n_test, C] float16, attention [n_test, T] float16 and labels [n_test].
+
+        Raises:
+            ResultsUnusable: the folder cannot be written (read-only, full, not a folder). Nothing half-written is left.
+            ValueError: the row or an array is not one that can be read back.
+        """
+        if said := fault(row):
+            raise ValueError(f"not a row: {said}")
+        with self._told("save"):
+            if arrays is not None:
+                self._save_arrays(row["id"], arrays)
+            self.root.mkdir(parents=True, exist_ok=True)
+            with self._writing() as connection:
+                _insert(connection, [row])
+
+    def rows(self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None) -> list[Row]:
+        """Every row, or those of a model, data set or probe, oldest first. Empty where nothing was saved yet.
+
+        Raises:
+            ResultsUnusable: the results cannot be read.
+        """
+        where, values = _where(model=model, dataset=dataset, probe=probe)
+        with self._reading() as connection:
+            if connection is None:
+                return []
+            lists = _class_lists(connection)
+            found = connection.execute(f"SELECT classes, body FROM results {where} ORDER BY number", values)
+            return [_row(body, lists[classes]) for classes, body in found]
+
+    def require(self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None) -> list[Row]:
+        """Like `rows`, for a reader that has nothing to say without any.
+
+        Raises:
+            ResultsUnusable: there are none; says how to make some.
+        """
+        if rows := self.rows(model=model, dataset=dataset, probe=probe):
+            return rows
+        raise self._nothing(model=model, dataset=dataset, probe=probe)
+
+    def find(self, row_id: str) -> Row | None:
+        """The row of that id, None where it was not saved yet."""
+        with self._reading() as connection:
+            if connection is None:
+                return None
+            found = connection.execute(
+                "SELECT c.names, r.body FROM results r JOIN classes c ON c.digest = r.classes WHERE r.id = ?", (row_id,)
+            ).fetchone()
+        return _row(found[1], json.loads(found[0])) if found else None
+
+    def named(self, beginning: str) -> Row:
+        """The one row whose id begins so.
+
+        Raises:
+            UnknownName: none or several do.
+            ResultsUnusable: there are no rows at all.
+        """
+        with self._reading() as connection:
+            found: list[str] = []
+            if connection is not None and beginning:
+                held = connection.execute(
+                    "SELECT id FROM results WHERE id >= ? AND id < ? ORDER BY id LIMIT 9", (beginning, beginning + "\U0010ffff")
+                )
+                found = [row_id for (row_id,) in held]
+        if beginning in found:
+            found = [beginning]
+        if len(found) == 1 and (row := self.find(found[0])):
+            return row
+        if found:
+            raise UnknownName("result", beginning, found, otherwise="Several begin so: give more of the id.")
+        newest = [one["id"] for one in self.listing(limit=5)]
+        if not newest:
+            raise self._nothing()
+        raise UnknownName("result", beginning, newest, otherwise="These are the newest; all: mlfusion results ls")
+
+    def listing(
+        self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None, limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        """`COLUMNS` of rows, oldest first; of the newest `limit` only. Takes no row apart: quick for a hundred thousand."""
+        where, values = _where(model=model, dataset=dataset, probe=probe)
+        with self._reading() as connection:
+            if connection is None:
+                return []
+            found = connection.execute(
+                f"SELECT {', '.join(COLUMNS)} FROM results {where} ORDER BY number DESC LIMIT ?",
+                [*values, -1 if limit is None else limit],
+            ).fetchall()
+        return [dict(zip(COLUMNS, one, strict=True)) for one in reversed(found)]
+
+    def count(self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None) -> int:
+        """How many rows there are of a model, data set or probe."""
+        where, values = _where(model=model, dataset=dataset, probe=probe)
+        with self._reading() as connection:
+            if connection is None:
+                return 0
+            return int(connection.execute(f"SELECT count(*) FROM results {where}", values).fetchone()[0])
+
+    def arrays(self, row: Row) -> dict[str, np.ndarray]:
+        """What was saved beside the row: probabilities [n_test, C], attention [n_test, T], labels [n_test].
+
+        Raises:
+            ResultsUnusable: nothing was, or it cannot be read.
+        """
+        path = self.root / ARRAYS / f"{row['id']}.npz"
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+                return {name: held[name] for name in held.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as err:
+            what = "were not kept" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
+            raise ResultsUnusable(
+                f"the arrays of result {row['id']} {what}: {path}. Make them again with `mlfusion results rerun {row['id']} "
+                f"--keep --results {self.root}`"
+            ) from err
+
+    def keep_arrays(self, row: Row, arrays: Mapping[str, np.ndarray]) -> None:
+        """Save the arrays of a row that is there, in place of those that were lost or damaged.
+
+        Raises:
+            ResultsUnusable: the folder cannot be written.
+        """
+        with self._told("save"):
+            self._save_arrays(row["id"], arrays)
+
+    def take(self, rows: Iterable[Row], arrays: Path | None = None) -> int:
+        """Take over rows of elsewhere that are not here, or newer than here, in one commit; how many were.
+
+        Args:
+            rows: whole ones, such as another folder's.
+            arrays: that folder; what lies beside those rows is copied first.
+
+        Raises:
+            ResultsUnusable: this folder cannot be written, or a row is none.
+        """
+        offered = list(_checked(rows))
+        with self._reading() as held:
+            wanted = _newer(held, offered) if held else offered
+        with self._told("save"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            for row in wanted if arrays else ():
+                source = arrays / ARRAYS / f"{row['id']}.npz"  # type: ignore[operator]
+                if source.is_file():
+                    with self._array_draft(row["id"]) as file:
+                        file.write(source.read_bytes())
+            with self._writing() as connection:
+                newer = _newer(connection, wanted)
+                _insert(connection, newer)
+        return len(newer)
+
+    def to_pandas(
+        self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None
+    ) -> "pandas.DataFrame":
+        """Rows as a table, one column a field: 'metrics.loss', 'selected.lr'."""
+        return frame(self.rows(model=model, dataset=dataset, probe=probe))
+
+    # --- arrays ------------------------------------------------------------------------------------------------------
+
+    def _save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        if pickled := [key for key, array in arrays.items() if np.asarray(array).dtype.hasobject]:
+            raise ValueError(f"arrays of Python objects cannot be read back: {', '.join(pickled)}")
+        with self._array_draft(name) as file:
+            np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
+
+    @contextmanager
+    def _array_draft(self, name: str) -> Iterator[BinaryIO]:
+        """A file that gets its name, flushed, once it is whole."""
+        final = self.root / ARRAYS / f"{name}.npz"
+        final.parent.mkdir(parents=True, exist_ok=True)
+        draft = final.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with draft.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(final)
+        finally:
+            draft.unlink(missing_ok=True)
+        disk.flush(final.parent)
+
+    # --- the database ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it, or nothing."""
+        with closing(_connect(self.path, "rwc")) as connection:
+            connection.execute("PRAGMA synchronous = EXTRA")  # the folder too: a commit outlives a power loss
+            connection.execute("BEGIN IMMEDIATE")  # wait here, not in the middle
+            try:
+                if _format(connection, self.path) == 0:
+                    _create(connection)
+                taken = self._take_over(connection)
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+        for path in taken:
+            path.rename(_free_name(path.with_name(f"{LINES}.imported")))
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection | None]:
+        """One state of the database, whatever others write meanwhile; None where there is nothing."""
+        with self._told("read"):
+            if any(path.is_file() for path in self._lines()):
+                with self._with_lines() as connection:
+                    yield connection
+                return
+            if not self.path.exists():
+                if self.root.exists() and not self.root.is_dir():
+                    raise NotADirectoryError(f"{self.root} is not a folder")
+                yield None
+                return
+            with closing(_connect(self.path, "rw")) as connection:
+                connection.execute("BEGIN")
+                yield connection if _format(connection, self.path) else None
+
+    # --- lines of before ---------------------------------------------------------------------------------------------
+
+    def _lines(self) -> list[Path]:
+        """Files of lines that are still to be taken over."""
+        return [self.root / f"{LINES}.importing", self.root / LINES]
+
+    @contextmanager
+    def _with_lines(self) -> Iterator[sqlite3.Connection]:
+        """The database with the lines taken over; where nothing may be written here, a copy in memory."""
+        try:
+            with self._writing():
+                pass
+        except (sqlite3.OperationalError, OSError) as err:
+            if not _read_only(err):
+                raise
+            with closing(sqlite3.connect(":memory:", isolation_level=None)) as memory:
+                if self.path.exists():
+                    with closing(_connect(self.path, "rw")) as held:
+                        _format(held, self.path)
+                        held.backup(memory)
+                if _format(memory, self.path) == 0:
+                    _create(memory)
+                for path in self._lines():
+                    if path.is_file():
+                        _insert(memory, _newer(memory, read_lines(path)))
+                yield memory
+            return
+        with closing(_connect(self.path, "rw")) as connection:
+            connection.execute("BEGIN")
+            yield connection
+
+    def _take_over(self, connection: sqlite3.Connection) -> list[Path]:
+        """Within a transaction, rows of `rows.jsonl`; the files to be renamed once it is committed.
+
+        Renamed before it is read: who still appends to the old name begins a new file, which is taken over in its turn. A
+        kill at any moment leaves a file that will be read again, and rows that are here already are left alone.
+        """
+        before, now = self._lines()
+        if now.is_file() and not before.is_file():
+            read_lines(now)  # a line that is no row is refused before anything is moved
+            now.rename(before)
+        if not before.is_file():
+            return []
+        newer = _newer(connection, read_lines(before))
+        _insert(connection, newer)
+        log.warning("%d rows of %s are taken over into %s; the old file is kept", len(newer), now, self.path.name)
+        return [before]
+
+    # --- errors ------------------------------------------------------------------------------------------------------
+
+    def _nothing(self, **chosen: str | None) -> ResultsUnusable:
+        wanted = " and ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
+        if wanted and self.count():
+            return ResultsUnusable(
+                f"no results of {wanted} in {str(self.root)!r}; what there is: mlfusion results ls --results {self.root}"
+            )
+        state = "holds no row yet" if self.root.is_dir() else "does not exist"
+        return ResultsUnusable(
+            f"no results: {str(self.root)!r} {state}. Make some with `mlfusion probe --dataset digits --results "
+            f"{self.root}`, or name a folder that has them: `mlfusion report RESULTS`"
+        )
+
+    @contextmanager
+    def _told(self, doing: str) -> Iterator[None]:
+        """Turn the disk's and the database's refusals into words."""
+        try:
+            yield
+        except (OSError, sqlite3.Error) as err:
+            name = getattr(err, "sqlite_errorname", "")
+            why = getattr(err, "strerror", None) or str(err)
+            if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
+                raise ResultsUnusable(
+                    f"{self.path} is damaged ({why}). Keep a copy, and save what can be read with SQLite's own tool: "
+                    f"sqlite3 {self.path} .recover | sqlite3 recovered.sqlite; or name another folder with --results PATH"
+                ) from err
+            if name.startswith(("SQLITE_BUSY", "SQLITE_PROTOCOL", "SQLITE_IOERR_LOCK", "SQLITE_IOERR_UNLOCK")):
+                raise ResultsUnusable(
+                    f"cannot {doing} results in {str(self.root)!r}: {why}. Another process holds them for over "
+                    f"{PATIENCE:.0f} s, or this file system has no locks: keep results on a local disk with --results PATH, "
+                    "and bring them together with `mlfusion results import PATH`"
+                ) from err
+            if doing == "save":
+                raise ResultsUnusable(
+                    f"cannot save results in {str(self.root)!r}: {why}. Nothing was lost but this row; "
+                    "make room there or allow writing, or name another folder with --results PATH, and run it again"
+                ) from err
+            raise ResultsUnusable(
+                f"cannot read results in {str(self.root)!r}: {why}; allowed: a folder that `mlfusion probe` wrote "
+                "(results by default)"
+            ) from err
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    """`mode` is 'rwc' to create, 'rw' not to; what may not be written is opened for reading all the same."""
+    place = f"file:{quote(str(path.absolute()))}?mode={mode}"
+    return sqlite3.connect(place, uri=True, timeout=PATIENCE, isolation_level=None)
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    if sqlite3.sqlite_version_info < OLDEST:
+        raise ResultsUnusable(
+            f"this Python has SQLite {sqlite3.sqlite_version}; results need {'.'.join(map(str, OLDEST))} or newer (2022): "
+            "use another Python"
+        )
+    for statement in _SCHEMA:
+        connection.execute(statement)
+
+
+def _format(connection: sqlite3.Connection, path: Path) -> int:
+    """0 of an empty database.
+
+    Raises:
+        ResultsUnusable: another program's, or a newer version's.
+    """
+    [number] = connection.execute("PRAGMA user_version").fetchone()
+    [owner] = connection.execute("PRAGMA application_id").fetchone()
+    [tables] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if tables and owner != APPLICATION:
+        raise ResultsUnusable(f"{path} is not a database of mlfusion's; name another folder with --results PATH")
+    if number > FORMAT:
+        raise ResultsUnusable(
+            f"{path} has format {number}, this mlfusion reads up to {FORMAT}. Update it: pip install -U mlfusion"
+        )
+    return int(number)
+
+
+def _insert(connection: sqlite3.Connection, rows: Iterable[Row]) -> None:
+    for row in rows:
+        names = _json(row["classes"])
+        digest = hashlib.sha256(names.encode()).hexdigest()[:32]
+        body = _json({name: value for name, value in row.items() if name != "classes"})
+        connection.execute("INSERT OR IGNORE INTO classes VALUES (?, ?)", (digest, names))
+        connection.execute("INSERT OR REPLACE INTO results (classes, body) VALUES (?, ?)", (digest, body))
+
+
+def _newer(connection: sqlite3.Connection, rows: Iterable[Row]) -> list[Row]:
+    """Of rows, those that the database has not, or has an older one of; of those with one id the last."""
+    last: dict[str, Row] = {}
+    for row in rows:
+        last.pop(row["id"], None)
+        last[row["id"]] = row
+    held = {}
+    for row_id in last:
+        found = connection.execute("SELECT created FROM results WHERE id = ?", (row_id,)).fetchone()
+        held[row_id] = found[0] if found else ""
+    return [row for row_id, row in last.items() if row["created"] > held[row_id]]
+
+
+def _checked(rows: Iterable[Row]) -> Iterator[Row]:
+    for number, row in enumerate(rows, 1):
+        if said := fault(row):
+            raise ResultsUnusable(f"row {number} is no result: {said}. Nothing was taken over")
+        yield row
+
+
+def read_lines(path: Path) -> list[Row]:
+    """Rows of JSON lines. A line that a kill tore is left out with a warning; one that is whole and no row is refused."""
+    rows: list[Row] = []
+    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError:  # JSON and UTF-8 errors alike
+            log.warning("%s line %d is torn (a killed run's); it is left out", path, number)
+            continue
+        if said := fault(row):
+            raise ResultsUnusable(
+                f"{path} line {number} is no result: {said}. Rows are written by `mlfusion probe`; move that line out of "
+                "the file, or name another folder of results"
+            )
+        rows.append(row)
+    return rows
+
+
+def _free_name(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _read_only(err: BaseException) -> bool:
+    if isinstance(err, OSError):
+        return err.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return getattr(err, "sqlite_errorname", "").startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN"))
+
+
+def _where(**fields: str | None) -> tuple[str, list[str]]:
+    given = {name: value for name, value in fields.items() if value is not None}
+    clause = " AND ".join(f"{name} = ?" for name in given)
+    return (f"WHERE {clause}" if given else ""), list(given.values())
+
+
+def _class_lists(connection: sqlite3.Connection) -> dict[str, list[str]]:
+    return {digest: json.loads(names) for digest, names in connection.execute("SELECT digest, names FROM classes")}
+
+
+def _row(body: str, classes: list[str]) -> Row:
+    row: Row = json.loads(body)
+    row["classes"] = list(classes)
+    return row
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
