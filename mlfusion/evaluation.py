@@ -17,7 +17,7 @@ from mlfusion import population, protocol, trackers, trained
 from mlfusion.batches import Tokens
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadData, NotCached, UnknownName
-from mlfusion.features import SplitPair, extract_command, require, split_pairs
+from mlfusion.features import SplitPair, extract_command, impossible, require, split_pairs
 from mlfusion.memory import available
 from mlfusion.population import Precision
 from mlfusion.progress import track as bar_of
@@ -32,9 +32,8 @@ PROBES = "probes"  # folder of the results that trained probes are kept in
 PROTOCOL = 2
 """Part of every row's id: raised when a change of code changes scores, so that old rows are made again."""
 
-AAT_HEADS = (
-    8  # attention over all tokens has this many heads, any other representation one a token (the study's choice)
-)
+AAT_HEADS = 8
+"""Of attention over all tokens or a grid; over any other representation it has one a token (the study's choice)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,8 +234,11 @@ def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: 
     chosen, lacking = dict.fromkeys(named), []
     for one in parse_probes("all", depth) if "all" in words else ():
         if absent := one.representation.pairs(depth) - pair.held:
+            none = impossible(pair.train.spec.model, absent)
             lacking.append(
-                f"{one.name} is left out, its tokens are not cached; to have it: {extract_command(model, dataset, absent)}"
+                f"{one.name} is left out: {model} {none}"
+                if none
+                else f"{one.name} is left out, its tokens are not cached; to have it: {extract_command(model, dataset, absent)}"
             )
         else:
             chosen[one] = None
@@ -304,7 +306,7 @@ def _fitted(
             train,
             test,
             target=target,
-            heads=AAT_HEADS if one.representation.kinds == ("all",) else None,
+            heads=AAT_HEADS if one.representation.spatial else None,
             grid=job.grid,
             seed=job.seed,
             device=device,
@@ -344,7 +346,7 @@ def _fitted(
         "classes": list(spec.data.classes),
         "images": {"train": len(train), "test": len(pair.test.rows)},
         "features": [pair.train.key, pair.test.key],
-        "attention": _attention(one, depth, outcome.attention),
+        "attention": _attention(one, pair.train, outcome.attention),
         "versions": {name: version(name) for name in ("mlfusion", "torch", "numpy", "scikit-learn")},
         "code": _code(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -415,15 +417,16 @@ def _vector_bytes(spec: FeatureSpec) -> int:
     return (spec.model.width + encoding.extra) * encoding.stored.itemsize
 
 
-def _attention(one: Probe, depth: int, attention: np.ndarray | None) -> dict[str, Any] | None:
+def _attention(one: Probe, entry: Entry, attention: np.ndarray | None) -> dict[str, Any] | None:
     """Mean and spread over the test images of the attention on each token, [images, tokens]."""
     if attention is None:
         return None
-    layers, kinds = one.representation.layers(depth), one.representation.kinds
-    each = attention.shape[1] // (len(layers) * len(kinds))
+    layers, kinds = one.representation.layers(entry.spec.model.depth), one.representation.kinds
+    homes = entry.sources()
+    tokens = [(layer, kind) for layer in layers for kind in kinds for _ in range(homes[layer, kind].stream.tokens)]
     return {
-        "layers": [layer for layer in layers for _ in range(len(kinds) * each)],
-        "kinds": [kind for _ in layers for kind in kinds for _ in range(each)],
+        "layers": [layer for layer, _ in tokens],
+        "kinds": [kind for _, kind in tokens],
         "mean": [float(v) for v in attention.mean(0, dtype=np.float64)],
         "sd": [float(v) for v in attention.std(0, dtype=np.float64)],
     }

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, get_args
@@ -215,6 +215,7 @@ def extract(
         if entry is None or not asked.pairs <= entry.held():
             backbone = backbone or Backbone(asked.checkpoint, asked.device, preprocessing=asked.preprocessing)
             backbone.shapes(asked.pairs)  # a token that the model does not have is refused before anything is written
+            spec = replace(spec, model=replace(spec.model, kinds=tuple(backbone.kinds)))
             entry = store.create(spec, samples, asked.names)
             with disk.told(store.root):
                 fresh = asked.fresh(entry, spec, backbone)

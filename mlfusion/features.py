@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from mlfusion.errors import BadData, NotCached
-from mlfusion.specs import FeatureSpec, Pair, TokenKind, layer_ranges, parse_layers, parse_tokens
+from mlfusion.errors import BadData, BadModel, NotCached
+from mlfusion.specs import (
+    KINDS,
+    FeatureSpec,
+    ModelSpec,
+    Pair,
+    TokenKind,
+    layer_ranges,
+    parse_layers,
+    parse_tokens,
+    token_words,
+)
 from mlfusion.store import Check, Entry, FeatureStore, Names, Place, TokenReader
 
 if TYPE_CHECKING:
@@ -152,24 +162,36 @@ def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[Sp
 
 
 def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str) -> None:
-    """Refuse, with the command that mends it, unless the entry wholly holds `pairs`."""
+    """Refuse, with the command that mends it, unless the entry wholly holds `pairs`.
+
+    Raises:
+        NotCached: they can be extracted; says how.
+        BadModel: they cannot, since the model has no such token; says which it has.
+    """
     if absent := pairs - entry.held():
+        if none := impossible(entry.spec.model, absent):
+            raise BadModel(f"{model} {none}")
         raise NotCached(
             f"{entry.spec.data.split} features of {model} on {dataset} lack {_words(absent)}; run: "
             + extract_command(model, dataset, absent, entry.spec)
         )
 
 
+def impossible(model: ModelSpec, pairs: frozenset[Pair]) -> str | None:
+    """Why no extraction can give `pairs`, with what there is instead; None where one can, or it is not known."""
+    lacking = sorted({kind for _, kind in pairs if kind not in model.kinds}, key=KINDS.index) if model.kinds else []
+    if not lacking:
+        return None
+    return (
+        f"has no {' and no '.join(lacking)} token; allowed: {', '.join(model.kinds)}. So take probes such as ap-last/linear "
+        "or ap-all-layers/attentive"
+    )
+
+
 def extract_command(model: str, dataset: str, pairs: frozenset[Pair], spec: FeatureSpec | None = None) -> str:
     """The command that caches `pairs`."""
-    by_kind = {kind: sorted(layer for layer, k in pairs if k == kind) for _, kind in pairs}
-    groups: dict[str, list[str]] = {}
-    for kind in ("cls", "ap", "all"):
-        if kind in by_kind:
-            groups.setdefault(layer_ranges(by_kind[kind]), []).append(kind)
-    tokens = ",".join(f"{'+'.join(kinds)}@{layers}" for layers, kinds in groups.items())
     dtype = f" --dtype {spec.dtype}" if spec and spec.dtype != "float16" else ""
-    return f"mlfusion extract {_place(model, dataset)} --tokens {tokens}{dtype}"
+    return f"mlfusion extract {_place(model, dataset)} --tokens {token_words(pairs)}{dtype}"
 
 
 def _made_alike(train: FeatureSpec, test: FeatureSpec) -> bool:

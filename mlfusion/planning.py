@@ -12,7 +12,7 @@ import numpy as np
 from mlfusion import datasets
 from mlfusion.backbone import Backbone
 from mlfusion.extraction import BATCH, Request, gaps, prepared
-from mlfusion.specs import Dtype, FeatureSpec, Pair, TokenKind, layer_ranges
+from mlfusion.specs import Dtype, FeatureSpec, Pair, token_words
 from mlfusion.store import Entry, FeatureStore, FormatName, Place, Samples, Stream, differences
 
 TRIAL_SECONDS = 5.0  # measured for, after a batch that does not count
@@ -38,7 +38,7 @@ class Explained:
             "key": self.key,
             "state": "absent" if self.entry is None else "partial" if self.lacking else "whole",
             "path": str(self.entry.path) if self.entry else None,
-            "lacking": _words(self.lacking),
+            "lacking": token_words(self.lacking),
             "nearest": self.nearest.key if self.nearest else None,
             "differences": [
                 {"field": name, "asked": asked, "nearest": there} for name, asked, there in self.differences
@@ -147,11 +147,6 @@ def _images(one: Samples, other: Samples) -> str:
 def _short(value: object) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def _words(pairs: frozenset[Pair]) -> str:
-    kinds: list[TokenKind] = sorted({kind for _, kind in pairs})
-    return ",".join(f"{kind}@{layer_ranges(layer for layer, k in pairs if k == kind)}" for kind in kinds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from mlfusion.backbone import Backbone
 from mlfusion.batches import Tokens
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadModel
-from mlfusion.specs import ModelSpec, digest
+from mlfusion.specs import ModelSpec, digest, parse_model
 from mlfusion.store.encoding import ENCODINGS
 
 BATCH = 32
@@ -74,7 +74,7 @@ def predict(
         BadImage: an image cannot be read.
     """
     card, head = trained.load(Path(probe))
-    checkpoint = models.locate(model or _word(card.backbone.source))
+    checkpoint = models.locate(_word(model, card.backbone.source))
     steps = preprocessing.read(checkpoint.folder)
     found = identity(models.identify(checkpoint, steps.key()))
     if differing := [name for name, value in found.items() if getattr(card.backbone, name) != value]:
@@ -115,6 +115,10 @@ def _said(card: trained.Card, image: str, prediction: np.ndarray, top: int) -> P
     return Prediction(image, tuple((card.classes[i], float(prediction[i])) for i in best), None)
 
 
-def _word(source: str) -> str:
-    """What `models.locate` understands."""
-    return next((row.name for row in models.CATALOGUE.values() if row.source == source), source)
+def _word(model: str | None, source: str) -> str:
+    """What `models.locate` understands: what was said, or where the card says, read at the card's hook point and settings."""
+    card = parse_model(source)
+    if model is None:
+        name = next((row.name for row in models.CATALOGUE.values() if row.source == card.name), card.name)
+        return name + card.suffix
+    return model if parse_model(model).suffix else model + card.suffix

@@ -126,6 +126,7 @@ class ModelSpec:
     family: str = field(compare=False)  # transformers' model_type
     depth: int = field(compare=False)  # L, the number of blocks: layers are 1..L, L being the final norm
     width: int = field(compare=False)  # D, channels of a token
+    kinds: tuple[TokenKind, ...] = field(default=(), compare=False)  # that its last layer has; empty: not looked at yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +258,18 @@ def parse_tokens(words: str | Iterable[str], layers: str, depth: int) -> frozens
     return frozenset(pairs)
 
 
+def token_words(pairs: Iterable[Pair]) -> str:
+    """{(1, 'cls'), (1, 'ap'), (2, 'ap')} → 'cls@1,ap@1-2': the words `parse_tokens` reads."""
+    layers_of: dict[TokenKind, set[int]] = {}
+    for layer, kind in pairs:
+        layers_of.setdefault(kind, set()).add(layer)
+    groups: dict[str, list[TokenKind]] = {}
+    for kind in KINDS:
+        if kind in layers_of:
+            groups.setdefault(layer_ranges(layers_of[kind]), []).append(kind)
+    return ",".join(f"{'+'.join(kinds)}@{layers}" for layers, kinds in groups.items())
+
+
 def layer_ranges(layers: Iterable[int]) -> str:
     """{1, 2, 3, 6} → '1-3,6': the words `parse_layers` reads."""
     runs: list[list[int]] = []
@@ -282,6 +295,11 @@ class Representation:
     def name(self) -> str:
         """As in the study's tables: 'all-tokens-last', 'cls+ap-4-layers'."""
         return f"{'all-tokens' if self.kinds == ('all',) else '+'.join(self.kinds)}-{self.at}"
+
+    @property
+    def spatial(self) -> bool:
+        """Whether it holds many tokens of one layer: all of them, or a grid."""
+        return any(kind == "all" or kind in GRIDS for kind in self.kinds)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """The layers for a model of `depth` blocks: of 12, '2-layers' are 6 and 12, '4-layers' 3, 6, 9 and 12."""

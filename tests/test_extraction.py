@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zoo
 from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion import disk
-from mlfusion.errors import BadData, CacheUnusable, MlfusionError, NotCached, UnknownName
+from mlfusion.errors import BadData, BadModel, CacheUnusable, MlfusionError, NotCached, UnknownName
 from mlfusion.store import FeatureStore, stream
 
 
@@ -284,3 +285,58 @@ def test_words_that_mean_nothing_are_refused_before_any_work(words, error, messa
     with pytest.raises(error, match=message):
         mlfusion.extract(model, images, **words)
     assert not Path("cache").exists()
+
+
+def test_a_mixture_of_kinds_comes_from_one_pass_and_is_read_back(model, images):
+    """Each kind at layers of its own; every one is what the whole sequence makes it."""
+    words = "all@4,cls+grid2@2-4,max+std@4"
+    [one] = mlfusion.extract(model, images, splits="train", tokens=words, dtype="float32", batch_size=64)
+    assert one.forward_passes == 1
+    assert one.tokens == ("cls", "max", "std", "grid2", "all")
+
+    def read(kind: str) -> np.ndarray:
+        return mlfusion.load_features(model, images, "train", layers="last", tokens=kind).tokens[:, 0]
+
+    patches = read("all")[:, 1:]
+    quarters = patches.reshape(-1, 2, 2, 2, 2, 32).mean((2, 4)).reshape(-1, 4, 32)
+    for kind, want in {
+        "cls": read("all")[:, :1],
+        "max": patches.max(1),
+        "std": patches.std(1),
+        "grid2": quarters,
+    }.items():
+        np.testing.assert_allclose(read(kind).reshape(want.shape), want, atol=2e-6)
+    with pytest.raises(
+        NotCached, match=r"lack max of layers 3; run: mlfusion extract .* --tokens max@3 --dtype float32"
+    ):
+        mlfusion.load_features(model, images, "train", layers=[3], tokens="max")
+
+
+def test_a_hook_point_or_a_setting_is_another_entry_under_a_name_of_its_own(model, images):
+    words = [model, f"{model}:block", f"{model}:hidden_act=relu", f"{model}:block,hidden_act=relu"]
+    keys = {mlfusion.extract(word, images, splits="train", layers="4")[0].entry.key for word in words}
+    assert len(keys) == 4
+    found = {word: mlfusion.load_features(word, images, "train", layers="last") for word in words}
+    assert {one.key for one in found.values()} == keys
+    again = mlfusion.load_features(f"{model}:hidden_act=relu,block", images, "train", layers="last")
+    assert again.key == found[words[3]].key
+    normed = torch.nn.functional.layer_norm(torch.from_numpy(found[words[1]].tokens.astype("f4")), (32,))
+    assert normed.std() == pytest.approx(1, abs=0.05)
+    with pytest.raises(NotCached, match=r"by .*:mlp in .* Run: mlfusion extract --model .*:mlp --dataset"):
+        mlfusion.load_features(f"{model}:mlp", images, "train")
+
+
+def test_what_needs_a_token_that_the_model_lacks_is_refused_with_the_alternatives(images, tmp_path):
+    siglip = str(zoo.save("SigLIP", tmp_path / "siglip"))
+    with pytest.raises(BadModel, match=r"siglip has no cls token; allowed: ap, max.* --tokens ap, .* ap-last/linear"):
+        mlfusion.extract(siglip, images)
+    assert not list(FeatureStore(None).entries())  # refused before anything was written
+    mlfusion.extract(siglip, images, tokens="ap,grid2@last")
+    with pytest.raises(BadModel, match=r"has no cls token; allowed: ap, .*ap-all-layers/attentive"):
+        mlfusion.probe(images, model=siglip, probes="cls-last/linear")
+    probes = "ap-last/linear,ap+grid2-last/attentive"
+    done = mlfusion.probe(images, model=siglip, probes=f"all,{probes}", grid="quick", seeds=(0,))
+    assert [row["probe"] for row in done.rows] == probes.split(",")
+    assert all("is left out" in line for line in done.left_out)
+    assert any("has no cls token" in line for line in done.left_out)
+    assert done.rows[1]["attention"]["kinds"] == ["ap", *["grid2"] * 4]

@@ -199,8 +199,8 @@ def test_the_commands(run, words, tmp_path):
     run("extract", *words)
     rows = sorted(run("cache", "ls", "--json")["entries"], key=lambda row: row["split"])
     assert [(row["split"], row["images"], row["tokens"]) for row in rows] == [
-        ("test", 6, "cls@1-4,ap@1-4"),
-        ("train", 12, "cls@1-4,ap@1-4"),
+        ("test", 6, "cls+ap@1-4"),
+        ("train", 12, "cls+ap@1-4"),
     ]
     assert run("cache", "du", "--json")["bytes"] == sum(
         f.stat().st_size for f in (tmp_path / "cache" / "v2").rglob("*") if f.is_file()

@@ -287,7 +287,7 @@ def test_of_one_probe_and_seed_the_last_row_counts_and_the_other_is_told() -> No
 def test_what_was_run_can_be_run_again() -> None:
     rows = study(SCORES) + study({BASE: [0.9], "cls-layer-1/linear": [0.5]}, depth=1, model="my model")
     parsed = Page(page(rows, name="out.html"))
-    assert "mlfusion extract --model a-vit --dataset digits --tokens cls,ap,all@4" in parsed.text
+    assert "mlfusion extract --model a-vit --dataset digits --tokens cls+ap@1-4,all@4" in parsed.text
     assert (
         "mlfusion probe --model a-vit --dataset digits --probe cls+ap-all-layers/linear --grid quick --seeds 0,1"
         in (parsed.text)

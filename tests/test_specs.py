@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import subprocess
 import sys
 
@@ -11,14 +12,17 @@ from hypothesis import strategies as st
 
 from mlfusion.errors import UnknownName
 from mlfusion.specs import (
+    KINDS,
     STUDY,
     DataSpec,
     FeatureSpec,
     ModelSpec,
     layer_ranges,
     parse_layers,
+    parse_model,
     parse_probes,
     parse_tokens,
+    token_words,
 )
 
 MODEL = ModelSpec(
@@ -126,3 +130,34 @@ def test_groups_of_probes():
 def test_unknown_probes_are_refused_with_what_there_is(name):
     with pytest.raises(UnknownName, match="Known: "):
         parse_probes(name, 12)
+
+
+KINDS_AND_LAYERS = st.sets(st.tuples(st.integers(0, 12), st.sampled_from(KINDS)), min_size=1)
+
+
+@given(KINDS_AND_LAYERS)
+def test_words_for_tokens_read_back(pairs):
+    assert parse_tokens(token_words(pairs), "1", 12) == pairs
+
+
+@pytest.mark.parametrize("name", ["grid4-last/attentive", "cls+max-all-layers/linear", "ap+grid2-layer-3/attentive"])
+def test_probes_of_other_kinds_are_called_what_they_are_asked_by(name):
+    [probe] = parse_probes(name, 12)
+    assert probe.name == name
+    assert probe.representation.spatial == ("grid" in name)
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("clip-vit-b16", ("clip-vit-b16", "norm2", ())),
+        ("a/b:block", ("a/b", "block", ())),
+        ("embedded:formula-vit:mlp", ("embedded:formula-vit", "mlp", ())),
+        ("m:b=true,attn,a=0.5,c=gelu", ("m", "attn", (("a", 0.5), ("b", True), ("c", "gelu")))),
+    ],
+)
+def test_words_for_models(word, parts):
+    asked = parse_model(word)
+    assert (asked.name, asked.hook, asked.settings) == parts
+    assert parse_model(str(asked)) == asked
+    assert parse_model(asked.name, asked.hook, [f"{k}={json.dumps(v)}" for k, v in asked.settings]) == asked

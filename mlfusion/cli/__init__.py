@@ -26,13 +26,16 @@ from mlfusion.cli.words import (
     Dtype,
     Format,
     Grid,
+    Hook,
     Layers,
     Model,
     ResultsPath,
+    Settings,
     Split,
     Tokens,
     Track,
     amount,
+    asked_model,
     print_json,
     print_rows,
     say,
@@ -76,6 +79,8 @@ def extract(
     split: Split = "train,test",
     layers: Layers = "all",
     tokens: Tokens = "cls,ap",
+    hook: Hook = None,
+    settings: Settings = None,
     format: Format = "zarr",
     dtype: Dtype = "float16",
     device: Device = "auto",
@@ -88,7 +93,7 @@ def extract(
     from mlfusion.extraction import extract as run
 
     done = run(
-        model,
+        asked_model(model, hook, settings),
         dataset,
         splits=split,
         layers=layers,
@@ -114,6 +119,8 @@ def plan(
     split: Split = "train,test",
     layers: Layers = "all",
     tokens: Tokens = "cls,ap",
+    hook: Hook = None,
+    settings: Settings = None,
     format: Format = "zarr",
     dtype: Dtype = "float16",
     device: Device = "auto",
@@ -127,7 +134,7 @@ def plan(
     from mlfusion.progress import duration
 
     made = make(
-        model,
+        asked_model(model, hook, settings),
         dataset,
         splits=split,
         layers=layers,
@@ -279,11 +286,11 @@ def report(
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="models, datasets or probes.")],
+    what: Annotated[str, typer.Argument(help="models, datasets, probes, tokens or hooks.")],
     as_json: AsJson = False,
 ) -> None:
     """What there is to choose from; what is cached: mlfusion cache ls."""
-    listings = {"models": _models, "datasets": _datasets, "probes": _probes}
+    listings = {"models": _models, "datasets": _datasets, "probes": _probes, "tokens": _tokens, "hooks": _hooks}
     if what not in listings:
         raise UnknownName("listing", what, listings)
     rows = list(listings[what]())
@@ -363,8 +370,21 @@ def _probes() -> Iterator[dict[str, Any]]:
         yield {"name": name, "known_as": known.get(name, "")}
     for name in ("cls-each-layer/linear", "ap-each-layer/linear"):
         yield {"name": name, "known_as": "one probe a layer"}
+    yield {"name": "grid4-last/attentive", "known_as": "any kinds of mlfusion ls tokens, joined by +"}
     for head in HEADS[2:]:  # those that are not the study's
         yield {"name": f"cls+ap-all-layers/{head}", "known_as": ABOUT[head]}
+
+
+def _tokens() -> Iterator[dict[str, Any]]:
+    from mlfusion.specs import ABOUT_KINDS
+
+    yield from ({"name": name, "about": about} for name, about in ABOUT_KINDS.items())
+
+
+def _hooks() -> Iterator[dict[str, Any]]:
+    from mlfusion.specs import ABOUT_HOOKS
+
+    yield from ({"name": name, "about": about} for name, about in ABOUT_HOOKS.items())
 
 
 # --- saying ----------------------------------------------------------------------------------------------------------

@@ -13,17 +13,20 @@ from mlfusion.cli.words import (
     Cache,
     Dataset,
     Dtype,
+    Hook,
     Layers,
     Model,
+    Settings,
     Split,
     Tokens,
     amount,
+    asked_model,
     print_json,
     print_rows,
     say,
 )
 from mlfusion.errors import CacheUnusable, NotCached, UnknownName
-from mlfusion.specs import KINDS, layer_ranges
+from mlfusion.specs import token_words
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the feature cache.")
 
@@ -56,15 +59,13 @@ def ls(
 
 def _row(entry: Any) -> dict[str, Any]:
     held = entry.held()
-    kinds = [kind for kind in KINDS if any(k == kind for _, k in held)]
     spec = entry.spec
     return {
         "model": spec.model.name,
         "dataset": spec.data.name,
         "split": spec.data.split,
         "images": spec.data.images,
-        "tokens": ",".join(f"{kind}@{layer_ranges(layer for layer, k in held if k == kind)}" for kind in kinds)
-        or "(not complete)",
+        "tokens": token_words(held) or "(not complete)",
         "dtype": spec.dtype,
         "bytes": entry.nbytes,
         "key": entry.key,
@@ -101,6 +102,8 @@ def explain(
     split: Split = "train,test",
     layers: Layers = "all",
     tokens: Tokens = "cls,ap",
+    hook: Hook = None,
+    settings: Settings = None,
     dtype: Dtype = "float16",
     cache: Cache = None,
     as_json: AsJson = False,
@@ -109,7 +112,7 @@ def explain(
     from mlfusion.planning import explain as run
 
     told = run(
-        model,
+        asked_model(model, hook, settings),
         dataset,
         splits=split,
         layers=layers,

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlfusion.errors import MlfusionError
+from mlfusion.specs import parse_model
 
 MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
 DATASET = "digits"
@@ -45,7 +46,19 @@ Cache = Annotated[
 ]
 Split = Annotated[str, typer.Option("--split", help="Splits, comma-separated.")]
 Layers = Annotated[str, typer.Option("--layers", help="all (1..L), last, or a list such as 1-4,12.")]
-Tokens = Annotated[str, typer.Option("--tokens", help="cls, ap, all; a kind may name its own layers: cls,ap,all@last.")]
+Tokens = Annotated[
+    str,
+    typer.Option(
+        "--tokens", help="cls, ap, max, std, registers, grid4, all, …, each with its own layers: cls,ap,all@last."
+    ),
+]
+Hook = Annotated[
+    str | None, typer.Option("--hook", help="Where blocks are read: norm2 (default), block, attn, mlp or projected.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Of the model's configuration, such as hidden_act=gelu; may be repeated."),
+]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="As kept: float16, bfloat16, float32, or int8 with a scale a vector.")
 ]
@@ -60,6 +73,11 @@ Track = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Grid = Annotated[str, typer.Option("--grid", help="paper: 21 configurations, 63 for attentive probes; quick: 3.")]
+
+
+def asked_model(model: str, hook: str | None, settings: list[str] | None) -> str:
+    """The model's name with what --hook and --set add to it: 'clip-vit-b16:block'."""
+    return str(parse_model(model, hook, settings or ()))
 
 
 def say(line: str) -> None:

@@ -14,7 +14,7 @@ from mlfusion.progress import duration
 from mlfusion.report import figures, words
 from mlfusion.report.summary import Block, Score, blocks, count, listed, percent, points
 from mlfusion.results import Row
-from mlfusion.specs import KINDS, STUDY, layer_ranges
+from mlfusion.specs import KINDS, STUDY, layer_ranges, token_words
 from mlfusion.statistics import Spread
 
 TITLE = "Do the intermediate layers help?"
@@ -184,9 +184,11 @@ def commands(block: Block) -> list[str]:
     """The `extract` and the `probe`s, one for each set of seeds, that give this block's rows."""
     place = f"--model {shlex.quote(block.model)} --dataset {shlex.quote(block.dataset)}"
     kinds = {kind for row in block.rows for kind in row["tokens"]}
-    spatial = layer_ranges(layer for row in block.rows if "all" in row["tokens"] for layer in row["layers"])
-    tokens = ",".join(["cls,ap"] * bool(kinds - {"all"}) + [f"all@{spatial}"] * bool(spatial))
-    made = [f"mlfusion extract {place}" + (f" --tokens {tokens}" if spatial else "")]
+    pairs: set[Any] = {(layer, kind) for row in block.rows for layer in row["layers"] for kind in row["tokens"]}
+    usual = {(layer, kind) for layer in range(1, block.depth + 1) for kind in ("cls", "ap")}
+    if kinds & {"cls", "ap"}:  # as the command does without being told; what is cached is one stream
+        pairs |= {(layer, kind) for layer, kind in usual if kind in kinds}
+    made = [f"mlfusion extract {place}" + (f" --tokens {token_words(pairs)}" if pairs - usual else "")]
     by_seeds: dict[tuple[int, ...], list[Score]] = {}
     for score in block.scores:
         by_seeds.setdefault(score.seeds, []).append(score)

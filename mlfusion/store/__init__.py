@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlfusion import disk
 from mlfusion.errors import CacheUnusable, MlfusionError
-from mlfusion.specs import FORMAT, FeatureSpec
+from mlfusion.specs import FORMAT, FeatureSpec, parse_model
 from mlfusion.store.claims import Leases
 from mlfusion.store.encoding import ENCODINGS, Encoding
 from mlfusion.store.entry import Entry, Names, Samples, ShardDraft, folder_bytes, streams_for
@@ -134,19 +134,22 @@ class FeatureStore:
     def find(self, *, model: str | None = None, dataset: str | None = None, split: str | None = None) -> list[Entry]:
         """Entries that somebody extracted under these words: a name, a hub id or a folder."""
 
-        def called(word: str | None, name: str, source: str) -> bool:
+        def called(word: str | None, name: str, source: str, suffix: str = "") -> bool:
             if word is None:
                 return True
             if Path(word).is_dir():  # a folder is meant by its place, two of the same name are told apart
-                return source == str(Path(word).resolve())
-            return word in (name, source)
+                return source == str(Path(word).resolve()) + suffix
+            return word + suffix in (name, source)
+
+        asked = parse_model(model) if model else None  # its hook point and settings, told apart and in order
 
         return [
             entry
             for entry in self.entries()
             if (split is None or entry.spec.data.split == split)
             and any(
-                called(dataset, names.dataset, names.dataset_source) and called(model, names.model, names.model_source)
+                called(dataset, names.dataset, names.dataset_source)
+                and (asked is None or called(asked.name, names.model, names.model_source, asked.suffix))
                 for names in entry.names
             )
         ]

@@ -135,7 +135,11 @@ class Entry:
                 raise CacheUnusable(
                     f"{path} has format {body['format']}, this mlfusion reads {FORMAT}; update mlfusion"
                 )
-            model, data = ModelSpec(**body["model"]), DataSpec(**{**body["data"], "classes": tuple(body["classes"])})
+            kinds = tuple(body["model"].get("kinds", ()))  # entries of earlier versions do not say
+            model, data = (
+                ModelSpec(**{**body["model"], "kinds": kinds}),
+                DataSpec(**{**body["data"], "classes": tuple(body["classes"])}),
+            )
             self.spec = FeatureSpec(model=model, data=data, dtype=body["dtype"], format=body["format"])
         except FileNotFoundError as err:
             raise NotCached(f"{path} was removed; run the same `mlfusion extract` again") from err
