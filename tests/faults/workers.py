@@ -62,10 +62,12 @@ class Model:
     """Stands where the frozen model stands: pixels are row numbers."""
 
     name, kinds, preprocessing, device = "formula", KINDS, Steps(), "cpu"
-    anatomy = SimpleNamespace(widths=dict.fromkeys(range(4), WIDTH))
 
     def __init__(self, passes: Path | None, pause: float) -> None:
         self._passes, self._pause = passes, pause
+
+    def shapes(self, pairs: frozenset) -> dict:
+        return {(layer, kind): (KINDS[kind], WIDTH) for layer, kind in pairs}
 
     def __call__(self, pixels: torch.Tensor, wanted: frozenset) -> dict:
         rows = pixels[:, 0, 0, 0].int().tolist()
