@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlfusion.datasets import Reading, array_dataset
     from mlfusion.errors import MlfusionError
     from mlfusion.evaluation import probe
     from mlfusion.extraction import extract
@@ -20,7 +21,9 @@ __all__ = [
     "FeatureStore",
     "Features",
     "MlfusionError",
+    "Reading",
     "Results",
+    "array_dataset",
     "extract",
     "load_features",
     "open_features",
@@ -32,7 +35,9 @@ _HOME = {
     "FeatureStore": "store",
     "Features": "features",
     "MlfusionError": "errors",
+    "Reading": "datasets",
     "Results": "results",
+    "array_dataset": "datasets",
     "extract": "extraction",
     "load_features": "features",
     "open_features": "features",

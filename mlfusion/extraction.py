@@ -106,8 +106,9 @@ class Request:
     def of(
         cls,
         model: str,
-        dataset: str,
+        dataset: str | datasets.DataSet,
         *,
+        reading: datasets.Reading | None = None,
         splits: Sequence[str] | str,
         layers: str,
         tokens: str | Iterable[str],
@@ -124,16 +125,23 @@ class Request:
             raise MlfusionError(f"--batch-size {batch_size}: allowed are 1 and more")
         device = pick_device(device)
         checkpoint = models.locate(model)
-        data = datasets.load(dataset)
+        data = datasets.load(dataset, reading) if isinstance(dataset, str) else dataset
         chosen = [data.split(name.strip()) for name in (splits.split(",") if isinstance(splits, str) else splits)]
         steps = preprocessing.read(checkpoint.folder)
         model_spec = models.identify(checkpoint, steps.key())
+        if data.upright:
+            model_spec = model_spec.upright()
         pairs = parse_tokens(tokens, layers, model_spec.depth)
         jobs = []
         for split in chosen:
             samples = _samples(data.name, split)
             data_spec = DataSpec(
-                content=samples.content, split=split.name, images=len(split), classes=split.classes, name=data.name
+                content=samples.content,
+                split=split.name,
+                images=len(split),
+                classes=split.classes,
+                carve=data.carve,
+                name=data.name,
             )
             jobs.append((split, samples, FeatureSpec(model=model_spec, data=data_spec, dtype=dtype)))
         names = Names(
@@ -162,8 +170,9 @@ class Request:
 
 def extract(
     model: str,
-    dataset: str,
+    dataset: str | datasets.DataSet,
     *,
+    reading: datasets.Reading | None = None,
     splits: Sequence[str] | str = ("train", "test"),
     layers: str = "all",
     tokens: str | Iterable[str] = ("cls", "ap"),
@@ -179,8 +188,9 @@ def extract(
 
     Args:
         model: a catalogue name, an id on the hub, or a folder.
-        dataset: likewise.
-        splits: names, or a comma-separated list.
+        dataset: likewise, or a file; or images of one's own, by `mlfusion.array_dataset`.
+        reading: which columns, which kind of labels, how to cut it: see `mlfusion.Reading`.
+        splits: names, or a comma-separated list; 'test=validation' takes the validation split for the test.
         layers: 'all' (1..L), 'last', or a list such as '1-4,12'; L is the final norm.
         tokens: kinds, each with layers of its own if need be: 'cls,ap,all@last'.
         format: of shards that are new; what is cached in the other format is reused as it is.
@@ -197,6 +207,7 @@ def extract(
     asked = Request.of(
         model,
         dataset,
+        reading=reading,
         splits=splits,
         layers=layers,
         tokens=tokens,

@@ -48,8 +48,9 @@ class Explained:
 
 def explain(
     model: str,
-    dataset: str,
+    dataset: str | datasets.DataSet,
     *,
+    reading: datasets.Reading | None = None,
     splits: Sequence[str] | str = ("train", "test"),
     layers: str = "all",
     tokens: str = "cls,ap",
@@ -60,6 +61,7 @@ def explain(
     asked = Request.of(
         model,
         dataset,
+        reading=reading,
         splits=splits,
         layers=layers,
         tokens=tokens,
@@ -203,8 +205,9 @@ class Plan:
 
 def plan(
     model: str,
-    dataset: str,
+    dataset: str | datasets.DataSet,
     *,
+    reading: datasets.Reading | None = None,
     splits: Sequence[str] | str = ("train", "test"),
     layers: str = "all",
     tokens: str = "cls,ap",
@@ -223,6 +226,7 @@ def plan(
     asked = Request.of(
         model,
         dataset,
+        reading=reading,
         splits=splits,
         layers=layers,
         tokens=tokens,

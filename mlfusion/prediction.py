@@ -76,14 +76,16 @@ def predict(
     card, head = trained.load(Path(probe))
     checkpoint = models.locate(_word(model, card.backbone.source))
     steps = preprocessing.read(checkpoint.folder)
-    found = identity(models.identify(checkpoint, steps.key()))
+    spec = models.identify(checkpoint, steps.key())
+    upright = card.backbone.preprocess == identity(spec.upright())["preprocess"]
+    found = identity(spec.upright() if upright else spec)
     if differing := [name for name, value in found.items() if getattr(card.backbone, name) != value]:
         raise BadModel(
             f"{checkpoint.name} is not the backbone of this probe, {card.backbone.name} from {card.backbone.source}: "
             f"{' and '.join(differing)} differ{'s' if len(differing) == 1 else ''}. Allowed: the same weights and "
             "preprocessing, so give their folder with --model, or train the probe again on this model's features"
         )
-    pictures = datasets.pictures([str(image) for image in images])
+    pictures = datasets.pictures([str(image) for image in images], datasets.Decoder(upright=upright))
     backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps)
     made: list[Prediction] = []
     for start in range(0, len(pictures), batch_size):

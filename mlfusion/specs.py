@@ -92,6 +92,10 @@ Pair = tuple[int, TokenKind]
 """(layer, token kind): the unit in which features are asked for, held and computed."""
 
 
+LATER = {"later": True}
+"""Metadata of a field that came after the first caches: at its default it is left out of the digest, so their names stay."""
+
+
 def digest(value: Any, length: int = 16) -> str:
     """Hex digits that name this value on every machine, in every process."""
     text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -99,11 +103,15 @@ def digest(value: Any, length: int = 16) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON of a spec: its type's name and the fields that `==` compares."""
+    """JSON of a spec: its type's name and the fields that `==` compares, but for later ones at their default."""
     if isinstance(value, (str, int, float)) or value is None:  # most of what there is: thousands of ids
         return value
     if dataclasses.is_dataclass(value):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+        fields = {
+            f.name: _plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.compare and not (f.metadata == LATER and getattr(value, f.name) == f.default)
+        }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -128,6 +136,11 @@ class ModelSpec:
     width: int = field(compare=False)  # D, channels of a token
     kinds: tuple[TokenKind, ...] = field(default=(), compare=False)  # that its last layer has; empty: not looked at yet
 
+    def upright(self) -> "ModelSpec":
+        """The same model of images that are turned as their EXIF says: other pictures, another key."""
+        turned = {**json.loads(self.preprocess), "exif": "upright"}
+        return dataclasses.replace(self, preprocess=json.dumps(turned, sort_keys=True))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
@@ -137,6 +150,7 @@ class DataSpec:
     split: str
     images: int
     classes: tuple[str, ...]
+    carve: str = field(default="", metadata=LATER)  # how the split was cut, where we cut it: '0.8/0.2 seed 0'
     name: str = field(compare=False)
 
 

@@ -1,6 +1,7 @@
 """The journey at the command line: both stages and the report, exit codes, JSON alone on standard output, plain errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -290,6 +291,57 @@ def test_listings(run, what):
     assert rows
     shown = run("ls", what)
     assert all(row["name"] in shown.out for row in rows)
+
+
+def test_data_describes_a_data_set(images, run, tmp_path):
+    told = run("data", images, "--json").json
+    assert (told["dataset"], told["form"], told["target"]) == (Path(images).name, "class folders", "class")
+    assert told["classes"] == ["blue", "green", "red"]
+    train = told["splits"][0]
+    assert (train["split"], train["checked"]) == ("train", None)
+    assert train["first_ids"] == [f"train/blue/{i:03d}.png" for i in range(3)]
+    assert train["labels"] == {"fewest": train["images"] // 3, "most": train["images"] // 3}
+    said = run("data", images)
+    assert "train/blue/000.png" in said.out
+    assert "blue, green, red" in said.out
+
+
+def test_data_names_images_that_cannot_be_read_and_those_in_two_splits(run, tmp_path):
+    root = save_images(tmp_path / "set", {"train": 3, "test": 2})
+    (root / "train" / "red" / "001.png").write_bytes(b"no image")
+    shutil.copy(root / "train" / "blue" / "000.png", root / "test" / "red" / "twin.png")
+    shutil.copy(root / "train" / "blue" / "000.png", root / "train" / "green" / "twin.png")
+    train, test = run("data", str(root), "--check", "--json").json["splits"]
+    assert train["checked"]["unreadable"] == {"train/red/001.png": "not an image"}
+    assert (train["checked"]["repeated"], test["checked"]["repeated"]) == (1, 0)
+    assert test["checked"]["elsewhere"] == {"train": 1}
+    assert train["checked"]["smallest"] == [36, 40]
+    said = run("data", str(root), "--check")
+    assert "train/red/001.png: not an image" in said.out
+    assert "byte for byte in train too: 1 image of test" in said.out
+
+
+def test_how_a_data_set_is_read_is_said_by_options(model, run, tmp_path):
+    root = save_images(tmp_path / "set", {"train": 6})
+    rows = [f"{path.relative_to(root)},{i % 2},{i / 4 + 1}" for i, path in enumerate(sorted(root.rglob("*.png")))]
+    (root / "all.csv").write_text("\n".join(["path,kind,weight", *rows]))
+    words = ("-d", str(root / "all.csv"), "--label-column", "weight", "--carve", "0.5/0.5", "--carve-seed", "4")
+    refused = run("extract", "-m", model, "-d", str(root / "all.csv"))
+    assert refused.code == 1
+    assert "--label-column, one of: path (text), kind (whole number), weight (number)" in refused.err
+    done = run("extract", "-m", model, *words, "--layers", "1", "--json").json["features"]
+    assert [(one["dataset"], one["split"], one["images"]) for one in done] == [
+        ("all:weight~0.5/0.5~4", split, 9) for split in ("train", "test")
+    ]
+    assert [
+        one["state"] for one in run("cache", "explain", "-m", model, *words, "--layers", "1", "--json").json["splits"]
+    ] == [
+        "whole",
+        "whole",
+    ]
+    planned = run("plan", "-m", model, *words, "--layers", "1", "--trial", "0", "--json").json
+    assert [one["key"] for one in planned["splits"]] == [one["key"] for one in done]
+    assert run("data", *words[1:], "--json").json["target"] == "number"
 
 
 def test_help_starts_nothing_heavy():

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mlfusion.cli.cache import app as cache_app
+from mlfusion.cli.data import data, reads_data
 from mlfusion.cli.predict import predict
 from mlfusion.cli.results import app as results_app
 from mlfusion.cli.words import (
@@ -53,6 +54,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.add_typer(results_app, name="results")
 app.command()(predict)
+app.command()(data)
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,9 +75,11 @@ def mlfusion(
 
 
 @app.command()
+@reads_data
 def extract(
     model: Model = MODEL,
     dataset: Dataset = DATASET,
+    reading: Any = None,
     split: Split = "train,test",
     layers: Layers = "all",
     tokens: Tokens = "cls,ap",
@@ -95,6 +99,7 @@ def extract(
     done = run(
         asked_model(model, hook, settings),
         dataset,
+        reading=reading,
         splits=split,
         layers=layers,
         tokens=tokens,
@@ -113,9 +118,11 @@ def extract(
 
 
 @app.command()
+@reads_data
 def plan(
     model: Model = MODEL,
     dataset: Dataset = DATASET,
+    reading: Any = None,
     split: Split = "train,test",
     layers: Layers = "all",
     tokens: Tokens = "cls,ap",
@@ -136,6 +143,7 @@ def plan(
     made = make(
         asked_model(model, hook, settings),
         dataset,
+        reading=reading,
         splits=split,
         layers=layers,
         tokens=tokens,
@@ -356,8 +364,10 @@ def _datasets() -> Iterator[dict[str, Any]]:
         yield {
             "name": row.name,
             "train_images": row.train_images,
+            "test_images": row.test_images,
             "classes": row.classes,
             "domain": row.domain,
+            "terms": row.terms,
             "source": row.source,
         }
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlfusion.cli.data import reads_data
 from mlfusion.cli.words import (
     DATASET,
     MODEL,
@@ -96,9 +97,11 @@ def du(cache: Cache = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
+@reads_data
 def explain(
     model: Model = MODEL,
     dataset: Dataset = DATASET,
+    reading: Any = None,
     split: Split = "train,test",
     layers: Layers = "all",
     tokens: Tokens = "cls,ap",
@@ -114,6 +117,7 @@ def explain(
     told = run(
         asked_model(model, hook, settings),
         dataset,
+        reading=reading,
         splits=split,
         layers=layers,
         tokens=tokens,

@@ -35,7 +35,7 @@ AnyModel = Annotated[
     str | None, typer.Option("--model", "-m", help="As given to extract; default: every model cached for the data set.")
 ]
 Dataset = Annotated[
-    str, typer.Option("--dataset", "-d", help="Catalogue name (mlfusion ls datasets), hub id, or folder.")
+    str, typer.Option("--dataset", "-d", help="Catalogue name (mlfusion ls datasets), hub id, folder, or file.")
 ]
 Cache = Annotated[
     str | None,
@@ -44,7 +44,9 @@ Cache = Annotated[
         help="Root of the feature cache, or MINE:SHARED to read others too; default $MLFUSION_CACHE or ./cache.",
     ),
 ]
-Split = Annotated[str, typer.Option("--split", help="Splits, comma-separated.")]
+Split = Annotated[
+    str, typer.Option("--split", help="Splits, comma-separated; test=validation takes that one for the test.")
+]
 Layers = Annotated[str, typer.Option("--layers", help="all (1..L), last, or a list such as 1-4,12.")]
 Tokens = Annotated[
     str,
@@ -96,7 +98,7 @@ def print_rows(rows: Sequence[dict[str, Any]], nothing: str) -> None:
         say(nothing)
         return
     lines = [[name.replace("_", " ") for name in rows[0]]]
-    lines += [[f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()] for row in rows]
+    lines += [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     right = [isinstance(value, int) for value in rows[0].values()]
     text = []
@@ -104,6 +106,10 @@ def print_rows(rows: Sequence[dict[str, Any]], nothing: str) -> None:
         cells = zip(line, widths, right, strict=True)
         text.append("  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in cells))
     typer.echo("\n".join(each.rstrip() for each in text))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
 
 
 def amount(option: str, text: str | None, units: dict[str, int]) -> int | None:

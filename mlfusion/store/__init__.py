@@ -137,7 +137,7 @@ class FeatureStore:
         def called(word: str | None, name: str, source: str, suffix: str = "") -> bool:
             if word is None:
                 return True
-            if Path(word).is_dir():  # a folder is meant by its place, two of the same name are told apart
+            if Path(word).exists():  # a folder or file is meant by its place, two of the same name are told apart
                 return source == str(Path(word).resolve()) + suffix
             return word + suffix in (name, source)
 

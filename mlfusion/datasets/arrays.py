@@ -1,0 +1,139 @@
+"""Images as arrays: of a program, or in .npz and .npy files. A row is kept as a PGM or PPM image, so that its bytes say all."""
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlfusion.datasets.columns import SPLITS
+from mlfusion.datasets.split import Found, Reading
+from mlfusion.errors import BadData
+
+SHAPES = "[N, height, width] or [N, height, width, 3] of uint8, or [N, height, width] of uint16"
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Rows of an array in memory, each as a PGM or PPM file's bytes."""
+
+    images: np.ndarray
+
+    def __call__(self, row: int) -> bytes:
+        return encoded(self.images[row])
+
+
+@dataclass(frozen=True, eq=False)
+class PixelFile:
+    """Rows of a .npy file, which is mapped when it is read and pickles as its path."""
+
+    path: str
+
+    def __call__(self, row: int) -> bytes:
+        return encoded(np.load(self.path, mmap_mode="r", allow_pickle=False)[row])
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    """[height, width] or [height, width, 3] → a binary PGM or PPM file (netpbm.sourceforge.net/doc), lossless."""
+    height, width = pixels.shape[:2]
+    most = 65535 if pixels.dtype == np.uint16 else 255
+    head = f"P{6 if pixels.ndim == 3 else 5}\n{width} {height}\n{most}\n".encode()
+    return head + np.ascontiguousarray(pixels, ">u2" if most > 255 else "u1").tobytes()
+
+
+def arrays(given: Mapping[str, tuple[Any, Any]], reading: Reading, where: str) -> dict[str, Found]:
+    """Splits of (images, labels).
+
+    Raises:
+        BadData: images of another shape or type, or not as many labels.
+    """
+    splits = {}
+    for name, pair in given.items():
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise BadData(f"{where}, split {name}: allowed is a pair (images, labels)")
+        images, labels = np.asarray(pair[0]), pair[1]
+        _check(images, len(labels), f"{where}, split {name}")
+        splits[name] = _found(name, len(images), labels, Pixels(images), reading)
+    return splits
+
+
+def _found(name: str, count: int, labels: Any, rows: Any, reading: Reading) -> Found:
+    return Found(
+        ids=tuple(f"{name}/{row}" for row in range(count)), labels=labels, encoded=rows, decode=reading.decoder
+    )
+
+
+def _check(images: np.ndarray, labels: int, where: str) -> None:
+    gray = images.ndim == 3 and images.dtype in (np.uint8, np.uint16)
+    colour = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
+    if not (gray or colour):
+        hint = "; scale to 0..255 and convert" if images.dtype.kind == "f" else ""
+        hint = "; move the channels to the end" if images.ndim == 4 and images.shape[1] == 3 and not hint else hint
+        raise BadData(f"{where}: images are {list(images.shape)} of {images.dtype}; allowed: {SHAPES}{hint}")
+    if len(images) != labels:
+        raise BadData(f"{where}: {len(images):,} images and {labels:,} labels; allowed: as many of each")
+
+
+def npz(path: Path, reading: Reading) -> dict[str, Found]:
+    """A .npz file with images and labels, or train_images, train_labels, test_images … (or x_train, y_train, …).
+
+    Raises:
+        BadData: no such arrays, or one that would need pickle.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = _pairs(list(file.files), str(path), reading)
+            given = {split: (file[images], file[labels]) for split, (images, labels) in names.items()}
+    except (ValueError, OSError, zipfile.BadZipFile) as err:
+        raise BadData(f"{path} cannot be read: {err}; allowed: arrays of numbers, written by numpy.savez") from err
+    return arrays(given, reading, str(path))
+
+
+def npy_in(root: Path) -> list[Path]:
+    """A folder's .npy files."""
+    return sorted(root.glob("*.npy"))
+
+
+def npy(root: Path, reading: Reading) -> dict[str, Found]:
+    """A folder with train_images.npy, train_labels.npy, …; images are mapped, not loaded.
+
+    Raises:
+        BadData: as `npz`.
+    """
+    names = _pairs([path.stem for path in npy_in(root)], str(root), reading)
+    splits = {}
+    for split, (images, labels) in names.items():
+        file = root / f"{images}.npy"
+        try:
+            mapped = np.load(file, mmap_mode="r", allow_pickle=False)
+            values = np.load(root / f"{labels}.npy", allow_pickle=False)
+        except (ValueError, OSError) as err:
+            raise BadData(f"{root}: {err}; allowed: arrays of numbers, written by numpy.save") from err
+        _check(mapped, len(values), f"{root}, split {split}")
+        splits[split] = _found(split, len(mapped), values, PixelFile(str(file)), reading)
+    return splits
+
+
+def _pairs(there: list[str], where: str, reading: Reading) -> dict[str, tuple[str, str]]:
+    """By split, the names of its images and of its labels."""
+    if reading.image_column or reading.label_column:
+        pair = (reading.image_column or "images", reading.label_column or "labels")
+        if absent := [name for name in pair if name not in there]:
+            raise BadData(f"{where} has no array {absent[0]!r}; it has {', '.join(there) or 'none'}")
+        return {"train": pair}
+    found = {}
+    for split in SPLITS:
+        for images, labels in ((f"{split}_images", f"{split}_labels"), (f"x_{split}", f"y_{split}")):
+            if images in there and labels in there:
+                found[split] = (images, labels)
+    for images, labels in (("images", "labels"), ("x", "y")):
+        if not found and images in there and labels in there:
+            found["train"] = (images, labels)
+    if not found:
+        raise BadData(
+            f"{where} has the arrays {', '.join(there) or '(none)'}; allowed: images and labels, or train_images, "
+            "train_labels, test_images, test_labels; or name them with --image-column and --label-column"
+        )
+    return found

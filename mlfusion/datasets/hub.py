@@ -1,0 +1,164 @@
+"""Data sets of the Hugging Face hub, and Parquet files, through the datasets library; tars of the hub go to `tars`."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlfusion.datasets.columns import IMAGES, LABELS, choose, described
+from mlfusion.datasets.files import unique
+from mlfusion.datasets.split import Found, Reading
+from mlfusion.errors import BadData, Unavailable
+
+KEY = "__key__"  # the datasets library's name for a WebDataset sample's
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """A column of images in an Arrow table on disk, which pickles as its place."""
+
+    table: Any  # datasets.Dataset of this column alone, not decoded
+    column: str
+    root: str | None  # below which files lie that a cell may name instead of holding bytes
+
+    def __call__(self, row: int) -> bytes:
+        cell = self.table[row][self.column]
+        if isinstance(cell, (bytes, bytearray)):
+            return bytes(cell)
+        if cell is None:
+            return b""
+        if cell.get("bytes") is not None:
+            return bytes(cell["bytes"])
+        path = Path(str(cell.get("path"))).resolve()
+        if self.root is None or not path.is_relative_to(self.root):
+            raise OSError(f"its cell holds no bytes, and names a file outside the data set ({cell.get('path')})")
+        return path.read_bytes()
+
+
+def on_hub(name: str, source: str, reading: Reading) -> Path | dict[str, Found]:
+    """A data set by its id: the folder its tars were downloaded to, or its splits.
+
+    Raises:
+        Unavailable: no such data set, or no network.
+        BadData: it cannot be read as images with labels.
+    """
+    import datasets as library
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    # The hub's client hands on its transport's errors; offline mode is an OSError.
+    unreachable = (OSError, errors.HTTPError)  # type: ignore[attr-defined]
+    try:
+        offline = constants.is_offline_mode()
+        files = [] if offline else [f.rfilename for f in HfApi().dataset_info(source, timeout=10).siblings or ()]
+        if any(file.endswith(".tar") for file in files) or (offline and "/wds_" in source):
+            # Read where they lie: the datasets library would unpack them into a second copy, and may take them for text.
+            return Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.tar", "*classnames.txt"]))
+        return from_library(name, lambda: library.load_dataset(source, reading.config), reading, None)
+    except (errors.RepositoryNotFoundError, library.exceptions.DatasetNotFoundError) as err:
+        raise Unavailable(
+            f"the hub has no data set {source!r} that you may read (gated ones need `hf auth login`); look at "
+            "`mlfusion ls datasets`"
+        ) from err
+    except unreachable as err:
+        raise Unavailable(
+            f"{name}: the hub cannot be reached ({type(err).__name__}); connect, set HF_HUB_OFFLINE=1 to use what an "
+            "earlier download left, give a folder with --dataset, or try the embedded images: --dataset digits"
+        ) from err
+
+
+def has_parquet(root: Path, splits: Sequence[str]) -> bool:
+    """Whether a folder holds Parquet files where the hub would have them."""
+    if splits:
+        return any(next(folder.glob("*.parquet"), None) for folder in (root, *(root / split for split in splits)))
+    return next(root.rglob("*.parquet"), None) is not None
+
+
+def in_folder(root: Path, reading: Reading) -> dict[str, Found]:
+    """A hub data set that was downloaded by other means: a folder with Parquet files, split as the hub does it."""
+    import datasets as library
+
+    return from_library(root.name, lambda: library.load_dataset(str(root), reading.config), reading, root)
+
+
+def parquet(path: Path, reading: Reading) -> dict[str, Found]:
+    """One Parquet file."""
+    import datasets as library
+
+    def load() -> Any:
+        return library.load_dataset("parquet", data_files={"train": str(path)})
+
+    return from_library(path.name, load, reading, None)
+
+
+def from_library(name: str, load: Any, reading: Reading, root: Path | None) -> dict[str, Found]:
+    """What the datasets library reads, with its columns chosen."""
+    import datasets as library
+
+    library.disable_progress_bars()
+    try:
+        loaded: Mapping[str, Any] = load()
+    except (ValueError, library.exceptions.DatasetGenerationError) as err:
+        lines = str(err).splitlines() or [type(err).__name__]
+        hint = "; choose one with --config" if "onfig name is missing" in lines[0] else ""
+        raise BadData(f"{name} cannot be read as images: {' '.join(lines)[:300]}{hint}") from err
+    return {split: _found(f"{name}, split {split}", split, table, reading, root) for split, table in loaded.items()}
+
+
+def _found(where: str, split: str, table: Any, reading: Reading, root: Path | None) -> Found:
+    import datasets as library
+
+    features = table.features
+    columns = {column: _type(feature) for column, feature in features.items()}
+    pictures = [column for column, kind in columns.items() if kind == "image"]
+    raw = [column for column, kind in columns.items() if kind == "bytes" or kind.startswith("bytes")]
+    image = choose("image", columns, reading.image_column, pictures or raw, IMAGES, where)
+    if columns[image] not in ("image", "bytes"):
+        raise BadData(f"{where}: {image} holds no images; --image-column may be: {described(columns)}")
+    usual = [column for column in LABELS if column in columns]
+    typed = [column for column, kind in columns.items() if kind.startswith("class of")]
+    label = choose(
+        "label", columns, reading.label_column, [c for c in usual if c in typed] or typed[:1] or usual, LABELS, where
+    )
+    feature = features[label]
+    inner = getattr(feature, "feature", feature)
+    names = tuple(inner.names) if isinstance(inner, library.ClassLabel) else None
+    images = table.select_columns([image])
+    if columns[image] == "image":
+        images = images.cast_column(image, library.Image(decode=False))
+    # Where the library unpacks what a hub data set's files hold.
+    place = root or Path(os.path.realpath(library.config.HF_CACHE_HOME))
+    return Found(
+        ids=unique(_ids(split, table, reading, columns, where), where),
+        labels=table.with_format(None)[label][:],
+        encoded=Cells(images, image, str(place)),
+        decode=reading.decoder,
+        names=names,
+    )
+
+
+def _ids(split: str, table: Any, reading: Reading, columns: dict[str, str], where: str) -> tuple[str, ...]:
+    if reading.id_column is not None:
+        if reading.id_column not in columns:
+            raise BadData(f"{where} has no column {reading.id_column!r}; --id-column may be: {described(columns)}")
+        return tuple(map(str, table[reading.id_column][:]))
+    keys = table[KEY][:] if KEY in columns else range(len(table))
+    return tuple(f"{split}/{key}" for key in keys)
+
+
+def _type(feature: Any) -> str:
+    """A feature's type in words."""
+    import datasets as library
+
+    if isinstance(feature, library.Image):
+        return "image"
+    if isinstance(feature, library.ClassLabel):
+        return f"class of {feature.num_classes}"
+    if isinstance(feature, dict):
+        return "bytes" if set(feature) == {"bytes", "path"} or set(feature) == {"bytes"} else "object"
+    if isinstance(feature, library.Value):
+        kind = str(feature.dtype)
+        return "bytes" if "binary" in kind else "text" if "string" in kind else kind
+    if hasattr(feature, "feature"):
+        return f"list of {_type(feature.feature)}"
+    return type(feature).__name__

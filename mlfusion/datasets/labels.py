@@ -1,0 +1,177 @@
+"""From labels as they are written to numbers: one class, several labels, or a number; the same rule for every form."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mlfusion.datasets.split import TARGETS, Found, Target
+from mlfusion.errors import BadData, UnknownName
+
+SEVERAL = ";"
+"""Parts the labels of one image where they are text."""
+
+
+def numbered(
+    found: Mapping[str, Found], target: Target | None, where: str
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """The classes of all splits together, and each split's labels as numbers.
+
+    A class is an index [N] int64. Several labels are a row of 0 and 1 [N, C] uint8; they may be written as a list of names
+    or of class numbers, as text parted by ';', or as a vector of 0 and 1 for each image. A number is [N] float64, and
+    has no classes.
+
+    Raises:
+        BadData: a label that is none of its kind; the image is named.
+    """
+    if target is not None and target not in TARGETS:
+        raise UnknownName("target", target, TARGETS)
+    written = {name: _plain(one.labels) for name, one in found.items()}
+    for name, one in found.items():
+        if absent := [row for row, label in enumerate(written[name]) if _absent(label, one.names)]:
+            raise BadData(
+                f"{where}, split {name}: {len(absent):,} of {len(one.ids):,} images have no label, the first "
+                f"{one.ids[absent[0]]}; leave them out, take other splits, or cut a test split from train: --carve 0.8/0.2"
+            )
+    kind = target or _guess([label for labels in written.values() for label in labels])
+    if kind == "number":
+        return (), {name: _numbers(written[name], one, where) for name, one in found.items()}
+    if kind == "labels":
+        return _several(found, written, where)
+    return _classes(found, written, where)
+
+
+def _plain(labels: Iterable[Any]) -> list[Any]:
+    """Without NumPy's own scalars, and vectors of one number as that number."""
+    plain = (
+        labels.tolist() if isinstance(labels, np.ndarray) else [getattr(x, "tolist", lambda x=x: x)() for x in labels]
+    )
+    if all(isinstance(label, list) and len(label) == 1 for label in plain) and isinstance(labels, np.ndarray):
+        return [label[0] for label in plain]
+    return plain
+
+
+def _absent(label: Any, names: tuple[str, ...] | None) -> bool:
+    if isinstance(label, float):
+        return math.isnan(label)
+    return label is None or (names is not None and label == -1 and not isinstance(label, bool))
+
+
+def _guess(labels: list[Any]) -> Target:
+    """From their types; text is a number where all of it reads as numbers and some is no whole one."""
+    if any(isinstance(label, list) for label in labels):
+        return "labels"
+    if any(isinstance(label, float) for label in labels):
+        return "number"
+    texts = [label for label in labels if isinstance(label, str)]
+    if any(SEVERAL in text for text in texts):
+        return "labels"
+    if len(texts) == len(labels) and all(map(_is_number, texts)) and not all(map(_is_whole, texts)):
+        return "number"
+    return "class"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _is_whole(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+def natural(text: str) -> tuple[int, str]:
+    """To sort names by: numbers by size, then words."""
+    return (int(text), "") if text.isdecimal() else (2**62, text)
+
+
+def _classes(
+    found: Mapping[str, Found], written: Mapping[str, list[Any]], where: str
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    named = {name: _named(written[name], one, where) for name, one in found.items()}
+    classes = _list(found, {label for labels in named.values() for label in labels})
+    number = {label: i for i, label in enumerate(classes)}
+    return classes, {name: np.array([number[label] for label in labels], np.int64) for name, labels in named.items()}
+
+
+def _named(labels: list[Any], one: Found, where: str) -> list[str]:
+    """Class names; a class number stands for its name where names are known."""
+    named = []
+    for row, label in enumerate(labels):
+        if isinstance(label, list):
+            raise BadData(f"{where}: {one.ids[row]} has several labels, {label!r}; give --target labels")
+        if label == "":
+            raise BadData(f"{where}: {one.ids[row]} has an empty label; give it one, or leave it out")
+        named.append(_name(label, one, row, where))
+    return named
+
+
+def _name(label: Any, one: Found, row: int, where: str) -> str:
+    if one.names is None or (isinstance(label, str) and label in one.names):
+        return str(label)
+    text = str(label)
+    if text.isdecimal() and int(text) < len(one.names):
+        return one.names[int(text)]
+    raise BadData(
+        f"{where}: {one.ids[row]} has label {label!r}; allowed: 0 to {len(one.names) - 1}, as there are "
+        f"{len(one.names)} class names, or one of them"
+    )
+
+
+def _list(found: Mapping[str, Found], present: set[str]) -> tuple[str, ...]:
+    """All class names: as the splits list them where they agree, else those present, in natural order."""
+    lists = {one.names for one in found.values()}
+    if len(lists) == 1 and (only := lists.pop()) is not None:
+        return only
+    return tuple(sorted(present, key=natural))
+
+
+def _several(
+    found: Mapping[str, Found], written: Mapping[str, list[Any]], where: str
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    vectors = [label for labels in written.values() for label in labels]
+    if all(isinstance(label, list) and all(isinstance(x, (bool, int, float)) for x in label) for label in vectors):
+        sizes = {len(label) for label in vectors}
+        if len(sizes) == 1 and sizes != {0} and all(x in (0, 1) for label in vectors for x in label):
+            return _vectors(found, written, sizes.pop())
+    named: dict[str, list[list[str]]] = {}
+    for name, one in found.items():
+        named[name] = []
+        for row, label in enumerate(written[name]):
+            parts = label.split(SEVERAL) if isinstance(label, str) else label if isinstance(label, list) else [label]
+            if any(isinstance(part, (list, dict)) for part in parts):
+                raise BadData(f"{where}: {one.ids[row]} has label {label!r}; allowed is a list of names or numbers")
+            parts = [part.strip() if isinstance(part, str) else part for part in parts]
+            named[name].append([_name(part, one, row, where) for part in parts if part != ""])
+    classes = _list(found, {part for labels in named.values() for parts in labels for part in parts})
+    number = {label: i for i, label in enumerate(classes)}
+    tables = {}
+    for name, labels in named.items():
+        tables[name] = np.zeros((len(labels), len(classes)), np.uint8)
+        for row, parts in enumerate(labels):
+            tables[name][row, [number[part] for part in parts]] = 1
+    return classes, tables
+
+
+def _vectors(
+    found: Mapping[str, Found], written: Mapping[str, list[Any]], size: int
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    lists = {one.names for one in found.values()}
+    names = lists.pop() if len(lists) == 1 else None
+    classes = names if names is not None and len(names) == size else tuple(map(str, range(size)))
+    return classes, {name: np.array(labels, np.uint8).reshape(-1, size) for name, labels in written.items()}
+
+
+def _numbers(labels: list[Any], one: Found, where: str) -> np.ndarray:
+    values = np.empty(len(labels))
+    for row, label in enumerate(labels):
+        try:
+            values[row] = float(label)
+        except (TypeError, ValueError):
+            values[row] = math.nan
+        if not math.isfinite(values[row]):
+            raise BadData(f"{where}: {one.ids[row]} has label {label!r}, which is no finite number")
+    return values
