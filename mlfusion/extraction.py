@@ -84,6 +84,7 @@ class Extracted:
             "images_written": self.images_written,
             "images_reused": self.images_reused,
             "images_skipped": self.images_skipped,
+            "skipped": self.entry.unreadable(),
             "forward_passes": self.forward_passes,
             "seconds": round(self.seconds, 3),
         }

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import zoo
@@ -18,7 +19,7 @@ from tiny import save_images, save_model
 import mlfusion
 from mlfusion import disk
 from mlfusion.errors import BadData, BadModel, CacheUnusable, MlfusionError, NotCached, UnknownName
-from mlfusion.store import FeatureStore, stream
+from mlfusion.store import FeatureStore, differences, stream
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,56 @@ def test_an_unreadable_image_is_named_and_what_was_done_is_kept(model, images, t
     assert len(found.tokens) == len(found.labels) == len(found.ids) == 20
     assert "train/red/003.png" not in found.ids
     np.testing.assert_array_equal(found.tokens, np.delete(whole, 17, 0))
+
+
+def test_images_of_every_kind_pass_or_are_skipped_with_a_reason(model, images, tmp_path):
+    """What cannot be read is named with its reason, in the cache and in what is said; all else gives features."""
+    data = Path(shutil.copytree(images, tmp_path / "d"))
+    red = data / "train" / "red"
+    good = np.asarray(PIL.Image.open(red / "000.png"))
+    for name, image in {
+        "deep": PIL.Image.fromarray(good[..., 0].astype(np.uint16) * 257),
+        "cmyk": PIL.Image.fromarray(np.dstack([good, good[..., :1]]), "CMYK"),
+        "palette": PIL.Image.fromarray(good).quantize(8),
+        "one": PIL.Image.new("RGB", (1, 1), "red"),
+    }.items():
+        image.save(red / f"{name}.{'tif' if name == 'cmyk' else 'png'}")
+    PIL.Image.fromarray(good).save(red / "film.gif", save_all=True, append_images=[PIL.Image.fromarray(255 - good)])
+    PIL.Image.new("1", (20_000, 20_000)).save(red / "bomb.png")
+    (red / "cut.png").write_bytes((red / "001.png").read_bytes()[:90])
+    (red / "empty.jpg").write_bytes(b"")
+    (red / "page.jpg").write_text("<html>")
+    [done] = mlfusion.extract(model, str(data), splits="train", layers="4", skip_bad=True)
+    skipped = done.to_json()["skipped"]
+    assert set(skipped) == {f"train/red/{name}" for name in ("bomb.png", "cut.png", "empty.jpg", "page.jpg")}
+    assert "400,000,000 pixels; allowed are 178,956,970" in skipped["train/red/bomb.png"]
+    assert (skipped["train/red/empty.jpg"], skipped["train/red/page.jpg"]) == ("the file is empty", "not an image")
+    assert done.entry.unreadable() == skipped
+    found = mlfusion.load_features(model, str(data), "train", layers="4")
+    assert len(found.ids) == len(found.tokens) == 21 + 5
+    assert np.isfinite(found.tokens).all()
+    [again] = mlfusion.extract(model, str(data), splits="train", layers="4", skip_bad=True)
+    assert again.forward_passes == 0
+    assert again.to_json()["skipped"] == skipped
+
+
+def test_turned_images_are_another_entry(model, images):
+    plain, turned = (
+        mlfusion.extract(model, images, splits="test", layers="4", reading=mlfusion.Reading(upright=upright))[0].entry
+        for upright in (False, True)
+    )
+    assert plain.key != turned.key
+    assert differences(plain.spec, turned.spec)[0][0] == "model.preprocess"
+    np.testing.assert_array_equal(plain.read([4], ["cls"]), turned.read([4], ["cls"]))  # no image of these has an EXIF
+
+
+def test_data_sets_made_in_a_program(model):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), np.uint8)
+    data = mlfusion.array_dataset("mine", {"train": (pixels, [0, 1] * 4), "test": (pixels[::-1], [1, 0] * 4)})
+    mlfusion.extract(model, data, layers="4")
+    train, test = (mlfusion.load_features(model, "mine", split, layers="4") for split in ("train", "test"))
+    np.testing.assert_allclose(test.tokens.astype(float), train.tokens[::-1], atol=2e-3)
+    assert train.labels.tolist() == [0, 1] * 4
 
 
 SLOWLY = """

@@ -418,6 +418,9 @@ def _row_json(row: Any) -> dict[str, Any]:
     return {name: row[name] for name in names} | {"features": row["features"], "id": row["id"]}
 
 
+SHOWN = 5  # images that were skipped, of each split
+
+
 def _say_extracted(one: dict[str, Any], say: Any = typer.echo) -> None:
     skipped = f", {one['images_skipped']} skipped as unreadable" if one["images_skipped"] else ""
     say(
@@ -425,6 +428,10 @@ def _say_extracted(one: dict[str, Any], say: Any = typer.echo) -> None:
         f"{one['images_reused']:,} reused{skipped}; {one['forward_passes']} forward passes; "
         f"{one['bytes'] / 1e6:,.1f} MB in {one['key']}"
     )
+    for name, why in list(one["skipped"].items())[:SHOWN]:
+        say(f"  skipped {name}: {why}")
+    if (more := len(one["skipped"]) - SHOWN) > 0:
+        say(f"  and {more:,} more: mlfusion cache ls --json")
 
 
 def _print_table(rows: Iterable[Any]) -> None:

@@ -53,7 +53,7 @@ def ls(
     found = FeatureStore(cache).find(model=model, dataset=dataset, split=split)
     rows = [_row(entry) for entry in found]
     if as_json:
-        print_json({"entries": rows})
+        print_json({"entries": [{**row, "unreadable": e.unreadable()} for row, e in zip(rows, found, strict=True)]})
     else:
         print_rows(rows, nothing="no features yet; run: mlfusion extract")
 
@@ -66,6 +66,7 @@ def _row(entry: Any) -> dict[str, Any]:
         "dataset": spec.data.name,
         "split": spec.data.split,
         "images": spec.data.images,
+        "skipped": len(entry.skipped()),
         "tokens": token_words(held) or "(not complete)",
         "dtype": spec.dtype,
         "bytes": entry.nbytes,

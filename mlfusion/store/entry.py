@@ -285,6 +285,12 @@ class Entry:
             found |= source.manifest.skipped
         return dict(sorted(found.items()))
 
+    def unreadable(self) -> dict[str, str]:
+        """The same by sample id."""
+        skipped = self.skipped()
+        ids = self.samples.ids if skipped else ()
+        return {ids[row]: why.removeprefix(f"{ids[row]} cannot be read: ") for row, why in skipped.items()}
+
     @property
     def rows(self) -> np.ndarray:
         """[readable images] int64: the rows that hold tokens."""
