@@ -130,7 +130,7 @@ def _local(path: Path, word: str, reading: Reading) -> tuple[str, dict[str, Foun
     if tables := _files.tables_in(path):
         return "tables of paths", _files.tables(tables, reading)
     if tars := _tars.tars_in(path):
-        return "WebDataset tars", _tars.webdataset(tars, _tars.class_names(path), reading)
+        return "WebDataset tars", _tars.webdataset(tars, _tars.names_in(path), reading)
     if _hub.has_parquet(path, splits):
         return "Parquet files", _hub.in_folder(path, reading)
     if _arrays.npy_in(path):
@@ -146,7 +146,7 @@ def _file(path: Path, word: str, reading: Reading) -> tuple[str, dict[str, Found
     if path.suffix in _files.TABLES:
         return "table of paths", _files.tables({"train": path}, reading)
     if path.suffix == ".tar":
-        return "WebDataset tar", _tars.webdataset({"train": [str(path)]}, _tars.class_names(path.parent), reading)
+        return "WebDataset tar", _tars.webdataset({"train": [str(path)]}, _tars.names_in(path.parent), reading)
     if path.suffix == ".parquet":
         return "Parquet file", _hub.parquet(path, reading)
     if path.suffix == ".npz":

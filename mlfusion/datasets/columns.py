@@ -33,3 +33,16 @@ def choose(
 def described(columns: Mapping[str, str]) -> str:
     """'label (whole number), path (text)'."""
     return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+
+
+def unique(ids: Sequence[str], where: str) -> tuple[str, ...]:
+    """The ids, if no two are the same.
+
+    Raises:
+        BadData: two are.
+    """
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        again = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise BadData(f"{where} has {again} twice; take one out, or give a column of different ids with --id-column")
+    return tuple(ids)

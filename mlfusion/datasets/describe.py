@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from mlfusion.datasets.split import DataSet, Split
-from mlfusion.errors import BadImage
+from mlfusion.errors import BadData, BadImage
 
 FIRST = 3  # ids that are shown of a split
 
@@ -70,11 +70,14 @@ def _labels(split: Split) -> dict[str, float]:
 
 def _check(split: Split, seen: dict[str, set[bytes]], progress: Callable[[str, int, int], None]) -> Checked:
     def look(row: int) -> tuple[bytes, tuple[int, int] | str]:
-        digest = split.digest(row)
+        digest = b""
         try:
+            digest = split.digest(row)
             return digest, split.image(row).size
         except BadImage as err:
             return digest, str(err.__cause__ or err)
+        except BadData as err:
+            return digest, str(err)
 
     unreadable: dict[str, str] = {}
     sizes: set[tuple[int, int]] = set()
@@ -86,10 +89,11 @@ def _check(split: Split, seen: dict[str, set[bytes]], progress: Callable[[str, i
                 unreadable[split.ids[row]] = found
             else:
                 sizes.add(found)
-            repeated += digest in own
-            own.add(digest)
-            for name, others in seen.items():
-                elsewhere[name] += digest in others
+            if digest:
+                repeated += digest in own
+                own.add(digest)
+                for name, others in seen.items():
+                    elsewhere[name] += digest in others
             progress(split.name, row + 1, len(split))
     seen[split.name] = own
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))

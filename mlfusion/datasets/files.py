@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfusion.datasets.columns import IMAGES, LABELS, SPLITS, choose, described
+from mlfusion.datasets.columns import IMAGES, LABELS, SPLITS, choose, described, unique
 from mlfusion.datasets.images import SUFFIXES
 from mlfusion.datasets.split import Found, Reading
 from mlfusion.errors import BadData
@@ -231,16 +231,3 @@ def _paths(root: Path, written: Sequence[Any], where: str) -> list[str]:
             f"{root}, or where --image-root says"
         )
     return paths
-
-
-def unique(ids: Sequence[str], where: str) -> tuple[str, ...]:
-    """The ids, if no two are the same.
-
-    Raises:
-        BadData: two are.
-    """
-    if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        again = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise BadData(f"{where} has {again} twice; take one out, or give a column of different ids with --id-column")
-    return tuple(ids)

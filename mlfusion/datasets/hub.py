@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfusion.datasets.columns import IMAGES, LABELS, choose, described
-from mlfusion.datasets.files import unique
+from mlfusion.datasets.columns import IMAGES, LABELS, choose, described, unique
 from mlfusion.datasets.split import Found, Reading
 from mlfusion.errors import BadData, Unavailable
 

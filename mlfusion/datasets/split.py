@@ -72,18 +72,24 @@ class Split:
         try:
             return xxhash.xxh3_128_digest(self.encoded(row))
         except OSError as err:
-            raise BadData(f"{self.ids[row]} cannot be read: {err.strerror or err}; mend or remove it") from err
+            raise BadData(self._gone(row, err)) from err
+
+    def _gone(self, row: int, err: OSError) -> str:
+        return f"the bytes of {self.ids[row]} cannot be had: {err.strerror or err}; mend that, or remove the image"
 
     def image(self, row: int) -> Image.Image:
         """The picture, in RGB.
 
         Raises:
-            BadImage: it cannot be read; says which and why.
+            BadImage: its bytes are no image that can be read; says which and why.
+            BadData: its bytes cannot be had, which says nothing of the image.
         """
         try:
             return self.decode(self.encoded(row))
-        except (BadImage, OSError) as err:
+        except BadImage as err:
             raise BadImage(f"{self.ids[row]} cannot be read: {err}") from err
+        except OSError as err:
+            raise BadData(self._gone(row, err)) from err
 
     def take(self, rows: np.ndarray, name: str) -> "Split":
         """Some of its images, in that order, as a split of another name."""

@@ -8,16 +8,17 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+import xxhash
 
-from mlfusion.datasets.columns import SPLITS, choose
+from mlfusion.datasets.columns import SPLITS, choose, unique
 from mlfusion.datasets.images import SUFFIXES
-from mlfusion.datasets.split import Found, Reading
+from mlfusion.datasets.split import Encoded, Found, Reading
 from mlfusion.errors import BadData
 
 CLASS_NAMES = "classnames.txt"
@@ -48,27 +49,50 @@ class Sample:
     key: str
     where: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension → first byte, bytes
     small: dict[str, bytes] = field(default_factory=dict)  # extension → what a file holds that may be a label
+    digests: dict[str, bytes] = field(default_factory=dict)  # extension → of a file's bytes, where they were read
+
+
+@dataclass(frozen=True)
+class Index:
+    """What one tar holds of a split, in its order."""
+
+    keys: list[str]
+    labels: list[Any]
+    where: np.ndarray  # [images, 2] int64: first byte, bytes
+    digests: np.ndarray | None  # [images, 16] uint8
+
+
+def split_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """Tars by split, sorted: those in a folder of a split's name, or whose name begins with one; or else all are `train`."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        folder, _, file = name.rpartition("/")
+        inner = folder.rpartition("/")[2]
+        split = inner if inner in SPLITS else next((s for s in SPLITS if not inner and file.startswith(s)), "")
+        if split or not inner:
+            found.setdefault(split, []).append(name)
+    if set(found) == {""}:
+        return {"train": found[""]}
+    found.pop("", None)
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def tars_in(root: Path) -> dict[str, list[str]]:
-    """A folder's tars by split, in the order of their paths: <split>/*.tar, or <split>*.tar, or else all are one."""
-    found = {split: sorted(map(str, (root / split).glob("*.tar"))) for split in SPLITS}
-    if not any(found.values()):
-        beside = sorted(map(str, root.glob("*.tar")))
-        found = {split: [path for path in beside if os.path.basename(path).startswith(split)] for split in SPLITS}
-        found["val"] = [path for path in found["val"] if path not in found["validation"]]
-        if beside and not any(found.values()):
-            found = {"train": beside}
-    return {split: paths for split, paths in found.items() if paths}
+    """A folder's tars by split."""
+    names = [path.name for path in root.glob("*.tar")]
+    names += [f"{split}/{path.name}" for split in SPLITS for path in (root / split).glob("*.tar")]
+    return {split: [str(root / name) for name in some] for split, some in split_of(names).items()}
 
 
-def class_names(root: Path) -> tuple[str, ...] | None:
-    """CLIP_benchmark's exports keep their class names beside the shards."""
-    try:
-        lines = (root / CLASS_NAMES).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return tuple(line.strip() for line in lines if line.strip()) or None
+def class_names(text: str | None) -> tuple[str, ...] | None:
+    """CLIP_benchmark's exports keep their class names beside the shards, a line each."""
+    return tuple(line.strip() for line in (text or "").splitlines() if line.strip()) or None
+
+
+def names_in(root: Path) -> tuple[str, ...] | None:
+    """Those of a folder."""
+    file = root / CLASS_NAMES
+    return class_names(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def webdataset(found: Mapping[str, list[str]], names: tuple[str, ...] | None, reading: Reading) -> dict[str, Found]:
@@ -77,25 +101,50 @@ def webdataset(found: Mapping[str, list[str]], names: tuple[str, ...] | None, re
     Raises:
         BadData: a tar that cannot be read, or samples without an image or a label.
     """
-    splits = {}
-    for split, paths in found.items():
-        samples = [(number, sample) for number, path in enumerate(paths) for sample in _samples_of(path)]
-        encoded = lambda where, paths=paths: Members(tuple(paths), where)  # noqa: E731
-        splits[split] = assembled(split, paths, samples, names, reading, encoded)
-    return splits
+    return {split: joined(split, paths, names, reading, local, Members) for split, paths in found.items()}
 
 
-def _samples_of(path: str) -> list[Sample]:
+def joined(
+    split: str,
+    paths: Sequence[str],
+    names: tuple[str, ...] | None,
+    reading: Reading,
+    looked: Callable[[str, "Columns"], Index],
+    encoded: Callable[[tuple[str, ...], np.ndarray], Encoded],
+) -> Found:
+    """One split of its tars' indexes."""
+    columns = Columns(reading, split)
+    parts = [looked(path, columns) for path in paths]
+    if not (count := sum(len(part.keys) for part in parts)):
+        raise BadData(f"{os.path.dirname(paths[0])}, split {split}: no samples; allowed: tars with s01.jpg, s01.cls, …")
+    keys = [key for part in parts for key in part.keys]
+    if len(set(keys)) < count:  # names begin again in every tar
+        stems = [os.path.basename(path).removesuffix(".tar") for path in paths]
+        keys = [f"{stem}/{key}" for stem, part in zip(stems, parts, strict=True) for key in part.keys]
+    files = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])
+    digests = [part.digests for part in parts if part.digests is not None]
+    return Found(
+        ids=unique([f"{split}/{key}" for key in keys], f"{os.path.dirname(paths[0])}, split {split}"),
+        labels=[label for part in parts for label in part.labels],
+        encoded=encoded(tuple(paths), np.column_stack([files, np.concatenate([part.where for part in parts])])),
+        decode=reading.decoder,
+        names=names,
+        digests=np.concatenate(digests) if len(digests) == len(parts) else None,
+    )
+
+
+def local(path: str, columns: "Columns") -> Index:
+    """The index of a tar on disk: its headers and labels are read, its images are passed over."""
     try:
         with tarfile.open(path, "r:") as tar:
-            return list(samples(tar))
+            return index(samples(tar), path, columns)
     except (tarfile.TarError, OSError, EOFError) as err:
         raise BadData(f"{path} cannot be read as a tar: {err}; allowed: whole tars that are not compressed") from err
 
 
-def samples(tar: tarfile.TarFile) -> Iterator[Sample]:
-    """The samples of one tar, in its order."""
-    open_: Sample | None = None
+def samples(tar: tarfile.TarFile, *, hashed: bool = False) -> Iterator[Sample]:
+    """The samples of one tar, in its order; with the digest of every file if all are to be read."""
+    one: Sample | None = None
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep a million headers
         folder, name = os.path.split(member.name)
@@ -103,83 +152,95 @@ def samples(tar: tarfile.TarFile) -> Iterator[Sample]:
         if not member.isreg() or not stem or not extension:
             continue
         key, extension = os.path.join(folder, stem), extension.lower()
-        if open_ is None or open_.key != key:
-            if open_:
-                yield open_
-            open_ = Sample(key)
-        open_.where[extension] = (member.offset_data, member.size)
-        if extension in WORDS:
-            file: IO[bytes] | None = tar.extractfile(member)
-            open_.small[extension] = file.read() if file else b""
-    if open_:
-        yield open_
+        if one is None or one.key != key:
+            if one:
+                yield one
+            one = Sample(key)
+        one.where[extension] = (member.offset_data, member.size)
+        if (extension in WORDS or hashed) and (file := tar.extractfile(member)):
+            data = file.read()
+            if len(data) < member.size:
+                raise tarfile.ReadError("unexpected end of data")
+            if extension in WORDS:
+                one.small[extension] = data
+            if hashed:
+                one.digests[extension] = xxhash.xxh3_128_digest(data)
+    if one:
+        yield one
 
 
-def assembled(
-    split: str,
-    paths: list[str],
-    samples: Iterable[tuple[int, Sample]],
-    names: tuple[str, ...] | None,
-    reading: Reading,
-    encoded: Any,
-) -> Found:
-    """One split of its samples: which files are images and which labels follows from the first."""
-    every = list(samples)
-    where = f"{os.path.dirname(paths[0])}, split {split}"
-    if not every:
-        raise BadData(f"{where}: no samples; allowed: tars with files such as s01.jpg and s01.cls")
-    first = every[0][1]
-    # Of images the extension may change from sample to sample (jpg here, png there); it is asked for by name or by being one.
-    kinds = {name: WORDS.get(name) or ("image" if _is_image(name) else "bytes") for name in first.where}
-    label = reading.label_column
-    member, _, inner = (label or "").partition(".")
-    likely = [name for name in ("cls", "npy") if name in kinds]
-    column = choose(
-        "label", kinds, member or None, likely[:1] or [n for n in ("json",) if inner], ("cls", "npy"), where
-    )
-    if reading.image_column is None and len(images := [n for n in kinds if _is_image(n)]) != 1:
-        choose("image", kinds, None, images, (), where)
-    table = np.empty((len(every), 3), np.int64)
-    labels, keys = [], []
-    for row, (file, sample) in enumerate(every):
-        images = [
-            n for n in sample.where if n == reading.image_column or (reading.image_column is None and _is_image(n))
-        ]
+class Columns:
+    """Which of a sample's files is the image and which the label: decided by the first sample, or as the user says."""
+
+    def __init__(self, reading: Reading, split: str) -> None:
+        self.reading, self.split = reading, split
+        self.label = self.inner = ""
+
+    @property
+    def key(self) -> str:
+        """What an index depends on beside the tar."""
+        return f"{self.reading.image_column} {self.reading.label_column}"
+
+    def decide(self, first: Sample, path: str) -> None:
+        """Find the label's column; refuse several images.
+
+        Raises:
+            BadData: it is not plain; lists what there is.
+        """
+        where = f"{path}, sample {first.key}"
+        kinds = {name: WORDS.get(name) or ("image" if _is_image(name) else "bytes") for name in first.where}
+        asked, _, self.inner = (self.reading.label_column or "").partition(".")
+        likely = [name for name in ("cls", "npy") if name in kinds]
+        self.label = choose("label", kinds, asked or None, likely[:1], ("cls", "npy"), where)
+        if self.reading.image_column is None and len(images := [n for n in kinds if _is_image(n)]) != 1:
+            choose("image", kinds, None, images, (), where)
+
+    def image(self, sample: Sample, path: str) -> str:
+        """Its file that is the image; the extension may change from sample to sample, jpg here, png there."""
+        asked = self.reading.image_column
+        images = [name for name in sample.where if name == asked or (asked is None and _is_image(name))]
         if len(images) != 1:
             raise BadData(
-                f"{paths[file]}: sample {sample.key} has {len(images)} images ({', '.join(sample.where)}); allowed is one, "
-                "or say which with --image-column"
+                f"{path}: sample {sample.key} has {len(images)} images ({', '.join(sample.where)}); allowed is one, or "
+                "say which with --image-column"
             )
-        table[row] = (file, *sample.where[images[0]])
-        labels.append(_label(sample, column, inner, paths[file]))
+        return images[0]
+
+    def read_label(self, sample: Sample, path: str) -> Any:
+        """A class as a number or a name, a vector, or a field of an object; None where the sample has none."""
+        data = sample.small.get(self.label)
+        if data is None:
+            return None
+        try:
+            if self.label == "npy":
+                vector = np.load(io.BytesIO(data), allow_pickle=False)
+                return vector.tolist() if vector.ndim == 1 else vector.reshape(-1).tolist()[0]
+            if self.label == "json":
+                return json.loads(data)[self.inner]
+            text = data.decode("utf-8").strip()
+            return int(text) if text.isdecimal() else text
+        except (ValueError, KeyError, EOFError, TypeError, IndexError) as err:
+            raise BadData(f"{path}: the label {sample.key}.{self.label} cannot be read: {err}") from err
+
+
+def index(every: Iterator[Sample], path: str, columns: Columns) -> Index:
+    """What the samples of one tar are: kept small, since there may be millions."""
+    keys: list[str] = []
+    labels: list[Any] = []
+    where: list[tuple[int, int]] = []
+    digests = bytearray()
+    for sample in every:
+        if not columns.label:
+            columns.decide(sample, path)
+        image = columns.image(sample, path)
         keys.append(sample.key)
-    if len(set(keys)) < len(keys):  # names begin again in every tar
-        keys = [f"{Path(paths[file]).stem}/{sample.key}" for file, sample in every]
-    return Found(
-        ids=tuple(f"{split}/{key}" for key in keys),
-        labels=labels,
-        encoded=encoded(table),
-        decode=reading.decoder,
-        names=names,
-    )
+        labels.append(columns.read_label(sample, path))
+        where.append(sample.where[image])
+        digests += sample.digests.get(image, b"")
+    table = np.array(where, np.int64).reshape(-1, 2)
+    hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16)
+    return Index(keys, labels, table, hashes if len(hashes) == len(keys) else None)
 
 
 def _is_image(extension: str) -> bool:
     return f".{extension.rpartition('.')[2]}" in SUFFIXES
-
-
-def _label(sample: Sample, column: str, inner: str, path: str) -> Any:
-    """A class as a number or a name, a vector, or a field of an object."""
-    data = sample.small.get(column)
-    if data is None:
-        return None
-    try:
-        if column == "npy":
-            vector = np.load(io.BytesIO(data), allow_pickle=False)
-            return vector.tolist() if vector.ndim == 1 else vector.reshape(-1).tolist()[0]
-        if column == "json":
-            return json.loads(data)[inner]
-        text = data.decode("utf-8").strip()
-        return int(text) if text.isdecimal() else text
-    except (ValueError, KeyError, EOFError, TypeError, IndexError) as err:
-        raise BadData(f"{path}: the label {sample.key}.{column} cannot be read: {err}") from err
