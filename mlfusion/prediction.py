@@ -71,7 +71,7 @@ def predict(
     Raises:
         ResultsUnusable: no probe in that folder, or a damaged one.
         BadModel: the backbone is another than the probe's.
-        BadImage: an image cannot be read.
+        BadData: an image cannot be read.
     """
     card, head = trained.load(Path(probe))
     checkpoint = models.locate(_word(model, card.backbone.source))

@@ -14,7 +14,7 @@ from tiny import save_images, save_model
 import mlfusion
 from mlfusion import datasets, protocol, trained
 from mlfusion.batches import Tokens
-from mlfusion.errors import BadImage, BadModel, ResultsUnusable
+from mlfusion.errors import BadData, BadModel, ResultsUnusable
 from mlfusion.results import Results
 from mlfusion.specs import HEADS, Head
 from mlfusion.targets import Number, OneClass, SeveralLabels, Target
@@ -206,7 +206,7 @@ def test_an_image_that_cannot_be_read_is_named(model: Path, images: Path, tmp_pa
     [(_, folder)] = probed(model, images, "cls-last/linear")
     (tmp_path / "text.png").write_text("no picture")
     for name, why in (("text.png", "not an image"), ("absent.png", "No such file")):
-        with pytest.raises(BadImage, match=f"{name} cannot be read: .*{why}"):
+        with pytest.raises(BadData, match=f"{name} cannot be read: .*{why}"):
             mlfusion.predict(folder, [tmp_path / name])
 
 

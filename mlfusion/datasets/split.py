@@ -75,7 +75,7 @@ class Split:
             raise BadData(self._gone(row, err)) from err
 
     def _gone(self, row: int, err: OSError) -> str:
-        return f"the bytes of {self.ids[row]} cannot be had: {err.strerror or err}; mend that, or remove the image"
+        return f"{self.ids[row]} cannot be read: {err.strerror or err}; mend that, or remove it"
 
     def image(self, row: int) -> Image.Image:
         """The picture, in RGB.

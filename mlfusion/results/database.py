@@ -152,7 +152,8 @@ class Results:
             found: list[str] = []
             if connection is not None and beginning:
                 held = connection.execute(
-                    "SELECT id FROM results WHERE id >= ? AND id < ? ORDER BY id LIMIT 9", (beginning, beginning + "\U0010ffff")
+                    "SELECT id FROM results WHERE id >= ? AND id < ? ORDER BY id LIMIT 9",
+                    (beginning, beginning + "\U0010ffff"),
                 )
                 found = [row_id for (row_id,) in held]
         if beginning in found:
@@ -167,7 +168,12 @@ class Results:
         raise UnknownName("result", beginning, newest, otherwise="These are the newest; all: mlfusion results ls")
 
     def listing(
-        self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None, limit: int | None = None
+        self,
+        *,
+        model: str | None = None,
+        dataset: str | None = None,
+        probe: str | None = None,
+        limit: int | None = None,
     ) -> list[dict[str, Any]]:
         """`COLUMNS` of rows, oldest first; of the newest `limit` only. Takes no row apart: quick for a hundred thousand."""
         where, values = _where(model=model, dataset=dataset, probe=probe)
