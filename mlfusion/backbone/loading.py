@@ -9,7 +9,9 @@ import transformers
 from torch import nn
 
 from mlfusion import models
+from mlfusion.backbone import conversion
 from mlfusion.errors import BadModel
+from mlfusion.models import foreign
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def load(checkpoint: models.Checkpoint) -> Loaded:
         BadModel: transformers cannot load the folder.
     """
     config = models.configuration(checkpoint)
-    whole, lost = _from_transformers(checkpoint.folder, config)
+    whole, lost = _read(checkpoint.folder, config)
     tower = _tower(whole)
     prefix = next(path for path, module in whole.named_modules() if module is tower)
     inside = f"{prefix}." if prefix else ""
@@ -42,15 +44,19 @@ def load(checkpoint: models.Checkpoint) -> Loaded:
     )
 
 
-def _from_transformers(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
+def _read(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
     if config.model_type == "vit_mae":
         config.mask_ratio = 0.0
     transformers.utils.logging.disable_progress_bar()
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # missing tensors are judged later, by whether they are used
     try:
-        model, report = _class(config).from_pretrained(
-            folder,
+        where: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+        if not (known := foreign.layout(folder) == "transformers"):
+            tensors = conversion.tensors(folder, tuple(models.weight_files(folder)), config)
+            where = {"pretrained_model_name_or_path": None, "state_dict": tensors}
+        model, report = _class(config, known).from_pretrained(
+            **where,
             config=config,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -64,12 +70,12 @@ def _from_transformers(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
     return model, set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
 
 
-def _class(config: Any) -> Any:
+def _class(config: Any, known: bool) -> Any:
     """The bare model, but with its projection where the checkpoint has one."""
     named = (config.architectures or [""])[0]
     if named.endswith("VisionModelWithProjection") and hasattr(transformers, named):
         return getattr(transformers, named)
-    return transformers.AutoModel
+    return transformers.AutoModel if known else transformers.MODEL_MAPPING[type(config)]
 
 
 def _tower(model: nn.Module) -> nn.Module:

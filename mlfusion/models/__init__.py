@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfusion.errors import BadModel, Unavailable, UnknownName
+from mlfusion.models import foreign
 from mlfusion.models.catalogue import CATALOGUE, EMBEDDED, Row
 from mlfusion.specs import Compute, Hook, ModelSpec, Setting, digest, parse_model
 
@@ -21,6 +22,7 @@ __all__ = [
     "Shape",
     "configuration",
     "first_line",
+    "foreign",
     "identify",
     "locate",
     "shape",
@@ -64,9 +66,10 @@ def locate(word: str) -> Checkpoint:
     elif not row and Path(asked.name).expanduser().is_dir():
         folder = Path(asked.name).expanduser().resolve()
         name, source, revision = folder.name, str(folder), None
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json")):
             raise BadModel(
-                f"{asked.name} has no config.json; allowed: a folder that save_pretrained wrote, with its weights"
+                f"{asked.name} has no config.json; allowed: a folder that save_pretrained wrote, with its weights, or a "
+                "checkpoint of timm or open_clip with its configuration"
             )
     elif not row and "/" not in asked.name:
         otherwise = "Or an id on the hub, such as facebook/dinov2-base, or a folder in the hub's format."
@@ -83,13 +86,21 @@ def _download(hub_id: str, word: str, revision: str | None) -> Path:
     """A snapshot of the configuration and the weights, safetensors if the repository has them; None is the newest."""
     from huggingface_hub import errors, snapshot_download
 
-    wanted = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+    wanted = ["config.json", "preprocessor_config.json", "open_clip_config.json"]
     try:
+        # First what it is, then the weights, and of several forms only the first: a repository may hold four.
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-        if not list(folder.glob("*.safetensors")):
-            wanted.append("pytorch_model*.bin*")
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+        for pattern in foreign.WEIGHTS[foreign.layout(folder)]:
+            index = f"{pattern}.index.json"
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*wanted, pattern, index]))
+            if any(folder.glob(pattern)):
+                break
         return folder
+    except errors.RevisionNotFoundError as err:
+        raise Unavailable(
+            f"{hub_id} has no commit {revision} any more, which the catalogue names; give {hub_id} with --model for its "
+            "newest state"
+        ) from err
     except errors.GatedRepoError as err:
         raise Unavailable(
             f"{hub_id} is gated: ask for access at https://huggingface.co/{hub_id}, then run `hf auth login`"
@@ -108,10 +119,11 @@ def _download(hub_id: str, word: str, revision: str | None) -> Path:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: safetensors where there are any."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+    patterns = foreign.WEIGHTS[foreign.layout(folder)]
+    for pattern in patterns:
         if files := sorted(folder.glob(pattern)):
             return files
-    raise BadModel(f"{folder} holds no weights; allowed: *.safetensors (or pytorch_model*.bin)")
+    raise BadModel(f"{folder} holds no weights; allowed: {', '.join(patterns)}")
 
 
 def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float32") -> ModelSpec:
@@ -157,16 +169,20 @@ def shape(checkpoint: Checkpoint) -> Shape:
 
 
 def configuration(checkpoint: Checkpoint) -> Any:
-    """The transformers configuration in a folder, with the settings that were asked for.
+    """A folder's configuration in transformers' terms, whoever wrote it, with the settings that were asked for.
 
     Raises:
         BadModel: transformers cannot read it.
         UnknownName: a setting that it does not have.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        if foreign.layout(checkpoint.folder) == "transformers":
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        else:
+            config = foreign.configuration(checkpoint.folder, tuple(weight_files(checkpoint.folder)))
     except (OSError, ValueError, KeyError) as err:
         raise BadModel(
             f"{checkpoint.folder}/config.json cannot be read ({first_line(err)}); allowed: a model_type that "
@@ -183,7 +199,10 @@ def configuration(checkpoint: Checkpoint) -> Any:
             and not isinstance(value, (type(old), int if type(old) is float else type(old)))
         ):
             raise BadModel(f"{key}={value} is a {type(value).__name__}; allowed: {type(old).__name__}, such as {old}")
-        setattr(vision, key, value)
+        try:
+            setattr(vision, key, value)
+        except StrictDataclassError as err:
+            raise BadModel(f"{key}={value} is no setting of a {config.model_type} ({first_line(err)})") from err
     return config
 
 

@@ -1,0 +1,199 @@
+"""Checkpoints of timm and of open_clip: told by their files, and described as configurations of transformers' classes.
+
+Neither library is needed. timm writes `config.json` with an `architecture` and the tensors of its VisionTransformer;
+open_clip writes `open_clip_config.json` and a state dict whose image tower begins with `visual.`. What the tensors are
+renamed to is `backbone.conversion`'s; which class they fit is said here, by their names and shapes.
+"""
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from mlfusion.errors import BadModel
+
+Layout = Literal["transformers", "timm", "open_clip"]
+
+WEIGHTS: dict[Layout, tuple[str, ...]] = {
+    "transformers": ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"),
+    "timm": ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"),
+    "open_clip": ("open_clip*.safetensors", "open_clip*.bin", "*.safetensors", "*.bin", "*.pt"),
+}
+"""Patterns of the files that hold the weights; the first that there are."""
+
+HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+"""Width → attention heads of timm's vision transformers (timm/models/vision_transformer.py), where no file says it."""
+
+BLOCK = re.compile(
+    r"blocks\.(\d+)\.(?:norm[12]\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc[12]\.(?:weight|bias)|ls[12]\.gamma)"
+)
+OUTSIDE = re.compile(r"(?:cls|dist|reg)_token|pos_embed|(?:patch_embed\.proj|norm|fc_norm|norm_pre)\.(?:weight|bias)")
+LEFT_OUT = re.compile(r"(?:head|head_dist|pre_logits)\.")  # classifiers
+RESBLOCK = re.compile(
+    r"visual\.transformer\.resblocks\.(\d+)\.(?:ln_[12]\.(?:weight|bias)|attn\.(?:in_proj_(?:weight|bias)|out_proj\.(?:weight|bias))"
+    r"|mlp\.c_(?:fc|proj)\.(?:weight|bias))"
+)
+VISUAL = re.compile(
+    r"visual\.(?:conv1\.weight|class_embedding|positional_embedding|proj|ln_(?:pre|post)\.(?:weight|bias))"
+)
+
+
+def layout(folder: Path) -> Layout:
+    """Whose format a folder is in."""
+    config = _json(folder / "config.json")
+    if "model_type" in config and config["model_type"] != "timm_wrapper":
+        return "transformers"
+    if "architecture" in config:
+        return "timm"
+    return "open_clip" if (folder / "open_clip_config.json").is_file() else "transformers"
+
+
+def configuration(folder: Path, files: tuple[Path, ...]) -> Any:
+    """The configuration of the class of transformers that computes what this checkpoint does.
+
+    Raises:
+        BadModel: there is none, or tensors of it have no place there; names one.
+    """
+    return _of_timm(folder, files) if layout(folder) == "timm" else _of_open_clip(folder, files)
+
+
+def _of_timm(folder: Path, files: tuple[Path, ...]) -> Any:
+    import transformers
+
+    said = _json(folder / "config.json")
+    name, arguments = str(said["architecture"]), said.get("model_args") or {}
+    shapes = {key: shape for key, shape in shapes_of(files).items() if not LEFT_OUT.match(key)}
+    strange = sorted(key for key in shapes if not BLOCK.fullmatch(key) and not OUTSIDE.fullmatch(key))
+    if strange or "patch_embed.proj.weight" not in shapes or "pos_embed" not in shapes:
+        raise BadModel(
+            f"timm's {name} has {strange[0] if strange else 'no patch_embed and pos_embed'}, for which transformers has no "
+            "class; allowed: plain ViT, DeiT, MAE, CLIP and DINOv2 of timm (no rotary positions, no pooling by attention). "
+            "Many others have a repository in transformers' own format, such as google/siglip-base-patch16-224"
+        )
+    width, _, patch, _ = shapes["patch_embed.proj.weight"]
+    inner, hidden = shapes["blocks.0.mlp.fc1.weight"][0], shapes["blocks.0.mlp.fc2.weight"][1]
+    heads = arguments.get("num_heads") or HEADS.get(width)
+    if heads is None:
+        raise BadModel(
+            f"timm's {name} does not say how many attention heads it has, and a width of {width} is no usual one; allowed: "
+            f"model_args with num_heads in config.json, or a width of {', '.join(map(str, HEADS))}"
+        )
+    _, height, _ = said["pretrained_cfg"]["input_size"]
+    common: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": 1 + max(int(found[1]) for key in shapes if (found := BLOCK.fullmatch(key))),
+        "num_attention_heads": int(heads),
+        "patch_size": patch,
+        "image_size": int(height),
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
+    }
+    if "norm_pre.weight" in shapes:
+        act = "quick_gelu" if "quickgelu" in name else "gelu"
+        del common["qkv_bias"]
+        return transformers.CLIPVisionConfig(
+            **{**common, "layer_norm_eps": 1e-5}, intermediate_size=inner, hidden_act=act
+        )
+    if "reg_token" in shapes or "blocks.0.ls1.gamma" in shapes:
+        swiglu = inner == 2 * hidden
+        ratio = round(1.5 * hidden / width if swiglu else inner / width)
+        # The class makes a SwiGLU two thirds as wide, rounded up to a multiple of eight.
+        if hidden != ((int(width * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else width * ratio):
+            raise BadModel(
+                f"timm's {name} has an MLP of {hidden} channels; allowed: a whole multiple of its width, {width}"
+            )
+        common |= {"mlp_ratio": ratio, "use_swiglu_ffn": swiglu}
+        if "reg_token" in shapes:
+            return transformers.Dinov2WithRegistersConfig(**common, num_register_tokens=shapes["reg_token"][1])
+        return transformers.Dinov2Config(**common)
+    if "cls_token" not in shapes:
+        return transformers.IJepaConfig(**common, intermediate_size=inner)
+    kind = transformers.DeiTConfig if "dist_token" in shapes else transformers.ViTConfig
+    return kind(**common, intermediate_size=inner)
+
+
+def _of_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
+    import transformers
+
+    said = _json(folder / "open_clip_config.json").get("model_cfg") or {}
+    vision = said.get("vision_cfg") or {}
+    shapes = {key: shape for key, shape in shapes_of(files).items() if key.startswith("visual.")}
+    strange = sorted(key for key in shapes if not RESBLOCK.fullmatch(key) and not VISUAL.fullmatch(key))
+    if strange or "visual.conv1.weight" not in shapes:
+        raise BadModel(
+            f"the image tower of open_clip in {folder.name} has {strange[0] if strange else 'no visual.conv1'}, for which "
+            "transformers has no class; allowed: plain vision transformers of open_clip, with a class token"
+        )
+    width, _, patch, _ = shapes["visual.conv1.weight"]
+    size = vision.get("image_size", 224)
+    return transformers.CLIPVisionConfig(
+        architectures=["CLIPVisionModelWithProjection"],
+        hidden_size=width,
+        num_hidden_layers=1 + max(int(found[1]) for key in shapes if (found := RESBLOCK.fullmatch(key))),
+        num_attention_heads=width // int(vision.get("head_width", 64)),
+        intermediate_size=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
+        patch_size=patch,
+        image_size=size if isinstance(size, int) else size[0],
+        hidden_act="quick_gelu" if said.get("quick_gelu") else "gelu",
+        layer_norm_eps=1e-5,
+        projection_dim=shapes["visual.proj"][1] if "visual.proj" in shapes else width,
+    )
+
+
+@lru_cache(maxsize=8)
+def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape by its name; of safetensors from their headers alone.
+
+    Raises:
+        BadModel: a file that holds no tensors, or more than tensors.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with open(file, "rb") as opened:
+                    header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+                found |= {key: tuple(one["shape"]) for key, one in header.items() if key != "__metadata__"}
+            else:
+                found |= {key: tuple(tensor.shape) for key, tensor in unpickled(file).items()}
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as err:
+            raise BadModel(
+                f"{file} holds no tensors that can be read ({err}); allowed: safetensors, or plain tensors"
+            ) from err
+    return found
+
+
+def unpickled(file: Path) -> dict[str, Any]:
+    """The tensors of a .bin or .pt file, mapped; nothing but tensors is loaded.
+
+    Raises:
+        BadModel: it holds something else.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        body = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as err:
+        said = str(err).strip().splitlines()[0][:200]
+        raise BadModel(
+            f"{file} holds more than plain tensors and is not loaded ({said}); allowed: safetensors"
+        ) from err
+    for key in ("state_dict", "model"):
+        if isinstance(body, dict) and isinstance(body.get(key), dict):
+            body = body[key]
+    if not isinstance(body, dict) or not all(isinstance(one, torch.Tensor) for one in body.values()):
+        raise BadModel(f"{file} holds no tensors by name; allowed: a state dict")
+    return body
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as err:
+        raise BadModel(f"{path} cannot be read: {err}") from err
+    return body if isinstance(body, dict) else {}
