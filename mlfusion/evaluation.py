@@ -2,12 +2,13 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache as once
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ from mlfusion.memory import available
 from mlfusion.population import Precision
 from mlfusion.progress import track as bar_of
 from mlfusion.results import Results, Row
-from mlfusion.specs import FeatureSpec, Probe, digest, parse_probes
+from mlfusion.specs import FeatureSpec, Probe, digest, parse_probes, spelt_out
 from mlfusion.store import Entry, FeatureStore, Place, TokenReader
 from mlfusion.store.encoding import ENCODINGS
 from mlfusion.targets import target_of
@@ -93,10 +94,7 @@ def probe(
         raise UnknownName("grid", grid, protocol.GRIDS)
     if not 0 <= smoothing < 1:
         raise BadData(f"--smoothing {smoothing:g}; allowed: from 0 to below 1, such as 0.1")
-    store, kept, device = FeatureStore(cache), Results(Path(results)), pick_device(device)
-    limit = int(population.SPARE * available("cpu")) if memory is None else memory
-    narrow = population.resolve(precision, device)
-    shown = trackers.opened(track)
+    store, kept, shown = FeatureStore(cache), Results(Path(results)), trackers.opened(track)
     rows: list[Row] = []
     made, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
@@ -111,33 +109,56 @@ def probe(
         )
         if pair.older:
             say(f"{pair.older} other sets of features go by these names; those extracted last are used")
-        jobs = [
-            Job(one, seed, grid, shots=count, halving=halving, smoothing=smoothing)
-            for count in shots
-            for one in chosen
-            for seed in seeds
-        ]
-        known = {job: kept.find(job.row_id(pair)) for job in jobs}
-        lost = {job for job, row in known.items() if row and save and not (_folder(kept, row) / trained.CARD).is_file()}
-        if done := sum(row is not None for row in known.values()):
-            say(f"{done} of {len(jobs)} results are in {kept.root} already and are not made again")
-        if lost:
-            say(f"{len(lost)} of them are trained again, since their probes were not kept")
-        for job in jobs:
-            row = known[job]
-            if row is None or job in lost:
-                new, arrays, card, weights = _run(pair, job, device, limit, narrow)
-                if save:
-                    trained.save(_folder(kept, new), card, weights)
-                    say(f"{job.probe.name}, seed {job.seed}, is kept in {_folder(kept, new)}")
-                if row is None:
-                    row = new
-                    kept.append(row, arrays)
-                    made += 1
-                    for tracker in shown:
-                        tracker.log(row)
-            rows.append(row)
+        jobs = jobs_of(chosen, seeds, grid, shots=shots, halving=halving, smoothing=smoothing)
+        held, new = run(
+            pair, jobs, kept, save=save, device=device, memory=memory, precision=precision, shown=shown, say=say
+        )
+        rows, made = rows + held, made + new
     return Probed(rows, made, left_out)
+
+
+def run(
+    pair: SplitPair,
+    jobs: Sequence["Job"],
+    kept: Results,
+    *,
+    save: bool = False,
+    device: str = "cpu",
+    memory: int | None = None,
+    precision: Precision = "auto",
+    shown: Sequence[trackers.Tracker] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Row], int]:
+    """The row of each job on these features, made where it is not kept yet; and how many were made.
+
+    Arguments and errors as in `probe`.
+    """
+    device = pick_device(device)
+    limit = int(population.SPARE * available("cpu")) if memory is None else memory
+    narrow = population.resolve(precision, device)
+    rows: list[Row] = []
+    made = 0
+    known = {job: kept.find(job.row_id(pair.keys)) for job in jobs}
+    lost = {job for job, row in known.items() if row and save and not (_folder(kept, row) / trained.CARD).is_file()}
+    if done := sum(row is not None for row in known.values()):
+        say(f"{done} of {len(jobs)} results are in {kept.root} already and are not made again")
+    if lost:
+        say(f"{len(lost)} of them are trained again, since their probes were not kept")
+    for job in jobs:
+        row = known[job]
+        if row is None or job in lost:
+            new, arrays, card, weights = _run(pair, job, device, limit, narrow)
+            if save:
+                trained.save(_folder(kept, new), card, weights)
+                say(f"{job.probe.name}, seed {job.seed}, is kept in {_folder(kept, new)}")
+            if row is None:
+                row = new
+                kept.append(row, arrays)
+                made += 1
+                for tracker in shown:
+                    tracker.log(row)
+        rows.append(row)
+    return rows, made
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +247,7 @@ def _pair_of(store: FeatureStore, row: Row, one: Probe) -> SplitPair:
 def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: str) -> tuple[list[Probe], list[str]]:
     """The probes asked for. Of 'all', those whose tokens are not cached are left out with a word; others are refused."""
     depth = pair.train.spec.model.depth
-    words = [word.strip() for word in (names.split(",") if isinstance(names, str) else names)]
+    words = spelt_out(names)
     named = parse_probes([word for word in words if word != "all"], depth)
     for one in named:
         for entry in (pair.train, pair.test):
@@ -266,10 +287,27 @@ class Job(_Options):
         """Those that are not as always; a part of the row and of its id."""
         return {f.name: getattr(self, f.name) for f in fields(_Options) if getattr(self, f.name) != f.default}
 
-    def row_id(self, pair: SplitPair) -> str:
-        """The same features, probe, grid, seed and options under the same protocol are the same result."""
-        named = [PROTOCOL, pair.train.key, pair.test.key, self.probe.name, self.grid, self.seed]
+    def row_id(self, features: tuple[str, str]) -> str:
+        """The same features (keys of train and test), probe, grid, seed and options under the same protocol are the same
+        result."""
+        named = [PROTOCOL, *features, self.probe.name, self.grid, self.seed]
         return digest([*named, self.options()] if self.options() else named)
+
+
+def jobs_of(
+    probes: Iterable[Probe],
+    seeds: Sequence[int],
+    grid: str,
+    *,
+    shots: Sequence[int | None] = (None,),
+    halving: bool = False,
+    smoothing: float = 0.0,
+) -> list[Job]:
+    """Every row that `probe` makes of one model's features of one data set."""
+    return [
+        Job(one, seed, grid, shots=count, halving=halving, smoothing=smoothing)
+        for count, one, seed in product(shots, probes, seeds)
+    ]
 
 
 def _folder(results: Results, row: Row) -> Path:
@@ -306,7 +344,7 @@ def _fitted(
             train,
             test,
             target=target,
-            heads=AAT_HEADS if one.representation.spatial else None,
+            heads=one.heads or (AAT_HEADS if one.representation.spatial else None),
             grid=job.grid,
             seed=job.seed,
             device=device,
@@ -324,7 +362,7 @@ def _fitted(
         arrays["attention"] = outcome.attention.astype(np.float16)
     depth = spec.model.depth
     row: Row = {
-        "id": job.row_id(pair),
+        "id": job.row_id(pair.keys),
         "model": pair.model,
         "dataset": pair.dataset,
         "probe": one.name,
@@ -345,7 +383,7 @@ def _fitted(
         "width": spec.model.width,
         "classes": list(spec.data.classes),
         "images": {"train": len(train), "test": len(pair.test.rows)},
-        "features": [pair.train.key, pair.test.key],
+        "features": list(pair.keys),
         "attention": _attention(one, pair.train, outcome.attention),
         "versions": {name: version(name) for name in ("mlfusion", "torch", "numpy", "scikit-learn")},
         "code": _code(),

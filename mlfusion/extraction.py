@@ -91,8 +91,40 @@ class Extracted:
 
 
 @dataclass(frozen=True, eq=False)
+class Images:
+    """Splits of a data set and what identifies them. Every image's bytes are read once for it, however many models follow."""
+
+    data: datasets.DataSet
+    splits: tuple[tuple[datasets.Split, Samples, DataSpec], ...]
+
+    @classmethod
+    def of(
+        cls,
+        dataset: str | datasets.DataSet,
+        splits: Sequence[str] | str = ("train", "test"),
+        reading: datasets.Reading | None = None,
+    ) -> "Images":
+        """Raises the errors of `datasets.load`."""
+        data = datasets.load(dataset, reading) if isinstance(dataset, str) else dataset
+        found = []
+        for name in splits.split(",") if isinstance(splits, str) else splits:
+            split = data.split(name.strip())
+            samples = _samples(data.name, split)
+            spec = DataSpec(
+                content=samples.content,
+                split=split.name,
+                images=len(split),
+                classes=split.classes,
+                carve=data.carve,
+                name=data.name,
+            )
+            found.append((split, samples, spec))
+        return cls(data, tuple(found))
+
+
+@dataclass(frozen=True, eq=False)
 class Request:
-    """Words resolved: what an extraction, or a plan of one, is about. Reads every image's bytes once, for their identity."""
+    """Words resolved: what an extraction, or a plan of one, is about."""
 
     checkpoint: models.Checkpoint
     preprocessing: preprocessing.Preprocessing
@@ -107,10 +139,10 @@ class Request:
     def of(
         cls,
         model: str,
-        dataset: str | datasets.DataSet,
+        dataset: str | datasets.DataSet | Images,
         *,
         reading: datasets.Reading | None = None,
-        splits: Sequence[str] | str,
+        splits: Sequence[str] | str = ("train", "test"),
         layers: str,
         tokens: str | Iterable[str],
         format: FormatName,
@@ -126,29 +158,21 @@ class Request:
             raise MlfusionError(f"--batch-size {batch_size}: allowed are 1 and more")
         device = pick_device(device)
         checkpoint = models.locate(model)
-        data = datasets.load(dataset, reading) if isinstance(dataset, str) else dataset
-        chosen = [data.split(name.strip()) for name in (splits.split(",") if isinstance(splits, str) else splits)]
+        images = dataset if isinstance(dataset, Images) else Images.of(dataset, splits, reading)
+        data = images.data
         steps = preprocessing.read(checkpoint.folder)
         model_spec = models.identify(checkpoint, steps.key())
         if data.upright:
             model_spec = model_spec.upright()
         pairs = parse_tokens(tokens, layers, model_spec.depth)
-        jobs = []
-        for split in chosen:
-            samples = _samples(data.name, split)
-            data_spec = DataSpec(
-                content=samples.content,
-                split=split.name,
-                images=len(split),
-                classes=split.classes,
-                carve=data.carve,
-                name=data.name,
-            )
-            jobs.append((split, samples, FeatureSpec(model=model_spec, data=data_spec, dtype=dtype)))
+        jobs = tuple(
+            (split, samples, FeatureSpec(model=model_spec, data=spec, dtype=dtype))
+            for split, samples, spec in images.splits
+        )
         names = Names(
             model=checkpoint.name, model_source=checkpoint.source, dataset=data.name, dataset_source=data.source
         )
-        return cls(checkpoint, steps, names, pairs, tuple(jobs), format, device, batch_size)
+        return cls(checkpoint, steps, names, pairs, jobs, format, device, batch_size)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -217,6 +241,23 @@ def extract(
         device=device,
         batch_size=batch_size,
     )
+    return fill(asked, cache=cache, skip_bad=skip_bad, say=say)
+
+
+def load(asked: Request) -> Backbone:
+    """The model of a request, ready to be read."""
+    return Backbone(asked.checkpoint, asked.device, preprocessing=asked.preprocessing)
+
+
+def fill(
+    asked: Request,
+    *,
+    cache: Place = None,
+    skip_bad: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    model: Callable[[Request], Backbone] = load,
+) -> list[Extracted]:
+    """The same, of words that are resolved already. `model` is called if, and only if, something is to be computed."""
     store = FeatureStore(cache)
     done: list[Extracted] = []
     backbone: Backbone | None = None
@@ -225,7 +266,7 @@ def extract(
         entry = store.entry(spec)
         work = _Work(split, asked.batch_size, skip_bad, say)
         if entry is None or not asked.pairs <= entry.held():
-            backbone = backbone or Backbone(asked.checkpoint, asked.device, preprocessing=asked.preprocessing)
+            backbone = backbone or model(asked)
             backbone.shapes(asked.pairs)  # a token that the model does not have is refused before anything is written
             spec = replace(spec, model=replace(spec.model, kinds=tuple(backbone.kinds)))
             entry = store.create(spec, samples, asked.names)

@@ -133,6 +133,11 @@ class SplitPair:
     older: int  # other pairs that go by the same names
 
     @property
+    def keys(self) -> tuple[str, str]:
+        """Of train and test."""
+        return self.train.key, self.test.key
+
+    @property
     def held(self) -> frozenset[Pair]:
         """What both have."""
         return self.train.held() & self.test.held()

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from mlfusion import datasets
 from mlfusion.backbone import Backbone
-from mlfusion.extraction import BATCH, Request, gaps, prepared
+from mlfusion.extraction import BATCH, Request, gaps, load, prepared
 from mlfusion.specs import Dtype, FeatureSpec, Pair, token_words
 from mlfusion.store import Entry, FeatureStore, FormatName, Place, Samples, Stream, differences
 
@@ -235,6 +235,17 @@ def plan(
         device=device,
         batch_size=batch_size,
     )
+    return estimate(asked, cache=cache, trial=trial)
+
+
+def estimate(
+    asked: Request,
+    *,
+    cache: Place = None,
+    trial: float | None = TRIAL_SECONDS,
+    model: Callable[[Request], Backbone] = load,
+) -> Plan:
+    """The same, of words that are resolved already; without a trial the time is not told."""
     store = FeatureStore(cache)
     planned: list[PlannedSplit] = []
     backbone: Backbone | None = None
@@ -243,24 +254,29 @@ def plan(
         entry = store.entry(spec)
         todo: dict[Stream, set[int]] = {}
         if entry is None or not asked.pairs <= entry.held():
-            backbone = backbone or Backbone(asked.checkpoint, asked.device, preprocessing=asked.preprocessing)
+            backbone = backbone or model(asked)
             todo = gaps(entry, asked.pairs) if entry else {}
             todo |= {stream: set(range(stream.shards)) for stream in asked.fresh(entry, spec, backbone)}
-            if rate is None:
+            if rate is None and trial is not None:
                 wanted = frozenset(pair for stream in todo for pair in stream.pairs)
                 rate, spent = _trial(backbone, split, wanted, asked.batch_size, trial)
         planned.append(_planned(split.name, spec, entry, todo, asked))
-    root = store.root
-    while not root.exists():
-        root = root.absolute().parent
     return Plan(
         model=asked.names.model,
         dataset=asked.names.dataset,
         splits=tuple(planned),
-        free_bytes=shutil.disk_usage(root).free,
+        free_bytes=free_bytes(store),
         images_per_second=rate,
         trial_seconds=spent,
     )
+
+
+def free_bytes(store: FeatureStore) -> int:
+    """Of the disk that the cache lies on, or will."""
+    root = store.root
+    while not root.exists():
+        root = root.absolute().parent
+    return shutil.disk_usage(root).free
 
 
 def _planned(

@@ -1,85 +1,240 @@
-"""Recipes: `pipelines/*.toml` → what to run. Data, never code; everything wrong with one is said at once.
+"""Recipes: `pipelines/*.toml` → what to run. Data, never code; everything wrong with one is said at once, line by line.
 
-models = ["formula-vit"]          # catalogue names, hub ids, folders
-datasets = ["digits"]             # likewise
-tokens = "cls,ap,all@last"        # kinds, each at `layers` unless it names its own
-layers = "all"
-probes = ["all", "cls-each-layer/linear"]
-grid = "quick"                    # or "paper"
+models = ["formula-vit", "$DATA/weights/mine"]                # catalogue names, hub ids, folders; $DATA is given by --data
+datasets = ["digits"]                                         # likewise
+probes = ["all", "{cls,ap}-each-layer/linear", "alf:h8"]      # braces are spelt out as in a shell
+grid = "quick"                                                # or "paper"
 seeds = [0, 1, 2]
 """
 
 import dataclasses
+import re
 import tomllib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfusion.errors import BadRecipe, MlfusionError
-from mlfusion.specs import parse_probes, parse_tokens
+from mlfusion.errors import BadRecipe, MlfusionError, UnknownName
+from mlfusion.specs import Pair, Probe, parse_layers, parse_model, parse_probes, parse_tokens, spelt_out
 
 MOST_LAYERS = 64  # deeper than any model: names are checked here before the model's depth is known
+DATA = "$DATA"  # stands for the folder that --data names, at the beginning of a model's or data set's name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Models × data sets × probes × seeds, and the tokens they need."""
+    """Models × data sets × probes × shots × seeds."""
 
     models: tuple[str, ...]
     datasets: tuple[str, ...]
-    layers: str = "all"
-    tokens: str = "cls,ap"
     probes: tuple[str, ...] = ("all",)
     grid: str = "paper"
     seeds: tuple[int, ...] = (0, 1, 2)
+    shots: tuple[int | None, ...] = (None,)  # images of each class to train on; None is all of them
+    halving: bool = False
+    smoothing: float = 0.0
+    tokens: str | None = None  # to cache; None is what the probes read
+    layers: str = "all"  # of `tokens` that name none
+
+    def asked(self, depth: int) -> tuple[tuple[Probe, ...], frozenset[Pair]]:
+        """Probes for a model of `depth` blocks, and the tokens to cache for them.
+
+        Where `tokens` are given, 'all' is those of the study's ten that they serve.
+
+        Raises:
+            UnknownName: a layer that the model does not have.
+        """
+        named = parse_probes([word for word in self.probes if word != "all"], depth)
+        several = parse_probes("all", depth) if "all" in self.probes else ()
+        wanted = frozenset(pair for probe in named for pair in probe.representation.pairs(depth))
+        if self.tokens is None:
+            wanted |= {pair for probe in several for pair in probe.representation.pairs(depth)}
+        else:
+            wanted |= parse_tokens(self.tokens, self.layers, depth)
+            several = tuple(probe for probe in several if probe.representation.pairs(depth) <= wanted)
+        return tuple(dict.fromkeys([*several, *named])), wanted
 
 
-def load(path: Path) -> Recipe:
+def load(path: Path, *, data: Path | str | None = None) -> Recipe:
     """Read and check a recipe.
 
+    Args:
+        path: the file.
+        data: the folder that `$DATA` stands for, where the recipe says so.
+
     Raises:
-        BadRecipe: not there, not TOML, or with unknown keys, wrong types or unknown names: all of them in one message.
+        BadRecipe: not there, not TOML, or with unknown keys, wrong types or unknown names: all of them in one message, each
+            with its line.
     """
     try:
-        body = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        body = tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as err:
         there = ", ".join(str(p) for p in sorted(Path("pipelines").glob("**/*.toml"))) or "none in ./pipelines"
         raise BadRecipe(f"no recipe can be read at {path} ({err}); there are: {there}") from err
     except tomllib.TOMLDecodeError as err:
         raise BadRecipe(f"{path} is not TOML: {err}") from err
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
-    faults = [f"unknown key {key!r}; allowed: {', '.join(fields)}" for key in body if key not in fields]
-    faults += [f"{name} is missing" for name in ("models", "datasets") if name not in body]
+    faults: list[tuple[int, str]] = []
     values: dict[str, Any] = {}
-    for name, value in body.items():
-        if name in fields:
-            fault = _fault(name, value)
-            faults += [fault] if fault else []
-            values[name] = tuple(value) if isinstance(value, list) else value
+    for key, value in body.items():
+        if key in PLACES:
+            found, told = _places(key, value, data)
+        elif key in KEYS:
+            found, told = KEYS[key](key, value)
+        else:
+            faults.append((_line(text, key), f"unknown key {key!r}; allowed: {', '.join((*PLACES, *KEYS))}"))
+            continue
+        values[key] = found
+        faults += [(_line(text, key, word), fault) for word, fault in told]
+    faults += [(0, f"{name} is missing") for name in PLACES if name not in body]
     if faults:
-        raise BadRecipe(f"{path}: " + "; ".join(faults))
+        said = [f"line {line}: {fault}" if line else fault for line, fault in sorted(faults, key=lambda each: each[0])]
+        raise BadRecipe(f"{path}: " + "; ".join(said))
     return Recipe(**values)
 
 
-def _fault(name: str, value: Any) -> str | None:
-    """What keeps `value` from being what the key `name` takes."""
+def about(path: Path) -> tuple[str, dict[str, str]]:
+    """What the head of a recipe says: its first sentences, and what stands behind Run, Cost and Expect."""
+    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if line]
+    said: dict[str, str] = {"": ""}
+    word = ""
+    for line in lines:
+        if match := re.match(r"(Run|Cost|Expect): *(.*)", line):
+            word, line = match[1], match[2]
+            said[word] = ""
+        said[word] = f"{said[word]} {line}".strip()
+    return said.pop(""), said
+
+
+# --- what each key takes ---------------------------------------------------------------------------------------------
+
+Faults = list[tuple[str | None, str]]
+"""Each with the word that it is about, to find its line by; None is the key itself."""
+
+
+def _listed(value: Any, kind: type, good: Callable[[Any], bool] = bool) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(each) is kind and good(each) for each in value)
+
+
+def _twice(key: str, words: Iterable[Any]) -> Faults:
+    held = list(words)
+    return [(str(word), f"{key}: {word!r} twice") for word in dict.fromkeys(held) if held.count(word) > 1]
+
+
+def _places(key: str, value: Any, data: Path | str | None) -> tuple[Any, Faults]:
+    """Names of models or data sets; that a hub has them shows when they are asked for."""
+    if not _listed(value, str):
+        return value, [(None, f"{key} = {value!r}: allowed is a list of names in quotes")]
+    from mlfusion import datasets, models
+
+    kind, known = ("model", models.CATALOGUE) if key == "models" else ("data set", datasets.CATALOGUE)
+    faults, found = _twice(key, value), []
+    for word in value:
+        place = word
+        if re.match(rf"{re.escape(DATA)}(/|$)", word):
+            if data is None:
+                faults.append((word, f"{word!r} lies in a folder of yours; say which: --data DIR"))
+            else:
+                place = str(Path(data).expanduser().resolve()) + word.removeprefix(DATA)
+                if not Path(place).exists():
+                    faults.append((word, f"there is no {place}"))
+        elif (fault := _unknown(kind, word, known)) is not None:
+            faults.append((word, fault))
+        found.append(place)
+    return tuple(found), faults
+
+
+def _unknown(kind: str, word: str, known: Iterable[str]) -> str | None:
+    """What is wrong with a name that lies in no folder of the user's."""
+    try:
+        name = parse_model(word).name if kind == "model" else word
+    except UnknownName as err:
+        return str(err)
+    if name in known or "/" in name or Path(name).expanduser().exists():
+        return None
+    return str(UnknownName(kind, name, known, otherwise=f"Or an id on the hub, a folder, or {DATA}/… with --data DIR."))
+
+
+def _probes(key: str, value: Any) -> tuple[Any, Faults]:
+    if not _listed(value, str):
+        return value, [(None, f"{key} = {value!r}: allowed is a list of names in quotes")]
+    faults: Faults = []
+    for word in value:
+        try:
+            parse_probes(spelt_out([word]), MOST_LAYERS)
+        except MlfusionError as err:
+            faults.append((word, str(err)))
+    return tuple(spelt_out(value)), faults + _twice(key, spelt_out(value))
+
+
+def _grid(key: str, value: Any) -> tuple[Any, Faults]:
     from mlfusion.protocol import GRIDS
 
-    if name in ("models", "datasets", "probes"):
-        if not (isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)):
-            return f"{name} = {value!r}: allowed is a list of names in quotes"
-    elif name == "seeds":
-        if not (isinstance(value, list) and value and all(type(v) is int and v >= 0 for v in value)):
-            return f"seeds = {value!r}: allowed is a list of whole numbers from 0, such as [0, 1, 2]"
-    elif not isinstance(value, str):
-        return f"{name} = {value!r}: allowed is text in quotes"
-    if name == "grid" and value not in GRIDS:
-        return f"grid = {value!r}: allowed are {', '.join(GRIDS)}"
+    return value, [] if value in GRIDS else [(None, f"grid = {value!r}: allowed are {', '.join(GRIDS)}")]
+
+
+def _seeds(key: str, value: Any) -> tuple[Any, Faults]:
+    if not _listed(value, int, lambda each: each >= 0):
+        return value, [(None, f"seeds = {value!r}: allowed is a list of whole numbers from 0, such as [0, 1, 2]")]
+    return tuple(value), _twice(key, value)
+
+
+def _shots(key: str, value: Any) -> tuple[Any, Faults]:
+    if not (isinstance(value, list) and value and all(n == "all" or (type(n) is int and n > 1) for n in value)):
+        return value, [
+            (None, f'shots = {value!r}: allowed is a list of whole numbers from 2 and "all", such as [4, 16]')
+        ]
+    return tuple(None if each == "all" else each for each in value), _twice(key, value)
+
+
+def _halving(key: str, value: Any) -> tuple[Any, Faults]:
+    return value, [] if isinstance(value, bool) else [(None, f"halving = {value!r}: allowed are true and false")]
+
+
+def _smoothing(key: str, value: Any) -> tuple[Any, Faults]:
+    good = type(value) in (int, float) and 0 <= value < 1
+    return value, [] if good else [(None, f"smoothing = {value!r}: allowed is from 0 to below 1, such as 0.1")]
+
+
+def _words(key: str, value: Any) -> tuple[Any, Faults]:
+    """Of layers or tokens."""
     try:
-        if name == "probes":
-            parse_probes(value, MOST_LAYERS)
-        if name == "tokens":
-            parse_tokens(value, "all", MOST_LAYERS)
+        if not isinstance(value, str):
+            return value, [(None, f"{key} = {value!r}: allowed is text in quotes")]
+        parse_tokens(value, "all", MOST_LAYERS) if key == "tokens" else parse_layers(value, MOST_LAYERS)
     except MlfusionError as err:
-        return str(err)
-    return None
+        return value, [(None, str(err))]
+    return value, []
+
+
+PLACES = ("models", "datasets")
+KEYS: dict[str, Callable[[str, Any], tuple[Any, Faults]]] = {
+    "probes": _probes,
+    "grid": _grid,
+    "seeds": _seeds,
+    "shots": _shots,
+    "halving": _halving,
+    "smoothing": _smoothing,
+    "tokens": _words,
+    "layers": _words,
+}
+assert [*PLACES, *KEYS] == [field.name for field in dataclasses.fields(Recipe)]
+
+
+def _line(text: str, key: str, word: str | None = None) -> int:
+    """The line that the key is set on, or of the word in its value; tomllib keeps neither."""
+    lines: Sequence[str] = text.splitlines()
+    name = re.compile(rf"\s*(\[+\s*)?[\"']?{re.escape(key)}[\"']?\s*(=|\.|\])")
+    first = next((number for number, line in enumerate(lines) if name.match(line)), 0)
+    if word is not None:
+        return next((n + 1 for n in _value(lines, first) if word in lines[n].partition("#")[0]), first + 1)
+    return first + 1
+
+
+def _value(lines: Sequence[str], first: int) -> Iterator[int]:
+    """Lines from the key to before the next one."""
+    for number in range(first, len(lines)):
+        if number > first and re.match(r"\s*(\[\[?\w|[\w-]+\s*=)", lines[number]):
+            return
+        yield number

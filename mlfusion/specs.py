@@ -339,11 +339,12 @@ class Probe:
 
     representation: Representation
     head: Head
+    heads: int | None = None  # of the attention, where another number than the study's is asked for
 
     @property
     def name(self) -> str:
-        """'representation/head', as in the study's tables."""
-        return f"{self.representation.name}/{self.head}"
+        """'representation/head', as in the study's tables; with ':h8' behind it, eight attention heads."""
+        return f"{self.representation.name}/{self.head}{f':h{self.heads}' if self.heads else ''}"
 
 
 BASELINE = "cls-last/linear"
@@ -364,28 +365,51 @@ STUDY = (
 
 _PROBE = re.compile(
     rf"(?P<kinds>all-tokens|(?:{'|'.join(KINDS[:-1])})(?:\+(?:{'|'.join(KINDS[:-1])}))*)-"
-    r"(?P<at>last|all-layers|each-layer|[1-9]\d*-layers|layer-\d+)/(?P<head>[\w-]+)"
+    r"(?P<at>last|all-layers|each-layer|[1-9]\d*-layers|layer-\d+)/(?P<head>[\w-]+)(?::h(?P<heads>[1-9]\d*))?"
 )
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def spelt_out(words: str | Iterable[str]) -> list[str]:
+    """Words as a shell would expand them: 'a-{b,c}/{d,e}' → a-b/d, a-b/e, a-c/d, a-c/e. Text is parted at commas first."""
+    asked = re.split(r",(?![^{]*\})", words) if isinstance(words, str) else list(words)
+    done: list[str] = []
+    for word in asked:
+        if match := _BRACES.search(word):
+            around = word[: match.start()], word[match.end() :]
+            done += spelt_out([each.strip().join(around) for each in match[1].split(",")])
+        else:
+            done.append(word.strip())
+    return done
 
 
 def parse_probes(names: str | Sequence[str], depth: int) -> tuple[Probe, ...]:
     """Names, aliases ('alf', 'aat') or 'all' (the study's ten) → probes; 'cls-each-layer/linear' is one a layer.
 
+    'cls+ap-{last,all-layers}/{linear,attentive}' are four, 'alf:h8' is ALF with eight attention heads.
+
     Raises:
         UnknownName: with the nearest names.
     """
-    asked = names.split(",") if isinstance(names, str) else list(names)
     probes: dict[Probe, None] = {}
-    for word in (w.strip() for w in asked):
-        for name in STUDY if word == "all" else (ALIASES.get(word.lower(), word),):
+    for word in spelt_out(names):
+        alias, _, heads = word.partition(":")
+        named = f"{ALIASES[alias.lower()]}:{heads}".rstrip(":") if alias.lower() in ALIASES else word
+        for name in STUDY if word == "all" else (named,):
             match = _PROBE.fullmatch(name)
-            if not match or match["head"] not in HEADS:
+            if not match or match["head"] not in HEADS or (match["heads"] and match["head"] != "attentive"):
                 grammar = "Others: KINDS-LAYERS/HEAD, as ap-layer-7/linear or cls-each-layer/linear; heads: "
-                raise UnknownName("probe", name, [*STUDY, *ALIASES, "all"], otherwise=f"{grammar}{', '.join(HEADS)}.")
+                raise UnknownName(
+                    "probe",
+                    name,
+                    [*STUDY, *ALIASES, "all"],
+                    otherwise=f"{grammar}{', '.join(HEADS)}; attentive:h8 has eight attention heads.",
+                )
             words = ["all"] if match["kinds"] == "all-tokens" else match["kinds"].split("+")
             kinds = tuple(kind for kind in KINDS if kind in words)
             ats = [f"layer-{n}" for n in range(1, depth + 1)] if match["at"] == "each-layer" else [match["at"]]
-            probes.update({Probe(Representation(kinds, at), match["head"]): None for at in ats})
+            count = int(match["heads"]) if match["heads"] else None
+            probes.update({Probe(Representation(kinds, at), match["head"], count): None for at in ats})
     for probe in probes:
         probe.representation.layers(depth)  # a layer this model does not have is refused here, not in mid-run
     return tuple(probes)

@@ -1,34 +1,75 @@
-"""Every recipe that ships is sound and says what it costs; every fault of one that is not is told at once."""
+"""Every recipe that ships is sound and says what it costs; every fault of one that is not is told at once, with its line."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from mlfusion import cli, recipe
+from mlfusion import cli, datasets, models, recipe
 from mlfusion.errors import BadRecipe
+from mlfusion.specs import parse_tokens
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
+EVERY = sorted(PIPELINES.rglob("*.toml"))
+STUDIES = [path for path in EVERY if path.name != "formula-vit.toml"]
+PAPER = [path for path in EVERY if path.parent.name == "paper"]
 
 
-@pytest.mark.parametrize("path", sorted(PIPELINES.glob("*.toml")), ids=lambda p: p.name)
+def named(path: Path) -> str:
+    return path.relative_to(PIPELINES).as_posix()
+
+
+@pytest.mark.parametrize("path", EVERY, ids=named)
 def test_every_recipe_says_how_to_run_it_what_it_costs_and_what_to_expect(path):
-    head = path.read_text().split("\n\n")[0]
-    for word in ("# Run:", "# Cost:", "# Expect:"):
-        assert re.search(f"^{word} +\\S+", head, re.M), word
-    assert path.name in head or "make demo" in head
+    opening, said = recipe.about(path)
+    assert opening
+    assert set(said) == {"Run", "Cost", "Expect"}
+    assert all(said.values())
+    assert named(path) in said["Run"] or "make demo" in said["Run"]
 
 
-@pytest.mark.parametrize("path", sorted(set(PIPELINES.glob("*.toml")) - {PIPELINES / "formula-vit.toml"}), ids=str)
-def test_every_recipe_of_both_stages_loads(path):
-    assert recipe.load(path).models
+@pytest.mark.parametrize("path", STUDIES, ids=named)
+def test_every_recipe_of_both_stages_loads(path, tmp_path):
+    text = path.read_text()
+    for place in re.findall(r'"\$DATA/([^"]+)"', text):
+        (tmp_path / place).mkdir(parents=True)
+    assert ("--data" in recipe.about(path)[1]["Run"]) == ("$DATA" in text)
+    loaded = recipe.load(path, data=tmp_path)
+    for depth in (8, 12, 24):
+        probes, pairs = loaded.asked(depth)
+        assert {pair for probe in probes for pair in probe.representation.pairs(depth)} <= pairs
+
+
+@pytest.mark.parametrize("path", PAPER, ids=named)
+def test_what_the_papers_recipes_cost_is_reckoned_from_the_catalogue(path):
+    """An image of 224 pixels has (224 / patch)² patches and a CLS token; a number takes two bytes."""
+    asked, nbytes, passes = recipe.load(path), 0, 0
+    images = sum(datasets.CATALOGUE[name].train_images for name in asked.datasets)
+    for name in asked.models:
+        row = models.CATALOGUE[name]
+        every = {"cls": 1, "ap": 1, "all": (row.image_px // row.patch_px) ** 2 + 1}
+        nbytes += images * 2 * row.width * sum(every[kind] for _, kind in asked.asked(row.depth)[1])
+        passes += images
+    size = f"{nbytes / 1e12:.2f} TB" if nbytes >= 1e12 else f"{nbytes / 1e9:.0f} GB"
+    cost = recipe.about(path)[1]["Cost"]
+    assert f"{size} of cache" in cost
+    assert f"{passes / 1e6:.1f} million images" in cost
+    assert re.search(rf"\(paper/{path.name}\).*\| {size} \|", (PIPELINES / "README.md").read_text())
+
+
+def test_the_papers_recipes_cover_its_models_and_data_sets(shared):
+    published = (shared.parent / "reference" / "paper_datasets.csv").read_text().splitlines()[1:]
+    whole = recipe.load(PIPELINES / "paper" / "table1.toml")
+    assert set(whole.datasets) == {line.partition(",")[0] for line in published}
+    scores = (shared.parent / "reference" / "paper_balanced_accuracy.csv").read_text().splitlines()[1:]
+    assert set(whole.models) == {line.partition(",")[0] for line in scores}
+    assert {probe.name for probe in whole.asked(12)[0]} == {line.split(",")[2] for line in scores}
 
 
 def test_the_recipes_readme_names_every_recipe_and_every_key():
-    import dataclasses
-
     text = (PIPELINES / "README.md").read_text()
-    assert set(re.findall(r"\]\((\w[\w-]*\.toml)\)", text)) == {path.name for path in PIPELINES.glob("*.toml")}
+    assert set(re.findall(r"\]\((\w[\w/-]*\.toml)\)", text)) == {named(path) for path in EVERY}
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == {f.name for f in dataclasses.fields(recipe.Recipe)}
 
 
@@ -37,24 +78,92 @@ def test_the_default_recipe_is_what_the_commands_default_to():
     assert (default.models, default.datasets) == ((cli.MODEL,), (cli.DATASET,))
 
 
-def test_every_fault_is_told_at_once(tmp_path):
-    file = tmp_path / "bad.toml"
+def test_what_is_asked_for_follows_from_the_probes(tmp_path):
+    file = tmp_path / "x.toml"
     file.write_text(
-        'models = "clip"\nhead = 3\nseeds = [0, -1]\ngrid = "huge"\nprobes = ["cls-lst/linear"]\ntokens = "cls,patch"\n'
+        'models = ["$DATA/m"]\ndatasets = ["digits"]\nprobes = ["{cls,ap}-layer-2/linear", "aat:h4"]\nshots = [4, "all"]\n'
     )
+    (tmp_path / "m").mkdir()
+    loaded = recipe.load(file, data=tmp_path)
+    assert loaded.models == (str(tmp_path / "m"),)
+    assert loaded.shots == (4, None)
+    probes, pairs = loaded.asked(4)
+    assert [probe.name for probe in probes] == [
+        "cls-layer-2/linear",
+        "ap-layer-2/linear",
+        "all-tokens-last/attentive:h4",
+    ]
+    assert [probe.heads for probe in probes] == [None, None, 4]
+    assert pairs == parse_tokens("cls+ap@2,all@4", "all", 4)
+
+
+def test_of_all_probes_those_are_asked_for_that_named_tokens_serve():
+    asked = recipe.Recipe(models=("m",), datasets=("d",), tokens="cls,ap", layers="last")
+    assert [probe.name for probe in asked.asked(12)[0]] == [
+        "cls-last/linear",
+        "cls+ap-last/linear",
+        "cls+ap-last/attentive",
+    ]
+
+
+BAD = """\
+models = ["clip-vit-b16", "clip-vit-b17"]   # clip-vit-b17 is none
+head = 3
+seeds = [0, -1]
+grid = "huge"
+probes = [
+    "all",
+    "cls-lst/linear",
+    "cls-last/linear:h8",
+    "{cls,ap}-last/linear", "ap-last/linear",
+]
+tokens = "cls,patch"
+shots = [1]
+halving = "yes"
+datasets = [
+    "digits",
+    "$DATA/mine",
+    "digits",
+]
+smoothing = 1
+
+[more]
+seeds = [7]
+"""
+
+
+def test_every_fault_is_told_at_once_with_its_line(tmp_path):
+    file = tmp_path / "bad.toml"
+    file.write_text(BAD)
     with pytest.raises(BadRecipe) as caught:
         recipe.load(file)
+    said = str(caught.value)
+    assert said.startswith(f"{file}: line 1: no model named 'clip-vit-b17'. Did you mean clip-vit-b16")
     for words in (
-        "bad.toml",
-        "unknown key 'head'; allowed: models",
-        "datasets is missing",
-        "models = 'clip': allowed is a list",
-        "seeds = [0, -1]",
-        "grid = 'huge': allowed are paper, quick",
-        "Did you mean cls-last/linear",
-        "no token kind named 'patch'",
+        "line 2: unknown key 'head'; allowed: models, datasets",
+        "line 3: seeds = [0, -1]",
+        "line 4: grid = 'huge': allowed are paper, quick",
+        "line 7: no probe named 'cls-lst/linear'. Did you mean cls-last/linear",
+        "line 8: no probe named 'cls-last/linear:h8'",
+        "line 9: probes: 'ap-last/linear' twice",
+        "line 11: no token kind named 'patch'",
+        "line 12: shots = [1]",
+        "line 13: halving = 'yes'",
+        "line 15: datasets: 'digits' twice",
+        "line 16: '$DATA/mine' lies in a folder of yours; say which: --data DIR",
+        "line 19: smoothing = 1",
+        "line 21: unknown key 'more'",
     ):
-        assert words in str(caught.value)
+        assert words in said
+    assert said.count("line ") == 14
+    with pytest.raises(BadRecipe, match=re.escape(f"line 16: there is no {tmp_path / 'mine'}")):
+        recipe.load(file, data=tmp_path)
+
+
+def test_what_is_missing_has_no_line(tmp_path):
+    (tmp_path / "x.toml").write_text('models = "clip"\n')
+    with pytest.raises(BadRecipe, match=r"x.toml: datasets is missing; line 1: models = 'clip': allowed is a list"):
+        recipe.load(tmp_path / "x.toml")
 
 
 @pytest.mark.parametrize(("text", "words"), [("models = [", "is not TOML"), (None, "no recipe can be read")])

@@ -4,7 +4,7 @@ Nothing heavy is imported before it is needed: `mlfusion --help` starts neither 
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from mlfusion.cli.cache import app as cache_app
 from mlfusion.cli.data import data, reads_data
 from mlfusion.cli.predict import predict
 from mlfusion.cli.results import app as results_app
+from mlfusion.cli.study import run
 from mlfusion.cli.words import (
     DATASET,
     MODEL,
@@ -39,7 +40,11 @@ from mlfusion.cli.words import (
     asked_model,
     print_json,
     print_rows,
+    print_table,
+    row_json,
     say,
+    say_extracted,
+    write_page,
 )
 from mlfusion.errors import UnknownName
 from mlfusion.specs import STUDY
@@ -55,6 +60,7 @@ app.add_typer(cache_app, name="cache")
 app.add_typer(results_app, name="results")
 app.command()(predict)
 app.command()(data)
+app.command()(run)
 
 
 def _print_version(wanted: bool) -> None:
@@ -114,7 +120,7 @@ def extract(
         print_json({"features": [one.to_json() for one in done]})
         return
     for one in done:
-        _say_extracted(one.to_json())
+        say_extracted(one.to_json())
 
 
 @app.command()
@@ -220,55 +226,9 @@ def probe(
         say=say,
     )
     if as_json:
-        print_json({"results": [_row_json(row) for row in done.rows]})
+        print_json({"results": [row_json(row) for row in done.rows]})
     else:
-        _print_table(done.rows)
-
-
-@app.command()
-def run(
-    recipe: Annotated[Path, typer.Argument(help="A file of pipelines/.")],
-    cache: Cache = None,
-    results: ResultsPath = Path("results"),
-    html: Annotated[Path | None, typer.Option("--html", help="The page; default RESULTS/<recipe>.html.")] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="Of the forward pass; probes train on the processor.")
-    ] = "auto",
-    track: Track = "",
-    as_json: AsJson = False,
-) -> None:
-    """Both stages and the report, as a recipe says. What is cached or done already is not done again."""
-    from mlfusion import evaluation
-    from mlfusion import recipe as recipes
-    from mlfusion.extraction import extract as run_extract
-
-    plan = recipes.load(recipe)
-    features, rows = [], []
-    for model in plan.models:
-        for dataset in plan.datasets:
-            extracted = run_extract(model, dataset, layers=plan.layers, tokens=plan.tokens, cache=cache, device=device)
-            features += [one.to_json() for one in extracted]
-            for one in extracted:
-                _say_extracted(one.to_json(), say=say)
-            done = evaluation.probe(
-                dataset,
-                model=model,
-                probes=plan.probes,
-                grid=plan.grid,
-                seeds=plan.seeds,
-                cache=cache,
-                results=results,
-                track=track,
-                say=say,
-            )
-            rows += done.rows
-    page = html or results / f"{recipe.stem}.html"
-    _write_page(rows, page)
-    if as_json:
-        print_json({"features": features, "results": [_row_json(row) for row in rows], "html": str(page)})
-    else:
-        _print_table(rows)
-        typer.echo(f"report: {page}")
+        print_table(done.rows)
 
 
 @app.command()
@@ -282,12 +242,12 @@ def report(
 
     rows = Results(results).require()
     if html:
-        _write_page(rows, html)
+        write_page(rows, html)
     if markdown:
         from mlfusion.report import markdown as written
 
         markdown.write_text(written(rows), encoding="utf-8")
-    _print_table(rows)
+    print_table(rows)
     if html:
         typer.echo(f"report: {html}")
 
@@ -398,54 +358,6 @@ def _hooks() -> Iterator[dict[str, Any]]:
 
 
 # --- saying ----------------------------------------------------------------------------------------------------------
-
-
-def _row_json(row: Any) -> dict[str, Any]:
-    """What `mlfusion probe --json` promises, and the row's id, by which the rest is found."""
-    names = (
-        "model",
-        "dataset",
-        "probe",
-        "seed",
-        "metric",
-        "val",
-        "test",
-        "metrics",
-        "selected",
-        "parameters",
-        "seconds",
-    )
-    return {name: row[name] for name in names} | {"features": row["features"], "id": row["id"]}
-
-
-SHOWN = 5  # images that were skipped, of each split
-
-
-def _say_extracted(one: dict[str, Any], say: Any = typer.echo) -> None:
-    skipped = f", {one['images_skipped']} skipped as unreadable" if one["images_skipped"] else ""
-    say(
-        f"{one['model']} on {one['dataset']}/{one['split']}: {one['images_written']:,} images written, "
-        f"{one['images_reused']:,} reused{skipped}; {one['forward_passes']} forward passes; "
-        f"{one['bytes'] / 1e6:,.1f} MB in {one['key']}"
-    )
-    for name, why in list(one["skipped"].items())[:SHOWN]:
-        say(f"  skipped {name}: {why}")
-    if (more := len(one["skipped"]) - SHOWN) > 0:
-        say(f"  and {more:,} more: mlfusion cache ls --json")
-
-
-def _print_table(rows: Iterable[Any]) -> None:
-    from rich.console import Console
-
-    from mlfusion.report import table
-
-    Console().print(table(list(rows)))
-
-
-def _write_page(rows: Iterable[Any], path: Path) -> None:
-    from mlfusion.report import write_page
-
-    write_page(list(rows), path)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What every command shares: its options, how errors end it, and how rows and JSON are printed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,3 +125,54 @@ def amount(option: str, text: str | None, units: dict[str, int]) -> int | None:
         if number != text and number.replace(".", "", 1).isdecimal():
             return int(float(number) * factor)
     raise MlfusionError(f"--{option} {text!r} is no amount; allowed: a number and one of {', '.join(units)}")
+
+
+def row_json(row: Any) -> dict[str, Any]:
+    """What `mlfusion probe --json` promises, and the row's id, by which the rest is found."""
+    names = (
+        "model",
+        "dataset",
+        "probe",
+        "seed",
+        "metric",
+        "val",
+        "test",
+        "metrics",
+        "selected",
+        "parameters",
+        "seconds",
+    )
+    return {name: row[name] for name in names} | {"features": row["features"], "id": row["id"]}
+
+
+SHOWN = 5  # images that were skipped, of each split
+
+
+def say_extracted(one: dict[str, Any], say: Any = typer.echo) -> None:
+    """What one split's extraction did."""
+    skipped = f", {one['images_skipped']} skipped as unreadable" if one["images_skipped"] else ""
+    say(
+        f"{one['model']} on {one['dataset']}/{one['split']}: {one['images_written']:,} images written, "
+        f"{one['images_reused']:,} reused{skipped}; {one['forward_passes']} forward passes; "
+        f"{one['bytes'] / 1e6:,.1f} MB in {one['key']}"
+    )
+    for name, why in list(one["skipped"].items())[:SHOWN]:
+        say(f"  skipped {name}: {why}")
+    if (more := len(one["skipped"]) - SHOWN) > 0:
+        say(f"  and {more:,} more: mlfusion cache ls --json")
+
+
+def print_table(rows: Iterable[Any]) -> None:
+    """The report in the terminal."""
+    from rich.console import Console
+
+    from mlfusion.report import table
+
+    Console().print(table(list(rows)))
+
+
+def write_page(rows: Iterable[Any], path: Path) -> None:
+    """The report as a page."""
+    from mlfusion.report import write_page as write
+
+    write(list(rows), path)

@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -120,13 +119,7 @@ def extract(
         device="cpu",
         batch_size=4,
     )
-    kept = extraction.Request, extraction.Backbone
-    extraction.Request = SimpleNamespace(of=lambda *_, **__: asked)
-    extraction.Backbone = lambda *_, **__: Model(passes, pause)
-    try:
-        [done] = extraction.extract("formula", "numbers", cache=root)
-    finally:
-        extraction.Request, extraction.Backbone = kept
+    [done] = extraction.fill(asked, cache=root, model=lambda _: Model(passes, pause))
     return done.entry
 
 

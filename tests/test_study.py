@@ -1,0 +1,148 @@
+"""A study does what is missing and nothing else, tells beforehand what that is, and loses nothing to one case that fails."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import save_images, save_model
+
+from mlfusion import evaluation, extraction, protocol, study
+from mlfusion.recipe import Recipe
+from mlfusion.results import Results
+
+PROBES = ("cls-last/linear", "alf:h2", "aat")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(save_model("vit", tmp_path_factory.mktemp("model") / "tiny-vit"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    root = tmp_path_factory.mktemp("data")
+    sizes = {"colours": 8, "shades": 5}
+    return [str(save_images(root / name, {"train": n, "test": 4}, seed=n)) for name, n in sizes.items()]
+
+
+@pytest.fixture(autouse=True)
+def short_grid(monkeypatch):
+    grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
+    monkeypatch.setitem(protocol.GRIDS, "quick", grid)
+    monkeypatch.setattr(study, "TRIAL_SECONDS", 0.01)
+
+
+@pytest.fixture
+def recipe(model, data) -> Recipe:
+    return Recipe(models=(model,), datasets=tuple(data), probes=PROBES, grid="quick", seeds=(0, 1))
+
+
+def names(rows) -> list[tuple[str, str, int]]:
+    return [(row["dataset"], row["probe"], row["seed"]) for row in rows]
+
+
+def test_the_plan_says_what_is_missing_and_the_study_does_just_that(recipe, tmp_path):
+    planned = study.plan(recipe)
+    assert not Path("cache").exists()
+    assert not Path("results").exists()
+    [first, second] = planned.cases
+    assert (first.images_to_run, second.images_to_run) == (24 + 12, 15 + 12)
+    assert (first.forward_passes, second.forward_passes) == (2, 2)
+    # 4 layers of CLS and AP and 17 tokens of the last one, 32 wide, two bytes each
+    assert planned.bytes_to_write == (36 + 27) * (2 * 4 + 17) * 32 * 2
+    assert [len(case.missing) for case in planned.cases] == [6, 6]
+    assert all(case.extract_seconds > 0 and case.probe_seconds > 0 for case in planned.cases)
+    assert planned.seconds == pytest.approx(sum(c.extract_seconds + c.probe_seconds for c in planned.cases))
+
+    done = study.run(planned)
+    assert (done.made, done.failures) == (12, ())
+    assert sum(one.images_written for one in done.extracted) == 63
+    written = sum(entry.stat().st_size for entry in Path("cache").rglob("*") if entry.is_file())
+    assert written > planned.bytes_to_write
+    wanted = ["cls-last/linear", "cls+ap-all-layers/attentive:h2", "all-tokens-last/attentive"]
+    assert names(done.rows) == [(d, p, s) for d in ("colours", "shades") for p in wanted for s in (0, 1)]
+    assert {row["selected"].get("heads") for row in done.rows} == {None, 2, 8}
+
+
+def test_what_is_there_is_not_done_again(recipe, monkeypatch):
+    first = study.run(study.plan(recipe)).rows
+
+    def never(*_, **__):
+        raise AssertionError("work that was done already")
+
+    monkeypatch.setattr(evaluation, "_run", never)
+    monkeypatch.setattr(extraction, "load", never)
+    monkeypatch.setattr(study.costs, "seconds", never)
+    planned = study.plan(recipe)
+    assert planned.is_done
+    assert "nothing is missing" in str(planned)
+    again = study.run(planned)
+    assert (again.made, again.extracted, again.rows) == (0, [], first)
+    shutil.rmtree("cache")  # rows are enough
+    assert study.plan(recipe).is_done
+
+
+def test_a_seed_or_a_data_set_more_is_all_that_is_done(recipe, data, model):
+    small = Recipe(models=(model,), datasets=(data[0],), probes=PROBES[:2], grid="quick", seeds=(0,))
+    study.run(study.plan(small))
+    planned = study.plan(recipe)
+    assert [len(case.missing) for case in planned.cases] == [4, 6]
+    # of the first data set all tokens of the last layer are new; what is cached already runs no forward pass for itself
+    assert planned.cases[0].bytes_to_write == 36 * 17 * 32 * 2
+    done = study.run(planned)
+    assert done.made == 10
+    assert len(Results("results").rows()) == 12
+
+    more = study.plan(Recipe(**{**vars(recipe), "seeds": (0, 1, 2)}))
+    assert [len(case.missing) for case in more.cases] == [3, 3]
+    assert more.bytes_to_write == more.cases[0].images_to_run == 0
+
+
+def test_tokens_that_are_named_are_cached_though_no_probe_reads_them(recipe, model, data):
+    asked = Recipe(models=(model,), datasets=(data[0],), probes=PROBES[:1], grid="quick", seeds=(0,), tokens="cls,ap@0")
+    study.run(study.plan(asked))
+    planned = study.plan(asked)
+    assert planned.is_done
+    [train, _] = planned.cases[0].stage_one.splits
+    assert train.bytes_held > 0
+    assert train.images_to_run == 0
+
+
+def test_images_that_changed_are_another_study(recipe, model, data, tmp_path):
+    copy = tmp_path / "changing"
+    shutil.copytree(data[0], copy)
+    asked = Recipe(models=(model,), datasets=(str(copy),), probes=PROBES[:1], grid="quick", seeds=(0,))
+    study.run(study.plan(asked))
+    [one] = (copy / "test" / "red").glob("000.png")
+    shutil.copy(copy / "test" / "blue" / "000.png", one)
+    planned = study.plan(asked)
+    assert [len(case.missing) for case in planned.cases] == [1]
+    assert [split.images_to_run for split in planned.cases[0].stage_one.splits] == [0, 12]
+    assert study.run(planned).made == 1
+
+
+def test_a_case_that_fails_costs_the_others_nothing(recipe, model, data, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(data[1], damaged)
+    (damaged / "train" / "red" / "000.png").write_bytes(b"no image")
+    asked = Recipe(
+        models=(str(tmp_path / "no" / "model"), model),
+        datasets=(data[0], "nobody/nothing", str(damaged)),
+        probes=PROBES[:1],
+        grid="quick",
+        seeds=(0,),
+    )
+    planned = study.plan(asked)
+    assert [(Path(f.model).name, Path(f.dataset).name) for f in planned.failures] == [
+        ("model", "colours"),
+        ("model", "nothing"),
+        ("model", "damaged"),
+        ("tiny-vit", "nothing"),
+    ]
+    assert not planned.is_done
+    done = study.run(planned)
+    assert names(done.rows) == [("colours", "cls-last/linear", 0)]
+    assert "train/red/000.png cannot be read" in str(done.failures[-1])
+    assert len(done.failures) == 5
+    again = study.plan(asked)  # the failures are tried again, what was done is not
+    assert [len(case.missing) for case in again.cases] == [0, 1]
