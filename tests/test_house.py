@@ -120,6 +120,7 @@ HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
     "wandb": {"trackers"},
     "mlflow": {"trackers"},
     "torch": {
+        "models",  # the shapes of a pickled checkpoint of timm
         "preprocessing",
         "backbone",
         "extraction",
