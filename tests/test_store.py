@@ -3,7 +3,9 @@
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import h5py
@@ -94,6 +96,52 @@ def test_what_is_written_is_what_is_read(format, tmp_path_factory, images, dtype
             li, ki = one.plane(layer, kind)
             want = written[one.name][:, li, ki * one.tokens : (ki + 1) * one.tokens]
             np.testing.assert_array_equal(entry.read([layer], [kind])[:, 0], want)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Callable[[str, int, str], Entry]:
+    """Entries that are only read, each made once."""
+
+    @cache
+    def make(format: str, images: int, dtype: str) -> Entry:
+        entry = new_entry(tmp_path_factory.mktemp("kept"), images, dtype)
+        fill(entry, format, {*PAIRS, (3, "all")}, batch=images)
+        return entry
+
+    return make
+
+
+@both
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    images=st.sampled_from([1, 8, 33]),
+    dtype=st.sampled_from(["float16", "int8"]),
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=9),
+    mixed=st.sampled_from([1, 200, 1 << 20]),
+    small=st.sampled_from([0, 1 << 24]),
+    data=st.data(),
+)
+def test_every_way_to_read_gives_the_same(format, kept, images, dtype, sizes, mixed, small, data):
+    """Rows in any order and any number of times; passes in batches of any sizes, kept in hand until the pass is over."""
+    entry = kept(format, images, dtype)
+    with pytest.MonkeyPatch.context() as patch, entry.open([3, 1], ["ap", "cls"]) as reader:
+        patch.setattr("mlfusion.store.reader.MIXED", mixed)
+        patch.setattr("mlfusion.store.reader.SMALL", small)  # below which no threads are started
+        whole = reader.read()
+        rows = np.array(data.draw(st.lists(st.integers(-images, images - 1), max_size=60)), np.int64)
+        twice = np.arange(images) // 2
+        np.testing.assert_array_equal(reader[rows], whole[rows])
+        np.testing.assert_array_equal(reader[twice], whole[twice])
+        some = np.array(data.draw(st.lists(st.integers(0, images - 1), unique=True, min_size=1)))
+        sizes = [*sizes, len(some) - sum(sizes)] if sum(sizes) < len(some) else len(some) // 3 or 1
+        given = list(reader.batches(sizes, seed=images, rows=some))
+        order = np.concatenate([rows for rows, _ in given])
+        assert sorted(order) == sorted(some)
+        np.testing.assert_array_equal(order, reader.order(images, some))
+        for rows, batch in given:
+            np.testing.assert_array_equal(batch, whole[rows])
+        if isinstance(sizes, list):
+            assert [len(batch) for _, batch in given] == sizes
 
 
 @both

@@ -1,9 +1,10 @@
 """Reads tokens out of shards: all of them, a layer, a kind, random rows, or rows in a shuffled order, and nothing else.
 
-A chunk holds one layer and one kind of a run of images, so what was not asked for stays on the disk. Reading everything
-goes in few large reads, which is faster than a fresh map whose pages come one by one; images here and there come from
-shards that are mapped and stay so. A chunk's checksum is compared with the manifest's when it is first touched. A
-reader works in threads, and after fork or spawn: each process opens the files for itself.
+A chunk holds one layer and one kind of a run of images, so what was not asked for stays on the disk. Where much of a
+shard is wanted, chunk after chunk is read into a core's cache, compared there with its checksum, and put where it
+belongs: it travels from memory once. Images here and there come from shards that are mapped and stay so; there a chunk is
+compared when it is first touched. A reader works in threads, and after fork or spawn: each process opens the files for
+itself.
 """
 
 import math
@@ -11,9 +12,9 @@ import mmap
 import os
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,8 +36,7 @@ OPEN_SHARDS = 256  # mapped at once; each takes one of the process's file descri
 MIXED = 1 << 28  # bytes of images that are shuffled together, of at least
 FEWEST = 4  # blocks
 THREADS = min(4, os.cpu_count() or 1)
-READ = 1 << 26  # bytes read at once by a thread, at most, but for a single chunk
-PIECE = 1 << 20  # bytes
+PIECE = 1 << 20  # bytes, as decoded
 SMALL = 1 << 24  # bytes below which threads are not worth starting
 
 
@@ -89,10 +89,10 @@ class Span:
             for j in range(len(self.kinds))
         ]
 
-    def of(self, out: np.ndarray, width: int) -> np.ndarray:
+    def of(self, out: np.ndarray, stream: Stream) -> np.ndarray:
         """Its part of a result [rows, layers, tokens, width or more], as [rows, layers, kinds, tokens, width]."""
-        part = out[:, self.into_layers, self.into_tokens, :width]
-        return part.reshape(len(out), len(self.layers), len(self.kinds), -1, width)
+        part = out[:, self.into_layers, self.into_tokens, : stream.width]
+        return part.reshape(len(out), len(self.layers), len(self.kinds), stream.tokens, stream.width)
 
 
 def spans(source: Source, planes: Sequence[tuple[int, int, int, int]]) -> list[Span]:
@@ -150,83 +150,32 @@ class Chunks:
     def _bytes(self, block: int) -> int:
         return self.rows(block) * self._row_bytes
 
-    def _starts(self, block: int, span: Span) -> np.ndarray:
-        """[layers, kinds] int64."""
-        found: np.ndarray = self._offsets[block, span.layers[:, None], span.kinds]
-        return found
-
-    def _compare(self, data: np.ndarray, origin: int, block: int, layer: int, kind: int) -> None:
-        """Refuse a chunk whose bytes, of the file from `origin` on, are not those that were written."""
-        start = int(self._offsets[block, layer, kind]) - origin
-        if checksum(data[start : start + self._bytes(block)]) != self._checksums[block, layer, kind]:
+    def _compare(self, data: np.ndarray, block: int, layer: int, kind: int) -> None:
+        """Refuse a chunk whose bytes are not those that were written."""
+        if checksum(data) != self._checksums[block, layer, kind]:
             raise self._damaged(f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
 
-    def _view(self, data: np.ndarray, origin: int, block: int, span: Span) -> np.ndarray | None:
-        """[rows, layers, kinds, tokens, columns] as stored, without a copy, if the chunks lie at even distances."""
-        starts = self._starts(block, span)
-        places = starts.tolist()
-        first = places[0][0]
-        step = places[1][0] - first if len(places) > 1 else 0
-        stride = places[0][1] - first if len(places[0]) > 1 else 0
-        if any(start != first + i * step + j * stride for i, row in enumerate(places) for j, start in enumerate(row)):
-            return None
-        stored = self._stream.encoding.stored
-        token = self._stream.columns * stored.itemsize
-        return np.ndarray(
-            (self.rows(block), *starts.shape, self._stream.tokens, self._stream.columns),
-            stored,
-            data.data,
-            first - origin,
-            (self._row_bytes, step, stride, token, stored.itemsize),
-        )
-
-    def _views(self, data: np.ndarray, origin: int, block: int, span: Span) -> list[tuple[Span, np.ndarray]]:
-        """All at once, or plane by plane."""
-        whole = self._view(data, origin, block, span)
-        if whole is not None:
-            return [(span, whole)]
-        planes = ((plane, self._view(data, origin, block, plane)) for plane in span.planes)
-        return [(plane, view) for plane, view in planes if view is not None]  # of one plane there always is one
+    def _ranges(self, starts: np.ndarray, size: int) -> list[tuple[int, int]]:
+        """First byte and length of what chunks of `size` bytes take of the file; a gap of less than a page is none."""
+        starts = np.sort(starts, axis=None)
+        breaks = np.flatnonzero(np.diff(starts) > size + mmap.PAGESIZE) + 1
+        return [(int(run[0]), int(run[-1]) + size - int(run[0])) for run in np.split(starts, breaks)]
 
 
 class ShardFile(Chunks):
-    """Read into memory of one's own, in few large reads: for much of a shard at once."""
+    """Read into memory of one's own, chunk by chunk: for much of a shard at once."""
 
     def __init__(self, source: Source, shard: int, descriptor: int) -> None:
         super().__init__(source, shard, descriptor)
         self._descriptor = descriptor
 
-    def read(self, block: int, span: Span, check: bool) -> Iterator[tuple[Span, np.ndarray]]:
-        """A block of a span: [rows, layers, kinds, tokens, columns] as stored, or plane by plane. Gone with the next read.
-
-        Raises:
-            CacheUnusable: a checksum is wrong, or the file ends before its time.
-        """
-        starts = self._starts(block, span)
-        first, last = int(starts.min()), int(starts.max()) + self._bytes(block)
-        if starts.size > 1 and last - first > min(READ, starts.size * self._bytes(block) * 5 // 4):
-            for plane, (layer, kind) in zip(span.planes, span.pairs, strict=True):
-                yield plane, self.chunk(block, layer, kind, check)[:, None, None]
-            return
-        data = self._bytes_from(first, last - first)
-        if check:
-            for layer, kind in span.pairs:
-                self._compare(data, first, block, layer, kind)
-        yield from self._views(data, first, block, span)
-
     def chunk(self, block: int, layer: int, kind: int, check: bool) -> np.ndarray:
         """[rows, tokens, columns] as stored. Gone with the next read.
 
         Raises:
-            CacheUnusable: likewise.
+            CacheUnusable: a checksum is wrong, or the file ends before its time.
         """
-        first = int(self._offsets[block, layer, kind])
-        data = self._bytes_from(first, self._bytes(block))
-        if check:
-            self._compare(data, first, block, layer, kind)
-        return data.view(self._stream.encoding.stored).reshape(-1, self._stream.tokens, self._stream.columns)
-
-    def _bytes_from(self, first: int, size: int) -> np.ndarray:
+        first, size = int(self._offsets[block, layer, kind]), self._bytes(block)
         data = _buffer(size)
         got = os.preadv(self._descriptor, [data.data], first)
         while got < size:
@@ -234,7 +183,20 @@ class ShardFile(Chunks):
             if more == 0:
                 raise self._damaged("it ends before its time")
             got += more
-        return data
+        if check:
+            self._compare(data, block, layer, kind)
+        return data.view(self._stream.encoding.stored).reshape(-1, self._stream.tokens, self._stream.columns)
+
+    def fetch(self, span: Span, blocks: slice = slice(None)) -> None:
+        """Ask the disk for chunks that are about to be read, all at once, if the first of them is not in memory."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return
+        starts = self._offsets[blocks, span.layers[:, None], span.kinds]
+        try:
+            os.preadv(self._descriptor, [bytearray(1)], int(starts.flat[0]), os.RWF_NOWAIT)
+        except OSError:  # not there, or of a file system that cannot tell
+            for first, length in self._ranges(starts, self._bytes(0)):
+                os.posix_fadvise(self._descriptor, first, length, os.POSIX_FADV_WILLNEED)
 
 
 class ShardMap(Chunks):
@@ -261,9 +223,33 @@ class ShardMap(Chunks):
         with self._lock:  # what one thread compares, another need not
             for layer, kind in span.pairs:
                 if check == "always" or (check == "once" and not self._compared[block, layer, kind]):
-                    self._compare(self._data, 0, block, layer, kind)
+                    start = int(self._offsets[block, layer, kind])
+                    self._compare(self._data[start : start + self._bytes(block)], block, layer, kind)
                     self._compared[block, layer, kind] = True
-        return self._known.setdefault((block, span), self._views(self._data, 0, block, span))
+        whole = self._view(block, span)
+        if whole is not None:
+            return self._known.setdefault((block, span), [(span, whole)])
+        planes = ((plane, self._view(block, plane)) for plane in span.planes)
+        # Of one plane there always is a view.
+        return self._known.setdefault((block, span), [(plane, view) for plane, view in planes if view is not None])
+
+    def _view(self, block: int, span: Span) -> np.ndarray | None:
+        """[rows, layers, kinds, tokens, columns] as stored, without a copy, if the chunks lie at even distances."""
+        places = self._offsets[block, span.layers[:, None], span.kinds].tolist()
+        first = places[0][0]
+        step = places[1][0] - first if len(places) > 1 else 0
+        stride = places[0][1] - first if len(places[0]) > 1 else 0
+        if any(start != first + i * step + j * stride for i, row in enumerate(places) for j, start in enumerate(row)):
+            return None
+        stored = self._stream.encoding.stored
+        token = self._stream.columns * stored.itemsize
+        return np.ndarray(
+            (self.rows(block), len(places), len(places[0]), self._stream.tokens, self._stream.columns),
+            stored,
+            self._data.data,
+            first,
+            (self._row_bytes, step, stride, token, stored.itemsize),
+        )
 
     def _absent(self, descriptor: int, wanted: Sequence[Span]) -> np.ndarray:
         """Chunks that are not in memory already, by their last byte: to ask for those that are costs as much as a copy."""
@@ -285,15 +271,13 @@ class ShardMap(Chunks):
         if not self._cold.any():
             return
         planes = np.ix_(np.array([block]), span.layers, span.kinds)
-        starts = np.sort(self._offsets[planes][self._cold[planes]])
+        starts = self._offsets[planes][self._cold[planes]]
         if not len(starts):
             return
         self._cold[planes] = False
-        # Neighbours are asked for together; a gap of less than a page is none.
-        breaks = np.flatnonzero(np.diff(starts) > self._bytes(block) + mmap.PAGESIZE) + 1
-        for run in np.split(starts, breaks):
-            page = int(run[0]) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, page, int(run[-1]) + self._bytes(block) - page)
+        for first, length in self._ranges(starts, self._bytes(block)):
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, first + length - page)
 
 
 _buffers = threading.local()
@@ -364,7 +348,7 @@ class TokenReader:
 
     def read(self) -> np.ndarray:
         """Everything: [images, layers, tokens, width] in `dtype`."""
-        out = self._empty(self._images)
+        out, check = self._empty(self._images), self._check != "never"
         jobs = [(span, shard) for span in self._spans for shard in range(span.source.stream.shards)]
 
         def copy(job: int) -> None:
@@ -372,13 +356,18 @@ class TokenReader:
             stream = span.source.stream
             with self._file(span.source, number) as descriptor:
                 file = ShardFile(span.source, number, descriptor)
+                file.fetch(span)
                 for block in range(file.blocks):
                     first = number * stream.shard_rows + block * stream.chunk_rows
                     rows = out[first : first + file.rows(block)]
-                    for part, view in file.read(block, span, self._check != "never"):
-                        into, step = part.of(rows, stream.width), _piece(view)
-                        for start in range(0, len(view), step):
-                            into[start : start + step] = _decoded(stream, view[start : start + step])
+                    for plane, (layer, kind) in zip(span.planes, span.pairs, strict=True):
+                        _put(
+                            plane.of(rows, stream),
+                            ALL,
+                            stream,
+                            file.chunk(block, layer, kind, check)[:, None, None],
+                            ALL,
+                        )
 
         def copy_some(some: np.ndarray) -> None:
             for job in some.tolist():
@@ -406,9 +395,10 @@ class TokenReader:
             raise IndexError(f"rows {wanted.min()}..{wanted.max()} of {len(self)} images")
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         images = wanted if self._rows is None else self._rows[wanted]
-        if self._dense(images):
-            return self._scatter(wanted, self._empty(0))
         out = self._empty(len(images))
+        if self._dense(images):
+            self._scatter(wanted, [out])
+            return out
         for pin in self._pins:
             pin.renew()
         jobs = [(span, *run) for span in self._spans for run in _runs(images // span.source.stream.chunk_rows)]
@@ -421,10 +411,7 @@ class TokenReader:
             shard = self._shard(span.source, number // stream.shard_blocks)
             inside = images[where] % stream.chunk_rows
             for part, view in shard.views(number % stream.shard_blocks, span, self._check):
-                into, step = part.of(out, stream.width), _piece(view)
-                for start in range(0, len(where), step):
-                    some = slice(start, start + step)
-                    into[where[some]] = _decoded(stream, view[inside[some]])
+                _put(part.of(out, stream), where, stream, view, inside)
 
         if out.nbytes < SMALL:
             for job in jobs:
@@ -465,21 +452,35 @@ class TokenReader:
         )
         if sum(sizes) != images:
             raise ValueError(f"batches of {sum(sizes)} images in all, and there are {images}")
-        ends = np.cumsum(sizes)
-        left, kept = np.empty(0, np.int64), self._empty(0)  # less than a batch, which the next group completes
-        given = 0  # images that were dealt out
+        order = np.concatenate(groups) if groups else np.empty(0, np.int64)
+        ends, bounds = np.cumsum(sizes), np.cumsum([0, *map(len, groups)]).tolist()
+        begun: deque[tuple[int, np.ndarray]] = deque([(0, self._empty(0))])  # memory, and which image is its first
+        reach = 0  # images that there is memory for: up to the end of a batch, which a later group may complete
+
+        def begin(group: int) -> Future[None]:
+            nonlocal reach
+            first, end = bounds[group : group + 2]
+            start, memory = begun[-1]
+            into = [memory[first - start : end - start]]
+            if reach < end:
+                start, reach = reach, int(ends[np.searchsorted(ends, end)])
+                begun.append((start, self._empty(reach - start)))
+                into.append(begun[-1][1][: end - start])
+            return ahead.submit(self._scatter, groups[group], into)
+
+        batches = deque(pairwise([0, *ends.tolist()]))
         with ThreadPoolExecutor(1) as ahead:
-            waiting = ahead.submit(self._scatter, groups[0], kept) if groups else None
-            for number, group in enumerate(groups):
+            waiting = begin(0) if groups else None
+            for group in range(len(groups)):
                 assert waiting is not None
-                dealt, tokens = np.concatenate([left, group]), waiting.result()
-                cuts = [given, *ends[(ends > given) & (ends <= given + len(dealt))].tolist()]
-                left, kept = dealt[cuts[-1] - given :], tokens[cuts[-1] - given :]
-                more = number + 1 < len(groups)
-                waiting = ahead.submit(self._scatter, groups[number + 1], kept) if more else None
-                for first, end in pairwise(cuts):
-                    yield dealt[first - given : end - given], tokens[first - given : end - given]
-                given = cuts[-1]
+                waiting.result()
+                waiting = begin(group + 1) if group + 1 < len(groups) else None
+                while batches and batches[0][1] <= bounds[group + 1]:
+                    first, end = batches.popleft()
+                    while len(begun) > 1 and begun[1][0] <= first:
+                        begun.popleft()
+                    start, memory = begun[0]
+                    yield order[first:end], memory[first - start : end - start]
 
     def fetch(self, rows: np.ndarray) -> None:
         """Ask the disk for images that will be read soon; returns at once."""
@@ -507,12 +508,10 @@ class TokenReader:
         cuts = np.flatnonzero(np.diff(group[block[mixed]])) + 1
         return np.split(chosen[mixed], cuts) if len(chosen) else []
 
-    def _scatter(self, rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """`kept` and behind it the tokens of `rows`, chunk after chunk: each is read, compared and dealt out while at hand."""
+    def _scatter(self, rows: np.ndarray, into: Sequence[np.ndarray]) -> None:
+        """Tokens of `rows`, chunk after chunk, to one array behind the other; each is read and compared once."""
         images = rows if self._rows is None else self._rows[rows]
-        whole = self._empty(len(kept) + len(images))
-        whole[: len(kept)] = kept
-        out = whole[len(kept) :]
+        ends = np.cumsum([len(part) for part in into])
         for pin in self._pins:
             pin.renew()
         jobs = [(span, *run) for span in self._spans for run in _runs(images // span.source.stream.chunk_rows)]
@@ -521,23 +520,28 @@ class TokenReader:
             span, number, where = job
             stream = span.source.stream
             shard, block = divmod(number, stream.shard_blocks)
-            inside = images[where] % stream.chunk_rows
             with self._file(span.source, shard) as descriptor:
                 file = ShardFile(span.source, shard, descriptor)
-                if len(where) == file.rows(block):  # all of them: in the order of the disk, nothing is picked
-                    where, inside = where[np.argsort(inside)], slice(None)
+                file.fetch(span, slice(block, block + 1))
+                parts: list[tuple[np.ndarray, np.ndarray, np.ndarray | slice]] = []
+                for part, end, (a, b) in zip(into, ends, pairwise([0, *np.searchsorted(where, ends)]), strict=True):
+                    there, inside = where[a:b] - (end - len(part)), images[where[a:b]] % stream.chunk_rows
+                    sort = np.argsort(inside)
+                    if np.array_equal(inside[sort], np.arange(file.rows(block))):
+                        parts.append((part, there[sort], ALL))  # all, in the order of the disk: nothing is picked
+                    else:
+                        parts.append((part, there, inside))
                 for plane, (layer, kind) in zip(span.planes, span.pairs, strict=True):
                     chunk = file.chunk(block, layer, kind, self._check != "never")
-                    into = out[:, plane.into_layers.start, plane.into_tokens, : stream.width]
-                    into[where] = _decoded(stream, chunk[inside])
+                    for part, there, inside in parts:
+                        _put(plane.of(part, stream), there, stream, chunk[:, None, None], inside)
 
-        if out.nbytes < SMALL:
+        if sum(part.nbytes for part in into) < SMALL:
             for job in jobs:
                 scatter(job)
         else:
             with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(scatter, jobs))
-        return whole
 
     def _dense(self, images: np.ndarray) -> bool:
         """Whether most of the chunks that these images are in would be read: then they are, rather than mapped."""
@@ -598,8 +602,10 @@ class TokenReader:
 
     def __del__(self) -> None:
         if "_folders" in vars(self):
-            with suppress(Exception):  # when the interpreter ends, what this calls may be gone before it
+            try:  # noqa: SIM105 - when the interpreter ends, `suppress` may be gone before it, and what `close` calls too
                 self.close()
+            except Exception:  # noqa: BLE001
+                pass
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs to open the same shards for itself."""
@@ -614,16 +620,46 @@ def _runs(blocks: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """For each block that occurs: its number, and where."""
     order = np.argsort(blocks, kind="stable")
     numbers, starts = np.unique(blocks[order], return_index=True)
+    if not len(numbers):
+        return []
     return list(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))
 
 
-def _piece(view: np.ndarray) -> int:
-    """Images to copy at once: few enough to stay in the processor's cache on the way."""
-    return max(1, PIECE // math.prod(view.shape[1:]) // view.itemsize)
+ALL = slice(None)
 
 
-def _decoded(stream: Stream, stored: np.ndarray) -> np.ndarray:
-    return stored if stream.encoding.plain else stream.encoding.decode(stored)
+def _put(
+    into: np.ndarray, where: np.ndarray | slice, stream: Stream, kept: np.ndarray, inside: np.ndarray | slice
+) -> None:
+    """into[where] = what `kept[inside]` stands for; both [images, layers, kinds, tokens, channels].
+
+    By pieces that stay in a core's cache on the way, where there is something on the way.
+    """
+    if stream.encoding.plain:
+        there, here = _whole(into), _whole(kept)
+        if there is not None and here is not None:
+            into, kept = there, here
+        if isinstance(inside, slice):
+            into[where] = kept[inside]
+            return
+    images = len(kept) if isinstance(inside, slice) else len(inside)
+    step = max(1, PIECE // max(1, math.prod(into.shape[1:]) * into.itemsize))
+    for start in range(0, images, step):
+        some = slice(start, start + step)
+        picked = kept[some] if isinstance(inside, slice) else kept[inside[some]]
+        into[some if isinstance(where, slice) else where[some]] = (
+            picked if stream.encoding.plain else stream.encoding.decode(picked)
+        )
+
+
+def _whole(tokens: np.ndarray) -> np.ndarray | None:
+    """[..., tokens, channels] as [...] of one item each, which NumPy moves faster; None if they do not stand together."""
+    *_, step, stride = tokens.strides
+    *outer, count, channels = tokens.shape
+    if stride != tokens.itemsize or (count > 1 and step != channels * stride):
+        return None
+    items: np.ndarray = tokens.reshape(*outer, count * channels).view(f"V{count * channels * stride}")[..., 0]
+    return items
 
 
 def stored(source: Source, rows: range) -> np.ndarray:
@@ -640,22 +676,17 @@ def stored(source: Source, rows: range) -> np.ndarray:
     except OSError as err:
         raise CacheUnusable(f"{path} cannot be read ({err.strerror}); run `mlfusion cache verify`") from err
     out = np.empty((len(rows), *stream.shape[1:]), stream.encoding.stored)
-    whole = Span(
-        source,
-        slice(0, len(stream.layers)),
-        slice(0, out.shape[2]),
-        np.arange(len(stream.layers)),
-        np.arange(len(stream.kinds)),
-    )
+    split = out.reshape(len(rows), len(stream.layers), len(stream.kinds), stream.tokens, stream.columns)
     try:
         shard = ShardFile(source, number, descriptor)
         first = rows.start - stream.rows(number).start
         for block in range(first // stream.chunk_rows, -(-(first + len(rows)) // stream.chunk_rows)):
             start = block * stream.chunk_rows
             at = max(start - first, 0)
-            for part, view in shard.read(block, whole, check=True):
-                some = view[max(first - start, 0) : first + len(rows) - start]
-                part.of(out[at : at + len(some)], stream.columns)[...] = some
+            for layer, kind in np.ndindex(split.shape[1:3]):
+                chunk = shard.chunk(block, layer, kind, check=True)
+                some = chunk[max(first - start, 0) : first + len(rows) - start]
+                split[at : at + len(some), layer, kind] = some
     finally:
         os.close(descriptor)
     return out
