@@ -39,7 +39,8 @@ DOORS: dict[str, set[str]] = {
     "results": {"errors", "disk"},
     "statistics": {"errors", "results"},
     "trackers": {"errors", "results"},
-    "report": {"errors", "specs", "results", "statistics", "progress"},
+    "report": {"errors", "specs", "models", "datasets", "results", "statistics", "progress"},
+    "similarity": {"specs", "store", "results", "statistics"},
     "features": {"errors", "specs", "store"},
     "extraction": {
         "errors",
@@ -113,6 +114,7 @@ HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
     "datasets": {"datasets"},
     "altair": {"report"},
     "vl_convert": {"report"},
+    "itables": {"report"},
     "sklearn": {"datasets", "metrics", "statistics"},
     "scipy": {"statistics"},
     "pandas": {"results"},

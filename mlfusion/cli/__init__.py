@@ -13,6 +13,7 @@ import typer
 from mlfusion.cli.cache import app as cache_app
 from mlfusion.cli.data import data, reads_data
 from mlfusion.cli.predict import predict
+from mlfusion.cli.report import report
 from mlfusion.cli.results import app as results_app
 from mlfusion.cli.study import run
 from mlfusion.cli.words import (
@@ -44,7 +45,6 @@ from mlfusion.cli.words import (
     row_json,
     say,
     say_extracted,
-    write_page,
 )
 from mlfusion.errors import UnknownName
 from mlfusion.specs import STUDY
@@ -61,6 +61,7 @@ app.add_typer(results_app, name="results")
 app.command()(predict)
 app.command()(data)
 app.command()(run)
+app.command()(report)
 
 
 def _print_version(wanted: bool) -> None:
@@ -229,27 +230,6 @@ def probe(
         print_json({"results": [row_json(row) for row in done.rows]})
     else:
         print_table(done.rows)
-
-
-@app.command()
-def report(
-    results: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
-    html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page here.")] = None,
-    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the tables as Markdown here.")] = None,
-) -> None:
-    """A table of results in the terminal; a page if --html is given."""
-    from mlfusion.results import Results
-
-    rows = Results(results).require()
-    if html:
-        write_page(rows, html)
-    if markdown:
-        from mlfusion.report import markdown as written
-
-        markdown.write_text(written(rows), encoding="utf-8")
-    print_table(rows)
-    if html:
-        typer.echo(f"report: {html}")
 
 
 @app.command()

@@ -70,7 +70,7 @@ def run(
         say_extracted(one.to_json(), say=say)
     page = html or results / f"{recipe.stem}.html"
     if done.rows:
-        write_page(done.rows, page)
+        write_page(done.rows, page, results)
     if as_json:
         print_json(
             {

@@ -171,8 +171,9 @@ def print_table(rows: Iterable[Any]) -> None:
     Console().print(table(list(rows)))
 
 
-def write_page(rows: Iterable[Any], path: Path) -> None:
-    """The report as a page."""
+def write_page(rows: Iterable[Any], path: Path, results: Path) -> None:
+    """The report as a page, with what the arrays beside the rows give."""
     from mlfusion.report import write_page as write
+    from mlfusion.results import Results
 
-    write(list(rows), path)
+    write(list(rows), path, results=Results(results))

@@ -6,10 +6,12 @@ Scores are fractions here, gains differences of fractions; only what shows them 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 from statistics import fmean
 from typing import NamedTuple
 
+from mlfusion import datasets, models
 from mlfusion.errors import MlfusionError
 from mlfusion.results import Row
 from mlfusion.specs import BASELINE, STUDY
@@ -32,6 +34,7 @@ class Score:
     val: Spread
     train: Spread
     gain: Spread | None  # over the baseline, seed by seed; None without a seed in common
+    other_code: bool = False  # were it and the baseline made by different versions of the code?
 
     @property
     def is_baseline(self) -> bool:
@@ -39,11 +42,16 @@ class Score:
         return self.probe == BASELINE
 
     @property
+    def head(self) -> str:
+        """'attentive' of 'cls+ap-all-layers/attentive' and of 'cls+ap-all-layers/attentive:h8'."""
+        return head_of(self.probe)
+
+    @property
     def reads_several_layers(self) -> bool:
         """Is it a probe whose gain answers whether intermediate layers help?"""
         return bool(_SEVERAL.fullmatch(self.probe))
 
-    @property
+    @cached_property
     def layerwise(self) -> tuple[str, int] | None:
         """(series, layer) of a probe of one layer among several such: 'cls-layer-7/linear' → ('cls/linear', 7)."""
         match = _LAYERWISE.fullmatch(self.probe)
@@ -65,6 +73,11 @@ class Score:
         return max(row["parameters"] for row in self.rows)
 
 
+def head_of(probe: str) -> str:
+    """'attentive' of 'cls+ap-all-layers/attentive' and of 'cls+ap-all-layers/attentive:h8'."""
+    return probe.rpartition("/")[2].partition(":")[0]
+
+
 @dataclass(frozen=True)
 class Block:
     """The probes that can be compared with each other: one model's features of one data set, one grid, one metric."""
@@ -78,12 +91,12 @@ class Block:
     name: str  # "vit on digits", with what tells it from another block of that model and data set where there is one
     scores: tuple[Score, ...]  # the study's order, then the others by name
 
-    @property
+    @cached_property
     def baseline(self) -> Score | None:
         """`cls-last/linear`, where it was run."""
         return next((score for score in self.scores if score.is_baseline), None)
 
-    @property
+    @cached_property
     def rows(self) -> tuple[Row, ...]:
         """Of every probe and seed."""
         return tuple(row for score in self.scores for row in score.rows)
@@ -93,12 +106,12 @@ class Block:
         """L, the model's blocks."""
         return self.rows[0]["depth"]
 
-    @property
+    @cached_property
     def probes(self) -> tuple[Score, ...]:
         """Those that are not of the layer-by-layer series."""
         return tuple(score for score in self.scores if score.layerwise is None)
 
-    @property
+    @cached_property
     def by_layer(self) -> dict[str, dict[int, Score]]:
         """{series: {layer: score}}; a series ends in the last-layer probe of its kind, if that was run."""
         series: dict[str, dict[int, Score]] = {}
@@ -112,7 +125,7 @@ class Block:
         names = sorted(series, key=lambda name: [name.startswith(f"{kind}/") for kind in kinds], reverse=True)
         return {name: dict(sorted(series[name].items())) for name in names}
 
-    @property
+    @cached_property
     def answer(self) -> Score | None:
         """The probe whose gain answers the question: ALF, or else the one over several layers with the best validation.
 
@@ -131,7 +144,7 @@ class Block:
         held = [score.test.mean for score in (self.answer, self.baseline) if score]
         return sqrt(sum(max(0.0, mean * (1 - mean)) for mean in held) / self.rows[0]["images"]["test"])
 
-    @property
+    @cached_property
     def attention(self) -> "LayerAttention | None":
         """The attention of ALF over its tokens, or else of the attentive probe over the most layers; seeds averaged."""
         held = [score for score in self.probes if any(_over_layers(row) for row in score.rows)]
@@ -159,12 +172,11 @@ class LayerAttention:
         deviations = tuple(fmean(values) for values in zip(*(held["sd"] for held in alike), strict=True))
         return cls(score.probe, tokens, means, deviations, len(alike))
 
-    @property
+    @cached_property
     def by_layer(self) -> dict[int, float]:
         """{layer: share of all its tokens}."""
         layers = sorted({layer for layer, _ in self.tokens})
-        shares = zip(self.tokens, self.mean, strict=True)
-        held = list(shares)
+        held = list(zip(self.tokens, self.mean, strict=True))
         return {layer: sum(share for (at, _), share in held if at == layer) for layer in layers}
 
     @property
@@ -239,14 +251,15 @@ def _block(key: _Comparable, rows: Sequence[Row], name: str) -> Block:
     by_probe: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["seed"]):
         by_probe.setdefault(row["probe"], []).append(row)
-    baseline = {row["seed"]: row["test"] for row in by_probe.get(BASELINE, [])}
+    baseline = {row["seed"]: row for row in by_probe.get(BASELINE, [])}
     scores = tuple(_score(probe, by_probe[probe], baseline) for probe in sorted(by_probe, key=_order))
     return Block(*key, name=name, scores=scores)
 
 
-def _score(probe: str, rows: Sequence[Row], baseline: dict[int, float]) -> Score:
+def _score(probe: str, rows: Sequence[Row], baseline: dict[int, Row]) -> Score:
     # Paired by seed: what a seed does to both probes alike, such as the split for validation, cancels.
-    gains = [row["test"] - baseline[row["seed"]] for row in rows if row["seed"] in baseline]
+    pairs = [(row, baseline[row["seed"]]) for row in rows if row["seed"] in baseline]
+    gains = [row["test"] - base["test"] for row, base in pairs]
     return Score(
         probe,
         tuple(rows),
@@ -254,6 +267,7 @@ def _score(probe: str, rows: Sequence[Row], baseline: dict[int, float]) -> Score
         val=Spread.of(row["val"] for row in rows),
         train=Spread.of(row["train"] for row in rows),
         gain=Spread.of(gains) if gains else None,
+        other_code=any(row["code"] != base["code"] for row, base in pairs),
     )
 
 
@@ -264,6 +278,88 @@ def _order(probe: str) -> tuple[int, str, int]:
     if match := _LAYERWISE.fullmatch(probe):
         return len(STUDY) + 1, f"{match['kinds']}/{match['head']}", int(match["layer"])
     return len(STUDY), probe, 0
+
+
+# --- over models and data sets ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Study:
+    """Blocks that figures over models or data sets may set side by side: one grid, one metric, the same options."""
+
+    name: str  # what tells it from the other studies of the same rows, such as 'quick grid'; empty for the only one
+    blocks: tuple[Block, ...]  # one for each model and data set, the one with the newest row
+
+    @property
+    def metric(self) -> str:
+        """In words: 'balanced accuracy'."""
+        return self.blocks[0].metric.replace("_", " ")
+
+    @cached_property
+    def models(self) -> tuple[str, ...]:
+        """Families together and from small to large, as the catalogue has them; others as they first came."""
+        known = list(models.CATALOGUE)
+        names = dict.fromkeys(block.model for block in self.blocks)
+        return tuple(sorted(names, key=lambda name: known.index(name) if name in known else len(known)))
+
+    @cached_property
+    def datasets(self) -> tuple[str, ...]:
+        """By domain, then as the catalogue has them; others as they first came."""
+        known = list(datasets.CATALOGUE)
+        names = dict.fromkeys(block.dataset for block in self.blocks)
+
+        def order(name: str) -> tuple[int, int]:
+            return DOMAINS.index(domain(name)), known.index(name) if name in known else len(known)
+
+        return tuple(sorted(names, key=order))
+
+    @cached_property
+    def probes(self) -> tuple[str, ...]:
+        """Those that are not of a layer-by-layer series, in the study's order."""
+        return tuple(sorted({score.probe for block in self.blocks for score in block.probes}, key=_order))
+
+    @cached_property
+    def _held(self) -> dict[tuple[str, str], tuple[Block, dict[str, Score]]]:
+        return {(b.model, b.dataset): (b, {score.probe: score for score in b.scores}) for b in self.blocks}
+
+    def block(self, model: str, dataset: str) -> Block | None:
+        """That of a model on a data set, where there is one."""
+        found = self._held.get((model, dataset))
+        return found[0] if found else None
+
+    def score(self, model: str, dataset: str, probe: str) -> Score | None:
+        """That of a probe, where it was run."""
+        found = self._held.get((model, dataset))
+        return found[1].get(probe) if found else None
+
+
+DOMAINS = ("Natural (multi-domain)", "Natural (single-domain)", "Specialized", "Structured", "Others")
+"""The study's, and what is in none of them."""
+
+
+def domain(dataset: str) -> str:
+    """That of a data set of the study; 'Others' of any other."""
+    row = datasets.CATALOGUE.get(dataset)
+    return row.domain if row and row.domain in DOMAINS else DOMAINS[-1]
+
+
+def studies(held: Sequence[Block]) -> list[Study]:
+    """Blocks by what they may be compared over, the largest study first: unlike metrics are never set side by side."""
+    grouped: dict[tuple[str, str, str], dict[tuple[str, str], Block]] = {}
+    for block in held:
+        place = grouped.setdefault((block.grid, block.metric, block.options), {})
+        there = place.get((block.model, block.dataset))
+        if there is None or _newest(there) < _newest(block):
+            place[block.model, block.dataset] = block
+    keys = sorted(grouped, key=lambda key: -sum(len(block.scores) for block in grouped[key].values()))
+    said = [(f"{grid} grid", metric.replace("_", " "), options or "as usual") for grid, metric, options in keys]
+    differ = [len(set(words)) > 1 for words in zip(*said, strict=True)]
+    names = [", ".join(word for word, which in zip(words, differ, strict=True) if which) for words in said]
+    return [Study(name, tuple(grouped[key].values())) for name, key in zip(names, keys, strict=True)]
+
+
+def _newest(block: Block) -> str:
+    return max(row["created"] for row in block.rows)
 
 
 # --- numbers as they are shown ---------------------------------------------------------------------------------------

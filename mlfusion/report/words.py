@@ -35,6 +35,23 @@ def opening(held: Sequence[Block]) -> str:
     )
 
 
+def warnings(held: Sequence[Block]) -> list[str]:
+    """What a reader must know before comparing: metrics, grids or versions of the code that differ."""
+    said = []
+    metrics = list(dict.fromkeys(block.metric.replace("_", " ") for block in held))
+    if len(metrics) > 1:
+        said.append(
+            f"The rows have {len(metrics)} metrics ({listed(metrics)}); nothing is compared or averaged across them."
+        )
+    marked = [score for block in held for score in block.scores if score.other_code]
+    if marked:
+        which = f"{len(marked)} {'score was' if len(marked) == 1 else 'scores were'}"
+        said.append(
+            f"{which} made by another version of the code than the baseline that the gain is counted from (marked \N{DAGGER})."
+        )
+    return said
+
+
 def answer(block: Block) -> str:
     """Do the intermediate layers help, on this data set with this model? With scores, gain and seeds."""
     place = f"On {block.dataset}, with {block.name.replace(f' on {block.dataset}', '')}"

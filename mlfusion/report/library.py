@@ -1,0 +1,60 @@
+"""The code inside the page, taken at report time from installed packages: Vega from vl-convert, DataTables from itables.
+
+None of it is kept in this project; what a page holds is what the packages' own wheels hold.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from mlfusion.errors import Unavailable
+
+
+@dataclass(frozen=True)
+class Library:
+    """Code that can stand in an element of its own, and the styles that it needs."""
+
+    script: str
+    style: str
+
+
+@cache
+def drawing() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script, once for all figures; putting it together takes seconds."""
+    import vl_convert
+
+    return _inside(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), "</script")
+
+
+@cache
+def tables() -> Library:
+    """DataTables with its extensions (sorting, searching, filters in the headings, export) as `window.dataTables`.
+
+    Raises:
+        Unavailable: the installed itables does not hold it in the form that is known.
+    """
+    import itables
+    from itables.utils import read_package_file
+
+    bundle = read_package_file("html", "dt_bundle.js")
+    # The bundle is a module; a page of one file can import none. Its exports are made a global's fields instead.
+    head, found, tail = bundle.rpartition("export{")
+    names, _, rest = tail.partition("}")
+    pairs = re.findall(r"([\w$]+) as ([\w$]+)", names)
+    if not found or "jQuery" not in {name for _, name in pairs}:
+        raise Unavailable(
+            f"itables {itables.__version__} does not hold DataTables in the form that the page takes it in; allowed: a version "
+            "from 2.5 on. Type: pip install 'mlfusion[report]'"
+        )
+    given = ",".join(f"{name}:{inner}" for inner, name in pairs)
+    script = f'(()=>{{"use strict";{head}window.dataTables={{{given}}};{rest.lstrip(";")}\n}})();'
+    return Library(_inside(script, "</script"), _inside(read_package_file("html", "dt_bundle.css"), "</style"))
+
+
+def _inside(text: str, end: str) -> str:
+    """Text that an HTML element can hold: nothing in it ends the element or begins a comment.
+
+    '<!--' may stand in a string or a regular expression, where '<\\x21--' means the same.
+    """
+    assert end not in text.lower(), f"the library's code would end its own element with {end}"
+    return text.replace("<!--", r"<\x21--")

@@ -1,0 +1,107 @@
+"""What every figure and the page look like: one palette for light, one for dark, both told apart by colour-blind readers."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Shape = Literal[
+    "square", "circle", "diamond", "triangle-up", "cross", "triangle-down", "line", "dashed", "box", "hollow"
+]
+
+FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, DejaVu Sans, sans-serif"
+SHAPES: tuple[Shape, ...] = ("square", "circle", "diamond", "triangle-up", "cross", "triangle-down")
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours by the part that they play."""
+
+    paper: str
+    panel: str
+    ink: str
+    quiet: str
+    line: str
+    accent: str
+    series: tuple[str, ...]  # of Okabe and Ito, in the order in which they are taken
+    heat: tuple[str, ...]  # from low to high; one hue, so that only lightness carries the value
+    gain: str
+    loss: str
+
+
+LIGHT = Palette(
+    paper="#ffffff",
+    panel="#f7f8fa",
+    ink="#1b2027",
+    quiet="#5b6573",
+    line="#dfe3e8",
+    accent="#0b5fa5",
+    series=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9"),
+    heat=("#eef3f9", "#a9c9e6", "#3f86c0", "#0b3c71"),
+    gain="#5ba4dc",
+    loss="#e89a55",
+)
+DARK = Palette(
+    paper="#12161b",
+    panel="#191f26",
+    ink="#e7eaee",
+    quiet="#9aa5b2",
+    line="#2d353f",
+    accent="#7cb8f0",
+    series=("#56b4e9", "#f0a13a", "#35c79a", "#e29cc4", "#e8dc5a", "#a7b6ff"),
+    heat=("#1d2732", "#20507f", "#5aa2d8", "#e0f0ff"),
+    gain="#1f6aa8",
+    loss="#a0601c",
+)
+
+
+def css(palette: Palette) -> str:
+    """The palette as custom properties: --paper, …, --series-1, …, --heat-4."""
+    said = []
+    for name, value in asdict(palette).items():
+        each = enumerate(value, 1) if isinstance(value, tuple) else ()
+        said += [f"--{name}-{i}: {one};" for i, one in each] or [f"--{name}: {value};"]
+    return " ".join(said)
+
+
+def config(palette: Palette) -> dict[str, Any]:
+    """Vega-Lite's `config`: figures name styles and take the next colour of a range, and this says what those are."""
+    ink, quiet, line = palette.ink, palette.quiet, palette.line
+    words = {"labelColor": quiet, "titleColor": quiet, "titleFontWeight": "normal", "titleFontSize": 12}
+    heat = list(palette.heat)
+    return {
+        "background": None,
+        "font": FONT,
+        "padding": {"left": 1, "right": 1, "top": 2, "bottom": 5},
+        "view": {"stroke": None},
+        "mark": {"color": palette.series[0]},
+        "rule": {"color": ink},
+        "title": {"color": ink, "fontSize": 13, "anchor": "start", "offset": 12},
+        "axis": words
+        | {"labelFontSize": 12, "gridColor": line, "domainColor": line, "tickColor": line, "titlePadding": 8},
+        "legend": words | {"labelFontSize": 12, "titleOrient": "left", "offset": 26, "titlePadding": 8},
+        "range": {
+            "category": list(palette.series),
+            "heatmap": heat,
+            "ramp": heat,
+            "diverging": [palette.loss, palette.paper, palette.gain],
+            "symbol": list(SHAPES),
+        },
+        "style": {
+            "dot": {"size": 75, "opacity": 1},
+            "hollow": {"size": 75, "opacity": 1, "filled": False, "strokeWidth": 2},
+            "point": {"size": 26, "opacity": 0.55},
+            "bar": {"strokeWidth": 2.5},
+            "whisker": {"strokeWidth": 1.5},
+            "box": {"fillOpacity": 0.22, "strokeWidth": 1.25},
+            "median": {"thickness": 2.5},
+            "stem": {"strokeWidth": 1.25, "opacity": 0.6},
+            "series": {"strokeWidth": 2},
+            "track": {"color": line, "strokeWidth": 1},
+            "baseline": {"color": quiet, "strokeWidth": 1.5, "strokeDash": [4, 3]},
+            "level": {"color": ink, "strokeWidth": 1.5, "strokeDash": [8, 4]},
+            "name": {"color": ink, "fontSize": 12},
+            "value": {"color": ink, "fontSize": 12, "fontWeight": 600},
+            "head": {"color": quiet, "fontSize": 12, "fontWeight": 600},
+            "on-weak": {"color": ink, "fontSize": 11},
+            "on-strong": {"color": palette.paper, "fontSize": 11},
+        },
+    }

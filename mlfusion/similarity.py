@@ -1,0 +1,57 @@
+"""How like the last layer's tokens those of each layer are, from cached features: what stands beside accuracy by layer."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from mlfusion.results import Row
+from mlfusion.specs import KINDS, TokenKind
+from mlfusion.statistics import cka
+from mlfusion.store import Entry, FeatureStore, Place
+
+MOST_IMAGES = 2_000
+"""Of the test images, evenly spread: the unbiased estimate needs no more, and many would take minutes."""
+
+Similar = dict[tuple[str, str], dict[str, dict[int, float]]]
+"""{(model, data set): {token kind: {layer: linear CKA with the last layer}}}."""
+
+
+def to_the_last(rows: Iterable[Row], *, cache: Place = None, say: Callable[[str], None] = lambda _: None) -> Similar:
+    """Linear CKA (unbiased) of the CLS and AP tokens of every cached layer with those of the last, on the test images.
+
+    Args:
+        rows: whose models and data sets are meant; their own features are read, by their keys.
+        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
+        say: told of features that are no longer cached.
+
+    Raises:
+        CacheUnusable: a checksum is wrong.
+    """
+    store = FeatureStore(cache)
+    found: Similar = {}
+    wanted = {(row["model"], row["dataset"]): row["features"][1] for row in rows if "-layer-" in row["probe"]}
+    for (model, dataset), key in wanted.items():
+        entry = store.by_key(key)
+        if entry is None:
+            say(f"no similarity for {model} on {dataset}: its test features ({key}) are not in {store.root} any more")
+            continue
+        kinds: dict[str, dict[int, float]] = {}
+        for kind in KINDS[:2]:
+            layers = sorted(layer for layer, held in entry.held() if held == kind)
+            if len(layers) > 1 and layers[-1] == entry.spec.model.depth:
+                kinds[kind] = _of_kind(entry, kind, layers)
+        if kinds:
+            found[model, dataset] = kinds
+    return found
+
+
+def _of_kind(entry: Entry, kind: TokenKind, layers: list[int]) -> dict[int, float]:
+    last = _tokens(entry, kind, layers[-1])
+    return {layer: cka(_tokens(entry, kind, layer), last) for layer in layers}
+
+
+def _tokens(entry: Entry, kind: TokenKind, layer: int) -> np.ndarray:
+    """[images, width] float32 of one layer, of at most MOST_IMAGES images."""
+    with entry.open((layer,), (kind,)) as reader:
+        rows = np.linspace(0, len(reader) - 1, min(len(reader), MOST_IMAGES)).astype(np.int64)
+        return np.asarray(reader[rows], np.float32)[:, 0, 0]
