@@ -192,7 +192,9 @@ class LayerAttention:
 
 def _over_layers(row: Row) -> bool:
     held = row["attention"]
-    return held is not None and len(set(held["layers"])) > 1 and "all" not in held["kinds"]
+    if held is None or len(set(held["layers"])) < 2:
+        return False
+    return len(set(zip(held["layers"], held["kinds"], strict=True))) == len(held["kinds"])  # one token a layer and kind
 
 
 class _Comparable(NamedTuple):
