@@ -49,7 +49,8 @@ def serving(models: dict[str, Path], gated: tuple[str, ...] = ()) -> Iterator[tu
                         {"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": "0" * 40} for n in files
                     ]
                     return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
-                body = {"id": owner_name, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+                siblings = [{"rfilename": name, "size": (folder / name).stat().st_size} for name in files]
+                body = {"id": owner_name, "sha": COMMIT, "siblings": siblings}
                 return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
             name = path.rsplit("/", 1)[-1]
             if name not in files:

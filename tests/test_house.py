@@ -106,6 +106,7 @@ DOORS: dict[str, set[str]] = {
     "formula": {"errors"},
     "pretrain": {"errors", "formula", "specs"},
     "devices": {"errors"},
+    "doctor": {"errors", "specs", "models", "preprocessing", "backbone", "devices", "memory", "store"},
 }
 HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
     "transformers": {"preprocessing", "backbone", "models", "pretrain"},
@@ -122,6 +123,7 @@ HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
     "wandb": {"trackers"},
     "mlflow": {"trackers"},
     "torch": {
+        "doctor",
         "models",  # the shapes of a pickled checkpoint of timm
         "preprocessing",
         "backbone",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,10 +92,65 @@ def test_a_configuration_that_is_not_one(tmp_path):
 
 
 def test_the_catalogue_holds_the_studys_eleven_and_the_embedded_one_as_it_is():
-    study = [row for row in models.CATALOGUE.values() if "study" in row.about]
-    assert len(study) == 11
-    row = models.CATALOGUE[models.EMBEDDED]
+    rows = models.CATALOGUE
+    assert [name for name, row in rows.items() if row.study] == [
+        *("clip-vit-b32", "clip-vit-b16", "clip-vit-l14", "dinov2-vit-s14", "dinov2-vit-b14", "dinov2-vit-l14"),
+        *("vit-s16", "vit-b16", "vit-l16", "mae-vit-b16", "mae-vit-l16"),
+    ]
+    row = rows[models.EMBEDDED]
     checkpoint = models.locate(models.EMBEDDED)
     spec = models.identify(checkpoint, preprocessing.read(checkpoint.folder).key())
     assert (row.depth, row.width) == (spec.depth, spec.width)
+    assert models.shape(checkpoint).patch_px == row.patch_px
     assert json.loads(spec.preprocess)["size"] == {"height": row.image_px, "width": row.image_px}
+
+
+def test_rows_of_the_catalogue_are_whole():
+    rows = list(models.CATALOGUE.values())
+    assert len({row.source for row in rows}) == len(rows)
+    for row in rows:
+        assert row.revision is None or re.fullmatch("[0-9a-f]{40}", row.revision), row.name
+        assert row.licence, row.name
+        assert row.about, row.name
+        assert row.image_px % row.patch_px == 0 or row.name.endswith("14-384"), row.name
+
+
+ROW = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from mlfusion import models, preprocessing
+from mlfusion.models import foreign, hub
+row = models.CATALOGUE[sys.argv[1]]
+said = hub.ask(row.source, row.name, row.revision) if not row.gated or hub.logged_in() else None
+if said is None:
+    raise SystemExit("gated")
+for name in ("config.json", "preprocessor_config.json"):
+    try:
+        folder = Path(hf_hub_download(row.source, name, revision=row.revision)).parent
+    except Exception as err:
+        print(err, file=sys.stderr)
+if foreign.layout(folder) == "timm":  # the tensors' shapes, without the tensors
+    held = get_safetensors_metadata(row.source, revision=row.revision)
+    shapes = {k: tuple(t.shape) for one in held.files_metadata.values() for k, t in one.tensors.items()}
+    foreign.shapes_of, models.weight_files = lambda _: shapes, lambda _: []
+shape = models.shape(models.Checkpoint(folder, row.name, row.source, row.revision))
+pixels = preprocessing.read(folder).pixels
+print(json.dumps([shape.depth, shape.width, shape.patch_px, pixels[0], said.gated, said.licence]))
+"""
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", [name for name, row in models.CATALOGUE.items() if not row.embedded])
+def test_a_row_of_the_catalogue_is_what_the_hub_has(name):
+    """Against the repository's own configuration, at the commit that the row names."""
+    row, env = models.CATALOGUE[name], {**os.environ}
+    env.pop("HF_HUB_OFFLINE", None)
+    said = subprocess.run([sys.executable, "-c", ROW, name], env=env, capture_output=True, text=True)
+    if "cannot be reached" in said.stderr or said.stderr.strip() == "gated":
+        pytest.skip(f"{row.source} cannot be read from here")
+    assert said.returncode == 0, said.stderr
+    *numbers, gated, licence = json.loads(said.stdout)
+    assert numbers == [row.depth, row.width, row.patch_px, row.image_px]
+    assert gated == row.gated
+    assert licence in (None, "other") or licence.replace("-", " ") in row.licence.lower().replace("-", " ")

@@ -56,6 +56,9 @@ class Backbone:
         for part in (self._model, loaded.projection):
             if part is not None:
                 _convert(part, self._dtype)
+        self.projects = (  # to a space that images share with texts: the hook point 'projected'
+            loaded.projection is not None and not loaded.missing_projection and self.anatomy.final_mode != "raw"
+        )
         self._taps = self._chosen(checkpoint.hook, loaded)
         self._reducers = {layer: Reducer(tap, self.anatomy.special) for layer, tap in self._taps.items()}
 
@@ -160,7 +163,7 @@ class Backbone:
         """Where each layer is read at this hook point."""
         taps = dict(self.anatomy.taps.get("norm2" if hook == "projected" else hook, {}))
         if hook == "projected":
-            if loaded.projection is None or loaded.missing_projection or self.anatomy.final_mode == "raw":
+            if loaded.projection is None or not self.projects:
                 raise BadModel(
                     f"{self.name} has no projection to an embedding shared with texts, so no hook point 'projected'; "
                     f"allowed: {', '.join(self.anatomy.taps)}"

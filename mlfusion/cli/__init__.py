@@ -12,6 +12,7 @@ import typer
 
 from mlfusion.cli.cache import app as cache_app
 from mlfusion.cli.data import data, reads_data
+from mlfusion.cli.doctor import doctor
 from mlfusion.cli.predict import predict
 from mlfusion.cli.report import report
 from mlfusion.cli.results import app as results_app
@@ -59,6 +60,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.add_typer(results_app, name="results")
 app.command()(predict)
+app.command()(doctor)
 app.command()(data)
 app.command()(run)
 app.command()(report)
@@ -244,8 +246,9 @@ def ls(
     rows = list(listings[what]())
     if as_json:
         print_json({what: rows})
-    else:
-        print_rows(rows, nothing="")
+    else:  # a commit's first digits are enough to tell it by
+        short = [{k: v[:8] if k == "revision" else v for k, v in row.items()} for row in rows]
+        print_rows(short, nothing="")
 
 
 @app.command()
@@ -292,8 +295,11 @@ def _models() -> Iterator[dict[str, Any]]:
             "width": row.width,
             "pixels": row.image_px,
             "patch": row.patch_px,
+            "licence": row.licence,
+            "gated": "gated" if row.gated else "",
             "source": row.source,
-            "about": row.about,
+            "revision": row.revision or "newest",
+            "about": f"the study's; {row.about}" if row.study else row.about,
         }
 
 

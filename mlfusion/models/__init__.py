@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mlfusion.errors import BadModel, Unavailable, UnknownName
-from mlfusion.models import foreign
+from mlfusion.errors import BadModel, UnknownName
+from mlfusion.models import foreign, hub
 from mlfusion.models.catalogue import CATALOGUE, EMBEDDED, Row
 from mlfusion.specs import Compute, Hook, ModelSpec, Setting, digest, parse_model
 
@@ -23,6 +23,7 @@ __all__ = [
     "configuration",
     "first_line",
     "foreign",
+    "hub",
     "identify",
     "locate",
     "shape",
@@ -76,45 +77,10 @@ def locate(word: str) -> Checkpoint:
         raise UnknownName("model", asked.name, CATALOGUE, otherwise=otherwise)
     else:
         source = row.source if row else asked.name
-        folder = _download(source, asked.name, row.revision if row else None)
+        folder = hub.download(source, asked.name, row.revision if row else None)
         # The hub's cache keeps a snapshot in a folder named by its commit.
         name, revision = row.name if row else source.rsplit("/", 1)[-1], folder.name
     return Checkpoint(folder, name + asked.suffix, source + asked.suffix, revision, asked.hook, asked.settings)
-
-
-def _download(hub_id: str, word: str, revision: str | None) -> Path:
-    """A snapshot of the configuration and the weights, safetensors if the repository has them; None is the newest."""
-    from huggingface_hub import errors, snapshot_download
-
-    wanted = ["config.json", "preprocessor_config.json", "open_clip_config.json"]
-    try:
-        # First what it is, then the weights, and of several forms only the first: a repository may hold four.
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-        for pattern in foreign.WEIGHTS[foreign.layout(folder)]:
-            index = f"{pattern}.index.json"
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*wanted, pattern, index]))
-            if any(folder.glob(pattern)):
-                break
-        return folder
-    except errors.RevisionNotFoundError as err:
-        raise Unavailable(
-            f"{hub_id} has no commit {revision} any more, which the catalogue names; give {hub_id} with --model for its "
-            "newest state"
-        ) from err
-    except errors.GatedRepoError as err:
-        raise Unavailable(
-            f"{hub_id} is gated: ask for access at https://huggingface.co/{hub_id}, then run `hf auth login`"
-        ) from err
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as err:
-        raise Unavailable(
-            f"the hub has no model {hub_id!r} that you may read; look at `mlfusion ls models`, or log in with "
-            "`hf auth login`"
-        ) from err
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError, OSError) as err:
-        raise Unavailable(
-            f"{word} is not on this machine and the hub cannot be reached ({type(err).__name__}); connect, or give a "
-            f"folder with --model, or try the embedded model: --model {EMBEDDED}"
-        ) from err
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -155,7 +121,9 @@ def shape(checkpoint: Checkpoint) -> Shape:
     """
     config = configuration(checkpoint)
     vision = getattr(config, "vision_config", config)
-    depths, widths, patch = (getattr(vision, name, None) for name in ("depths", "hidden_sizes", "patch_size"))
+    depths, widths, patch, stride = (
+        getattr(vision, name, None) for name in ("depths", "hidden_sizes", "patch_size", "patch_stride")
+    )
     depth = sum(depths) if isinstance(depths, (list, tuple)) else getattr(vision, "num_hidden_layers", None)
     width = getattr(vision, "hidden_size", None) or (widths[-1] if widths else None)
     if not depth or not width:
@@ -163,6 +131,8 @@ def shape(checkpoint: Checkpoint) -> Shape:
             f"{checkpoint.name} ({config.model_type}) has no depth and width in its configuration (num_hidden_layers and "
             "hidden_size, or depths and hidden_sizes); allowed: vision transformers and residual networks"
         )
+    if stride:  # patches that overlap are as many as they are apart
+        patch = stride
     if isinstance(patch, (list, tuple)):
         patch = patch[-1]
     return Shape(int(depth), int(width), int(patch) if isinstance(patch, int) else None)

@@ -1,0 +1,136 @@
+"""Models of the Hugging Face hub: their files on this machine, and what the hub says of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from mlfusion.errors import Unavailable
+from mlfusion.models import foreign
+from mlfusion.models.catalogue import EMBEDDED
+
+CONFIGURATION = ["config.json", "preprocessor_config.json", "open_clip_config.json"]
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the hub says of a repository."""
+
+    revision: str  # the commit that was asked for, or the newest
+    nbytes: int  # that a download of configuration and weights takes
+    licence: str | None
+    gated: bool
+
+
+def download(hub_id: str, word: str, revision: str | None) -> Path:
+    """A snapshot of the configuration and the weights, safetensors if the repository has them; None is the newest.
+
+    Raises:
+        Unavailable: no network, no such repository or commit, a gated one, or one without weights.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _said(hub_id, word, revision):
+        # First what it is, then the weights, and of several forms only the first: a repository may hold four.
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=CONFIGURATION))
+        for pattern in foreign.WEIGHTS[foreign.layout(folder)]:
+            wanted = [*CONFIGURATION, pattern, f"{pattern}.index.json"]
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+            if any(folder.glob(pattern)):
+                return folder
+    raise Unavailable(
+        f"the weights of {word} are not on this machine, and the hub gave none "
+        f"({', '.join(foreign.WEIGHTS[foreign.layout(folder)])}); connect and try again, or give another --model"
+    )
+
+
+def here(hub_id: str, revision: str | None) -> Path | None:
+    """The snapshot on this machine, if it is whole; asks nobody."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+    whole = any(any(folder.glob(pattern)) for pattern in foreign.WEIGHTS[foreign.layout(folder)])
+    return folder if whole and any((folder / name).is_file() for name in CONFIGURATION) else None
+
+
+def ask(hub_id: str, word: str, revision: str | None) -> Remote:
+    """What the hub says of a repository, and that it may be read.
+
+    Raises:
+        Unavailable: no network, no such repository or commit, or a gated one that you may not read.
+    """
+    from huggingface_hub import HfApi
+
+    with _said(hub_id, word, revision):
+        info = HfApi().model_info(hub_id, revision=revision, files_metadata=True, timeout=10)
+        if info.gated:
+            HfApi().auth_check(hub_id)
+    sizes = {one.rfilename: one.size or 0 for one in info.siblings or []}
+    names = [name for name in sizes if "/" not in name]
+    layout: foreign.Layout = "open_clip" if "config.json" not in names else "transformers"
+    weights = next(
+        (found for pattern in foreign.WEIGHTS[layout] if (found := [name for name in names if fnmatch(name, pattern)])),
+        [],
+    )
+    licence = info.card_data.get("license") if info.card_data else None
+    return Remote(
+        revision=info.sha or "",
+        nbytes=sum(sizes[name] for name in {*weights, *(set(names) & set(CONFIGURATION))}),
+        licence=licence if isinstance(licence, str) else None,
+        gated=bool(info.gated),
+    )
+
+
+def logged_in() -> bool:
+    """Whether a token of the hub's is there; it is neither read out nor sent."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def offline() -> bool:
+    """Whether the hub may not be asked (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def cache() -> Path:
+    """Where snapshots are kept."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+@contextmanager
+def _said(hub_id: str, word: str, revision: str | None) -> Iterator[None]:
+    """The hub's refusals in our words, each with what to do."""
+    from huggingface_hub import errors
+
+    # What the hub's client raises where there is no network, under whichever name its HTTP library goes.
+    http: Any = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    try:
+        yield
+    except errors.RevisionNotFoundError as err:
+        raise Unavailable(
+            f"{hub_id} has no commit {revision} any more; give {hub_id} with --model for its newest state"
+        ) from err
+    except errors.GatedRepoError as err:
+        raise Unavailable(
+            f"{hub_id} is gated: ask for access at https://huggingface.co/{hub_id}, then run `hf auth login`"
+        ) from err
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as err:
+        raise Unavailable(
+            f"the hub has no model {hub_id!r} that you may read; look at `mlfusion ls models`, or log in with "
+            "`hf auth login`"
+        ) from err
+    except (errors.LocalEntryNotFoundError, http, ConnectionError, TimeoutError, OSError) as err:
+        raise Unavailable(
+            f"{word} is not on this machine and the hub cannot be reached ({type(err).__name__}); connect, or give a "
+            f"folder with --model, or try the embedded model: --model {EMBEDDED}"
+        ) from err
