@@ -1,11 +1,12 @@
 """A trained probe as a folder: its numbers as safetensors, and a card that says what they were made of and how good they are.
 
-Nothing in it is executed when it is read. The card names the backbone by the digests of its weights, architecture and
+A README.md with the Hub's front matter says the same to people, so that the folder can be uploaded as it is. Nothing in it is executed when it is read. The card names the backbone by the digests of its weights, architecture and
 preprocessing, so that the probe is never put on top of another.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from mlfusion.targets import KINDS as TARGETS
 from mlfusion.targets import OneClass, Target
 
 FORMAT = 1
-CARD, TENSORS = "card.json", "probe.safetensors"
+CARD, TENSORS, README = "card.json", "probe.safetensors", "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
         try:
             (draft / TENSORS).write_bytes(tensors)
             disk.flush(draft / TENSORS)
+            disk.write(draft / README, readme(card))
             disk.write(draft / CARD, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
         except OSError:
             disk.remove(draft)
@@ -107,6 +109,65 @@ def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
             f"cannot save a probe in {str(folder)!r}: {err.strerror or err}. Make room there or allow writing, or name "
             "another folder with --results PATH, and run it again"
         ) from err
+
+
+def readme(card: Card) -> str:
+    """A model card: front matter with the scores, as the Hub reads it, and how to use the probe.
+
+    A folder on the disk is named by its last part: where it lies is nobody's business.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    source = card.backbone.source
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+    metric = card.metric.replace("_", " ")
+    task = "image-feature-extraction" if card.goal.kind == "number" else "image-classification"
+    data = ModelCardData(
+        library_name="mlfusion",
+        pipeline_tag=task,
+        tags=["mlfusion", "probe", "vision-transformer", card.head],
+        base_model=source if on_hub else None,
+        model_name=f"{card.probe} on {card.backbone.name}",
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type=card.dataset,
+                dataset_name=card.dataset,
+                dataset_split="test",
+                metric_type=card.metric,
+                metric_name=metric,
+                metric_value=card.scores["test"],
+                verified=False,
+            )
+        ],
+    )
+    scores = "".join(f"| {split} | {card.scores[split]:.4f} |\n" for split in ("test", "val", "train"))
+    chosen = ", ".join(f"{name} {value:g}" for name, value in card.selected.items())
+    layers = ", ".join(map(str, card.layers))
+    classes = ", ".join(card.classes) if len(card.classes) <= 20 else f"{len(card.classes)}, named in `{CARD}`"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {card.probe} on {card.backbone.name}, trained on {card.dataset}
+
+A probe: a small head on a frozen vision transformer. It reads the {" and ".join(card.kinds)} tokens of layers {layers}; the
+backbone itself is not in this folder. It is meant by the digests of its weights, architecture and preprocessing in
+`{CARD}`, and nothing else is put under the probe.
+
+```
+pip install mlfusion
+mlfusion predict --probe FOLDER image.jpg
+```
+
+`FOLDER` is this one. Nothing in it is executed: `probe.safetensors` holds numbers, `{CARD}` words.
+
+| {metric} | |
+|---|---:|
+{scores}
+Seed {card.seed}; chosen on the validation part: {chosen}. Classes: {classes}. Made {card.created} by mlfusion
+{card.versions.get("mlfusion", "")} ({card.code}).
+"""
 
 
 def load(folder: Path) -> tuple[Card, Probe]:

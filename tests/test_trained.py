@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 from tiny import save_images, save_model
 
@@ -234,3 +235,20 @@ def test_a_saved_probe_holds_nothing_that_is_executed(tmp_path: Path) -> None:
     header = json.loads(raw[8 : 8 + length])
     assert {one["dtype"] for one in header.values()} == {"F32"}
     assert torch.isfinite(torch.from_numpy(load_file(tmp_path / "probe" / "probe.safetensors")["query"])).all()
+
+
+def test_a_saved_probe_has_a_card_that_the_hub_reads(model: Path, images: Path) -> None:
+    [(row, folder)] = probed(model, images, "cls+ap-2-layers/attentive")
+    card = ModelCard.load(folder / "README.md")
+    [result] = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("balanced_accuracy", row["test"])
+    assert (result.dataset_name, result.dataset_split) == ("colours", "test")
+    assert card.data.library_name == "mlfusion" and card.data.pipeline_tag == "image-classification"
+    assert str(model.parent) not in card.content and str(images.parent) not in card.content
+    assert card.data.base_model is None  # a folder: there is nothing on the hub to link to
+    held, _ = trained.load(folder)
+    at_hub = replace(held, backbone=replace(held.backbone, source="facebook/dinov2-base"))
+    assert ModelCard(trained.readme(at_hub)).data.base_model == "facebook/dinov2-base"
+    assert "blue, green, red" in card.text and "mlfusion predict --probe" in card.text
+    hostile = replace(held, classes=["---", "a: b", "# c"], dataset="x: [y]\n---")
+    assert ModelCard(trained.readme(hostile)).data.eval_results[0].dataset_name == "x: [y]\n---"

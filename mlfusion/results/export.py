@@ -1,5 +1,6 @@
 """Rows for other programs: a flat table as CSV, Parquet or pandas, or the rows themselves as JSON lines."""
 
+import csv
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -77,15 +78,15 @@ def write(rows: Iterable[Row], path: Path) -> None:
 
 
 def _draft(rows: list[Row], path: Path, form: str) -> None:
-    if form == "jsonl":
-        with path.open("x", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
-        return
-    table = frame(rows)
     if form == "parquet":
-        table.to_parquet(path, index=False)
+        frame(rows).to_parquet(path, index=False)
         return
-    for name in table.columns:
-        table[name] = table[name].map(lambda v: json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v)
-    table.to_csv(path, index=False)
+    with path.open("x", encoding="utf-8", newline="") as file:
+        if form == "jsonl":
+            file.writelines(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+            return
+        table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in flat(row)), lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            lists = {k: json.dumps(v, ensure_ascii=False) for k, v in flat(row).items() if isinstance(v, list)}
+            table.writerow(flat(row) | lists)

@@ -111,9 +111,7 @@ class Row(TypedDict):
     smoothing: NotRequired[float]
     streamed: NotRequired[Literal[True]]  # read in shuffled batches, not loaded
     precision: NotRequired[Literal["bfloat16"]]  # of the matrix products of training, where not float32
-    protocol: NotRequired[
-        int
-    ]  # `evaluation.PROTOCOL`: rows of two are of two ways to measure; rows before it have none
+    protocol: NotRequired[int]  # `evaluation.PROTOCOL`: rows of two of them were measured in two ways
     device: NotRequired[str]  # that the probe was trained on
     bytes: NotRequired[int]  # that the tokens the probe reads take in the cache before compression, train and test
     sources: NotRequired[Sources]  # what the names stand for
