@@ -1,5 +1,6 @@
 """Stage 2: cached tokens → probes → rows. Opens no image and no model; a row that is there already is not made again."""
 
+import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,8 @@ from mlfusion.specs import FeatureSpec, Probe, digest, parse_probes, spelt_out
 from mlfusion.store import Entry, FeatureStore, Place, TokenReader
 from mlfusion.store.encoding import ENCODINGS
 from mlfusion.targets import target_of
+
+log = logging.getLogger(__name__)
 
 PROBES = "probes"  # folder of the results that trained probes are kept in
 
@@ -155,6 +158,10 @@ def run(
                 row = new
                 kept.append(row, arrays)
                 made += 1
+                log.info(
+                    "%s seed %d: val %.4f, test %.4f, %.1f s, %s",
+                    *(row["probe"], row["seed"], row["val"], row["test"], row["seconds"], row["selected"]),
+                )
                 for tracker in shown:
                     tracker.log(row)
         rows.append(row)

@@ -15,6 +15,14 @@ from rich.text import Text
 SILENCE = 2.0  # seconds before anything is shown
 LOG_EVERY = 10.0  # seconds between lines where there is no terminal
 
+_quiet = False
+
+
+def hush(quiet: bool) -> None:
+    """From here on show no bars and no lines, or show them again."""
+    global _quiet
+    _quiet = quiet
+
 
 class Bar:
     """One piece of work, counted in `unit`s."""
@@ -35,7 +43,7 @@ class Bar:
         """So many units are done, of so many."""
         self.done, self.total = done, total or self.total
         now = time.monotonic()
-        if now - self._start < SILENCE:
+        if _quiet or now - self._start < SILENCE:
             return
         if self._console.is_terminal:
             if self._live is None:

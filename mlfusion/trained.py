@@ -1,7 +1,8 @@
 """A trained probe as a folder: its numbers as safetensors, and a card that says what they were made of and how good they are.
 
-A README.md with the Hub's front matter says the same to people, so that the folder can be uploaded as it is. Nothing in it is executed when it is read. The card names the backbone by the digests of its weights, architecture and
-preprocessing, so that the probe is never put on top of another.
+Nothing in it is executed when it is read. The card names the backbone by the digests of its weights, architecture and
+preprocessing, so that the probe is never put on top of another. A README.md with the Hub's front matter says the same to
+people: the folder can be uploaded as it is.
 """
 
 import hashlib

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,11 @@ def test_every_probe_is_read_as_it_was_written(head: Head, tmp_path: Path) -> No
     np.testing.assert_allclose(predictions, outcome.predictions, atol=1e-6)
     if outcome.attention is not None:
         np.testing.assert_allclose(attention, outcome.attention, atol=1e-6)
-    assert sorted(path.name for path in (tmp_path / "deep" / "probe").iterdir()) == ["card.json", "probe.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "deep" / "probe").iterdir()) == [
+        "README.md",
+        "card.json",
+        "probe.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("head", ["linear", "attentive", "ridge", "knn"])

@@ -40,12 +40,14 @@ from mlfusion.cli.words import (
     Track,
     amount,
     asked_model,
+    complete_probes,
     print_json,
     print_rows,
     print_table,
     row_json,
     say,
     say_extracted,
+    speak,
 )
 from mlfusion.errors import UnknownName
 from mlfusion.specs import STUDY
@@ -79,8 +81,15 @@ def mlfusion(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and go.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what goes on inside too; errors with their traceback.")
+    ] = False,
 ) -> None:
     """Ask a frozen vision transformer what its layers know."""
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose are opposites; give one")
+    speak(verbose - quiet)
 
 
 @app.command()
@@ -181,7 +190,10 @@ def probe(
     dataset: Dataset = DATASET,
     model: AnyModel = None,
     probes: Annotated[
-        str, typer.Option("--probe", help="Names (mlfusion ls probes), comma-separated, or all.")
+        str,
+        typer.Option(
+            "--probe", help="Names (mlfusion ls probes), comma-separated, or all.", autocompletion=complete_probes
+        ),
     ] = "all",
     grid: Grid = "paper",
     seeds: Annotated[str, typer.Option("--seeds", help="Comma-separated; each gives a row.")] = "0,1,2",
@@ -352,4 +364,4 @@ def main() -> None:
     # with other work to do; not spinning at all halves their speed on an idle one. Read once, when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    app()
+    app(prog_name="mlfusion")  # also as `python -m mlfusion`: completion and messages go by this name

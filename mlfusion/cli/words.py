@@ -1,6 +1,8 @@
 """What every command shares: its options, how errors end it, and how rows and JSON are printed."""
 
 import json
+import logging
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 from mlfusion.errors import MlfusionError
+from mlfusion.progress import hush
 from mlfusion.specs import parse_model
 
 MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
 DATASET = "digits"
+LOG = "command line"  # its handler's name
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -23,19 +27,85 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except MlfusionError as err:
-            say("error: " + " ".join(str(err).split()))
+            if _volume > 0:
+                traceback.print_exc()
+            typer.echo("error: " + " ".join(str(err).split()), err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             say("stopped; what was finished is kept, the same command goes on from here")
             raise typer.Exit(130) from None
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Catalogue name (mlfusion ls models), hub id, or folder.")]
+_volume = 0
+
+
+def speak(volume: int) -> None:
+    """How much is said beside results and errors: -1 nothing, 0 what a user wants to know, 1 what goes on inside too."""
+    global _volume
+    _volume = volume
+    hush(volume < 0)
+    logger, handler = logging.getLogger("mlfusion"), logging.StreamHandler()
+    handler.set_name(LOG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if volume > 0 else "%(message)s"))
+    for old in [one for one in logger.handlers if one.get_name() == LOG]:
+        logger.removeHandler(old)
+    logger.addHandler(handler)
+    logger.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.DEBUG}[volume])
+
+
+def _beginning(words: Iterable[str], typed: str) -> list[str]:
+    """Of a list by commas, completions of its last word."""
+    before, comma, last = typed.rpartition(",")
+    return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
+
+
+def complete_models(incomplete: str) -> list[str]:
+    """Names of the catalogue."""
+    from mlfusion.models import CATALOGUE
+
+    return _beginning(CATALOGUE, incomplete)
+
+
+def complete_datasets(incomplete: str) -> list[str]:
+    """Names of the catalogue."""
+    from mlfusion.datasets import CATALOGUE
+
+    return _beginning(CATALOGUE, incomplete)
+
+
+def complete_probes(incomplete: str) -> list[str]:
+    """The study's, by name and alias."""
+    from mlfusion.specs import ALIASES, STUDY
+
+    return _beginning(["all", *ALIASES, *STUDY], incomplete)
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Catalogue name (mlfusion ls models), hub id, or folder.",
+        autocompletion=complete_models,
+    ),
+]
 AnyModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="As given to extract; default: every model cached for the data set.")
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="As given to extract; default: every model cached for the data set.",
+        autocompletion=complete_models,
+    ),
 ]
 Dataset = Annotated[
-    str, typer.Option("--dataset", "-d", help="Catalogue name (mlfusion ls datasets), hub id, folder, or file.")
+    str,
+    typer.Option(
+        "--dataset",
+        "-d",
+        help="Catalogue name (mlfusion ls datasets), hub id, folder, or file.",
+        autocompletion=complete_datasets,
+    ),
 ]
 Cache = Annotated[
     str | None,
@@ -83,8 +153,9 @@ def asked_model(model: str, hook: str | None, settings: list[str] | None) -> str
 
 
 def say(line: str) -> None:
-    """A line for people, on standard error."""
-    typer.echo(line, err=True)
+    """A line for people, on standard error; none with --quiet."""
+    if _volume >= 0:
+        typer.echo(line, err=True)
 
 
 def print_json(body: Any) -> None:
