@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENAS = -1, -3, -8  # options of mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAPS, _ARENAS = -1, -3, -4, -8  # options of mallopt
 
 
 def available(device: str = "cpu") -> int:
@@ -95,13 +95,14 @@ def pages_kept() -> Iterator[None]:
         yield
         return
     library = ctypes.CDLL(None)
-    for option, value in ((_TRIM_THRESHOLD, 2**30), (_MMAP_THRESHOLD, 2**25), (_ARENAS, 1)):
+    for option, value in ((_TRIM_THRESHOLD, 2**30), (_MMAP_THRESHOLD, 2**25), (_MMAPS, 0), (_ARENAS, 1)):
         library.mallopt(option, value)
     try:
         yield
     finally:
         library.mallopt(_TRIM_THRESHOLD, 2**17)
         library.mallopt(_MMAP_THRESHOLD, 2**17)
+        library.mallopt(_MMAPS, 2**16)
         library.malloc_trim(0)
 
 

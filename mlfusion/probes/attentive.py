@@ -7,6 +7,7 @@ of projecting keys and values per token, at about a twentieth of the arithmetic.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +16,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mlfusion.probes.contract import Shape, generators, kept, uniform
-from mlfusion.probes.pooling import NORM_EPS, linear, standard
+from mlfusion.probes.pooling import NORM_EPS, standard
 
 QUERY_STD = 0.02
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
 MASKS = 0x9E3779B97F4A7C15
-IN_CACHE = 1 << 22  # bytes of averages that are at hand at a time
+IN_CACHE = 1 << 21  # bytes of averages that are made at a time
+SLAB = 1 << 25  # bytes of averages that are projected at a time
+KEPT = 1 << 26  # bytes of averages that are kept for the backward pass; more are made again
 
 
 class Attentive(nn.Module):
@@ -77,16 +80,34 @@ class Attentive(nn.Module):
                 configuration's own stream while training; in evaluation nothing is dropped.
         """
         b, t, _ = tokens.shape
-        k, h = self.to_value.shape[:2]
+        k, h, _, d = self.to_value.shape
         factors = self._draw(tokens) if keep is None else keep.permute(1, 3, 0, 2).reshape(b, t, k * h)
-        # What is added to every image alike has no gradient in training: BatchNorm takes it out again. The little that
-        # rounding would leave, AdamW would blow up to steps of the full learning rate.
-        value = Gather.apply(
-            standard(tokens), self._folded(), self.to_value, self.value_scale, self.value_shift, factors, self.training
-        )
-        bias = self.output_bias.detach() if self.training else self.output_bias
-        normed = self._batch_norm(linear(value, self.to_output, bias).to(self.norm_scale.dtype))
-        return linear(normed, self.classifier, self.classifier_bias)
+        x = standard(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):  # what is narrow is said
+            out = Pool.apply(
+                x,
+                self._folded(),
+                self.to_value,
+                self.value_scale,
+                self.value_shift,
+                self.to_output,
+                factors,
+                self.training,
+            )
+            # What is added to every image alike has no gradient in training: BatchNorm takes it out again. The little
+            # that rounding would leave, AdamW would blow up to steps of the full learning rate.
+            out = out + (self.output_bias.detach() if self.training else self.output_bias)[..., None]
+            normed = F.batch_norm(
+                out.view(1, k * d, b),
+                self.running_mean.view(-1),
+                self.running_var.view(-1),
+                self.norm_scale.view(-1),
+                self.norm_shift.view(-1),
+                training=self.training,
+                momentum=BATCH_NORM_MOMENTUM,
+                eps=BATCH_NORM_EPS,
+            )
+        return torch.baddbmm(self.classifier_bias[..., None], self.classifier, normed.view(k, d, b)).mT
 
     def attention(self, tokens: Tensor) -> Tensor:
         """Normalised tokens [B, T, D] → weights [K, B, H, T] without dropout, which sum to one over T."""
@@ -96,26 +117,8 @@ class Attentive(nn.Module):
 
     def _folded(self) -> Tensor:
         """The vectors u [K·H, D] whose products with a token are its scores."""
-        k, h, e, d = self.to_key.shape
-        query = F.layer_norm(self.query, (d,), eps=NORM_EPS) * self.query_scale + self.query_shift
-        projected = torch.bmm(self.to_query.flatten(1, 2), query[:, :, None]).view(k * h, 1, e) / math.sqrt(e)
-        u = torch.bmm(projected, self.to_key.flatten(0, 1)).view(k, h, d) * self.key_scale[:, None]
-        return u.flatten(0, 1)
-
-    def _batch_norm(self, x: Tensor) -> Tensor:
-        """BatchNorm1d of every configuration: [K, B, D] over B while training, by running statistics otherwise."""
-        k, b, d = x.shape
-        normed = F.batch_norm(
-            x.transpose(0, 1).reshape(b, k * d),
-            self.running_mean.view(-1),
-            self.running_var.view(-1),
-            self.norm_scale.view(-1),
-            self.norm_shift.view(-1),
-            training=self.training,
-            momentum=BATCH_NORM_MOMENTUM,
-            eps=BATCH_NORM_EPS,
-        )
-        return normed.view(b, k, d).transpose(0, 1)
+        query = F.layer_norm(self.query, self.query.shape[1:], eps=NORM_EPS) * self.query_scale + self.query_shift
+        return (Fold.apply(query, self.to_query, self.to_key) * self.key_scale[:, None]).flatten(0, 1)
 
     def _draw(self, tokens: Tensor) -> Tensor | None:
         """Dropout factors [B, T, K·H] while training; a rate of 0 draws nothing and keeps everything."""
@@ -132,12 +135,40 @@ class Attentive(nn.Module):
         return keep.flatten(2)
 
 
-class Gather(torch.autograd.Function):
-    """Tokens averaged by softmax of their scores and then projected: what every head sees of an image.
+class Fold(torch.autograd.Function):
+    """Keys projected onto the query, W_kᵀ W_q q / √e of every head.
 
-    By hand because tokens need no gradient, and because averages and their gradients, the largest tensors there are, are
-    made and used up for a few images at a time, while they are in a core's cache. Under autocast the products are of its
-    type; softmax and its gradient stay as wide as the parameters.
+    By hand because products with a single column are slow, and those with a single row are not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, to_query: Tensor, to_key: Tensor) -> Tensor:
+        """[K, D], [K, H, e, D] and the same → [K, H, D]."""
+        k, h, e, d = to_key.shape
+        projected = torch.bmm(query[:, None], to_query.flatten(1, 2).mT).view(k, h, e) / math.sqrt(e)
+        ctx.save_for_backward(query, to_query, to_key, projected)
+        return torch.bmm(projected.view(k * h, 1, e), to_key.flatten(0, 1)).view(k, h, d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, to_query, to_key, projected = ctx.saved_tensors
+        k, h, e, d = to_key.shape
+        to_projected = torch.bmm(given.view(k * h, 1, d), to_key.flatten(0, 1).mT).view(k, h, e) / math.sqrt(e)
+        return (
+            torch.bmm(to_projected.view(k, 1, h * e), to_query.flatten(1, 2))[:, 0],
+            to_projected[..., None] * query[:, None, None],
+            projected[..., None] * given[:, :, None],
+        )
+
+
+class Pool(torch.autograd.Function):
+    """Tokens averaged by softmax of their scores, projected by every head and joined: what the probe sees of an image.
+
+    By hand because tokens need no gradient, because the averages and their gradients, the largest tensors there are, are
+    made for a few images at a time, while those are in a core's cache, and for the layout: all but the averages is kept
+    with the images last, [K, H·e, B] and [K, D, B], as the next product wants it. Products are of the type of the tokens;
+    softmax and gradients are as wide as the parameters.
     """
 
     @staticmethod
@@ -148,10 +179,11 @@ class Gather(torch.autograd.Function):
         weight: Tensor,
         scale: Tensor,
         shift: Tensor,
+        output: Tensor,
         keep: Tensor | None,
         centred: bool,
     ) -> Tensor:
-        """Standard tokens [B, T, D] → values [K, B, H·e].
+        """Standard tokens [B, T, D] → [K, D, B].
 
         Args:
             ctx: for the backward pass.
@@ -160,6 +192,7 @@ class Gather(torch.autograd.Function):
             weight: of the values [K, H, e, D].
             scale: of LN_v [K, D].
             shift: likewise.
+            output: of the projection that joins the heads [K, D, H·e].
             keep: factors on the attention [B, T, K·H], or None.
             centred: what is added to all images alike has no effect and gets no gradient.
         """
@@ -167,6 +200,7 @@ class Gather(torch.autograd.Function):
         narrow = x.dtype
         # Scale and shift of LN_v go to the projection, which is smaller than the averages of a batch.
         project = (weight * scale[:, None, None]).to(narrow).flatten(0, 1)  # [K·H, e, D]
+        join = output.to(narrow)
         constant = _times(weight, shift)  # [K·H, e]
         weights = _softmax(x, folded)
         if keep is None:
@@ -174,72 +208,91 @@ class Gather(torch.autograd.Function):
         else:
             # The shift follows the sum of the weights, which dropping moves away from one; by exactly 0 at a rate of 0.
             dropped = weights * keep
-            gained = (dropped - weights).sum(1)  # [B, K·H]
+            gained = (dropped - weights).sum(1).T  # [K·H, B]
         dropped = dropped.to(narrow)
-        value = torch.empty(k, len(x), h, e, dtype=narrow, device=x.device)
-        for some in _pieces(x, k * h):
-            average = torch.bmm(dropped[some].mT, x[some])  # [b, K·H, D]
-            each = torch.bmm(average.transpose(0, 1), project.mT)  # [K·H, b, e]
-            each += constant[:, None] if gained is None else constant[:, None] * (1 + gained[some].T[:, :, None])
-            value[:, some] = each.unflatten(0, (k, h)).transpose(1, 2)
-        ctx.save_for_backward(x, weight, scale, shift, project, constant, weights, keep, gained)
+        parts = _parts(x, k * h, SLAB)
+        value, kept = [], []
+        for some in parts:
+            average = _averages(dropped[some], x[some])
+            value.append(torch.bmm(project, average.mT))  # [K·H, e, b]
+            if len(parts) * SLAB <= KEPT:
+                kept.append(average)
+        joined = value[0] if len(value) == 1 else torch.cat(value, 2)
+        joined += constant[:, :, None] if gained is None else constant[:, :, None] * (1 + gained[:, None])
+        ctx.save_for_backward(x, weight, scale, shift, project, join, constant, weights, keep, gained, joined, *kept)
         ctx.centred = centred
-        return value.flatten(2)
+        return torch.bmm(join, joined.view(k, h * e, -1)).to(weights.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
-        """∂/∂value [K, B, H·e] → ∂/∂u and those of weight, scale and shift."""
-        x, weight, scale, shift, project, constant, weights, keep, gained = ctx.saved_tensors
+        """∂/∂out [K, D, B] → ∂/∂u and those of weight, scale, shift and output."""
+        x, weight, scale, shift, project, join, constant, weights, keep, gained, joined, *kept = ctx.saved_tensors
         (k, h, e, d), (b, t, _) = weight.shape, x.shape
         wide, narrow = weights.dtype, x.dtype
-        given = given.unflatten(2, (h, e)).transpose(1, 2).flatten(0, 1)  # [K·H, B, e]
+        given = given.to(narrow)
+        to_output = torch.bmm(given, joined.view(k, h * e, b).mT).to(wide)
+        given = torch.bmm(join.mT, given).view(k * h, e, b)
         dropped = (weights if keep is None else weights * keep).to(narrow)
-        slope = torch.empty(b, t, k * h, dtype=wide, device=x.device)
-        to_project = torch.zeros(k * h, e, d, dtype=wide, device=x.device)
-        for some in _pieces(x, k * h):
-            part = given[:, some].to(narrow)
-            average = torch.bmm(dropped[some].mT, x[some]).transpose(
-                0, 1
-            )  # made again: that is cheaper than to fetch it
-            if wide == narrow:
-                to_project.baddbmm_(part.mT, average)
-            else:
-                to_project += torch.bmm(part.mT, average)
-            back = torch.bmm(part, project)  # [K·H, b, D], the gradient of some averages
-            slope[some] = torch.bmm(x[some], back.permute(1, 2, 0))
+        slope = torch.empty(b, t, k * h, dtype=narrow, device=x.device)
+        to_project = None
+        for n, some in enumerate(_parts(x, k * h, SLAB)):
+            average = kept[n] if kept else _averages(dropped[some], x[some])
+            part = torch.bmm(given[:, :, some], average)
+            to_project = part if to_project is None else to_project + part.to(wide)
+            _slopes(torch.bmm(given[:, :, some].mT, project), x[some], slope[some])
+        assert to_project is not None
+        slope = slope.to(wide)
         if keep is not None:
             # Of dropped = keep · weights, and of gained = Σ (dropped − weights).
-            lifted = torch.bmm(given, constant.to(given.dtype)[:, :, None])[:, :, 0].T  # ∂/∂gained [B, K·H]
+            lifted = torch.bmm(constant[:, None].to(narrow), given)[:, 0].T.to(wide)  # ∂/∂gained [B, K·H]
             slope = slope.add_(lifted[:, None]).mul_(keep).sub_(lifted[:, None])
         slope = torch.ops.aten._softmax_backward_data(slope, weights, 1, wide)
         to_folded = (slope.to(narrow).flatten(0, 1).T @ x.flatten(0, 1)).to(wide)
         # Of project = weight · scale.
-        to_weight = to_project.view(k, h, e, d)
-        to_scale = torch.linalg.vecdot(to_weight, weight, dim=2).sum(1)
+        to_weight = to_project.to(wide).view(k, h, e, d)
+        to_scale = (to_weight * weight).sum((1, 2))
         to_weight *= scale[:, None, None]
         # Of constant = weight · shift, where its factor differs from image to image.
         to_shift = None
         if gained is not None or not ctx.centred:
-            factor = torch.zeros(k * h, b, dtype=wide, device=x.device) if gained is None else gained.T
+            factor = torch.zeros(k * h, b, dtype=wide, device=x.device) if gained is None else gained
             factor = factor if ctx.centred else factor + 1
-            to_constant = torch.bmm(factor[:, None].to(given.dtype), given).to(wide).view(k, h, e)
+            to_constant = torch.bmm(factor[:, None].to(narrow), given.mT).to(wide).view(k, h, e)
             to_weight.addcmul_(to_constant[..., None], shift[:, None, None])
             to_shift = torch.bmm(to_constant.view(k, 1, h * e), weight.flatten(1, 2))[:, 0]
-        return None, to_folded, to_weight, to_scale, to_shift, None, None
+        return None, to_folded, to_weight, to_scale, to_shift, to_output, None, None
 
 
-def _pieces(x: Tensor, heads: int) -> list[slice]:
-    """Images [B, T, D] in parts whose averages by so many heads stay in a core's cache."""
+def _parts(x: Tensor, heads: int, most: int) -> list[slice]:
+    """Images [B, T, D] in even parts whose averages by so many heads take at most so many bytes; one part on a GPU."""
     b, _, d = x.shape
-    step = b if x.is_cuda else max(1, IN_CACHE // (heads * d * x.element_size()))
-    return [slice(start, min(start + step, b)) for start in range(0, b, step)]
+    count = 1 if x.is_cuda else min(b, -(-b * heads * d * x.element_size() // most))
+    edges = [b * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+def _averages(weights: Tensor, x: Tensor) -> Tensor:
+    """[b, T, K·H] and tokens [b, T, D] → [K·H, b, D]."""
+    if x.is_cuda:
+        return torch.bmm(weights.mT, x).transpose(0, 1)
+    heads = weights.shape[2]
+    out = x.new_empty(heads, len(x), x.shape[2])
+    for some in _parts(x, heads, IN_CACHE):
+        out[:, some] = torch.bmm(weights[some].mT, x[some]).transpose(0, 1)
+    return out
+
+
+def _slopes(given: Tensor, x: Tensor, out: Tensor) -> None:
+    """∂/∂averages [K·H, b, D] and tokens [b, T, D] → ∂/∂weights [b, T, K·H]."""
+    for some in _parts(x, len(given), IN_CACHE):
+        out[some] = torch.bmm(x[some], given[:, some].transpose(0, 1).contiguous().mT)
 
 
 def _times(weight: Tensor, vector: Tensor) -> Tensor:
     """[K, H, e, D] by [K, D] → [K·H, e]."""
     k, h, e, d = weight.shape
-    return torch.bmm(weight.view(k, h * e, d), vector[:, :, None]).view(k * h, e)
+    return torch.bmm(vector[:, None], weight.view(k, h * e, d).mT).view(k * h, e)
 
 
 def _softmax(x: Tensor, folded: Tensor) -> Tensor:
