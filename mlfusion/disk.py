@@ -57,6 +57,16 @@ def draft_name(folder: Path) -> Path:
     return folder / f"{DRAFT}{claim()}"
 
 
+@contextmanager
+def drafted(draft: Path) -> Iterator[Path]:
+    """Takes a draft away if what fills it fails."""
+    try:
+        yield draft
+    except OSError:
+        remove(draft)
+        raise
+
+
 def finished(folder: Path, marker: str) -> list[Path]:
     """Folders in `folder` that hold the file `marker` and bear a name of their own, by name."""
     try:
@@ -165,8 +175,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def publish_folder(draft: Path, final: Path) -> bool:
     """Give a folder that holds finished files its name; False if another writer was first."""
-    for folder in (*(path for path in draft.rglob("*") if path.is_dir()), draft):
-        flush(folder)
+    with drafted(draft):
+        for folder in (*(path for path in draft.rglob("*") if path.is_dir()), draft):
+            flush(folder)
     try:
         os.rename(draft, final)  # onto a folder that is not empty this fails
     except OSError:
@@ -198,6 +209,11 @@ def told(root: Path) -> Iterator[None]:
             raise CacheUnusable(
                 f"no space left for the cache at {root} ({free / 1e6:,.0f} MB free); what was written is safe: "
                 "free some space, or choose another place with --cache, and run the same command again"
+            ) from err
+        if err.errno == errno.EIO:
+            raise CacheUnusable(
+                f"the disk under the cache at {root} fails ({err.strerror}); what was published is safe: look at the disk, "
+                "or choose another place with --cache, and run the same command again"
             ) from err
         if err.errno in (errno.ENOENT, errno.ESTALE):
             raise CacheUnusable(

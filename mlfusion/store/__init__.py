@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from mlfusion import disk
-from mlfusion.errors import CacheUnusable, MlfusionError
+from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs import FORMAT, FeatureSpec, parse_model
 from mlfusion.store.claims import Leases
 from mlfusion.store.encoding import ENCODINGS, Encoding
@@ -123,13 +123,21 @@ class FeatureStore:
         layers = (self, *self.below)
         keys = {path.name for layer in layers for path in disk.finished(layer.folder, "entry.json")}
         for key in sorted(keys):
-            if entry := self.by_key(key):
+            try:
+                entry = self.by_key(key)
+            except NotCached:  # removed since
+                continue
+            if entry:
                 yield entry
 
     def own(self) -> Iterator[Entry]:
         """Entries of the uppermost layer alone, without those below."""
         for path in disk.finished(self.folder, "entry.json"):
-            yield Entry(path)
+            try:
+                entry = Entry(path)
+            except NotCached:  # removed since
+                continue
+            yield entry
 
     def find(self, *, model: str | None = None, dataset: str | None = None, split: str | None = None) -> list[Entry]:
         """Entries that somebody extracted under these words: a name, a hub id or a folder."""

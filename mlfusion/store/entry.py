@@ -30,7 +30,7 @@ from mlfusion.store import claims
 from mlfusion.store.claims import Leases
 from mlfusion.store.formats import FORMATS, ShardWriter
 from mlfusion.store.manifest import Manifest
-from mlfusion.store.reader import Check, Source, TokenReader, damaged, spans
+from mlfusion.store.reader import Check, Source, TokenReader, damaged, gone, spans
 from mlfusion.store.stream import FormatName, Stream
 
 TOKENS = "tokens"
@@ -142,7 +142,7 @@ class Entry:
             )
             self.spec = FeatureSpec(model=model, data=data, dtype=body["dtype"], format=body["format"])
         except FileNotFoundError as err:
-            raise NotCached(f"{path} was removed; run the same `mlfusion extract` again") from err
+            raise NotCached(gone(path)) from err
         except (OSError, ValueError, KeyError, TypeError) as err:
             raise damaged(path / "entry.json", str(err)) from err
         if self.spec.key != path.name:
@@ -151,23 +151,23 @@ class Entry:
     @staticmethod
     def draft_in(folder: Path, spec: FeatureSpec, samples: Samples) -> Path:
         """A new entry's folder under a draft's name, ready to be published."""
-        draft = disk.draft_name(folder)
-        for name in FOLDERS:
-            (draft / name).mkdir(parents=True)
-        for name, content in samples.files().items():
-            (draft / name).write_bytes(content)
-            disk.flush(draft / name)
-        disk.write(draft / TOKENS / "zarr.json", Entry.group(spec.key))
-        data = asdict(spec.data)
-        del data["classes"]
-        body = {
-            "format": spec.format,
-            "dtype": spec.dtype,
-            "model": asdict(spec.model),
-            "data": data,
-            "classes": spec.data.classes,
-        }
-        disk.write(draft / "entry.json", disk.sealed(body))
+        with disk.drafted(disk.draft_name(folder)) as draft:
+            for name in FOLDERS:
+                (draft / name).mkdir(parents=True)
+            for name, content in samples.files().items():
+                (draft / name).write_bytes(content)
+                disk.flush(draft / name)
+            disk.write(draft / TOKENS / "zarr.json", Entry.group(spec.key))
+            data = asdict(spec.data)
+            del data["classes"]
+            body = {
+                "format": spec.format,
+                "dtype": spec.dtype,
+                "model": asdict(spec.model),
+                "data": data,
+                "classes": spec.data.classes,
+            }
+            disk.write(draft / "entry.json", disk.sealed(body))
         return draft
 
     @staticmethod
@@ -201,6 +201,8 @@ class Entry:
             sound = samples.content == self.spec.data.content
         except Exception:  # noqa: BLE001 - NumPy reads a header as Python source, so a changed byte raises what Python can
             sound = False
+        if not sound and not (self.path / "entry.json").exists():
+            raise NotCached(gone(self.path))
         if not sound:
             raise damaged(self.path, "ids, labels or digests of its images do not match its key")
         return samples
@@ -240,6 +242,8 @@ class Entry:
         for folder in disk.finished(self.path / TOKENS, "stream.json"):
             try:
                 found.append(Stream.from_json(disk.read_json(folder / "stream.json")))
+            except FileNotFoundError as err:
+                raise NotCached(gone(self.path)) from err
             except ValueError as err:
                 raise damaged(folder / "stream.json", str(err)) from err
         return found
@@ -299,12 +303,18 @@ class Entry:
     @property
     def touched(self) -> int:
         """When this was last extracted or reused by an extraction, in nanoseconds; only ever compared."""
-        return max((entry.path / "names").stat().st_mtime_ns for entry in (self, *self.below))
+        return max(entry._changed("names") for entry in (self, *self.below))
 
     @property
     def used(self) -> float:
         """When this was last extracted or read, in seconds of the file system's clock."""
-        return max((self.path / name).stat().st_mtime for name in ("names", "entry.json"))
+        return max(map(self._changed, ("names", "entry.json"))) / 1e9
+
+    def _changed(self, name: str) -> int:
+        try:
+            return (self.path / name).stat().st_mtime_ns
+        except FileNotFoundError as err:
+            raise NotCached(gone(self.path)) from err
 
     @property
     def nbytes(self) -> int:
@@ -324,11 +334,11 @@ class Entry:
     def begin(self, streams: Iterable[Stream]) -> None:
         """Make the folders of new streams; of two writers with the same stream the first one's cutting stands."""
         for stream in streams:
-            draft = disk.draft_name(self.path / TOKENS)
-            (draft / "c").mkdir(parents=True)
-            for name, text in FORMATS[stream.format].describe(stream).items():
-                disk.write(draft / name, text)
-            disk.write(draft / "stream.json", disk.sealed(stream.to_json()))
+            with disk.drafted(disk.draft_name(self.path / TOKENS)) as draft:
+                (draft / "c").mkdir(parents=True)
+                for name, text in FORMATS[stream.format].describe(stream).items():
+                    disk.write(draft / name, text)
+                disk.write(draft / "stream.json", disk.sealed(stream.to_json()))
             disk.publish_folder(draft, self.folder(stream))
 
     def leases(self) -> Leases:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfusion import disk
-from mlfusion.errors import MlfusionError
+from mlfusion.errors import MlfusionError, NotCached
 from mlfusion.store.claims import pinned, working
 from mlfusion.store.entry import Entry
 
@@ -66,9 +66,12 @@ def decide(
     """
     sizes = {entry.key: entry.size() for entry in every}
     over = sum(sizes.values()) - quota if quota is not None else 0
-    fates = []
-    for entry in sorted(entries, key=lambda entry: entry.used):
-        idle, nbytes = max(now - entry.used, 0.0), sizes[entry.key]
+    fates, used = [], {}
+    for entry in entries:
+        with suppress(NotCached):  # another prune was faster
+            used[entry] = entry.used
+    for entry in sorted(used, key=lambda entry: used[entry]):
+        idle, nbytes = max(now - used[entry], 0.0), sizes[entry.key]
         if needed is not None and entry.key in needed:
             goes, why = False, "results were made from it"
         elif older is not None and idle < older:

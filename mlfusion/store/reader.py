@@ -341,7 +341,7 @@ class TokenReader:
                 except FileNotFoundError as err:
                     if last:
                         self.close()
-                        raise NotCached(_gone(folder)) from err
+                        raise NotCached(gone(folder)) from err
                     time.sleep(0.1)  # a prune that sees our mark puts it back
 
     # --- the five ways to read --------------------------------------------------------------------------------------
@@ -578,7 +578,7 @@ class TokenReader:
         try:
             descriptor = os.open(source.file(number), os.O_RDONLY, dir_fd=self._folders[source.folder])
         except FileNotFoundError as err:
-            raise NotCached(_gone(path)) from err
+            raise NotCached(gone(path)) from err
         except OSError as err:
             raise CacheUnusable(f"{path} cannot be read ({err.strerror}); look at its permissions") from err
         try:
@@ -692,7 +692,8 @@ def stored(source: Source, rows: range) -> np.ndarray:
     return out
 
 
-def _gone(path: Path) -> str:
+def gone(path: Path) -> str:
+    """The words of the error of what a prune took away."""
     return f"{path} was removed while it was read; run the same `mlfusion extract` again"
 
 

@@ -1,8 +1,10 @@
-"""Each fault is tried a few times in `make test`, and many times with MLFUSION_FAULTS=long, which counts trials and losses."""
+"""Each fault is tried a few times in `make test`, and many times with MLFUSION_FAULTS=long; trials and losses are counted."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -45,12 +47,7 @@ def small_shards() -> Iterator[None]:
         yield
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table that docs/faults.md publishes."""
-    if LONG and TALLY:
-        terminalreporter.write_line("\n| what | trials | lost |\n|---|---:|---:|")
-        for what, (tried, lost) in TALLY.items():
-            terminalreporter.write_line(f"| {what} | {tried:,} | {lost:,} |")
-        terminalreporter.write_line(
-            f"| **all** | **{sum(t for t, _ in TALLY.values()):,}** | **{sum(n for _, n in TALLY.values()):,}** |"
-        )
+def pytest_sessionfinish() -> None:
+    """Trials and losses by what was tried, into the file that MLFUSION_TALLY names: for benchmarks/faults.py."""
+    if place := os.environ.get("MLFUSION_TALLY"):
+        Path(place).write_text(json.dumps(TALLY), encoding="utf-8")

@@ -1,0 +1,202 @@
+"""Prunes against everything else: other prunes, kills, extractors, and a training that reads on unharmed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from test_company import read_on
+from workers import IMAGES, Child, extract, files, litter, right, spec, whole
+
+from mlfusion import population
+from mlfusion.batches import Schedule, Tokens
+from mlfusion.errors import MlfusionError
+from mlfusion.probes import Shape
+from mlfusion.store import FeatureStore
+from mlfusion.store.housekeeping import TRASH, empty, remove
+
+
+def prune(root: Path) -> None:
+    """As `mlfusion cache prune` with nothing that keeps an entry."""
+    empty(root)
+    for entry in list(FeatureStore(root).own()):
+        remove(root, entry.path)
+
+
+def prune_on(root: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        prune(root)
+        time.sleep(0.003)
+
+
+def test_two_prunes_at_once(many, trial, tmp_path):
+    root = tmp_path / "cache"
+    for _ in range(many(3, 40)):
+        with trial("two prunes at once"):
+            extract(root)
+            children = [Child(prune, root) for _ in range(2)]
+            assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
+            assert FeatureStore(root).entry(spec()) is None
+            assert not list((root / TRASH).iterdir())
+    extract(root)
+    whole(root)
+
+
+def test_a_prune_killed_before_each_change(many, trial, tmp_path):
+    """What was to go is there whole or not at all, and the next prune takes the rest."""
+    root = tmp_path / "cache"
+    want = files(extract(root).path)
+
+    def killed(step: int) -> None:
+        count = [0]
+
+        def counted(change):
+            def changed(*args, **words):
+                count[0] += 1
+                if count[0] == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return change(*args, **words)
+
+            return changed
+
+        for name in ("rename", "unlink", "rmdir", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        prune(root)
+
+    step = 0
+    while True:
+        step += many(17, 1)
+        child = Child(killed, step)
+        if child.wait() == 0:
+            break  # it had no more changes to make
+        with trial("a prune killed before each change"):
+            if (entry := FeatureStore(root).entry(spec())) is not None:
+                right(entry)
+            assert Child(prune, root).wait() == 0
+            assert FeatureStore(root).entry(spec()) is None
+            assert not list((root / TRASH).iterdir())
+            assert Child(extract, root).wait() == 0
+            assert files(whole(root).path) == want
+    assert step > 50
+
+
+def test_prunes_against_extractors(many, trial, tmp_path):
+    """An extractor is left alone while it holds a lease; taken away between two, it says so and the next run mends it."""
+    for number in range(many(3, 40)):
+        with trial("prunes against an extractor"):
+            root = tmp_path / f"cache {number}"
+            root.mkdir()
+            pruner, child = Child(prune_on, root, 0.4), Child(extract, root, pause=0.01)
+            assert child.wait() in (0, 3), child.said
+            assert pruner.wait() == 0, pruner.said
+            extract(root)
+            whole(root)
+
+
+def test_a_reader_that_is_stopped(many, trial, tmp_path):
+    """For as long as its process lives, what it reads stays."""
+    for number in range(many(1, 15)):
+        with trial("a prune under a reader that is stopped"):
+            root, told = tmp_path / f"cache {number}", tmp_path / f"told {number}"
+            extract(root)
+            child = Child(read_on, root, told)
+            while not told.exists():
+                time.sleep(0.01)
+            child.send(signal.SIGSTOP)
+            prune(root)
+            right(FeatureStore(root).entry(spec()))
+            child.send(signal.SIGCONT)
+            time.sleep(0.05)
+            child.send(signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL, child.said
+            prune(root)
+            assert FeatureStore(root).entry(spec()) is None
+
+
+def trained(root: Path, pause: float) -> list[np.ndarray]:
+    """A probe trained on tokens that are streamed from the cache, as stage two does where they do not fit into memory."""
+    entry = FeatureStore(root).entry(spec())
+    with entry.open([3], ["all"]) as reader:
+        outcome = population.train(
+            "attentive",
+            Tokens(reader, entry.samples.labels),
+            np.arange(IMAGES),
+            [population.Configuration(1e-2, 0.1)],
+            Shape(tokens=17, width=4, classes=3, heads=2),
+            Schedule(images=IMAGES, steps=60, batch_size=11, batches=4),
+            seed=0,
+            progress=lambda _: time.sleep(pause),
+        )
+        return [weight.numpy() for _, probe in outcome for weight in probe.state_dict().values()]
+
+
+def train_and_compare(root: Path, want: list[np.ndarray]) -> None:
+    torch.set_num_threads(1)
+    for got, expected in zip(trained(root, 0.004), want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_training_goes_on_unharmed(many, trial, tmp_path):
+    """To the bit, while prune after prune would take its features away; when it has ended they go."""
+    root = tmp_path / "cache"
+    for _ in range(many(1, 15)):
+        extract(root)
+        want = trained(root, 0)
+        with trial("prunes during training"):
+            child = Child(train_and_compare, root, want)
+            while not list(root.glob("v2/*/pins/*")):
+                time.sleep(0.002)
+            pruner = Child(prune_on, root, 0.2)
+            assert child.wait() == 0, child.said
+            assert pruner.wait() == 0
+            prune(root)
+            assert FeatureStore(root).entry(spec()) is None
+
+
+def soak(root: Path, seconds: float, seed: int) -> None:
+    """One user of a busy cache: extracts, reads and prunes at random; whatever is read is right."""
+    random, end = np.random.default_rng(seed), time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if (act := random.integers(8)) < 3:
+                extract(root, pause=0.001)
+            elif act < 7:
+                if (entry := FeatureStore(root).entry(spec())) is not None and entry.held():
+                    right(entry)
+            else:
+                prune(root)
+        except MlfusionError:
+            pass  # it said what was the matter, and nothing wrong was read
+
+
+def test_everything_at_once(many, trial, tmp_path):
+    """Users that come, are stopped and killed, on one cache; file descriptors do not pile up, and the end is as ever."""
+    root = tmp_path / "cache"
+    want = files(extract(root).path)
+    random, users = np.random.default_rng(5), 0
+    with trial("a busy cache: extracting, reading, pruning, stopping and killing at once"):
+        end, open_files = time.monotonic() + many(2, 90), len(os.listdir("/proc/self/fd"))
+        children: list[Child] = []
+        while time.monotonic() < end or children:
+            while len(children) < 4 and time.monotonic() < end:
+                children.append(Child(soak, root, random.uniform(0.1, 2), users))
+                users += 1
+            child = children.pop(int(random.integers(len(children))))
+            match random.integers(3):
+                case 0:
+                    assert child.kill_after(random.uniform(0, 0.3)) in (0, -signal.SIGKILL), child.said
+                case 1:
+                    child.send(signal.SIGSTOP)
+                    time.sleep(random.uniform(0, 0.2))
+                    child.send(signal.SIGCONT)
+                    children.append(child)
+                case 2:
+                    assert child.wait() == 0, child.said
+        assert len(os.listdir("/proc/self/fd")) == open_files
+        extract(root)
+        assert files(whole(root).path) == want
+        assert litter(root) == []
+        assert users > 3
