@@ -257,6 +257,8 @@ def _datasets(each: Sequence[Study], held: Sequence[Block], more: More, few: boo
         if not few:
             if probed := [block for block in mine if block.probes]:
                 figures.append(of_block.accuracy(probed, f"accuracy-{i}"))
+            if attended := [(block, found) for block in mine if (found := block.attention)]:
+                figures.append(of_block.attention(attended, f"attention-{i}"))
             if layered := [block for block in mine if block.by_layer]:
                 figures.append(of_block.by_layer(layered, more.cka, f"layers-{i}"))
         seen = images.seen(mine, more.results) if more.results else None

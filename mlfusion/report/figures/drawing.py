@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from mlfusion.errors import Unavailable
 from mlfusion.report.look import LIGHT, Shape, config
@@ -50,6 +50,7 @@ class Figure:
     numbers: Sequence[Record] = field(repr=False)  # what is drawn, one a mark, as its CSV holds it
     legend: Sequence[Key] = ()
     columns: int = 3  # of panels, in a file
+    room: Literal["", "wide", "narrow"] = ""  # that a panel takes on the page
     more: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)  # other numbers: {name: records}
 
     def named(self, name: str) -> "Figure":

@@ -62,13 +62,8 @@ def _kept(score: Score, results: Results) -> tuple[np.ndarray, np.ndarray] | Non
 
 def note(held: Seen) -> str:
     """Which probe, of which model, over how many seeds."""
-    seeds = f"{held.seeds} seed" + ("s" if held.seeds > 1 else "")
-    return (
-        f"{held.score.probe} on {held.block.model}, which has the best validation here: test images "
-        f"of all of {seeds} put together."
-        if held.seeds > 1
-        else f"{held.score.probe} on {held.block.model}, which has the best validation here: the test images of one seed."
-    )
+    of = f"the test images of {held.seeds} seeds put together" if held.seeds > 1 else "the test images of one seed"
+    return f"{held.score.probe} on {held.block.model}, which has the best validation here: {of}."
 
 
 def confused(held: Seen) -> list[tuple[str, str, int, str]]:
@@ -110,6 +105,7 @@ def _matrix(held: Seen, classes: Sequence[str]) -> Figure:
         [Panel("", _matrix_spec(tuple(classes)), records, width=max(240, 26 * len(classes)))],
         records,
         columns=1,
+        room="" if len(classes) > 10 else "narrow",
     )
 
 
@@ -165,6 +161,7 @@ def _reliability(held: Seen) -> Figure:
         records,
         keys,
         columns=1,
+        room="narrow",
     )
 
 
