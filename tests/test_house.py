@@ -25,7 +25,7 @@ DOORS: dict[str, set[str]] = {
     "progress": set(),
     "store": {"errors", "specs", "disk"},
     "models": {"errors", "specs"},
-    "datasets": {"errors"},
+    "datasets": {"errors", "disk", "progress"},
     "preprocessing": {"errors"},
     "backbone": {"errors", "specs", "models", "preprocessing"},
     "probes": {"errors", "specs"},

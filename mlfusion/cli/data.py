@@ -39,6 +39,10 @@ READING: dict[str, tuple[Any, Any]] = {  # of datasets.Reading → the option's 
         Annotated[int | None, typer.Option("--max-pixels", help="Refuse larger images; default 178,956,970.")],
         None,
     ),
+    "stream": (
+        Annotated[bool, typer.Option("--stream", help="Read a hub data set from where it lies; keep no copy.")],
+        False,
+    ),
     "config": (Annotated[str | None, typer.Option("--config", help="Of a hub data set that has several.")], None),
 }
 

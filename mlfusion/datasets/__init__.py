@@ -17,6 +17,7 @@ from mlfusion.datasets import arrays as _arrays
 from mlfusion.datasets import carve as _carve
 from mlfusion.datasets import files as _files
 from mlfusion.datasets import hub as _hub
+from mlfusion.datasets import remote as _remote
 from mlfusion.datasets import tars as _tars
 from mlfusion.datasets.catalogue import CATALOGUE, Row
 from mlfusion.datasets.columns import SPLITS
@@ -67,6 +68,9 @@ def load(word: str, reading: Reading | None = None) -> DataSet:
         raise UnknownName("data set", word, CATALOGUE, otherwise=otherwise)
     source = row.source if row else word
     name = row.name if row else source.rsplit("/", 1)[-1]
+    if reading.stream:
+        form, found = _remote.streamed(source, reading)
+        return _made(name, source, form, found, reading)
     there = _hub.on_hub(name, source, reading)
     if isinstance(there, Path):
         form, found = _local(there, source, reading)
@@ -131,6 +135,8 @@ def _local(path: Path, word: str, reading: Reading) -> tuple[str, dict[str, Foun
         return "tables of paths", _files.tables(tables, reading)
     if tars := _tars.tars_in(path):
         return "WebDataset tars", _tars.webdataset(tars, _tars.names_in(path), reading)
+    if reading.stream and _hub.has_parquet(path, splits):
+        return _remote.in_place(path, reading)
     if _hub.has_parquet(path, splits):
         return "Parquet files", _hub.in_folder(path, reading)
     if _arrays.npy_in(path):

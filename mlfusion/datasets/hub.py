@@ -1,7 +1,8 @@
 """Data sets of the Hugging Face hub, and Parquet files, through the datasets library; tars of the hub go to `tars`."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,21 @@ class Cells:
     root: str | None  # below which files lie that a cell may name instead of holding bytes
 
     def __call__(self, row: int) -> bytes:
-        cell = self.table[row][self.column]
-        if isinstance(cell, (bytes, bytearray)):
-            return bytes(cell)
-        if cell is None:
-            return b""
-        if cell.get("bytes") is not None:
-            return bytes(cell["bytes"])
-        path = Path(str(cell.get("path"))).resolve()
-        if self.root is None or not path.is_relative_to(self.root):
-            raise OSError(f"its cell holds no bytes, and names a file outside the data set ({cell.get('path')})")
-        return path.read_bytes()
+        return cell_bytes(self.table[row][self.column], self.root)
+
+
+def cell_bytes(cell: Any, root: str | None) -> bytes:
+    """An image's bytes from its cell: bytes, or the hub's {bytes, path}, whose path may only lead below `root`."""
+    if isinstance(cell, (bytes, bytearray)):
+        return bytes(cell)
+    if cell is None:
+        return b""
+    if cell.get("bytes") is not None:
+        return bytes(cell["bytes"])
+    path = Path(str(cell.get("path"))).resolve()
+    if root is None or not path.is_relative_to(root):
+        raise OSError(f"its cell holds no bytes, and names a file outside the data set ({cell.get('path')})")
+    return path.read_bytes()
 
 
 def on_hub(name: str, source: str, reading: Reading) -> Path | dict[str, Found]:
@@ -43,20 +48,34 @@ def on_hub(name: str, source: str, reading: Reading) -> Path | dict[str, Found]:
         BadData: it cannot be read as images with labels.
     """
     import datasets as library
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
-    # The hub's client hands on its transport's errors; offline mode is an OSError.
-    unreachable = (OSError, errors.HTTPError)  # type: ignore[attr-defined]
-    try:
+    with reaching(name, source):
         offline = constants.is_offline_mode()
         files = [] if offline else [f.rfilename for f in HfApi().dataset_info(source, timeout=10).siblings or ()]
         if any(file.endswith(".tar") for file in files) or (offline and "/wds_" in source):
             # Read where they lie: the datasets library would unpack them into a second copy, and may take them for text.
             return Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.tar", "*classnames.txt"]))
         return from_library(name, lambda: library.load_dataset(source, reading.config), reading, None)
+
+
+@contextmanager
+def reaching(name: str, source: str | None = None) -> Iterator[None]:
+    """Turn the hub's refusals, and its silence, into words about what was asked for.
+
+    Raises:
+        Unavailable: no such data set, or no network.
+    """
+    import datasets as library
+    from huggingface_hub import errors
+
+    # The hub's client hands on its transport's errors; offline mode is an OSError.
+    unreachable = (OSError, errors.HTTPError)  # type: ignore[attr-defined]
+    try:
+        yield
     except (errors.RepositoryNotFoundError, library.exceptions.DatasetNotFoundError) as err:
         raise Unavailable(
-            f"the hub has no data set {source!r} that you may read (gated ones need `hf auth login`); look at "
+            f"the hub has no data set {source or name!r} that you may read (gated ones need `hf auth login`); look at "
             "`mlfusion ls datasets`"
         ) from err
     except unreachable as err:
@@ -104,45 +123,62 @@ def from_library(name: str, load: Any, reading: Reading, root: Path | None) -> d
     return {split: _found(f"{name}, split {split}", split, table, reading, root) for split, table in loaded.items()}
 
 
-def _found(where: str, split: str, table: Any, reading: Reading, root: Path | None) -> Found:
+@dataclass(frozen=True)
+class Chosen:
+    """Which columns of a table are what."""
+
+    image: str
+    label: str
+    id: str | None
+    decoded: bool  # the image column is one of the library's images
+    names: tuple[str, ...] | None  # of the classes that label numbers stand for
+
+
+def chosen(features: Any, reading: Reading, where: str) -> Chosen:
+    """The columns of a table, as the user says or by their types and names.
+
+    Raises:
+        BadData: lists them.
+    """
     import datasets as library
 
-    features = table.features
     columns = {column: _type(feature) for column, feature in features.items()}
     pictures = [column for column, kind in columns.items() if kind == "image"]
-    raw = [column for column, kind in columns.items() if kind == "bytes" or kind.startswith("bytes")]
+    raw = [column for column, kind in columns.items() if kind == "bytes"]
     image = choose("image", columns, reading.image_column, pictures or raw, IMAGES, where)
     if columns[image] not in ("image", "bytes"):
         raise BadData(f"{where}: {image} holds no images; --image-column may be: {described(columns)}")
     usual = [column for column in LABELS if column in columns]
     typed = [column for column, kind in columns.items() if kind.startswith("class of")]
-    label = choose(
-        "label", columns, reading.label_column, [c for c in usual if c in typed] or typed[:1] or usual, LABELS, where
-    )
-    feature = features[label]
-    inner = getattr(feature, "feature", feature)
+    likely = [column for column in usual if column in typed] or typed[:1] or usual
+    label = choose("label", columns, reading.label_column, likely, LABELS, where)
+    if reading.id_column is not None and reading.id_column not in columns:
+        raise BadData(f"{where} has no column {reading.id_column!r}; --id-column may be: {described(columns)}")
+    inner = getattr(features[label], "feature", features[label])
     names = tuple(inner.names) if isinstance(inner, library.ClassLabel) else None
-    images = table.select_columns([image])
-    if columns[image] == "image":
-        images = images.cast_column(image, library.Image(decode=False))
+    return Chosen(image, label, reading.id_column, columns[image] == "image", names)
+
+
+def _found(where: str, split: str, table: Any, reading: Reading, root: Path | None) -> Found:
+    import datasets as library
+
+    columns = chosen(table.features, reading, where)
+    images = table.select_columns([columns.image])
+    if columns.decoded:
+        images = images.cast_column(columns.image, library.Image(decode=False))
+    if columns.id:
+        ids = list(map(str, table[columns.id][:]))
+    else:
+        ids = [f"{split}/{key}" for key in (table[KEY][:] if KEY in table.features else range(len(table)))]
     # Where the library unpacks what a hub data set's files hold.
     place = root or Path(os.path.realpath(library.config.HF_CACHE_HOME))
     return Found(
-        ids=unique(_ids(split, table, reading, columns, where), where),
-        labels=table.with_format(None)[label][:],
-        encoded=Cells(images, image, str(place)),
+        ids=unique(ids, where),
+        labels=table.with_format(None)[columns.label][:],
+        encoded=Cells(images, columns.image, str(place)),
         decode=reading.decoder,
-        names=names,
+        names=columns.names,
     )
-
-
-def _ids(split: str, table: Any, reading: Reading, columns: dict[str, str], where: str) -> tuple[str, ...]:
-    if reading.id_column is not None:
-        if reading.id_column not in columns:
-            raise BadData(f"{where} has no column {reading.id_column!r}; --id-column may be: {described(columns)}")
-        return tuple(map(str, table[reading.id_column][:]))
-    keys = table[KEY][:] if KEY in columns else range(len(table))
-    return tuple(f"{split}/{key}" for key in keys)
 
 
 def _type(feature: Any) -> str:
