@@ -26,7 +26,7 @@ setup: .venv/.ready ## make .venv with everything installed; does nothing when i
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlfusion needs Python 3.11 or newer: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,tensorboard,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,fast,tensorboard,dev]'
 	@touch $@
 
 demo: setup ## both stages on the embedded model and images, offline; ends with a report

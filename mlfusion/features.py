@@ -55,6 +55,7 @@ def load_features(
     *,
     layers: str | Sequence[int] = "all",
     tokens: Sequence[TokenKind] | str = ("cls", "ap"),
+    view: str = "plain",
     cache: Place = None,
 ) -> Features[np.ndarray]:
     """Cached tokens as NumPy arrays, in the dtype they are kept in; images skipped at extraction are left out.
@@ -71,13 +72,14 @@ def load_features(
         split: 'train' or 'test'.
         layers: 'all' (1..L), 'last', '1-4,12', or numbers; their order is kept.
         tokens: token kinds, in the order wanted.
+        view: of the images, as extracted by --view: 'flip', 'crop1', …
         cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
 
     Raises:
         NotCached: says which `mlfusion extract` would make it so.
         CacheUnusable: a checksum is wrong.
     """
-    opened = open_features(model, dataset, split, layers=layers, tokens=tokens, cache=cache)
+    opened = open_features(model, dataset, split, layers=layers, tokens=tokens, view=view, cache=cache)
     with opened.tokens as reader:
         return Features(reader.read(), *(getattr(opened, each.name) for each in fields(Features)[1:]))
 
@@ -89,6 +91,7 @@ def open_features(
     *,
     layers: str | Sequence[int] = "all",
     tokens: Sequence[TokenKind] | str = ("cls", "ap"),
+    view: str = "plain",
     cache: Place = None,
     check: Check = "once",
 ) -> Features[TokenReader]:
@@ -105,7 +108,7 @@ def open_features(
 
     The other arguments and the errors are those of `load_features`.
     """
-    entry = _newest(_of_split(FeatureStore(cache), model, dataset, split))
+    entry = _newest(_of_split(FeatureStore(cache), model, dataset, split, view))
     depth = entry.spec.model.depth
     chosen = parse_layers(layers, depth) if isinstance(layers, str) else tuple(layers)
     kinds = tuple(tokens.split(",")) if isinstance(tokens, str) else tuple(tokens)
@@ -150,7 +153,10 @@ def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[Sp
         NotCached: there are none, or one split lacks its partner; says what to run.
     """
     found: dict[str, list[tuple[Names, Entry, Entry]]] = {}
-    trains, tests = (store.find(model=model, dataset=dataset, split=split) for split in ("train", "test"))
+    trains, tests = (
+        [entry for entry in store.find(model=model, dataset=dataset, split=split) if entry.spec.model.view == "plain"]
+        for split in ("train", "test")
+    )
     for train in trains:
         for test in tests:
             if _made_alike(train.spec, test.spec):
@@ -204,8 +210,15 @@ def _made_alike(train: FeatureSpec, test: FeatureSpec) -> bool:
     return same and (train.data.classes, train.data.carve) == (test.data.classes, test.data.carve)
 
 
-def _of_split(store: FeatureStore, model: str, dataset: str, split: str) -> list[Entry]:
-    entries = store.find(model=model, dataset=dataset, split=split)
+def _of_split(store: FeatureStore, model: str, dataset: str, split: str, view: str) -> list[Entry]:
+    every = store.find(model=model, dataset=dataset, split=split)
+    entries = [entry for entry in every if entry.spec.model.view == view]
+    if every and not entries:
+        raise NotCached(
+            f"{split} features of {model} on {dataset} are cached of the views "
+            f"{', '.join(sorted({e.spec.model.view for e in every}))}, not of {view}; run: mlfusion extract "
+            f"{_place(model, dataset)} --view {view}"
+        )
     if not entries:
         others = [e.spec.data.split for e in store.find(model=model, dataset=dataset)]
         if others:

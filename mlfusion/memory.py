@@ -106,6 +106,35 @@ def pages_kept() -> Iterator[None]:
         library.malloc_trim(0)
 
 
+def is_shortage(err: BaseException) -> bool:
+    """Whether this says that memory ran out: torch has a class of its own for GPUs alone."""
+    said = str(err).lower()
+    return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(err, RuntimeError)
+        and any(word in said for word in ("out of memory", "can't allocate memory", "not enough memory"))
+    )
+
+
+def give_back(kind: str) -> None:
+    """Let go of what torch keeps for later on a kind of device."""
+    if kind == "cuda":
+        torch.cuda.empty_cache()
+    elif kind == "mps":
+        torch.mps.empty_cache()
+
+
+@contextmanager
+def measured(kind: str = "cpu") -> Iterator[Callable[[], int]]:
+    """How many bytes of tensors were alive at most within it, beyond those from before; to be asked when it has ended."""
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield lambda: torch.cuda.max_memory_allocated() - before
+    else:
+        with Footprint() as footprint:
+            yield lambda: footprint.most
+
+
 class Footprint(TorchDispatchMode):
     """Counts the bytes of the tensors that are made within it: those alive, and the most that were at a time."""
 

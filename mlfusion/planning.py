@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from mlfusion import datasets
 from mlfusion.backbone import Backbone
-from mlfusion.extraction import BATCH, Request, gaps, load, prepared
+from mlfusion.extraction import Job, Making, Request, gaps, load, loading
+from mlfusion.forward import BATCHES, Forward
 from mlfusion.specs import Dtype, FeatureSpec, Pair, token_words
 from mlfusion.store import Entry, FeatureStore, FormatName, Place, Samples, Stream, differences
 
@@ -55,6 +56,8 @@ def explain(
     layers: str = "all",
     tokens: str = "cls,ap",
     dtype: Dtype = "float16",
+    device: str = "auto",
+    making: Making | None = None,
     cache: Place = None,
 ) -> list[Explained]:
     """Say of each split which entry `extract` with the same words would use. Arguments and errors as in `extract`."""
@@ -67,23 +70,25 @@ def explain(
         tokens=tokens,
         format="zarr",
         dtype=dtype,
-        device="cpu",
+        device=device,
         batch_size=1,
+        making=making,
     )
     store = FeatureStore(cache)
     others = list(store.entries())
     explained = []
-    for split, samples, spec in asked.splits:
+    for job in asked.jobs:
+        spec = job.spec
         entry = store.entry(spec)
         near = None if entry else _nearest(spec, others)
         explained.append(
             Explained(
-                split=split.name,
+                split=job.split.name,
                 key=spec.key,
                 entry=entry,
                 lacking=asked.pairs - (entry.held() if entry else frozenset()),
                 nearest=near,
-                differences=tuple(_told(spec, samples, near)) if near else (),
+                differences=tuple(_told(spec, job.samples, near)) if near else (),
             )
         )
     return explained
@@ -156,6 +161,7 @@ class PlannedSplit:
     """What one split would take."""
 
     split: str
+    view: str
     key: str
     images: int
     images_to_run: int
@@ -214,7 +220,9 @@ def plan(
     format: FormatName = "zarr",
     dtype: Dtype = "float16",
     device: str = "auto",
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
+    making: Making | None = None,
+    workers: int = 0,
     cache: Place = None,
     trial: float = TRIAL_SECONDS,
 ) -> Plan:
@@ -234,8 +242,9 @@ def plan(
         dtype=dtype,
         device=device,
         batch_size=batch_size,
+        making=making,
     )
-    return estimate(asked, cache=cache, trial=trial)
+    return estimate(asked, cache=cache, trial=trial, workers=workers)
 
 
 def estimate(
@@ -243,6 +252,7 @@ def estimate(
     *,
     cache: Place = None,
     trial: float | None = TRIAL_SECONDS,
+    workers: int = 0,
     model: Callable[[Request], Backbone] = load,
 ) -> Plan:
     """The same, of words that are resolved already; without a trial the time is not told."""
@@ -250,17 +260,20 @@ def estimate(
     planned: list[PlannedSplit] = []
     backbone: Backbone | None = None
     rate, spent = None, 0.0
-    for split, _, spec in asked.splits:
-        entry = store.entry(spec)
+    batch = asked.batch_size or BATCHES["cpu"]
+    for job in asked.jobs:
+        entry = store.entry(job.spec)
         todo: dict[Stream, set[int]] = {}
         if entry is None or not asked.pairs <= entry.held():
             backbone = backbone or model(asked)
             todo = gaps(entry, asked.pairs) if entry else {}
-            todo |= {stream: set(range(stream.shards)) for stream in asked.fresh(entry, spec, backbone)}
+            todo |= {stream: set(range(stream.shards)) for stream in asked.fresh(entry, job.spec, backbone)}
             if rate is None and trial is not None:
                 wanted = frozenset(pair for stream in todo for pair in stream.pairs)
-                rate, spent = _trial(backbone, split, wanted, asked.batch_size, trial)
-        planned.append(_planned(split.name, spec, entry, todo, asked))
+                forward = Forward(backbone, job.steps, wanted, asked.batch_size)
+                rate, spent = _trial(forward, job.split, wanted, workers, trial)
+                batch = forward.batch_size
+        planned.append(_planned(job, entry, todo, batch))
     return Plan(
         model=asked.names.model,
         dataset=asked.names.dataset,
@@ -279,9 +292,8 @@ def free_bytes(store: FeatureStore) -> int:
     return shutil.disk_usage(root).free
 
 
-def _planned(
-    name: str, spec: FeatureSpec, entry: Entry | None, todo: dict[Stream, set[int]], asked: Request
-) -> PlannedSplit:
+def _planned(job: Job, entry: Entry | None, todo: dict[Stream, set[int]], batch_size: int) -> PlannedSplit:
+    spec = job.spec
     images = np.zeros(spec.data.images, bool)
     nbytes, files = 0, 0 if entry else FILES["entry"]
     for stream, shards in todo.items():
@@ -294,10 +306,11 @@ def _planned(
     cut = todo or (entry.streams() if entry else [])
     step = min((stream.shard_rows for stream in cut), default=spec.data.images)
     steps = [range(at, min(at + step, spec.data.images)) for at in range(0, spec.data.images, step)]
-    batches = [-(-len(rows) // asked.batch_size) for rows in steps]
+    batches = [-(-len(rows) // batch_size) for rows in steps]
     passes = sum(count for count, rows in zip(batches, steps, strict=True) if images[rows.start])
     return PlannedSplit(
-        split=name,
+        split=job.split.name,
+        view=job.steps.view,
         key=spec.key,
         images=spec.data.images,
         images_to_run=int(images.sum()),
@@ -310,22 +323,23 @@ def _planned(
 
 
 def _trial(
-    backbone: Backbone, split: datasets.Split, wanted: frozenset[Pair], batch_size: int, seconds: float
+    forward: Forward, split: datasets.Split, wanted: frozenset[Pair], workers: int, seconds: float
 ) -> tuple[float, float]:
     """Images a second, decoded and run; and for how long that was measured. A data set that is short is gone through again."""
 
-    def rounds() -> Any:
+    def rounds() -> Iterator[tuple[range, None]]:
         while True:
-            for at in range(0, len(split), batch_size):
-                yield range(at, min(at + batch_size, len(split))), []
+            for at in range(0, len(split), forward.batch_size):
+                yield range(at, min(at + forward.batch_size, len(split))), None
 
     images, start = 0, 0.0
-    for rows, _, pictures, _ in prepared(backbone, split, rounds(), skip_bad=True):
-        backbone(backbone.preprocessing.finish(pictures.to(backbone.device)), wanted)
+    for one in loading(forward, split, workers, skip_bad=True)(rounds()):
+        for tokens in forward(one.pictures, wanted).values():
+            tokens.cpu()
         if not start:
             start = time.monotonic()
             continue
-        images += len(rows)
+        images += len(one.rows)
         if (spent := time.monotonic() - start) >= seconds:
             break
     return images / spent, spent

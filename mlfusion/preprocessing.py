@@ -4,11 +4,17 @@ The reference is the model's image processor in transformers, in its PIL form: o
 neither torchvision nor a processor's class, and splits the work where it is cheap to split. `picture` is what a worker does
 for one image and ends in bytes, a quarter of the floats' memory; `finish` turns a batch of them into the numbers that the
 model takes, on the model's device. A processor with rules of its own (`Borrowed`) is called as it is.
+
+The fast path decodes JPEG by libjpeg-turbo directly, large ones at a reduced scale, and resizes bytes by torch. Its pictures
+differ from the exact ones, mostly by nothing and else by one level; docs/speed.md has what that does to features.
 """
 
 import dataclasses
+import hashlib
+import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +28,18 @@ from torch import Tensor
 
 from mlfusion.errors import BadModel, UnknownName
 
-Word = Literal["exact", "paper"]
+Word = Literal["exact", "fast", "paper", "paper+fast"]
 WORDS: tuple[Word, ...] = get_args(Word)
-"""`exact`: the model's own processor, to the bit. `paper`: as the study prepared images for models of this family."""
+"""`exact`: the model's own processor, to the bit. `paper`: as the study prepared images for models of this family. `fast`:
+either by the faster kernel."""
 
-Kernel = Literal["pil", "torch-float32"]
-"""What resizes: PIL on bytes, or torch on floats (what torchvision's processors do)."""
+Kernel = Literal["pil", "torch-uint8", "torch-float32"]
+"""What resizes: PIL on bytes, torch on bytes (the fast path), or torch on floats (what torchvision's processors do)."""
+
+SPARE = 2
+"""The fast path decodes a JPEG at 1/2, 1/4 or 1/8 only where that leaves so many times the pixels that are wanted, each way."""
+
+VIEWS = ("plain", "flip", "crop1, crop2, …")
 
 Rounding = Literal["floor", "half-even"]
 """Of a crop's offset where the margin is odd: transformers' way, or torchvision's."""
@@ -64,6 +76,8 @@ class Steps:
     rescale_factor: float | None = 1 / 255
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
+    view: str = "plain"  # or 'flip', 'crop1', …: the same picture seen otherwise
+    seed: int = 0  # of the views' crops
 
     def __post_init__(self) -> None:
         if self.crop_size is None and not isinstance(self.size, tuple):
@@ -81,23 +95,87 @@ class Steps:
     @property
     def dtype(self) -> torch.dtype:
         """Of a picture before it is finished."""
-        return torch.uint8 if self.kernel == "pil" else torch.float32
+        return torch.float32 if self.kernel == "torch-float32" else torch.uint8
 
-    def picture(self, image: Image.Image) -> np.ndarray:
-        """[height, width, 3] of `dtype`: resized and cropped; bytes are still those of the file, floats are rescaled."""
+    @property
+    def quick(self) -> bool:
+        """Whether JPEG files go by `of_jpeg`."""
+        return self.kernel == "torch-uint8"
+
+    def picture(self, image: Image.Image, name: str = "") -> np.ndarray:
+        """[3, height, width] of `dtype`: resized and cropped; bytes are still those of the file, floats are rescaled.
+
+        `name` is the sample's id, which decides what a view shows.
+        """
         image = image if image.mode == "RGB" else image.convert("RGB")
-        height, width = self._resized(image.height, image.width)
+        box, mirrored = self._look(image.height, image.width, name)
+        if box:
+            image = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
+        height, width = self.pixels if box else self._resized(image.height, image.width)
         if self.kernel == "pil":
-            resized = np.asarray(image.resize((width, height), FILTERS[self.resample]))
+            resized = np.asarray(image.resize((width, height), FILTERS[self.resample])).transpose(2, 0, 1)
         else:
-            whole = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() * (self.rescale_factor or 1)
-            whole = torch.nn.functional.interpolate(whole, (height, width), mode=self.resample, antialias=True)
-            resized = whole[0].permute(1, 2, 0).numpy()
-        return _cropped(resized, self.crop_size, self.crop_rounding) if self.crop_size else resized
+            resized = self._by_torch(np.array(image), height, width)
+        return self._framed(resized, mirrored)
 
-    def finish(self, pictures: Tensor) -> Tensor:
-        """[images, height, width, 3] → [images, 3, height, width] float32, as the model is given it, on the same device."""
-        taken = pictures.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    def of_jpeg(self, data: bytes, name: str = "", most: int = 2**63) -> np.ndarray | None:
+        """The same from a JPEG's bytes, by the fast path; None: no JPEG that it can take, or one of more than `most` pixels.
+
+        What is damaged, or has other colours than grey and YCbCr, is for PIL to judge.
+        """
+        if data[:2] != b"\xff\xd8" or (shape := _jpeg_shape(data)) is None or shape[0] * shape[1] > most:
+            return None
+        height, width = shape
+        box, mirrored = self._look(height, width, name)
+        within = box[2:] if box else shape
+        goal = self.pixels if box else self._resized(*shape)
+        share = next(
+            (n for n in (8, 4, 2) if all(had >= n * SPARE * want for had, want in zip(within, goal, strict=True))), 1
+        )
+        pixels = _decode_jpeg(data, height, width, share)
+        if pixels is None:
+            return None
+        if box:
+            top, left, high, wide = (round(n / share) for n in box)
+            pixels = np.ascontiguousarray(pixels[top : top + high, left : left + wide])
+        return self._framed(self._by_torch(pixels, *goal), mirrored)
+
+    def _by_torch(self, pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+        """[h, w, 3] bytes → [3, height, width], smoothed where it shrinks, as PIL does."""
+        whole = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        if self.kernel == "torch-float32":
+            whole = whole.float() * (self.rescale_factor or 1)
+        return torch.nn.functional.interpolate(whole, (height, width), mode=self.resample, antialias=True)[0].numpy()
+
+    def _framed(self, pixels: np.ndarray, mirrored: bool) -> np.ndarray:
+        if self.crop_size and pixels.shape[1:] != self.crop_size:
+            pixels = _cropped(pixels, self.crop_size, self.crop_rounding)
+        return pixels[:, :, ::-1] if mirrored else pixels
+
+    def _look(self, height: int, width: int, name: str) -> tuple[tuple[int, int, int, int] | None, bool]:
+        """What this view shows of an image: (top, left, height, width), None for all of it; and whether it is mirrored.
+
+        Crops are those of `RandomResizedCrop`: a share of the area, of a shape about as high as wide, anywhere. They follow
+        from the seed, the view and the sample's id alone.
+        """
+        if not self.view.startswith("crop"):
+            return None, self.view == "flip"
+        dice = hashlib.sha256(f"{self.seed}:{self.view}:{name}".encode()).digest()
+        area, shape, x, y = (int.from_bytes(dice[8 * n : 8 * n + 8], "big") / 2**64 for n in range(4))
+        ratio = math.exp((2 * shape - 1) * math.log(4 / 3))
+        square = height * width * (0.25 + 0.75 * area)
+        wide = min(width, max(1, round(math.sqrt(square * ratio))))
+        high = min(height, max(1, round(math.sqrt(square / ratio))))
+        box = int(y * (height - high + 1)), int(x * (width - wide + 1)), high, wide
+        return box, bool(hashlib.sha256(dice).digest()[0] & 1)
+
+    def finish(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
+        """[images, 3, height, width] of `dtype` → the same in float32, as the model is given it, on the same device.
+
+        `out`: a tensor of that shape to write into; memory that is used again is faster than new.
+        """
+        taken = torch.empty(pictures.shape, device=pictures.device) if out is None else out[: len(pictures)]
+        taken.copy_(pictures)
         factor = self.rescale_factor
         if factor is not None and pictures.dtype == torch.uint8:
             if self._divides:
@@ -134,6 +212,12 @@ class Steps:
     def key(self) -> str:
         """Canonical JSON, in transformers' words where it has them: what a ModelSpec is told by."""
         body = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if not self.view.startswith("crop"):
+            del body["seed"]
+        if self.view == "plain":
+            del body["view"]
+        if self.quick:
+            body["spare"] = SPARE
         if isinstance(self.size, tuple):
             body["size"] = {"height": self.size[0], "width": self.size[1]}
         elif self.size is not None:
@@ -144,37 +228,72 @@ class Steps:
 
 
 def _cropped(pixels: np.ndarray, size: tuple[int, int], rounding: Rounding) -> np.ndarray:
-    """The middle of [height, width, 3]."""
+    """The middle of [3, height, width]."""
     offsets, pads = [], []
-    for have, want in zip(pixels.shape, size, strict=False):
+    for have, want in zip(pixels.shape[1:], size, strict=True):
         margin, lack = max(have - want, 0), max(want - have, 0)
         offsets.append(margin // 2 if rounding == "floor" else round(margin / 2))
         before = -(-lack // 2) if rounding == "floor" else lack // 2
         pads.append((before, lack - before))
     if any(map(any, pads)):
-        pixels = np.pad(pixels, (*pads, (0, 0)))
+        pixels = np.pad(pixels, ((0, 0), *pads))
     top, left = offsets
-    return pixels[top : top + size[0], left : left + size[1]]
+    return pixels[:, top : top + size[0], left : left + size[1]]
+
+
+def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """Height and width, from the header of a JPEG in grey or YCbCr."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return (image.height, image.width) if image.mode in ("L", "RGB") else None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _decode_jpeg(data: bytes, height: int, width: int, share: int) -> np.ndarray | None:
+    """[height / share, width / share, 3] bytes, rounded up; None where PIL should look at the file.
+
+    By simplejpeg (libjpeg-turbo without PIL's copies) where it is installed, else by PIL: the same bytes.
+    """
+    try:
+        import simplejpeg
+    except ImportError:
+        simplejpeg = None
+    try:
+        if simplejpeg is not None:
+            # The smallest of the scales n/8 that gives at least so many pixels: 8/share of them.
+            least = {"min_height": -(-height // share), "min_width": -(-width // share)} if share > 1 else {}
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **least)
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            if share > 1:
+                image.draft("RGB", (-(-width // share), -(-height // share)))
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError):
+        return None
 
 
 class Borrowed:
     """A processor of transformers whose rules are its own, called as it is; its pictures are finished floats."""
 
-    dtype = torch.float32
+    dtype, quick, view = torch.float32, False, "plain"
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         noise = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
-        self.pixels = self.picture(Image.fromarray(noise)).shape[:2]
+        self.pixels: tuple[int, int] = self.picture(Image.fromarray(noise)).shape[1:]
 
-    def picture(self, image: Image.Image) -> np.ndarray:
-        """[height, width, 3] float32."""
+    def picture(self, image: Image.Image, name: str = "") -> np.ndarray:
+        """[3, height, width] float32."""
         made = self._processor(images=[image.convert("RGB")], return_tensors="np")["pixel_values"]
-        return np.moveaxis(np.asarray(made, np.float32)[0], 0, -1)
+        return np.asarray(made, np.float32)[0]
 
-    def finish(self, pictures: Tensor) -> Tensor:
-        """[images, height, width, 3] → [images, 3, height, width]."""
-        return pictures.permute(0, 3, 1, 2).contiguous()
+    def of_jpeg(self, data: bytes, name: str = "", most: int = 2**63) -> np.ndarray | None:
+        """There is no fast path."""
+        return None
+
+    def finish(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
+        """They are finished."""
+        return pictures
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures as the model is given them: [images, 3, height, width] float32."""
@@ -190,18 +309,65 @@ class Borrowed:
 Preprocessing = Steps | Borrowed
 
 
-def read(folder: Path, word: str = "exact") -> Preprocessing:
+def read(
+    folder: Path, word: str = "exact", *, size: int | None = None, view: str = "plain", seed: int = 0
+) -> Preprocessing:
     """How a model's pictures are prepared, by its own files or by the study's recipe for its family.
 
+    Args:
+        folder: of the model's files.
+        word: one of WORDS.
+        size: height and width of the model's input, if it is to be another; what is cut off keeps its share.
+        view: 'plain', 'flip', or 'crop1' and so on.
+        seed: of the crops.
+
     Raises:
-        UnknownName: `word` is none of WORDS.
+        UnknownName: `word` is none of WORDS, or `view` no view.
         BadModel: the folder says nothing that we or transformers can read, or the study has no recipe for such a model.
     """
     if word not in WORDS:
         raise UnknownName("preprocessing", word, WORDS)
+    if not re.fullmatch(r"plain|flip|crop[1-9][0-9]*", view):
+        raise UnknownName("view", view, VIEWS)
     config = _json(folder / "config.json")
-    if word == "paper":
-        return _of_the_study(folder, config)
+    found = _of_the_study(folder, config) if word.startswith("paper") else _own(folder, config)
+    if isinstance(found, Borrowed):
+        if word != "exact" or size or view != "plain":
+            raise BadModel(
+                f"the processor of {folder.name} has rules of its own; allowed with it: --preprocess exact, no --size and "
+                "no views"
+            )
+        return found
+    if size:
+        found = _enlarged(found, size)
+    if word.endswith("fast") and found.resample in ("bilinear", "bicubic"):  # the filters that torch has for bytes
+        found = dataclasses.replace(found, kernel="torch-uint8")
+    return dataclasses.replace(found, view=view, seed=seed)
+
+
+def views(count: int) -> tuple[str, ...]:
+    """The first so many: 'plain', 'flip', 'crop1', 'crop2', …"""
+    return ("plain", "flip", *(f"crop{n}" for n in range(1, count - 1)))[:count]
+
+
+def _enlarged(steps: Steps, size: int) -> Steps:
+    """The same for a square input of another size."""
+    if size < 1:
+        raise BadModel(f"--size {size}: allowed are 1 and more")
+    whole = steps.size
+    if steps.crop_size is None or whole is None:
+        return dataclasses.replace(
+            steps, size=(size, size) if whole is not None else None, crop_size=steps.crop_size and (size, size)
+        )
+    if isinstance(whole, int):
+        whole = round(whole * size / min(steps.crop_size))
+    else:
+        whole = round(whole[0] * size / steps.crop_size[0]), round(whole[1] * size / steps.crop_size[1])
+    return dataclasses.replace(steps, size=whole, crop_size=(size, size))
+
+
+def _own(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
+    """As the model's own files say."""
     if (timm := config.get("pretrained_cfg")) and not (folder / "preprocessor_config.json").is_file():
         return _of_timm(timm)
     if clip := _json(folder / "open_clip_config.json").get("preprocess_cfg"):

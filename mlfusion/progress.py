@@ -30,6 +30,7 @@ class Bar:
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
+        self.note = ""  # said behind the rate
         self._start = time.monotonic()
         self._told = self._start + SILENCE - LOG_EVERY
         self._live: Progress | None = None
@@ -64,7 +65,7 @@ class Bar:
             left = (self.total - self.done) / max(self.rate, 1e-9)
             sys.stderr.write(
                 f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.rate:,.1f} {self.unit}/s, "
-                f"{duration(left)} left\n"
+                f"{duration(left)} left{self.note and f'; {self.note}'}\n"
             )
 
     @property
@@ -84,7 +85,8 @@ class _Rate(ProgressColumn):
         self._bar = bar
 
     def render(self, task: Task) -> Text:
-        return Text(f"{self._bar.rate:,.1f} {self._bar.unit}/s", style="progress.data.speed")
+        note = self._bar.note and f", {self._bar.note}"
+        return Text(f"{self._bar.rate:,.1f} {self._bar.unit}/s{note}", style="progress.data.speed")
 
 
 @contextmanager

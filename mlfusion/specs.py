@@ -136,6 +136,11 @@ class ModelSpec:
     width: int = field(compare=False)  # D, channels of a token
     kinds: tuple[TokenKind, ...] = field(default=(), compare=False)  # that its last layer has; empty: not looked at yet
 
+    @property
+    def view(self) -> str:
+        """What is shown of each image: 'plain' is all that the model's preprocessing leaves."""
+        return str(json.loads(self.preprocess).get("view", "plain"))
+
     def upright(self) -> "ModelSpec":
         """The same model of images that are turned as their EXIF says: other pictures, another key."""
         turned = {**json.loads(self.preprocess), "exif": "upright"}

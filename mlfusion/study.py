@@ -49,7 +49,7 @@ class Case:
     @property
     def keys(self) -> tuple[str, str]:
         """Of the features: train and test."""
-        train, test = (spec.key for _, _, spec in self.asked.splits)
+        train, test = (job.spec.key for job in self.asked.jobs)
         return train, test
 
     @property
@@ -203,9 +203,9 @@ class _Planner:
         """Raises MlfusionError: the model or the data set cannot be had, or cannot be used so."""
         recipe, images = self.recipe, self._read(dataset)
         asked = _request(model, images, self.device)
-        spec = asked.splits[0][2]
+        spec = asked.jobs[0].spec
         probes, wanted = recipe.asked(spec.model.depth)
-        train, test = (split.key for _, _, split in asked.splits)
+        train, test = (each.spec.key for each in asked.jobs)
         jobs = evaluation.jobs_of(
             probes,
             recipe.seeds,
@@ -249,7 +249,7 @@ class _Planner:
 
     @staticmethod
     def _probing(job: evaluation.Job, asked: Request, classes: int) -> float:
-        split, _, spec = asked.splits[0]
+        split, spec = asked.jobs[0].split, asked.jobs[0].spec
         representation = job.probe.representation
         each = sum(_tokens(kind, asked) for kind in representation.kinds)
         return costs.seconds(
@@ -266,7 +266,7 @@ class _Planner:
 def _tokens(kind: TokenKind, asked: Request) -> int:
     """Of a kind an image and layer has, reckoned with before the model is loaded; with one token that is no patch."""
     if kind == "all":
-        height, width = asked.preprocessing.pixels
+        height, width = asked.jobs[0].steps.pixels
         patch = models.shape(asked.checkpoint).patch_px or 16
         return (height // patch) * (width // patch) + 1
     return GRIDS.get(kind, 1) ** 2
@@ -282,7 +282,6 @@ def _request(model: str, images: Images, device: str) -> Request:
         format="zarr",
         dtype="float16",
         device=device,
-        batch_size=extraction.BATCH,
     )
 
 
@@ -338,6 +337,6 @@ def run(
 
 
 def _pair(case: Case, store: FeatureStore) -> SplitPair:
-    train, test = (store.entry(spec) for _, _, spec in case.asked.splits)
+    train, test = (store.entry(job.spec) for job in case.asked.jobs)
     assert train is not None and test is not None  # filled just now
     return SplitPair(case.asked.names.model, case.asked.names.dataset, train, test, older=0)

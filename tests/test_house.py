@@ -42,19 +42,24 @@ DOORS: dict[str, set[str]] = {
     "report": {"errors", "specs", "models", "datasets", "results", "statistics", "progress"},
     "similarity": {"specs", "store", "results", "statistics"},
     "features": {"errors", "specs", "store"},
+    "loader": {"errors", "datasets", "preprocessing"},
+    "forward": {"errors", "specs", "memory", "backbone", "preprocessing"},
     "extraction": {
         "errors",
         "specs",
         "disk",
         "store",
+        "memory",
         "models",
         "datasets",
         "preprocessing",
+        "loader",
         "backbone",
+        "forward",
         "devices",
         "progress",
     },
-    "planning": {"errors", "specs", "store", "datasets", "backbone", "extraction"},
+    "planning": {"errors", "specs", "store", "datasets", "backbone", "extraction", "loader", "forward"},
     "trained": {"errors", "disk", "specs", "probes", "exact", "targets"},
     "prediction": {
         "errors",
@@ -105,7 +110,7 @@ DOORS: dict[str, set[str]] = {
     },
     "formula": {"errors"},
     "pretrain": {"errors", "formula", "specs"},
-    "devices": {"errors"},
+    "devices": {"errors", "specs"},
     "doctor": {"errors", "specs", "models", "preprocessing", "backbone", "devices", "memory", "store"},
 }
 HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
@@ -126,6 +131,8 @@ HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
         "doctor",
         "models",  # the shapes of a pickled checkpoint of timm
         "preprocessing",
+        "loader",
+        "forward",
         "backbone",
         "extraction",
         "prediction",

@@ -23,6 +23,7 @@ from mlfusion.cli.words import (
     UNITS,
     AnyModel,
     AsJson,
+    BatchSize,
     Cache,
     Commands,
     Dataset,
@@ -38,9 +39,11 @@ from mlfusion.cli.words import (
     Split,
     Tokens,
     Track,
+    Workers,
     amount,
     asked_model,
     complete_probes,
+    makes_tokens,
     print_json,
     print_rows,
     print_table,
@@ -94,6 +97,7 @@ def mlfusion(
 
 @app.command()
 @reads_data
+@makes_tokens
 def extract(
     model: Model = MODEL,
     dataset: Dataset = DATASET,
@@ -106,7 +110,9 @@ def extract(
     format: Format = "zarr",
     dtype: Dtype = "float16",
     device: Device = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in a forward pass.")] = 32,
+    making: Any = None,
+    batch_size: BatchSize = None,
+    workers: Workers = 0,
     cache: Cache = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on past images that cannot be read.")] = False,
     as_json: AsJson = False,
@@ -125,6 +131,8 @@ def extract(
         dtype=dtype,  # type: ignore[arg-type]
         device=device,
         batch_size=batch_size,
+        making=making,
+        workers=workers,
         cache=cache,
         skip_bad=skip_bad,
     )
@@ -137,6 +145,7 @@ def extract(
 
 @app.command()
 @reads_data
+@makes_tokens
 def plan(
     model: Model = MODEL,
     dataset: Dataset = DATASET,
@@ -149,7 +158,9 @@ def plan(
     format: Format = "zarr",
     dtype: Dtype = "float16",
     device: Device = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in a forward pass.")] = 32,
+    making: Any = None,
+    batch_size: BatchSize = None,
+    workers: Workers = 0,
     cache: Cache = None,
     trial: Annotated[float, typer.Option("--trial", help="Seconds to measure the rate for.")] = 5.0,
     as_json: AsJson = False,
@@ -169,6 +180,8 @@ def plan(
         dtype=dtype,  # type: ignore[arg-type]
         device=device,
         batch_size=batch_size,
+        making=making,
+        workers=workers,
         cache=cache,
         trial=trial,
     )

@@ -13,6 +13,7 @@ from mlfusion.cli.words import (
     AsJson,
     Cache,
     Dataset,
+    Device,
     Dtype,
     Hook,
     Layers,
@@ -22,6 +23,7 @@ from mlfusion.cli.words import (
     Tokens,
     amount,
     asked_model,
+    makes_tokens,
     print_json,
     print_rows,
     say,
@@ -99,6 +101,7 @@ def du(cache: Cache = None, as_json: AsJson = False) -> None:
 
 @app.command()
 @reads_data
+@makes_tokens
 def explain(
     model: Model = MODEL,
     dataset: Dataset = DATASET,
@@ -109,6 +112,8 @@ def explain(
     hook: Hook = None,
     settings: Settings = None,
     dtype: Dtype = "float16",
+    device: Device = "auto",
+    making: Any = None,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
@@ -123,6 +128,8 @@ def explain(
         layers=layers,
         tokens=tokens,
         dtype=dtype,  # type: ignore[arg-type]
+        device=device,
+        making=making,
         cache=cache,
     )
     if as_json:

@@ -1,13 +1,10 @@
 """`mlfusion data`: what one data set is: its splits, classes, ids; with --check, whether every image can be read."""
 
-import inspect
-from collections.abc import Callable
-from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
-from mlfusion.cli.words import AsJson, print_json, print_rows
+from mlfusion.cli.words import AsJson, print_json, print_rows, taking
 
 READING: dict[str, tuple[Any, Any]] = {  # of datasets.Reading → the option's annotation and default
     "image_column": (
@@ -47,30 +44,14 @@ READING: dict[str, tuple[Any, Any]] = {  # of datasets.Reading → the option's 
 }
 
 
-def reads_data(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `datasets.Reading`, and hand them to it as its argument `reading`."""
-    own = inspect.signature(command, eval_str=True)
+def _reading(asked: dict[str, Any]) -> Any:
+    from mlfusion.datasets import Reading
 
-    @wraps(command)
-    def wrapped(**given: Any) -> None:
-        from mlfusion.datasets import Reading
+    return Reading(**{name: value for name, value in asked.items() if name != "max_pixels" or value is not None})
 
-        asked = {name: given.pop(name) for name in READING}
-        if asked["max_pixels"] is None:
-            del asked["max_pixels"]
-        command(**given, reading=Reading(**asked))
 
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (annotation, default) in READING.items()
-    ]
-    kept = [
-        each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own.parameters.values() if each.name != "reading"
-    ]
-    del wrapped.__wrapped__
-    wrapped.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {each.name: each.annotation for each in [*kept, *added]}
-    return wrapped
+reads_data = taking("reading", READING, _reading)
+"""Gives a command the options of `datasets.Reading`, and hands them to it as its argument `reading`."""
 
 
 @reads_data

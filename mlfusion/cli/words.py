@@ -1,9 +1,11 @@
 """What every command shares: its options, how errors end it, and how rows and JSON are printed."""
 
+import inspect
 import json
 import logging
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,6 +154,83 @@ def asked_model(model: str, hook: str | None, settings: list[str] | None) -> str
     return str(parse_model(model, hook, settings or ()))
 
 
+def taking(
+    argument: str, options: dict[str, tuple[Any, Any]], build: Callable[[dict[str, Any]], Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the command gets these options (name → annotation and default), and one argument that is built of them."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+
+        @wraps(command)
+        def wrapped(**given: Any) -> None:
+            built = build({name: given.pop(name) for name in options})
+            command(**given, **{argument: built})
+
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in options.items()
+        ]
+        kept = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for each in own.parameters.values()
+            if each.name != argument
+        ]
+        del wrapped.__wrapped__
+        wrapped.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {each.name: each.annotation for each in [*kept, *added]}
+        return wrapped
+
+    return decorate
+
+
+MAKING: dict[str, tuple[Any, Any]] = {  # of extraction.Making → the option's annotation and default
+    "preprocess": (
+        Annotated[
+            str,
+            typer.Option(
+                "--preprocess", help="exact (the model's own, to the bit), fast, paper (the study's), paper+fast."
+            ),
+        ],
+        "exact",
+    ),
+    "size": (Annotated[int | None, typer.Option("--size", help="Pixels of the input, if not the model's own.")], None),
+    "view": (
+        Annotated[
+            str, typer.Option("--view", help="plain, flip, crop1, …, comma-separated; each an entry of its own.")
+        ],
+        "plain",
+    ),
+    "views": (Annotated[int | None, typer.Option("--views", help="The first so many of these views.")], None),
+    "view_seed": (Annotated[int, typer.Option("--view-seed", help="Decides what the crops show.")], 0),
+    "compute": (
+        Annotated[str, typer.Option("--compute", help="Of the forward pass: float32, bfloat16, float16, auto.")],
+        "float32",
+    ),
+}
+
+
+def _making(asked: dict[str, Any]) -> Any:
+    from mlfusion.extraction import Making
+    from mlfusion.preprocessing import views
+
+    view, count = asked.pop("view"), asked.pop("views")
+    if count is not None and count < 1:
+        raise MlfusionError(f"--views {count}: allowed are 1 and more")
+    return Making(**asked, views=views(count) if count else tuple(word.strip() for word in view.split(",")))
+
+
+makes_tokens = taking("making", MAKING, _making)
+"""Gives a command the options of `extraction.Making`, and hands them to it as its argument `making`."""
+
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Images in a forward pass; by default as many as memory allows.")
+]
+Workers = Annotated[
+    int, typer.Option("--workers", help="That decode: threads, or on a GPU processes; 0: one a processor.")
+]
+
+
 def say(line: str) -> None:
     """A line for people, on standard error; none with --quiet."""
     if _volume >= 0:
@@ -222,8 +301,10 @@ SHOWN = 5  # images that were skipped, of each split
 def say_extracted(one: dict[str, Any], say: Any = typer.echo) -> None:
     """What one split's extraction did."""
     skipped = f", {one['images_skipped']} skipped as unreadable" if one["images_skipped"] else ""
+    view = "" if one["view"] == "plain" else f", {one['view']}"
+    rate = f" at {one['images_per_second']:,.1f} images/s (limit: {one['limit']})" if one["limit"] else ""
     say(
-        f"{one['model']} on {one['dataset']}/{one['split']}: {one['images_written']:,} images written, "
+        f"{one['model']} on {one['dataset']}/{one['split']}{view}: {one['images_written']:,} images written{rate}, "
         f"{one['images_reused']:,} reused{skipped}; {one['forward_passes']} forward passes; "
         f"{one['bytes'] / 1e6:,.1f} MB in {one['key']}"
     )

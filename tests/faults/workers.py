@@ -48,25 +48,25 @@ def numbers(rows, layer: int, kind: str) -> np.ndarray:
 class Steps:
     """Stands where preprocessing stands: a picture of one pixel, its row number."""
 
-    pixels, dtype = (1, 1), torch.float32
+    pixels, dtype, quick, view = (1, 1), torch.float32, False, "plain"
 
-    def picture(self, image: int) -> np.ndarray:
-        return np.full((1, 1, 3), image, np.float32)
+    def picture(self, image: int, name: str) -> np.ndarray:
+        return np.full((3, 1, 1), image, np.float32)
 
-    def finish(self, pictures: torch.Tensor) -> torch.Tensor:
+    def finish(self, pictures: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return pictures
 
 
 class Model:
     """Stands where the frozen model stands: pixels are row numbers."""
 
-    name, kinds, preprocessing, device = "formula", KINDS, Steps(), "cpu"
+    name, kinds, device = "formula", KINDS, torch.device("cpu")
 
     def __init__(self, passes: Path | None, pause: float) -> None:
         self._passes, self._pause = passes, pause
 
     def shapes(self, pairs: frozenset) -> dict:
-        return {(layer, kind): (KINDS[kind], WIDTH) for layer, kind in pairs}
+        return {(layer, kind): (KINDS[kind], WIDTH) for layer, kind in sorted(pairs)}
 
     def __call__(self, pixels: torch.Tensor, wanted: frozenset) -> dict:
         rows = pixels[:, 0, 0, 0].int().tolist()
@@ -81,7 +81,7 @@ class Images:
     """A split of so many images, image i being the number i."""
 
     def __init__(self, count: int) -> None:
-        self.name, self._count = "train", count
+        self.name, self._count, self.ids = "train", count, tuple(map(str, range(count)))
 
     def __len__(self) -> int:
         return self._count
@@ -111,10 +111,9 @@ def extract(
     """`mlfusion.extract` of the formula."""
     asked = extraction.Request(
         checkpoint=None,
-        preprocessing=Steps(),
         names=NAMES,
         pairs=PAIRS,
-        splits=((Images(images), samples(images), spec(images)),),
+        jobs=(extraction.Job(Images(images), samples(images), spec(images), Steps()),),
         format=format,
         device="cpu",
         batch_size=4,

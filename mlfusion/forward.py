@@ -1,0 +1,95 @@
+"""Pictures through a frozen model in pieces that fit into memory: sized by what images take, halved when it runs out."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from mlfusion import memory
+from mlfusion.backbone import Backbone
+from mlfusion.errors import MlfusionError
+from mlfusion.preprocessing import Preprocessing
+from mlfusion.specs import Pair
+
+BATCHES = {"cpu": 32, "cuda": 256, "mps": 64}
+"""Images in a pass where memory allows: more are no faster (docs/speed.md)."""
+
+SHARE = 0.6  # of what is free, that a pass may take
+TRIAL = 2  # images of the pass that is measured
+
+
+class Forward:
+    """A backbone and the batch that fits."""
+
+    def __init__(
+        self, backbone: Backbone, steps: Preprocessing, pairs: Iterable[Pair], batch_size: int | None = None
+    ) -> None:
+        """`batch_size`: images in a pass; None: as many as memory allows, up to BATCHES, by a measured pass over two."""
+        self.backbone, self.steps = backbone, steps
+        self.batch_size = batch_size or self._fitting(frozenset(pairs))
+        self.shrunk = False  # whether memory ran out meanwhile
+        self.passes = 0
+        self.seconds = 0.0
+        self._buffer: Tensor | None = (
+            None  # the finished pictures; taken anew it would be fetched and cleared each time
+        )
+
+    def __call__(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor]:
+        """Prepared pictures → tokens in float32 on the model's device, which may still be at work on them.
+
+        Raises:
+            MlfusionError: there is no memory even for one image.
+        """
+        began = time.perf_counter()
+        parts: list[dict[Pair, Tensor]] = []
+        at = 0
+        while at < len(pictures):
+            piece = pictures[at : at + self.batch_size]
+            made = self._pass(piece, pairs)
+            if made is not None:
+                parts.append(made)
+                at += len(piece)
+            elif len(piece) == 1:
+                raise MlfusionError(
+                    f"there is no memory on {self.backbone.device} for one image in {self.backbone.name}; allowed: "
+                    "--compute bfloat16, a smaller --size, --device cpu, or a smaller model. What was extracted is kept"
+                )
+            else:
+                self.batch_size, self.shrunk = max(1, len(piece) // 2), True
+        self.seconds += time.perf_counter() - began
+        return parts[0] if len(parts) == 1 else {pair: torch.cat([part[pair] for part in parts]) for pair in parts[0]}
+
+    def _pass(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor] | None:
+        """None: memory ran out. Nothing of the failed pass is held when this returns, so that a smaller one may do."""
+        try:
+            made = self.backbone(self._finished(pictures), pairs)
+        except (RuntimeError, MemoryError) as err:
+            if not memory.is_shortage(err):
+                raise
+            self._buffer = None
+        else:
+            self.passes += 1
+            return made
+        memory.give_back(self.backbone.device.type)
+        return None
+
+    def _finished(self, pictures: Tensor) -> Tensor:
+        there = pictures.to(self.backbone.device, non_blocking=True)
+        if self._buffer is None or len(self._buffer) < len(there):
+            self._buffer = torch.empty(there.shape, device=there.device)
+        return self.steps.finish(there, self._buffer)
+
+    def _fitting(self, pairs: frozenset[Pair]) -> int:
+        kind = self.backbone.device.type
+        most = BATCHES.get(kind, BATCHES["cpu"])
+        blank = torch.zeros(TRIAL, 3, *self.steps.pixels, dtype=self.steps.dtype)
+        try:
+            with memory.measured(kind) as taken:
+                self.backbone(self.steps.finish(blank.to(self.backbone.device)), pairs)
+        except (RuntimeError, MemoryError) as err:
+            if not memory.is_shortage(err):
+                raise
+            return 1
+        fits = int(SHARE * memory.available(str(self.backbone.device)) / max(taken() / TRIAL, 1))
+        return max(1, min(most, 1 << max(fits, 1).bit_length() - 1))

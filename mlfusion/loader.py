@@ -1,0 +1,206 @@
+"""Pictures decoded and prepared ahead of whoever takes them, in their order, by threads or by processes.
+
+Batches lie in a ring of buffers that are used again and again, so memory does not grow with the number of images, and what
+cannot be taken yet is not made. Workers write into the buffers directly; between processes they are shared memory.
+"""
+
+import math
+import mmap
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from mlfusion import datasets
+from mlfusion.errors import BadData, BadImage, MlfusionError
+from mlfusion.preprocessing import Preprocessing
+
+AHEAD = 2  # batches that are made while one is taken
+TOGETHER = 4  # images that a worker is given at a time
+NICE = 10  # of threads that share the processor with the forward pass: it goes first, and they fill its gaps
+MOST_PROCESSES = 32
+
+Done = tuple[float, dict[int, str]]
+"""Seconds that some images took, and by row why one could not be read."""
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Loaded(Generic[T]):
+    """A batch, valid until the next one is asked for."""
+
+    rows: range
+    what: T  # that came with the rows
+    pictures: Tensor  # [rows, 3, height, width], as `picture` makes them; black where an image was unread
+    unread: dict[int, str]  # row → why there is no image
+    free: Callable[[], None] = lambda: (
+        None
+    )  # waits until the pictures are no longer needed; may be set by whoever takes them
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What a worker does: rows to a place in a buffer."""
+
+    split: datasets.Split
+    steps: Preprocessing
+    ring: Tensor  # [slots, images, 3, height, width]
+
+    def __call__(self, slot: int, at: int, rows: range) -> Done:
+        began = time.perf_counter()
+        unread: dict[int, str] = {}
+        for row, place in zip(rows, self.ring[slot][at : at + len(rows)].numpy(), strict=True):
+            try:
+                place[:] = self._picture(row)
+            except BadImage as err:
+                place[:] = 0
+                unread[row] = str(err)
+        return time.perf_counter() - began, unread
+
+    def _picture(self, row: int) -> Any:
+        split, name = self.split, self.split.ids[row]
+        if self.steps.quick and isinstance(split.decode, datasets.Decoder) and not split.decode.upright:
+            made = self.steps.of_jpeg(split.encoded(row), name, split.decode.max_pixels)
+            if made is not None:
+                return made
+        return self.steps.picture(split.image(row), name)
+
+
+@dataclass
+class Loader:
+    """Reads a split's rows in batches of at most `batch_size`."""
+
+    split: datasets.Split
+    steps: Preprocessing
+    batch_size: int
+    skip_bad: bool = False
+    workers: int = 0  # 0: as many as there are processors
+    processes: bool = False  # or threads
+    pinned: bool = False  # buffers from which a GPU copies by itself
+    busy: float = field(default=0.0, init=False)  # seconds that workers worked, in all
+    waited: float = field(default=0.0, init=False)  # seconds that somebody waited for pictures
+
+    def __call__(self, batches: Iterable[tuple[range, T]]) -> Iterator[Loaded[T]]:
+        """The pictures of these rows, in this order.
+
+        Raises:
+            BadData: an image cannot be read, and `skip_bad` is not set.
+        """
+        ring = _ring((AHEAD + 1, self.batch_size, 3, *self.steps.pixels), self.steps.dtype)
+        pool, fill = self._pool(_Job(self.split, self.steps, ring))
+        made: deque[tuple[Loaded[T], list[Future[Done]]]] = deque()
+        with pool, _pinned(ring, self.pinned):
+            try:
+                for number, (rows, what) in enumerate(batches):
+                    slot = number % len(ring)
+                    starts = range(0, len(rows), TOGETHER)
+                    futures = [pool.submit(fill, slot, at, rows[at : at + TOGETHER]) for at in starts]
+                    made.append((Loaded(rows, what, ring[slot][: len(rows)], {}), futures))
+                    if len(made) > AHEAD:  # the next batch goes into the buffer of this one
+                        yield (one := self._ready(*made.popleft()))
+                        one.free()
+                while made:
+                    yield (one := self._ready(*made.popleft()))
+                    one.free()
+            finally:
+                for _, futures in made:
+                    for future in futures:
+                        future.cancel()
+
+    def _ready(self, loaded: Loaded[T], futures: list[Future[Done]]) -> Loaded[T]:
+        began = time.perf_counter()
+        for future in futures:
+            try:
+                seconds, unread = future.result()
+            except BrokenProcessPool as err:
+                raise MlfusionError(
+                    "a process that decodes images was killed, as happens when memory runs out; run the same command again "
+                    "with fewer of them: --workers 2. What was extracted is kept"
+                ) from err
+            self.busy += seconds
+            loaded.unread |= unread
+        self.waited += time.perf_counter() - began
+        if loaded.unread and not self.skip_bad:
+            raise BadData(
+                f"{loaded.unread[min(loaded.unread)]}; mend or remove it, or go on without such images by --skip-bad. What "
+                "was extracted is kept"
+            )
+        return loaded
+
+    def _pool(self, job: _Job) -> tuple[Executor, Callable[[int, int, range], Done]]:
+        if not self.processes:
+            return ThreadPoolExecutor(self.workers or processors(), initializer=_step_back), job
+        # By fork, so that neither the split nor the buffers need to be sent.
+        workers = self.workers or min(MOST_PROCESSES, max(1, processors() - 1))
+        fork = multiprocessing.get_context("fork")
+        return ProcessPoolExecutor(workers, fork, initializer=_inherit, initargs=(job, os.getpid())), _inherited
+
+
+def processors() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def forks() -> bool:
+    """Whether processes can be made here that share memory and what was loaded."""
+    return sys.platform == "linux"
+
+
+def _step_back() -> None:
+    """Let the forward pass go first. On Linux a priority is a thread's own; elsewhere it would be the process's."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+_job: _Job | None = None  # of a worker process
+
+
+def _inherit(job: _Job, parent: int) -> None:
+    global _job
+    _job = job
+    torch.set_num_threads(1)
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    """End with the parent, however that ends: nobody else would tell a worker."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _inherited(slot: int, at: int, rows: range) -> Done:
+    assert _job is not None
+    return _job(slot, at, rows)
+
+
+def _ring(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that processes forked from this one share."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+
+@contextmanager
+def _pinned(ring: Tensor, wanted: bool) -> Iterator[None]:
+    """Within it, the buffers are locked in place, so that a GPU copies from them by itself while the processor goes on."""
+    if not wanted:
+        yield
+        return
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(int(runtime.cudaHostRegister(ring.data_ptr(), ring.nbytes, 0)))
+    try:
+        yield
+    finally:
+        runtime.cudaHostUnregister(ring.data_ptr())
