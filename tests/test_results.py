@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -21,6 +22,7 @@ import pandas
 import pytest
 from rows import row
 
+from mlfusion import statistics
 from mlfusion.errors import MlfusionError, UnknownName
 from mlfusion.results import Results, database, export
 
@@ -537,3 +539,14 @@ def test_another_folder_is_taken_over_with_its_arrays(tmp_path: Path) -> None:
 def test_reading_results_needs_neither_torch_nor_pandas_nor_altair() -> None:
     code = "import sys, mlfusion.results; print([m for m in ('torch', 'pandas', 'altair') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_the_code_in_the_page_about_results_runs(tmp_path: Path) -> None:
+    store = Results(tmp_path / "results")
+    store.append(row("a"), {"labels": np.arange(3)})
+    page = (Path(__file__).parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(code, held := {})
+        assert held["results"].rows() == [row("a")]
+    told = set(re.findall(r"`(\w+)`", page.split("## How sure")[1].split("Seeds and images")[0]))
+    assert {"interval", "difference", "wilcoxon", "layer_cka"} <= told and told - {"Spread"} <= set(dir(statistics))

@@ -3,6 +3,7 @@
 import math
 import re
 import types
+from functools import cache as once
 from typing import Any, Literal, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 _ID = re.compile(r"\w[\w.-]*")  # an id is a file name too: it may not lead out of the folder
@@ -130,7 +131,7 @@ def _fault(value: Any, hint: Any, where: str = "row") -> str | None:
             return f"{where} is {_shown(value)}, not an object"
         if missing := sorted(hint.__required_keys__ - value.keys()):
             return f"{where} lacks {', '.join(missing)}"
-        hints = get_type_hints(hint)
+        hints = _hints(hint)
         inside = "" if hint is Row else f"{where}."
         faults = (_fault(value[key], hints[key], inside + key) for key in hints if key in value)
         if hint is Row and isinstance(value["id"], str) and not _ID.fullmatch(value["id"]):
@@ -143,6 +144,8 @@ def _fault(value: Any, hint: Any, where: str = "row") -> str | None:
     if origin is list:
         if not isinstance(value, list):
             return f"{where} is {_shown(value)}, not a list"
+        if _plain(value, args[0]):
+            return None
         return next((fault for i, item in enumerate(value) if (fault := _fault(item, args[0], f"{where}[{i}]"))), None)
     if origin is dict:
         if not isinstance(value, dict):
@@ -153,6 +156,29 @@ def _fault(value: Any, hint: Any, where: str = "row") -> str | None:
         return None if number else f"{where} is {_shown(value)}, not a finite number"
     exact = isinstance(value, hint) and not isinstance(value, bool)
     return None if exact else f"{where} is {_shown(value)}, not {'text' if hint is str else 'a whole number'}"
+
+
+@once
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+_PLAIN: dict[Any, set[type]] = {
+    str: {str},
+    int: {int},
+    float: {float, int},
+    float | None: {float, int, type(None)},
+}
+
+
+def _plain(values: list[Any], hint: Any) -> bool:
+    """Whether all are plainly of the hinted type; a thousand of them are not worth a thousand calls."""
+    kinds = _PLAIN.get(hint)
+    return (
+        kinds is not None
+        and {type(v) for v in values} <= kinds
+        and (hint in (str, int) or all(math.isfinite(v) for v in values if v is not None))
+    )
 
 
 def _shown(value: Any) -> str:
