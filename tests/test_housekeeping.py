@@ -13,7 +13,7 @@ import pytest
 from test_store import NAMES, PAIRS, fill, new_entry, small_shards  # noqa: F401 - the fixture makes shards small here too
 from tiny import save_images, save_model
 
-from mlfusion import cli, disk
+from mlfusion import cli, disk, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.store import FeatureStore
 from mlfusion.store.audit import repair, verify
@@ -292,3 +292,52 @@ def test_a_plan_is_what_then_happens(run, words, tmp_path):
     again = run("plan", *words, "--json")
     assert again["bytes_to_write"] == again["seconds"] == 0
     assert [s["forward_passes_saved"] for s in again["splits"]] == [s["forward_passes"] for s in planned["splits"]]
+
+
+def test_a_labs_cache_below_ones_own(run, words, tmp_path):
+    """What the lab has is read and never written; what is lacking goes into one's own; both together are one cache."""
+    run("extract", *words, "--layers", "4", "--cache", "lab")
+    lab = tree(tmp_path / "lab")
+    both = f"mine{os.pathsep}lab"
+    done = run("extract", *words, "--layers", "4", "--cache", both, "--json")["features"]
+    assert [one["forward_passes"] for one in done] == [0, 0]
+    assert not (tmp_path / "mine").exists()  # nothing was lacking
+    planned = run("plan", *words, "--layers", "3,4", "--trial", "0.1", "--cache", both, "--json")
+    done = run("extract", *words, "--layers", "3,4", "--cache", both, "--json")["features"]
+    assert [each["forward_passes"] for each in planned["splits"]] == [each["forward_passes"] for each in done]
+    assert run("cache", "ls", "--cache", "mine", "--json")["entries"][0]["tokens"].endswith("@3")
+    rows = run("cache", "ls", "--cache", both, "--json")["entries"]
+    assert {row["tokens"] for row in rows} == {"cls+ap@3-4"}
+    one = run("cache", "explain", *words, "--layers", "3,4", "--cache", both, "--json")["splits"]
+    assert [each["state"] for each in one] == ["whole", "whole"]
+    features = load_features(words[1], words[3], "train", layers="3,4", cache=both)
+    alone = load_features(words[1], words[3], "train", layers="4", cache="lab")
+    np.testing.assert_array_equal(features.tokens[:, 1], alone.tokens[:, 0])
+    run("cache", "prune", "--older", "0h", "--cache", both)  # one's own goes
+    assert run("cache", "ls", "--cache", "mine", "--json")["entries"] == []
+    now = tree(tmp_path / "lab")
+    assert {name: data for name, data in now.items() if "/pins/" not in name} == lab
+    [shard, *_] = (tmp_path / "lab" / "v2").rglob("0/0/0/0")
+    shard.write_bytes(shard.read_bytes()[::-1])
+    assert str(shard.parent.parent.parent.parent.name) in run("cache", "verify", "--cache", both, code=1)
+    assert run("cache", "verify", "--repair", "--cache", both, "--json", code=1)["quarantined"] == []  # it is the lab's
+    assert "which was named as one to read from" in run("cache", "ls", "--cache", f"mine{os.pathsep}nowhere", code=1)
+
+
+def test_prune_says_yes_or_no(run, words):
+    run("extract", *words)
+    told = run("cache", "prune", "--older", "0h", "--dry-run")
+    assert "would remove 2 of 2 entries" in told
+    assert [line.split()[5] for line in told.splitlines()[1:3]] == ["yes", "yes"]
+
+
+def test_thousands_of_entries_are_listed_by_reading_each_once(tmp_path, monkeypatch):
+    """A file of an entry is opened once for a listing, however many are asked for: the time is that of as many opens."""
+    for images in range(1, 41):
+        fill(new_entry(tmp_path, images), "zarr", {(1, "cls")})
+    opened: list[str] = []
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (opened.append(str(path)), read(path))[1])
+    assert len(FeatureStore(tmp_path).find(model="m", dataset="d")) == 40
+    assert max(map(opened.count, opened)) == 1
+    assert len(opened) <= 3 * 40

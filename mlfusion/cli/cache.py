@@ -143,7 +143,7 @@ def explain(
             spec = one.nearest.spec
             typer.echo(f"  nearest: {spec.model.name} on {spec.data.name}/{spec.data.split}, {one.nearest.key}")
         for name, asked, there in one.differences:
-            typer.echo(f"  {name}: {asked}" + (f"; there: {there}" if there else ""))
+            typer.echo(f"  {name} differs: " + (f"{asked} here, {there} there" if there else f"there, {asked}"))
 
 
 @app.command()

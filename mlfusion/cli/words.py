@@ -250,7 +250,7 @@ def print_rows(rows: Sequence[dict[str, Any]], nothing: str) -> None:
     lines = [[name.replace("_", " ") for name in rows[0]]]
     lines += [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    right = [isinstance(value, int) for value in rows[0].values()]
+    right = [isinstance(value, int) and not isinstance(value, bool) for value in rows[0].values()]
     text = []
     for line in lines:  # by hand: thousands of rows take a table of rich's seconds
         cells = zip(line, widths, right, strict=True)
@@ -259,6 +259,8 @@ def print_rows(rows: Sequence[dict[str, Any]], nothing: str) -> None:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
 
 
