@@ -317,6 +317,11 @@ def jobs_of(
     ]
 
 
+def heads_of(one: Probe) -> int | None:
+    """Attention heads: those asked for, or the study's number; None is one a token."""
+    return one.heads or (AAT_HEADS if one.representation.spatial else None)
+
+
 def _folder(results: Results, row: Row) -> Path:
     """Where a row's trained probe is kept."""
     return results.root / PROBES / row["id"]
@@ -351,7 +356,7 @@ def _fitted(
             train,
             test,
             target=target,
-            heads=one.heads or (AAT_HEADS if one.representation.spatial else None),
+            heads=heads_of(one),
             grid=job.grid,
             seed=job.seed,
             device=device,

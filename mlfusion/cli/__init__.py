@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlfusion.cli.advise import advise
 from mlfusion.cli.cache import app as cache_app
 from mlfusion.cli.data import data, reads_data
 from mlfusion.cli.doctor import doctor
@@ -69,6 +70,7 @@ app.command()(doctor)
 app.command()(data)
 app.command()(run)
 app.command()(report)
+app.command()(advise)
 
 
 def _print_version(wanted: bool) -> None:

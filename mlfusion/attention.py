@@ -1,0 +1,159 @@
+"""Where a probe looked: the attention kept beside a row, as maps over the image, and the images that it belongs to.
+
+The numbers need neither model nor images; these are opened only to be drawn.
+"""
+
+from dataclasses import dataclass
+from math import isqrt
+
+import numpy as np
+from PIL import Image
+
+from mlfusion import datasets, models, preprocessing
+from mlfusion.errors import BadData, MlfusionError
+from mlfusion.results import Row
+from mlfusion.specs import GRIDS
+from mlfusion.store import FeatureStore, Place
+
+MOST_PREFIX = 8  # tokens before the patches: CLS, distillation, registers
+
+
+def side(tokens: int) -> int:
+    """Of `tokens` in a model's own order the last side × side are patches, and those before them CLS, registers and such.
+
+    Raises:
+        BadData: the patches are in no square.
+    """
+    found = isqrt(tokens)
+    if found and tokens - found**2 <= MOST_PREFIX:
+        return found
+    raise BadData(
+        f"{tokens} tokens are no square of patches behind at most {MOST_PREFIX} others; allowed: square pictures"
+    )
+
+
+def maps(row: Row, attention: np.ndarray) -> np.ndarray:
+    """Share of each patch in the attention of a probe over all tokens: [images, side, side].
+
+    Layers are summed, as are patches that were pooled (grid4 and such) with the patches that they lie on. What is missing to
+    1 went to tokens that are no patch.
+
+    Args:
+        row: of the probe.
+        attention: as kept beside it, [images, tokens].
+
+    Raises:
+        BadData: the probe reads no patches, or the shapes do not fit.
+    """
+    held = row["attention"]
+    if held is None or attention.ndim != 2 or attention.shape[1] != len(held["layers"]):
+        have = "none" if held is None else f"of {len(held['layers'])} tokens"
+        raise BadData(f"row {row['id']} has attention {have}, and the array is of shape {attention.shape}")
+    tokens = list(zip(held["layers"], held["kinds"], strict=True))
+    parts = []
+    for layer, kind in dict.fromkeys(tokens):
+        if kind == "all" or kind in GRIDS:
+            shares = attention[:, [token == (layer, kind) for token in tokens]].astype(np.float64)
+            edge = side(shares.shape[1]) if kind == "all" else GRIDS[kind]  # type: ignore[index]
+            parts.append(shares[:, shares.shape[1] - edge**2 :].reshape(-1, edge, edge))
+    if not parts:
+        raise BadData(
+            f"{row['probe']} reads no patches, so that there is no map of its attention; allowed: probes over all tokens, such "
+            "as all-tokens-last/attentive, or over pooled patches"
+        )
+    edge = max(part.shape[1] for part in parts)
+    return np.sum([_spread(part, edge) for part in parts], axis=0)
+
+
+def _spread(shares: np.ndarray, edge: int) -> np.ndarray:
+    """[images, a, a] → [images, edge, edge] of the same sums: each share evenly over the part of the picture that it is of."""
+    a = shares.shape[1]
+    # Row i of the finer grid takes from row j of the coarser one what they overlap by.
+    at = np.arange(edge)[:, None] / edge
+    begin, end = np.maximum(at, np.arange(a) / a), np.minimum(at + 1 / edge, (np.arange(a) + 1) / a)
+    weights = np.clip(end - begin, 0, None) * a
+    return np.asarray(weights @ shares @ weights.T)
+
+
+def depth(row: Row, attention: np.ndarray) -> np.ndarray:
+    """The mean layer that each image's attention lies at [images].
+
+    Raises:
+        BadData: the probe attends to one layer only, or the shapes do not fit.
+    """
+    held = row["attention"]
+    if held is None or len(set(held["layers"])) < 2:
+        raise BadData(
+            f"{row['probe']} attends to one layer; allowed: a probe over several, such as cls+ap-all-layers/attentive"
+        )
+    layers = np.asarray(held["layers"], np.float64)
+    if attention.ndim != 2 or attention.shape[1] != len(layers):
+        raise BadData(f"attention of shape {attention.shape} of a row with {len(layers)} tokens")
+    shares = attention.astype(np.float64)
+    return np.asarray(shares @ layers / shares.sum(1))
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """The test images of a row, in the order of its arrays, as its model saw them."""
+
+    split: datasets.Split
+    rows: np.ndarray  # [images] of the split
+    steps: preprocessing.Preprocessing | None  # None where the model is not at hand: pictures are then shown whole
+
+    @property
+    def ids(self) -> list[str]:
+        """By which the data set names them."""
+        return [self.split.ids[row] for row in self.rows]
+
+    def picture(self, number: int) -> Image.Image:
+        """Image `number` of the arrays, resized and cropped as for the model.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        image = self.split.image(int(self.rows[number]))
+        if self.steps is None:
+            return image
+        pixels = self.steps.picture(image)
+        if pixels.dtype != np.uint8:
+            low, high = float(pixels.min()), float(pixels.max())
+            pixels = ((pixels - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)
+        return Image.fromarray(pixels)
+
+
+def seen(row: Row, *, cache: Place = None, dataset: str | None = None) -> Seen:
+    """Find the images that a row was tested on.
+
+    Args:
+        row: which.
+        cache: holds the row's test features, which say which images those are.
+        dataset: where the data set is, if it has moved.
+
+    Raises:
+        BadData: the features are gone, or the images are others than those tested on.
+        UnknownName, Unavailable: the data set is not to be had.
+    """
+    entry = FeatureStore(cache).by_key(row["features"][1])
+    sources = row.get("sources")
+    named = row["dataset"] if row["dataset"] in datasets.CATALOGUE or not sources else sources["dataset"]
+    word = dataset or named
+    if entry is None:
+        raise BadData(
+            f"the test features of row {row['id']} ({row['features'][1]}) are not in the cache, so that nothing says which "
+            f"images it was tested on; name the cache that has them with --cache, or extract {word} again"
+        )
+    split = datasets.load(word).split("test")
+    place = {name: number for number, name in enumerate(split.ids)}
+    kept, rows = entry.samples, np.asarray(entry.rows)
+    if any(kept.ids[number] not in place for number in rows):
+        raise BadData(
+            f"{word} has other test images than row {row['id']} was tested on; give the same ones with --dataset"
+        )
+    steps = None
+    if sources:
+        try:
+            steps = preprocessing.read(models.locate(sources["model"]).folder)
+        except MlfusionError:
+            steps = None
+    return Seen(split, np.array([place[kept.ids[number]] for number in rows]), steps)
