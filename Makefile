@@ -6,6 +6,7 @@ BIN := .venv/bin
 MODEL ?=
 DATASET ?=
 RECIPE ?= pipelines/default.toml
+DATA ?=
 RESULTS ?= results
 HTML ?= $(RESULTS)/report.html
 ARGS ?=
@@ -15,10 +16,10 @@ model = $(if $(MODEL),--model '$(MODEL)')
 dataset = $(if $(DATASET),--dataset '$(DATASET)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract probe run report models datasets test test-faults check format clean
+.PHONY: help setup demo study extract probe run report models datasets test test-faults check format clean
 
 help: ## list the targets
-	@echo "make TARGET [MODEL=…] [DATASET=…] [RECIPE=…] [ARGS='…']"; echo
+	@echo "make TARGET [MODEL=…] [DATASET=…] [RECIPE=…] [DATA=…] [ARGS='…']"; echo
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: .venv/.ready ## make .venv with everything installed; does nothing when it is up to date
@@ -31,6 +32,9 @@ setup: .venv/.ready ## make .venv with everything installed; does nothing when i
 
 demo: setup ## both stages on the embedded model and images, offline; ends with a report
 	HF_HUB_OFFLINE=1 $(BIN)/mlfusion run pipelines/default.toml --results '$(RESULTS)' $(ARGS)
+
+study: setup ## two models, six data sets, ten probes, five seeds, and their page     DATA=
+	HF_HUB_OFFLINE=1 $(BIN)/mlfusion run pipelines/study.toml $(if $(DATA),--data '$(DATA)') --results '$(RESULTS)' --markdown docs/study.md $(ARGS)
 
 extract: setup ## stage 1: cache a frozen model's tokens       MODEL= DATASET=
 	$(BIN)/mlfusion extract $(model) $(dataset) $(ARGS)

@@ -75,24 +75,6 @@ def _spread(shares: np.ndarray, edge: int) -> np.ndarray:
     return np.asarray(weights @ shares @ weights.T)
 
 
-def depth(row: Row, attention: np.ndarray) -> np.ndarray:
-    """The mean layer that each image's attention lies at [images].
-
-    Raises:
-        BadData: the probe attends to one layer only, or the shapes do not fit.
-    """
-    held = row["attention"]
-    if held is None or len(set(held["layers"])) < 2:
-        raise BadData(
-            f"{row['probe']} attends to one layer; allowed: a probe over several, such as cls+ap-all-layers/attentive"
-        )
-    layers = np.asarray(held["layers"], np.float64)
-    if attention.ndim != 2 or attention.shape[1] != len(layers):
-        raise BadData(f"attention of shape {attention.shape} of a row with {len(layers)} tokens")
-    shares = attention.astype(np.float64)
-    return np.asarray(shares @ layers / shares.sum(1))
-
-
 @dataclass(frozen=True, eq=False)
 class Seen:
     """The test images of a row, in the order of its arrays, as its model saw them."""
@@ -136,8 +118,7 @@ def seen(row: Row, *, cache: Place = None, dataset: str | None = None) -> Seen:
     """
     entry = FeatureStore(cache).by_key(row["features"][1])
     sources = row.get("sources")
-    named = row["dataset"] if row["dataset"] in datasets.CATALOGUE or not sources else sources["dataset"]
-    word = dataset or named
+    word = dataset or (sources["dataset"] if sources and sources["dataset"] != "embedded" else row["dataset"])
     if entry is None:
         raise BadData(
             f"the test features of row {row['id']} ({row['features'][1]}) are not in the cache, so that nothing says which "

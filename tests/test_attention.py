@@ -77,15 +77,6 @@ def test_what_has_no_map_is_refused():
         attention.maps(row(), np.ones((3, 2)))
     with pytest.raises(BadData, match="of 2 tokens, and the array is of shape"):
         attention.maps(attending([(1, "cls"), (1, "ap")]), np.ones((3, 5)))
-    with pytest.raises(BadData, match="one layer"):
-        attention.depth(attending([(1, "cls"), (1, "ap")]), np.ones((3, 2)))
-
-
-def test_the_mean_layer_of_an_image():
-    one = attending([(1, "cls"), (1, "ap"), (3, "cls"), (3, "ap")], "alf")
-    assert attention.depth(
-        one, np.array([[0.5, 0.5, 0, 0], [0, 0, 1, 0], [0.1, 0.2, 0.3, 0.4]])
-    ).tolist() == pytest.approx([1, 3, 0.3 * 1 + 0.7 * 3])
 
 
 def test_the_images_of_a_row_are_those_it_was_tested_on(tmp_path):

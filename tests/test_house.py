@@ -107,6 +107,8 @@ DOORS: dict[str, set[str]] = {
         "statistics",
     },
     "attention": {"errors", "specs", "store", "datasets", "models", "preprocessing", "results"},
+    "findings": {"errors", "specs", "progress", "results", "report", "statistics"},
+    "gallery": {"errors", "store", "results", "report", "attention"},
     "costs": {"specs", "batches", "population", "probes", "protocol", "targets"},
     "study": {
         "errors",
@@ -225,7 +227,7 @@ def targets() -> list[str]:
     return re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
 
 
-@pytest.mark.parametrize("target", ["demo", "extract", "probe", "run", "report", "models", "datasets"])
+@pytest.mark.parametrize("target", ["demo", "study", "extract", "probe", "run", "report", "models", "datasets"])
 def test_targets_call_commands_that_exist(target):
     said = subprocess.run(
         ["make", "-n", target, "MODEL=m", "DATASET=a b"], cwd=ROOT, capture_output=True, text=True, check=True

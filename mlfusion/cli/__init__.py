@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mlfusion.cli.advise import advise
+from mlfusion.cli.attend import attend
 from mlfusion.cli.cache import app as cache_app
 from mlfusion.cli.data import data, reads_data
 from mlfusion.cli.doctor import doctor
@@ -71,6 +72,7 @@ app.command()(data)
 app.command()(run)
 app.command()(report)
 app.command()(advise)
+app.command()(attend)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,7 +1,8 @@
 """`mlfusion run`: a recipe's study, planned, done and reported."""
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +17,6 @@ from mlfusion.cli.words import (
     row_json,
     say,
     say_extracted,
-    write_page,
 )
 
 
@@ -27,6 +27,9 @@ def run(
     cache: Cache = None,
     results: ResultsPath = Path("results"),
     html: Annotated[Path | None, typer.Option("--html", help="The page; default RESULTS/<recipe>.html.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="Write what was found as a page of text here.")
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", help="Of the forward pass; probes train on the processor.")
     ] = "auto",
@@ -70,7 +73,7 @@ def run(
         say_extracted(one.to_json(), say=say)
     page = html or results / f"{recipe.stem}.html"
     if done.rows:
-        write_page(done.rows, page, results)
+        _write(done.rows, page, markdown, recipe, data, cache, results)
     if as_json:
         print_json(
             {
@@ -83,8 +86,41 @@ def run(
         )
     elif done.rows:
         print_table(done.rows)
-        typer.echo(f"report: {page}")
+        typer.echo(f"report: {page}" + (f", {markdown}" if markdown else ""))
     _end(done.failures)
+
+
+def _write(
+    rows: list[Any],
+    page: Path,
+    markdown: Path | None,
+    recipe: Path,
+    data: Path | None,
+    cache: str | None,
+    results: Path,
+) -> None:
+    """The page with its pictures, and the page of text."""
+    from mlfusion import findings, gallery
+    from mlfusion.recipe import about
+    from mlfusion.report import write_page
+    from mlfusion.report.files import write_whole
+    from mlfusion.results import Results
+
+    kept = Results(results)
+    write_page(rows, page, results=kept, pictures=gallery.of_study(rows, kept, cache=cache, say=say))
+    if markdown:
+        opening, _ = about(recipe)
+        title, _, rest = opening.partition(": ")
+        # $DATA is a folder of this machine: no page says where it is.
+        command = f"mlfusion run {shlex.quote(str(recipe))}{' --data DIR' if data else ''} --markdown {markdown}"
+        text = findings.markdown(
+            rows,
+            kept,
+            title=title.rstrip(".") or recipe.stem,
+            about=rest[:1].upper() + rest[1:] if rest else "",
+            command=command,
+        )
+        write_whole(markdown, text)
 
 
 def _end(failures: object) -> None:

@@ -323,11 +323,3 @@ def print_table(rows: Iterable[Any]) -> None:
     from mlfusion.report import table
 
     Console().print(table(list(rows)))
-
-
-def write_page(rows: Iterable[Any], path: Path, results: Path) -> None:
-    """The report as a page, with what the arrays beside the rows give."""
-    from mlfusion.report import write_page as write
-    from mlfusion.results import Results
-
-    write(list(rows), path, results=Results(results))
