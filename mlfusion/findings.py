@@ -104,11 +104,11 @@ def _cases(probe: str, compared: Sequence[Comparison]) -> str:
         )
     sure = [one for one in compared if one.images and (one.images.low > 0 or one.images.high < 0)]
     up = sum(one.images.low > 0 for one in sure if one.images)
-    mean = fmean(one.gain.mean for one in compared)
+    mean, cases = fmean(one.gain.mean for one in compared), len(compared)
     lines += [
         "",
-        f"On average {points(mean)} points over {len(compared)} case{'s' * (len(compared) > 1)}; the interval lies above 0 in {up} and below in "
-        f"{len(sure) - up}.",
+        f"On average {points(mean)} points over {cases} case{'s' * (cases > 1)}; the interval lies above 0 in {up} and below "
+        f"it in {len(sure) - up}.",
     ]
     return "\n".join(lines)
 

@@ -63,7 +63,7 @@ def test_without_arrays_there_is_no_interval_and_nothing_is_made_up(kept):
     shutil.rmtree(results.root / "arrays")
     text = page(kept)
     assert "| vit | set6 | 71.0 | 75.8 | +4.8 | ± 0.0 | | |" in text
-    assert "above 0 in 0 and below in 0" in text
+    assert "above 0 in 0 and below it in 0" in text
 
 
 def test_one_case_alone_is_still_told(kept):
