@@ -229,9 +229,8 @@ def _pilot(
         format="zarr",
         dtype="float16",
         device=device,
-        batch_size=extraction.BATCH,
     )
-    depth = request.splits[0][2].model.depth
+    depth = request.jobs[0].spec.model.depth
     asked = parse_probes(probes, depth)
     request = replace(request, pairs=frozenset(pair for probe in asked for pair in probe.representation.pairs(depth)))
     loaded = extraction.load(request)
