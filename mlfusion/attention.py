@@ -97,11 +97,11 @@ class Seen:
         image = self.split.image(int(self.rows[number]))
         if self.steps is None:
             return image
-        pixels = self.steps.picture(image)
+        pixels = np.moveaxis(self.steps.picture(image, self.ids[number]), 0, -1)
         if pixels.dtype != np.uint8:
             low, high = float(pixels.min()), float(pixels.max())
             pixels = ((pixels - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)
-        return Image.fromarray(pixels)
+        return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def seen(row: Row, *, cache: Place = None, dataset: str | None = None) -> Seen:
@@ -137,4 +137,6 @@ def seen(row: Row, *, cache: Place = None, dataset: str | None = None) -> Seen:
             steps = preprocessing.read(models.locate(sources["model"]).folder)
         except MlfusionError:
             steps = None
+    if steps and steps.key() != entry.spec.model.preprocess:  # a view, or another size
+        steps = None
     return Seen(split, np.array([place[kept.ids[number]] for number in rows]), steps)
