@@ -332,13 +332,13 @@ def read(
     config = _json(folder / "config.json")
     found = _of_the_study(folder, config) if word.startswith("paper") else _own(folder, config)
     if isinstance(found, Borrowed):
-        if word != "exact" or size or view != "plain":
+        if word != "exact" or size is not None or view != "plain":
             raise BadModel(
                 f"the processor of {folder.name} has rules of its own; allowed with it: --preprocess exact, no --size and "
                 "no views"
             )
         return found
-    if size:
+    if size is not None:
         found = _enlarged(found, size)
     if word.endswith("fast") and found.resample in ("bilinear", "bicubic"):  # the filters that torch has for bytes
         found = dataclasses.replace(found, kernel="torch-uint8")

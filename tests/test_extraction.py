@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 import zoo
@@ -18,7 +19,10 @@ from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion import disk
+from mlfusion.backbone import Backbone
 from mlfusion.errors import BadData, BadModel, CacheUnusable, MlfusionError, NotCached, UnknownName
+from mlfusion.extraction import Making
+from mlfusion.preprocessing import views
 from mlfusion.store import FeatureStore, differences, stream
 
 
@@ -391,3 +395,81 @@ def test_what_needs_a_token_that_the_model_lacks_is_refused_with_the_alternative
     assert all("is left out" in line for line in done.left_out)
     assert any("has no cls token" in line for line in done.left_out)
     assert done.rows[1]["attention"]["kinds"] == ["ap", *["grid2"] * 4]
+
+
+def test_how_tokens_are_made_is_in_the_key_and_views_are_entries_of_their_own(model, images, tmp_path):
+    done = mlfusion.extract(model, images, splits="train", layers="4", tokens="all", making=Making(views=views(3)))
+    assert [one.view for one in done] == ["plain", "flip", "crop1"]
+    others = [
+        Making(preprocess="fast"),
+        Making(preprocess="paper"),
+        Making(size=40),
+        Making(compute="bfloat16"),
+        Making(views=("crop1",), view_seed=1),
+    ]
+    done += [
+        mlfusion.extract(model, images, splits="train", layers="4", tokens="all", making=each)[0] for each in others
+    ]
+    assert len({one.entry.key for one in done}) == len(done)
+    again = mlfusion.extract(model, images, splits="train", layers="4", tokens="all", making=Making(views=views(3)))
+    assert total(again, "forward_passes") == 0
+    # What is read without a word is what the model's own preprocessing shows, though views were extracted later.
+    read = mlfusion.load_features(model, images, "train", layers="last", tokens="all", view="crop1")
+    assert read.key in (done[2].entry.key, done[-1].entry.key)
+    plain = {one.entry.key for one in done if one.entry.spec.model.view == "plain"}
+    assert mlfusion.load_features(model, images, "train", layers="last", tokens="all").key in plain
+    with pytest.raises(NotCached, match=r"cached of the views crop1, flip, plain, not of crop9; run: .* --view crop9"):
+        mlfusion.load_features(model, images, "train", view="crop9")
+
+
+def test_a_flipped_view_is_the_flipped_image(model, images, tmp_path):
+    flipped = Path(shutil.copytree(images, tmp_path / "flipped"))
+    for path in flipped.glob("train/*/*.png"):
+        PIL.ImageOps.mirror(PIL.Image.open(path)).save(path)
+    size = Making(size=32, views=("flip",))
+    [view] = mlfusion.extract(model, images, splits="train", making=size)
+    [own] = mlfusion.extract(model, str(flipped), splits="train")
+    a, b = (one.entry.read([1, 4], ["cls", "ap"]).astype(float) for one in (view, own))
+    assert np.abs(a - b).max() < 0.1 * np.abs(b).std()  # a level here and there, where a filter rounds
+
+
+def test_every_run_says_what_made_it(model, images):
+    [one] = mlfusion.extract(model, images, splits="train", batch_size=4, workers=1)
+    [file] = one.entry.path.glob("runs/*.json")
+    run = json.loads(file.read_text())
+    assert {"python", "mlfusion", "torch", "transformers", "numpy", "pillow"} <= run["versions"].keys()
+    assert (run["device"], run["compute"], run["batch_size"]) == ("cpu", "float32", 4)
+    assert run["device_name"]
+    assert run["images"] == 21
+    assert run["forward_passes"] == 6
+    assert run["parts"].keys() == {"decoding", "forward", "writing"}
+    for part in run["parts"].values():
+        assert part["seconds"] > 0
+        assert part["images_per_second"] > 0
+    assert run["limit"] == one.limit != ""
+    assert one.to_json()["images_per_second"] == run["images_per_second"]
+
+
+def test_what_is_kept_does_not_grow_with_the_images(model, tmp_path):
+    """The loop over many images holds no more tensors than over few: of pictures, tokens and what waits to be written."""
+    import gc
+
+    held = []
+    for count in (20, 80):
+        data = str(save_images(tmp_path / str(count), {"train": count, "test": 1}))
+        most = 0
+        call = Backbone.__call__
+
+        def counting(self, pixels, pairs, call=call):
+            nonlocal most
+            alive = sum(each.nbytes for each in gc.get_objects() if type(each) is torch.Tensor)
+            most = max(most, alive)
+            return call(self, pixels, pairs)
+
+        Backbone.__call__ = counting
+        try:
+            mlfusion.extract(model, data, splits="train", tokens="all", layers="4", batch_size=4)
+        finally:
+            Backbone.__call__ = call
+        held.append(most)
+    assert held[1] < 1.1 * held[0]

@@ -1,6 +1,8 @@
 """Pictures as the model is given them: to the bit those of transformers' processors in their PIL form, from our own reading."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tiny import noise_images, save_model
 
-from mlfusion import preprocessing
+from mlfusion import models, preprocessing
+from mlfusion.backbone import Backbone
 from mlfusion.errors import BadModel, UnknownName
 from mlfusion.preprocessing import Borrowed, Steps
 
@@ -167,3 +171,173 @@ def test_open_clips_configuration_is_read(tmp_path):
 def test_pictures_of_every_shape_are_refused(settings, tmp_path):
     with pytest.raises(BadModel, match="every shape"):
         preprocessing.read(processor_folder(tmp_path / "m", "CLIPImageProcessor", settings))
+
+
+# --- the fast path -----------------------------------------------------------------------------------------------------
+
+
+def photo_files(shared: Path, count: int) -> list[bytes]:
+    """Real JPEGs, large, small and grey."""
+    paths = sorted((shared / "dtd10" / "train").glob("*/*.jpg"))[:: 240 // count]
+    paths += sorted((shared / "flowers5" / "test").glob("*/*.jpg"))[::40]
+    large = sorted((shared / "sign_digits").rglob("*.*"), key=lambda path: path.stat().st_size)[-2:]
+    return [path.read_bytes() for path in [*paths, *large]]
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def test_the_fast_path_is_a_level_away_from_the_exact_one(shared):
+    """On photographs at most one level of 255, and in few pixels; where a large one is decoded at a share, a few more."""
+    folder = shared / "weights" / "deit_tiny_patch16_224"
+    exact, fast = preprocessing.read(folder), preprocessing.read(folder, "fast")
+    for data in photo_files(shared, 12):
+        image = opened(data)
+        want = exact.picture(image).astype(int)
+        found = fast.of_jpeg(data)
+        assert found is not None
+        assert found.dtype == np.uint8
+        apart = np.abs(found - want)
+        reduced = min(image.size) >= 2 * 2 * 256
+        assert apart.max() <= (12 if reduced else 1)
+        assert apart.mean() < (0.5 if reduced else 0.01)
+        if not reduced:
+            np.testing.assert_array_equal(
+                fast.picture(image), found
+            )  # what is no JPEG goes the same way behind the decoding
+
+
+BOUND = 2e-5
+"""Of 1 - cosine between features of the fast and of the exact path, DeiT-Ti, any layer, CLS and AP, photographs of the size
+that data sets have; measured below a tenth of it. Large photographs, decoded at a share: a hundred times it."""
+
+
+def test_the_fast_paths_features_stay_within_the_bound(shared):
+    folder = shared / "weights" / "deit_tiny_patch16_224"
+    backbone = Backbone(models.locate(str(folder)))
+    exact, fast = preprocessing.read(folder), preprocessing.read(folder, "fast")
+    files = photo_files(shared, 8)
+    pairs = [(layer, kind) for layer in range(1, 13) for kind in ("cls", "ap")]
+    one = backbone(exact([opened(data) for data in files]), pairs)
+    other = backbone(fast.finish(torch.from_numpy(np.stack([fast.of_jpeg(data) for data in files]))), pairs)
+    large = torch.tensor([min(opened(data).size) > 1000 for data in files])
+    assert large.any() and not large.all()
+    for pair in pairs:
+        apart = 1 - torch.cosine_similarity(one[pair].double(), other[pair].double(), dim=-1)[:, 0]
+        assert apart[~large].max() < BOUND, pair
+        assert apart[large].max() < 100 * BOUND, pair
+
+
+def test_without_simplejpeg_the_bytes_are_the_same(shared, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    fast = preprocessing.read(shared / "weights" / "deit_tiny_patch16_224", "fast")
+    files = photo_files(shared, 6)
+    want = [fast.of_jpeg(data) for data in files]
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)  # importing it fails
+    for data, pixels in zip(files, want, strict=True):
+        np.testing.assert_array_equal(fast.of_jpeg(data), pixels)
+
+
+def test_what_the_fast_path_cannot_judge_is_left_to_pil(tmp_path):
+    fast = preprocessing.read(processor_folder(tmp_path / "m", "ViTImageProcessor", {}), "fast")
+
+    def saved(image: Image.Image, form: str) -> bytes:
+        image.save(held := io.BytesIO(), form)
+        return held.getvalue()
+
+    [image, *_] = images()
+    whole = saved(image, "JPEG")
+    assert fast.of_jpeg(whole) is not None
+    assert fast.of_jpeg(saved(image.convert("L"), "JPEG")) is not None
+    for data in (saved(image.convert("CMYK"), "JPEG"), saved(image, "PNG"), whole[: len(whole) // 2], b"", b"\xff\xd8"):
+        assert fast.of_jpeg(data) is None
+    assert fast.of_jpeg(whole, most=50 * 44) is not None
+    assert fast.of_jpeg(whole, most=50 * 44 - 1) is None
+
+
+# --- views and sizes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["exact", "fast"])
+def test_views_follow_from_seed_and_id_alone(word, tmp_path):
+    folder = processor_folder(tmp_path / "m", "CLIPImageProcessor", {})
+    image = images()[4]
+
+    def seen(view: str, name: str = "a", seed: int = 0) -> np.ndarray:
+        return preprocessing.read(folder, word, view=view, seed=seed).picture(image, name)
+
+    plain = seen("plain")
+    np.testing.assert_array_equal(seen("flip"), plain[:, :, ::-1])
+    crops = [seen("crop1"), seen("crop2"), seen("crop1", "b"), seen("crop1", seed=1), plain]
+    for number, one in enumerate(crops):
+        assert one.shape == (3, 224, 224)
+        assert not any(np.array_equal(one, other) for other in crops[number + 1 :])
+    np.testing.assert_array_equal(seen("crop1"), crops[0])
+    keys = {
+        preprocessing.read(folder, word, view=view, seed=seed).key()
+        for view, seed in [("plain", 0), ("flip", 0), ("crop1", 0), ("crop2", 0), ("crop1", 1)]
+    }
+    assert len(keys) == 5
+    # The seed decides nothing in these two.
+    assert preprocessing.read(folder, word, view="flip", seed=7).key() in keys
+
+
+def test_crops_show_a_quarter_of_the_image_or_more_of_about_its_shape(tmp_path):
+    steps = preprocessing.read(processor_folder(tmp_path / "m", "ViTImageProcessor", {}), view="crop3")
+    looks = [steps._look(300, 400, str(name)) for name in range(400)]
+    for (top, left, height, width), _ in looks:
+        assert 0 <= top <= 300 - height and 0 <= left <= 400 - width
+        assert 0.24 < height * width / 120_000 <= 1
+    shares = [height * width / 120_000 for (_, _, height, width), _ in looks]
+    assert min(shares) < 0.3 and max(shares) > 0.9
+    assert 150 < sum(mirrored for _, mirrored in looks) < 250
+
+
+def test_names_of_views_and_refusals(tmp_path):
+    assert preprocessing.views(1) == ("plain",)
+    assert preprocessing.views(4) == ("plain", "flip", "crop1", "crop2")
+    folder = processor_folder(tmp_path / "m", "ViTImageProcessor", {})
+    with pytest.raises(UnknownName, match="no view named 'crop0'"):
+        preprocessing.read(folder, view="crop0")
+    with pytest.raises(BadModel, match="--size 0"):
+        preprocessing.read(folder, size=0)
+    sam = processor_folder(tmp_path / "sam", "SamImageProcessor", {"pad_size": {"height": 48, "width": 48}})
+    with pytest.raises(BadModel, match="rules of its own"):
+        preprocessing.read(sam, "fast")
+
+
+@pytest.mark.parametrize(
+    ("case", "size", "want"),
+    [
+        ("clip", 448, (448, (448, 448))),
+        ("deit", 64, (80, (64, 64))),
+        ("deit, old", 448, ((512, 512), (448, 448))),
+        ("vit", 384, ((384, 384), None)),
+    ],
+)
+def test_another_size_keeps_the_share_that_is_cut_off(case, size, want, tmp_path):
+    steps = preprocessing.read(processor_folder(tmp_path / "m", *PROCESSORS[case]), size=size)
+    assert (steps.size, steps.crop_size) == want
+    assert steps.pixels == (size, size)
+
+
+def test_positions_of_another_size_are_interpolated(tmp_path):
+    """A ViT at twice its size: CLS before the blocks by hand, with its grid of positions resampled here by torch."""
+    folder = save_model("vit", tmp_path / "vit")
+    steps = preprocessing.read(folder, size=64)
+    backbone = Backbone(models.locate(str(folder)), preprocessing=steps)
+    assert backbone.kinds["all"] == 1 + 8 * 8
+    pixels = steps(noise_images(2))
+    found = backbone(pixels, [(0, "all")])[0, "all"]
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tables = model.embeddings.position_embeddings
+    grid = tables[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    larger = torch.nn.functional.interpolate(grid, (8, 8), mode="bicubic", align_corners=False).flatten(2).mT
+    with torch.inference_mode():
+        patches = model.embeddings.patch_embeddings.projection(pixels).flatten(2).mT
+        cls = model.embeddings.cls_token.expand(2, -1, -1)
+        x = torch.cat([cls, patches], 1) + torch.cat([tables[:, :1], larger], 1)
+        block = model.layers[0]
+        x = x + block.attention(block.layernorm_before(x))[0]
+        torch.testing.assert_close(found, block.layernorm_after(x), atol=1e-5, rtol=0)
