@@ -17,8 +17,9 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,19 @@ Done = tuple[float, dict[int, str]]
 """Seconds that some images took, and by row why one could not be read."""
 
 T = TypeVar("T")
+
+
+def picture(split: datasets.Split, row: int, steps: Preprocessing) -> np.ndarray:
+    """[3, height, width] of an image, by whichever way the preprocessing takes.
+
+    Raises:
+        BadImage: it cannot be read.
+    """
+    if steps.quick and isinstance(split.decode, datasets.Decoder) and not split.decode.upright:
+        made = steps.of_jpeg(split.encoded(row), split.ids[row], split.decode.max_pixels)
+        if made is not None:
+            return made
+    return steps.picture(split.image(row), split.ids[row])
 
 
 @dataclass(eq=False)
@@ -63,19 +77,11 @@ class _Job:
         unread: dict[int, str] = {}
         for row, place in zip(rows, self.ring[slot][at : at + len(rows)].numpy(), strict=True):
             try:
-                place[:] = self._picture(row)
+                place[:] = picture(self.split, row, self.steps)
             except BadImage as err:
                 place[:] = 0
                 unread[row] = str(err)
         return time.perf_counter() - began, unread
-
-    def _picture(self, row: int) -> Any:
-        split, name = self.split, self.split.ids[row]
-        if self.steps.quick and isinstance(split.decode, datasets.Decoder) and not split.decode.upright:
-            made = self.steps.of_jpeg(split.encoded(row), name, split.decode.max_pixels)
-            if made is not None:
-                return made
-        return self.steps.picture(split.image(row), name)
 
 
 @dataclass

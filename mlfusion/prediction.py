@@ -4,19 +4,21 @@ The one room that both stages open onto: pictures and a model on one side, a tra
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from mlfusion import datasets, models, preprocessing, protocol, trained
+from mlfusion import datasets, loader, models, preprocessing, protocol, trained
 from mlfusion.backbone import Backbone
 from mlfusion.batches import Tokens
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadModel
-from mlfusion.specs import ModelSpec, digest, parse_model
+from mlfusion.preprocessing import Preprocessing
+from mlfusion.specs import COMPUTES, Compute, ModelSpec, digest, parse_model
 from mlfusion.store.encoding import ENCODINGS
 
 BATCH = 32
@@ -75,10 +77,8 @@ def predict(
     """
     card, head = trained.load(Path(probe))
     checkpoint = models.locate(_word(model, card.backbone.source))
-    steps = preprocessing.read(checkpoint.folder)
-    spec = models.identify(checkpoint, steps.key())
-    upright = card.backbone.preprocess == identity(spec.upright())["preprocess"]
-    found = identity(spec.upright() if upright else spec)
+    steps, spec, upright = _as_trained(checkpoint, card.backbone)
+    found = identity(spec)
     if differing := [name for name, value in found.items() if getattr(card.backbone, name) != value]:
         raise BadModel(
             f"{checkpoint.name} is not the backbone of this probe, {card.backbone.name} from {card.backbone.source}: "
@@ -86,17 +86,37 @@ def predict(
             "preprocessing, so give their folder with --model, or train the probe again on this model's features"
         )
     pictures = datasets.pictures([str(image) for image in images], datasets.Decoder(upright=upright))
-    backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps)
+    backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps, compute=spec.compute)
     made: list[Prediction] = []
     for start in range(0, len(pictures), batch_size):
         rows = range(start, min(start + batch_size, len(pictures)))
-        pixels = steps([pictures.image(row) for row in rows])
+        pixels = steps.finish(torch.from_numpy(np.stack([loader.picture(pictures, row, steps) for row in rows])))
         values = _tokens(backbone, pixels, card)
         # No labels are known; none are looked at.
         given = Tokens(values, np.zeros(len(values), np.int64))
         predictions, _ = protocol.predict(head, given, card.goal)
         made += [_said(card, pictures.ids[row], one, top) for row, one in zip(rows, predictions, strict=True)]
     return made
+
+
+def _as_trained(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[Preprocessing, ModelSpec, bool]:
+    """The preprocessing whose digest the card has, of those that go by name, and whether images are turned as their EXIF says.
+
+    Where none has it, the model's own.
+    """
+    compute: Compute = card.compute if card.compute in COMPUTES else "float32"
+    own = preprocessing.read(checkpoint.folder)
+    plain = models.identify(checkpoint, own.key(), compute)
+    for word in preprocessing.WORDS:
+        try:
+            steps = preprocessing.read(checkpoint.folder, word)
+        except BadModel:  # the study has no recipe for it, or there is no faster way
+            continue
+        spec = replace(plain, preprocess=steps.key())
+        for each, upright in ((spec, False), (spec.upright(), True)):
+            if digest(each.preprocess) == card.preprocess:
+                return steps, each, upright
+    return own, plain, False
 
 
 def _tokens(backbone: Backbone, pixels: Tensor, card: trained.Card) -> np.ndarray:

@@ -68,6 +68,7 @@ DOORS: dict[str, set[str]] = {
         "models",
         "datasets",
         "preprocessing",
+        "loader",
         "backbone",
         "devices",
         "batches",

@@ -17,6 +17,7 @@ import mlfusion
 from mlfusion import datasets, protocol, trained
 from mlfusion.batches import Tokens
 from mlfusion.errors import BadData, BadModel, ResultsUnusable
+from mlfusion.extraction import Making
 from mlfusion.results import Results
 from mlfusion.specs import HEADS, Head
 from mlfusion.targets import Number, OneClass, SeveralLabels, Target
@@ -173,18 +174,21 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def probed(model: Path, images: Path, names: str, **options: Any) -> list[tuple[Any, Path]]:
     """Each row with the folder of its probe."""
-    dtype = options.pop("dtype", "float16")
-    mlfusion.extract(str(model), str(images), tokens="cls,ap,all@last", dtype=dtype)
+    dtype, making = options.pop("dtype", "float16"), options.pop("making", None)
+    mlfusion.extract(str(model), str(images), tokens="cls,ap,all@last", dtype=dtype, making=making)
     done = mlfusion.probe(str(images), model=str(model), probes=names, grid="quick", seeds=(0,), save=True, **options)
     return [(row, Path("results") / "probes" / row["id"]) for row in done.rows]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_new_images_get_the_scores_of_cached_ones(model: Path, images: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "making"),
+    [("float16", None), ("int8", None), ("float16", Making(preprocess="fast", compute="bfloat16"))],
+)
+def test_new_images_get_the_scores_of_cached_ones(model: Path, images: Path, dtype: str, making: Making | None) -> None:
     split = datasets.load(str(images)).split("test")
     files = [images / name for name in split.ids]
     names = "cls+ap-2-layers/attentive,all-tokens-last/efficient,ap-layer-1/ridge,cls+ap-all-layers/knn"
-    for row, folder in probed(model, images, names, dtype=dtype):
+    for row, folder in probed(model, images, names, dtype=dtype, making=making):
         made = mlfusion.predict(folder, files, top=3, batch_size=5)
         held = Results("results").arrays(row)["probabilities"]
         assert [one.image for one in made] == [str(file) for file in files]
