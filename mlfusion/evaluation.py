@@ -238,13 +238,15 @@ def rerun(
 def _pair_of(store: FeatureStore, row: Row, one: Probe) -> SplitPair:
     """The features that a row was made from, by their keys."""
     train, test = (store.by_key(key) for key in row["features"])
-    sources = row.get("sources", {"model": row["model"], "dataset": row["dataset"]})
-    model, dataset = sources["model"], sources["dataset"]
-    pairs = one.representation.pairs(row["depth"])
+    model, dataset, pairs = row["model"], row["dataset"], one.representation.pairs(row["depth"])
+    command = extract_command(model, dataset, pairs)
+    if "sources" in row:
+        model, dataset = row["sources"]["model"], row["sources"]["dataset"]
+        command = row["sources"].get("extract", command)
     if train is None or test is None:
         raise NotCached(
             f"the features of result {row['id']} ({', '.join(row['features'])}) are not in {store.root}. Name the cache that "
-            f"has them with --cache, or make them again: {extract_command(model, dataset, pairs)}"
+            f"has them with --cache, or make them again: {command}"
         )
     for entry in (train, test):
         require(entry, pairs, model, dataset)
@@ -409,6 +411,7 @@ def _fitted(
             "weights": spec.model.weights,
             "train": spec.data.content,
             "test": pair.test.spec.data.content,
+            "extract": _command(pair, one),
         },
         **job.options(),  # type: ignore[typeddict-item]
         **({"streamed": True} if streamed else {}),
@@ -459,6 +462,15 @@ def _tokens(entry: Entry, one: Probe, memory: int, opened: ExitStack, stream: bo
     if stream if stream is not None else tokens.nbytes > memory / 2:
         return tokens
     return Tokens(tokens[:], tokens.labels, ids)
+
+
+def _command(pair: SplitPair, one: Probe) -> str:
+    """What caches the tokens of this probe from the model and the images themselves."""
+    names, spec = pair.train.names[0], pair.train.spec
+    command = extract_command(
+        names.model_source, names.dataset_source, one.representation.pairs(spec.model.depth), spec
+    )
+    return command if spec.model.view == "plain" else f"{command} --view {spec.model.view}"
 
 
 def _vector_bytes(spec: FeatureSpec) -> int:

@@ -260,6 +260,12 @@ def test_compare_at_the_command_line(at: Path, run: Any) -> None:
     assert code == 1 and "no data set has rows of both cls+ap-all-layers/attentive and cls-last/linear" in err
 
 
+def test_results_are_shown_in_a_tracker(at: Path, run: Any) -> None:
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install 'mlfusion[tensorboard]'")
+    said = run("results", "track", "tensorboard:runs", "--probe", "cls-last/linear", "--json")
+    assert json.loads(said[1]) == {"where": "tensorboard:runs", "results": 3} and len(list(Path("runs").iterdir())) == 3
+
+
 def test_rank_at_the_command_line(tmp_path: Path, run: Any) -> None:
     scores = {"cls-last/linear": 0.5, "ap-last/linear": 0.6, "cls+ap-last/linear": 0.7}
     store = Results("results")

@@ -194,19 +194,24 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+def _die_in_a_commit(path: Path) -> None:
+    """A process writes to the database and is killed before its transaction ends."""
+    if (child := os.fork()) == 0:
+        connection = sqlite3.connect(path, isolation_level=None)
+        connection.execute("PRAGMA cache_size = 1")  # changed pages go to the disk before the commit
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("UPDATE results SET body = json_set(body, '$.test', 0.0)")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 def test_a_writer_killed_in_the_middle_of_a_commit_leaves_the_state_before(tmp_path: Path) -> None:
     """Pages written to the database and the journal not yet gone: the next one to open it rolls back."""
     store = Results(tmp_path)
     for number in range(30):
         store.append(row(f"r{number}", classes=[f"{number}"] * 500))
     want = store.rows()
-    if (child := os.fork()) == 0:
-        connection = sqlite3.connect(store.path, isolation_level=None)
-        connection.execute("PRAGMA cache_size = 1")  # changed pages go to the disk before the commit
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("UPDATE results SET body = json_set(body, '$.test', 0.0)")
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
+    _die_in_a_commit(store.path)
     assert store.path.with_name("results.sqlite-journal").stat().st_size > 0
     torn = store.path.read_bytes()
     assert store.rows() == want
@@ -325,6 +330,20 @@ def test_a_folder_that_may_not_be_written_is_read(read_only: Path, kept: str) ->
     assert "ResultsUnusable: cannot save results in" in _as_nobody(read_only, save)
     read_only.chmod(0o755)
     assert ids(Results(read_only)) == want
+
+
+def test_a_torn_commit_in_a_folder_that_may_not_be_written_says_what_to_do(read_only: Path) -> None:
+    store = Results(read_only)
+    for number in range(30):
+        store.append(row(f"r{number}", classes=[f"{number}"] * 500))
+    _die_in_a_commit(store.path)
+
+    def work() -> str:
+        return " ".join(ids(store))
+
+    assert "must be undone first, for which this folder may not be written" in _as_nobody(read_only, work)
+    read_only.chmod(0o755)
+    assert len(ids(store)) == 30
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------

@@ -268,6 +268,7 @@ def track(
     dataset: OfDataset = None,
     probe: OfProbe = None,
     results: ResultsPath = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Show results that are there already in a tracker, a run each."""
     from mlfusion import trackers
@@ -281,7 +282,10 @@ def track(
             for one in opened:
                 one.log(row)
             bar.advance()
-    typer.echo(f"{len(rows):,} results shown in {where}")
+    if as_json:
+        print_json({"where": where, "results": len(rows)})
+    else:
+        typer.echo(f"{len(rows):,} results shown in {where}")
 
 
 # --- saying ----------------------------------------------------------------------------------------------------------

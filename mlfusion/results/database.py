@@ -394,6 +394,12 @@ class Results:
                     f"{PATIENCE:.0f} s, or this file system has no locks: keep results on a local disk with --results PATH, "
                     "and bring them together with `mlfusion results import PATH`"
                 ) from err
+            if doing == "read" and name in ("SQLITE_READONLY_ROLLBACK", "SQLITE_READONLY_RECOVERY", "SQLITE_CANTOPEN"):
+                raise ResultsUnusable(
+                    f"cannot read results in {str(self.root)!r}: {why}. A writer was stopped in the middle and what it began "
+                    "must be undone first, for which this folder may not be written: open it once with "
+                    "`mlfusion results ls` where it may, or copy it"
+                ) from err
             if doing == "save":
                 raise ResultsUnusable(
                     f"cannot save results in {str(self.root)!r}: {why}. Nothing was lost but this row; "

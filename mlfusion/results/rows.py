@@ -67,6 +67,7 @@ class Sources(TypedDict):
     weights: str  # sha256 of the weight files
     train: str  # digest of the split's images and labels
     test: str
+    extract: NotRequired[str]  # the command that caches what the probe reads
 
 
 class Attention(TypedDict):
