@@ -1,15 +1,19 @@
 """The family of probes on real features, and what successive halving does to the choice: the tables of docs/probes.md.
 
-    python benchmarks/probes.py --model MODEL --data FOLDER [--sets dtd10,flowers5] [--results results/probes] [--table]
+    python benchmarks/probes.py --model MODEL --data FOLDER [--sets dtd10,flowers5] [--minutes 25] [--table]
 
-Caches every layer's CLS and AP and all tokens of the last layer, trains each head on both (quick grid, three seeds), then
+Caches every layer's CLS and AP and all tokens of the last layer, trains each head on both (quick grid, three seeds), and
 a few probes by the paper's grid with and without halving, and writes both tables into docs/probes.md. What is in the
-results already is not made again; with --table nothing is trained, and the tables show what there is.
+results already is not made again; after so many minutes of processor time nothing more is begun, and the same command goes
+on from there; with --table nothing is trained, and the tables show what there is. The order is that of `plan`.
 """
 
 import argparse
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import page
 
@@ -27,6 +31,30 @@ HALVED = {  # probe → seeds; the attentive grid takes minutes a seed
     "cls+ap-last/attentive": (0,),
     "cls+ap-all-layers/attentive": (0,),
 }
+HEAVY = ("v-jepa", "v-jepa-4")  # minutes a seed
+
+
+def plan(sets: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What is trained, in this order: data set, probe and options.
+
+    Every head on the tokens of all layers of every set, the heaviest on the first set alone; halving on the first set; then
+    every head on all tokens of the last layer, the solved ones first; then halving on the others; then what is heavy.
+    """
+    quick = {"grid": "quick", "seeds": SEEDS}
+    light = [head for head in HEADS if head not in HEAVY]
+    for name in sets:
+        for probe in (BASELINE, *(f"{LAYERS}/{head}" for head in light)):
+            yield name, probe, quick
+    for head in HEAVY:
+        yield sets[0], f"{LAYERS}/{head}", quick
+    for name in sets:
+        for probe, seeds in HALVED.items():
+            if name == sets[0] or "attentive" not in probe:
+                for half in (True, False):
+                    yield name, probe, {"grid": "paper", "seeds": seeds, "halving": half}
+    for head in sorted(light, key=lambda head: head not in ("ridge", "logistic", "knn")):
+        for name in sets:
+            yield name, f"{TOKENS}/{head}", quick
 
 
 def spread(values: list[float], best: bool = False) -> str:
@@ -103,18 +131,22 @@ def main() -> None:
     parser.add_argument("--sets", default="dtd10,flowers5", help="their names")
     parser.add_argument("--cache", default=None)
     parser.add_argument("--results", type=Path, default=Path("results/probes"))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of processor time")
     parser.add_argument("--table", action="store_true", help="train nothing")
     asked = parser.parse_args()
     sets = asked.sets.split(",")
-    for name in () if asked.table else sets:
+    cached = set()
+    for name, probe, options in () if asked.table else plan(sets):
+        if time.process_time() > 60 * asked.minutes:
+            print(f"{asked.minutes:g} minutes are over; the same command goes on from here")
+            break
         where = str(asked.data / name)
-        mlfusion.extract(asked.model, where, tokens="cls,ap,all@last", cache=asked.cache)
-        options = {"model": asked.model, "cache": asked.cache, "results": asked.results, "say": print}
-        both = [f"{representation}/{head}" for representation in (LAYERS, TOKENS) for head in HEADS]
-        mlfusion.probe(where, probes=[BASELINE, *both], grid="quick", seeds=SEEDS, **options)
-        for probe, seeds in HALVED.items():
-            for half in (True, False):
-                mlfusion.probe(where, probes=[probe], grid="paper", seeds=seeds, halving=half, **options)
+        if name not in cached:
+            mlfusion.extract(asked.model, where, tokens="cls,ap,all@last", cache=asked.cache)
+            cached.add(name)
+        mlfusion.probe(
+            where, probes=[probe], model=asked.model, cache=asked.cache, results=asked.results, say=print, **options
+        )
     rows = Results(asked.results).require()
     page.put("probes.md", "family", family(rows, sets))
     page.put("probes.md", "halving", halving(rows, sets))

@@ -10,7 +10,7 @@ each other. How many blocks are alive at once follows from the memory at hand an
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as once
@@ -18,7 +18,7 @@ from functools import partial
 from itertools import islice, pairwise
 from statistics import median
 from time import perf_counter
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from mlfusion.specs import Head
 LAST_LEARNING_RATE = 1e-6
 SPARE = 0.8  # of the free memory that may be taken
 IN_CACHE = 1 << 26  # bytes that a block's step may touch; one configuration always may
+AHEAD = 2  # batches that are at hand where blocks are worked on in lanes
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -189,14 +190,15 @@ class Layout:
             BadData: not even one fits.
         """
         lanes = 1 if shared else max(1, min(threads, count))
-        while lanes > 1 and need.batch + lanes * (need.each + need.step) > memory:
+        while lanes > 1 and AHEAD * need.batch + lanes * (need.each + need.step) > memory:
             lanes -= 1
-        room = memory - need.batch - lanes * need.step
+        batch = need.batch * (AHEAD if lanes > 1 else 1)
+        room = memory - batch - lanes * need.step
         if room < need.each:
             parts = (need.batch + need.step + need.each, need.batch, need.step + need.each, memory)
-            least, batch, probe, free = (f"{part / 1e6:,.1f} MB" for part in parts)
+            least, tokens, probe, free = (f"{part / 1e6:,.1f} MB" for part in parts)
             raise BadData(
-                f"not even one configuration can be trained: it needs {least} of memory ({batch} for a batch of tokens, "
+                f"not even one configuration can be trained: it needs {least} of memory ({tokens} for a batch of tokens, "
                 f"{probe} for the probe), and {free} may be taken; allowed: a probe that fits. Free memory, raise --memory, or "
                 "choose fewer layers or another head"
             )
@@ -205,7 +207,7 @@ class Layout:
             return cls(max(1, min(together, (memory - need.batch) // (need.each + need.step))), together, 1)
         # More configurations at a time than a core's caches hold wait for memory; fewer wait for Python.
         most = max(1, min(IN_CACHE // (need.each + need.step), together // lanes))
-        while most > 1 and need.batch + together * need.each + lanes * most * need.step > memory:
+        while most > 1 and batch + together * need.each + lanes * most * need.step > memory:
             most -= 1
         return cls(together, most, lanes)
 
@@ -251,19 +253,56 @@ class _Block:
         self._optimizer.step(cosine(self._optimizer.lr, step, steps))
 
 
-@contextmanager
-def _in_lanes(count: int) -> Iterator[Callable[[Callable[[_Block], None], Sequence[_Block]], Iterable[None]]]:
-    """Work on blocks, `count` at a time, each by one thread; by all threads together if there is one lane."""
-    if count == 1:
-        yield map
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(threads)
+class _Lanes:
+    """Works on blocks, so many at a time, each by one thread; by all threads together if there is one lane.
+
+    No lane waits for the others at the end of a step: it goes on with the next batch, which is prepared meanwhile.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count) if count > 1 else None
+        self._last: dict[_Block, Future[None]] = {}
+        self._ahead: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        self._threads = torch.get_num_threads()
+        if self._pool:
+            torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)
+
+    def step(self, work: Callable[[_Block], None], blocks: Sequence[_Block]) -> int:
+        """Begin a step of all blocks; how many steps are done, of the one before and this."""
+        if self._pool is None:
+            for block in blocks:
+                work(block)
+            return 1
+        before, self._ahead = (
+            self._ahead,
+            [self._pool.submit(self._next, work, block, self._last.get(block)) for block in blocks],
+        )
+        self._last = dict(zip(blocks, self._ahead, strict=True))
+        return self._wait(before)
+
+    def finish(self) -> int:
+        """Wait for what was begun; how many steps that were."""
+        return self._wait(self._ahead)
+
+    @staticmethod
+    def _next(work: Callable[[_Block], None], block: _Block, before: "Future[None] | None") -> None:
+        if before:
+            before.result()  # begun earlier, so by another lane if it is not done
+        work(block)
+
+    @staticmethod
+    def _wait(steps: "list[Future[None]]") -> int:
+        for one in steps:
+            one.result()
+        return bool(steps)
 
 
 @contextmanager
@@ -361,16 +400,16 @@ def train(
         )
     for group in layout.groups(len(configurations)):
         blocks = [_Block(head, shape, configurations[part], seed, device, dtype, bf16) for part in group]
-        with pages_kept(), _tensor_cores(device), _in_lanes(min(layout.lanes, len(blocks))) as run:
+        with pages_kept(), _tensor_cores(device), _Lanes(min(layout.lanes, len(blocks))) as lanes:
             passing = batches(tokens, rows, schedule, seed=seed, device=device, dtype=dtype)
             for step, (batch, labels) in enumerate(islice(passing, until)):
                 one = partial(
                     _Block.step, tokens=batch, loss=partial(_of, loss, labels), step=step, steps=schedule.steps
                 )
-                for _ in run(one, blocks):
-                    pass
-                if progress:
+                if lanes.step(one, blocks) and progress:
                     progress(group[-1].stop - group[0].start)
+            if lanes.finish() and progress:
+                progress(group[-1].stop - group[0].start)
         for part, block in zip(group, blocks, strict=True):
             block.probe.eval()
             yield part, block.probe

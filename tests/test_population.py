@@ -3,6 +3,9 @@
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
+from time import sleep
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -374,14 +377,15 @@ def test_a_layout_tiles_the_population_and_fits(
         members = group[-1].stop - group[0].start
         lanes = min(layout.lanes, len(group))
         at_work = sum(sorted((part.stop - part.start for part in group), reverse=True)[:lanes])
-        assert need.batch + members * need.each + at_work * need.step <= memory
+        batches = 1 if shared or lanes == 1 else 2  # the next is prepared while lanes work
+        assert batches * need.batch + members * need.each + at_work * need.step <= memory
     assert layout.lanes <= max(1, min(threads, count))
 
 
 def test_all_are_trained_together_where_there_is_room() -> None:
     need = Needs(batch=10, each=4, step=2)
-    assert len(Layout.of(63, need, memory=10 + 63 * 4 + 2 * 2, threads=2, shared=False).groups(63)) == 1
-    assert len(Layout.of(63, need, memory=10 + 63 * 4 + 2 * 2 - 1, threads=2, shared=False).groups(63)) == 2
+    assert len(Layout.of(63, need, memory=2 * 10 + 63 * 4 + 2 * 2, threads=2, shared=False).groups(63)) == 1
+    assert len(Layout.of(63, need, memory=2 * 10 + 63 * 4 + 2 * 2 - 1, threads=2, shared=False).groups(63)) == 2
     assert Layout.of(63, need, memory=10 + 63 * 6, threads=8, shared=True) == Layout(63, 63, 1)
 
 
@@ -410,6 +414,25 @@ def test_a_footprint_is_what_is_alive() -> None:
         del b
         d = torch.zeros(500)
         assert (seen.alive, seen.most) == (2000, 8000) and len(d)
+
+
+def test_lanes_do_the_steps_of_a_block_in_turn_and_pass_on_what_fails() -> None:
+    """A block's steps follow each other although no step waits for all blocks of the one before."""
+    done: dict[object, list[int]] = {n: [] for n in range(5)}
+
+    def work(block: Any, *, step: int) -> None:
+        if step == 7:
+            raise BadData("enough")
+        sleep(0.002 * (block == 0))  # one block is slower than the others together
+        done[block].append(step)
+
+    with population._Lanes(3) as lanes:
+        count = sum(lanes.step(partial(work, step=step), cast(Any, range(5))) for step in range(6)) + lanes.finish()
+        assert count == 6 and all(steps == list(range(6)) for steps in done.values())
+        lanes.step(partial(work, step=7), cast(Any, range(5)))
+        with pytest.raises(BadData, match="enough"):
+            lanes.finish()
+    assert torch.get_num_threads() == 1
 
 
 def test_progress_counts_configurations() -> None:

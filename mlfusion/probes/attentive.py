@@ -22,8 +22,7 @@ QUERY_STD = 0.02
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
 MASKS = 0x9E3779B97F4A7C15
-IN_CACHE = 1 << 21  # bytes of averages that are made at a time
-SLAB = 1 << 25  # bytes of averages that are projected at a time
+SLAB = 1 << 25  # bytes of averages that are made and projected at a time
 KEPT = 1 << 26  # bytes of averages that are kept for the backward pass; more are made again
 
 
@@ -165,10 +164,9 @@ class Fold(torch.autograd.Function):
 class Pool(torch.autograd.Function):
     """Tokens averaged by softmax of their scores, projected by every head and joined: what the probe sees of an image.
 
-    By hand because tokens need no gradient, because the averages and their gradients, the largest tensors there are, are
-    made for a few images at a time, while those are in a core's cache, and for the layout: all but the averages is kept
-    with the images last, [K, H·e, B] and [K, D, B], as the next product wants it. Products are of the type of the tokens;
-    softmax and gradients are as wide as the parameters.
+    By hand because tokens need no gradient, and for the layout: every product writes what it makes as the next one wants
+    it, the averages and their gradients, which are the largest tensors there are, by strides, and all else with the images
+    last, [K, H·e, B] and [K, D, B]. Products are of the type of the tokens, softmax and gradients as wide as the parameters.
     """
 
     @staticmethod
@@ -210,7 +208,7 @@ class Pool(torch.autograd.Function):
             dropped = weights * keep
             gained = (dropped - weights).sum(1).T  # [K·H, B]
         dropped = dropped.to(narrow)
-        parts = _parts(x, k * h, SLAB)
+        parts = _slabs(x, k * h)
         value, kept = [], []
         for some in parts:
             average = _averages(dropped[some], x[some])
@@ -236,11 +234,13 @@ class Pool(torch.autograd.Function):
         dropped = (weights if keep is None else weights * keep).to(narrow)
         slope = torch.empty(b, t, k * h, dtype=narrow, device=x.device)
         to_project = None
-        for n, some in enumerate(_parts(x, k * h, SLAB)):
+        for n, some in enumerate(_slabs(x, k * h)):
             average = kept[n] if kept else _averages(dropped[some], x[some])
             part = torch.bmm(given[:, :, some], average)
             to_project = part if to_project is None else to_project + part.to(wide)
-            _slopes(torch.bmm(given[:, :, some].mT, project), x[some], slope[some])
+            back = x.new_empty(len(x[some]), k * h, d)  # ∂/∂averages, laid out as the next product wants them
+            torch.bmm(given[:, :, some].mT, project, out=back.transpose(0, 1))
+            torch.bmm(x[some], back.mT, out=slope[some])
         assert to_project is not None
         slope = slope.to(wide)
         if keep is not None:
@@ -264,29 +264,19 @@ class Pool(torch.autograd.Function):
         return None, to_folded, to_weight, to_scale, to_shift, to_output, None, None
 
 
-def _parts(x: Tensor, heads: int, most: int) -> list[slice]:
-    """Images [B, T, D] in even parts whose averages by so many heads take at most so many bytes; one part on a GPU."""
+def _slabs(x: Tensor, heads: int) -> list[slice]:
+    """Images [B, T, D] in even parts whose averages by so many heads take a slab at most; one part on a GPU."""
     b, _, d = x.shape
-    count = 1 if x.is_cuda else min(b, -(-b * heads * d * x.element_size() // most))
+    count = 1 if x.is_cuda else min(b, -(-b * heads * d * x.element_size() // SLAB))
     edges = [b * i // count for i in range(count + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def _averages(weights: Tensor, x: Tensor) -> Tensor:
-    """[b, T, K·H] and tokens [b, T, D] → [K·H, b, D]."""
-    if x.is_cuda:
-        return torch.bmm(weights.mT, x).transpose(0, 1)
-    heads = weights.shape[2]
-    out = x.new_empty(heads, len(x), x.shape[2])
-    for some in _parts(x, heads, IN_CACHE):
-        out[:, some] = torch.bmm(weights[some].mT, x[some]).transpose(0, 1)
+    """[b, T, K·H] and tokens [b, T, D] → [K·H, b, D], written in that order: to turn them afterwards costs as much again."""
+    out = x.new_empty(weights.shape[2], len(x), x.shape[2])
+    torch.bmm(weights.mT, x, out=out.transpose(0, 1))
     return out
-
-
-def _slopes(given: Tensor, x: Tensor, out: Tensor) -> None:
-    """∂/∂averages [K·H, b, D] and tokens [b, T, D] → ∂/∂weights [b, T, K·H]."""
-    for some in _parts(x, len(given), IN_CACHE):
-        out[some] = torch.bmm(x[some], given[:, some].transpose(0, 1).contiguous().mT)
 
 
 def _times(weight: Tensor, vector: Tensor) -> Tensor:

@@ -1,0 +1,130 @@
+"""What narrow products cost in accuracy: the lockstep probe in bfloat16 and in float32 against a literal loop in float32.
+
+    python benchmarks/bfloat16.py --model MODEL --data FOLDER [--sets dtd10,flowers5] [--seeds 0,1,2] [--page]
+
+On the CLS and AP tokens of every layer, by the quick grid: the same split, batches, jitter, schedule and class weights for
+all three, and each of them chooses its own learning rate on the images held out, is refitted and tested once. The loop
+projects keys and values for every token, one configuration at a time, by torch's layers and AdamW; its initialisation and
+dropout are drawn by torch, so that it is one more draw of the same experiment. With --page the table goes into docs/speed.md.
+"""
+
+import argparse
+import math
+import time
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+import page
+import torch
+from probe_grid import Usual
+from torch import nn
+
+import mlfusion
+from mlfusion import protocol
+from mlfusion.batches import Schedule, Tokens, batches
+from mlfusion.metrics import balanced_accuracy
+from mlfusion.population import Configuration, class_weights, cosine, losses
+from mlfusion.targets import OneClass
+
+GRID = "quick"
+
+
+def tokens(model: str, where: str, split: str, cache: str | None) -> tuple[Tokens, int]:
+    """CLS and AP of every layer, and how many classes there are."""
+    held = mlfusion.load_features(model, where, split, cache=cache)
+    return Tokens(held.tokens.reshape(len(held.tokens), -1, held.tokens.shape[-1]), held.labels), len(held.classes)
+
+
+def literal(train: Tokens, rows: np.ndarray, classes: int, one: Configuration, *, seed: int) -> nn.Module:
+    """One configuration, trained on these images by a plain loop."""
+    grid = protocol.GRIDS[GRID]
+    schedule = Schedule.of(len(rows), epochs=grid.epochs, least_steps=grid.least_steps)
+    torch.manual_seed(seed)
+    model = Usual(train.shape[2], train.shape[1], classes, dropout=one.dropout)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=one.lr, weight_decay=one.weight_decay)
+    weights = torch.from_numpy(class_weights(train.labels[rows], classes)).float()
+    criterion = nn.CrossEntropyLoss(weight=weights)
+    passing = batches(train, rows, schedule, seed=seed, device="cpu")
+    for step, (x, y) in enumerate(islice(passing, schedule.steps)):
+        [optimizer.param_groups[0]["lr"]] = cosine(torch.tensor([one.lr]), step, schedule.steps).tolist()
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, held: Tokens, rows: np.ndarray) -> torch.Tensor:
+    return model(held.normalised(rows, "cpu"))
+
+
+def by_the_loop(train: Tokens, test: Tokens, classes: int, seed: int) -> float:
+    """Balanced accuracy on test of what the loop chooses."""
+    fitted, held_out = protocol.split(train.labels, seed=seed)
+    grid = protocol.GRIDS[GRID].configurations("attentive")
+    truth = torch.from_numpy(train.labels[held_out])
+    weights = torch.from_numpy(class_weights(train.labels[fitted], classes)).float()
+    score, loss = [], []
+    for one in grid:
+        found = outputs(literal(train, fitted, classes, one, seed=seed), train, held_out)
+        score.append(balanced_accuracy(train.labels[held_out], found.argmax(1).numpy()))
+        loss.append(float(losses(found[None], truth, weights)))
+    best = grid[protocol.choose(np.array(score), np.array(loss))]
+    model = literal(train, np.arange(len(train)), classes, best, seed=seed)
+    return balanced_accuracy(test.labels, outputs(model, test, np.arange(len(test))).argmax(1).numpy())
+
+
+def in_lockstep(train: Tokens, test: Tokens, classes: int, seed: int, precision: str) -> float:
+    """Balanced accuracy on test of what the population chooses."""
+    return protocol.fit(
+        "attentive",
+        train,
+        lambda: test,
+        target=OneClass(classes),
+        heads=None,
+        grid=GRID,
+        seed=seed,
+        precision=precision,  # type: ignore[arg-type]
+    ).test
+
+
+WAYS = {
+    "literal, float32": by_the_loop,
+    "lockstep, float32": partial(in_lockstep, precision="float32"),
+    "lockstep, bfloat16": partial(in_lockstep, precision="bfloat16"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit-ti16", help="as for mlfusion extract")
+    parser.add_argument("--data", type=Path, default=Path(), help="folder of the data sets")
+    parser.add_argument("--sets", default="dtd10,flowers5,sign_digits,fashion_mnist,cifar10", help="their names")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--cache", default=None)
+    parser.add_argument("--page", action="store_true", help="put the table into docs/speed.md")
+    asked = parser.parse_args()
+    seeds = [int(seed) for seed in asked.seeds.split(",")]
+    rows = []
+    for name in asked.sets.split(","):
+        where = str(asked.data / name)
+        mlfusion.extract(asked.model, where, cache=asked.cache)
+        (train, classes), (test, _) = (tokens(asked.model, where, split, asked.cache) for split in ("train", "test"))
+        found = {way: [run(train, test, classes, seed) for seed in seeds] for way, run in WAYS.items()}
+        plain, _, narrow = found.values()
+        gap, deviation = fmean(narrow) - fmean(plain), math.hypot(stdev(plain), stdev(narrow))
+        scores = [f"{100 * fmean(each):.1f} ± {100 * stdev(each):.1f}" for each in found.values()]
+        rows.append((name, str(len(test)), *scores, f"{100 * gap:+.1f}", f"{100 * deviation:.1f}"))
+        print(*rows[-1], f"{time.process_time() / 60:.1f} minutes of processor time", sep="  ", flush=True)
+    heads = ("data set", "test images", *WAYS, "bfloat16 less literal", "spread")
+    if asked.page:
+        said = f"{page.machine()}, torch {torch.__version__}; {time.process_time() / 60:.0f} minutes of processor time."
+        page.put("speed.md", "bfloat16", f"{said}\n\n{page.table(heads, rows)}")
+
+
+if __name__ == "__main__":
+    main()
