@@ -173,6 +173,25 @@ ZOO: dict[str, Truth] = {
         cls=1,
     ),
     "Pixio": Truth(_one("Pixio", **RATIO, n_cls_tokens=8), **{**_VIT, "cls": 8}),
+    "RADIO": Truth(
+        _one("Radio", **{**RATIO, "mlp_ratio": 2.0}, num_cls_tokens=3, num_registers=5),
+        **{**_DINO, "cls": 3, "final": None},
+        registers=5,
+        last="none",
+    ),
+    "TIPSv2": Truth(
+        lambda: transformers.Tipsv2VisionModel(transformers.Tipsv2VisionConfig(**RATIO)), registers=1, **_DINO
+    ),
+    "MLCD": Truth(
+        lambda: transformers.MLCDVisionModel(transformers.MLCDVisionConfig(**PLAIN)), cls=1, last="none", **_CLIP
+    ),
+    "BLIP": Truth(lambda: transformers.BlipVisionModel(transformers.BlipVisionConfig(**PLAIN)), cls=1, **_CLIP),
+    "ViTDet": Truth(
+        _one("VitDet", **RATIO),
+        **{**_DINO, "cls": 0, "final": None},
+        channels_first=True,
+        last="none",
+    ),
     "SAM": Truth(
         lambda: transformers.SamModel(
             transformers.SamConfig(
@@ -256,6 +275,22 @@ ZOO: dict[str, Truth] = {
         final="encoder.layers.3.layer_norm",
         last="none",
     ),
+    "SegFormer": Truth(
+        _one(
+            "Segformer",
+            hidden_sizes=[8, 16, 24, 32],
+            depths=[1, 2, 1, 1],
+            num_attention_heads=[1, 2, 2, 4],
+            mlp_ratios=[2, 2, 2, 2],
+        ),
+        pixels=64,
+        grid=16,
+        blocks="stages.*.blocks",
+        norm2="layernorm_after",
+        mlp="mlp.fc2",
+        final="stages.3.layer_norm",
+        last="none",
+    ),
     "ConvNeXt": Truth(
         _one("ConvNext", **_CONV),
         pixels=64,
@@ -330,7 +365,7 @@ def save(name: str, folder: Path, seed: int = 0) -> Path:
 def tower_of(name: str, folder: Path) -> nn.Module:
     """The vision tower by transformers alone."""
     truth = ZOO[name]
-    kind = type(truth.build()) if "projection" in name else transformers.AutoModel
+    kind = type(truth.build()) if "projection" in name or name == "BLIP" else transformers.AutoModel
     config = transformers.AutoConfig.from_pretrained(folder)
     model = kind.from_pretrained(folder, config=config, dtype=torch.float32).eval()
     return model.get_submodule(truth.tower) if truth.tower else model

@@ -222,7 +222,7 @@ def _final_norm(watch: Watch, last: Call, channels_first: bool, inside: set[nn.M
         if call.begin > last.end and _is_norm(call.module) and call.module not in inside:
             if isinstance(call.module, nn.modules.batchnorm._BatchNorm):
                 continue
-            if next((parameter.numel() for parameter in call.module.parameters()), 0) == width:
+            if _width(call.module) == width:
                 return call
     return None
 
@@ -254,20 +254,26 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
 
 
+def _width(norm: nn.Module) -> int:
+    return next((parameter.numel() for parameter in norm.parameters()), 0)
+
+
 def _matrices(module: nn.Module) -> bool:
     return any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def _channels_first(run: Call, watch: Watch) -> bool:
-    """Whether a block's maps are [images, channels, height, width]: a convolution takes its input as it is."""
-    if len(run.made_shape) != 4:
+    """Whether a block's maps are [images, channels, height, width]: by the width of its norms, else by its convolutions."""
+    if len(run.given_shape) != 4:
         return False
-    convolutions = [call for call in watch.within(run) if isinstance(call.module, nn.Conv2d)]
-    return any(
-        call.given == run.given
-        or (call.given_shape == run.given_shape and call.module.in_channels == call.given_shape[1])
-        for call in convolutions
-    )
+    _, first, _, last = run.given_shape
+    inner = list(watch.within(run))
+    widths = {_width(call.module) for call in inner if _is_norm(call.module)}
+    if (first in widths) != (last in widths):
+        return first in widths
+    # As high as wide as there are channels, or no norm: a convolution takes its input as it is.
+    convolutions = [call for call in inner if isinstance(call.module, nn.Conv2d)]
+    return any(call.given == run.given or call.module.in_channels == first != last for call in convolutions)
 
 
 def _channels_first_norm(norm: nn.Module) -> bool:
@@ -370,6 +376,11 @@ def _named(model: nn.Module, still: Sequence[int], tokens: int) -> Special:
             if pattern.search(path) and "mask" not in path and "position" not in path:
                 counts[kind] = counts.get(kind, 0) + (parameter.shape[-2] if parameter.ndim > 1 else 1)
                 break
+    # RADIO keeps both in one parameter, and says in its configuration how many are class tokens.
+    classes = getattr(getattr(model, "config", None), "num_cls_tokens", None)
+    if isinstance(classes, int) and classes < counts.get("cls", 0):
+        counts["registers"] = counts.get("registers", 0) + counts["cls"] - classes
+        counts["cls"] = classes
     front = [at for rank, at in enumerate(still) if at == rank]
     places: dict[str, tuple[int, ...]] = {}
     for kind, _ in _NAMES:

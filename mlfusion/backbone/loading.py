@@ -73,7 +73,8 @@ def _read(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
 def _class(config: Any, known: bool) -> Any:
     """The bare model, but with its projection where the checkpoint has one."""
     named = (config.architectures or [""])[0]
-    if named.endswith("VisionModelWithProjection") and hasattr(transformers, named):
+    unmapped = known and type(config) not in transformers.MODEL_MAPPING  # BLIP's vision model alone
+    if (named.endswith("VisionModelWithProjection") or unmapped) and hasattr(transformers, named):
         return getattr(transformers, named)
     return transformers.AutoModel if known else transformers.MODEL_MAPPING[type(config)]
 

@@ -1,0 +1,125 @@
+"""Every family of models that is tried, against another way to compute its layers: the tables of docs/models.md.
+
+    python benchmarks/families.py [--page] [--model FOLDER --data FOLDER]
+
+Each family of `tests/zoo.py` is built small, with random weights, and dissected; every layer's tokens are compared with what
+copies of the model with one MLP taken out, and norms computed from their weights in double precision, give. With --model
+(a ViT's folder) and --data (a folder of data sets), the same tensors are loaded as ViT, as DINOv2 and as MAE, and the
+features of every set are compared. With --page the tables are written into docs/models.md.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import numpy as np
+import page
+import torch
+import transformers
+import zoo
+
+import mlfusion
+from mlfusion import models
+from mlfusion.backbone import Anatomy, Backbone
+from mlfusion.specs import HOOKS, KINDS
+
+THREE = {"vit": "ViT", "dinov2": "DINOv2", "vit_mae": "MAE"}
+COMPARED = "cls,ap,max,std,grid4"
+
+
+def row(name: str, folder: Path) -> list[str]:
+    """One family: what was found, and how far its layers are from those of the other way."""
+    backbone = Backbone(models.locate(str(zoo.save(name, folder))))
+    side = zoo.ZOO[name].pixels
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(5))
+    expected = zoo.layers_by_hand(name, zoo.tower_of(name, folder), pixels)
+    found = [backbone(pixels, [(layer, "all")])[layer, "all"] for layer in range(backbone.depth + 1)]
+    worst = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    anatomy = backbone.anatomy
+    return [
+        name,
+        f"`{type(backbone._model).__name__}`",
+        f"`{anatomy.lists}`",
+        f"`{anatomy.norm2}`" if anatomy.norm2 else "none: output",
+        f"`{anatomy.final}` ({anatomy.final_mode})" if anatomy.final else "none (raw)",
+        tokens(anatomy),
+        ", ".join(hook for hook in HOOKS if len(anatomy.taps.get(hook, {})) >= anatomy.depth),
+        f"{worst:.0e}",
+    ]
+
+
+def tokens(anatomy: Anatomy) -> str:
+    """'1 cls, 4 registers, 4 x 4 patches'; of stages the first and the last layer's patches."""
+    special = [f"{len(getattr(anatomy.special, kind))} {kind}" for kind in ("cls", "dist", "registers")]
+    grids = [anatomy.taps["norm2"][layer].grid for layer in (0, anatomy.depth)]
+    sizes = dict.fromkeys(" x ".join(map(str, grid)) if grid else "unordered" for grid in grids)
+    return ", ".join([one for one in special if not one.startswith("0")] + [f"{' to '.join(sizes)} patches"])
+
+
+def families() -> str:
+    """The table of all families."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row(name, Path(folder) / str(number)) for number, name in enumerate(zoo.ZOO)]
+    heads = ["family", "tower", "blocks", "second norm", "final norm", "tokens", "hook points", "difference"]
+    return f"transformers {transformers.__version__}, torch {torch.__version__}\n\n" + page.table(heads, rows, left=7)
+
+
+def three_families(model: Path, data: Path, splits: str) -> str:
+    """The table of one checkpoint under three names, set by set."""
+    rows = []
+    with tempfile.TemporaryDirectory() as made:
+        folders = {family: zoo.as_family(model, family, Path(made) / family) for family in THREE}
+        for name in sorted(folder.name for folder in data.iterdir() if (folder / "test").is_dir()):
+            held = {
+                family: [
+                    one.entry
+                    for one in mlfusion.extract(
+                        str(folder),
+                        str(data / name),
+                        splits=splits,
+                        tokens=COMPARED,
+                        dtype="float32",
+                        cache=Path(made) / "c",
+                    )
+                ]
+                for family, folder in folders.items()
+            }
+            cells = [name, f"{sum(entry.spec.data.images for entry in held['vit']):,}"]
+            for family in list(THREE)[1:]:
+                worst = largest = 0.0
+                for one, other in zip(held["vit"], held[family], strict=True):
+                    layers = range(1, one.spec.model.depth + 1)
+                    for kind in [kind for kind in KINDS if kind in COMPARED.split(",")]:
+                        a, b = one.read(list(layers), [kind]), other.read(list(layers), [kind])
+                        worst, largest = max(worst, float(np.abs(a - b).max())), max(largest, float(np.abs(a).max()))
+                cells.append(f"{worst:.1e}")
+            rows.append([*cells, f"{largest:.1f}"])
+            print(rows[-1], flush=True)
+    return page.table(["data set", "images", "DINOv2 to ViT", "MAE to ViT", "largest number"], rows)
+
+
+def main() -> None:
+    """Compute what was asked for and print it, or write it into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="write into docs/models.md")
+    parser.add_argument("--model", type=Path, help="a ViT's folder")
+    parser.add_argument("--data", type=Path, help="a folder of data sets")
+    parser.add_argument("--splits", default="train,test")
+    asked = parser.parse_args()
+    parts = {"families": families()}
+    if asked.model and asked.data:
+        parts["three-families"] = three_families(asked.model, asked.data, asked.splits)
+    for part, text in parts.items():
+        if asked.page:
+            page.put("models.md", part, text)
+        else:
+            print(text)
+
+
+if __name__ == "__main__":
+    main()
