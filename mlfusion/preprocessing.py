@@ -60,6 +60,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Siglip": {"size": {"height": 224, "width": 224}, "square": False, "resample": 3, "of": "half"},
     "ConvNext": {"size": 384, "square": False, "resample": 3, "of": "half", "crop_pct": 224 / 256},
     "DINOv3ViT": {"size": 224, "square": True, "resample": 2, "of": "imagenet", "kernel": "torch-float32"},
+    "Siglip2": {"square": True, "resample": 2, "of": "half"},
+    "VJEPA2": {"crop_size": 256, "square": False, "do_center_crop": True, "resample": 2, "of": "imagenet"},
 }
 COLOURS = {"clip": (CLIP_MEAN, CLIP_STD), "half": (HALF, HALF), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
 
@@ -372,8 +374,9 @@ def _own(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
         return _of_timm(timm)
     if clip := _json(folder / "open_clip_config.json").get("preprocess_cfg"):
         return _of_open_clip(clip, _json(folder / "open_clip_config.json"))
-    settings = _json(folder / "preprocessor_config.json")
-    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+    settings = _json(folder / "preprocessor_config.json") or _json(folder / "video_preprocessor_config.json")
+    names = ("image_processor_type", "feature_extractor_type", "video_processor_type")
+    name = next((str(settings[one]) for one in names if settings.get(one)), "")
     processor = None
     if _family(name) not in KNOWN or settings.get("do_pad"):
         processor = _processor(folder)
@@ -385,7 +388,7 @@ def _own(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
 
 def _family(name: str) -> str:
     """'CLIPImageProcessorFast' and 'CLIPFeatureExtractor' → 'CLIP'."""
-    for suffix in ("Pil", "Fast", "ImageProcessor", "FeatureExtractor"):
+    for suffix in ("Pil", "Fast", "ImageProcessor", "FeatureExtractor", "VideoProcessor"):
         name = name.removesuffix(suffix)
     return name
 
@@ -394,6 +397,14 @@ def _of_transformers(family: str, settings: Mapping[str, Any]) -> Steps:
     """As the processors of transformers read their configuration, old forms too."""
     known = KNOWN[family]
     said = {**known, **{name: value for name, value in settings.items() if value is not None}}
+    if (
+        family == "Siglip2"
+    ):  # NaFlex cuts pictures of any shape into at most so many patches; a cache wants one: the square
+        side = said.get("patch_size", 16) * math.isqrt(said.get("max_num_patches", 256))
+        said["size"] = {"height": side, "width": side}
+    elif family == "VJEPA2":  # whose size always follows from the crop
+        crop_edge = _size(said["crop_size"], True)
+        said["size"] = {"shortest_edge": int((crop_edge[0] if isinstance(crop_edge, tuple) else crop_edge) * 256 / 224)}
     size = _size(said["size"], known["square"]) if said.get("do_resize", True) else None
     crop = _size(said["crop_size"], True) if said.get("do_center_crop") else None
     if family == "ConvNext" and isinstance(size, int):
@@ -479,7 +490,8 @@ STUDY: dict[str, tuple[int, str, str]] = {  # model_type → shortest edge, filt
 
 
 def _of_the_study(folder: Path, config: Mapping[str, Any]) -> Steps:
-    family = str(config.get("model_type"))
+    timms = str(config.get("architecture")).startswith("vit_")  # which is what the study loads its supervised ViTs from
+    family = "vit" if timms else str(config.get("model_type"))
     if family not in STUDY:
         raise BadModel(
             f"the study has no model of the family {family} of {folder.name}; allowed with --preprocess paper: "

@@ -341,3 +341,38 @@ def test_positions_of_another_size_are_interpolated(tmp_path):
         block = model.layers[0]
         x = x + block.attention(block.layernorm_before(x))[0]
         torch.testing.assert_close(found, block.layernorm_after(x), atol=1e-5, rtol=0)
+
+
+def test_naflex_pictures_are_the_square_that_its_patches_make(tmp_path):
+    """Of a square picture its own processor keeps the shape: the same pixels, cut into patches."""
+    folder = processor_folder(tmp_path / "m", "Siglip2ImageProcessor", {"patch_size": 8, "max_num_patches": 49})
+    oracle = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    [square] = [Image.fromarray(np.random.default_rng(3).integers(0, 256, (90, 90, 3), np.uint8))]
+    found = preprocessing.read(folder)([square])
+    patches = oracle([square], return_tensors="pt")["pixel_values"][0]
+    assert found.shape == (1, 3, 56, 56)
+    cut = found[0].reshape(3, 7, 8, 7, 8).permute(1, 3, 2, 4, 0).reshape(49, -1)
+    torch.testing.assert_close(cut, patches, atol=0, rtol=0)
+
+
+def test_a_video_model_sees_a_picture_as_a_frame(tmp_path):
+    """V-JEPA 2, whose processor cannot run here: the shortest edge is 256 / 224 of the crop, bilinear, ImageNet's colours."""
+    (tmp_path / "config.json").write_text("{}")
+    body = {
+        "video_processor_type": "VJEPA2VideoProcessor",
+        "crop_size": {"height": 56, "width": 56},
+        "size": {"shortest_edge": 9},
+    }
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(body))
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (128, 192, 3), np.uint8))
+    found = preprocessing.read(tmp_path)([image])[0]
+    resized = np.asarray(image.resize((96, 64), Image.Resampling.BILINEAR))[4:60, 20:76]
+    want = (resized / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(found.permute(1, 2, 0), want, atol=1e-5)
+
+
+def test_the_studys_recipe_for_timms_own_checkpoints(tmp_path):
+    body = {"architecture": "vit_base_patch16_224", "pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.9}}
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    (tmp_path / "config.json").write_text(json.dumps({**body, "pretrained_cfg": {**body["pretrained_cfg"], **half}}))
+    assert preprocessing.read(tmp_path, "paper") == preprocessing.read(tmp_path)
