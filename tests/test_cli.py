@@ -437,3 +437,31 @@ def test_every_head_has_a_name_at_the_command_line(run, model, images, short_gri
     assert said.code == 0, said.err
     assert run("report", "results", "--html", "page.html").code == 0
     assert head in run("ls", "probes").out
+
+
+def test_a_hook_point_and_settings_go_through_both_stages(run, model, images, short_grid):
+    words = ("--dataset", images, "--hook", "block", "--set", "hidden_act=relu", "--tokens", "grid2@last,ap@3-4")
+    extracted = run("extract", "--model", model, *words, "--json")
+    assert extracted.code == 0, extracted.err
+    assert {one["model"] for one in extracted.json["features"]} == {"tiny-vit:block,hidden_act=relu"}
+    whole = run("cache", "explain", "--model", model, *words, "--json").json["splits"]
+    assert [one["state"] for one in whole] == ["whole", "whole"]
+    plain = run("cache", "explain", "--model", model, "--dataset", images, "--json").json["splits"]
+    assert [one["state"] for one in plain] == ["absent", "absent"]
+    assert {d["field"] for d in plain[0]["differences"]} == {"model.hook", "model.config"}
+    planned = run("plan", "--model", model, *words, "--json").json
+    assert planned["bytes_to_write"] == 0
+    word = f"{model}:block,hidden_act=relu"
+    probed = run(
+        "probe", "--model", word, "--dataset", images, "--probe", "ap+grid2-last/attentive", "--grid", "quick", "--json"
+    )
+    assert probed.code == 0, probed.err
+    assert probed.json["results"][0]["model"] == "tiny-vit:block,hidden_act=relu"
+    lacking = run("probe", "--model", word, "--dataset", images, "--probe", "cls-last/linear", "--grid", "quick")
+    assert f"mlfusion extract --model {word} --dataset {images} --tokens cls@4" in lacking.err
+
+
+@pytest.mark.parametrize(("what", "word"), [("tokens", "grid7"), ("hooks", "projected"), ("models", "dinov3-vit-b16")])
+def test_what_there_is_to_choose_from(run, what, word):
+    assert word in run("ls", what).out
+    assert word in {row["name"] for row in run("ls", what, "--json").json[what]}
