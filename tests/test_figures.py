@@ -15,8 +15,10 @@ import scipy.stats
 from PIL import Image
 from rows import study
 from tiny import save_images, save_model
+from typer.testing import CliRunner, Result
 
 import mlfusion
+from mlfusion.cli import app
 from mlfusion.errors import BadData, MlfusionError, Unavailable
 from mlfusion.report import Picture, Strip, leaning, overlay, page, published, tables, write_figures, write_page
 from mlfusion.report.figures import block as of_block
@@ -350,6 +352,23 @@ def test_attention_rows_are_grouped_by_domain_on_one_scale() -> None:
         assert cell["share"] == pytest.approx(100 * statistics.mean(held))
 
 
+def test_every_row_of_attention_is_named_and_another_probe_than_alf_too() -> None:
+    rows = study({ALF: [0.9]}, dataset="one") + study({"cls+ap-2-layers/attentive": [0.9]}, dataset="two")
+    [panel] = of_block.attention(of_block.attended(whole(rows))).panels
+    assert [r["name"] for r in panel.records if "name" in r] == ["one", "two, cls+ap-2-layers/attentive"]
+    assert [r["top"] for r in panel.records if "top" in r] == ["CLS tokens", "AP tokens"]
+
+
+def test_a_mean_of_fewer_cases_than_others_says_so() -> None:
+    rows = study({BASE: [0.8], ALF: [0.9], LINEAR: [0.85]}, dataset="one") + study(
+        {BASE: [0.6], ALF: [0.7]}, dataset="two"
+    )
+    figure = gains.by_probe(whole(rows))
+    assert figure
+    text = [r["text"] for r in figure.panels[0].records if r["what"] == "value"]
+    assert text == ["85.0 (+5.0; n = 1)", "80.0 (+10.0)"]
+
+
 def test_similarity_of_layers_is_that_of_the_gram_matrices(tmp_path: Path) -> None:
     model, data = save_model("vit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 3, "test": 4})
     done = mlfusion.extract(str(model), str(data), cache=tmp_path / "cache")
@@ -539,6 +558,30 @@ def test_where_figures_cannot_be_written_or_drawn_it_is_said(tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(Unavailable, match=r"vl_convert.*pip install 'mlfusion\[report\]'"):
         write_figures(rows, tmp_path / "other")
+
+
+def test_the_command_writes_figures_and_sets_scores_beside_the_published(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results")
+    theirs = published.published()["vit-b16", "dtd", BASE]
+    for row in study({BASE: [theirs + 0.05, theirs + 0.051]}, model="vit-b16", dataset="dtd"):
+        results.append(row)
+    said = typed("report", str(tmp_path / "results"), "--figures", str(tmp_path / "figures"), "--against", "paper")
+    assert said.exit_code == 0, said.output
+    assert re.search(r"vit-b16 +dtd +cls-last/linear +[\d.]+ ± 0\.1 +[\d.]+ +\+5\.\d +flagged", said.output)
+    files = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert f"figures: {len(files)} files in {tmp_path / 'figures'}" in said.output.replace("\n", "")
+    assert {"against-paper.csv", "accuracy-dtd.svg", "table-1-ranks.tex"} <= files
+    wrong = typed("report", str(tmp_path / "results"), "--against", "papers")
+    assert wrong.exit_code == 1
+    assert "no comparison named 'papers'. Did you mean paper?" in wrong.output
+    nothing = typed("report", str(tmp_path / "nothing"), "--figures", str(tmp_path / "f"))
+    assert nothing.exit_code == 1
+    assert "no results" in nothing.output and not (tmp_path / "f").exists()
+
+
+def typed(*words: str) -> Result:
+    """A command of mlfusion, and how it ended."""
+    return CliRunner().invoke(app, list(words))
 
 
 def test_the_page_of_a_study_as_large_as_the_papers_stays_small(tmp_path: Path) -> None:

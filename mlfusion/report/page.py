@@ -88,7 +88,7 @@ def page(rows: Sequence[Row], *, title: str = TITLE, name: str = "report.html", 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    names = "|".join(sorted({re.escape(row["probe"]) for row in rows}, key=len, reverse=True))
+    names = "|".join(sorted({re.escape(probe) for probe in {row["probe"] for row in rows}}, key=len, reverse=True))
 
     def whole(sentence: str) -> markupsafe.Markup:
         """Probes' names are not broken at their hyphens. The parts are escaped one by one."""
@@ -135,7 +135,7 @@ def _content(held: Sequence[Block], rows: Sequence[Row], name: str, more: More) 
     }
     over = [_over(one) for one in each if len(one.blocks) > 1 and one.probes]
     sections = _sections(each, held)
-    datasets = _datasets(each, held, more, few)
+    datasets = _datasets(each, more, few, of_block.top_share(attended) if attended else None)
     own = {one["name"]: one["id"] for one in datasets}
     grids = {"scores": _scores_grid([(b, s) for b in held for s in b.probes], len(held) > 1), "runs": _runs_grid(held)}
     singles = [(block, score) for block in held for score in block.scores if score.layerwise]
@@ -246,8 +246,11 @@ def _contents(
 # --- data set by data set --------------------------------------------------------------------------------------------
 
 
-def _datasets(each: Sequence[Study], held: Sequence[Block], more: More, few: bool) -> list[dict[str, Any]]:
-    """One part a data set: its figures where there are too many for the top, its pictures, its confusions."""
+def _datasets(each: Sequence[Study], more: More, few: bool, top: float | None) -> list[dict[str, Any]]:
+    """One part a data set: its figures where there are too many for the top, its pictures, its confusions.
+
+    `top` is the share of attention at the end of the scale of colours.
+    """
     names = list(dict.fromkeys(name for one in each for name in one.datasets))
     names += [name for name in more.pictures or {} if name not in names]
     made = []
@@ -258,7 +261,7 @@ def _datasets(each: Sequence[Study], held: Sequence[Block], more: More, few: boo
             if probed := [block for block in mine if block.probes]:
                 figures.append(of_block.accuracy(probed, f"accuracy-{i}"))
             if attended := [(block, found) for block in mine if (found := block.attention)]:
-                figures.append(of_block.attention(attended, f"attention-{i}"))
+                figures.append(of_block.attention(attended, f"attention-{i}", top))
             if layered := [block for block in mine if block.by_layer]:
                 figures.append(of_block.by_layer(layered, more.cka, f"layers-{i}"))
         seen = images.seen(mine, more.results) if more.results else None

@@ -25,12 +25,13 @@ def opening(held: Sequence[Block]) -> str:
     head = f"Of {len(gains)} cases (a model on a data set), the intermediate layers {said}"
     if helped == len(gains) > 1:
         head = f"The intermediate layers help in all {helped} cases (a model on a data set)"
-    names = listed(list(dict.fromkeys(score.probe for _, score, _ in gains)))
+    probes = list(dict.fromkeys(score.probe for _, score, _ in gains))
+    names, verb = listed(probes), "reaches" if len(probes) == 1 else "reach"
     mean, base = fmean(score.test.mean for _, score, _ in gains), fmean(b.test.mean for b, *_ in gains if b)
     low, high = min(gain.mean for *_, gain in gains), max(gain.mean for *_, gain in gains)
     average = points(fmean(gain.mean for *_, gain in gains))
     return (
-        f"{head}: on average {names} reaches {_whole(mean)} against {_whole(base)} for {BASELINE} "
+        f"{head}: on average {names} {verb} {_whole(mean)} against {_whole(base)} for {BASELINE} "
         f"({average} points, from {points(low)} to {points(high)})."
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlfusion.report.figures.drawing import Figure, Key, Panel, Record, charted, finished, needs_altair, spread_of
 from mlfusion.report.look import SHAPES
-from mlfusion.report.summary import Block, LayerAttention, Score, Study, domain, listed, percent, points
+from mlfusion.report.summary import ALF, Block, LayerAttention, Score, Study, domain, listed, percent, points
 from mlfusion.specs import BASELINE
 from mlfusion.statistics import Spread
 
@@ -189,14 +189,19 @@ def attention(
     for model in dict.fromkeys(block.model for block, _ in held):
         mine = [(block, found) for block, found in held if block.model == model]
         domains = [domain(block.dataset) for block, _ in mine]
+        usual = mine[0][1].probe if len(mine) == 1 else ALF
         grouped = len(set(domains)) > 1
         records: list[Record] = []
         before = None
         for (block, found), group in zip(mine, domains, strict=True):
-            named = block.name if len(held) == 1 else block.name.replace(f"{model} on ", "")
+            named = block.name if len(held) == 1 else block.name.removeprefix(f"{model} on ")
+            if found.probe != usual:
+                named += f", {found.probe}"
             head = group if grouped and group != before else ""
             before = group
-            records += [record | {"group": head} for record in attention_records(named, block, found)]
+            own = attention_records(named, block, found)
+            own[0] |= {"name": named, "group": head}  # written once a row
+            records += own
             for (layer, kind), mean, sd in zip(found.tokens, found.mean, found.sd, strict=True):
                 place: Record = {"model": model, "dataset": block.dataset, "domain": group, "probe": found.probe}
                 share: Record = {"kind": kind, "layer": layer, "share": 100 * mean, "sd_over_images": 100 * sd}
@@ -274,12 +279,11 @@ def _attention_spec(
             .encode(x=x, y=y, text="shown:N")
             for style, test in (("on-weak", "<="), ("on-strong", ">"))
         ]
-    first = f"{kinds[0]} {layers[0]}"
-    names = base.transform_filter(f"datum.token == '{first}'")
+    names = base.transform_filter("isValid(datum.name)")
     above = alt.Y("row:N", sort=None, bandPosition=0)
     drawn.append(
         names.mark_text(style="name", align="left", baseline="bottom", dy=-3 if dense else -7).encode(
-            x=alt.value(0), y=above, text="row:N"
+            x=alt.value(0), y=above, text="name:N"
         )
     )
     if grouped:

@@ -212,13 +212,14 @@ def _number(block: Block, score: Score) -> Record:
     }
 
 
-def _mean_text(scores: Sequence[Value], gains: Sequence[Value]) -> str:
-    """'76.4 (+4.1)': mean score over the same cases, mean gain."""
+def _mean_text(scores: Sequence[Value], gains: Sequence[Value], most: int) -> str:
+    """'76.4 (+4.1)': mean score over the same cases, mean gain; and n where other lines are of more cases."""
     if not gains:
         return ""
     labels = {value.label for value in gains}
     held = [value.x for value in scores if value.label in labels]
-    return f"{fmean(held):.1f} ({points(fmean(v.x for v in gains) / 100)})"
+    few = f"; n = {len(gains)}" if len(gains) < most else ""
+    return f"{fmean(held):.1f} ({points(fmean(v.x for v in gains) / 100)}{few})"
 
 
 def by_probe(study: Study) -> Figure | None:
@@ -236,10 +237,11 @@ def by_probe(study: Study) -> Figure | None:
         }
         tests += [_test(model, one) for one in tested.values()]
         lines = []
+        most = max(map(len, found.values()), default=0)
         for probe, gains in found.items():
             series = heads.index(head_of(probe)) % len(SHAPES) + 1
             star = " *" if tested[probe].significant else ""
-            lines.append(Line(probe, series, gains, _mean_text(_scores(study, probe, model), gains) + star))
+            lines.append(Line(probe, series, gains, _mean_text(_scores(study, probe, model), gains, most) + star))
         base = [value.x for value in _scores(study, BASELINE, model)]
         if lines and base:
             title = f"{model}: baseline {fmean(base):.1f} % (n = {len(base)})"
@@ -303,11 +305,12 @@ def by_model(study: Study) -> Figure | None:
     gained: list[tuple[str, list[Line]]] = []
     for model in models:
         base = _scores(study, BASELINE, model)
+        most = len(base)
         absolute.append((model, [Line("", 1, base, f"{fmean(v.x for v in base):.1f}")]))
         lines = []
         for i, probe in enumerate(shown):
             if gains := _gains(study, probe, model=model):
-                lines.append(Line("", i + 2, gains, _mean_text(_scores(study, probe, model), gains)))
+                lines.append(Line("", i + 2, gains, _mean_text(_scores(study, probe, model), gains, most)))
         gained.append((model, lines))
     panels = [
         lines_panel(f"{BASELINE}", absolute, f"{study.metric} on test, %", domain_of(absolute, False), zero=False),
