@@ -1,0 +1,81 @@
+"""Every example of docs/datasets.md, run on data sets as the page describes them."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forms import parquet, rows, tars
+from tiny import save_images
+
+from mlfusion import cli, datasets
+
+PAGE = Path(__file__).parent.parent / "docs" / "datasets.md"
+
+
+def blocks(language: str) -> list[str]:
+    return [part.split("\n```")[0] for part in PAGE.read_text().split(f"```{language}\n")[1:]]
+
+
+def commands(language: str) -> list[str]:
+    return [line for block in blocks(language) for line in block.splitlines() if line.startswith("mlfusion ")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """The folders and files that the page speaks of."""
+    root = tmp_path_factory.mktemp("page")
+    birds = datasets.load(str(save_images(root / "birds", {"train": 6, "test": 2}, ["finch", "owl"])))
+    lines = ["split,path,species,grams"]
+    for name, split in birds.splits.items():
+        lines += [f"{name},birds/{path},{label},{20.5 + i}" for i, (path, label, _) in enumerate(rows(split))]
+    (root / "weights.csv").write_text("\n".join(lines))
+    tars(birds, root).rename(root / "shards")
+    parquet(birds, root).rename(root / "photos")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 9), np.uint8)
+    labels = np.arange(12) % 2
+    np.savez(
+        root / "scans.npz",
+        train_images=pixels[:8],
+        train_labels=labels[:8],
+        test_images=pixels[8:],
+        test_labels=labels[8:],
+    )
+    return root
+
+
+def run(line: str, monkeypatch) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+@pytest.mark.parametrize("line", commands("sh"))
+def test_commands_of_the_page_run(line, place, monkeypatch):
+    monkeypatch.chdir(place)
+    assert not run(line, monkeypatch)
+
+
+@pytest.mark.parametrize("line", commands("sh hub"))
+def test_commands_that_need_the_hub_say_so(line, monkeypatch, capfd):
+    assert run(line, monkeypatch) == 1
+    assert "the hub cannot be reached" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_code_of_the_page_runs(code, place, monkeypatch):
+    monkeypatch.chdir(place)
+    exec(code, {})
+
+
+def test_the_page_names_every_option_and_every_form_of_file():
+    text = PAGE.read_text()
+    from mlfusion.cli.data import READING
+
+    for name in READING:
+        assert f"--{name.replace('_', '-')}" in text, name
+    for suffix in datasets.SUFFIXES:
+        assert suffix in text
+    assert f"{datasets.MAX_PIXELS:,}" in text
