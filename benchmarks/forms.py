@@ -4,7 +4,7 @@
 
 Takes class folders (train/<class>/…), repeats their images `times` times under other names, and writes them in every form.
 Of each it measures opening the set (ids, labels, where every image lies) and the pass that reads every image's bytes for its
-digest, as an extraction does before its first forward pass; median of nine, files in the system's file cache. And the digest
+digest, as an extraction does before its first forward pass; median of 25, files in the system's file cache. And the digest
 alone, of the same bytes in memory. With --page the tables go into docs/datasets.md.
 """
 
@@ -28,7 +28,7 @@ from mlfusion import datasets
 from mlfusion.datasets import Reading
 from mlfusion.extraction import Images
 
-REPEATS = 9
+REPEATS = 25
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:

@@ -45,7 +45,7 @@ def picture(split: datasets.Split, row: int, steps: Preprocessing) -> np.ndarray
         BadImage: it cannot be read.
     """
     if steps.quick and isinstance(split.decode, datasets.Decoder) and not split.decode.upright:
-        made = steps.of_jpeg(split.encoded(row), split.ids[row], split.decode.max_pixels)
+        made = steps.of_jpeg(split.read(row), split.ids[row], split.decode.max_pixels)
         if made is not None:
             return made
     return steps.picture(split.image(row), split.ids[row])

@@ -13,7 +13,7 @@ from forms import parquet, plain, rows, tars
 
 from mlfusion import datasets
 from mlfusion.datasets import Reading, remote
-from mlfusion.errors import Unavailable
+from mlfusion.errors import BadData, Unavailable
 
 
 def at_hub(endpoint: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -81,7 +81,7 @@ def test_a_hub_that_falls_silent_is_no_bad_image(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(remote, "opened", silent)
-    remote._block.cache_clear()
+    remote._range.cache_clear()
     ranges = remote.Ranges(("datasets/someone/colours@main/0.tar",), np.array([[0, 0, 9]]))
     split = datasets.Split("train", ("a",), np.zeros(1, np.int64), ("x",), ranges, datasets.Decoder())
     with pytest.raises(Unavailable, match="cannot be reached"):
@@ -120,13 +120,23 @@ def test_parquet_in_a_folder_is_read_by_groups_of_rows(tmp_path, monkeypatch):
     np.testing.assert_array_equal(data.split("train").labels, whole.split("train").labels)
 
 
-def test_blocks_of_the_hubs_files_join_to_the_bytes(monkeypatch, tmp_path):
-    """Pieces within a block, over two, over many, at the end; against a slice of the file."""
-    body = np.random.default_rng(0).bytes(1000)
-    (tmp_path / "f").write_bytes(body)
-    monkeypatch.setattr(remote, "BLOCK", 64)
-    remote._block.cache_clear()
-    pieces = [(0, 10), (60, 10), (64, 64), (5, 700), (990, 10), (128, 0), (63, 2)]
-    where = np.array([(0, *piece) for piece in pieces])
-    ranges = remote.Ranges((str(tmp_path / "f"),), where)
-    assert [ranges(i) for i in range(len(pieces))] == [body[at : at + size] for at, size in pieces]
+def test_images_of_the_hubs_files_are_fetched_by_runs(monkeypatch, tmp_path):
+    """Four at a time, never over the end of a file, a large one alone; against slices of the files."""
+    random = np.random.default_rng(0)
+    bodies = [random.bytes(1000), random.bytes(700)]
+    where = np.array(
+        [(0, 10, 90), (0, 200, 100), (0, 320, 0), (0, 400, 77), (0, 500, 500), (1, 0, 100), (1, 100, 9), (1, 690, 10)]
+    )
+    paths = tuple(str(tmp_path / name) for name in "ab")
+    for path, body in zip(paths, bodies, strict=True):
+        Path(path).write_bytes(body)
+    monkeypatch.setattr(remote, "LARGE", 600)
+    remote._range.cache_clear()
+    ranges = remote.Ranges(paths, where)
+    assert [ranges(row) for row in range(8)] == [bodies[file][at : at + size] for file, at, size in where]
+    # 0 to 3 at once; 4 alone in its file; 5 to 7 span 700 bytes, which is too much, so each alone.
+    assert remote._range.cache_info().misses == 1 + 1 + 3
+    Path(paths[0]).write_bytes(bodies[0][:450])
+    remote._range.cache_clear()
+    with pytest.raises(BadData, match=r"ends before byte 477|ends before byte 1,000"):
+        ranges(4)

@@ -29,8 +29,9 @@ from mlfusion.errors import BadData
 from mlfusion.progress import Bar, track
 
 VERSION = 1  # of an index on disk
-BLOCK = 1 << 20  # bytes that are fetched at once
-BLOCKS = 32  # of them that are kept at hand
+RUN = 4  # images that lie one after another and are fetched at once, as many as a worker decodes at a time
+RUNS = 32  # of them that are kept at hand
+LARGE = 16 << 20  # bytes of a run, beyond which an image is fetched alone
 HUB = "datasets/"  # what paths on the hub begin with
 
 
@@ -43,10 +44,16 @@ class Ranges:
 
     def __call__(self, row: int) -> bytes:
         file, offset, size = map(int, self.where[row])
+        run = self.where[row - row % RUN :][:RUN]
+        run = run[run[:, 0] == file]
+        start, stop = int(run[:, 1].min()), int(run[:, 1:].sum(1).max())
+        if stop - start > LARGE:
+            start, stop = offset, offset + size
         with _reach(self.files[file]):
-            first, last = offset // BLOCK, (offset + max(size, 1) - 1) // BLOCK
-            data = b"".join(_block(self.files[file], number) for number in range(first, last + 1))
-        return data[offset - first * BLOCK :][:size]
+            data = _range(self.files[file], start, stop)[offset - start :][:size]
+        if len(data) < size:
+            raise BadData(f"{self.files[file]} ends before byte {offset + size:,}; it is not the file that was indexed")
+        return data
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +74,11 @@ class Groups:
 _turn = threading.Lock()  # a Parquet file is read by one thread at a time
 
 
-@lru_cache(maxsize=BLOCKS)
-def _block(path: str, number: int) -> bytes:
+@lru_cache(maxsize=RUNS)
+def _range(path: str, start: int, stop: int) -> bytes:
     with opened(path) as file:
-        file.seek(number * BLOCK)
-        return file.read(BLOCK)
+        file.seek(start)
+        return file.read(stop - start)
 
 
 @lru_cache(maxsize=2)
@@ -98,7 +105,7 @@ def opened(path: str, *, whole: bool = False) -> IO[bytes]:
 
     files = HfFileSystem()
     return (
-        files.open(path, "rb", block_size=0) if whole else files.open(path, "rb", block_size=BLOCK, cache_type="none")
+        files.open(path, "rb", block_size=0) if whole else files.open(path, "rb", block_size=1 << 20, cache_type="none")
     )
 
 

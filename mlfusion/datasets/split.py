@@ -67,29 +67,31 @@ class Split:
         Raises:
             BadData: the bytes cannot be had.
         """
-        if self.digests is not None:
-            return self.digests[row].tobytes()
-        try:
-            return xxhash.xxh3_128_digest(self.encoded(row))
-        except OSError as err:
-            raise BadData(self._gone(row, err)) from err
+        return xxhash.xxh3_128_digest(self.read(row)) if self.digests is None else self.digests[row].tobytes()
 
-    def _gone(self, row: int, err: OSError) -> str:
-        return f"{self.ids[row]} cannot be read: {err.strerror or err}; mend that, or remove it"
+    def read(self, row: int) -> bytes:
+        """The image's bytes.
+
+        Raises:
+            BadData: they cannot be had, which says nothing of the image.
+        """
+        try:
+            return self.encoded(row)
+        except OSError as err:
+            raise BadData(f"{self.ids[row]} cannot be read: {err.strerror or err}; mend that, or remove it") from err
 
     def image(self, row: int) -> Image.Image:
         """The picture, in RGB.
 
         Raises:
             BadImage: its bytes are no image that can be read; says which and why.
-            BadData: its bytes cannot be had, which says nothing of the image.
+            BadData: see `read`.
         """
+        data = self.read(row)
         try:
-            return self.decode(self.encoded(row))
+            return self.decode(data)
         except BadImage as err:
             raise BadImage(f"{self.ids[row]} cannot be read: {err}") from err
-        except OSError as err:
-            raise BadData(self._gone(row, err)) from err
 
     def take(self, rows: np.ndarray, name: str) -> "Split":
         """Some of its images, in that order, as a split of another name."""
