@@ -103,7 +103,7 @@ def test_a_class_too_small_for_its_parts_is_named():
 def test_a_carve_cuts_train_alone_and_is_in_the_name(tmp_path):
     save_images(tmp_path / "set", {"train": 10, "test": 2})
     data = datasets.load(str(tmp_path / "set"), Reading(carve="80/10/10", carve_seed=3))
-    assert (data.name, data.carve) == ("set~0.8/0.1/0.1~3", "0.8/0.1/0.1 seed 3")
+    assert (data.name, data.carve) == ("set~0.8-0.1-0.1~3", "0.8/0.1/0.1 seed 3")
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 24, "validation": 3, "test": 3}
     assert all(name.startswith("train/") for split in data.splits.values() for name in split.ids)
     assert datasets.load("digits", Reading(carve="0.5/0.5")).split("test").classes == tuple("0123456789")
@@ -122,7 +122,7 @@ def test_features_of_two_carves_are_never_mixed(tmp_path):
     extract("train", carve="0.5/0.5")
     [pair] = split_pairs(FeatureStore(), folder, model)
     assert [pair.train.key, pair.test.key] == keys["0.8/0.1/0.1"]
-    assert pair.dataset == "set~0.8/0.1/0.1~0"
+    assert pair.dataset == "set~0.8-0.1-0.1~0"
     assert pair.train.spec.data.carve == pair.test.spec.data.carve == "0.8/0.1/0.1 seed 0"
-    [plain] = [split_pairs(FeatureStore(), "set~0.8/0.2~0", model)][0]
+    [plain] = [split_pairs(FeatureStore(), "set~0.8-0.2~0", model)][0]
     assert [plain.train.key, plain.test.key] == keys["0.8/0.2"]

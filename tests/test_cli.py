@@ -331,7 +331,7 @@ def test_how_a_data_set_is_read_is_said_by_options(model, run, tmp_path):
     assert "--label-column, one of: path (text), kind (whole number), weight (number)" in refused.err
     done = run("extract", "-m", model, *words, "--layers", "1", "--json").json["features"]
     assert [(one["dataset"], one["split"], one["images"]) for one in done] == [
-        ("all:weight~0.5/0.5~4", split, 9) for split in ("train", "test")
+        ("all:weight~0.5-0.5~4", split, 9) for split in ("train", "test")
     ]
     assert [
         one["state"] for one in run("cache", "explain", "-m", model, *words, "--layers", "1", "--json").json["splits"]

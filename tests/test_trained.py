@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny import save_images, save_model
 
@@ -261,3 +262,18 @@ def test_a_saved_probe_has_a_card_that_the_hub_reads(model: Path, images: Path) 
     assert "blue, green, red" in card.text and "mlfusion predict --probe" in card.text
     hostile = replace(held, classes=["---", "a: b", "# c"], dataset="x: [y]\n---")
     assert ModelCard(trained.readme(hostile)).data.eval_results[0].dataset_name == "x: [y]\n---"
+
+
+def test_images_are_turned_as_those_that_the_probe_was_trained_on(model: Path, images: Path, tmp_path: Path) -> None:
+    """A photograph held sideways, by a probe of upright images: as the same one without an orientation, turned by hand."""
+    reading = mlfusion.Reading(upright=True)
+    mlfusion.extract(str(model), str(images), reading=reading)
+    mlfusion.probe(str(images), model=str(model), probes="cls-last/linear", grid="quick", seeds=(0,), save=True)
+    [folder] = Path("results/probes").iterdir()
+    picture = Image.open(next((images / "test").rglob("*.png")))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "sideways.png", exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png")
+    sideways, turned = mlfusion.predict(folder, [tmp_path / "sideways.png", tmp_path / "turned.png"])
+    assert dict(sideways.top) == pytest.approx(dict(turned.top), abs=1e-5)

@@ -193,9 +193,8 @@ def _cut(data: DataSet, reading: Reading) -> DataSet:
     shares = _carve.parse(reading.carve)
     parts = _carve.cut(data.splits[_whole(data.splits)], shares, reading.carve_seed)
     words = _carve.called(shares, reading.carve_seed)
-    return _checked(
-        DataSet(f"{data.name}~{words.replace(' seed ', '~')}", data.source, data.form, parts, words, data.upright)
-    )
+    name = f"{data.name}~{words.replace('/', '-').replace(' seed ', '~')}"  # a file may be called by it
+    return _checked(DataSet(name, data.source, data.form, parts, words, data.upright))
 
 
 def _checked(data: DataSet) -> DataSet:
