@@ -1,6 +1,6 @@
 """Every family of models that is tried, against another way to compute its layers: the tables of docs/models.md.
 
-    python benchmarks/families.py [--page] [--model FOLDER --data FOLDER]
+    python benchmarks/families.py [--page] [--model FOLDER --data FOLDER [--per-class 2]]
 
 Each family of `tests/zoo.py` is built small, with random weights, and dissected; every layer's tokens are compared with what
 copies of the model with one MLP taken out, and norms computed from their weights in double precision, give. With --model
@@ -9,6 +9,7 @@ features of every set are compared. With --page the tables are written into docs
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -69,18 +70,29 @@ def families() -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__}\n\n" + page.table(heads, rows, left=7)
 
 
-def three_families(model: Path, data: Path, splits: str) -> str:
+def some(data: Path, per_class: int, to: Path) -> Path:
+    """A data set with so many images of each class and split; 0 is all of it."""
+    for file in sorted(data.glob("*/*/*")) if per_class else ():
+        copy = to / data.name / file.relative_to(data)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if len(list(copy.parent.iterdir())) < per_class:
+            shutil.copy(file, copy)
+    return to / data.name if per_class else data
+
+
+def three_families(model: Path, data: Path, splits: str, per_class: int) -> str:
     """The table of one checkpoint under three names, set by set."""
     rows = []
     with tempfile.TemporaryDirectory() as made:
         folders = {family: zoo.as_family(model, family, Path(made) / family) for family in THREE}
-        for name in sorted(folder.name for folder in data.iterdir() if (folder / "test").is_dir()):
+        for whole in sorted(folder for folder in data.iterdir() if (folder / "test").is_dir()):
+            images = str(some(whole, per_class, Path(made) / "data"))
             held = {
                 family: [
                     one.entry
                     for one in mlfusion.extract(
                         str(folder),
-                        str(data / name),
+                        images,
                         splits=splits,
                         tokens=COMPARED,
                         dtype="float32",
@@ -89,7 +101,7 @@ def three_families(model: Path, data: Path, splits: str) -> str:
                 ]
                 for family, folder in folders.items()
             }
-            cells = [name, f"{sum(entry.spec.data.images for entry in held['vit']):,}"]
+            cells = [whole.name, f"{sum(entry.spec.data.images for entry in held['vit']):,}"]
             for family in list(THREE)[1:]:
                 worst = largest = 0.0
                 for one, other in zip(held["vit"], held[family], strict=True):
@@ -110,10 +122,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a ViT's folder")
     parser.add_argument("--data", type=Path, help="a folder of data sets")
     parser.add_argument("--splits", default="train,test")
+    parser.add_argument("--per-class", type=int, default=0, help="so many images of each class and split; default: all")
     asked = parser.parse_args()
     parts = {"families": families()}
     if asked.model and asked.data:
-        parts["three-families"] = three_families(asked.model, asked.data, asked.splits)
+        parts["three-families"] = three_families(asked.model, asked.data, asked.splits, asked.per_class)
     for part, text in parts.items():
         if asked.page:
             page.put("models.md", part, text)

@@ -14,6 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 import torch
+import transformers
 import zoo
 from tiny import save_images, save_model
 
@@ -473,3 +474,18 @@ def test_what_is_kept_does_not_grow_with_the_images(model, tmp_path):
             Backbone.__call__ = call
         held.append(most)
     assert held[1] < 1.1 * held[0]
+
+
+def test_the_projected_last_layer_is_narrower_and_padded_with_zeros(images, tmp_path):
+    """As the study's code has it: 24 of 32 channels, then zeros, beside layers that are what they were."""
+    clip = str(zoo.save("CLIP", tmp_path / "clip"))
+    for word in (clip, f"{clip}:projected"):
+        mlfusion.extract(word, images, splits="train", tokens="cls", dtype="float32")
+    plain, projected = (
+        mlfusion.load_features(w, images, "train", tokens="cls").tokens for w in (clip, f"{clip}:projected")
+    )
+    assert projected.shape == plain.shape == (21, 3, 1, 32)
+    np.testing.assert_array_equal(projected[:, :2], plain[:, :2])
+    matrix = transformers.CLIPModel.from_pretrained(clip).visual_projection.weight.detach().numpy()
+    np.testing.assert_allclose(projected[:, 2, :, :24], plain[:, 2] @ matrix.T, atol=2e-6)
+    assert not projected[:, 2, :, 24:].any()
