@@ -1,12 +1,14 @@
 """A study does what is missing and nothing else, tells beforehand what that is, and loses nothing to one case that fails."""
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from tiny import save_images, save_model
 
-from mlfusion import evaluation, extraction, protocol, study
+from mlfusion import cli, evaluation, extraction, protocol, study
 from mlfusion.recipe import Recipe
 from mlfusion.results import Results
 
@@ -146,3 +148,49 @@ def test_a_case_that_fails_costs_the_others_nothing(recipe, model, data, tmp_pat
     assert len(done.failures) == 5
     again = study.plan(asked)  # the failures are tried again, what was done is not
     assert [len(case.missing) for case in again.cases] == [0, 1]
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlfusion", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code or 0, *capfd.readouterr())
+
+    return call
+
+
+def test_the_command_plans_runs_reports_and_says_what_failed(command, model, data, tmp_path):
+    folder = Path(data[0]).parent
+    (tmp_path / "small.toml").write_text(
+        f'# A small study: one model and two names.\n#\n# Run: x\n\nmodels = ["{model}"]\n'
+        'datasets = ["$DATA/colours", "nobody/nothing"]\n'
+        'probes = ["cls-last/linear", "alf"]\ngrid = "quick"\nseeds = [0, 1]\n'
+    )
+    code, _, err = command("run", "small.toml")
+    assert code == 1
+    assert "line 6: '$DATA/colours' lies in a folder of yours; say which: --data DIR" in err
+    words = ("run", "small.toml", "--data", str(folder), "--seeds", "4")
+    code, out, err = command(*words, "--dry-run")
+    assert code == 1  # one of the two cannot be had
+    assert "tiny-vit  colours" in out
+    assert "2 of 2 rows" in err
+    assert not Path("cache").exists()
+    planned = json.loads(command(*words, "--dry-run", "--json")[1])
+    assert (planned["rows"], planned["fits"], len(planned["failures"])) == (2, True, 1)
+    code, out, err = command(*words, "--markdown", "found.md")
+    assert code == 1
+    assert "error:" in err.splitlines()[-1]
+    assert "nobody/nothing" in err.splitlines()[-1]
+    text = Path("found.md").read_text()
+    assert text.startswith("# A small study\n\nOne model and two names.")
+    assert "mlfusion run small.toml --data DIR --seeds 4 --markdown found.md" in text
+    assert str(folder) not in text
+    page = Path("results/small.html").read_text()
+    assert str(folder) not in page.split("<script")[0]
+    assert "nothing" not in command(*words)[1]
+    (tmp_path / "small.toml").write_text((tmp_path / "small.toml").read_text().replace(', "nobody/nothing"', ""))
+    code, _, err = command(*words)
+    assert code == 0
+    assert "nothing is missing: every row is there already" in err

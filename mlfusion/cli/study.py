@@ -1,8 +1,9 @@
 """`mlfusion run`: a recipe's study, planned, done and reported."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,10 +20,15 @@ from mlfusion.cli.words import (
     say_extracted,
 )
 
+if TYPE_CHECKING:
+    from mlfusion.results import Results, Row
+    from mlfusion.study import Failure
+
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="A file of pipelines/.")],
     data: Annotated[Path | None, typer.Option("--data", help="The folder that $DATA means in the recipe.")] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="In place of the recipe's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
     cache: Cache = None,
     results: ResultsPath = Path("results"),
@@ -38,10 +44,15 @@ def run(
 ) -> None:
     """Both stages and the report, as a recipe says. What is cached or done already is not done again."""
     from mlfusion import study
+    from mlfusion.evaluation import check_seeds
     from mlfusion.progress import duration
     from mlfusion.recipe import load
+    from mlfusion.results import Results
 
-    planned = study.plan(load(recipe, data=data), cache=cache, results=results, device=device)
+    asked = load(recipe, data=data)
+    if seeds:
+        asked = replace(asked, seeds=check_seeds(seeds))
+    planned = study.plan(asked, cache=cache, results=results, device=device)
     if dry_run and as_json:
         print_json(planned.to_json())
     if (dry_run and not as_json) or (not planned.is_done and not as_json):
@@ -73,7 +84,13 @@ def run(
         say_extracted(one.to_json(), say=say)
     page = html or results / f"{recipe.stem}.html"
     if done.rows:
-        _write(done.rows, page, markdown, recipe, data, cache, results)
+        kept = Results(results)
+        _page(done.rows, page, kept, cache)
+        if markdown:
+            # What is given as --data is a folder of this machine: no page says where it is.
+            words = {"--data": "DIR" if data else None, "--seeds": seeds, "--markdown": str(markdown)}
+            given = "".join(f" {word} {shlex.quote(value)}" for word, value in words.items() if value)
+            _text(done.rows, markdown, kept, recipe, f"mlfusion run {shlex.quote(str(recipe))}{given}")
     if as_json:
         print_json(
             {
@@ -90,42 +107,35 @@ def run(
     _end(done.failures)
 
 
-def _write(
-    rows: list[Any],
-    page: Path,
-    markdown: Path | None,
-    recipe: Path,
-    data: Path | None,
-    cache: str | None,
-    results: Path,
-) -> None:
-    """The page with its pictures, and the page of text."""
-    from mlfusion import findings, gallery
-    from mlfusion.recipe import about
+def _page(rows: "list[Row]", path: Path, kept: "Results", cache: str | None) -> None:
+    """The page, with pictures where images are at hand."""
+    from mlfusion import gallery
     from mlfusion.report import write_page
+
+    write_page(rows, path, results=kept, pictures=gallery.of_study(rows, kept, cache=cache, say=say))
+
+
+def _text(rows: "list[Row]", path: Path, kept: "Results", recipe: Path, command: str) -> None:
+    """The page of text, headed by what the recipe says of itself."""
+    from mlfusion import findings
+    from mlfusion.recipe import about
     from mlfusion.report.files import write_whole
-    from mlfusion.results import Results
 
-    kept = Results(results)
-    write_page(rows, page, results=kept, pictures=gallery.of_study(rows, kept, cache=cache, say=say))
-    if markdown:
-        opening, _ = about(recipe)
-        title, _, rest = opening.partition(": ")
-        # $DATA is a folder of this machine: no page says where it is.
-        command = f"mlfusion run {shlex.quote(str(recipe))}{' --data DIR' if data else ''} --markdown {markdown}"
-        text = findings.markdown(
-            rows,
-            kept,
-            title=title.rstrip(".") or recipe.stem,
-            about=rest[:1].upper() + rest[1:] if rest else "",
-            command=command,
-        )
-        write_whole(markdown, text)
+    opening, _ = about(recipe)
+    title, _, rest = opening.partition(": ")
+    written = findings.markdown(
+        rows,
+        kept,
+        title=title.rstrip(".") or recipe.stem,
+        about=rest[:1].upper() + rest[1:],
+        command=command,
+    )
+    write_whole(path, written)
 
 
-def _end(failures: object) -> None:
+def _end(failures: "tuple[Failure, ...]") -> None:
     """Exit 1 where something failed, said last so that it is seen."""
-    for failure in list(failures):  # type: ignore[call-overload]
+    for failure in failures:
         say(f"error: {failure}")
     if failures:
         raise typer.Exit(1)
