@@ -1,6 +1,6 @@
 """Token kinds: how the tokens of a layer become the few that are kept. Runs on the device, inside the hook."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +24,17 @@ class Reducer:
     """Reduces the sequences of one layer; what several kinds need is computed once."""
 
     def __init__(self, tap: Tap, special: Special) -> None:
-        self._special, self._grid, self._order = special, tap.grid, tap.order
-        patches = sorted(set(range(tap.tokens)) - set(special.every))
-        together = patches == list(range(patches[0], patches[-1] + 1))
-        self._patches: slice | list[int] = slice(patches[0], patches[-1] + 1) if together else patches
+        self._grid = tap.grid
+        self._order = torch.tensor(tap.order) if tap.order is not None else None
+        self._places = {kind: _places(getattr(special, kind)) for kind in ("cls", "dist", "registers")}
+        self._patches = _places(sorted(set(range(tap.tokens)) - set(special.every)))
 
     def __call__(self, sequence: Tensor, kind: TokenKind) -> Tensor:
         """[images, sequence, width] → [images, kept, width]; copies, so that the whole layer need not be kept."""
         if kind == "all":
             return sequence.clone()
-        if kind in ("cls", "dist", "registers"):
-            return sequence[:, list(getattr(self._special, kind))]
+        if kind in self._places:
+            return sequence[:, self._places[kind]].clone()
         patches = sequence[:, self._patches]
         if kind in GRIDS:
             return self._pooled(patches, GRIDS[kind])
@@ -44,9 +44,16 @@ class Reducer:
         """Means over a grid of side × side, in raster order; a patch at the border of two cells counts in both."""
         assert self._grid is not None
         if self._order is not None:
-            patches = patches[:, list(self._order)]
+            self._order = self._order.to(patches.device)
+            patches = patches[:, self._order]
         maps = patches.float().transpose(1, 2).unflatten(2, self._grid)
         return F.adaptive_avg_pool2d(maps, side).flatten(2).transpose(1, 2)
+
+
+def _places(tokens: Sequence[int]) -> slice | list[int]:
+    """A slice where they stand together, as they do in all but a few models: no index has to go to the device."""
+    together = list(tokens) == list(range(tokens[0], tokens[-1] + 1)) if tokens else False
+    return slice(tokens[0], tokens[-1] + 1) if together else list(tokens)
 
 
 # Means in float32, whatever the model computes in: a mean of hundreds of bfloat16 numbers is off in its third digit.
