@@ -445,6 +445,19 @@ def test_the_order_of_samples_does_not_depend_on_the_file_system(tmp_path):
     assert said.stdout.strip() == str(first.split("train").ids)
 
 
+def test_stray_files_do_not_change_the_form(tmp_path):
+    whole = plain(tmp_path)
+    np.save(tmp_path / "features.npy", np.zeros(3))
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / ".ipynb_checkpoints" / "x.png").write_bytes(b"")
+    again = datasets.load(str(tmp_path))
+    assert again.form == "class folders"
+    assert {name: split.ids for name, split in again.splits.items()} == {
+        name: split.ids for name, split in whole.splits.items()
+    }
+
+
 def test_a_csv_folder_needs_no_class_folders(tmp_path):
     whole = plain(tmp_path / "a")
     root = csv_folder(whole, tmp_path / "a")

@@ -139,7 +139,7 @@ def _local(path: Path, word: str, reading: Reading) -> tuple[str, dict[str, Foun
         return _remote.in_place(path, reading)
     if _hub.has_parquet(path, splits):
         return "Parquet files", _hub.in_folder(path, reading)
-    if _arrays.npy_in(path):
+    if "train" not in splits and _arrays.npy_in(path):
         return "arrays", _arrays.npy(path, reading)
     if "train" in splits or (reading.carve and children):
         return "class folders", _files.class_folders(path, splits, reading)

@@ -22,7 +22,7 @@ import xxhash
 
 from mlfusion import disk
 from mlfusion.datasets import tars
-from mlfusion.datasets.columns import SPLITS
+from mlfusion.datasets.columns import SPLITS, unique
 from mlfusion.datasets.hub import Chosen, cell_bytes, chosen, reaching
 from mlfusion.datasets.split import Found, Reading
 from mlfusion.errors import BadData
@@ -190,7 +190,7 @@ def _table(split: str, paths: list[str], reading: Reading, kept: Path | None, ba
     files = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
     keys = [key for part in parts for key in part.keys]
     return Found(
-        ids=tuple(keys) if columns.id else tuple(f"{split}/{row}" for row in range(count)),
+        ids=unique(keys, paths[0]) if columns.id else tuple(f"{split}/{row}" for row in range(count)),
         labels=[label for part in parts for label in part.labels],
         encoded=Groups(
             tuple(paths), np.column_stack([files, np.concatenate([part.where for part in parts])]), columns.image
