@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cache as once
 from functools import partial
 from itertools import islice, pairwise
-from statistics import median
 from time import perf_counter
 from typing import Literal, Self
 
@@ -34,7 +33,7 @@ from mlfusion.specs import Head
 
 LAST_LEARNING_RATE = 1e-6
 SPARE = 0.8  # of the free memory that may be taken
-IN_CACHE = 1 << 26  # bytes that a block's step may touch; one configuration always may
+IN_CACHE = 1 << 26  # bytes that a block's step may touch; three configurations, which share their tokens, always may
 AHEAD = 2  # batches that are at hand where blocks are worked on in lanes
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -93,7 +92,7 @@ class AdamW:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
         factor = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
-        if bool((factor != 1).any()):
+        if factor.is_cuda or bool((factor != 1).any()):  # to look would wait for a GPU
             for gradient in gradients:
                 gradient.mul_(_over(factor, gradient))
 
@@ -206,7 +205,7 @@ class Layout:
         if shared:
             return cls(max(1, min(together, (memory - need.batch) // (need.each + need.step))), together, 1)
         # More configurations at a time than a core's caches hold wait for memory; fewer wait for Python.
-        most = max(1, min(IN_CACHE // (need.each + need.step), together // lanes))
+        most = max(1, min(max(3, IN_CACHE // (need.each + need.step)), together // lanes))
         while most > 1 and batch + together * need.each + lanes * most * need.step > memory:
             most -= 1
         return cls(together, most, lanes)
@@ -320,15 +319,15 @@ def _tensor_cores(device: str) -> Iterator[None]:
 @once
 def has_fast_bfloat16(device: str) -> bool:
     """Whether a bfloat16 product takes less than two thirds of the time of a float32 one here; measured in milliseconds."""
-    seconds = {}
+    seconds, size = {}, 384 if torch.device(device).type == "cpu" else 4096
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(384, 384, device=device, dtype=dtype)
+        a = torch.ones(size, size, device=device, dtype=dtype)
         each = []
-        for _ in range(4):
+        for _ in range(6):
             began = perf_counter()
             _ = float((a @ a)[0, 0])  # waits for the device
             each.append(perf_counter() - began)
-        seconds[dtype] = median(each[1:])
+        seconds[dtype] = min(each[1:])  # other work on the machine only ever adds
     return seconds[torch.bfloat16] < seconds[torch.float32] * 2 / 3
 
 
