@@ -57,8 +57,8 @@ datasets: setup ## the catalogue of data sets
 test: setup ## the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
-test-faults: setup ## the long form of the cache's fault tests: minutes, and a table
-	MLFUSION_FAULTS=long $(BIN)/python -m pytest -q tests/faults $(ARGS)
+test-faults: setup ## the long form of the cache's fault tests: half an hour, and a table
+	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .

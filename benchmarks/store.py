@@ -20,9 +20,12 @@ Beside them, at `--rival-images`, what is common elsewhere: one `torch.save` fil
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -62,7 +65,7 @@ BARS = {
     "write": 0.7,
     "one layer against all cold": 6.0,
 }
-OPEN_MS = 60
+MOST = {"open 1,000 shards": 60, "mlfusion cache ls, 3,000 entries": 1000}  # ms
 
 
 def new_entry(root: Path, images: int) -> Entry:
@@ -161,7 +164,7 @@ class Table:
         a, b = a[1:], b[1:]
         low, _, high = statistics.quantiles([y / x for x, y in zip(a, b, strict=True)], n=4)
         gbs = [nbytes / statistics.median(times) / 1e9 for times in (a, b)]
-        note = f"ours {gbs[0]:.2f}, theirs {gbs[1]:.2f} GB/s"
+        note = f"ours {gbs[0]:.2f}, theirs {gbs[1]:.2f} GB/s" if nbytes else ""
         ratio = statistics.median(b) / statistics.median(a)
         self.add(name, ratio, "ratio", low=low, high=high, note=note, gb_per_s=gbs)
 
@@ -284,17 +287,29 @@ def fill_thousand(entry: Entry) -> None:
     entry.seal()
 
 
-def listing(table: Table, root: Path, count: int = 2000) -> None:
-    """`mlfusion cache ls` of many entries, as a store answers it."""
+def listing(table: Table, root: Path, count: int = 3000) -> None:
+    """`mlfusion cache ls` of many entries, each of one stream, as the user waits for it: from start to end of the process."""
+    fsync, os.fsync = os.fsync, lambda _: None  # to fill them is not what is measured
     for i in range(count):
         samples = Samples(("a",), np.zeros(1, np.int64), np.full((1, 16), i % 256, np.uint8), (f"class {i}",))
         data = DataSpec(content=samples.content, split="train", images=1, classes=samples.classes, name=f"set {i}")
         names = Names(model="none", model_source="none", dataset=f"set {i}", dataset_source=f"set {i}")
-        FeatureStore(root).create(FeatureSpec(model=MODEL, data=data, dtype="float16"), samples, names)
-    took = [seconds(lambda: FeatureStore(root).find(model="none")) for _ in range(5)]
-    table.add(
-        f"find among {count:,} entries", statistics.median(took) * 1e3, "ms", low=min(took) * 1e3, high=max(took) * 1e3
-    )
+        entry = FeatureStore(root).create(FeatureSpec(model=MODEL, data=data, dtype="float16"), samples, names)
+        [stream] = streams_for({(1, "cls"): (1, 2)}, images=1, dtype="float16", format="zarr")
+        entry.begin([stream])
+        with entry.draft(stream, 0) as draft:
+            draft.append(np.ones((1, 1, 1, 2), np.float16))
+            draft.publish()
+        entry.seal()
+    os.fsync = fsync
+    command = [sys.executable, "-m", "mlfusion", "cache", "ls", "--json", "--cache", str(root)]
+    took, said = [], ""
+    for _ in range(5):
+        start = time.perf_counter()
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        took.append((time.perf_counter() - start) * 1e3)
+    assert len(json.loads(said)["entries"]) == count
+    table.add(f"mlfusion cache ls, {count:,} entries", statistics.median(took), "ms", low=min(took), high=max(took))
 
 
 def rivals(table: Table, folder: Path, tokens: np.ndarray, entry: Entry) -> None:
@@ -365,13 +380,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = measure(Path(folder), args.images, args.repeats, min(args.rival_images, args.images))
     missed = [
-        f"{row['row']}: {row['value']:.3g}, wanted {BARS[row['row']]}"
+        f"{row['row']}: {row['value']:.3g} {row['unit']}, wanted {BARS.get(row['row'], MOST.get(row['row'])):g}"
         for row in rows
-        if row["value"] < BARS.get(row["row"], 0)
-    ] + [
-        f"{r['row']}: {r['value']:.3g} ms, wanted {OPEN_MS}"
-        for r in rows
-        if r["unit"] == "ms" and r["row"][:4] == "open" and r["value"] > OPEN_MS
+        if row["value"] < BARS.get(row["row"], 0) or row["value"] > MOST.get(row["row"], math.inf)
     ]
     print("\n" + ("missed: " + "; ".join(missed) if missed else "every bar is met") + f"\n{page.machine()}")
     if args.page:
@@ -380,7 +391,11 @@ def main() -> None:
                 row["row"],
                 f"{row['value']:.3g} {row['unit']}",
                 f"{row['low']:.3g} to {row['high']:.3g}" if "low" in row else "",
-                f"{BARS[row['row']]:g}" if row["row"] in BARS else "",
+                f"≥ {BARS[row['row']]:g}"
+                if row["row"] in BARS
+                else f"≤ {MOST[row['row']]}"
+                if row["row"] in MOST
+                else "",
                 row.get("note", ""),
             )
             for row in rows

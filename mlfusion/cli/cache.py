@@ -61,17 +61,17 @@ def ls(
 
 
 def _row(entry: Any) -> dict[str, Any]:
-    held = entry.held()
-    spec = entry.spec
+    spec, home = entry.spec, entry.sources()
+    sources = dict.fromkeys(home.values())
     return {
         "model": spec.model.name,
         "dataset": spec.data.name,
         "split": spec.data.split,
         "images": spec.data.images,
-        "skipped": len(entry.skipped()),
-        "tokens": token_words(held) or "(not complete)",
+        "skipped": len({row for source in sources for row in source.manifest.skipped}),
+        "tokens": token_words(frozenset(home)) or "(not complete)",
         "dtype": spec.dtype,
-        "bytes": entry.nbytes,
+        "bytes": sum(source.stream.nbytes for source in sources if source.folder.is_relative_to(entry.path)),
         "key": entry.key,
     }
 

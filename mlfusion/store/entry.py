@@ -152,8 +152,9 @@ class Entry:
     def draft_in(folder: Path, spec: FeatureSpec, samples: Samples) -> Path:
         """A new entry's folder under a draft's name, ready to be published."""
         with disk.drafted(disk.draft_name(folder)) as draft:
+            draft.mkdir()
             for name in FOLDERS:
-                (draft / name).mkdir(parents=True)
+                (draft / name).mkdir()
             for name, content in samples.files().items():
                 (draft / name).write_bytes(content)
                 disk.flush(draft / name)
@@ -177,7 +178,14 @@ class Entry:
 
     @staticmethod
     def mend(path: Path, spec: FeatureSpec, samples: Samples) -> None:
-        """Put back the records that a repair took out of an entry's folder."""
+        """Put back what a repair took out of an entry's folder, or what a prune had begun to take."""
+        for name in FOLDERS:
+            if not (path / name).is_dir():
+                (path / name).mkdir(exist_ok=True)
+        group = path / TOKENS / "zarr.json"
+        if not group.exists():
+            disk.write(draft := disk.draft_name(group.parent), Entry.group(spec.key))
+            disk.publish_file(draft, group)
         lost = [name for name in ("entry.json", *SAMPLES) if not (path / name).exists()]
         if lost:
             draft = Entry.draft_in(path.parent, spec, samples)
@@ -335,7 +343,8 @@ class Entry:
         """Make the folders of new streams; of two writers with the same stream the first one's cutting stands."""
         for stream in streams:
             with disk.drafted(disk.draft_name(self.path / TOKENS)) as draft:
-                (draft / "c").mkdir(parents=True)
+                draft.mkdir()  # not its parents: what a prune took away stays away
+                (draft / "c").mkdir()
                 for name, text in FORMATS[stream.format].describe(stream).items():
                     disk.write(draft / name, text)
                 disk.write(draft / "stream.json", disk.sealed(stream.to_json()))
@@ -463,7 +472,8 @@ class ShardDraft:
         self._final = entry.folder(stream) / "c" / str(shard)
         self._draft = disk.draft_name(entry.folder(stream))
         file = self._draft / FORMATS[stream.format].file
-        file.parent.mkdir(parents=True)
+        self._draft.mkdir()  # likewise
+        file.parent.mkdir(parents=True, exist_ok=True)
         self._writer: ShardWriter | None = FORMATS[stream.format].writer(file, stream, shard)
 
     def append(self, tokens: np.ndarray, unread: Mapping[int, str] = {}) -> None:

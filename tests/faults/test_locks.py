@@ -24,7 +24,7 @@ both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 def test_leases_removed_under_the_extractors(many, trial, tmp_path):
     """By a broken file system or a tidy person: work may be done twice, and nothing is lost or mixed."""
     want = files(extract(tmp_path / "alone").path)
-    for number in range(many(2, 30)):
+    for number in range(many(2, 20)):
         with trial("leases removed under the extractors"):
             root = tmp_path / f"cache {number}"
             children = [Child(extract, root, pause=0.005) for _ in range(3)]
@@ -58,7 +58,7 @@ def without_locks(root: Path) -> None:
 
 def test_locks_that_everybody_gets(many, trial, tmp_path):
     want = files(extract(tmp_path / "alone").path)
-    for number in range(many(2, 30)):
+    for number in range(many(2, 20)):
         with trial("a lock that everybody gets"):
             root = tmp_path / f"cache {number}"
             children = [Child(without_locks, root) for _ in range(3)]
@@ -75,7 +75,7 @@ def other_numbers(root: Path, which: int) -> None:
 
 def test_extractors_that_do_not_agree(many, trial, tmp_path):
     """Of each shard the first published stands, whole: its rows are all of one extractor, and its checksums are its own."""
-    for number in range(many(2, 30)):
+    for number in range(many(2, 20)):
         with trial("extractors whose numbers differ"):
             root = tmp_path / f"cache {number}"
             children = [Child(other_numbers, root, which) for which in (0, 1, 2)]
@@ -95,7 +95,7 @@ def test_extractors_that_do_not_agree(many, trial, tmp_path):
 def test_drafts_swept_under_an_extractor(many, trial, tmp_path):
     """As after a sleep of days: it says so, or finishes; the next one finishes."""
     random = np.random.default_rng(2)
-    for number in range(many(3, 40)):
+    for number in range(many(3, 25)):
         with trial("drafts removed under an extractor"):
             root = tmp_path / f"cache {number}"
             child = Child(extract, root, pause=0.01)
@@ -155,7 +155,7 @@ def without_links(root: Path, pause: float) -> None:
 
 def test_a_file_system_without_links(many, trial, tmp_path):
     want = files(extract(tmp_path / "alone").path)
-    for number in range(many(1, 15)):
+    for number in range(many(1, 10)):
         with trial("a file system without hard links"):
             root = tmp_path / f"cache {number}"
             children = [Child(without_links, root, 0.003) for _ in range(2)]

@@ -34,7 +34,7 @@ def prune_on(root: Path, seconds: float) -> None:
 
 def test_two_prunes_at_once(many, trial, tmp_path):
     root = tmp_path / "cache"
-    for _ in range(many(3, 40)):
+    for _ in range(many(3, 25)):
         with trial("two prunes at once"):
             extract(root)
             children = [Child(prune, root) for _ in range(2)]
@@ -85,7 +85,7 @@ def test_a_prune_killed_before_each_change(many, trial, tmp_path):
 
 def test_prunes_against_extractors(many, trial, tmp_path):
     """An extractor is left alone while it holds a lease; taken away between two, it says so and the next run mends it."""
-    for number in range(many(3, 40)):
+    for number in range(many(3, 25)):
         with trial("prunes against an extractor"):
             root = tmp_path / f"cache {number}"
             root.mkdir()
@@ -98,7 +98,7 @@ def test_prunes_against_extractors(many, trial, tmp_path):
 
 def test_a_reader_that_is_stopped(many, trial, tmp_path):
     """For as long as its process lives, what it reads stays."""
-    for number in range(many(1, 15)):
+    for number in range(many(1, 8)):
         with trial("a prune under a reader that is stopped"):
             root, told = tmp_path / f"cache {number}", tmp_path / f"told {number}"
             extract(root)
@@ -142,7 +142,7 @@ def train_and_compare(root: Path, want: list[np.ndarray]) -> None:
 def test_a_training_goes_on_unharmed(many, trial, tmp_path):
     """To the bit, while prune after prune would take its features away; when it has ended they go."""
     root = tmp_path / "cache"
-    for _ in range(many(1, 15)):
+    for _ in range(many(1, 8)):
         extract(root)
         want = trained(root, 0)
         with trial("prunes during training"):
@@ -178,7 +178,7 @@ def test_everything_at_once(many, trial, tmp_path):
     want = files(extract(root).path)
     random, users = np.random.default_rng(5), 0
     with trial("a busy cache: extracting, reading, pruning, stopping and killing at once"):
-        end, open_files = time.monotonic() + many(2, 90), len(os.listdir("/proc/self/fd"))
+        end, open_files = time.monotonic() + many(2, 60), len(os.listdir("/proc/self/fd"))
         children: list[Child] = []
         while time.monotonic() < end or children:
             while len(children) < 4 and time.monotonic() < end:
