@@ -4,7 +4,7 @@
 
 Rows are as the study makes them: twenty data sets of 10 to 1,000 classes, recall by class, attention over 24 tokens. Each
 number is the least of --repeat measurements, so that other work on the machine spoils little; of saving and finding, each
-measurement is the mean of fifty calls. FOLDER must lie on the disk that is asked about (default: a fresh folder in results/).
+measurement is the mean of twenty calls. FOLDER must lie on the disk that is asked about (default: a fresh folder in results/).
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 from mlfusion.results import Results, export
 from mlfusion.specs import STUDY
 
-CALLS = 50
+CALLS = 20
 BLOCK = 5_000  # rows taken over in one commit, to fill
 CLASSES = [
     10,
@@ -161,8 +161,9 @@ def main() -> None:
             while held < many:
                 held += store.take(rows(held, min(BLOCK, many - held)))
             found[many] = measure(root, many, asked.repeat)
+            print(many, found[many], file=sys.stderr, flush=True)
         exports = {form: timed(partial(export.write, store.rows(), root / f"all.{form}"), 1) for form in export.FORMS}
-        each, writers = 100, 4
+        each, writers = 25, 4
         crowd = [
             multiprocessing.Process(target=append_many, args=(root, 10**7 * (w + 1), each)) for w in range(writers)
         ]
