@@ -390,8 +390,8 @@ def test_similarity_of_layers_is_that_of_the_gram_matrices(tmp_path: Path) -> No
     )
     assert "are not in" in said[0]
     figure = of_block.by_layer(blocks(rows), {("m", "d"): found})
-    drawn = {(r["series"], r["layer"]): r["cka"] for r in figure.panels[0].records if r["what"] == "cka"}
-    assert drawn["cls CKA", depth] == pytest.approx(1)
+    drawn = {(r["label"], r["layer"]): r["cka"] for r in figure.panels[0].records if r["what"] == "cka"}
+    assert drawn["cls", depth] == pytest.approx(1)
 
 
 def literal_cka(x: np.ndarray, y: np.ndarray) -> float:

@@ -95,6 +95,7 @@ def config(palette: Palette) -> dict[str, Any]:
             "median": {"thickness": 2.5},
             "stem": {"strokeWidth": 1.25, "opacity": 0.6},
             "series": {"strokeWidth": 2},
+            "like": {"strokeWidth": 2, "strokeDash": [2, 3]},
             "track": {"color": line, "strokeWidth": 1},
             "baseline": {"color": quiet, "strokeWidth": 1.5, "strokeDash": [4, 3]},
             "level": {"color": ink, "strokeWidth": 1.5, "strokeDash": [8, 4]},

@@ -103,9 +103,7 @@ def _heads(held: Sequence[Block]) -> list[str]:
 
 def _plain(record: Record) -> Record:
     """The numbers of a record, without the words made of them."""
-    return {
-        key: value for key, value in record.items() if key not in ("label", "scored", "gained", "validated", "said")
-    }
+    return {key: value for key, value in record.items() if key not in ("scored", "gained", "validated", "said")}
 
 
 @lru_cache(maxsize=1024)
@@ -341,11 +339,20 @@ def reference_records(block: Block) -> list[Record]:
     ]
 
 
-def cka_records(block: Block, cka: Cka) -> list[Record]:
-    """One a token kind and layer: how like the last layer's tokens they are; a constant layer is like nothing."""
+def cka_records(block: Block, cka: Cka, series: Sequence[str]) -> list[Record]:
+    """One a token kind and layer: how like the last layer's tokens they are, in the colour of the kind's first series.
+
+    A constant layer is like nothing, and is left out.
+    """
     found = cka.get((block.model, block.dataset), {})
     return [
-        {"what": "cka", "series": f"{kind} CKA", "layer": layer, "cka": value}
+        {
+            "what": "cka",
+            "label": kind,
+            "series": next((one for one in series if one.startswith(f"{kind}/")), kind),
+            "layer": layer,
+            "cka": value,
+        }
         for kind, layers in found.items()
         for layer, value in layers.items()
         if isfinite(value)
@@ -360,7 +367,7 @@ def by_layer(
     series = list(dict.fromkeys(one for block in held for one in block.by_layer))
     panels, said, numbers = [], [], []
     for block in held:
-        records, levels, like = layer_records(block), reference_records(block), cka_records(block, cka)
+        records, levels, like = layer_records(block), reference_records(block), cka_records(block, cka, series)
         layers = tuple(sorted({int(record["layer"] or 0) for record in [*records, *like]}))
         # What a filter leaves empty has no extent, of which Vega warns: only what there is gets a layer.
         marks = tuple(dict.fromkeys(str(record["what"]) for record in [*levels, *like]))
@@ -371,7 +378,7 @@ def by_layer(
         numbers += [place | {k: v for k, v in _plain(r).items() if k != "what"} for r in [*records, *levels, *like]]
     keys = [Key(one, i % len(SHAPES) + 1, SHAPES[i % len(SHAPES)]) for i, one in enumerate(series)]
     if any(r["what"] == "cka" for panel in panels for r in panel.records):
-        keys.append(Key("linear CKA to the last layer (right axis)", 0, "dashed"))
+        keys.append(Key("linear CKA to the last layer, in its tokens' colour (right axis)", 0, "dashed"))
     return Figure(
         name,
         title,
@@ -434,10 +441,10 @@ def _layer_spec(
             "cka:Q", title="CKA", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(orient="right", tickCount=5, grid=False)
         )
         close = [
-            alt.Tooltip("series:N", title="of"),
+            alt.Tooltip("label:N", title="CKA of"),
             alt.Tooltip("layer:Q"),
             alt.Tooltip("cka:Q", title="CKA", format=".3f"),
         ]
-        lines = of("cka").mark_line(style="baseline").encode(x=x, y=like, detail="series:N", tooltip=close)
+        lines = of("cka").mark_line(style="like").encode(x=x, y=like, color=colour, tooltip=close)
         chart = alt.layer(chart, lines).resolve_scale(y="independent")
     return finished(chart, 260)

@@ -114,7 +114,14 @@ def _matrix_spec(classes: tuple[str, ...]) -> dict[str, Any]:
     alt = needs_altair()
     base = charted()
     axis = alt.Axis(domain=False, ticks=False, labelLimit=90, labelOverlap="greedy")
-    x = alt.X("taken:N", sort=list(classes), title="taken for", axis=axis.copy(), scale=alt.Scale(domain=list(classes)))
+    angle = 0 if max(map(len, classes)) <= 3 else -90
+    x = alt.X(
+        "taken:N",
+        sort=list(classes),
+        title="taken for",
+        axis=alt.Axis(**axis.to_dict(), labelAngle=angle),
+        scale=alt.Scale(domain=list(classes)),
+    )
     y = alt.Y("true:N", sort=list(classes), title="true class", axis=axis, scale=alt.Scale(domain=list(classes)))
     colour = alt.Color("share:Q", scale=alt.Scale(domain=[0, 100]), legend=None)
     tip = [
