@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mlfusion.datasets import Reading, array_dataset
     from mlfusion.errors import MlfusionError
     from mlfusion.evaluation import probe
-    from mlfusion.extraction import extract
+    from mlfusion.extraction import Making, extract
     from mlfusion.features import Features, load_features, open_features
     from mlfusion.prediction import predict
     from mlfusion.results import Results
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FeatureStore",
     "Features",
+    "Making",
     "MlfusionError",
     "Reading",
     "Results",
@@ -34,6 +35,7 @@ __all__ = [
 _HOME = {
     "FeatureStore": "store",
     "Features": "features",
+    "Making": "extraction",
     "MlfusionError": "errors",
     "Reading": "datasets",
     "Results": "results",
