@@ -527,7 +527,7 @@ def _taken(forward: Forward, one: Loaded[list[Stream]]) -> _Taken:
     }
     event = torch.cuda.Event()
     event.record()
-    one.free = event.synchronize  # the pictures' buffer is read until then
+    one.free = forward.copied  # the buffer is read until then; the pass itself goes on
     return _Taken(there, event.synchronize)
 
 

@@ -1,7 +1,7 @@
 """Pictures through a frozen model in pieces that fit into memory: sized by what images take, halved when it runs out."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -31,9 +31,8 @@ class Forward:
         self.shrunk = False  # whether memory ran out meanwhile
         self.passes = 0
         self.seconds = 0.0
-        self._buffer: Tensor | None = (
-            None  # the finished pictures; taken anew it would be fetched and cleared each time
-        )
+        self.copied: Callable[[], None] = lambda: None  # waits until the last pictures are on the device
+        self._buffer: Tensor | None = None  # finished pictures: memory taken anew would be cleared each time
 
     def __call__(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor]:
         """Prepared pictures → tokens in float32 on the model's device, which may still be at work on them.
@@ -76,6 +75,10 @@ class Forward:
 
     def _finished(self, pictures: Tensor) -> Tensor:
         there = pictures.to(self.backbone.device, non_blocking=True)
+        if there.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self.copied = event.synchronize
         if self._buffer is None or len(self._buffer) < len(there):
             self._buffer = torch.empty(there.shape, device=there.device)
         return self.steps.finish(there, self._buffer)

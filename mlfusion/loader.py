@@ -168,7 +168,8 @@ def _step_back() -> None:
     """Let the forward pass go first. On Linux a priority is a thread's own; elsewhere it would be the process's."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICE))
 
 
 _job: _Job | None = None  # of a worker process

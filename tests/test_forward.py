@@ -93,7 +93,7 @@ def test_an_extraction_that_runs_out_of_memory_loses_nothing(folder, tmp_path, m
     assert '"out_of_memory": true' in run.read_text()
 
 
-COSINES = {"bfloat16": 5e-4, "float16": 2e-5}
+COSINES = {"bfloat16": 2e-3, "float16": 5e-5}
 """Of 1 - cosine to float32, any layer, CLS and AP; the page of speed has the measured ones by layer."""
 
 
