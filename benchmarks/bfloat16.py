@@ -1,14 +1,16 @@
 """What narrow products cost in accuracy: the lockstep probe in bfloat16 and in float32 against a literal loop in float32.
 
-    python benchmarks/bfloat16.py --model MODEL --data FOLDER [--sets dtd10,flowers5] [--seeds 0,1,2] [--page]
+    python benchmarks/bfloat16.py --model MODEL --data FOLDER [--sets dtd10,flowers5] [--seeds 0,1,2] [--results FILE] [--page]
 
 On the CLS and AP tokens of every layer, by the quick grid: the same split, batches, jitter, schedule and class weights for
 all three, and each of them chooses its own learning rate on the images held out, is refitted and tested once. The loop
 projects keys and values for every token, one configuration at a time, by torch's layers and AdamW; its initialisation and
-dropout are drawn by torch, so that it is one more draw of the same experiment. With --page the table goes into docs/speed.md.
+dropout are drawn by torch, so that it is one more draw of the same experiment. What is in the file of results is not made
+again. With --page the table goes into docs/speed.md, after every set.
 """
 
 import argparse
+import json
 import math
 import time
 from functools import partial
@@ -106,24 +108,40 @@ def main() -> None:
     parser.add_argument("--sets", default="dtd10,flowers5,sign_digits,fashion_mnist,cifar10", help="their names")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--cache", default=None)
+    parser.add_argument("--results", type=Path, default=Path("results/bfloat16.json"))
     parser.add_argument("--page", action="store_true", help="put the table into docs/speed.md")
     asked = parser.parse_args()
     seeds = [int(seed) for seed in asked.seeds.split(",")]
-    rows = []
-    for name in asked.sets.split(","):
-        where = str(asked.data / name)
-        mlfusion.extract(asked.model, where, cache=asked.cache)
-        (train, classes), (test, _) = (tokens(asked.model, where, split, asked.cache) for split in ("train", "test"))
-        found = {way: [run(train, test, classes, seed) for seed in seeds] for way, run in WAYS.items()}
-        plain, _, narrow = found.values()
-        gap, deviation = fmean(narrow) - fmean(plain), math.hypot(stdev(plain), stdev(narrow))
-        scores = [f"{100 * fmean(each):.1f} ± {100 * stdev(each):.1f}" for each in found.values()]
-        rows.append((name, str(len(test)), *scores, f"{100 * gap:+.1f}", f"{100 * deviation:.1f}"))
-        print(*rows[-1], f"{time.process_time() / 60:.1f} minutes of processor time", sep="  ", flush=True)
-    heads = ("data set", "test images", *WAYS, "bfloat16 less literal", "spread")
-    if asked.page:
-        said = f"{page.machine()}, torch {torch.__version__}; {time.process_time() / 60:.0f} minutes of processor time."
-        page.put("speed.md", "bfloat16", f"{said}\n\n{page.table(heads, rows)}")
+    sets = asked.sets.split(",")
+    found: dict[str, dict[str, list[float]]] = json.loads(asked.results.read_text()) if asked.results.exists() else {}
+    for name in sets:
+        if name not in found:
+            where = str(asked.data / name)
+            mlfusion.extract(asked.model, where, cache=asked.cache)
+            (train, classes), (test, _) = (
+                tokens(asked.model, where, split, asked.cache) for split in ("train", "test")
+            )
+            found[name] = {way: [run(train, test, classes, seed) for seed in seeds] for way, run in WAYS.items()}
+            asked.results.parent.mkdir(parents=True, exist_ok=True)
+            asked.results.write_text(json.dumps(found, indent=1))
+        print(
+            *line(name, found[name]), f"{time.process_time() / 60:.1f} minutes of processor time", sep="  ", flush=True
+        )
+        if asked.page:
+            made = [one for one in sets if one in found]
+            heads = ("data set", *WAYS, "bfloat16 less literal", "spread")
+            text = page.table(heads, (line(one, found[one]) for one in made))
+            if absent := [one for one in sets if one not in found]:
+                text += f"\n\nNot measured yet: {', '.join(absent)}; the same command goes on from here."
+            page.put("speed.md", "bfloat16", f"{page.machine()}, torch {torch.__version__}.\n\n{text}")
+
+
+def line(name: str, found: dict[str, list[float]]) -> tuple[str, ...]:
+    """One of the table."""
+    plain, _, narrow = found.values()
+    gap, deviation = fmean(narrow) - fmean(plain), math.hypot(stdev(plain), stdev(narrow))
+    scores = [f"{100 * fmean(each):.1f} ± {100 * stdev(each):.1f}" for each in found.values()]
+    return name, *scores, f"{100 * gap:+.1f}", f"{100 * deviation:.1f}"
 
 
 if __name__ == "__main__":

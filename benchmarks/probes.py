@@ -100,11 +100,11 @@ def family(rows: list[Row], sets: list[str]) -> str:
     return "\n".join(lines)
 
 
-def halving(rows: list[Row], sets: list[str]) -> str:
-    """The same probes and seeds by the paper's grid, chosen among all and chosen by halving."""
+def halving(rows: list[Row], sets: list[str], head: str) -> str | None:
+    """Probes of this head with the same seeds by the paper's grid, chosen among all and chosen by halving; None without any."""
     ways: dict[tuple[str, str], dict[int, dict[bool, Row]]] = {}
     for row in rows:
-        if row["grid"] == "paper" and row["probe"] in HALVED:
+        if row["grid"] == "paper" and row["probe"] in HALVED and row["probe"].endswith(f"/{head}"):
             seeds = ways.setdefault((row["dataset"], row["probe"]), {})
             seeds.setdefault(row["seed"], {})["halving" in row] = row
     lines = [
@@ -120,7 +120,7 @@ def halving(rows: list[Row], sets: list[str]) -> str:
             scores = [spread([way[half][what] for way in pairs]) for what in ("val", "test") for half in (False, True)]  # type: ignore[literal-required]
             cells = [name, f"`{probe}`", str(len(pairs)), f"{same} of {len(pairs)}", *scores]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else None
 
 
 def main() -> None:
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--sets", default="dtd10,flowers5", help="their names")
     parser.add_argument("--cache", default=None)
     parser.add_argument("--results", type=Path, default=Path("results/probes"))
+    parser.add_argument("--parts", default="family,halving", help="of the page that are written")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of processor time")
     parser.add_argument("--table", action="store_true", help="train nothing")
     asked = parser.parse_args()
@@ -148,8 +149,11 @@ def main() -> None:
             where, probes=[probe], model=asked.model, cache=asked.cache, results=asked.results, say=print, **options
         )
     rows = Results(asked.results).require()
-    page.put("probes.md", "family", family(rows, sets))
-    page.put("probes.md", "halving", halving(rows, sets))
+    if "family" in asked.parts.split(","):
+        page.put("probes.md", "family", family(rows, sets))
+    for part in ("linear", "attentive"):
+        if "halving" in asked.parts.split(",") and (table := halving(rows, sets, part)):
+            page.put("probes.md", f"halving, {part}", table)
 
 
 if __name__ == "__main__":
