@@ -72,11 +72,14 @@ def table(held: dict[tuple[str, str], dict[str, list[Row]]], said: dict[tuple[st
         } | FIXED
         for way, name in ways.items():
             regrets.setdefault(way, []).append(tests[best] - tests[name])
+    widths = [each["score"]["high"] - each["score"]["low"] for one in said.values() for each in one["candidates"]]
+    images = sorted({one["images"] for one in said.values()})
     rules = [[way, percent(fmean(each)), percent(max(each))] for way, each in regrets.items()]
     return "\n\n".join(
         [
             page.table([*heads, "best by test", "its test, %", "regret"], lines, left=2),
-            f"Mean and largest regret over these {len(said)} cases, in points:",
+            f"The pilots were of {images[0]} to {images[-1]} images, and their scores' intervals {percent(min(widths))} to "
+            f"{percent(max(widths))} points wide. Mean and largest regret over these {len(said)} cases, in points:",
             page.table(["rule", "mean", "largest"], rules),
         ]
     )

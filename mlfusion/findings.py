@@ -147,7 +147,8 @@ def _over(rows: Sequence[Row]) -> list[str]:
 
 def _costs(study: Study) -> str:
     lines = [
-        "Of one probe, its grid and refit included; means over seeds and data sets.",
+        "Of one probe, its grid and refit included; means over seeds and data sets. Times are the clock's, whatever else the "
+        "machine was doing.",
         "",
         "| model | probe | parameters | time | tokens in the cache |",
         "|---|---|---:|---:|---:|",
