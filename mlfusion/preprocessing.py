@@ -282,7 +282,13 @@ class Borrowed:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         noise = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
-        self.pixels: tuple[int, int] = self.picture(Image.fromarray(noise)).shape[1:]
+        try:
+            self.pixels: tuple[int, int] = self.picture(Image.fromarray(noise)).shape[1:]
+        except (ValueError, RuntimeError, TypeError) as err:
+            raise BadModel(
+                f"{type(processor).__name__} cannot prepare a picture by the settings it was given ({_said(err)}); "
+                "allowed: a preprocessor_config.json whose sizes fit together"
+            ) from err
 
     def picture(self, image: Image.Image, name: str = "") -> np.ndarray:
         """[3, height, width] float32."""
@@ -511,11 +517,15 @@ def _processor(folder: Path) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
     except (OSError, ValueError, ImportError) as err:
-        said = (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
         raise BadModel(
-            f"{folder.name}: no image processor can be made ({said}); the folder needs a preprocessor_config.json of one "
+            f"{folder.name}: no image processor can be made ({_said(err)}); the folder needs a preprocessor_config.json of one "
             f"of {', '.join(KNOWN)}, or of another processor that has a PIL form in transformers"
         ) from err
+
+
+def _said(err: BaseException) -> str:
+    """What a library said, short enough to quote."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
 
 
 def _json(path: Path) -> dict[str, Any]:

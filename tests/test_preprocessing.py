@@ -302,9 +302,13 @@ def test_names_of_views_and_refusals(tmp_path):
         preprocessing.read(folder, view="crop0")
     with pytest.raises(BadModel, match="--size 0"):
         preprocessing.read(folder, size=0)
-    sam = processor_folder(tmp_path / "sam", "SamImageProcessor", {"pad_size": {"height": 48, "width": 48}})
+    square = {"height": 48, "width": 48}
+    sam = processor_folder(tmp_path / "sam", "SamImageProcessor", {"size": {"longest_edge": 48}, "pad_size": square})
     with pytest.raises(BadModel, match="rules of its own"):
         preprocessing.read(sam, "fast")
+    torn = processor_folder(tmp_path / "torn", "SamImageProcessor", {"size": {"longest_edge": 64}, "pad_size": square})
+    with pytest.raises(BadModel, match="whose sizes fit together"):
+        preprocessing.read(torn)
 
 
 @pytest.mark.parametrize(
