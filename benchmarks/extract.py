@@ -1,6 +1,6 @@
 """How near does an extraction come to the bare model, and how far is it from the script that one would write?
 
-    python benchmarks/extract.py [--data ../shared/data] [--part rate,usual,memory,features] [--page]
+    python benchmarks/extract.py [--data ../shared/data] [--part rate,usual,memory,features,ways] [--page]
     python benchmarks/extract.py --device cuda --part gpu --page
 
 JPEGs of 500 x 375 pixels are made from the photographs of dtd10. `rate`: `mlfusion extract` of every layer's CLS and AP, with
@@ -8,7 +8,8 @@ the model loaded before, from the first look at the files to the last flushed sh
 in memory, and against decoding alone; round by round in turn. `usual`: against a DataLoader with the model's processor,
 output_hidden_states and torch.save, one pass a token kind. `memory`: the peak of N, 2N and 4N images, a process each.
 `features`: what the fast path and narrower numbers do to DeiT-Ti's features on the photographs as they are. `gpu`: a model of
-CLIP-B/16's shape, from JPEGs and from pictures in memory, and its share of the device's rate of matrix products.
+CLIP-B/16's shape, from JPEGs and from pictures in memory, and its share of the device's rate of matrix products. `ways`: the
+bare forward pass compiled, over channels-last pictures, and with attention that is not fused, against itself as it is.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from mlfusion.memory import pages_kept
 
 BATCH = 32
 DEIT = "weights/deit_tiny_patch16_224"
-PARTS = ("rate", "usual", "memory", "features", "gpu")
+PARTS = ("rate", "usual", "memory", "features", "ways", "gpu")
 
 
 def make_images(data: Path, root: Path, count: int) -> Path:
@@ -295,6 +296,60 @@ def features(args: argparse.Namespace, root: Path) -> None:
     publish(args, "extraction's differences", text + page.table(heads, rows))
 
 
+def ways(args: argparse.Namespace, root: Path) -> None:
+    rows = []
+    for which, count in (("DeiT-Ti", 128), ("ViT-B/16", 32)):
+        folder = make_model(args.data, root, which)
+        pixels = torch.randn(BATCH, 3, 224, 224)
+
+        def vit(attention: str, folder: Path = folder) -> Any:
+            made = transformers.ViTModel.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=attention, add_pooling_layer=False
+            )
+            return made.eval()
+
+        def forward(model: Any, pictures: torch.Tensor, count: int = count) -> Callable[[], float]:
+            @torch.inference_mode()
+            def once() -> float:
+                began = time.perf_counter()
+                for _ in range(count // BATCH):
+                    model(pixel_values=pictures)
+                return count / (time.perf_counter() - began)
+
+            return once
+
+        plain = vit("sdpa")
+        compiled = forward(torch.compile(vit("sdpa")), pixels)
+        began = time.perf_counter()
+        compiled()
+        first = time.perf_counter() - began
+        tried = {
+            "as it is": forward(plain, pixels),
+            "torch.compile": compiled,
+            "channels last": forward(
+                vit("sdpa").to(memory_format=torch.channels_last), pixels.to(memory_format=torch.channels_last)
+            ),
+            "attention not fused": forward(vit("eager"), pixels),
+        }
+        found = in_turn(tried, 5)
+        for name in tried:
+            ratios = [each[name] / each["as it is"] for each in found]
+            note = f"first call {first:.0f} s" if name == "torch.compile" else ""
+            rows.append(
+                (
+                    which,
+                    name,
+                    f"{median(each[name] for each in found):.1f}",
+                    f"{median(ratios):.2f}",
+                    f"{min(ratios):.2f} to {max(ratios):.2f}",
+                    note,
+                )
+            )
+            print(*rows[-1], sep="  ", flush=True)
+    heads = ["model", "forward pass", "images/s", "to as it is", "rounds", ""]
+    publish(args, "ways of the forward pass", page.table(heads, rows, left=2))
+
+
 def gpu(args: argparse.Namespace, root: Path) -> None:
     folder = make_model(args.data, root, "CLIP-B/16")
     images = make_images(args.data, root / "images", args.images * 16)
@@ -361,7 +416,7 @@ def publish(args: argparse.Namespace, part: str, text: str, machine: str | None 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=page.DOCS.parent.parent / "shared" / "data")
-    parser.add_argument("--part", default="rate,usual,memory,features", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--part", default="rate,usual,memory,features,ways", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=512, help="N of the peaks of memory")
     parser.add_argument("--page", action="store_true", help="put the tables into docs/speed.md")
