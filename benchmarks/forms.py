@@ -121,7 +121,7 @@ def main() -> None:
     if asked.page:
         about = (
             f"{len(rows):,} photographs of {nbytes / len(rows) / 1e3:.0f} kB on average. {page.machine()}; median of "
-            f"{REPEATS}, ± half the interquartile range; load average {os.getloadavg()[0]:.0f}, most of it other work.\n\n"
+            f"{REPEATS}, ± half the interquartile range; load average {os.getloadavg()[0]:.0f}.\n\n"
         )
         heads = ("form", "opening", "digests of all images", "images/s in all", "GB/s in all")
         page.put(
