@@ -150,6 +150,11 @@ def _model(word: str, device: str) -> Iterator[Finding]:
         said = f"{row.family}, {row.depth} layers of width {row.width}, {row.image_px} px; {row.licence}{gated}; {row.source}"
         yield Finding("name", "ok", said)
     if not local:
+        if not row:
+            said = (
+                f"{asked.name}: an id of the hub; not pinned: its newest state, the commit of which goes into the key"
+            )
+            yield Finding("name", "ok", said)
         source, revision = (row.source, row.revision) if row else (asked.name, None)
         copy = hub.here(source, revision)
         yield from _access(source, asked.name, revision, copy)

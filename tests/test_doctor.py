@@ -81,6 +81,7 @@ def test_the_hub_is_asked_what_a_download_takes_and_whether_one_may(tmp_path, mo
     weights = ("config.json", "preprocessor_config.json", "model.safetensors")
     assert remote.nbytes == sum((folder / name).stat().st_size for name in weights)
     assert remote.revision == hub.COMMIT
+    assert "not pinned" in found["name"].found
     assert (found["access"].state, found["access"].do) == ("ok", "mlfusion extract -m someone/tiny")
     assert (locked.state, "hf auth login" in locked.do) == ("problem", True)
     assert "no model 'someone/nothing'" in absent.found

@@ -109,7 +109,7 @@ def test_rows_of_the_catalogue_are_whole():
     rows = list(models.CATALOGUE.values())
     assert len({row.source for row in rows}) == len(rows)
     for row in rows:
-        assert row.revision is None or re.fullmatch("[0-9a-f]{40}", row.revision), row.name
+        assert row.embedded or re.fullmatch("[0-9a-f]{40}", row.revision or ""), row.name
         assert row.licence, row.name
         assert row.about, row.name
         assert row.image_px % row.patch_px == 0 or row.name.endswith("14-384"), row.name

@@ -327,7 +327,7 @@ def _models() -> Iterator[dict[str, Any]]:
             "licence": row.licence,
             "gated": "gated" if row.gated else "",
             "source": row.source,
-            "revision": row.revision or "newest",
+            "revision": row.revision or "",
             "about": f"the study's; {row.about}" if row.study else row.about,
         }
 

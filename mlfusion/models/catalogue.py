@@ -1,8 +1,8 @@
 """The catalogue of models: `catalogue.csv`, a row each.
 
 A revision is the commit that a name stands for, so that it stands for the same numbers in years to come; they were read off
-public records of snapshots of these repositories. Where none was found the row has none, which means the newest commit: a
-repository that changes then gives other features, under another key.
+public records of snapshots of these repositories. A repository of which no record was found has no row: it is used by its
+hub id, which means its newest state, and the commit that this was goes into the key.
 """
 
 import csv
@@ -19,7 +19,7 @@ class Row:
 
     name: str
     source: str  # hub id, or "embedded:<folder>" for what ships with the package
-    revision: str | None  # commit on the hub; None is the newest
+    revision: str | None  # commit on the hub; none for what ships with the package
     family: str
     image_px: int  # a side of a prepared picture
     depth: int  # blocks, L; of all stages together
