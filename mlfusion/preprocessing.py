@@ -335,7 +335,7 @@ def read(
     """
     if word not in WORDS:
         raise UnknownName("preprocessing", word, WORDS)
-    if not re.fullmatch(r"plain|flip|crop[1-9][0-9]*", view):
+    if not is_view(view):
         raise UnknownName("view", view, VIEWS)
     config = _json(folder / "config.json")
     found = _of_the_study(folder, config) if word.startswith("paper") else _own(folder, config)
@@ -351,6 +351,11 @@ def read(
     if word.endswith("fast") and found.resample in ("bilinear", "bicubic"):  # the filters that torch has for bytes
         found = dataclasses.replace(found, kernel="torch-uint8")
     return dataclasses.replace(found, view=view, seed=seed)
+
+
+def is_view(word: str) -> bool:
+    """Whether a view is called so."""
+    return re.fullmatch(r"plain|flip|crop[1-9][0-9]*", word) is not None
 
 
 def views(count: int) -> tuple[str, ...]:

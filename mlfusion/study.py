@@ -6,25 +6,26 @@ seed or a data set does only that. A model or a data set that fails costs the ot
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlfusion import costs, evaluation, extraction, models, planning, trackers
 from mlfusion.backbone import Backbone
+from mlfusion.datasets import Reading
 from mlfusion.errors import MlfusionError
-from mlfusion.extraction import Extracted, Images, Request
+from mlfusion.extraction import Extracted, Images, Making, Request
 from mlfusion.features import SplitPair
 from mlfusion.progress import duration
 from mlfusion.recipe import Recipe
 from mlfusion.results import Results, Row
-from mlfusion.specs import GRIDS, TokenKind
+from mlfusion.specs import GRIDS, FeatureSpec, TokenKind
 from mlfusion.store import FeatureStore, Place
 
 TRIAL_SECONDS = 2.0  # of forward passes of each model; its rate then stands for all data sets
-SPLITS = ("train", "test")
 
+Told = TypeVar("Told")
 Say = Callable[[str], None]
 
 
@@ -35,6 +36,7 @@ class Case:
     model: str  # as the recipe says it
     dataset: str
     asked: Request  # of the tokens that are needed still
+    skip_bad: bool  # whether images that cannot be read are passed over
     jobs: tuple[evaluation.Job, ...]
     missing: tuple[evaluation.Job, ...]
     stage_one: planning.Plan | None  # None where no token is needed
@@ -48,8 +50,8 @@ class Case:
 
     @property
     def keys(self) -> tuple[str, str]:
-        """Of the features: train and test."""
-        train, test = (job.spec.key for job in self.asked.jobs)
+        """Of the features that probes read: train and test."""
+        train, test = (spec.key for spec in _read_by_probes(self.asked))
         return train, test
 
     @property
@@ -181,7 +183,7 @@ def plan(
     planner = _Planner(recipe, cache, Results(Path(results)), device)
     cases: list[Case] = []
     failures: list[Failure] = []
-    for model, dataset in product(recipe.models, recipe.datasets):
+    for model, dataset in product(recipe.asked_models, recipe.datasets):
         try:
             cases.append(planner.case(model, dataset))
         except MlfusionError as err:
@@ -202,10 +204,9 @@ class _Planner:
     def case(self, model: str, dataset: str) -> Case:
         """Raises MlfusionError: the model or the data set cannot be had, or cannot be used so."""
         recipe, images = self.recipe, self._read(dataset)
-        asked = _request(model, images, self.device)
-        spec = asked.jobs[0].spec
+        asked = _request(model, images, self.device, recipe)
+        spec, tested = _read_by_probes(asked)
         probes, wanted = recipe.asked(spec.model.depth)
-        train, test = (each.spec.key for each in asked.jobs)
         jobs = evaluation.jobs_of(
             probes,
             recipe.seeds,
@@ -214,9 +215,10 @@ class _Planner:
             halving=recipe.halving,
             smoothing=recipe.smoothing,
         )
-        missing = tuple(job for job in jobs if job.row_id((train, test)) not in self._done)
+        missing = tuple(job for job in jobs if job.row_id((spec.key, tested.key)) not in self._done)
         pairs = frozenset(pair for job in missing for pair in job.probe.representation.pairs(spec.model.depth))
-        asked = replace(asked, pairs=wanted if recipe.tokens else pairs)
+        # What is named, tokens or views, is cached though no probe reads it.
+        asked = replace(asked, pairs=wanted if recipe.tokens or len(recipe.views) > 1 else pairs)
         stage_one, seconds = None, 0.0
         if asked.pairs:
             trial = None if model in self._rates else TRIAL_SECONDS
@@ -229,6 +231,7 @@ class _Planner:
             model=model,
             dataset=dataset,
             asked=asked,
+            skip_bad=recipe.skip_bad,
             jobs=tuple(jobs),
             missing=missing,
             stage_one=stage_one,
@@ -239,7 +242,7 @@ class _Planner:
     def _read(self, dataset: str) -> Images:
         if dataset not in self._images:
             try:
-                self._images[dataset] = Images.of(dataset, SPLITS)
+                self._images[dataset] = Images.of(dataset, self.recipe.split, _told(Reading, self.recipe))
             except MlfusionError as err:
                 self._images[dataset] = err  # the next model need not try again
         found = self._images[dataset]
@@ -272,17 +275,30 @@ def _tokens(kind: TokenKind, asked: Request) -> int:
     return GRIDS.get(kind, 1) ** 2
 
 
-def _request(model: str, images: Images, device: str) -> Request:
+def _request(model: str, images: Images, device: str, recipe: Recipe) -> Request:
     """Of no token yet."""
     return Request.of(
         model,
         images,
         layers="all",
         tokens=(),
-        format="zarr",
-        dtype="float16",
+        format=recipe.format,  # type: ignore[arg-type]
+        dtype=recipe.dtype,  # type: ignore[arg-type]
         device=device,
+        making=_told(Making, recipe),
     )
+
+
+def _told(kind: Callable[..., Told], recipe: Recipe) -> Told:
+    """What of a recipe goes by the names of that dataclass; None is its own default."""
+    said = {each.name: getattr(recipe, each.name) for each in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in said.items() if value is not None})
+
+
+def _read_by_probes(asked: Request) -> tuple[FeatureSpec, FeatureSpec]:
+    """Train and test as they are, not in another view."""
+    train, test = (job.spec for job in asked.jobs if job.steps.view == "plain")
+    return train, test
 
 
 class _Loaded:
@@ -327,7 +343,7 @@ def run(
             say(f"{number} of {len(planned.cases)}: {case.name}")
         try:
             if case.stage_one:
-                extracted += extraction.fill(case.asked, cache=cache, say=say, model=model)
+                extracted += extraction.fill(case.asked, cache=cache, skip_bad=case.skip_bad, say=say, model=model)
             if case.missing:
                 made += evaluation.run(_pair(case, FeatureStore(cache)), case.missing, kept, shown=shown, say=say)[1]
         except MlfusionError as err:
@@ -337,6 +353,6 @@ def run(
 
 
 def _pair(case: Case, store: FeatureStore) -> SplitPair:
-    train, test = (store.entry(job.spec) for job in case.asked.jobs)
+    train, test = (store.entry(spec) for spec in _read_by_probes(case.asked))
     assert train is not None and test is not None  # filled just now
     return SplitPair(case.asked.names.model, case.asked.names.dataset, train, test, older=0)

@@ -91,7 +91,7 @@ DOORS: dict[str, set[str]] = {
         "trackers",
         "trained",
     },
-    "recipe": {"errors", "specs", "protocol", "models", "datasets"},
+    "recipe": {"errors", "specs", "protocol", "models", "datasets", "preprocessing", "store"},
     "advice": {
         "errors",
         "specs",
@@ -117,6 +117,7 @@ DOORS: dict[str, set[str]] = {
         "progress",
         "store",
         "models",
+        "datasets",
         "backbone",
         "features",
         "extraction",

@@ -1,6 +1,7 @@
 """Every recipe that ships is sound and says what it costs; every fault of one that is not is told at once, with its line."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 from mlfusion import cli, datasets, models, recipe
 from mlfusion.errors import BadRecipe
-from mlfusion.specs import parse_tokens
+from mlfusion.extraction import Making, extract
+from mlfusion.specs import parse_model, parse_tokens
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 EVERY = sorted(PIPELINES.rglob("*.toml"))
@@ -70,7 +72,9 @@ def test_the_papers_recipes_cover_its_models_and_data_sets(shared):
 def test_the_recipes_readme_names_every_recipe_and_every_key():
     text = (PIPELINES / "README.md").read_text()
     assert set(re.findall(r"\]\((\w[\w/-]*\.toml)\)", text)) == {named(path) for path in EVERY}
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == {f.name for f in dataclasses.fields(recipe.Recipe)}
+    assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]+`) \|", text, re.M)))) == {
+        f.name for f in dataclasses.fields(recipe.Recipe)
+    }
 
 
 def test_the_default_recipe_is_what_the_commands_default_to():
@@ -158,6 +162,101 @@ def test_every_fault_is_told_at_once_with_its_line(tmp_path):
     assert said.count("line ") == 14
     with pytest.raises(BadRecipe, match=re.escape(f"line 16: there is no {tmp_path / 'mine'}")):
         recipe.load(file, data=tmp_path)
+
+
+MORE_BAD = """\
+models = ["formula-vit:blok", "$DATA/m:block"]
+datasets = ["digits"]
+hook = "blok"
+preprocess = "slow"
+size = 0
+views = ["flip", "crop0", "flip"]
+view_seed = -1
+compute = "int8"
+dtype = "float8"
+format = "csv"
+split = "train,validation"
+image_column = 3
+image_root = "$DATA/nowhere"
+target = "colour"
+carve = "0.9/0.2"
+carve_seed = 1.5
+upright = 1
+max_pixels = 0
+config = ""
+stream = "no"
+skip_bad = 0
+
+[set]
+eps = 1e-6
+act = ["gelu"]
+"""
+
+
+def test_every_fault_of_how_features_are_made_and_data_is_read_is_told_too(tmp_path):
+    (tmp_path / "m").mkdir()
+    file = tmp_path / "bad.toml"
+    file.write_text(MORE_BAD)
+    with pytest.raises(BadRecipe) as caught:
+        recipe.load(file, data=tmp_path)
+    said = str(caught.value)
+    for words in (
+        "line 1: no hook point named 'blok'. Did you mean block",
+        "line 3: hook = 'blok': allowed are norm2, block, attn, mlp, projected",
+        "line 4: preprocess = 'slow': allowed are exact, fast, paper, paper+fast",
+        "line 5: size = 0: allowed are whole numbers from 1",
+        "line 6: views: 'flip' twice",
+        "line 6: no view named 'crop0'",
+        "line 6: views = ['flip', 'crop0', 'flip']: \"plain\" must be among them",
+        "line 7: view_seed = -1: allowed are whole numbers from 0",
+        "line 8: compute = 'int8': allowed are float32, bfloat16, float16, auto",
+        "line 9: dtype = 'float8': allowed are float16, bfloat16, float32, int8",
+        "line 10: format = 'csv': allowed are zarr, hdf5",
+        "line 11: split = 'train,validation': allowed are train,test and, say, train,test=validation",
+        "line 12: image_column = 3: allowed is text in quotes",
+        f"line 13: there is no {tmp_path / 'nowhere'}",
+        "line 14: target = 'colour': allowed are class, labels, number",
+        "line 15: carve '0.9/0.2'; allowed: the shares of train/test or train/validation/test",
+        "line 16: carve_seed = 1.5",
+        "line 17: upright = 1: allowed are true and false",
+        "line 18: max_pixels = 0",
+        "line 19: config = ''",
+        "line 20: stream = 'no'",
+        "line 21: skip_bad = 0",
+        "line 25: set: act = ['gelu']: allowed are text, numbers, true and false",
+    ):
+        assert words in said
+    assert said.count("line ") == 23
+
+
+def test_a_hook_point_and_settings_are_of_every_model_that_says_nothing_else(tmp_path):
+    (tmp_path / "m").mkdir()
+    file = tmp_path / "x.toml"
+    file.write_text(
+        'models = ["formula-vit", "$DATA/m:mlp", "clip-vit-b16:hidden_act=relu"]\ndatasets = ["digits"]\n'
+        'hook = "block"\nset = { hidden_act = "gelu", layer_norm_eps = 1e-5, qkv_bias = true }\n'
+        'image_root = "$DATA/m"\n'
+    )
+    loaded = recipe.load(file, data=tmp_path)
+    rest = "hidden_act=gelu,layer_norm_eps=1e-05,qkv_bias=true"
+    assert loaded.asked_models == (
+        f"formula-vit:block,{rest}",
+        f"{tmp_path}/m:mlp,{rest}",
+        f"clip-vit-b16:block,{rest.replace('gelu', 'relu')}",
+    )
+    assert [parse_model(word).settings for word in loaded.asked_models[:2]] == [loaded.set] * 2
+    assert loaded.image_root == str(tmp_path / "m")
+    plain = recipe.Recipe(models=("formula-vit", "m:block"), datasets=("digits",))
+    assert plain.asked_models == plain.models
+
+
+def test_a_recipe_can_say_whatever_an_extraction_can_be_told():
+    """But how fast: batches and workers are the machine's, and change no number."""
+    options = {each.name for kind in (Making, datasets.Reading) for each in dataclasses.fields(kind)}
+    options |= {*inspect.signature(extract).parameters} - {"making", "reading"}
+    own = {"model", "dataset", "splits", "device", "cache", "say"}  # said otherwise, or to `mlfusion run`
+    machine = {"batch_size", "workers"}
+    assert options - own - machine <= set(recipe.NAMES)
 
 
 def test_what_is_missing_has_no_line(tmp_path):

@@ -3,13 +3,16 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import save_images, save_model
+from typer.testing import CliRunner
 
-from mlfusion import cli, evaluation, extraction, protocol, study
-from mlfusion.recipe import Recipe
+from mlfusion import cli, evaluation, extraction, load_features, protocol, study
+from mlfusion.recipe import Recipe, load
 from mlfusion.results import Results
 
 PROBES = ("cls-last/linear", "alf:h2", "aat")
@@ -108,6 +111,116 @@ def test_tokens_that_are_named_are_cached_though_no_probe_reads_them(recipe, mod
     [train, _] = planned.cases[0].stage_one.splits
     assert train.bytes_held > 0
     assert train.images_to_run == 0
+
+
+CHANGED = {
+    "hook": "block",
+    "set": (("hidden_act", "relu"),),
+    "preprocess": "fast",
+    "size": 48,
+    "compute": "bfloat16",
+    "dtype": "float32",
+    "carve": "0.5/0.5",
+    "upright": True,
+}
+OPTIONS = [
+    ("--hook", "block"),
+    ("--set", "hidden_act=relu"),
+    ("--preprocess", "fast"),
+    ("--size", "48"),
+    ("--compute", "bfloat16"),
+    ("--dtype", "float32"),
+    ("--carve", "0.5/0.5"),
+    ("--upright",),
+]
+
+
+def test_how_features_are_made_is_part_of_the_study(model, data):
+    """A key that is changed misses the cache and the rows, and means what the option of `extract` does; the same one hits."""
+    folders = {"carve": str(Path(data[0]) / "train")}  # one split, so that it can be carved
+    keys = set()
+    for (name, value), option in zip(CHANGED.items(), OPTIONS, strict=True):
+        plain = Recipe(
+            models=(model,),
+            datasets=(folders.get(name, data[0]),),
+            probes=PROBES[:1],
+            grid="quick",
+            seeds=(0,),
+            carve="0.8/0.2" if name == "carve" else None,
+        )
+        if name not in folders:
+            study.run(study.plan(plain))
+            assert study.plan(plain).is_done
+        changed = replace(plain, **{name: value})
+        [case] = study.plan(changed).cases
+        assert case.images_to_run == (24 if name == "carve" else 36), name
+        assert len(case.missing) == 1, name
+        done = CliRunner().invoke(
+            cli.app, ["extract", "-m", model, "-d", plain.datasets[0], *option, "--layers", "last", "--tokens", "cls"]
+        )
+        assert done.exit_code == 0, done.output
+        [case] = study.plan(changed).cases
+        assert (case.images_to_run, len(case.missing)) == (0, 1), name
+        keys.add(case.keys)
+    assert len(keys) == len(CHANGED)
+    assert study.run(study.plan(changed)).made == 1
+    assert study.plan(changed).is_done
+
+
+def test_views_are_cached_beside_the_plain_one_which_probes_read(model, data):
+    plain = Recipe(models=(model,), datasets=(data[0],), probes=PROBES[:1], grid="quick", seeds=(0,))
+    [first] = study.run(study.plan(plain)).rows
+    asked = replace(plain, views=("flip", "plain", "crop1"), view_seed=3)
+    [case] = study.plan(asked).cases
+    assert (case.images_to_run, case.missing) == (2 * 36, ())
+    done = study.run(study.plan(asked))
+    assert (done.rows, done.made, done.failures) == ([first], 0, ())
+    assert study.plan(asked).is_done
+    flipped, straight = (
+        load_features(model, data[0], "train", layers="last", tokens="cls", view=view) for view in ("flip", "plain")
+    )
+    assert flipped.ids == straight.ids
+    assert not np.allclose(flipped.tokens, straight.tokens)
+    [case] = study.plan(replace(asked, view_seed=4)).cases
+    assert case.images_to_run == 36  # the crops alone
+
+
+def test_columns_splits_and_bad_images_are_as_the_recipe_says(model, data, tmp_path):
+    folder = tmp_path / "table"
+    folder.mkdir()
+    pictures = Path(data[0])
+    for split in ("train", "validation"):
+        files = sorted((pictures / {"validation": "test"}.get(split, split)).rglob("*.png"))
+        lines = [f"{n},{path.relative_to(pictures)},{path.parent.name},{n % 2}" for n, path in enumerate(files)]
+        (folder / f"{split}.csv").write_text("\n".join(["number,where,colour,odd", *lines]) + "\n")
+    text = f"""
+models = ["{model}"]
+datasets = ["{folder}"]
+probes = ["cls-last/linear"]
+grid = "quick"
+seeds = [0]
+image_column = "where"
+label_column = "colour"
+id_column = "number"
+image_root = "$DATA/colours"
+split = "train,test=validation"
+"""
+    (tmp_path / "x.toml").write_text(text)
+    asked = load(tmp_path / "x.toml", data=pictures.parent)
+    done = study.run(study.plan(asked))
+    assert (done.failures, done.rows[0]["images"]) == ((), {"train": 24, "test": 12})
+    assert done.rows[0]["classes"] == ["blue", "green", "red"]
+    [case] = study.plan(replace(asked, label_column="odd")).cases
+    assert len(case.missing) == 1
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(data[1], damaged)
+    (damaged / "train" / "red" / "000.png").write_bytes(b"no image")
+    plain = Recipe(models=(model,), datasets=(str(damaged),), probes=PROBES[:1], grid="quick", seeds=(0,))
+    assert len(study.run(study.plan(plain)).failures) == 1
+    done = study.run(study.plan(replace(plain, skip_bad=True)))
+    assert (done.failures, done.made) == ((), 1)
+    assert sum(one.images_skipped for one in done.extracted) == 1
 
 
 def test_images_that_changed_are_another_study(recipe, model, data, tmp_path):
