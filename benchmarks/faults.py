@@ -1,10 +1,11 @@
 """How often each fault of the cache was tried, and what was lost: the table of docs/faults.md.
 
-    python benchmarks/faults.py [--folder DIR] [--page] [--table]
+    python benchmarks/faults.py [FILE …] [--minutes M] [--folder DIR] [--page] [--table]
 
 Runs the long form of tests/faults, file by file, a process each. A file that passed is not run again while its tally lies in
---folder; one that failed is, and says why. With --page the table goes into docs/faults.md, losses and all;
-with --table nothing is run, and it shows the tallies there are.
+--folder, unless it is named; one that failed is, and says why. `--minutes 60 soak` lets users of every kind loose on one
+cache for an hour. With --page the tables go into docs/faults.md, losses and all; with --table nothing is run, and they show
+the tallies there are.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import page
 
@@ -21,53 +23,84 @@ ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests" / "faults"
 
 
-def run(test: Path, kept: Path) -> dict[str, object]:
-    """One file's tally; made anew where it is not there, or of a run that failed."""
-    if kept.exists() and (old := json.loads(kept.read_text()))["passed"]:
-        return old
+def run(test: Path, kept: Path, minutes: float | None) -> None:
+    """Run one file and keep its tally."""
     tally, began = kept.with_suffix(".tally"), time.monotonic()
     tally.unlink(missing_ok=True)
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", str(test)],
-        env=os.environ | {"MLFUSION_FAULTS": "long", "MLFUSION_TALLY": str(tally)},
+        env=os.environ
+        | {"MLFUSION_FAULTS": "long", "MLFUSION_TALLY": str(tally)}
+        | ({"MLFUSION_SOAK": str(minutes)} if minutes else {}),
         cwd=ROOT,
         check=False,
     )
-    body = {
-        "passed": ran.returncode == 0,
-        "minutes": (time.monotonic() - began) / 60,
-        "tally": json.loads(tally.read_text()) if tally.exists() else {},
-    }
+    body = json.loads(tally.read_text()) if tally.exists() else {"tally": {}, "figures": {}}
+    body |= {"passed": ran.returncode == 0, "minutes": (time.monotonic() - began) / 60}
     kept.write_text(json.dumps(body))
-    return body
 
 
-def main() -> None:
-    """Run what is missing, print the table, write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "results" / "faults", help="for the tallies")
-    parser.add_argument("--page", action="store_true", help="put the table into docs/faults.md")
-    parser.add_argument("--table", action="store_true", help="run nothing")
-    asked = parser.parse_args()
-    folder = asked.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    tests = sorted(TESTS.glob("test_*.py"))
-    kept = [folder / f"{test.stem}.json" for test in tests]
-    found = (
-        [json.loads(path.read_text()) for path in kept if path.exists()] if asked.table else list(map(run, tests, kept))
-    )
+def load(kept: Path) -> dict[str, Any] | None:
+    """What was kept of a file's run, if it was run."""
+    return json.loads(kept.read_text()) if kept.exists() else None
+
+
+def trials(found: list[dict[str, Any]]) -> str:
+    """The table of what was tried and what was lost."""
     counts: dict[str, list[int]] = {}
     for body in found:
-        for what, (tried, lost) in body["tally"].items():  # type: ignore[attr-defined]
+        for what, (tried, lost) in body["tally"].items():
             count = counts.setdefault(what, [0, 0])
             count[0] += tried
             count[1] += lost
     every = [sum(column) for column in zip(*counts.values(), strict=True)]
     rows = [(what, f"{tried:,}", f"{lost:,}") for what, (tried, lost) in sorted(counts.items())]
-    text = page.table(["what was done", "trials", "lost"], [*rows, ("**all**", *(f"**{count:,}**" for count in every))])
-    print(text)
-    if asked.page:
-        page.put("faults.md", "faults", f"{page.machine()}.\n\n{text}")
+    return page.table(["what was done", "trials", "lost"], [*rows, ("**all**", *(f"**{count:,}**" for count in every))])
+
+
+def soak(figures: dict[str, Any]) -> str:
+    """The table of what the users of one busy cache did, and of what their processes held."""
+    before, after = figures["mebibytes"]
+    rows = [
+        ("minutes", f"{figures['minutes']:.0f}"),
+        *((what, f"{count:,}") for what, count in sorted(figures["did"].items())),
+        ("images through the model", f"{figures['images']:,}"),
+        ("processes that lived from the beginning to the end", f"{figures['residents']}"),
+        ("memory of the one that grew most, second quarter of the time → last", f"{before:.0f} → {after:.0f} MiB"),
+        ("file descriptors of each between two acts, at most, and the same at the end", f"{figures['descriptors']}"),
+    ]
+    return page.table(["what", "how much"], rows)
+
+
+def main() -> None:
+    """Run what is missing, print the tables, write them."""
+    tests = {test.stem.removeprefix("test_"): test for test in sorted(TESTS.glob("test_*.py"))}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", metavar="FILE", help=f"run these, and only these, anew: {', '.join(tests)}")
+    parser.add_argument("--minutes", type=float, help="that the soak takes: 1")
+    parser.add_argument("--folder", type=Path, default=ROOT / "results" / "faults", help="for the tallies")
+    parser.add_argument("--page", action="store_true", help="put the tables into docs/faults.md")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    asked = parser.parse_args()
+    if unknown := set(asked.files) - set(tests):
+        parser.error(f"no such files: {', '.join(sorted(unknown))}; allowed: {', '.join(tests)}")
+    folder = asked.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: folder / f"{test.stem}.json" for name, test in tests.items()}
+    if not asked.table:
+        for name in asked.files or tests:
+            old = load(kept[name])
+            if asked.files or old is None or not old["passed"]:
+                run(tests[name], kept[name], asked.minutes)
+    found = [body for path in kept.values() if (body := load(path)) is not None]
+    parts = {"faults": f"{page.machine()}.\n\n{trials(found)}"}
+    for body in found:
+        if "soak" in body.get("figures", {}):
+            parts["soak"] = soak(body["figures"]["soak"])
+    for part, text in parts.items():
+        print(text, end="\n\n")
+        if asked.page:
+            page.put("faults.md", part, text)
     if not all(body["passed"] for body in found):
         sys.exit("a test failed: see above")
 

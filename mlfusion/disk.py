@@ -34,22 +34,31 @@ def here() -> str:
 
 
 def claim() -> str:
-    """A word that says who writes it and is used once: host~process~random."""
-    return f"{here()}~{os.getpid()}~{uuid.uuid4().hex[:8]}"
+    """A word that says who writes it and is used once: host~process.start~random."""
+    return f"{here()}~{os.getpid()}.{_begun(os.getpid())}~{uuid.uuid4().hex[:8]}"
 
 
 def alive(claim: str) -> bool | None:
     """Whether the process that made a claim lives; None where that cannot be known from here."""
     parts = claim.split("~")
-    if len(parts) != 3 or parts[0] != here() or not parts[1].isdecimal():
+    number, _, begun = parts[1].partition(".") if len(parts) == 3 else ("", "", "")
+    if not number.isdecimal() or parts[0] != here():
         return None
     try:
-        os.kill(int(parts[1]), 0)
+        os.kill(int(number), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # somebody else's process
-    return True
+        pass  # somebody else's process
+    now = _begun(int(number))
+    return not begun or not now or begun == now  # process numbers are used again, in a container soon
+
+
+def _begun(process: int) -> str:
+    """When a process began, in ticks since the machine did; '' where that is not told."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    return ""
 
 
 def draft_name(folder: Path) -> Path:

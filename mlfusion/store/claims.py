@@ -84,7 +84,7 @@ class Leases:
         """Who holds this piece of work, for people: 'process 17 on host'."""
         state = _state(self._folder / name)
         host, _, rest = (state[2] if state else "nobody~0~").partition("~")
-        return f"process {rest.partition('~')[0]} on {host.rpartition('.')[0] or host}"
+        return f"process {rest.partition('~')[0].partition('.')[0]} on {host.rpartition('.')[0] or host}"
 
 
 def working(folder: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ pytest.register_assert_rewrite("workers")
 
 LONG = os.environ.get("MLFUSION_FAULTS") == "long"
 TALLY: dict[str, list[int]] = {}  # what was tried → how often, how often something was lost
+FIGURES: dict[str, dict[str, Any]] = {}  # what else was counted, by the name of the table that shows it
 
 
 @pytest.fixture
@@ -37,6 +39,12 @@ def trial() -> Callable[[str], AbstractContextManager[None]]:
     return one
 
 
+@pytest.fixture
+def figures() -> dict[str, dict[str, Any]]:
+    """For what a page shows beside trials and losses."""
+    return FIGURES
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_shards() -> Iterator[None]:
     """Shards of eight images, four of `all` tokens; chunks of four of one: many files of a few bytes."""
@@ -50,4 +58,4 @@ def small_shards() -> Iterator[None]:
 def pytest_sessionfinish() -> None:
     """Trials and losses by what was tried, into the file that MLFUSION_TALLY names: for benchmarks/faults.py."""
     if place := os.environ.get("MLFUSION_TALLY"):
-        Path(place).write_text(json.dumps(TALLY), encoding="utf-8")
+        Path(place).write_text(json.dumps({"tally": TALLY, "figures": FIGURES}), encoding="utf-8")

@@ -135,6 +135,26 @@ def test_a_lease_of_a_host_that_never_comes_back(trial, tmp_path, monkeypatch):
         whole(root)
 
 
+def test_a_process_number_that_is_another_process_now(trial, tmp_path):
+    """As in a container that begins again: what the dead left is theirs, though somebody lives who bears their number."""
+    root = tmp_path / "cache"
+    folder = extract(root).path
+    host, process, _ = disk.claim().split("~")
+    number, begun = process.split(".")
+    for dead in (f"{host}~{number}.{int(begun) - 1}~01234567", f"{host}~1.{10**15}~01234567"):
+        with trial("a process number that is another process's now"):
+            assert disk.alive(dead) is False
+            (folder / "leases" / "all.L3~0").write_text(dead)
+            (folder / "pins" / dead).touch()
+            (folder / f"{disk.DRAFT}{dead}").mkdir()
+            extract(root)
+            whole(root)
+    (folder / "pins" / dead).touch()
+    assert remove(root, folder) == ""
+    assert disk.alive(disk.claim())
+    assert disk.alive(f"{host}~{number}~01234567")  # of an earlier version, which did not say when it began
+
+
 def test_threads_and_forks_share_one_reader(many, trial, tmp_path):
     entry = extract(tmp_path / "cache")
     wrong: list[str] = []

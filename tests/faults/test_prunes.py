@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from test_company import read_on
-from workers import IMAGES, Child, extract, files, litter, right, spec, whole
+from workers import IMAGES, Child, extract, files, right, spec, whole
 
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens
-from mlfusion.errors import MlfusionError
 from mlfusion.probes import Shape
 from mlfusion.store import FeatureStore
 from mlfusion.store.housekeeping import TRASH, empty, remove
@@ -154,49 +153,3 @@ def test_a_training_goes_on_unharmed(many, trial, tmp_path):
             assert pruner.wait() == 0
             prune(root)
             assert FeatureStore(root).entry(spec()) is None
-
-
-def soak(root: Path, seconds: float, seed: int) -> None:
-    """One user of a busy cache: extracts, reads and prunes at random; whatever is read is right."""
-    random, end = np.random.default_rng(seed), time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if (act := random.integers(8)) < 3:
-                extract(root, pause=0.001)
-            elif act < 7:
-                if (entry := FeatureStore(root).entry(spec())) is not None and entry.held():
-                    right(entry)
-            else:
-                prune(root)
-        except MlfusionError:
-            pass  # it said what was the matter, and nothing wrong was read
-
-
-def test_everything_at_once(many, trial, tmp_path):
-    """Users that come, are stopped and killed, on one cache; file descriptors do not pile up, and the end is as ever."""
-    root = tmp_path / "cache"
-    want = files(extract(root).path)
-    random, users = np.random.default_rng(5), 0
-    with trial("a busy cache: extracting, reading, pruning, stopping and killing at once"):
-        end, open_files = time.monotonic() + many(2, 60), len(os.listdir("/proc/self/fd"))
-        children: list[Child] = []
-        while time.monotonic() < end or children:
-            while len(children) < 4 and time.monotonic() < end:
-                children.append(Child(soak, root, random.uniform(0.1, 2), users))
-                users += 1
-            child = children.pop(int(random.integers(len(children))))
-            match random.integers(3):
-                case 0:
-                    assert child.kill_after(random.uniform(0, 0.3)) in (0, -signal.SIGKILL), child.said
-                case 1:
-                    child.send(signal.SIGSTOP)
-                    time.sleep(random.uniform(0, 0.2))
-                    child.send(signal.SIGCONT)
-                    children.append(child)
-                case 2:
-                    assert child.wait() == 0, child.said
-        assert len(os.listdir("/proc/self/fd")) == open_files
-        extract(root)
-        assert files(whole(root).path) == want
-        assert litter(root) == []
-        assert users > 3

@@ -145,6 +145,10 @@ class Child:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def ended(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def wait(self) -> int:
         """Its exit status, or minus the signal that ended it; what it had to say is then in `said`."""
         _, status = os.waitpid(self.pid, 0)
