@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache as once
 from pathlib import Path
@@ -96,7 +96,14 @@ def sweep(folder: Path) -> None:
 def remove(path: Path) -> None:
     """A file or a folder; no complaint if somebody else was faster."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        aside = draft_name(path.parent)
+        try:  # in one step out of the hands of who may be about to publish it: else that would be published by halves
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return
+        except OSError:
+            aside = path
+        shutil.rmtree(aside, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
@@ -207,16 +214,28 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def room(folder: Path) -> str:
+    """What is free where a folder lies or would lie, for people; a file system may run out of files before it is full."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    free = f"{shutil.disk_usage(folder).free / 1e6:,.3f} MB are free"
+    files = os.statvfs(folder) if hasattr(os, "statvfs") else None
+    return f"{free} in at most {files.f_favail:,} files" if files and files.f_files else free
+
+
 @contextmanager
-def told(root: Path) -> Iterator[None]:
-    """Turn the disk's refusals into words about the cache at `root`."""
+def told(root: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
+    """Turn the disk's refusals into words about the cache at `root`; `needed`: the bytes that are still to be written."""
     try:
         yield
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(root).free if root.exists() else 0
+            wanted = ""
+            if needed is not None:
+                with suppress(OSError, CacheUnusable):
+                    wanted = f"{needed() / 1e6:,.3f} MB are needed, "
             raise CacheUnusable(
-                f"no space left for the cache at {root} ({free / 1e6:,.0f} MB free); what was written is safe: "
+                f"no space left for the cache at {root}: {wanted}{room(root)}; what was written is safe: "
                 "free some space, or choose another place with --cache, and run the same command again"
             ) from err
         if err.errno == errno.EIO:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
@@ -315,9 +316,9 @@ def fill(
             backbone.shapes(asked.pairs)  # a token that the model does not have is refused before anything is written
             spec = replace(job.spec, model=replace(job.spec.model, kinds=tuple(backbone.kinds)))
             entry = store.create(spec, job.samples, asked.names)
-            with disk.told(store.root):
+            with disk.told(store.root, partial(_needed, entry, asked.pairs)):
                 fresh = asked.fresh(entry, job.spec, backbone)
-                _check_space(entry, fresh)
+                _check_space(entry, _needed(entry, asked.pairs) + sum(stream.nbytes for stream in fresh))
                 entry.begin(fresh)
                 work.run(entry, backbone, asked.pairs)
                 if work.written:
@@ -359,14 +360,18 @@ def _samples(name: str, split: datasets.Split) -> Samples:
     return Samples(split.ids, split.labels, table, split.classes)
 
 
-def _check_space(entry: Entry, fresh: Iterable[Stream]) -> None:
+def _needed(entry: Entry, pairs: frozenset[Pair]) -> int:
+    """Bytes of the shards that are missing of streams that were begun."""
+    lacking = gaps(entry, pairs).items()
+    return sum(len(stream.rows(n)) * stream.nbytes // stream.images for stream, shards in lacking for n in shards)
+
+
+def _check_space(entry: Entry, needed: int) -> None:
     """Refuse early what the disk cannot hold."""
-    needed = sum(stream.nbytes for stream in fresh)
-    free = shutil.disk_usage(entry.path).free
-    if needed > free:
+    if needed > shutil.disk_usage(entry.path).free:
         raise CacheUnusable(
-            f"{needed / 1e9:,.1f} GB are needed under {entry.path} and {free / 1e9:,.1f} GB are free; free some space "
-            "(mlfusion cache prune), choose another place with --cache, or ask for fewer --layers or --tokens"
+            f"no space left for the cache: {needed / 1e6:,.3f} MB are needed under {entry.path}, {disk.room(entry.path)}; "
+            "free some space (mlfusion cache prune), choose another place with --cache, or ask for fewer --layers or --tokens"
         )
 
 

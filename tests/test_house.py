@@ -136,6 +136,8 @@ DOORS: dict[str, set[str]] = {
 HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
     "transformers": {"preprocessing", "backbone", "models", "pretrain"},
     "zarr": set(),
+    "zarrs": set(),  # like tensorstore it starts threads that no fork survives; readers work in forks
+    "tensorstore": set(),
     "h5py": {"store"},
     "datasets": {"datasets"},
     "altair": {"report"},

@@ -50,12 +50,12 @@ class Leases:
                 _take_away(path, state)
             else:
                 return False
-        draft = disk.draft_name(self._folder)
-        draft.write_text(mine, encoding="utf-8")
-        with suppress(FileNotFoundError):
-            if _link(draft, path):
-                self._held[name] = mine
-        draft.unlink(missing_ok=True)
+        with disk.drafted(disk.draft_name(self._folder)) as draft:
+            draft.write_text(mine, encoding="utf-8")
+            with suppress(FileNotFoundError):
+                if _link(draft, path):
+                    self._held[name] = mine
+            draft.unlink(missing_ok=True)
         return name in self._held
 
     def renew(self) -> None:
@@ -171,8 +171,9 @@ def _link(draft: Path, path: Path) -> bool:
         return False
     except OSError:  # no hard links on this file system: exclusive creation does as well for a small claim
         try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(draft.read_text(encoding="utf-8"))
+            file = open(path, "x", encoding="utf-8")  # noqa: SIM115 - closed below
         except FileExistsError:
             return False
+        with disk.drafted(path), file:
+            file.write(draft.read_text(encoding="utf-8"))
     return True

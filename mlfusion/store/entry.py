@@ -472,9 +472,10 @@ class ShardDraft:
         self._final = entry.folder(stream) / "c" / str(shard)
         self._draft = disk.draft_name(entry.folder(stream))
         file = self._draft / FORMATS[stream.format].file
-        self._draft.mkdir()  # likewise
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._writer: ShardWriter | None = FORMATS[stream.format].writer(file, stream, shard)
+        with disk.drafted(self._draft):
+            self._draft.mkdir()  # likewise
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._writer: ShardWriter | None = FORMATS[stream.format].writer(file, stream, shard)
 
     def append(self, tokens: np.ndarray, unread: Mapping[int, str] = {}) -> None:
         """The shard's next rows, [rows, layers, kinds x tokens, width]; `unread` says of which, and why, there is no image.

@@ -4,6 +4,7 @@ The loop, the leases and the cache are the real ones; only the model is a formul
 whole extraction a few hundred milliseconds.
 """
 
+import ctypes
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ import torch
 
 from mlfusion import disk, extraction
 from mlfusion.errors import MlfusionError
-from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
+from mlfusion.specs import DataSpec, Dtype, FeatureSpec, ModelSpec
 from mlfusion.store import Entry, FeatureStore, Names, Samples
 from mlfusion.store.audit import verify
 
@@ -99,21 +100,27 @@ def samples(images: int = IMAGES) -> Samples:
     )
 
 
-def spec(images: int = IMAGES) -> FeatureSpec:
+def spec(images: int = IMAGES, dtype: Dtype = "float16") -> FeatureSpec:
     rows = samples(images)
     data = DataSpec(content=rows.content, split="train", images=images, classes=rows.classes, name="numbers")
-    return FeatureSpec(model=MODEL, data=data, dtype="float16")
+    return FeatureSpec(model=MODEL, data=data, dtype=dtype)
 
 
 def extract(
-    root: Path, *, images: int = IMAGES, format: str = "zarr", passes: Path | None = None, pause: float = 0.0
+    root: Path,
+    *,
+    images: int = IMAGES,
+    format: str = "zarr",
+    dtype: Dtype = "float16",
+    passes: Path | None = None,
+    pause: float = 0.0,
 ) -> Entry:
     """`mlfusion.extract` of the formula."""
     asked = extraction.Request(
         checkpoint=None,
         names=NAMES,
         pairs=PAIRS,
-        jobs=(extraction.Job(Images(images), samples(images), spec(images), Steps()),),
+        jobs=(extraction.Job(Images(images), samples(images), spec(images, dtype), Steps()),),
         format=format,
         device="cpu",
         batch_size=4,
@@ -202,3 +209,31 @@ def whole(root: Path, images: int = IMAGES) -> Entry:
     assert list(verify(root, entry.path)) == []
     assert litter(root) == []
     return entry
+
+
+PRIVATE, USER, NAMESPACE = 1 << 18, 0x10000000, 0x20000  # MS_PRIVATE; CLONE_NEWUSER, CLONE_NEWNS
+REMOUNT, RECURSIVE = 1 << 5, 1 << 14  # MS_REMOUNT, MS_REC
+
+
+def mount(place: Path, options: str, *, again: bool = False) -> None:
+    """A file system in memory, seen by this process and its children alone; `again` changes the one that is there.
+
+    Raises:
+        PermissionError: a process may not have such a thing here.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def must(status: int) -> None:
+        if status:
+            raise PermissionError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    if not again:
+        user, group = os.geteuid(), os.getegid()
+        must(libc.unshare(NAMESPACE if user == 0 else NAMESPACE | USER))
+        if user:
+            Path("/proc/self/setgroups").write_text("deny")
+            Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+            Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+        must(libc.mount(b"none", b"/", None, PRIVATE | RECURSIVE, None))
+        place.mkdir()
+    must(libc.mount(b"none", os.fsencode(place), b"tmpfs", REMOUNT if again else 0, options.encode()))
