@@ -545,6 +545,7 @@ class _Writer:
         self._filling, self._publishing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._queue: deque[Future[None]] = deque()
         self._published: deque[tuple[str, Future[bool]]] = deque()
+        self._failed = False
         self.busy = 0.0  # seconds of filling, and waiting for a flush
         self.awaited = 0.0  # seconds that tokens were waited for, which the device was at work on
         self.held = 0.0  # seconds that the loop was held up because writing was behind
@@ -570,6 +571,9 @@ class _Writer:
             self._queue.popleft().result()
 
     def _fill(self, rows: range, taken: _Taken, unread: dict[int, str]) -> None:
+        if self._failed:
+            return  # a draft lacks rows of a batch before this one, and must not be given others in their place
+        self._failed = True
         began = time.perf_counter()
         taken.arrived()
         arrived = time.perf_counter()
@@ -578,12 +582,14 @@ class _Writer:
             shard = rows.start // stream.shard_rows
             if stream not in self._drafts:
                 self._drafts[stream] = self._undo.enter_context(self._entry.draft(stream, shard))
+            assert self._drafts[stream].row == rows.start
             self._drafts[stream].append(part.numpy(), unread)
             if rows.stop % stream.shard_rows == 0 or rows.stop == stream.images:
                 future = self._publishing.submit(self._drafts.pop(stream).publish)
                 if self._published:  # no more than one shard that is flushed and one that is filled
                     self._published[-1][1].exception()
                 self._published.append((self._entry.lease_name(stream, shard), future))
+        self._failed = False
         self.busy += time.perf_counter() - arrived
 
     def __enter__(self) -> "_Writer":

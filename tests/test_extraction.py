@@ -299,7 +299,7 @@ def test_too_little_space_is_refused_before_any_work(model, images, monkeypatch)
     from mlfusion import extraction
 
     monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
-    with pytest.raises(CacheUnusable, match="GB are needed"):
+    with pytest.raises(CacheUnusable, match="MB are needed"):
         mlfusion.extract(model, images)
 
 

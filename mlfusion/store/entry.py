@@ -477,6 +477,11 @@ class ShardDraft:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._writer: ShardWriter | None = FORMATS[stream.format].writer(file, stream, shard)
 
+    @property
+    def row(self) -> int:
+        """The image whose tokens come next."""
+        return self._row
+
     def append(self, tokens: np.ndarray, unread: Mapping[int, str] = {}) -> None:
         """The shard's next rows, [rows, layers, kinds x tokens, width]; `unread` says of which, and why, there is no image.
 

@@ -3,17 +3,20 @@
 import errno
 import os
 import resource
+import time
 
 import numpy as np
 import pytest
 from test_kills import at_change, steps
 from workers import UNUSABLE, Child, extract, files, published, spec, whole
 
+from mlfusion.store import ShardDraft
+
 both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 
 
 def full(root, step: int, format: str) -> None:
-    """Before this process's change number `step`, and before every later one that makes something, the disk is full."""
+    """Before this process's change number `step` the disk is full, and then it is not."""
 
     def refuse() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -70,3 +73,40 @@ def test_full_after_some_shards(trial, tmp_path):
     before = published(root / "v2" / spec(12).key)
     with trial("a full disk behind published shards"):
         mended(root, Child(full, root, 3, "zarr"), before, "zarr")
+
+
+def full_for_a_moment(root, which: int, told) -> None:
+    """The `which`th part of a batch finds no room for it, by when the batches behind it wait; there is room for those."""
+    append, count = ShardDraft.append, [0]
+
+    def fail(draft: ShardDraft, *args: object) -> None:
+        count[0] += 1
+        if count[0] == which:
+            time.sleep(0.05)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(draft, *args)
+
+    ShardDraft.append = fail
+    try:
+        extract(root, images=20)
+    finally:
+        told.write_text(str(count[0]))
+
+
+def test_full_for_a_moment(many, trial, tmp_path):
+    """What waited behind the batch that failed is not put in its place: each shard has its own rows, or is not there."""
+    want = files(extract(tmp_path / "alone", images=20).path)
+    child = Child(full_for_a_moment, tmp_path / "undisturbed", 0, tmp_path / "count")
+    assert child.wait() == 0, child.said
+    parts = int((tmp_path / "count").read_text())
+    assert parts == 10  # five batches, two streams
+    for which in range(1, parts + 1):
+        for turn in range(many(1, 20)):
+            with trial("a full disk for one part of a batch, with others waiting"):
+                root = tmp_path / f"{which} {turn}"
+                child = Child(full_for_a_moment, root, which, tmp_path / "count")
+                assert child.wait() == UNUSABLE, child.said
+                found = {name: data for name, data in files(root / "v2" / spec(20).key).items() if "/c/" in name}
+                assert found.items() <= want.items()
+                extract(root, images=20)
+                assert files(whole(root, 20).path) == want
