@@ -194,13 +194,20 @@ def publish_folder(draft: Path, final: Path) -> bool:
     with drafted(draft):
         for folder in (*(path for path in draft.rglob("*") if path.is_dir()), draft):
             flush(folder)
-    try:
-        os.rename(draft, final)  # onto a folder that is not empty this fails
-    except OSError:
-        remove(draft)
-        if not final.is_dir():  # no lost race: a real failure
-            raise
-        return False
+    while True:
+        try:
+            os.rename(draft, final)  # onto a folder that is not empty this fails
+            break
+        except OSError as err:
+            if final.is_dir():
+                remove(draft)
+                return False
+            if err.errno not in (
+                errno.ENOTEMPTY,
+                errno.EEXIST,
+            ):  # else a prune took away in this instant what stood there
+                remove(draft)  # no lost race: a real failure
+                raise
     flush(final.parent)
     return True
 

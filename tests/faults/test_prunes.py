@@ -1,5 +1,6 @@
 """Prunes against everything else: other prunes, kills, extractors, and a training that reads on unharmed."""
 
+import errno
 import os
 import signal
 import time
@@ -93,6 +94,25 @@ def test_prunes_against_extractors(many, trial, tmp_path):
             assert pruner.wait() == 0, pruner.said
             extract(root)
             whole(root)
+
+
+def test_a_prune_between_two_extractors(trial, tmp_path, monkeypatch):
+    """It takes away what the first published, in the instant in which the second finds the name taken."""
+    root, rename = tmp_path / "cache", os.rename
+    want = files(extract(root).path)
+    prune(root)
+
+    def late(old, new) -> None:
+        if Path(new).name == spec().key and Path(old).parent == Path(new).parent:
+            monkeypatch.setattr(os, "rename", rename)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))  # and by now it is gone
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", late)
+    with trial("a prune between the publishing of one extractor and another's"):
+        extract(root)
+        assert os.rename is rename
+        assert files(whole(root).path) == want
 
 
 def test_a_reader_that_is_stopped(many, trial, tmp_path):
