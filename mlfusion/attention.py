@@ -124,19 +124,24 @@ def seen(row: Row, *, cache: Place = None, dataset: str | None = None) -> Seen:
             f"the test features of row {row['id']} ({row['features'][1]}) are not in the cache, so that nothing says which "
             f"images it was tested on; name the cache that has them with --cache, or extract {word} again"
         )
-    split = datasets.load(word).split("test")
+    steps, upright = _prepared(entry.spec.model.preprocess, sources["model"] if sources else None)
+    split = datasets.load(word, datasets.Reading(upright=upright)).split("test")
     place = {name: number for number, name in enumerate(split.ids)}
     kept, rows = entry.samples, np.asarray(entry.rows)
     if any(kept.ids[number] not in place for number in rows):
         raise BadData(
             f"{word} has other test images than row {row['id']} was tested on; give the same ones with --dataset"
         )
-    steps = None
-    if sources:
-        try:
-            steps = preprocessing.read(models.locate(sources["model"]).folder)
-        except MlfusionError:
-            steps = None
-    if steps and steps.key() != entry.spec.model.preprocess:  # a view, or another size
-        steps = None
     return Seen(split, np.array([place[kept.ids[number]] for number in rows]), steps)
+
+
+def _prepared(key: str, model: str | None) -> tuple[preprocessing.Preprocessing | None, bool]:
+    """How the model's pictures were made, and whether images were turned first; None: nothing here says how."""
+    steps, upright = preprocessing.rebuilt(key)
+    if steps is not None or model is None:
+        return steps, upright
+    try:
+        own = preprocessing.read(models.locate(model).folder)
+    except MlfusionError:
+        return None, upright
+    return own if own.key() == key else None, upright

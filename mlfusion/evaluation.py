@@ -432,6 +432,7 @@ def _fitted(
             preprocess=digest(model.preprocess),
             hook=model.hook,
             compute=model.compute,
+            preparation=model.preprocess,
         ),
         layers=row["layers"],
         kinds=row["tokens"],

@@ -1,10 +1,10 @@
-"""New images through a saved probe: the backbone it was trained on, the same preprocessing, the same layers, its scores.
+"""New images through a saved probe: the backbone it was trained on, pictures prepared as then, the same layers, its scores.
 
 The one room that both stages open onto: pictures and a model on one side, a trained head on the other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,19 @@ def predict(
     top: int = TOP,
     device: str = "cpu",
     batch_size: int = BATCH,
+    max_pixels: int = datasets.MAX_PIXELS,
 ) -> list[Prediction]:
     """Classify images by a saved probe.
 
     Args:
         probe: the folder that `mlfusion probe --save` wrote.
         images: files.
-        model: where the backbone is, if it is not where the card says; its weights and preprocessing must be the same.
+        model: where the backbone is, if it is not where the card says; its weights must be the same. Pictures are prepared
+            as the card says, whatever that folder's own files do.
         top: how many classes to give.
         device: of the forward pass.
         batch_size: images in a forward pass.
+        max_pixels: larger images are refused.
 
     Raises:
         ResultsUnusable: no probe in that folder, or a damaged one.
@@ -85,7 +88,7 @@ def predict(
             f"{' and '.join(differing)} differ{'s' if len(differing) == 1 else ''}. Allowed: the same weights and "
             "preprocessing, so give their folder with --model, or train the probe again on this model's features"
         )
-    pictures = datasets.pictures([str(image) for image in images], datasets.Decoder(upright=upright))
+    pictures = datasets.pictures([str(image) for image in images], datasets.Decoder(upright, max_pixels))
     backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps, compute=spec.compute)
     made: list[Prediction] = []
     for start in range(0, len(pictures), batch_size):
@@ -100,23 +103,28 @@ def predict(
 
 
 def _as_trained(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[Preprocessing, ModelSpec, bool]:
-    """The preprocessing whose digest the card has, of those that go by name, and whether images are turned as their EXIF says.
-
-    Where none has it, the model's own.
-    """
+    """How the probe's pictures were prepared, the model with that, and whether images are turned as their EXIF says."""
     compute: Compute = card.compute if card.compute in COMPUTES else "float32"
-    own = preprocessing.read(checkpoint.folder)
-    plain = models.identify(checkpoint, own.key(), compute)
-    for word in preprocessing.WORDS:
+    steps, upright = _prepared(checkpoint, card)
+    spec = models.identify(checkpoint, steps.key(), compute)
+    return steps, spec.upright() if upright else spec, upright
+
+
+def _prepared(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[Preprocessing, bool]:
+    """As the card says; an older one has a digest only, so then in the way by name that has it; else as the model's own."""
+    made, upright = preprocessing.rebuilt(card.preparation)
+    if made is not None:
+        return made, upright
+    for word in preprocessing.WORDS if not card.preparation else ():
         try:
             steps = preprocessing.read(checkpoint.folder, word)
         except BadModel:  # the study has no recipe for it, or there is no faster way
             continue
-        spec = replace(plain, preprocess=steps.key())
-        for each, upright in ((spec, False), (spec.upright(), True)):
-            if digest(each.preprocess) == card.preprocess:
-                return steps, each, upright
-    return own, plain, False
+        plain = models.identify(checkpoint, steps.key())
+        for spec, turned in ((plain, False), (plain.upright(), True)):
+            if digest(spec.preprocess) == card.preprocess:
+                return steps, turned
+    return preprocessing.read(checkpoint.folder), upright
 
 
 def _tokens(backbone: Backbone, pixels: Tensor, card: trained.Card) -> np.ndarray:

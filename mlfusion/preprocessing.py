@@ -353,6 +353,26 @@ def read(
     return dataclasses.replace(found, view=view, seed=seed)
 
 
+def rebuilt(key: str) -> tuple[Steps | None, bool]:
+    """The steps that wrote this key, and whether images are turned as their EXIF says.
+
+    None: a processor with rules of its own wrote it, or another version of ours, whose steps were others.
+    """
+    try:
+        body = json.loads(key)
+        upright = body.pop("exif", None) == "upright"
+        plain = json.dumps(body, sort_keys=True)
+        body.pop("spare", None)
+        absent = {"size": None, "crop_size": None, "rescale_factor": None}  # what is not done is not in the key
+        sizes = {name: _size(body[name], False) for name in ("size", "crop_size") if name in body}
+        colours = {name: tuple(map(float, body[name])) for name in ("image_mean", "image_std") if name in body}
+        made = Steps(**{**absent, **body, **sizes, **colours})
+        known = made.resample in FILTERS and made.kernel in get_args(Kernel) and is_view(made.view)
+        return (made if known and made.key() == plain else None), upright
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, BadModel):
+        return None, False
+
+
 def is_view(word: str) -> bool:
     """Whether a view is called so."""
     return re.fullmatch(r"plain|flip|crop[1-9][0-9]*", word) is not None

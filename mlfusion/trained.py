@@ -27,7 +27,7 @@ from mlfusion.specs import DTYPES, HEADS, KINDS, Head
 from mlfusion.targets import KINDS as TARGETS
 from mlfusion.targets import OneClass, Target
 
-FORMAT = 1
+FORMAT = 2  # 1 had no `preparation`; both are read
 CARD, TENSORS, README = "card.json", "probe.safetensors", "README.md"
 
 
@@ -39,9 +39,10 @@ class Backbone:
     source: str  # hub id, 'embedded:…', or a folder
     weights: str  # sha256 of the weight files
     config: str  # digest of the architecture
-    preprocess: str  # digest of the processor's settings
+    preprocess: str  # digest of what is done to a picture
     hook: str
     compute: str
+    preparation: str = ""  # what that is, as the features' key has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,7 @@ def load(folder: Path) -> tuple[Card, Probe]:
         raise ResultsUnusable(
             f"{folder} is of format {number}; this version reads up to {FORMAT}. Update mlfusion: pip install -U mlfusion"
         )
-    if number != FORMAT or body.get("tensors") != hashlib.sha256(tensors).hexdigest():
+    if number not in range(1, FORMAT + 1) or body.get("tensors") != hashlib.sha256(tensors).hexdigest():
         raise ResultsUnusable(f"{folder} is damaged: {TENSORS} is not the one that {CARD} names; {AGAIN}")
     try:
         fields = {name: value for name, value in body.items() if name not in ("format", "tensors")}

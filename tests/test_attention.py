@@ -1,5 +1,7 @@
 """Maps of attention fall where the patches are, by sums that can be done by hand, and are drawn on the right images."""
 
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from tiny import save_images, save_model
 import mlfusion
 from mlfusion import attention
 from mlfusion.errors import BadData
+from mlfusion.extraction import Making
 from mlfusion.results import Results
 
 
@@ -106,3 +109,12 @@ def test_the_images_of_a_row_are_those_it_was_tested_on(tmp_path):
         attention.seen(aat, dataset=str(moved))
     with pytest.raises(BadData, match="not in the cache"):
         attention.seen(aat, dataset=str(moved), cache=tmp_path / "none")
+
+
+def test_pictures_are_shown_at_the_size_that_the_model_saw(tmp_path):
+    model, data = save_model("deit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 4, "test": 1})
+    mlfusion.extract(str(model), str(data), layers="last", tokens="cls", making=Making(size=64))
+    [made] = mlfusion.probe(str(data), probes="cls-last/ridge", seeds=(0,)).rows
+    assert attention.seen(made).picture(0).size == (64, 64)
+    shutil.rmtree(model)  # the features say how their pictures were made
+    assert attention.seen(made).picture(0).size == (64, 64)

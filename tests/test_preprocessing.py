@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -324,6 +325,44 @@ def test_another_size_keeps_the_share_that_is_cut_off(case, size, want, tmp_path
     steps = preprocessing.read(processor_folder(tmp_path / "m", *PROCESSORS[case]), size=size)
     assert (steps.size, steps.crop_size) == want
     assert steps.pixels == (size, size)
+
+
+@pytest.mark.parametrize("size", [None, 48])
+@pytest.mark.parametrize("view", ["plain", "flip", "crop2"])
+@pytest.mark.parametrize("word", preprocessing.WORDS)
+@pytest.mark.parametrize("family", ["vit", "clip", "dinov2"])
+def test_steps_are_made_again_from_the_key_that_they_wrote(family, word, view, size, tmp_path):
+    steps = preprocessing.read(save_model(family, tmp_path / "m"), word, size=size, view=view, seed=7)
+    held = (
+        replace(steps, seed=0) if view in ("plain", "flip") else steps
+    )  # where nothing is drawn, the seed says nothing
+    assert preprocessing.rebuilt(steps.key()) == (held, False)
+    turned = json.dumps({**json.loads(steps.key()), "exif": "upright"}, sort_keys=True)
+    assert preprocessing.rebuilt(turned) == (held, True)
+
+
+def test_what_is_left_out_of_the_steps_is_left_out_again():
+    bare = preprocessing.Steps(size=None, crop_size=(8, 8), rescale_factor=None)
+    assert preprocessing.rebuilt(bare.key()) == (bare, False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spare": 9},
+        {"kernel": "magic"},
+        {"resample": "magic"},
+        {"view": "crop0"},
+        {"more": 1},
+        {"size": "large"},
+        {"size": []},
+    ],
+)
+def test_no_steps_are_made_of_what_they_did_not_write(change, tmp_path):
+    key = preprocessing.read(save_model("vit", tmp_path / "m"), "fast").key()
+    assert preprocessing.rebuilt(json.dumps({**json.loads(key), **change}, sort_keys=True)) == (None, False)
+    for text in ("", "[]", "3", '{"do_resize": true}', key[:-1]):
+        assert preprocessing.rebuilt(text) == (None, False)
 
 
 def test_positions_of_another_size_are_interpolated(tmp_path):

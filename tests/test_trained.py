@@ -119,7 +119,7 @@ def change(folder: Path, what: str) -> None:
         (folder / "card.json").write_text(json.dumps(body)[:-20])
     else:
         changes: dict[str, dict[str, Any]] = {
-            "newer": {"format": 2},
+            "newer": {"format": 3},
             "shape": {"shape": body["shape"] | {"width": 9}},
             "head": {"head": "magic"},
             "target": {"target": {"kind": "colour"}},
@@ -138,7 +138,7 @@ def change(folder: Path, what: str) -> None:
         ("tensors", "is damaged: probe.safetensors is not the one that card.json names"),
         ("gone", "no probe in .*allowed: a folder with card.json and probe.safetensors"),
         ("torn", "cannot be read .*make it again with `mlfusion probe --save`"),
-        ("newer", "is of format 2; this version reads up to 1. Update"),
+        ("newer", "is of format 3; this version reads up to 2. Update"),
         ("shape", "holds no probe that can be built"),
         ("head", "holds no probe that can be built .*no head named 'magic'"),
         ("target", "holds no probe that can be built"),
@@ -199,6 +199,58 @@ def test_new_images_get_the_scores_of_cached_ones(model: Path, images: Path, dty
             assert list(given.values()) == sorted(given.values(), reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("family", "suffix", "making", "reading"),
+    [
+        ("vit", "", Making(size=48), None),
+        ("vit", ":block,hidden_act=relu", Making(preprocess="paper+fast", size=56), None),
+        ("clip", ":projected", Making(preprocess="paper", size=40), None),
+        ("deit", ":mlp", Making(size=64, compute="bfloat16"), mlfusion.Reading(upright=True)),
+        ("dinov2", ":attn", Making(views=("flip", "plain"), size=44), None),
+    ],
+)
+def test_new_images_are_made_as_the_cached_ones_were(
+    family: str, suffix: str, making: Making, reading: Any, images: Path, tmp_path: Path
+) -> None:
+    """At another size, hook point, with other settings, turned: the probe gives new files what it gives cached tokens."""
+    word = f"{save_model(family, tmp_path / family)}{suffix}"
+    mlfusion.extract(word, str(images), making=making, reading=reading)
+    done = mlfusion.probe(str(images), model=word, probes="ap-all-layers/linear", grid="quick", seeds=(0,), save=True)
+    [row] = done.rows
+    card, head = trained.load(Path("results/probes") / row["id"])
+    held = mlfusion.load_features(word, str(images), "test", tokens="ap")
+    values = held.tokens.reshape(len(held.ids), -1, held.tokens.shape[-1]).astype(np.float32)
+    expected, _ = protocol.predict(head, Tokens(values, held.labels), card.goal)
+    made = mlfusion.predict(Path("results/probes") / row["id"], [images / name for name in held.ids], top=3)
+    given = np.array([[dict(one.top)[name] for name in held.classes] for one in made])
+    np.testing.assert_allclose(given, expected, atol=2e-3)  # a token's last bit in float16 may differ
+    assert np.ptp(expected, axis=0).max() > 0.05  # and there is something to differ in
+
+
+def test_real_weights_at_another_size(shared: Path, tmp_path: Path) -> None:
+    """DeiT-Ti at 288 pixels on photographs of textures: files as cached tokens."""
+    [weights] = {path.parent for path in (shared / "weights").rglob("model.safetensors")}
+    folder = tmp_path / "few"
+    for split in ("train", "test"):
+        classes = sorted(path for path in (shared / "dtd10" / split).iterdir() if path.is_dir())[:3]
+        for each in classes:
+            (folder / split / each.name).mkdir(parents=True)
+            for picture in sorted(each.iterdir())[: 6 if split == "train" else 2]:
+                (folder / split / each.name / picture.name).write_bytes(picture.read_bytes())
+    [(row, probe)] = probed(weights, folder, "cls+ap-last/linear", making=Making(size=288))
+    ids = datasets.load(str(folder)).split("test").ids
+    made = mlfusion.predict(probe, [folder / name for name in ids], top=3)
+    given = [[dict(one.top)[name] for name in row["classes"]] for one in made]
+    np.testing.assert_allclose(given, Results("results").arrays(row)["probabilities"], atol=2e-3)
+
+
+def test_a_picture_that_is_too_large_is_refused_unless_more_is_allowed(model: Path, images: Path) -> None:
+    [(_, folder)] = probed(model, images, "cls-last/linear")
+    picture = next(images.rglob("*.png"))  # 40 x 36
+    with pytest.raises(BadData, match="allowed are 1,000: raise --max-pixels"):
+        mlfusion.predict(folder, [picture], max_pixels=1000)
+
+
 def test_a_probe_is_not_put_on_another_backbone(model: Path, images: Path, tmp_path: Path) -> None:
     [(_, folder)] = probed(model, images, "cls-last/linear")
     picture = next(images.rglob("*.png"))
@@ -209,8 +261,29 @@ def test_a_probe_is_not_put_on_another_backbone(model: Path, images: Path, tmp_p
     settings = same / "preprocessor_config.json"
     assert mlfusion.predict(folder, [picture], model=str(same)) == mlfusion.predict(folder, [picture])
     settings.write_text(settings.read_text().replace("0.5, 0.6, 0.7", "0.5, 0.6, 0.8"))
+    # How pictures are prepared is the probe's to say, and not that folder's.
+    assert mlfusion.predict(folder, [picture], model=str(same)) == mlfusion.predict(folder, [picture])
+    body = json.loads((folder / "card.json").read_text())
+    body["backbone"]["preparation"] = body["backbone"]["preparation"].replace("0.7", "0.8")
+    (folder / "card.json").write_text(json.dumps(body))
     with pytest.raises(BadModel, match=r"preprocess differs\. Allowed: the same weights and preprocessing"):
-        mlfusion.predict(folder, [picture], model=str(same))
+        mlfusion.predict(folder, [picture])
+
+
+def test_a_card_that_says_only_a_digest_is_read_too(model: Path, images: Path) -> None:
+    """Of format 1: pictures are prepared in the way by name that has it, and in no other."""
+    picture = next(images.rglob("*.png"))
+    for size in (None, 48):
+        [(_, folder)] = probed(model, images, "cls-last/linear", making=Making(preprocess="fast", size=size))
+        expected = mlfusion.predict(folder, [picture])
+        body = json.loads((folder / "card.json").read_text()) | {"format": 1}
+        del body["backbone"]["preparation"]
+        (folder / "card.json").write_text(json.dumps(body))
+        if size is None:
+            assert mlfusion.predict(folder, [picture]) == expected
+        else:
+            with pytest.raises(BadModel, match="preprocess differs"):
+                mlfusion.predict(folder, [picture])
 
 
 def test_an_image_that_cannot_be_read_is_named(model: Path, images: Path, tmp_path: Path) -> None:

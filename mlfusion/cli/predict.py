@@ -13,13 +13,16 @@ def predict(
     probe: Annotated[Path, typer.Option("--probe", help="Folder of a probe that `mlfusion probe --save` wrote.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Where the same backbone is, if it moved.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Classes to print.")] = 5,
+    max_pixels: Annotated[
+        int, typer.Option("--max-pixels", min=1, help="Refuse larger images.", show_default="178,956,970")
+    ] = 178_956_970,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Classify images: the probe's own backbone and preprocessing, then its most probable classes."""
     from mlfusion.prediction import predict as run
 
-    made = run(probe, images, model=model, top=top, device=device)
+    made = run(probe, images, model=model, top=top, device=device, max_pixels=max_pixels)
     if as_json:
         print_json({"predictions": [one.to_json() for one in made]})
         return
