@@ -301,6 +301,7 @@ def test_data_describes_a_data_set(images, run, tmp_path):
     assert (train["split"], train["checked"]) == ("train", None)
     assert train["first_ids"] == [f"train/blue/{i:03d}.png" for i in range(3)]
     assert train["labels"] == {"fewest": train["images"] // 3, "most": train["images"] // 3}
+    assert run("data", "digits").out.startswith("digits: embedded\n")  # what it is, once
     said = run("data", images)
     assert "train/blue/000.png" in said.out
     assert "blue, green, red" in said.out

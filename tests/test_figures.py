@@ -543,7 +543,7 @@ def test_a_study_of_several_metrics_has_files_of_both(tmp_path: Path, monkeypatc
     monkeypatch.setattr("mlfusion.report.files.png", lambda drawn: b"")
     rows = study({BASE: [0.9], ALF: [0.95]}) + study({BASE: [0.3], ALF: [0.4]}, metric="r2")
     names = {path.name for path in write_figures(rows, tmp_path)}
-    assert {"gains-by-probe.balanced-accuracy.svg", "gains-by-probe.r2.svg"} <= names
+    assert {"gains-by-probe.balanced-accuracy.svg", "gains-by-probe.R2.svg"} <= names
 
 
 def test_where_figures_cannot_be_written_or_drawn_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

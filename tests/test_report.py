@@ -12,20 +12,23 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from rows import row, study
 
 from mlfusion.errors import MlfusionError, Unavailable
 from mlfusion.progress import duration
-from mlfusion.report import markdown, table, write_page
+from mlfusion.report import markdown, table, tables, write_page
+from mlfusion.report.figures import block as of_block
 from mlfusion.report.page import page
-from mlfusion.report.summary import blocks, percent, points
+from mlfusion.report.summary import blocks, percent, points, studies
 from mlfusion.report.words import answer, opening
 from mlfusion.results import Row
 
 ALF = "cls+ap-all-layers/attentive"
 BASE = "cls-last/linear"
+LINEAR = "cls+ap-all-layers/linear"
 
 SENT = 1e-5  # a page sends six digits
 
@@ -40,10 +43,10 @@ SCORES = {
 }
 
 
-def shown(rows: list[Row], width: int = 120) -> str:
+def shown(rows: list[Row], width: int = 120, *, long: bool = False) -> str:
     """What the terminal shows."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(table(rows))
+    console.print(table(rows, width=width, long=long))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -260,6 +263,120 @@ def test_a_gain_within_what_few_test_images_leave_to_chance_is_not_called_one() 
     assert "make no clear difference" in text
     assert f"; chance makes about ±{error:.1f} with 120 test images)" in text
     assert "layers help" in answer(blocks(study(scores, images={"train": 240, "test": 1200}))[0])
+
+
+@pytest.mark.parametrize(
+    ("metric", "images", "verdict", "said"),
+    [
+        # 2 R (1 - R²) / √n of each, of R² = 0.41 and 0.45
+        ("r2", 120, "make no clear difference", r"; chance makes about ±9.{3} with 120 test images\)"),
+        ("r2", 4000, "help", r"\(\+4.0 ± 0.0 points, 2 seeds\)"),
+        (
+            "mean_average_precision",
+            120,
+            "help",
+            "; how much 120 test images leave to chance, mlfusion results compare tells",
+        ),
+    ],
+)
+def test_chance_is_that_of_the_metric(metric: str, images: int, verdict: str, said: str) -> None:
+    rows = study({BASE: [0.41, 0.41], ALF: [0.45, 0.45]}, metric=metric, images={"train": 300, "test": images})
+    [block] = blocks(rows)
+    text = answer(block)
+    assert f"the intermediate layers {verdict}" in text
+    assert re.search(said.replace("9.{3}", "9.6"), text), text
+    if metric == "r2":
+        rng = np.random.default_rng(0)
+        errors = []
+        for truth in (0.41, 0.45):  # the squared correlation of so many pairs of normal numbers, as it falls out
+            x, noise = rng.normal(size=(2, 4000, images if images < 1000 else 1000))
+            y = truth**0.5 * x + (1 - truth) ** 0.5 * noise
+            x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+            squared = (x * y).sum(1) ** 2 / ((x**2).sum(1) * (y**2).sum(1))
+            errors.append(squared.var() * min(images, 1000) / images)
+        assert block.chance == pytest.approx(sum(errors) ** 0.5, rel=0.05)
+
+
+def test_guesses_are_told_of_every_metric() -> None:
+    rows = study({BASE: [0.4], ALF: [0.5]}, dataset="ten", classes=list("0123456789"))
+    rows += study({BASE: [0.4], ALF: [0.5]}, dataset="four", classes=list("0123"))
+    text = Page(page(rows)).text
+    assert "Guessing gives a balanced accuracy of 10.0 to 25.0\N{NO-BREAK SPACE}% (10 to 4 classes)." in text
+    assert "Accuracy per probe" in text
+    rows += study({BASE: [0.4], ALF: [0.5]}, dataset="ages", metric="r2")
+    rows += study({BASE: [0.4], ALF: [0.5]}, dataset="scenes", metric="mean_average_precision")
+    text = Page(page(rows)).text
+    assert "an R² of 0, which the mean of all numbers has and a mean average precision as high as the share" in text
+    assert "Accuracy per probe" not in text and "Score per probe" in text
+    assert "help in all 4 cases (a model on a data set); their scores are of several metrics" in text
+
+
+def test_another_version_of_the_code_is_marked_wherever_a_gain_stands() -> None:
+    rows = study({BASE: [0.8], ALF: [0.9], LINEAR: [0.85]}, dataset="one")
+    for one in rows:
+        one["code"] = "later" if one["probe"] == ALF else one["code"]
+    said = "† made by another version of the code than the baseline"
+    [block] = blocks(rows)
+    sheet = tables.by_rank(studies([block])[0])
+    texts = {"terminal": shown(rows), "markdown": markdown(rows), "table": tables.markdown(sheet)}
+    for name, text in texts.items():
+        marked = [line for line in text.splitlines() if "†" in line]
+        assert said in marked[0 if name == "table" else -1], name
+        assert sum("+10.0 †" in line for line in marked) == 1, name
+    assert tables.latex(sheet).count(r"+10.0 $\dagger$") == 1 and r"$\dagger$ made by" in tables.latex(sheet)
+    assert {one["probe"]: one["other_code"] for one in sheet.numbers if "test" in one} == {
+        BASE: "",
+        ALF: "yes",
+        LINEAR: "",
+    }
+    [figure] = [of_block.accuracy([block])]
+    assert {one["probe"]: one["other_code"] for one in figure.numbers} == {BASE: "", ALF: "yes", LINEAR: ""}
+    for one in rows:
+        one["code"] = "abc"
+    assert "†" not in shown(rows) + markdown(rows)
+
+
+def many(*names: str, model: str = "a-vit") -> list[Row]:
+    """Gains that differ by data set: 1 point on the first, 2 on the second, and so on."""
+    rows = []
+    for number, name in enumerate(names, 1):
+        scores = {BASE: [0.5, 0.6], LINEAR: [0.52, 0.62], ALF: [0.5 + number / 100, 0.6 + number / 100]}
+        rows += study(scores, dataset=name, model=model)
+    return rows
+
+
+def test_more_than_two_data_sets_stand_beside_each_other() -> None:
+    names = ("one", "two", "three", "four")
+    rows = many(*names) + many(*names[:3], model="another-vit")
+    rows = [row for row in rows if not (row["dataset"] == "two" and row["model"] == "a-vit" and row["probe"] == LINEAR)]
+    text = shown(rows)
+    first, second = (part.splitlines() for part in text.split("\n\n")[:2])
+    assert first[0].split() == ["a-vit", "balanced", "accuracy,", "%,", "and", "gain", "in", "points,", "2", "seeds"]
+    assert first[1].split() == [*names, "mean"]
+    assert {line.split()[0]: line.split()[1:] for line in first[2:]} == {
+        BASE: ["55.0"] * 5,
+        ALF: ["56.0", "+1.0", "57.0", "+2.0", "58.0", "+3.0", "59.0", "+4.0", "57.5", "+2.5"],
+        LINEAR: ["57.0", "+2.0", "57.0", "+2.0", "57.0", "+2.0"],  # not run on one, so without a mean
+    }
+    assert second[1].split() == [*names[:3], "mean"]
+    assert (
+        "Of 7 cases (a model on a data set), the intermediate layers help in 5" in text
+        and "mlfusion report --long" in text
+    )
+    assert "param." not in text and "param." in shown(rows, long=True)
+    assert "param." in shown(many("one", "two"))  # two have a table each
+    ends = {len(line) for line in first[1:]}
+    assert len(ends) == 1  # numbers stand below each other
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_data_sets_that_no_line_holds_go_on_below(width: int) -> None:
+    names = [f"data-set-{n}" for n in range(12)]
+    lines = shown(many(*names), width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    heads = [word for line in lines for word in line.split() if word.startswith("data-set-")]
+    assert heads == names
+    assert sum(line.startswith(ALF) for line in lines) > 1
 
 
 def test_seeds_that_the_baseline_lacks_leave_the_answer_open() -> None:

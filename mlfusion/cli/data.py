@@ -83,7 +83,10 @@ def data(
             }
         )
         return
-    typer.echo(f"{found.name}: {found.form}, {found.source}" + (f", carved {found.carve}" if found.carve else ""))
+    typer.echo(
+        f"{found.name}: {', '.join(dict.fromkeys([found.form, found.source]))}"
+        + (f", carved {found.carve}" if found.carve else "")
+    )
     named = ", ".join(found.classes[:8]) + (", …" if len(found.classes) > 8 else "")
     what = {"class": "one class an image", "labels": "several labels an image", "number": "a number an image"}
     typer.echo(what[found.target] + (f"; {len(found.classes):,}: {named}" if found.classes else ""))

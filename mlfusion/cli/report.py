@@ -29,6 +29,10 @@ def report(
         bool,
         typer.Option("--cka", help="Draw the layers' likeness to the last one (linear CKA), from cached features."),
     ] = False,
+    long: Annotated[
+        bool,
+        typer.Option("--long", help="In the terminal, a table for each model and data set, with parameters and times."),
+    ] = False,
     cache: Cache = None,
 ) -> None:
     """A table of results in the terminal; a page, figures or a comparison if asked for."""
@@ -58,7 +62,7 @@ def report(
     if against:
         _print_against(blocks(rows))
     else:
-        print_table(rows)
+        print_table(rows, long=long)
     if html:
         typer.echo(f"report: {html}")
     if figures:

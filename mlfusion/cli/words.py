@@ -316,10 +316,11 @@ def say_extracted(one: dict[str, Any], say: Any = typer.echo) -> None:
         say(f"  and {more:,} more: mlfusion cache ls --json")
 
 
-def print_table(rows: Iterable[Any]) -> None:
+def print_table(rows: Iterable[Any], *, long: bool = False) -> None:
     """The report in the terminal."""
     from rich.console import Console
 
     from mlfusion.report import table
 
-    Console().print(table(list(rows)))
+    console = Console()
+    console.print(table(list(rows), width=console.width, long=long))

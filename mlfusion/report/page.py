@@ -19,7 +19,19 @@ from mlfusion.report.figures import gains, images, study
 from mlfusion.report.figures.drawing import Figure, Panel, needs_altair
 from mlfusion.report.files import sheets, write_whole
 from mlfusion.report.pictures import Picture, Strip, data_url
-from mlfusion.report.summary import Block, Score, Study, blocks, count, domain, listed, percent, studies
+from mlfusion.report.summary import (
+    OTHER_CODE,
+    Block,
+    Score,
+    Study,
+    blocks,
+    count,
+    domain,
+    listed,
+    metric_name,
+    percent,
+    studies,
+)
 from mlfusion.results import Results, Row
 from mlfusion.specs import KINDS, STUDY, layer_ranges, token_words
 from mlfusion.statistics import Spread
@@ -156,8 +168,10 @@ def _content(held: Sequence[Block], rows: Sequence[Row], name: str, more: More) 
         "answers": [words.brief(block) for block in held] if len(held) > 1 else [],
         "facts": facts(held),
         "warnings": words.warnings(held),
-        "metric": listed(list(dict.fromkeys(block.metric.replace("_", " ") for block in held))),
-        "contents": _contents(several, attended, layered, sections, datasets),
+        "scored_by": of_block.what(held),
+        "guessing": words.guessing(held),
+        "metric": listed(list(dict.fromkeys(metric_name(block.metric) for block in held))),
+        "contents": _contents(several, attended, layered, sections, datasets, of_block.what(held)),
         "drawn": drawn,
         "over": over,
         "sections": sections,
@@ -167,7 +181,7 @@ def _content(held: Sequence[Block], rows: Sequence[Row], name: str, more: More) 
         "tables": grids,
         "scored": bool(several),
         "singles": bool(singles),
-        "other_code": any(score.other_code for block in held for score in block.probes),
+        "other_code": OTHER_CODE if any(score.other_code for block in held for score in block.probes) else "",
         "attended": [words.attention(found, block) for block, found in attended],
         "best_layers": [words.best_layers(block) for block in layered],
         "layerwise_command": _layerwise_command(held[0]),
@@ -204,7 +218,7 @@ def _sections(each: Sequence[Study], held: Sequence[Block]) -> list[dict[str, An
     plain: list[tuple[str, str, list[Figure], str, bool]] = [
         ("tokens", "CLS, AP, or both", figures(gains.by_token), "", True),
         ("heads", "How many heads", figures(gains.by_heads), "", False),
-        ("cost", "What accuracy costs", figures(study.cost), "", False),
+        ("cost", "What a point costs", figures(study.cost), "", False),
         ("seeds", "How much a seed changes", figures(study.seeds), "wide", False),
         ("train-test", "Train against test", figures(study.train_test), "narrow", False),
     ]
@@ -236,8 +250,9 @@ def _contents(
     layered: Sequence[Any],
     sections: Sequence[dict[str, Any]],
     datasets: Sequence[Any],
+    scored_by: str,
 ) -> list[tuple[str, str]]:
-    made = [("accuracy", "Accuracy"), ("all-scores", "All scores")] if several else []
+    made = [("accuracy", scored_by), ("all-scores", "All scores")] if several else []
     made += [("attention", "Attention")] * bool(attended) + [("layers", "By layer")] * bool(layered)
     made += [(section["name"], section["title"]) for section in sections]
     return [*made, *([("data-sets", "Data sets")] if datasets else []), ("run", "What was run")]

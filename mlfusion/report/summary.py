@@ -19,6 +19,10 @@ from mlfusion.statistics import Spread
 
 ALF = "cls+ap-all-layers/attentive"
 
+DAGGER = "\N{DAGGER}"
+OTHER_CODE = f"{DAGGER} made by another version of the code than the baseline that its gain is counted from."
+"""What the mark says, wherever a gain stands."""
+
 _LAYERWISE = re.compile(r"(?P<kinds>.+)-layer-(?P<layer>\d+)/(?P<head>[\w-]+)")
 _LAST = re.compile(r"(?P<kinds>.+)-last/(?P<head>[\w-]+)")
 _SEVERAL = re.compile(r".+-(?:all|\d+)-layers/[\w-]+")
@@ -71,6 +75,11 @@ class Score:
     def parameters(self) -> int:
         """Of one probe; the most of any seed's, as seeds may choose another number of heads."""
         return max(row["parameters"] for row in self.rows)
+
+
+def metric_name(metric: str) -> str:
+    """'balanced accuracy', 'R²': a metric in words."""
+    return "R²" if metric == "r2" else metric.replace("_", " ")
 
 
 def head_of(probe: str) -> str:
@@ -136,13 +145,21 @@ class Block:
         return max(named or several, key=lambda score: score.val.mean, default=None)
 
     @property
-    def chance(self) -> float:
+    def chance(self) -> float | None:
         """Standard error of the answer's gain from the number of test images, as if the two probes had drawn their own.
 
-        They share their images, so the true one is smaller; rows alone cannot say by how much.
+        They share their images, so the true one is smaller; rows alone cannot say by how much. Of an accuracy that of a
+        binomial share; of R² that of a squared correlation, 2 R (1 - R²) / √n (Olkin and Finn 1995); an average precision
+        has none that rows could tell: None.
         """
-        held = [score.test.mean for score in (self.answer, self.baseline) if score]
-        return sqrt(sum(max(0.0, mean * (1 - mean)) for mean in held) / self.rows[0]["images"]["test"])
+        held = [min(1.0, max(0.0, score.test.mean)) for score in (self.answer, self.baseline) if score]
+        if self.metric == "balanced_accuracy":
+            variances = [mean * (1 - mean) for mean in held]
+        elif self.metric == "r2":
+            variances = [4 * mean * (1 - mean) ** 2 for mean in held]
+        else:
+            return None
+        return sqrt(sum(variances) / self.rows[0]["images"]["test"])
 
     @cached_property
     def attention(self) -> "LayerAttention | None":
@@ -242,7 +259,7 @@ def _told_apart(key: _Comparable, keys: Sequence[_Comparable]) -> str:
     rivals = [other for other in keys if other[:2] == key[:2]]
     said = [
         (len({other.grid for other in rivals}), f"{key.grid} grid"),
-        (len({other.metric for other in rivals}), key.metric.replace("_", " ")),
+        (len({other.metric for other in rivals}), metric_name(key.metric)),
         (len({other.features for other in rivals}), f"features {'+'.join(k[:6] for k in key.features)}"),
     ]
     words = ", ".join([key.options] * bool(key.options) + [text for ways, text in said if ways > 1])
@@ -295,7 +312,7 @@ class Study:
     @property
     def metric(self) -> str:
         """In words: 'balanced accuracy'."""
-        return self.blocks[0].metric.replace("_", " ")
+        return metric_name(self.blocks[0].metric)
 
     @cached_property
     def models(self) -> tuple[str, ...]:
@@ -354,7 +371,7 @@ def studies(held: Sequence[Block]) -> list[Study]:
         if there is None or _newest(there) < _newest(block):
             place[block.model, block.dataset] = block
     keys = sorted(grouped, key=lambda key: -sum(len(block.scores) for block in grouped[key].values()))
-    said = [(f"{grid} grid", metric.replace("_", " "), options or "as usual") for grid, metric, options in keys]
+    said = [(f"{grid} grid", metric_name(metric), options or "as usual") for grid, metric, options in keys]
     differ = [len(set(words)) > 1 for words in zip(*said, strict=True)]
     names = [", ".join(word for word, which in zip(words, differ, strict=True) if which) for words in said]
     return [Study(name, tuple(grouped[key].values())) for name, key in zip(names, keys, strict=True)]

@@ -1,6 +1,7 @@
 """The study's tables, as Markdown, LaTeX and numbers: scores beside gains, marked by significance or by rank (table 1, A4)."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 from mlfusion.errors import BadData
 from mlfusion.report.figures.drawing import Record
-from mlfusion.report.summary import Study, domain, percent, points
+from mlfusion.report.summary import DAGGER, OTHER_CODE, Study, domain, percent, points
 from mlfusion.specs import BASELINE
 from mlfusion.statistics import FEWEST, Spread, wilcoxon
 
@@ -26,6 +27,7 @@ class Cell:
     spread: float | None = None  # of the score, where it has no gain
     few: int | None = None  # models that it is the mean of, where others of its row are of more
     mark: Mark = ""
+    other_code: bool = False  # a gain from a baseline of another version of the code
     text: str = ""  # of a cell that holds something else
 
 
@@ -113,8 +115,8 @@ def of_model(study: Study, model: str) -> Sheet:
 
 
 def slug(name: str) -> str:
-    """A name that is safe as a file's: 'org/my model' → 'org-my-model'."""
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "unnamed"
+    """A name that is safe as a file's: 'org/my model' → 'org-my-model', 'R²' → 'R2'."""
+    return re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFKC", name)).strip("-.") or "unnamed"
 
 
 def _over_models(study: Study, dataset: str) -> dict[str, dict[str, float]]:
@@ -155,6 +157,7 @@ def _sheet(
                     "gain_sd": 100 * cell.gain.sd if cell.gain and cell.gain.sd is not None else None,
                     "n": cell.gain.n if cell.gain else None,
                     "mark": cell.mark,
+                    "other_code": "yes" if cell.other_code else "",
                 }
             )
     foot: list[tuple[str, list[Cell]]] = []
@@ -174,7 +177,7 @@ def _sheet(
     counted = sorted({score.test.n for block in study.blocks for score in block.probes})
     seeds = " to ".join(str(n) for n in dict.fromkeys((counted[0], counted[-1])))
     note = (
-        f"{study.metric.capitalize()} on test in percent, with the gain in points over {BASELINE} and "
+        f"{study.metric[0].upper()}{study.metric[1:]} on test in percent, with the gain in points over {BASELINE} and "
         f"± one standard deviation over "
         f"{over}; {seeds} {'seed' if seeds == '1' else 'seeds'}. {how}"
     )
@@ -185,7 +188,9 @@ def _sheet(
             "given where all have the probe on "
             "every data set."
         )
-    return Sheet(name, "Scores and gains", (note + missing).strip(), probes, groups, foot, numbers)
+    marked = any(cell.other_code for _, rows in groups for _, cells in rows for cell in cells)
+    said = " ".join(part.strip() for part in (note, missing, OTHER_CODE if marked else "") if part.strip())
+    return Sheet(name, "Scores and gains", said, probes, groups, foot, numbers)
 
 
 def _cell(study: Study, dataset: str, probe: str, mark: Mark) -> Cell:
@@ -194,13 +199,14 @@ def _cell(study: Study, dataset: str, probe: str, mark: Mark) -> Cell:
         return Cell()
     test = fmean(score.test.mean for score in scores)
     gains = [score.gain for score in scores if score.gain and not score.is_baseline]
+    other = any(score.other_code for score in scores)
     if len(study.models) == 1:
         gain = gains[0] if gains else None
-        return Cell(test, gain, scores[0].test.sd, mark=mark)
+        return Cell(test, gain, scores[0].test.sd, mark=mark, other_code=other)
     spread = Spread.of(score.test.mean for score in scores).sd
     everyone = sum(block.dataset == dataset for block in study.blocks)
     few = len(scores) if len(scores) < everyone else None
-    return Cell(test, Spread.of(gain.mean for gain in gains) if gains else None, spread, few, mark)
+    return Cell(test, Spread.of(gain.mean for gain in gains) if gains else None, spread, few, mark, other)
 
 
 def _mean(cells: Sequence[Cell], datasets: int) -> Cell:
@@ -221,6 +227,7 @@ def shown(cell: Cell) -> tuple[str, str]:
     if cell.gain is None:
         return percent(cell.test) + (f" ± {percent(cell.spread)}" if cell.spread is not None else ""), ""
     gained = points(cell.gain.mean) + (f" ± {percent(cell.gain.sd)}" if cell.gain.sd is not None else "")
+    gained += f" {DAGGER}" if cell.other_code else ""
     return percent(cell.test), gained + (f"; n = {cell.few}" if cell.few else "")
 
 
@@ -260,7 +267,7 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 def _tex(text: str) -> str:
     """Text as LaTeX shows it."""
     escaped = "".join(_LATEX.get(c, c) for c in text)
-    return escaped.replace("±", r"$\pm$").replace("\N{MINUS SIGN}", "$-$")
+    return escaped.replace("±", r"$\pm$").replace(DAGGER, r"$\dagger$").replace("\N{MINUS SIGN}", "$-$")
 
 
 def latex(sheet: Sheet) -> str:

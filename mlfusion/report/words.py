@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from mlfusion.report.summary import ALF, Block, LayerAttention, count, listed, percent, points
+from mlfusion.report.summary import ALF, DAGGER, Block, LayerAttention, count, listed, metric_name, percent, points
 from mlfusion.specs import BASELINE
 from mlfusion.statistics import Spread
 
@@ -25,6 +25,8 @@ def opening(held: Sequence[Block]) -> str:
     head = f"Of {len(gains)} cases (a model on a data set), the intermediate layers {said}"
     if helped == len(gains) > 1:
         head = f"The intermediate layers help in all {helped} cases (a model on a data set)"
+    if len({block.metric for block in told}) > 1:
+        return f"{head}; their scores are of several metrics, so they have no mean."
     probes = list(dict.fromkeys(score.probe for _, score, _ in gains))
     names, verb = listed(probes), "reaches" if len(probes) == 1 else "reach"
     mean, base = fmean(score.test.mean for _, score, _ in gains), fmean(b.test.mean for b, *_ in gains if b)
@@ -39,7 +41,7 @@ def opening(held: Sequence[Block]) -> str:
 def warnings(held: Sequence[Block]) -> list[str]:
     """What a reader must know before comparing: metrics, grids or versions of the code that differ."""
     said = []
-    metrics = list(dict.fromkeys(block.metric.replace("_", " ") for block in held))
+    metrics = list(dict.fromkeys(metric_name(block.metric) for block in held))
     if len(metrics) > 1:
         said.append(
             f"The rows have {len(metrics)} metrics ({listed(metrics)}); nothing is compared or averaged across them."
@@ -48,7 +50,7 @@ def warnings(held: Sequence[Block]) -> list[str]:
     if marked:
         which = f"{len(marked)} {'score was' if len(marked) == 1 else 'scores were'}"
         said.append(
-            f"{which} made by another version of the code than the baseline that the gain is counted from (marked \N{DAGGER})."
+            f"{which} made by another version of the code than the baseline that the gain is counted from (marked {DAGGER})."
         )
     return said
 
@@ -82,9 +84,23 @@ def brief(block: Block) -> str:
 def direction(block: Block) -> int:
     """1 for a gain, -1 for a loss, 0 where it is no more than seeds or the choice of test images make by chance."""
     gain = block.answer.gain if block.answer else None
-    if gain is None or abs(gain.mean) <= max(gain.sd or 0, block.chance):
+    if gain is None or abs(gain.mean) <= max(gain.sd or 0, block.chance or 0):
         return 0
     return 1 if gain.mean > 0 else -1
+
+
+def guessing(held: Sequence[Block]) -> str:
+    """What scores are to be read against: what each metric gives to guesses."""
+    classes = sorted({len(block.rows[0]["classes"]) for block in held if block.metric == "balanced_accuracy"})
+    ends = list(dict.fromkeys([classes[-1], classes[0]] if classes else []))
+    share = " to ".join(percent(1 / n) for n in ends)
+    said = {
+        "balanced_accuracy": f"a balanced accuracy of {share}\N{NO-BREAK SPACE}% ({' to '.join(map(str, ends))} classes)",
+        "mean_average_precision": "a mean average precision as high as the share of images that have a label",
+        "r2": "an R² of 0, which the mean of all numbers has",
+    }
+    there = dict.fromkeys(block.metric for block in held)
+    return f"Guessing gives {listed([said[metric] for metric in there if metric in said])}."
 
 
 def attention(held: LayerAttention, block: Block) -> str:
@@ -121,8 +137,12 @@ def _gained(block: Block, gain: Spread) -> str:
     spread = "one seed: its spread is not known" if gain.sd is None else f"{gain.n} seeds"
     deviation = "" if gain.sd is None else f" ± {percent(gain.sd)}"
     images = block.rows[0]["images"]["test"]
-    chance = f"; chance makes about ±{percent(block.chance)} with {count(images)} test images"
-    return f"{points(gain.mean)}{deviation} points, {spread}" + chance * (abs(gain.mean) <= block.chance)
+    if block.chance is None:
+        chance = f"; how much {count(images)} test images leave to chance, mlfusion results compare tells"
+    else:
+        within = abs(gain.mean) <= block.chance
+        chance = f"; chance makes about ±{percent(block.chance)} with {count(images)} test images" * within
+    return f"{points(gain.mean)}{deviation} points, {spread}{chance}"
 
 
 def _top(block: Block) -> str:

@@ -7,7 +7,18 @@ from typing import Any
 
 from mlfusion.report.figures.drawing import Figure, Key, Panel, Record, charted, finished, needs_altair, spread_of
 from mlfusion.report.look import SHAPES
-from mlfusion.report.summary import ALF, Block, LayerAttention, Score, Study, domain, listed, percent, points
+from mlfusion.report.summary import (
+    ALF,
+    Block,
+    LayerAttention,
+    Score,
+    Study,
+    domain,
+    listed,
+    metric_name,
+    percent,
+    points,
+)
 from mlfusion.specs import BASELINE
 from mlfusion.statistics import Spread
 
@@ -50,6 +61,7 @@ def accuracy_records(block: Block) -> list[Record]:
             "validated": spread_text(score.val) + " %",
             "seeds": listed([str(seed) for seed in score.seeds]),
             "parameters": score.parameters,
+            "other_code": "yes" if score.other_code else "",
         }
         for score in block.probes
     ]
@@ -61,7 +73,7 @@ def _label(score: Score) -> str:
     return f"{percent(score.test.mean)}  ({points(score.gain.mean)})"
 
 
-def accuracy(held: Sequence[Block], name: str = "accuracy", title: str = "Accuracy per probe") -> Figure:
+def accuracy(held: Sequence[Block], name: str = "accuracy") -> Figure:
     """Each probe's test score as a dot on a line of its own, with its gain from the baseline and ± one deviation."""
     panels, said, numbers = [], [], []
     each = [accuracy_records(block) for block in held]
@@ -81,7 +93,7 @@ def accuracy(held: Sequence[Block], name: str = "accuracy", title: str = "Accura
         numbers += [place | _plain(r) for r in records]
     return Figure(
         name,
-        title,
+        f"{what(held)} per probe",
         f"A dot is the mean over seeds, with one standard deviation to either side; dashed: {BASELINE}. At the right: score "
         "(gain in points).",
         f"{_metric(held[0])} per probe. {' '.join(said)}",
@@ -147,8 +159,13 @@ def _accuracy_spec(probes: tuple[str, ...], axis: str, reach: tuple[float, float
     return finished(alt.layer(*layers), 42 * len(probes))
 
 
+def what(held: Sequence[Block]) -> str:
+    """'Accuracy', where that is what every score is."""
+    return "Accuracy" if all(block.metric == "balanced_accuracy" for block in held) else "Score"
+
+
 def _metric(block: Block) -> str:
-    return block.metric.replace("_", " ")
+    return metric_name(block.metric)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -359,9 +376,7 @@ def cka_records(block: Block, cka: Cka, series: Sequence[str]) -> list[Record]:
     ]
 
 
-def by_layer(
-    held: Sequence[Block], cka: Cka | None = None, name: str = "layers", title: str = "Accuracy by layer"
-) -> Figure:
+def by_layer(held: Sequence[Block], cka: Cka | None = None, name: str = "layers") -> Figure:
     """A panel a block: lines of test score by layer, one a token kind and head, dashed levels; dotted, CKA to the last."""
     cka = cka or {}
     series = list(dict.fromkeys(one for block in held for one in block.by_layer))
@@ -381,11 +396,11 @@ def by_layer(
         keys.append(Key("linear CKA to the last layer, in its tokens' colour (right axis)", 0, "dashed"))
     return Figure(
         name,
-        title,
+        f"{what(held)} by layer",
         "A probe of its own on each single layer: mean over seeds, one standard deviation to either "
         "side. Dashed: the probe over "
         f"several layers, and {BASELINE}.",
-        f"Accuracy by layer. {' '.join(said)}",
+        f"{what(held)} by layer. {' '.join(said)}",
         panels,
         numbers,
         tuple(keys),

@@ -72,7 +72,7 @@ def cost(study: Study) -> Figure | None:
     keys = [(head, i) for i, head in enumerate(heads) if any(record["head"] == head for record in records)]
     return Figure(
         "cost",
-        "What a point of accuracy costs",
+        "What a point costs",
         "A dot is a probe, mean over seeds"
         + (
             f", averaged over the {len(cases)} cases (a model on a data set) that have all of these"
