@@ -1,23 +1,25 @@
 """How like the last layer's tokens those of each layer are, from cached features: what stands beside accuracy by layer."""
 
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import numpy as np
 
 from mlfusion.results import Row
 from mlfusion.specs import KINDS, TokenKind
-from mlfusion.statistics import cka
+from mlfusion.statistics import cka_with
 from mlfusion.store import Entry, FeatureStore, Place
 
 MOST_IMAGES = 2_000
 """Of the test images, evenly spread: the unbiased estimate needs no more, and many would take minutes."""
 
-Similar = dict[tuple[str, str], dict[str, dict[int, float]]]
-"""{(model, data set): {token kind: {layer: linear CKA with the last layer}}}."""
+Measure = Literal["linear", "rbf"]
+Similar = dict[tuple[str, str], dict[Measure, dict[str, dict[int, float]]]]
+"""{(model, data set): {kernel: {token kind: {layer: CKA with the last layer}}}}."""
 
 
 def to_the_last(rows: Iterable[Row], *, cache: Place = None, say: Callable[[str], None] = lambda _: None) -> Similar:
-    """Linear CKA (unbiased) of the CLS and AP tokens of every cached layer with those of the last, on the test images.
+    """CKA (unbiased), linear and by an RBF, of every cached layer's CLS and AP tokens with the last one's, on the test images.
 
     Args:
         rows: whose models and data sets are meant; their own features are read, by their keys.
@@ -35,19 +37,29 @@ def to_the_last(rows: Iterable[Row], *, cache: Place = None, say: Callable[[str]
         if entry is None:
             say(f"no similarity for {model} on {dataset}: its test features ({key}) are not in {store.root} any more")
             continue
-        kinds: dict[str, dict[int, float]] = {}
+        both: dict[Measure, dict[str, dict[int, float]]] = {"linear": {}, "rbf": {}}
         for kind in KINDS[:2]:
             layers = sorted(layer for layer, held in entry.held() if held == kind)
             if len(layers) > 1 and layers[-1] == entry.spec.model.depth:
-                kinds[kind] = _of_kind(entry, kind, layers)
-        if kinds:
-            found[model, dataset] = kinds
+                for measure, values in _of_kind(entry, kind, layers).items():
+                    both[measure][kind] = values
+        if both["linear"]:
+            found[model, dataset] = both
     return found
 
 
-def _of_kind(entry: Entry, kind: TokenKind, layers: list[int]) -> dict[int, float]:
+def _of_kind(entry: Entry, kind: TokenKind, layers: list[int]) -> dict[Measure, dict[int, float]]:
     last = _tokens(entry, kind, layers[-1])
-    return {layer: cka(_tokens(entry, kind, layer), last) for layer in layers}
+    like: dict[Measure, Callable[[np.ndarray], float]] = {
+        "linear": cka_with(last),
+        "rbf": cka_with(last, kernel="rbf"),
+    }
+    found: dict[Measure, dict[int, float]] = {"linear": {}, "rbf": {}}
+    for layer in layers:
+        tokens = _tokens(entry, kind, layer)
+        for measure, of in like.items():
+            found[measure][layer] = of(tokens)
+    return found
 
 
 def _tokens(entry: Entry, kind: TokenKind, layer: int) -> np.ndarray:

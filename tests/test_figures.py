@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 from PIL import Image
 from rows import study
+from scipy.spatial.distance import pdist, squareform
 from tiny import save_images, save_model
 from typer.testing import CliRunner, Result
 
@@ -379,10 +380,11 @@ def test_similarity_of_layers_is_that_of_the_gram_matrices(tmp_path: Path) -> No
     found = to_the_last(rows, cache=tmp_path / "cache")["m", "d"]
     features = mlfusion.load_features(str(model), str(data), "test", cache=tmp_path / "cache")
     for k, kind in enumerate(("cls", "ap")):
-        assert found[kind][depth] == pytest.approx(1)
+        assert [found[kernel][kind][depth] for kernel in ("linear", "rbf")] == pytest.approx([1, 1])
         for layer in range(1, depth + 1):
             held = [features.tokens[:, at - 1, k].astype(np.float64) for at in (layer, depth)]
-            assert found[kind][layer] == pytest.approx(literal_cka(*held), abs=1e-6)
+            assert found["linear"][kind][layer] == pytest.approx(literal_cka(*grams(*held)), abs=1e-6)
+            assert found["rbf"][kind][layer] == pytest.approx(literal_cka(*grams(*held, sigma=0.2)), abs=1e-6)
     said: list[str] = []
     assert (
         to_the_last(study(scores, depth=depth, features=["gone", "gone"]), cache=tmp_path / "cache", say=said.append)
@@ -390,11 +392,24 @@ def test_similarity_of_layers_is_that_of_the_gram_matrices(tmp_path: Path) -> No
     )
     assert "are not in" in said[0]
     figure = of_block.by_layer(blocks(rows), {("m", "d"): found})
-    drawn = {(r["label"], r["layer"]): r["cka"] for r in figure.panels[0].records if r["what"] == "cka"}
-    assert drawn["cls", depth] == pytest.approx(1)
+    drawn = {(r["label"], r["layer"]): r["cka"] for r in figure.panels[0].records if str(r["what"]).startswith("cka")}
+    assert len(drawn) == 2 * 2 * depth
+    assert drawn["cls, linear CKA", 1] == found["linear"]["cls"][1]
+    assert drawn["ap, CKA by an RBF", 1] == found["rbf"]["ap"][1]
+    kept = {(r.get("kernel"), r.get("label"), r["layer"]) for r in figure.numbers if "cka" in r}
+    assert len(kept) == 2 * 2 * depth and {kernel for kernel, *_ in kept} == {"linear", "rbf"}
+    assert [key.shape for key in figure.legend][-2:] == ["dotted", "dash-dot"]
 
 
-def literal_cka(x: np.ndarray, y: np.ndarray) -> float:
+def grams(*held: np.ndarray, sigma: float | None = None) -> list[np.ndarray]:
+    """Linear, or of an RBF as wide as `sigma` times the median distance."""
+    if sigma is None:
+        return [x @ x.T for x in held]
+    far = [pdist(x) for x in held]
+    return [squareform(np.exp(-0.5 * (d / (sigma * np.median(d))) ** 2)) + np.eye(len(held[0])) for d in far]
+
+
+def literal_cka(a: np.ndarray, b: np.ndarray) -> float:
     """Unbiased HSIC of Song et al. (2012) as it is printed: Gram matrices without their diagonals."""
 
     def hsic(k: np.ndarray, m: np.ndarray) -> float:
@@ -403,7 +418,6 @@ def literal_cka(x: np.ndarray, y: np.ndarray) -> float:
         middle = (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
         return (np.trace(k @ m) + middle - 2 / (n - 2) * one @ k @ m @ one) / (n * (n - 3))
 
-    a, b = x @ x.T, y @ y.T
     return float(hsic(a, b) / np.sqrt(hsic(a, a) * hsic(b, b)))
 
 

@@ -1,8 +1,11 @@
 """Statistics held to second computations: by hand, by enumeration, by Gram matrices, by loops, and by simulated worlds."""
 
+import itertools
+import math
 import subprocess
 import sys
 from itertools import product
+from statistics import fmean, median
 
 import numpy as np
 import pytest
@@ -351,6 +354,58 @@ def test_cka_by_gram_matrices(debiased: bool) -> None:
     np.testing.assert_allclose(found, want, rtol=1e-8)
 
 
+def _by_loops(x: np.ndarray, y: np.ndarray, sigma: float, debiased: bool) -> float:
+    """CKA of an RBF pair by pair: distances one at a time, HSIC as sums over tuples of images (Song et al., eq. 3)."""
+    n = len(x)
+
+    def gram(z: np.ndarray) -> list[list[float]]:
+        far = [[math.dist(a, b) for b in z] for a in z]
+        middle = median(far[i][j] for i in range(n) for j in range(i))
+        return [[math.exp(-((d / (sigma * middle)) ** 2) / 2) for d in row] for row in far]
+
+    def hsic(k: list[list[float]], m: list[list[float]]) -> float:
+        if not debiased:
+            h = np.eye(n) - 1 / n
+            return float(np.trace(np.array(k) @ h @ np.array(m) @ h))
+        pairs = [k[i][j] * m[i][j] for i, j in itertools.permutations(range(n), 2)]
+        triples = [k[i][j] * m[i][q] for i, j, q in itertools.permutations(range(n), 3)]
+        quads = [k[i][j] * m[q][r] for i, j, q, r in itertools.permutations(range(n), 4)]
+        return fmean(pairs) + fmean(quads) - 2 * fmean(triples)
+
+    k, m = gram(x), gram(y)
+    return hsic(k, m) / math.sqrt(hsic(k, k) * hsic(m, m))
+
+
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize("sigma", [0.2, 0.7])
+def test_cka_of_an_rbf_by_loops(sigma: float, debiased: bool) -> None:
+    random = np.random.default_rng(16)
+    x = random.normal(size=(11, 3)) + 5
+    y = np.hstack([x[:, :2] + 0.1 * random.normal(size=(11, 2)), random.normal(size=(11, 1))])
+    found = statistics.cka(x, y, kernel="rbf", sigma=sigma, debiased=debiased)
+    assert found == pytest.approx(_by_loops(x, y, sigma, debiased), rel=1e-7)
+    turned, _ = np.linalg.qr(random.normal(size=(3, 3)))
+    same = statistics.cka(x, 5 * x @ turned + 1, kernel="rbf", sigma=sigma, debiased=debiased)
+    assert same == pytest.approx(1)
+    assert statistics.cka_with(y, kernel="rbf", sigma=sigma, debiased=debiased)(x) == found
+
+
+def test_a_wide_rbf_is_the_linear_kernel_and_a_narrow_one_sees_the_neighbours() -> None:
+    random = np.random.default_rng(17)
+    x = random.normal(size=(60, 6))
+    y = x + 0.5 * random.normal(size=(60, 6))
+    # exp(-d²/s) is 1 - d²/s for large s, and centred -d² is twice the linear kernel
+    assert statistics.cka(x, y, kernel="rbf", sigma=300) == pytest.approx(statistics.cka(x, y), abs=1e-4)
+    # pairs of near images stay pairs, while the pairs' places are drawn anew: alike near by, unlike far off
+    places, others = random.normal(size=(2, 30, 6))
+    near = 0.01 * random.normal(size=(60, 6))
+    pairs, moved = np.repeat(places, 2, 0) + near, np.repeat(others, 2, 0) + near
+    assert statistics.cka(pairs, moved, kernel="rbf") > 0.9
+    assert statistics.cka(pairs, moved) < 0.3
+    unrelated = [statistics.cka(*random.normal(size=(2, 50, 5)), kernel="rbf", sigma=0.5) for _ in range(40)]
+    assert abs(np.mean(unrelated)) < 0.02
+
+
 def test_of_unrelated_representations_the_debiased_cka_is_nothing_and_the_plain_one_is_not() -> None:
     random = np.random.default_rng(15)
     pairs = [(random.normal(size=(50, 40)), random.normal(size=(50, 40))) for _ in range(40)]
@@ -363,7 +418,10 @@ def test_representations_that_cannot_be_compared() -> None:
         statistics.cka(np.ones((5, 2)), np.ones((6, 2)))
     with pytest.raises(BadData, match=r"\[N, D\] with 4 images"):
         statistics.cka(np.ones((3, 2)), np.ones((3, 2)))
-    assert np.isnan(statistics.cka(np.ones((5, 2)), np.arange(10.0).reshape(5, 2)))
+    for kernel in ("linear", "rbf"):
+        assert np.isnan(statistics.cka(np.ones((5, 2)), np.arange(10.0).reshape(5, 2), kernel=kernel))
+    with pytest.raises(UnknownName, match="no kernel named 'cosine'"):
+        statistics.cka(np.ones((5, 2)), np.ones((5, 2)), kernel="cosine")  # type: ignore[arg-type]
 
 
 def test_importing_statistics_starts_neither_scipy_nor_torch() -> None:

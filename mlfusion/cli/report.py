@@ -27,7 +27,9 @@ def report(
     ] = None,
     similarity: Annotated[
         bool,
-        typer.Option("--cka", help="Draw the layers' likeness to the last one (linear CKA), from cached features."),
+        typer.Option(
+            "--cka", help="Draw the layers' likeness to the last one (CKA, linear and by an RBF), from cached features."
+        ),
     ] = False,
     long: Annotated[
         bool,

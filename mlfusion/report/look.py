@@ -4,8 +4,22 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Shape = Literal[
-    "square", "circle", "diamond", "triangle-up", "cross", "triangle-down", "line", "dashed", "box", "hollow"
+    "square",
+    "circle",
+    "diamond",
+    "triangle-up",
+    "cross",
+    "triangle-down",
+    "line",
+    "dashed",
+    "dotted",
+    "dash-dot",
+    "box",
+    "hollow",
 ]
+
+DASHES: dict[Shape, list[float]] = {"dashed": [4, 3], "dotted": [2, 3], "dash-dot": [7, 3, 2, 3]}
+"""Of lines: drawn and left out, in turn."""
 
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, DejaVu Sans, sans-serif"
 SHAPES: tuple[Shape, ...] = ("square", "circle", "diamond", "triangle-up", "cross", "triangle-down")
@@ -95,7 +109,8 @@ def config(palette: Palette) -> dict[str, Any]:
             "median": {"thickness": 2.5},
             "stem": {"strokeWidth": 1.25, "opacity": 0.6},
             "series": {"strokeWidth": 2},
-            "like": {"strokeWidth": 2, "strokeDash": [2, 3]},
+            "like-linear": {"strokeWidth": 2, "strokeDash": DASHES["dotted"]},
+            "like-rbf": {"strokeWidth": 1.5, "strokeDash": DASHES["dash-dot"]},
             "track": {"color": line, "strokeWidth": 1},
             "baseline": {"color": quiet, "strokeWidth": 1.5, "strokeDash": [4, 3]},
             "level": {"color": ink, "strokeWidth": 1.5, "strokeDash": [8, 4]},

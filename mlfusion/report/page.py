@@ -119,6 +119,7 @@ def page(rows: Sequence[Row], *, title: str = TITLE, name: str = "report.html", 
         light=look.css(look.LIGHT),
         dark=look.css(look.DARK),
         shapes=SHAPES,
+        dashes=look.DASHES,
         **_content(held, rows, name, more),
     )
 

@@ -4,7 +4,7 @@
 `images`      over the test images of one data set: interval, difference (paired bootstrap), mcnemar, calibration, confusion
 `datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, against, ranking (Friedman, critical difference)
 `rows`        of rows: compare, compare_probes, over_datasets, by_dataset, fit (train against test), cost, setting
-`similarity`  of layers: cka, layer_cka (linear centred kernel alignment)
+`similarity`  of layers: cka, cka_with, layer_cka (centred kernel alignment, linear or by an RBF)
 
 Functions of arrays or rows, each returning a frozen value. Scores are fractions; a gain always stands beside the scores it
 is the difference of. Deviation over seeds and interval over test images are two uncertainties: one says how much another
@@ -49,7 +49,7 @@ from mlfusion.statistics.rows import (
     setting,
 )
 from mlfusion.statistics.seeds import Spread
-from mlfusion.statistics.similarity import cka, layer_cka
+from mlfusion.statistics.similarity import cka, cka_with, layer_cka
 
 __all__ = [
     "FEWEST",
@@ -72,6 +72,7 @@ __all__ = [
     "by_dataset",
     "calibration",
     "cka",
+    "cka_with",
     "compare",
     "compare_probes",
     "confusion",

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 from mlfusion.report.figures.drawing import Figure, Key, Panel, Record, charted, finished, needs_altair, spread_of
-from mlfusion.report.look import SHAPES
+from mlfusion.report.look import SHAPES, Shape
 from mlfusion.report.summary import (
     ALF,
     Block,
@@ -25,8 +25,11 @@ from mlfusion.statistics import Spread
 HEADS = ("linear", "attentive")
 KIND_WORDS = {"cls": "CLS", "ap": "AP"}
 
-Cka = Mapping[tuple[str, str], Mapping[str, Mapping[int, float]]]
-"""{(model, data set): {token kind: {layer: linear CKA of its tokens with the last layer's}}}."""
+Cka = Mapping[tuple[str, str], Mapping[Literal["linear", "rbf"], Mapping[str, Mapping[int, float]]]]
+"""{(model, data set): {kernel: {token kind: {layer: CKA of its tokens with the last layer's}}}}."""
+
+KERNELS: Mapping[str, tuple[str, Shape]] = {"linear": ("linear CKA", "dotted"), "rbf": ("CKA by an RBF", "dash-dot")}
+"""How each is called and drawn."""
 
 
 def spread_text(spread: Spread, *, gain: bool = False) -> str:
@@ -357,27 +360,29 @@ def reference_records(block: Block) -> list[Record]:
 
 
 def cka_records(block: Block, cka: Cka, series: Sequence[str]) -> list[Record]:
-    """One a token kind and layer: how like the last layer's tokens they are, in the colour of the kind's first series.
+    """One a kernel, token kind and layer: how like the last layer's tokens they are, in the colour of the kind's first series.
 
     A constant layer is like nothing, and is left out.
     """
     found = cka.get((block.model, block.dataset), {})
     return [
         {
-            "what": "cka",
-            "label": kind,
+            "what": f"cka-{kernel}",
+            "label": f"{kind}, {KERNELS[kernel][0]}",
+            "kernel": kernel,
             "series": next((one for one in series if one.startswith(f"{kind}/")), kind),
             "layer": layer,
             "cka": value,
         }
-        for kind, layers in found.items()
+        for kernel, kinds in found.items()
+        for kind, layers in kinds.items()
         for layer, value in layers.items()
         if isfinite(value)
     ]
 
 
 def by_layer(held: Sequence[Block], cka: Cka | None = None, name: str = "layers") -> Figure:
-    """A panel a block: lines of test score by layer, one a token kind and head, dashed levels; dotted, CKA to the last."""
+    """A panel a block: lines of test score by layer, one a token kind and head, dashed levels; CKA to the last layer."""
     cka = cka or {}
     series = list(dict.fromkeys(one for block in held for one in block.by_layer))
     panels, said, numbers = [], [], []
@@ -392,8 +397,9 @@ def by_layer(held: Sequence[Block], cka: Cka | None = None, name: str = "layers"
         place: Record = {"model": block.model, "dataset": block.dataset}
         numbers += [place | {k: v for k, v in _plain(r).items() if k != "what"} for r in [*records, *levels, *like]]
     keys = [Key(one, i % len(SHAPES) + 1, SHAPES[i % len(SHAPES)]) for i, one in enumerate(series)]
-    if any(r["what"] == "cka" for panel in panels for r in panel.records):
-        keys.append(Key("linear CKA to the last layer, in its tokens' colour (right axis)", 0, "dashed"))
+    for kernel, (called, shape) in KERNELS.items():
+        if any(r["what"] == f"cka-{kernel}" for panel in panels for r in panel.records):
+            keys.append(Key(f"{called} to the last layer, in its tokens' colour (right axis)", 0, shape))
     return Figure(
         name,
         f"{what(held)} by layer",
@@ -444,14 +450,15 @@ def _layer_spec(
         one.mark_rule(style="bar").encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour),
         one.mark_point(style="dot", filled=True).encode(x=x, y=y, color=colour, shape=shape, tooltip=tip),
     ]
-    for mark in (mark for mark in marks if mark != "cka"):
+    for mark in (mark for mark in marks if not mark.startswith("cka-")):
         style, _, place = mark.partition("-")
         level, above = of(mark), place == "above"
         text = level.mark_text(style="name", align="left", baseline="bottom" if above else "top", dy=-4 if above else 5)
         drawn.append(level.mark_rule(style=style).encode(y=y, tooltip=alt.Tooltip("label:N", title="level")))
         drawn.append(text.encode(x=alt.value(2), y=y, text="label:N"))
     chart = alt.layer(*drawn)
-    if "cka" in marks:
+    kernels = [kernel for kernel in KERNELS if f"cka-{kernel}" in marks]
+    if kernels:
         like = alt.Y(
             "cka:Q", title="CKA", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(orient="right", tickCount=5, grid=False)
         )
@@ -460,6 +467,9 @@ def _layer_spec(
             alt.Tooltip("layer:Q"),
             alt.Tooltip("cka:Q", title="CKA", format=".3f"),
         ]
-        lines = of("cka").mark_line(style="like").encode(x=x, y=like, color=colour, tooltip=close)
-        chart = alt.layer(chart, lines).resolve_scale(y="independent")
+        lines = [
+            of(f"cka-{kernel}").mark_line(style=f"like-{kernel}").encode(x=x, y=like, color=colour, tooltip=close)
+            for kernel in kernels
+        ]
+        chart = alt.layer(chart, alt.layer(*lines)).resolve_scale(y="independent")
     return finished(chart, 260)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mlfusion.errors import Unavailable
-from mlfusion.report.look import LIGHT, Shape, config
+from mlfusion.report.look import DASHES, LIGHT, Shape, config
 
 Record = dict[str, str | float | int | None]
 
@@ -166,8 +166,8 @@ def _fixed(mark: dict[str, Any], x: float, y: float, **more: float) -> dict[str,
 
 
 def _symbol(key: Key, x: float, y: float, colour: str) -> list[dict[str, Any]]:
-    if key.shape in ("line", "dashed"):
-        dash = {"strokeDash": [4, 3]} if key.shape == "dashed" else {}
+    if key.shape == "line" or key.shape in DASHES:
+        dash = {"strokeDash": DASHES[key.shape]} if key.shape in DASHES else {}
         return [_fixed({"type": "rule", "color": colour, "strokeWidth": 2, **dash}, x, y, x2=x + 18)]
     if key.shape == "box":
         mark = {"type": "rect", "color": colour, "fillOpacity": 0.3, "stroke": colour}
