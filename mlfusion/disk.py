@@ -95,17 +95,22 @@ def sweep(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """A file or a folder; no complaint if somebody else was faster."""
-    if path.is_dir() and not path.is_symlink():
-        aside = draft_name(path.parent)
-        try:  # in one step out of the hands of who may be about to publish it: else that would be published by halves
-            os.rename(path, aside)
-        except FileNotFoundError:
-            return
-        except OSError:
-            aside = path
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
+    try:  # and not first a look at which it is: a prune may take away and bring back what it lies in
         path.unlink(missing_ok=True)
+        return
+    except IsADirectoryError:
+        pass
+    except PermissionError:  # which some systems say of a folder
+        if not path.is_dir():
+            raise
+    aside = draft_name(path.parent)
+    try:  # in one step out of the hands of who may be about to publish it: else that would be published by halves
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    except OSError:
+        aside = path
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def clock(folder: Path) -> float:

@@ -11,7 +11,7 @@ import torch
 from test_company import read_on
 from workers import IMAGES, Child, extract, files, right, spec, whole
 
-from mlfusion import population
+from mlfusion import disk, population
 from mlfusion.batches import Schedule, Tokens
 from mlfusion.probes import Shape
 from mlfusion.store import FeatureStore
@@ -113,6 +113,17 @@ def test_a_prune_between_two_extractors(trial, tmp_path, monkeypatch):
         extract(root)
         assert os.rename is rename
         assert files(whole(root).path) == want
+
+
+def test_a_draft_that_is_away_for_a_moment(trial, tmp_path, monkeypatch):
+    """A prune took its entry away when it was looked at, and had put it back when it was to be removed."""
+    draft = tmp_path / "draft"
+    (draft / "folder").mkdir(parents=True)
+    looks = [False]
+    with monkeypatch.context() as patch, trial("a prune that takes an entry away and puts it back under an extractor"):
+        patch.setattr(Path, "is_dir", lambda path: looks.pop() if looks else os.path.isdir(path))
+        disk.remove(draft)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_reader_that_is_stopped(many, trial, tmp_path):
