@@ -59,7 +59,7 @@ def predict(
     top: int = TOP,
     device: str = "cpu",
     batch_size: int = BATCH,
-    max_pixels: int = datasets.MAX_PIXELS,
+    max_pixels: int | None = None,
 ) -> list[Prediction]:
     """Classify images by a saved probe.
 
@@ -71,7 +71,7 @@ def predict(
         top: how many classes to give.
         device: of the forward pass.
         batch_size: images in a forward pass.
-        max_pixels: larger images are refused.
+        max_pixels: larger images are refused; None: of more than 178,956,970.
 
     Raises:
         ResultsUnusable: no probe in that folder, or a damaged one.
@@ -88,7 +88,9 @@ def predict(
             f"{' and '.join(differing)} differ{'s' if len(differing) == 1 else ''}. Allowed: the same weights and "
             "preprocessing, so give their folder with --model, or train the probe again on this model's features"
         )
-    pictures = datasets.pictures([str(image) for image in images], datasets.Decoder(upright, max_pixels))
+    pictures = datasets.pictures(
+        [str(image) for image in images], datasets.Decoder(upright, max_pixels or datasets.MAX_PIXELS)
+    )
     backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps, compute=spec.compute)
     made: list[Prediction] = []
     for start in range(0, len(pictures), batch_size):

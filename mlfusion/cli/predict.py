@@ -14,8 +14,8 @@ def predict(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Where the same backbone is, if it moved.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Classes to print.")] = 5,
     max_pixels: Annotated[
-        int, typer.Option("--max-pixels", min=1, help="Refuse larger images.", show_default="178,956,970")
-    ] = 178_956_970,
+        int | None, typer.Option("--max-pixels", min=1, help="Refuse larger images; default 178,956,970.")
+    ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
