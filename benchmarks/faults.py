@@ -72,6 +72,15 @@ def soak(figures: dict[str, Any]) -> str:
     return page.table(["what", "how much"], rows)
 
 
+def shards(figures: dict[str, Any]) -> str:
+    """The table of what takes how long in an entry of very many shards."""
+    rows = [(what, f"{seconds:,.2f}") for what, seconds in figures["seconds"].items()]
+    return page.table([f"{figures['shards']:,} shards of one image each", "seconds"], rows)
+
+
+PARTS = {"soak": soak, "shards": shards}  # of the page, beside the trials
+
+
 def main() -> None:
     """Run what is missing, print the tables, write them."""
     tests = {test.stem.removeprefix("test_"): test for test in sorted(TESTS.glob("test_*.py"))}
@@ -95,8 +104,8 @@ def main() -> None:
     found = [body for path in kept.values() if (body := load(path)) is not None]
     parts = {"faults": f"{page.machine()}.\n\n{trials(found)}"}
     for body in found:
-        if "soak" in body.get("figures", {}):
-            parts["soak"] = soak(body["figures"]["soak"])
+        for part, figures in body.get("figures", {}).items():
+            parts[part] = PARTS[part](figures)
     for part, text in parts.items():
         print(text, end="\n\n")
         if asked.page:

@@ -7,6 +7,7 @@ compared when it is first touched. A reader works in threads, and after fork or 
 itself.
 """
 
+import errno
 import math
 import mmap
 import os
@@ -565,12 +566,29 @@ class TokenReader:
                 self._shards.move_to_end(key)
                 return shard
         with self._file(source, number) as descriptor:
-            shard = ShardMap(source, number, descriptor, [span for span in self._spans if span.source is source])
+            shard = self._mapped(source, number, descriptor)
         with self._lock:
             shard = self._shards.setdefault(key, shard)
             while len(self._shards) > self._most:
                 self._shards.popitem(last=False)  # its map goes with the last view of it
         return shard
+
+    def _mapped(self, source: Source, number: int, descriptor: int) -> ShardMap:
+        wanted = [span for span in self._spans if span.source is source]
+        for last in (False, True):
+            try:
+                return ShardMap(source, number, descriptor, wanted)
+            except OSError as err:
+                if err.errno != errno.ENOMEM:
+                    raise
+                if last:
+                    raise MemoryError(
+                        f"there is no room in the process's memory to map {source.path(number)}; free some, or raise its "
+                        "limits (ulimit -v; vm.max_map_count)"
+                    ) from err
+            with self._lock:
+                self._shards.clear()  # the maps that nobody looks into go, and make room
+        raise AssertionError
 
     @contextmanager
     def _file(self, source: Source, number: int) -> Iterator[int]:

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,20 +171,26 @@ def test_everything_at_once(trial, figures, capfd, tmp_path, monkeypatch):
         residents = [
             Child(live, lambda r: sweep(root, r), seed, until, tmp_path / f"told {seed}") for seed in range(SWEEPS)
         ] + [Child(live, lambda r: keep(root, r), SWEEPS, until, tmp_path / f"told {SWEEPS}")]
-        while visitors or time.monotonic() < until:
-            if not visitors:
-                own.look()
-            while len(visitors) < VISITORS and time.monotonic() < until:
-                visitors.append(Visitor(root, passes, random))
-            visitors = [visitor for visitor in visitors if not visitor.ended(did)]
-            assert not any(child.ended() for child in residents) or time.monotonic() > until, [
-                child.said for child in residents if child.ended() and child.wait()
-            ]
-            time.sleep(0.01)
-            if SECONDS > 120 and time.monotonic() - said > 60:
-                said = time.monotonic()
-                with capfd.disabled():
-                    sys.stderr.write(f"{(said - began) / 60:.0f} min: {dict(did)}\n")
+        try:
+            while visitors or time.monotonic() < until:
+                if not visitors:
+                    own.look()
+                while len(visitors) < VISITORS and time.monotonic() < until:
+                    visitors.append(Visitor(root, passes, random))
+                visitors = [visitor for visitor in visitors if not visitor.ended(did)]
+                assert not any(child.ended() for child in residents) or time.monotonic() > until, [
+                    child.said for child in residents if child.ended() and child.wait()
+                ]
+                time.sleep(0.01)
+                if SECONDS > 120 and time.monotonic() - said > 60:
+                    said = time.monotonic()
+                    with capfd.disabled():
+                        sys.stderr.write(f"{(said - began) / 60:.0f} min: {dict(did)}\n")
+        except BaseException:
+            for child in (*residents, *(visitor.child for visitor in visitors)):
+                with suppress(ProcessLookupError):
+                    child.send(signal.SIGKILL)
+            raise
         assert [child.wait() for child in residents] == [0] * len(residents), [child.said for child in residents]
         uses = [Use(**json.loads((tmp_path / f"told {n}").read_text())) for n in range(len(residents))]
         for use in uses:
