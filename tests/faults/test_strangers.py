@@ -75,6 +75,7 @@ ROOTS = {
     "relative": lambda home: Path("place/cache"),
     "with a slash behind": lambda home: f"{home}/place/cache/",
     "through a link": lambda home: home / "link" / "cache",
+    "a link": lambda home: home / "linked cache",
     "from home": lambda home: "~/place/cache",
     "by way of the parent": lambda home: home / "place" / ".." / "place" / "cache",
 }
@@ -87,6 +88,7 @@ def test_one_cache_however_it_is_written(name, trial, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "place").mkdir()
     os.symlink("place", tmp_path / "link")
+    os.symlink("place/cache", tmp_path / "linked cache")
     want = files(extract(tmp_path / "place" / "cache").path)
     with trial("a root written otherwise, and moved"):
         before = published(tmp_path / "place" / "cache" / "v2" / spec().key)
