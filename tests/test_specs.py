@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -162,3 +163,37 @@ def test_words_for_models(word, parts):
     assert (asked.name, asked.hook, asked.settings) == parts
     assert parse_model(str(asked)) == asked
     assert parse_model(asked.name, asked.hook, [f"{k}={json.dumps(v)}" for k, v in asked.settings]) == asked
+
+
+# Of the embedded model. Where this changes, every cache misses: only other weights or a new format version may.
+GOLDEN = {
+    "weights": "41568c8e6d6fae1a0cf0aa41ba716828e8338a63fe4901b985e7c8eccb0950f5",
+    "revision": None,
+    "config": "33b3742e2e812115",
+    "preprocess": '{"crop_rounding": "floor", "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "kernel": "pil", '
+    '"resample": "bilinear", "rescale_factor": 0.00392156862745098, "size": {"height": 48, "width": 48}}',
+    "hook": "norm2",
+    "compute": "float32",
+}
+REAL = """
+from dataclasses import asdict
+from mlfusion.extraction import Request
+words = dict(layers="all", tokens="cls,ap", format="zarr", dtype="float16", device="cpu")
+jobs = Request.of("formula-vit", "digits", **words).jobs
+model, keys = asdict(jobs[0].spec.model), [job.spec.key for job in jobs]
+"""
+
+
+def test_the_key_of_real_weights_and_images_is_the_same_in_every_process():
+    """From files to key, whatever Python's own hashes are; and of the model, each part of it is what it was."""
+    exec(REAL, here := {})
+    assert {name: here["model"][name] for name in GOLDEN} == GOLDEN
+    said = subprocess.run(
+        [sys.executable, "-c", f"{REAL}print(*keys)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "4711"},
+    )
+    assert said.stdout.split() == here["keys"]
+    assert len(set(here["keys"])) == 2
