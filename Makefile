@@ -57,7 +57,7 @@ datasets: setup ## the catalogue of data sets
 test: setup ## the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
-test-faults: setup ## the long form of the cache's fault tests: half an hour, and a table
+test-faults: setup ## the long form of the cache's fault tests: an hour or two, and tables
 	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 check: setup ## format, lint and types

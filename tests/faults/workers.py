@@ -93,7 +93,7 @@ class Images:
 
 def samples(images: int = IMAGES) -> Samples:
     return Samples(
-        ids=tuple(f"train/α/{i} ½.png" for i in range(images)),
+        ids=tuple(f"train/α/{i} ½ #%41 🦆\n.png" for i in range(images)),
         labels=np.arange(images) % 3,
         digests=np.random.default_rng(0).integers(0, 256, (images, 16), np.uint8),
         classes=("x", "y", "z"),
