@@ -17,7 +17,7 @@ from mlfusion.store.claims import Leases
 from mlfusion.store.encoding import ENCODINGS, Encoding
 from mlfusion.store.entry import Entry, Names, Samples, ShardDraft, folder_bytes, streams_for
 from mlfusion.store.manifest import Manifest
-from mlfusion.store.reader import Check, TokenReader
+from mlfusion.store.reader import Check, TokenReader, gone
 from mlfusion.store.stream import FormatName, Stream
 
 __all__ = [
@@ -92,6 +92,7 @@ class FeatureStore:
 
         Raises:
             CacheUnusable: the cache cannot be written.
+            NotCached: a prune takes it away meanwhile.
         """
         with disk.told(self.root):
             self.prepare()
@@ -99,7 +100,8 @@ class FeatureStore:
                 disk.publish_folder(Entry.draft_in(self.folder, spec, samples), self.folder / spec.key)
             Entry.mend(self.folder / spec.key, spec, samples)
             entry = self.entry(spec)
-            assert entry is not None and entry.path.parent == self.folder
+            if entry is None or entry.path.parent != self.folder:
+                raise NotCached(gone(self.folder / spec.key))
             entry.call(names)
             entry.sweep()
             return entry

@@ -712,7 +712,7 @@ def stored(source: Source, rows: range) -> np.ndarray:
 
 def gone(path: Path) -> str:
     """The words of the error of what a prune took away."""
-    return f"{path} was removed while it was read; run the same `mlfusion extract` again"
+    return f"{path} was removed while it was in use; run the same `mlfusion extract` again"
 
 
 def damaged(path: Path, why: str) -> CacheUnusable:

@@ -7,14 +7,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from test_company import read_on
 from workers import IMAGES, Child, extract, files, right, spec, whole
 
 from mlfusion import disk, population
 from mlfusion.batches import Schedule, Tokens
+from mlfusion.errors import NotCached
 from mlfusion.probes import Shape
-from mlfusion.store import FeatureStore
+from mlfusion.store import Entry, FeatureStore
 from mlfusion.store.housekeeping import TRASH, empty, remove
 
 
@@ -113,6 +115,17 @@ def test_a_prune_between_two_extractors(trial, tmp_path, monkeypatch):
         extract(root)
         assert os.rename is rename
         assert files(whole(root).path) == want
+
+
+def test_a_prune_of_an_entry_that_was_just_made(trial, tmp_path, monkeypatch):
+    """Before its extractor opens it: a sentence, and the next run makes it."""
+    root, mend = tmp_path / "cache", Entry.mend
+    with trial("a prune of an entry that was just made"), monkeypatch.context() as patch:
+        patch.setattr(Entry, "mend", staticmethod(lambda *args: (mend(*args), prune(root))))
+        with pytest.raises(NotCached, match="run the same `mlfusion extract` again"):
+            extract(root)
+    extract(root)
+    whole(root)
 
 
 def test_a_draft_that_is_away_for_a_moment(trial, tmp_path, monkeypatch):
