@@ -186,10 +186,14 @@ def read_json(path: Path) -> dict[str, Any]:
         CacheUnusable: a byte of it was changed.
         FileNotFoundError: it is not there.
     """
-    text = path.read_bytes()
+    with open(path, "rb", buffering=0) as file:
+        text = file.readall()
     head, _, rest = text.partition(b",")
     if head != b'{"sha256": "%s"' % hashlib.sha256(rest[:-1]).hexdigest().encode() or rest[-1:] != b"\n":
-        raise CacheUnusable(f"{path} is damaged: its text does not match its digest")
+        raise CacheUnusable(
+            f"{path} is damaged: its text does not match its digest; run `mlfusion cache verify --repair`, then the same "
+            "`mlfusion extract` again"
+        )
     body: dict[str, Any] = json.loads(b"{" + rest)
     return body
 

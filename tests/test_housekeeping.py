@@ -232,6 +232,31 @@ def test_the_commands(run, words, tmp_path):
     assert run("cache", "verify", "--json")["damaged"] == []
 
 
+@pytest.mark.parametrize("file", ["entry.json", "manifest.json", "stream.json"])
+def test_a_damaged_entry_hides_no_other(file, run, words, tmp_path):
+    """It is told of with what to do; the others are listed, read and extracted as ever, and a repair lists it again."""
+    run("extract", *words)
+    rows = run("cache", "ls", "--json")["entries"]
+    [train] = (row["key"] for row in rows if row["split"] == "train")
+    [path] = (tmp_path / "cache" / "v2" / train).rglob(file)
+    path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
+    said = run("cache", "ls", "--json")
+    assert [row["split"] for row in said["entries"]] == ["test"]
+    [why] = said["damaged"]
+    assert str(path.relative_to(tmp_path)) in why
+    assert "cache verify --repair" in why
+    listed = run("cache", "ls")
+    assert str(path.relative_to(tmp_path)) in listed
+    assert "test" in listed
+    assert len(load_features(words[1], words[3], "test").labels) == 6
+    with pytest.raises(MlfusionError):
+        load_features(words[1], words[3], "train")
+    run("extract", *words, "--split", "test")
+    run("cache", "verify", "--repair")
+    run("extract", *words)
+    assert run("cache", "ls", "--json") == {"entries": rows, "damaged": []}
+
+
 def test_prune_says_first_and_asks_what(run, words):
     run("extract", *words)
     told = run("cache", "prune", "--older", "0h", "--dry-run", "--json")
@@ -336,8 +361,8 @@ def test_thousands_of_entries_are_listed_by_reading_each_once(tmp_path, monkeypa
     for images in range(1, 41):
         fill(new_entry(tmp_path, images), "zarr", {(1, "cls")})
     opened: list[str] = []
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (opened.append(str(path)), read(path))[1])
+    read = disk.read_json
+    monkeypatch.setattr(disk, "read_json", lambda path: (opened.append(str(path)), read(path))[1])
     assert len(FeatureStore(tmp_path).find(model="m", dataset="d")) == 40
     assert max(map(opened.count, opened)) == 1
     assert len(opened) <= 3 * 40

@@ -1,8 +1,10 @@
 """The cache gives back exactly what was put in, to us and to plain zarr and h5py, or refuses; it is never silently wrong."""
 
+import base64
 import errno
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -19,6 +21,7 @@ from mlfusion import disk
 from mlfusion.errors import BadData, CacheUnusable, NotCached
 from mlfusion.specs import DTYPES, DataSpec, FeatureSpec, ModelSpec
 from mlfusion.store import Entry, FeatureStore, Names, Samples, Stream, audit, stream, streams_for
+from mlfusion.store.audit import verify
 
 MODEL = ModelSpec(
     weights="ab" * 32, revision=None, config="cd" * 8, preprocess="{}", name="m", family="vit", depth=3, width=4
@@ -179,6 +182,55 @@ def test_a_sound_shard_that_is_not_the_one_published_is_refused(tmp_path):
     array[:] = -values
     with pytest.raises(CacheUnusable, match=r"damaged.*cache verify --repair"):
         entry.read([1, 2, 3], ["cls", "ap"])
+
+
+def test_memory_of_results_is_lent_again_once_nobody_holds_it(kept, monkeypatch):
+    """What is in hand stays as it was, to its last view; what was let go of is written over."""
+    monkeypatch.setattr("mlfusion.store.reader.SMALL", 1)
+    monkeypatch.setattr("mlfusion.store.reader.Lent.idle", deque())
+    with kept("zarr", 33, "float16").open([3, 1], ["ap", "cls"]) as reader:
+        whole = reader.read().copy()
+        first, second = reader[:16], reader[16:32]
+        place, view = first.ctypes.data, second[3:]
+        del first, second
+        third, fourth = reader[8:24], reader[1:17]
+        assert place in (third.ctypes.data, fourth.ctypes.data)
+        for got, rows in ((view, slice(19, 32)), (third, slice(8, 24)), (fourth, slice(1, 17))):
+            np.testing.assert_array_equal(got, whole[rows])
+
+
+@both
+def test_shards_of_earlier_versions_are_compared_by_crc32c(format, tmp_path):
+    """Their records have no table of the faster checksum."""
+    entry = new_entry(tmp_path)
+    [(name, values)] = fill(entry, format).items()
+    folder = entry.path / "tokens" / name
+    for path in (folder / "manifest.json", *folder.glob("c/*/commit.json")):
+        body = disk.read_json(path)
+        del body["xxh3_64"]
+        path.write_text(disk.sealed(body))
+    np.testing.assert_array_equal(entry.read([1, 2, 3], ["cls", "ap"]), values)
+    assert not list(verify(tmp_path, entry.path))
+    [at, *_] = entry.record(entry.streams()[0], 0).offsets.reshape(-1).tolist()
+    data = bytearray(shard_files(entry, name)[0].read_bytes())
+    data[at] ^= 1
+    shard_files(entry, name)[0].write_bytes(data)
+    with pytest.raises(CacheUnusable, match="checksum of chunk"):
+        entry.read([1, 2, 3], ["cls", "ap"])
+
+
+@both
+@pytest.mark.parametrize("table", ["crc32c", "xxh3_64"])
+def test_verify_compares_both_checksums(format, table, tmp_path):
+    """Of a sound shard whose record, in itself sound, says otherwise of one chunk."""
+    entry = new_entry(tmp_path)
+    [name] = fill(entry, format)
+    commit = entry.path / "tokens" / name / "c" / "0" / "commit.json"
+    body = disk.read_json(commit)
+    sums = bytearray(base64.b64decode(body[table]))
+    sums[-1] ^= 1
+    commit.write_text(disk.sealed({**body, table: base64.b64encode(sums).decode()}))
+    assert any("wrong bytes: layers 3" in damage.why for damage in verify(tmp_path, entry.path))
 
 
 def test_hdf5_opens_without_us(tmp_path):

@@ -52,27 +52,38 @@ def ls(
     """Every entry: whose features of what, which tokens, how many bytes."""
     from mlfusion.store import FeatureStore
 
-    found = FeatureStore(cache).find(model=model, dataset=dataset, split=split)
-    rows = [_row(entry) for entry in found]
+    damaged: list[str] = []
+    rows = []
+    for entry in FeatureStore(cache).find(model=model, dataset=dataset, split=split, damaged=damaged.append):
+        try:
+            rows.append(_row(entry, unreadable=as_json))
+        except NotCached:  # removed since
+            continue
+        except CacheUnusable as err:
+            damaged.append(str(err))
     if as_json:
-        print_json({"entries": [{**row, "unreadable": e.unreadable()} for row, e in zip(rows, found, strict=True)]})
-    else:
+        print_json({"entries": rows, "damaged": damaged})
+        return
+    if rows or not damaged:
         print_rows(rows, nothing="no features yet; run: mlfusion extract")
+    for why in damaged:
+        say(f"not listed: {why}")
 
 
-def _row(entry: Any) -> dict[str, Any]:
+def _row(entry: Any, unreadable: bool) -> dict[str, Any]:
     spec, home = entry.spec, entry.sources()
-    sources = dict.fromkeys(home.values())
+    skipped = entry.skipped(home)
     return {
         "model": spec.model.name,
         "dataset": spec.data.name,
         "split": spec.data.split,
         "images": spec.data.images,
-        "skipped": len({row for source in sources for row in source.manifest.skipped}),
+        "skipped": len(skipped),
         "tokens": token_words(frozenset(home)) or "(not complete)",
         "dtype": spec.dtype,
-        "bytes": sum(source.stream.nbytes for source in sources if source.folder.is_relative_to(entry.path)),
+        "bytes": sum(s.stream.nbytes for s in dict.fromkeys(home.values()) if s.folder.is_relative_to(entry.path)),
         "key": entry.key,
+        **({"unreadable": entry.unreadable(skipped)} if unreadable else {}),
     }
 
 
@@ -288,7 +299,7 @@ def _copy(
     if format not in (None, "zarr", "hdf5"):
         raise UnknownName("format", format or "", ["zarr", "hdf5"])
     here, there = FeatureStore(source), FeatureStore([target] if target else None)
-    entries = [entry for entry in here.find(model=model, dataset=dataset, split=split) if entry.held()]
+    entries = [entry for entry in here.find(model=model, dataset=dataset, split=split) if entry.held() and entry.names]
     if not entries:
         raise NotCached(f"nothing of that in {here.root}; see: mlfusion cache ls --cache {here.root}")
     copied = []

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -238,8 +239,8 @@ def say(line: str) -> None:
 
 
 def print_json(body: Any) -> None:
-    """One document, on standard output."""
-    typer.echo(json.dumps(body, ensure_ascii=False, indent=2))
+    """One document, on standard output; indented for people, which takes several times as long."""
+    typer.echo(json.dumps(body, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
 
 
 def print_rows(rows: Sequence[dict[str, Any]], nothing: str) -> None:

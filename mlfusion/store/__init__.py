@@ -4,10 +4,13 @@ The only room that knows a path under the cache's root. Both stages meet here an
 in `cache/README.md`.
 """
 
+import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from mlfusion import disk
@@ -43,6 +46,9 @@ __all__ = [
 
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of mlfusion; see README.md beside this file.\n"
 MARKER = "mlfusion-cache.json"
+
+log = logging.getLogger(__name__)
+Told = Callable[[str], None]
 
 Place = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 """A cache's root; or several, one's own first and those below it, which are only read: a list, or 'mine:/lab/shared'."""
@@ -83,7 +89,7 @@ class FeatureStore:
     def by_key(self, key: str) -> Entry | None:
         """The entry of this key, in the uppermost layer that has it and with those below."""
         found = [entry for layer in self.below if (entry := layer.by_key(key))]
-        if (self.folder / key / "entry.json").is_file():
+        with suppress(NotCached):
             return Entry(self.folder / key, found)
         return Entry(found[0].path, found[1:]) if found else None
 
@@ -120,29 +126,29 @@ class FeatureStore:
         disk.sweep(self.root)
         disk.sweep(self.folder)
 
-    def entries(self) -> Iterator[Entry]:
-        """Every entry, whole or begun, of all layers."""
+    def entries(self, damaged: Told | None = None) -> Iterator[Entry]:
+        """Every entry, whole or begun, of all layers; of one whose record is damaged `damaged` is told, or the log."""
         layers = (self, *self.below)
         keys = {path.name for layer in layers for path in disk.finished(layer.folder, "entry.json")}
         for key in sorted(keys):
-            try:
-                entry = self.by_key(key)
-            except NotCached:  # removed since
-                continue
-            if entry:
+            if entry := _sound(partial(self.by_key, key), damaged):
                 yield entry
 
-    def own(self) -> Iterator[Entry]:
+    def own(self, damaged: Told | None = None) -> Iterator[Entry]:
         """Entries of the uppermost layer alone, without those below."""
         for path in disk.finished(self.folder, "entry.json"):
-            try:
-                entry = Entry(path)
-            except NotCached:  # removed since
-                continue
-            yield entry
+            if entry := _sound(partial(Entry, path), damaged):
+                yield entry
 
-    def find(self, *, model: str | None = None, dataset: str | None = None, split: str | None = None) -> list[Entry]:
-        """Entries that somebody extracted under these words: a name, a hub id or a folder."""
+    def find(
+        self,
+        *,
+        model: str | None = None,
+        dataset: str | None = None,
+        split: str | None = None,
+        damaged: Told | None = None,
+    ) -> list[Entry]:
+        """Entries that somebody extracted under these words: a name, a hub id or a folder; see `entries` for `damaged`."""
 
         def called(word: str | None, name: str, source: str, suffix: str = "") -> bool:
             if word is None:
@@ -153,16 +159,29 @@ class FeatureStore:
 
         asked = parse_model(model) if model else None  # its hook point and settings, told apart and in order
 
-        return [
-            entry
-            for entry in self.entries()
-            if (split is None or entry.spec.data.split == split)
-            and any(
+        def meant(entry: Entry) -> Entry | None:
+            if model is dataset is None:  # whatever it was called
+                return entry if split in (None, entry.spec.data.split) else None
+            found = (split is None or entry.spec.data.split == split) and any(
                 called(dataset, names.dataset, names.dataset_source)
                 and (asked is None or called(asked.name, names.model, names.model_source, asked.suffix))
                 for names in entry.names
             )
-        ]
+            return entry if found else None
+
+        found = (_sound(partial(meant, entry), damaged) for entry in self.entries(damaged))
+        return [entry for entry in found if entry]
+
+
+def _sound(read: Callable[[], Entry | None], damaged: Told | None) -> Entry | None:
+    """One of many entries: where it is damaged that is told, and the others are not kept from anybody."""
+    try:
+        return read()
+    except NotCached:  # removed since
+        return None
+    except CacheUnusable as err:
+        (damaged or log.warning)(str(err))
+        return None
 
 
 def _roots(place: Place) -> list[Path]:

@@ -1,7 +1,8 @@
 """Finds what is damaged in the cache, byte by byte, and moves it out of the way so that an extraction makes only that again.
 
 Every file is covered: the records and samples by their digests, a shard by the xxh3-128 of the whole file, so that bytes
-which no read would touch (padding, Zarr's index, HDF5's structures) count as well. Nothing is deleted: what is taken out
+which no read would touch (padding, Zarr's index, HDF5's structures) count as well, and then chunk by chunk by both of its
+checksums, those that a read of ours compares and those of Zarr's codec. Nothing is deleted: what is taken out
 lies in `quarantine/` under the cache's root.
 """
 
@@ -10,16 +11,18 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from mlfusion import disk
 from mlfusion.errors import MlfusionError
 from mlfusion.specs import FORMAT, layer_ranges
 from mlfusion.store.entry import SAMPLES, TOKENS, Entry
-from mlfusion.store.formats import FORMATS, checksum
+from mlfusion.store.formats import FORMATS, crc, xxh
 from mlfusion.store.manifest import Manifest
 from mlfusion.store.reader import Source
 from mlfusion.store.stream import Stream
@@ -133,7 +136,10 @@ def _verify_stream(entry: Entry, folder: Path, read: Callable[[int], None]) -> I
 def _wrong(source: Source, shard: int, read: Callable[[int], None]) -> str:
     """What is wrong with a shard's file, by its own record; '' if nothing is."""
     record, stream = source.manifest, source.stream
-    digest = xxhash.xxh3_128()
+    digest, sums = xxhash.xxh3_128(), [(crc, record.crc32c)]
+    if record.xxh3 is not None:
+        sums.append((xxh, record.xxh3))
+    layers: dict[range, set[int]] = {}
     try:
         with open(source.path(shard), "rb") as file:
             while piece := file.read(PIECE):
@@ -142,28 +148,21 @@ def _wrong(source: Source, shard: int, read: Callable[[int], None]) -> str:
             size = file.tell()
             if size != record.sizes[0]:
                 return f"{size:,} bytes instead of {record.sizes[0]:,}"
-            if digest.hexdigest() == record.digests[0]:
-                return ""
-            parts = []
-            row_bytes = stream.tokens * stream.columns * stream.encoding.stored.itemsize
-            for block, rows in enumerate(stream.blocks(shard)):
-                layers = set()
-                for (layer, kind), offset in _each(record, block):
-                    file.seek(offset)
-                    if checksum(file.read(len(rows) * row_bytes)) != record.checksums[block, layer, kind]:
-                        layers.add(stream.layers[layer])
-                if layers:
-                    parts.append(f"layers {layer_ranges(layers)} of rows {rows.start}-{rows.stop - 1}")
+            if len(stream.rows(shard)) * stream.row_bytes > size:
+                return "it is another stream's"
+            for (block, rows), (layer, kind) in product(
+                enumerate(stream.blocks(shard)), np.ndindex(record.offsets.shape[1:])
+            ):
+                file.seek(int(record.offsets[block, layer, kind]))
+                data = file.read(len(rows) * stream.row_bytes)
+                if any(sum(data) != table[block, layer, kind] for sum, table in sums):
+                    layers.setdefault(rows, set()).add(stream.layers[layer])
     except OSError as err:
         return f"it cannot be read ({err.strerror})"
-    return "wrong bytes: " + ("; ".join(parts) or "beside the tokens (index or padding)")
-
-
-def _each(record: Manifest, block: int) -> Iterator[tuple[tuple[int, int], int]]:
-    _, layers, kinds = record.offsets.shape
-    for layer in range(layers):
-        for kind in range(kinds):
-            yield (layer, kind), int(record.offsets[block, layer, kind])
+    if layers:
+        parts = (f"layers {layer_ranges(some)} of rows {rows.start}-{rows.stop - 1}" for rows, some in layers.items())
+        return "wrong bytes: " + "; ".join(parts)
+    return "" if digest.hexdigest() == record.digests[0] else "wrong bytes: beside the tokens (index or padding)"
 
 
 def repair(root: Path, folder: Path, found: list[Damage]) -> list[Path]:

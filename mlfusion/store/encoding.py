@@ -14,6 +14,7 @@ from mlfusion.specs import Dtype
 
 LARGEST = 127  # of an 8-bit number; -128 is left unused so that the range is symmetric
 SCALE_BYTES = 4
+PIECE = 1 << 17  # numbers that are looked at twice while they are in a core's cache
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def _finite(stored: np.ndarray, infinity: int) -> np.ndarray:
     sign = 1 << 8 * stored.itemsize - 1
     bits = np.ascontiguousarray(stored).view(f"<u{stored.itemsize}")
     signed = bits.view(f"<i{stored.itemsize}")
-    if bits.size == 0 or (signed.max() < infinity and bits.max() < sign + infinity):
+    some = [slice(start, start + PIECE) for start in range(0, bits.size, PIECE)]
+    one, other = bits.reshape(-1), signed.reshape(-1)
+    if all(other[piece].max() < infinity and one[piece].max() < sign + infinity for piece in some):
         return np.ones(stored.shape[:-1], bool)
     return (signed.max(-1) < infinity) & (bits.max(-1) < sign + infinity)
 

@@ -290,16 +290,16 @@ class Entry:
         """Streams of which all shards are in this folder."""
         return [stream for stream in self.streams() if (self.folder(stream) / "manifest.json").exists()]
 
-    def skipped(self) -> dict[int, str]:
-        """Row → why its image could not be read."""
+    def skipped(self, sources: Mapping[Pair, Source] | None = None) -> dict[int, str]:
+        """Row → why its image could not be read; `sources` are these, where somebody read them already."""
         found: dict[int, str] = {}
-        for source in dict.fromkeys(self.sources().values()):
+        for source in dict.fromkeys((self.sources() if sources is None else sources).values()):
             found |= source.manifest.skipped
         return dict(sorted(found.items()))
 
-    def unreadable(self) -> dict[str, str]:
+    def unreadable(self, skipped: Mapping[int, str] | None = None) -> dict[str, str]:
         """The same by sample id."""
-        skipped = self.skipped()
+        skipped = self.skipped() if skipped is None else skipped
         ids = self.samples.ids if skipped else ()
         return {ids[row]: why.removeprefix(f"{ids[row]} cannot be read: ") for row, why in skipped.items()}
 
@@ -521,7 +521,8 @@ class ShardDraft:
             samples=(self._entry.sample_digest(self._stream, self._shard),),
             skipped=self._skipped,
             offsets=written.offsets,
-            checksums=written.checksums,
+            crc32c=written.crc32c,
+            xxh3=written.xxh3,
         )
         body = {"stream": self._stream.name, "shard": self._shard, **record.to_json()}
         disk.write(self._draft / "commit.json", disk.sealed(body))

@@ -1,16 +1,19 @@
 """Two ways to lay a shard on disk: Zarr v3 and HDF5. Written here, read by one reader.
 
 A writer says where in its file each chunk's bytes begin, and both formats keep them uncompressed: so shards of either are
-read by offset, at the speed of a memory map, and checked by the same checksums. Through zarr-python's pipeline, or
+read by offset, at the speed of a memory map, and checked by the same checksums: xxh3, which is fast, by ours, and
+each format's own by others. Through zarr-python's pipeline, or
 through h5py, the same files read as well, a few times slower.
 """
 
 import io
 import json
 import os
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import crc32c
 import h5py
@@ -19,6 +22,7 @@ import xxhash
 
 from mlfusion.store.stream import FormatName, Stream
 
+CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)  # Zarr's mark for a chunk that a shard does not hold
 
 
@@ -29,7 +33,8 @@ class Written:
     size: int  # bytes
     digest: str  # xxh3-128 of the file
     offsets: np.ndarray  # [blocks, layers, kinds] uint64
-    checksums: np.ndarray  # [blocks, layers, kinds] uint32, crc32c of a chunk's rows
+    crc32c: np.ndarray  # [blocks, layers, kinds] uint32, of a chunk's rows
+    xxh3: np.ndarray  # likewise uint64
 
 
 class ShardWriter(Protocol):
@@ -57,9 +62,14 @@ class Format(Protocol):
         """Begin a new file at `path`."""
 
 
-def checksum(data: Any) -> int:
+def crc(data: Any) -> int:
     """crc32c, the checksum of Zarr's own codec, computed while other threads go on."""
     return int(crc32c.crc32c(data))
+
+
+def xxh(data: Any) -> int:
+    """xxh3 of 64 bits, which a reader of ours compares: several times faster, likewise while other threads go on."""
+    return int(xxhash.xxh3_64_intdigest(data))
 
 
 # --- Zarr ------------------------------------------------------------------------------------------------------------
@@ -109,60 +119,81 @@ class Zarr:
 
 
 class ZarrWriter:
-    """Appends chunk after chunk, never seeking back; holds one block of rows in memory."""
+    """Appends block after block, never seeking back; holds one block of rows in memory."""
+
+    _idle: ClassVar[deque[bytearray]] = deque(maxlen=2)  # blocks of writers that are done: fresh memory must be cleared
 
     def __init__(self, path: Path, stream: Stream) -> None:
         self._stream = stream
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
-        _, layers, _, columns = stream.shape
-        # Laid out as it is written, chunk behind chunk, so that a chunk goes to the file from where it stands.
-        shape = (layers, len(stream.kinds), stream.chunk_rows, stream.tokens, columns)
-        self._buffer = np.zeros(shape, stream.encoding.stored)
+        layers, kinds = len(stream.layers), len(stream.kinds)
+        self._chunk_bytes = stream.chunk_rows * stream.row_bytes
+        step = self._chunk_bytes + CRC_BYTES
+        # As it is written, to the byte: what came to the system's cache by few large writes reads faster.
+        self._block = self._memory(layers * kinds * step)
+        self._rows = np.ndarray(
+            (stream.chunk_rows, layers, kinds),
+            f"V{stream.row_bytes}",
+            self._block,
+            strides=(stream.row_bytes, kinds * step, step),
+        )
         self._filled = 0
-        self._index = np.full((stream.shard_blocks, layers, len(stream.kinds), 1, 2), ABSENT, "<u8")
-        self._checksums: list[int] = []
+        self._index = np.full((stream.shard_blocks, layers, kinds, 1, 2), ABSENT, "<u8")
+        self._sums: list[tuple[int, int]] = []  # of each chunk's rows
         self._digest = xxhash.xxh3_128()
-        self._block = 0
-        self._size = 0
+        self._blocks = 0
+
+    @classmethod
+    def _memory(cls, size: int) -> bytearray:
+        with suppress(IndexError):
+            while len(memory := cls._idle.popleft()) != size:
+                pass
+            return memory
+        return bytearray(size)
 
     def append(self, stored: np.ndarray) -> None:
-        layers, kinds, rows, tokens, columns = self._buffer.shape
-        while len(stored):
-            taken = min(len(stored), rows - self._filled)
-            split = stored[:taken].reshape(taken, layers, kinds, tokens, columns)
-            self._buffer[:, :, self._filled : self._filled + taken] = split.transpose(1, 2, 0, 3, 4)
+        rows = np.ascontiguousarray(stored).reshape(-1).view(self._rows.dtype).reshape(-1, *self._rows.shape[1:])
+        while len(rows):
+            taken = min(len(rows), len(self._rows) - self._filled)
+            self._rows[self._filled : self._filled + taken] = rows[:taken]
             self._filled += taken
-            stored = stored[taken:]
-            if self._filled == rows:
+            rows = rows[taken:]
+            if self._filled == len(self._rows):
                 self._flush()
 
     def _flush(self) -> None:
-        whole = self._filled == self._stream.chunk_rows
-        self._buffer[:, :, self._filled :] = 0  # chunks keep their full shape; rows past the last image are padding
-        for layer, kinds in enumerate(self._buffer):
-            for kind, chunk in enumerate(kinds):
-                crc = checksum(chunk)
-                self._index[self._block, layer, kind, 0] = self._size, chunk.nbytes + 4
-                self._checksums.append(crc if whole else checksum(np.ascontiguousarray(chunk[: self._filled])))
-                self._put(chunk, np.array([crc], "<u4"))
-        self._block += 1
+        held, size = self._filled * self._stream.row_bytes, self._chunk_bytes
+        block = np.frombuffer(self._block, np.uint8)
+        for start, place in zip(range(0, len(block), size + CRC_BYTES), np.ndindex(self._rows.shape[1:]), strict=True):
+            chunk = block[start : start + size + CRC_BYTES]
+            rows, whole = chunk[:held], chunk[:size]
+            whole[held:] = 0  # chunks keep their full shape; rows past the last image are padding
+            sum = crc(whole)
+            chunk[size:] = np.frombuffer(sum.to_bytes(CRC_BYTES, "little"), np.uint8)
+            self._sums.append((sum if held == size else crc(rows), xxh(rows)))
+            self._digest.update(chunk.data)
+            self._index[self._blocks, *place, 0] = self._blocks * len(block) + start, len(chunk)
+        write_all(self._file, block.data)
+        self._blocks += 1
         self._filled = 0
-
-    def _put(self, *parts: np.ndarray) -> None:
-        for part in parts:
-            write_all(self._file, part.data)
-            self._digest.update(part.data)
-            self._size += part.nbytes
 
     def close(self) -> Written:
         if self._filled:
             self._flush()
-        self._put(self._index, np.array([checksum(self._index)], "<u4"))
+        index = self._index.tobytes()
+        index += crc(index).to_bytes(CRC_BYTES, "little")
+        self._digest.update(index)
+        write_all(self._file, index)
         os.fsync(self._file.fileno())
         self._file.close()
-        offsets = self._index[: self._block, :, :, 0, 0].astype(np.uint64)
-        checksums = np.array(self._checksums, np.uint32).reshape(offsets.shape)
-        return Written(self._size, self._digest.hexdigest(), offsets, checksums)
+        self._idle.append(self._block)
+        offsets = self._index[: self._blocks, :, :, 0, 0].astype(np.uint64)
+        sums = (
+            np.array(each, kind).reshape(offsets.shape)
+            for each, kind in zip(zip(*self._sums, strict=True), (np.uint32, np.uint64), strict=True)
+        )
+        size = self._blocks * len(self._block) + len(index)
+        return Written(size, self._digest.hexdigest(), offsets, *sums)
 
     def abandon(self) -> None:
         self._file.close()
@@ -210,7 +241,7 @@ class Hdf5Writer:
 
     def close(self) -> Written:
         self._image.flush()
-        step, _, tokens, columns = self._data.chunks
+        step, _, tokens, _ = self._data.chunks
         starts = range(0, len(self._rows), step)
         offsets = np.zeros((len(starts), len(self._stream.layers), len(self._stream.kinds)), np.uint64)
         for block, layer, kind in np.ndindex(offsets.shape):
@@ -218,15 +249,14 @@ class Hdf5Writer:
             offsets[block, layer, kind] = at.byte_offset
         image = np.frombuffer(self._image.id.get_file_image(), np.uint8)
         self._image.close()
-        checksums = np.zeros(offsets.shape, np.uint32)
-        row_bytes = tokens * columns * self._stream.encoding.stored.itemsize
-        for (block, layer, kind), offset in np.ndenumerate(offsets.astype(np.int64)):
-            nbytes = min(step, len(self._rows) - starts[block]) * row_bytes
-            checksums[block, layer, kind] = checksum(image[offset : offset + nbytes])
+        sums = np.zeros(offsets.shape, np.uint32), np.zeros(offsets.shape, np.uint64)
+        for chunk, offset in np.ndenumerate(offsets.astype(np.int64)):
+            rows = image[offset : offset + min(step, len(self._rows) - starts[chunk[0]]) * self._stream.row_bytes]
+            sums[0][chunk], sums[1][chunk] = crc(rows), xxh(rows)
         with open(self._path, "xb", buffering=0) as file:
             write_all(file, image.data)
             os.fsync(file.fileno())
-        return Written(len(image), xxhash.xxh3_128_hexdigest(image.data), offsets, checksums)
+        return Written(len(image), xxhash.xxh3_128_hexdigest(image.data), offsets, *sums)
 
     def abandon(self) -> None:
         if self._image:  # a file that was closed is false

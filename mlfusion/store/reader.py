@@ -1,10 +1,9 @@
 """Reads tokens out of shards: all of them, a layer, a kind, random rows, or rows in a shuffled order, and nothing else.
 
-A chunk holds one layer and one kind of a run of images, so what was not asked for stays on the disk. Where much of a
-shard is wanted, chunk after chunk is read into a core's cache, compared there with its checksum, and put where it
-belongs: it travels from memory once. Images here and there come from shards that are mapped and stay so; there a chunk is
-compared when it is first touched. A reader works in threads, and after fork or spawn: each process opens the files for
-itself.
+A chunk holds one layer and one kind of a run of images, so what was not asked for stays on the disk. Where much of a block
+is wanted, chunk after chunk is read into a core's cache, compared there with its checksum, and put where it belongs: it
+travels from memory once. Images here and there come from shards that are mapped, once their chunks were compared. A reader
+works in threads, and after fork or spawn: each process opens the files for itself.
 """
 
 import errno
@@ -14,31 +13,34 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from mlfusion.errors import CacheUnusable, NotCached
 from mlfusion.store.claims import Pin
-from mlfusion.store.formats import FORMATS, checksum
+from mlfusion.store.formats import FORMATS, crc, xxh
 from mlfusion.store.manifest import Manifest
 from mlfusion.store.stream import Stream
 
 Check = Literal["once", "always", "never"]
+Index = np.ndarray | slice
 
-OPEN_SHARDS = 256  # mapped at once; each takes one of the process's file descriptors, of which it leaves three quarters
+OPEN_SHARDS = 256  # open at once; each takes one or, mapped, two of the process's file descriptors, and half are left
 MIXED = 1 << 28  # bytes of images that are shuffled together, of at least
 FEWEST = 4  # blocks
 THREADS = min(4, os.cpu_count() or 1)
-PIECE = 1 << 20  # bytes, as decoded
-SMALL = 1 << 24  # bytes below which threads are not worth starting
+PIECE = 1 << 19  # bytes that are picked and put at once: they stay in a core's cache on the way
+ALL = slice(None)
+SMALL = 1 << 24  # bytes of a result below which neither threads nor lent memory are worth their while
+IDLE = 1 << 30  # bytes of memory that a process keeps for its next results
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,25 +75,9 @@ class Span:
         """(layer, kind), plane by plane."""
         return [(layer, kind) for layer in self.layers.tolist() for kind in self.kinds.tolist()]
 
-    @cached_property
-    def planes(self) -> "list[Span]":
-        """Plane by plane."""
-        tokens = self.source.stream.tokens
-        first, start = self.into_layers.start, self.into_tokens.start
-        return [
-            Span(
-                self.source,
-                slice(first + i, first + i + 1),
-                slice(start + j * tokens, start + (j + 1) * tokens),
-                self.layers[i : i + 1],
-                self.kinds[j : j + 1],
-            )
-            for i in range(len(self.layers))
-            for j in range(len(self.kinds))
-        ]
-
-    def of(self, out: np.ndarray, stream: Stream) -> np.ndarray:
+    def of(self, out: np.ndarray) -> np.ndarray:
         """Its part of a result [rows, layers, tokens, width or more], as [rows, layers, kinds, tokens, width]."""
+        stream = self.source.stream
         part = out[:, self.into_layers, self.into_tokens, : stream.width]
         return part.reshape(len(out), len(self.layers), len(self.kinds), stream.tokens, stream.width)
 
@@ -126,159 +112,131 @@ def spans(source: Source, planes: Sequence[tuple[int, int, int, int]]) -> list[S
     ]
 
 
-class Chunks:
-    """Where the chunks of one shard lie in its file, and what their checksums are."""
+class Shard:
+    """One shard's file: where its chunks lie, and which of them were compared with their checksum."""
 
-    def __init__(self, source: Source, shard: int, descriptor: int) -> None:
-        self._source, self._shard, self._stream = source, shard, source.stream
-        self._rows = len(source.stream.rows(shard))
-        self.blocks = -(-self._rows // source.stream.chunk_rows)
-        first = shard * source.stream.shard_blocks
-        self._offsets = source.manifest.offsets[first : first + self.blocks].astype(np.int64)
-        self._checksums = source.manifest.checksums[first : first + self.blocks]
-        self._row_bytes = self._stream.tokens * self._stream.columns * self._stream.encoding.stored.itemsize
-        self._size = source.manifest.sizes[shard]
+    def __init__(self, source: Source, number: int, descriptor: int, wanted: Sequence[Span] = ()) -> None:
+        self._descriptor = descriptor  # ours from here on
+        stream, manifest = source.stream, source.manifest
+        self._stream, self._path = stream, source.path(number)
+        self._rows = len(stream.rows(number))
+        self.blocks = -(-self._rows // stream.chunk_rows)
+        first = number * stream.shard_blocks
+        mine = slice(first, first + self.blocks)
+        self._starts = manifest.offsets[mine].astype(np.int64)  # [blocks, layers, kinds]
+        self._sum: Callable[[np.ndarray], int]
+        if manifest.xxh3 is not None:
+            self._sum, self._sums = xxh, manifest.xxh3[mine]
+        else:  # written by an earlier version
+            self._sum, self._sums = crc, manifest.crc32c[mine]
+        self._compared = np.zeros(self._starts.shape, bool)
+        self._row_bytes, self._item = stream.row_bytes, np.dtype(f"V{stream.row_bytes}")  # an image's part of a chunk
+        self._size = manifest.sizes[number]
         if os.fstat(descriptor).st_size != self._size:
             raise self._damaged("its size is not the manifest's")
+        self._cold = self._absent(wanted)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
 
     def _damaged(self, why: str) -> CacheUnusable:
-        return damaged(self._source.path(self._shard), why)
+        return damaged(self._path, why)
 
     def rows(self, block: int) -> int:
         """Images in a block."""
         return min(self._stream.chunk_rows, self._rows - block * self._stream.chunk_rows)
 
-    def _bytes(self, block: int) -> int:
-        return self.rows(block) * self._row_bytes
-
-    def _compare(self, data: np.ndarray, block: int, layer: int, kind: int) -> None:
-        """Refuse a chunk whose bytes are not those that were written."""
-        if checksum(data) != self._checksums[block, layer, kind]:
-            raise self._damaged(f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
-
-    def _ranges(self, starts: np.ndarray, size: int) -> list[tuple[int, int]]:
-        """First byte and length of what chunks of `size` bytes take of the file; a gap of less than a page is none."""
-        starts = np.sort(starts, axis=None)
-        breaks = np.flatnonzero(np.diff(starts) > size + mmap.PAGESIZE) + 1
-        return [(int(run[0]), int(run[-1]) + size - int(run[0])) for run in np.split(starts, breaks)]
-
-
-class ShardFile(Chunks):
-    """Read into memory of one's own, chunk by chunk: for much of a shard at once."""
-
-    def __init__(self, source: Source, shard: int, descriptor: int) -> None:
-        super().__init__(source, shard, descriptor)
-        self._descriptor = descriptor
-
-    def chunk(self, block: int, layer: int, kind: int, check: bool) -> np.ndarray:
-        """[rows, tokens, columns] as stored. Gone with the next read.
+    def chunk(self, block: int, layer: int, kind: int, check: Check = "always") -> np.ndarray:
+        """[rows] as stored, an item an image, in memory of the thread's own: gone with its next chunk.
 
         Raises:
-            CacheUnusable: a checksum is wrong, or the file ends before its time.
+            CacheUnusable: the checksum is wrong, or the disk does not give all of it.
         """
-        first, size = int(self._offsets[block, layer, kind]), self._bytes(block)
-        data = _buffer(size)
-        got = os.preadv(self._descriptor, [data.data], first)
-        while got < size:
-            more = os.preadv(self._descriptor, [data[got:].data], first + got)
-            if more == 0:
-                raise self._damaged("it ends before its time")
-            got += more
-        if check:
-            self._compare(data, block, layer, kind)
-        return data.view(self._stream.encoding.stored).reshape(-1, self._stream.tokens, self._stream.columns)
-
-    def fetch(self, span: Span, blocks: slice = slice(None)) -> None:
-        """Ask the disk for chunks that are about to be read, all at once, if the first of them is not in memory."""
-        if not hasattr(os, "RWF_NOWAIT"):
-            return
-        starts = self._offsets[blocks, span.layers[:, None], span.kinds]
+        data = _buffer(self.rows(block) * self._row_bytes)
+        first, got = int(self._starts[block, layer, kind]), 0
         try:
-            os.preadv(self._descriptor, [bytearray(1)], int(starts.flat[0]), os.RWF_NOWAIT)
-        except OSError:  # not there, or of a file system that cannot tell
-            for first, length in self._ranges(starts, self._bytes(0)):
-                os.posix_fadvise(self._descriptor, first, length, os.POSIX_FADV_WILLNEED)
+            while got < len(data):
+                more = os.preadv(self._descriptor, [data[got:].data], first + got)
+                if more == 0:
+                    raise self._damaged("it ends before its time")
+                got += more
+        except OSError as err:
+            raise self._damaged(f"the disk does not give all of it ({err.strerror})") from err
+        if check == "always" or (check == "once" and not self._compared[block, layer, kind]):
+            if self._sum(data) != self._sums[block, layer, kind]:
+                raise self._damaged(f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
+            self._compared[block, layer, kind] = True  # of two threads at once each compares for itself
+        return data.view(self._item)
 
+    @cached_property
+    def _items(self) -> np.ndarray:
+        """The whole file, mapped into memory: at each byte the item that would begin there."""
+        try:
+            mapped = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        except OSError as err:
+            if err.errno != errno.ENOMEM:
+                raise
+            raise MemoryError(
+                f"there is no room in the process's memory to map {self._path}; free some, or raise its limits "
+                "(ulimit -v; vm.max_map_count)"
+            ) from err
+        return np.ndarray((self._size - self._row_bytes + 1,), self._item, mapped, strides=(1,))
 
-class ShardMap(Chunks):
-    """Mapped into memory: for some images of a shard, again and again."""
+    def put(self, block: int, span: Span, out: np.ndarray, where: Index, inside: Index, check: Check) -> None:
+        """out[where] = images `inside` of a block, decoded; out is [.., layers, tokens, width] of the whole result.
 
-    def __init__(self, source: Source, shard: int, descriptor: int, wanted: Sequence[Span]) -> None:
-        super().__init__(source, shard, descriptor)
-        self._cold = self._absent(descriptor, wanted)
-        self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        self._data = np.frombuffer(self._map, np.uint8)
-        self._lock = threading.Lock()
-        self._compared = np.zeros(self._offsets.shape, bool)
-        self._known: dict[tuple[int, Span], list[tuple[Span, np.ndarray]]] = {}
-
-    def views(self, block: int, span: Span, check: Check) -> list[tuple[Span, np.ndarray]]:
-        """A block of a span, as stored, without a copy: [rows, layers, kinds, tokens, columns], or plane by plane.
+        Many images come with their chunks, read and compared one after another; few from the map, once their chunks are
+        compared.
 
         Raises:
-            CacheUnusable: a checksum is wrong.
+            CacheUnusable: see `chunk`.
         """
-        known = self._known.get((block, span))
-        if known is not None and check != "always":
-            return known
-        with self._lock:  # what one thread compares, another need not
-            for layer, kind in span.pairs:
-                if check == "always" or (check == "once" and not self._compared[block, layer, kind]):
-                    start = int(self._offsets[block, layer, kind])
-                    self._compare(self._data[start : start + self._bytes(block)], block, layer, kind)
-                    self._compared[block, layer, kind] = True
-        whole = self._view(block, span)
-        if whole is not None:
-            return self._known.setdefault((block, span), [(span, whole)])
-        planes = ((plane, self._view(block, plane)) for plane in span.planes)
-        # Of one plane there always is a view.
-        return self._known.setdefault((block, span), [(plane, view) for plane, view in planes if view is not None])
+        part = span.of(out)
+        if isinstance(inside, slice) or 2 * len(inside) > self.rows(block):
+            for plane, pair in zip(np.ndindex(part.shape[1:3]), span.pairs, strict=True):
+                _put(part[:, *plane], where, self.chunk(block, *pair, check), inside, self._stream)
+            return
+        planes = span.layers[:, None], span.kinds
+        if check == "always" or (check == "once" and not self._compared[block, *planes].all()):
+            for pair in span.pairs:
+                if check == "always" or not self._compared[block, *pair]:
+                    self.chunk(block, *pair)
+        starts = self._starts[block, *planes] + (inside * self._row_bytes)[:, None, None]
+        _put(part, where, self._items, starts, self._stream)
 
-    def _view(self, block: int, span: Span) -> np.ndarray | None:
-        """[rows, layers, kinds, tokens, columns] as stored, without a copy, if the chunks lie at even distances."""
-        places = self._offsets[block, span.layers[:, None], span.kinds].tolist()
-        first = places[0][0]
-        step = places[1][0] - first if len(places) > 1 else 0
-        stride = places[0][1] - first if len(places[0]) > 1 else 0
-        if any(start != first + i * step + j * stride for i, row in enumerate(places) for j, start in enumerate(row)):
-            return None
-        stored = self._stream.encoding.stored
-        token = self._stream.columns * stored.itemsize
-        return np.ndarray(
-            (self.rows(block), len(places), len(places[0]), self._stream.tokens, self._stream.columns),
-            stored,
-            self._data.data,
-            first,
-            (self._row_bytes, step, stride, token, stored.itemsize),
-        )
-
-    def _absent(self, descriptor: int, wanted: Sequence[Span]) -> np.ndarray:
+    def _absent(self, wanted: Sequence[Span]) -> np.ndarray:
         """Chunks that are not in memory already, by their last byte: to ask for those that are costs as much as a copy."""
-        absent = np.zeros(self._offsets.shape, bool)
-        if hasattr(mmap, "MADV_WILLNEED"):
+        absent = np.zeros(self._starts.shape, bool)
+        if hasattr(os, "posix_fadvise"):
             for span in wanted:
                 absent[np.ix_(np.arange(self.blocks), span.layers, span.kinds)] = True
         if hasattr(os, "RWF_NOWAIT"):
             byte = [bytearray(1)]
-            with suppress(OSError):  # of a file system that cannot tell: all are asked for
-                for chunk in np.flatnonzero(absent).tolist():
-                    with suppress(BlockingIOError):
-                        end = int(self._offsets.flat[chunk]) + self._row_bytes
-                        absent.flat[chunk] = not os.preadv(descriptor, byte, end - 1, os.RWF_NOWAIT)
+            for chunk in np.flatnonzero(absent).tolist():
+                try:
+                    os.preadv(
+                        self._descriptor, byte, int(self._starts.flat[chunk]) + self._row_bytes - 1, os.RWF_NOWAIT
+                    )
+                except BlockingIOError:
+                    continue
+                except OSError:  # of a file system that cannot tell: all are asked for
+                    break
+                absent.flat[chunk] = False
         return absent
 
     def fetch(self, block: int, span: Span) -> None:
-        """Ask the disk for chunks that are about to be read: page by page, on first use, they would come ten times slower."""
+        """Ask the disk for chunks that are about to be read, all at once."""
         if not self._cold.any():
             return
         planes = np.ix_(np.array([block]), span.layers, span.kinds)
-        starts = self._offsets[planes][self._cold[planes]]
+        starts = np.sort(self._starts[planes][self._cold[planes]])
         if not len(starts):
             return
         self._cold[planes] = False
-        for first, length in self._ranges(starts, self._bytes(block)):
-            page = first // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, page, first + length - page)
+        size = self.rows(block) * self._row_bytes
+        breaks = np.flatnonzero(np.diff(starts) > size + mmap.PAGESIZE) + 1  # a gap of less than a page is none
+        for run in np.split(starts, breaks):
+            os.posix_fadvise(self._descriptor, int(run[0]), int(run[-1]) + size - int(run[0]), os.POSIX_FADV_WILLNEED)
 
 
 _buffers = threading.local()
@@ -290,6 +248,77 @@ def _buffer(size: int) -> np.ndarray:
         _buffers.one = np.empty(size, np.uint8)
     found: np.ndarray = _buffers.one[:size]
     return found
+
+
+def _put(into: np.ndarray, where: Index, items: np.ndarray, places: Index, stream: Stream) -> None:
+    """into[where] = what `items[places]` stand for: [.., tokens, width] of [.., tokens, columns] as stored."""
+    whole = _whole(into) if stream.encoding.plain else None
+    if whole is not None and isinstance(places, slice):
+        whole[where] = items[places]
+        return
+    step = max(1, PIECE // max(1, math.prod(into.shape[1:]) * into.itemsize))
+    for start in range(0, len(items) if isinstance(places, slice) else len(places), step):
+        some = slice(start, start + step)
+        kept = items[some] if isinstance(places, slice) else items[places[some]]
+        there = some if isinstance(where, slice) else where[some]
+        if whole is not None:
+            whole[there] = kept
+        else:
+            stored = kept.view(stream.encoding.stored).reshape(*kept.shape, stream.tokens, stream.columns)
+            into[there] = stream.encoding.decode(stored)
+
+
+def _whole(tokens: np.ndarray) -> np.ndarray | None:
+    """[.., tokens, channels] as [..] of one item each, which NumPy moves faster; None if they do not stand together."""
+    *_, step, stride = tokens.strides
+    *outer, count, channels = tokens.shape
+    if stride != tokens.itemsize or (count > 1 and step != channels * stride):
+        return None
+    items: np.ndarray = tokens.reshape(*outer, count * channels).view(f"V{count * channels * stride}")[..., 0]
+    return items
+
+
+class Lent:
+    """Memory of results. It is lent again once nobody holds a view of it: to clear fresh memory takes as long as to fill it.
+
+    Some of it stays with the process while nobody wants it, and the system takes that when it is short of memory.
+    """
+
+    idle: ClassVar[deque[mmap.mmap]] = deque()
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self.__array_interface__ = np.frombuffer(memory, np.uint8).__array_interface__
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array with whatever is in it."""
+        size = math.prod(shape) * dtype.itemsize
+        if size >= max(SMALL, 1) and hasattr(mmap, "MADV_FREE"):
+            with suppress(OSError):  # there is no such memory: NumPy says so
+                return np.asarray(cls(cls._found(size)))[:size].view(dtype).reshape(shape)
+        return np.empty(shape, dtype)
+
+    @classmethod
+    def _found(cls, size: int) -> mmap.mmap:
+        for _ in range(len(cls.idle)):
+            with suppress(IndexError):  # another thread was faster
+                if size <= len(memory := cls.idle.popleft()) <= 2 * size:
+                    return memory
+                cls.idle.append(memory)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(AttributeError, OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
+
+    def __del__(self) -> None:
+        try:
+            self._memory.madvise(mmap.MADV_FREE)
+            self.idle.append(self._memory)
+            while sum(map(len, list(self.idle))) > IDLE:
+                self.idle.popleft()
+        except Exception:  # noqa: BLE001 - another thread was faster, or the interpreter ends: the memory goes with it
+            pass
 
 
 class TokenReader:
@@ -323,7 +352,7 @@ class TokenReader:
         self._begin()
 
     def _begin(self) -> None:
-        self._shards: OrderedDict[tuple[Path, int], ShardMap] = OrderedDict()
+        self._shards: OrderedDict[tuple[Path, int], Shard] = OrderedDict()
         self._lock = threading.Lock()
         self._most = OPEN_SHARDS
         with suppress(ImportError):
@@ -349,35 +378,22 @@ class TokenReader:
 
     def read(self) -> np.ndarray:
         """Everything: [images, layers, tokens, width] in `dtype`."""
-        out, check = self._empty(self._images), self._check != "never"
+        out = self._empty(self._images)
         jobs = [(span, shard) for span in self._spans for shard in range(span.source.stream.shards)]
 
-        def copy(job: int) -> None:
-            span, number = jobs[job]
-            stream = span.source.stream
-            with self._file(span.source, number) as descriptor:
-                file = ShardFile(span.source, number, descriptor)
-                file.fetch(span)
-                for block in range(file.blocks):
+        def copy(some: np.ndarray) -> None:
+            for span, number in (jobs[job] for job in some.tolist()):
+                shard, stream = self._shard(span.source, number), span.source.stream
+                for block in range(shard.blocks):
+                    shard.fetch(block, span)
+                for block in range(shard.blocks):
                     first = number * stream.shard_rows + block * stream.chunk_rows
-                    rows = out[first : first + file.rows(block)]
-                    for plane, (layer, kind) in zip(span.planes, span.pairs, strict=True):
-                        _put(
-                            plane.of(rows, stream),
-                            ALL,
-                            stream,
-                            file.chunk(block, layer, kind, check)[:, None, None],
-                            ALL,
-                        )
-
-        def copy_some(some: np.ndarray) -> None:
-            for job in some.tolist():
-                copy(job)
+                    shard.put(block, span, out[first : first + shard.rows(block)], ALL, ALL, self._anew)
 
         # A thread takes neighbours: two that write to one page of the result wait for each other.
         threads = 1 if out.nbytes < SMALL else THREADS
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(copy_some, np.array_split(np.arange(len(jobs)), threads)))
+            list(pool.map(copy, np.array_split(np.arange(len(jobs)), threads)))
         return out if self._rows is None else out[self._rows]
 
     def __len__(self) -> int:
@@ -397,29 +413,7 @@ class TokenReader:
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         images = wanted if self._rows is None else self._rows[wanted]
         out = self._empty(len(images))
-        if self._dense(images):
-            self._scatter(wanted, [out])
-            return out
-        for pin in self._pins:
-            pin.renew()
-        jobs = [(span, *run) for span in self._spans for run in _runs(images // span.source.stream.chunk_rows)]
-        for span, number, _ in jobs:
-            self._fetch_block(span, number)
-
-        def gather(job: tuple[Span, int, np.ndarray]) -> None:
-            span, number, where = job
-            stream = span.source.stream
-            shard = self._shard(span.source, number // stream.shard_blocks)
-            inside = images[where] % stream.chunk_rows
-            for part, view in shard.views(number % stream.shard_blocks, span, self._check):
-                _put(part.of(out, stream), where, stream, view, inside)
-
-        if out.nbytes < SMALL:
-            for job in jobs:
-                gather(job)
-        else:
-            with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(gather, jobs))
+        self._gather(images, out, self._check)
         return out
 
     def order(self, seed: int, rows: np.ndarray | None = None) -> np.ndarray:
@@ -454,34 +448,34 @@ class TokenReader:
         if sum(sizes) != images:
             raise ValueError(f"batches of {sum(sizes)} images in all, and there are {images}")
         order = np.concatenate(groups) if groups else np.empty(0, np.int64)
-        ends, bounds = np.cumsum(sizes), np.cumsum([0, *map(len, groups)]).tolist()
-        begun: deque[tuple[int, np.ndarray]] = deque([(0, self._empty(0))])  # memory, and which image is its first
-        reach = 0  # images that there is memory for: up to the end of a batch, which a later group may complete
+        ends = np.cumsum([0, *sizes])
+        turns: list[tuple[int, int]] = [(0, 0)]  # up to where is read, and up to where there are whole batches
+        for stop in np.cumsum([len(group) for group in groups]).tolist():
+            whole = int(ends[np.searchsorted(ends, stop, "right") - 1])
+            if whole > turns[-1][1]:  # else more groups go into the same turn
+                turns.append((stop, whole))
 
-        def begin(group: int) -> Future[None]:
-            nonlocal reach
-            first, end = bounds[group : group + 2]
-            start, memory = begun[-1]
-            into = [memory[first - start : end - start]]
-            if reach < end:
-                start, reach = reach, int(ends[np.searchsorted(ends, end)])
-                begun.append((start, self._empty(reach - start)))
-                into.append(begun[-1][1][: end - start])
-            return ahead.submit(self._scatter, groups[group], into)
+        def fill(begun: np.ndarray, start: int, stop: int) -> np.ndarray:
+            memory = self._empty(len(begun) + stop - start)
+            memory[: len(begun)] = begun
+            rows = order[start:stop]
+            self._gather(rows if self._rows is None else self._rows[rows], memory[len(begun) :], self._anew)
+            return memory
 
-        batches = deque(pairwise([0, *ends.tolist()]))
+        batches = deque(pairwise(ends.tolist()))
+        memory = self._empty(0)
         with ThreadPoolExecutor(1) as ahead:
-            waiting = begin(0) if groups else None
-            for group in range(len(groups)):
-                assert waiting is not None
-                waiting.result()
-                waiting = begin(group + 1) if group + 1 < len(groups) else None
-                while batches and batches[0][1] <= bounds[group + 1]:
-                    first, end = batches.popleft()
-                    while len(begun) > 1 and begun[1][0] <= first:
-                        begun.popleft()
-                    start, memory = begun[0]
-                    yield order[first:end], memory[first - start : end - start]
+            waiting: Future[np.ndarray] | None = None
+            for (start, first), (stop, whole), after in zip(turns, turns[1:], [*turns[2:], None], strict=False):
+                memory = waiting.result() if waiting else fill(memory, start, stop)
+                waiting = None
+                while batches and batches[0][1] <= whole:
+                    a, b = batches.popleft()
+                    yield order[a:b], memory[a - first : b - first]
+                    if after and waiting is None:
+                        # Who asks for a second batch has let go of the turn before: its memory is there to be filled.
+                        # What is left of this turn belongs to a batch of the next.
+                        waiting = ahead.submit(fill, memory[whole - first :], stop, after[0])
 
     def fetch(self, rows: np.ndarray) -> None:
         """Ask the disk for images that will be read soon; returns at once."""
@@ -509,100 +503,74 @@ class TokenReader:
         cuts = np.flatnonzero(np.diff(group[block[mixed]])) + 1
         return np.split(chosen[mixed], cuts) if len(chosen) else []
 
-    def _scatter(self, rows: np.ndarray, into: Sequence[np.ndarray]) -> None:
-        """Tokens of `rows`, chunk after chunk, to one array behind the other; each is read and compared once."""
-        images = rows if self._rows is None else self._rows[rows]
-        ends = np.cumsum([len(part) for part in into])
+    def _gather(self, images: np.ndarray, out: np.ndarray, check: Check) -> None:
+        """Tokens of `images`, chunk after chunk, to where each belongs in `out`."""
         for pin in self._pins:
             pin.renew()
         jobs = [(span, *run) for span in self._spans for run in _runs(images // span.source.stream.chunk_rows)]
+        for span, number, _ in jobs:
+            self._fetch_block(span, number)
 
-        def scatter(job: tuple[Span, int, np.ndarray]) -> None:
+        def put(job: tuple[Span, int, np.ndarray]) -> None:
             span, number, where = job
             stream = span.source.stream
-            shard, block = divmod(number, stream.shard_blocks)
-            with self._file(span.source, shard) as descriptor:
-                file = ShardFile(span.source, shard, descriptor)
-                file.fetch(span, slice(block, block + 1))
-                parts: list[tuple[np.ndarray, np.ndarray, np.ndarray | slice]] = []
-                for part, end, (a, b) in zip(into, ends, pairwise([0, *np.searchsorted(where, ends)]), strict=True):
-                    there, inside = where[a:b] - (end - len(part)), images[where[a:b]] % stream.chunk_rows
-                    sort = np.argsort(inside)
-                    if np.array_equal(inside[sort], np.arange(file.rows(block))):
-                        parts.append((part, there[sort], ALL))  # all, in the order of the disk: nothing is picked
-                    else:
-                        parts.append((part, there, inside))
-                for plane, (layer, kind) in zip(span.planes, span.pairs, strict=True):
-                    chunk = file.chunk(block, layer, kind, self._check != "never")
-                    for part, there, inside in parts:
-                        _put(plane.of(part, stream), there, stream, chunk[:, None, None], inside)
+            shard, block = self._shard(span.source, number // stream.shard_blocks), number % stream.shard_blocks
+            inside = images[where] % stream.chunk_rows
+            sort = np.argsort(inside)
+            if np.array_equal(inside[sort], np.arange(shard.rows(block))):  # all of it: nothing need be picked
+                shard.put(block, span, out, where[sort], ALL, check)
+                return
+            try:
+                shard.put(block, span, out, where, inside, check)
+            except MemoryError:
+                with self._lock:
+                    self._shards.clear()  # the maps that nobody looks into go, and make room
+                shard.put(block, span, out, where, inside, check)
 
-        if sum(part.nbytes for part in into) < SMALL:
+        if out.nbytes < SMALL:
             for job in jobs:
-                scatter(job)
+                put(job)
         else:
             with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(scatter, jobs))
+                list(pool.map(put, jobs))
 
-    def _dense(self, images: np.ndarray) -> bool:
-        """Whether most of the chunks that these images are in would be read: then they are, rather than mapped."""
-        blocks = [(len(np.unique(images // rows)), rows) for rows in {s.source.stream.chunk_rows for s in self._spans}]
-        return all(len(images) >= count * rows / 2 for count, rows in blocks)
+    @property
+    def _anew(self) -> Check:
+        """For what is read from end to end: each chunk once a pass."""
+        return "never" if self._check == "never" else "always"
 
     def _empty(self, images: int) -> np.ndarray:
-        _, layers, tokens, width = self.shape
-        narrow = any(span.source.stream.width < width for span in self._spans)
-        return (np.zeros if narrow else np.empty)((images, layers, tokens, width), self.dtype)
+        out = Lent.empty((images, *self.shape[1:]), self.dtype)
+        if any(span.source.stream.width < self.shape[-1] for span in self._spans):
+            out.fill(0)  # beside the narrow ones
+        return out
 
     def _fetch_block(self, span: Span, number: int) -> None:
         shards = span.source.stream.shard_blocks
         self._shard(span.source, number // shards).fetch(number % shards, span)
 
-    def _shard(self, source: Source, number: int) -> ShardMap:
+    def _shard(self, source: Source, number: int) -> Shard:
         key = (source.folder, number)
         with self._lock:
             shard = self._shards.get(key)
             if shard is not None:
                 self._shards.move_to_end(key)
                 return shard
-        with self._file(source, number) as descriptor:
-            shard = self._mapped(source, number, descriptor)
+        shard = Shard(source, number, self._file(source, number), [s for s in self._spans if s.source is source])
         with self._lock:
             shard = self._shards.setdefault(key, shard)
             while len(self._shards) > self._most:
                 self._shards.popitem(last=False)  # its map goes with the last view of it
         return shard
 
-    def _mapped(self, source: Source, number: int, descriptor: int) -> ShardMap:
-        wanted = [span for span in self._spans if span.source is source]
-        for last in (False, True):
-            try:
-                return ShardMap(source, number, descriptor, wanted)
-            except OSError as err:
-                if err.errno != errno.ENOMEM:
-                    raise
-                if last:
-                    raise MemoryError(
-                        f"there is no room in the process's memory to map {source.path(number)}; free some, or raise its "
-                        "limits (ulimit -v; vm.max_map_count)"
-                    ) from err
-            with self._lock:
-                self._shards.clear()  # the maps that nobody looks into go, and make room
-        raise AssertionError
-
-    @contextmanager
-    def _file(self, source: Source, number: int) -> Iterator[int]:
+    def _file(self, source: Source, number: int) -> int:
         path = source.path(number)
         try:
-            descriptor = os.open(source.file(number), os.O_RDONLY, dir_fd=self._folders[source.folder])
+            return os.open(source.file(number), os.O_RDONLY, dir_fd=self._folders[source.folder])
         except FileNotFoundError as err:
             raise NotCached(gone(path)) from err
         except OSError as err:
             raise CacheUnusable(f"{path} cannot be read ({err.strerror}); look at its permissions") from err
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
 
     def close(self) -> None:
         """Let go of the files; the reader must not be used after."""
@@ -643,43 +611,6 @@ def _runs(blocks: np.ndarray) -> list[tuple[int, np.ndarray]]:
     return list(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))
 
 
-ALL = slice(None)
-
-
-def _put(
-    into: np.ndarray, where: np.ndarray | slice, stream: Stream, kept: np.ndarray, inside: np.ndarray | slice
-) -> None:
-    """into[where] = what `kept[inside]` stands for; both [images, layers, kinds, tokens, channels].
-
-    By pieces that stay in a core's cache on the way, where there is something on the way.
-    """
-    if stream.encoding.plain:
-        there, here = _whole(into), _whole(kept)
-        if there is not None and here is not None:
-            into, kept = there, here
-        if isinstance(inside, slice):
-            into[where] = kept[inside]
-            return
-    images = len(kept) if isinstance(inside, slice) else len(inside)
-    step = max(1, PIECE // max(1, math.prod(into.shape[1:]) * into.itemsize))
-    for start in range(0, images, step):
-        some = slice(start, start + step)
-        picked = kept[some] if isinstance(inside, slice) else kept[inside[some]]
-        into[some if isinstance(where, slice) else where[some]] = (
-            picked if stream.encoding.plain else stream.encoding.decode(picked)
-        )
-
-
-def _whole(tokens: np.ndarray) -> np.ndarray | None:
-    """[..., tokens, channels] as [...] of one item each, which NumPy moves faster; None if they do not stand together."""
-    *_, step, stride = tokens.strides
-    *outer, count, channels = tokens.shape
-    if stride != tokens.itemsize or (count > 1 and step != channels * stride):
-        return None
-    items: np.ndarray = tokens.reshape(*outer, count * channels).view(f"V{count * channels * stride}")[..., 0]
-    return items
-
-
 def stored(source: Source, rows: range) -> np.ndarray:
     """Rows of one shard as they are kept, [rows, layers, kinds x tokens, columns]; every chunk is checked.
 
@@ -693,21 +624,16 @@ def stored(source: Source, rows: range) -> np.ndarray:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as err:
         raise CacheUnusable(f"{path} cannot be read ({err.strerror}); run `mlfusion cache verify`") from err
-    out = np.empty((len(rows), *stream.shape[1:]), stream.encoding.stored)
-    split = out.reshape(len(rows), len(stream.layers), len(stream.kinds), stream.tokens, stream.columns)
-    try:
-        shard = ShardFile(source, number, descriptor)
-        first = rows.start - stream.rows(number).start
-        for block in range(first // stream.chunk_rows, -(-(first + len(rows)) // stream.chunk_rows)):
-            start = block * stream.chunk_rows
-            at = max(start - first, 0)
-            for layer, kind in np.ndindex(split.shape[1:3]):
-                chunk = shard.chunk(block, layer, kind, check=True)
-                some = chunk[max(first - start, 0) : first + len(rows) - start]
-                split[at : at + len(some), layer, kind] = some
-    finally:
-        os.close(descriptor)
-    return out
+    shard = Shard(source, number, descriptor)
+    out = np.empty((len(rows), len(stream.layers), len(stream.kinds)), f"V{stream.row_bytes}")
+    first = rows.start - stream.rows(number).start
+    for block in range(first // stream.chunk_rows, -(-(first + len(rows)) // stream.chunk_rows)):
+        start = block * stream.chunk_rows
+        at = max(start - first, 0)
+        for layer, kind in np.ndindex(out.shape[1:]):
+            some = shard.chunk(block, layer, kind)[max(first - start, 0) : first + len(rows) - start]
+            out[at : at + len(some), layer, kind] = some
+    return out.view(stream.encoding.stored).reshape(len(rows), *stream.shape[1:])
 
 
 def gone(path: Path) -> str:

@@ -119,6 +119,11 @@ class Stream:
         return self.images, len(self.layers), len(self.kinds) * self.tokens, self.columns
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes that a chunk holds of one image."""
+        return self.tokens * self.columns * self.encoding.stored.itemsize
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its numbers."""
         return math.prod(self.shape) * self.encoding.stored.itemsize

@@ -208,6 +208,8 @@ def test_hostile_manifests(cache, many, trial, tmp_path):
         {**sound, "chunks": [10**12, 10**6, 2]},
         {**sound, "offsets": "AAAA"},
         {**sound, "crc32c": ""},
+        {**sound, "xxh3_64": ""},
+        {**sound, "xxh3_64": sound["offsets"]},
         {**sound, "skipped": {str(row): "x" for row in range(-5, 99)}},
         {**sound, "skipped": {"../../etc": "x"}},
         {**sound, "stream": {**sound["stream"], "layers": [1, 2, 2**40]}},
