@@ -19,7 +19,7 @@ from functools import cache as once
 from pathlib import Path
 from typing import Any
 
-from mlfusion.errors import CacheUnusable
+from mlfusion.errors import CacheUnusable, MlfusionError
 
 DRAFT = ".draft~"
 STALE = 24 * 3600.0  # seconds after which the draft of an unknown host counts as left behind
@@ -248,7 +248,7 @@ def told(root: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
         if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             wanted = ""
             if needed is not None:
-                with suppress(OSError, CacheUnusable):
+                with suppress(OSError, MlfusionError):
                     wanted = f"{needed() / 1e6:,.3f} MB are needed, "
             raise CacheUnusable(
                 f"no space left for the cache at {root}: {wanted}{room(root)}; what was written is safe: "
