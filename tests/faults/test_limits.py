@@ -165,7 +165,7 @@ def maps(left: int) -> Callable[[], None]:
     return limit
 
 
-@pytest.mark.parametrize("act", ACTS if LONG else ["some images", "an extraction"])
+@pytest.mark.parametrize("act", ACTS if LONG else ["some images"])
 def test_few_maps(act, many, entry, trial):
     """The kernel's own limit, vm.max_map_count, reached by others in the process."""
     said = []
