@@ -427,7 +427,7 @@ def main() -> None:
             for row in rows
         ]
         heads = ["", "median", "spread", "bar", ""]
-        text = f"{page.machine()}, {args.images:,} images.\n\n{page.table(heads, cells)}"
+        text = f"{page.machine()}, load {os.getloadavg()[1]:.0f}, {args.images:,} images.\n\n{page.table(heads, cells)}"
         page.put("speed.md", "store", text)
     if args.json:
         print(json.dumps(rows))

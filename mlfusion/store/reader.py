@@ -162,15 +162,18 @@ class Shard:
                 got += more
         except OSError as err:
             raise self._damaged(f"the disk does not give all of it ({err.strerror})") from err
+        self._compare(data, block, layer, kind, check)
+        return data.view(self._item)
+
+    def _compare(self, data: np.ndarray, block: int, layer: int, kind: int, check: Check) -> None:
         if check == "always" or (check == "once" and not self._compared[block, layer, kind]):
             if self._sum(data) != self._sums[block, layer, kind]:
                 raise self._damaged(f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
             self._compared[block, layer, kind] = True  # of two threads at once each compares for itself
-        return data.view(self._item)
 
     @cached_property
-    def _items(self) -> np.ndarray:
-        """The whole file, mapped into memory: at each byte the item that would begin there."""
+    def _bytes(self) -> np.ndarray:
+        """The whole file, mapped into memory."""
         try:
             mapped = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         except OSError as err:
@@ -180,7 +183,12 @@ class Shard:
                 f"there is no room in the process's memory to map {self._path}; free some, or raise its limits "
                 "(ulimit -v; vm.max_map_count)"
             ) from err
-        return np.ndarray((self._size - self._row_bytes + 1,), self._item, mapped, strides=(1,))
+        return np.frombuffer(mapped, np.uint8)
+
+    @cached_property
+    def _items(self) -> np.ndarray:
+        """At each byte of it the item that would begin there."""
+        return np.ndarray((self._size - self._row_bytes + 1,), self._item, self._bytes.data, strides=(1,))
 
     def put(self, block: int, span: Span, out: np.ndarray, where: Index, inside: Index, check: Check) -> None:
         """out[where] = images `inside` of a block, decoded; out is [.., layers, tokens, width] of the whole result.
@@ -199,8 +207,9 @@ class Shard:
         planes = span.layers[:, None], span.kinds
         if check == "always" or (check == "once" and not self._compared[block, *planes].all()):
             for pair in span.pairs:
-                if check == "always" or not self._compared[block, *pair]:
-                    self.chunk(block, *pair)
+                first = int(self._starts[block, *pair])
+                mapped = self._bytes[first : first + self.rows(block) * self._row_bytes]
+                self._compare(mapped, block, *pair, check)
         starts = self._starts[block, *planes] + (inside * self._row_bytes)[:, None, None]
         _put(part, where, self._items, starts, self._stream)
 
