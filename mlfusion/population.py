@@ -33,7 +33,8 @@ from mlfusion.specs import Head
 
 LAST_LEARNING_RATE = 1e-6
 SPARE = 0.8  # of the free memory that may be taken
-IN_CACHE = 1 << 26  # bytes that a block's step may touch; three configurations, which share their tokens, always may
+IN_CACHE = 1 << 26  # bytes that a block's step may touch
+FEW = 3  # configurations, which share their tokens, may be in a block always
 AHEAD = 2  # batches that are at hand where blocks are worked on in lanes
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -188,7 +189,9 @@ class Layout:
         Raises:
             BadData: not even one fits.
         """
-        lanes = 1 if shared else max(1, min(threads, count))
+        # A block of one small configuration is over before Python has begun the next: fewer lanes, with a few in each.
+        few = max(1, min(FEW, IN_CACHE // (need.each + need.step)))
+        lanes = 1 if shared else max(1, min(threads, count // few))
         while lanes > 1 and AHEAD * need.batch + lanes * (need.each + need.step) > memory:
             lanes -= 1
         batch = need.batch * (AHEAD if lanes > 1 else 1)
@@ -205,7 +208,7 @@ class Layout:
         if shared:
             return cls(max(1, min(together, (memory - need.batch) // (need.each + need.step))), together, 1)
         # More configurations at a time than a core's caches hold wait for memory; fewer wait for Python.
-        most = max(1, min(max(3, IN_CACHE // (need.each + need.step)), together // lanes))
+        most = max(1, min(max(FEW, IN_CACHE // (need.each + need.step)), together // lanes))
         while most > 1 and batch + together * need.each + lanes * most * need.step > memory:
             most -= 1
         return cls(together, most, lanes)

@@ -389,6 +389,14 @@ def test_all_are_trained_together_where_there_is_room() -> None:
     assert Layout.of(63, need, memory=10 + 63 * 6, threads=8, shared=True) == Layout(63, 63, 1)
 
 
+def test_small_configurations_share_a_lane_and_large_ones_do_not() -> None:
+    small, large = Needs(batch=1, each=1000, step=1000), Needs(batch=1, each=2**26, step=1000)
+    for count, lanes in ((1, 1), (3, 1), (5, 1), (6, 2), (63, 4)):
+        assert Layout.of(count, small, memory=2**33, threads=4, shared=False).lanes == lanes
+    assert Layout.of(3, small, memory=2**33, threads=4, shared=False).groups(3) == [[slice(0, 3)]]
+    assert Layout.of(3, large, memory=2**33, threads=4, shared=False) == Layout(3, 1, 3)
+
+
 @pytest.mark.parametrize("head", PROBES)
 def test_needs_are_those_of_the_tensors_there_are(head: Head) -> None:
     """Parameters with two moments, and at least the tokens and a gradient for every parameter."""
