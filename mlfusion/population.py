@@ -84,8 +84,16 @@ class AdamW:
         self.betas, self.eps = betas, eps
         self.lr = torch.tensor(lr, dtype=torch.float64)
         self.weight_decay = torch.tensor(weight_decay, dtype=torch.float64)
-        self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
-        self._steps = [[torch.zeros((), device=p.device) for p in self.parameters] for _ in lr]
+        values = [p.detach() for p in self.parameters]
+        moments = [[torch.zeros_like(p) for p in values] for _ in range(2)]
+        # What is a configuration's own: views, which cost more than a small probe's step if made anew for each.
+        self._members = [
+            (
+                *([each[k] for each in one] for one in (values, *moments)),
+                [torch.zeros((), device=p.device) for p in values],
+            )
+            for k in range(len(lr))
+        ]
 
     @torch.no_grad()
     def clip(self, largest: float) -> None:
@@ -104,13 +112,14 @@ class AdamW:
         moved = [n for n, p in enumerate(self.parameters) if p.grad is not None]
         gradients = [self.parameters[n].grad.contiguous() for n in moved]  # type: ignore[union-attr]
         for k, (lr, decay) in enumerate(zip(rates, self.weight_decay.tolist(), strict=True)):
+            values, first, second, steps = ([one[n] for n in moved] for one in self._members[k])
             adamw(
-                [self.parameters[n].detach()[k] for n in moved],
+                values,
                 [gradient[k] for gradient in gradients],
-                [self._moments[n][0][k] for n in moved],
-                [self._moments[n][1][k] for n in moved],
+                first,
+                second,
                 [],
-                [self._steps[k][n] for n in moved],
+                steps,
                 fused=True,
                 amsgrad=False,
                 beta1=self.betas[0],
@@ -120,9 +129,9 @@ class AdamW:
                 eps=self.eps,
                 maximize=False,
             )
-            for parameter in self.parameters:
+            for parameter, value in zip(self.parameters, self._members[k][0], strict=True):
                 if parameter.grad is None:  # a gradient of zero, which leaves decay
-                    parameter.detach()[k].mul_(1 - lr * decay)
+                    value.mul_(1 - lr * decay)
         for n in moved:
             self.parameters[n].grad = None
 
