@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
 from time import sleep
@@ -395,6 +397,24 @@ def test_small_configurations_share_a_lane_and_large_ones_do_not() -> None:
         assert Layout.of(count, small, memory=2**33, threads=4, shared=False).lanes == lanes
     assert Layout.of(3, small, memory=2**33, threads=4, shared=False).groups(3) == [[slice(0, 3)]]
     assert Layout.of(3, large, memory=2**33, threads=4, shared=False) == Layout(3, 1, 3)
+
+
+def test_training_loads_no_compiler() -> None:
+    code = """
+import sys
+import numpy as np
+from mlfusion import population
+from mlfusion.batches import Schedule, Tokens
+from mlfusion.population import Configuration
+from mlfusion.probes import Shape
+tokens = Tokens(np.random.default_rng(0).random((8, 2, 4), np.float32), np.arange(8) % 2)
+shape = Shape(tokens=2, width=4, classes=2, heads=2)
+one = [Configuration(0.1, 0.1, 0.1)]
+[_] = population.train("attentive", tokens, np.arange(8), one, shape, Schedule.of(8), seed=0, until=2)
+print("torch._dynamo" in sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "False\n"  # it would take a second of every process
 
 
 @pytest.mark.parametrize("head", PROBES)
