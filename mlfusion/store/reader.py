@@ -37,7 +37,9 @@ OPEN_SHARDS = 256  # open at once; each takes one or, mapped, two of the process
 MIXED = 1 << 28  # bytes of images that are shuffled together, of at least
 FEWEST = 4  # blocks
 THREADS = min(4, os.cpu_count() or 1)
-PIECE = 1 << 19  # bytes that are picked and put at once: they stay in a core's cache on the way
+PIECE = 1 << 19  # bytes that are picked and put at once: they stay in a core's cache on the way,
+APART = 512  # or so many items: of fewer NumPy does not let another thread work meanwhile,
+PIECES = 1 << 22  # but no more bytes than these
 ALL = slice(None)
 SMALL = 1 << 24  # bytes of a result below which neither threads nor lent memory are worth their while
 IDLE = 1 << 30  # bytes of memory that a process keeps for its next results
@@ -265,7 +267,9 @@ def _put(into: np.ndarray, where: Index, items: np.ndarray, places: Index, strea
     if whole is not None and isinstance(places, slice):
         whole[where] = items[places]
         return
-    step = max(1, PIECE // max(1, math.prod(into.shape[1:]) * into.itemsize))
+    size = max(1, math.prod(into.shape[1:]) * into.itemsize)
+    items_each = max(1, math.prod(into.shape[1:-2]))
+    step = max(1, PIECE // size, min(-(-APART // items_each), PIECES // size))
     for start in range(0, len(items) if isinstance(places, slice) else len(places), step):
         some = slice(start, start + step)
         kept = items[some] if isinstance(places, slice) else items[places[some]]
