@@ -13,7 +13,6 @@ from mlfusion.store import stream
 
 pytest.register_assert_rewrite("workers")
 
-LONG = os.environ.get("MLFUSION_FAULTS") == "long"
 TALLY: dict[str, list[int]] = {}  # what was tried → how often, how often something was lost
 FIGURES: dict[str, dict[str, Any]] = {}  # what else was counted, by the name of the table that shows it
 
@@ -21,6 +20,8 @@ FIGURES: dict[str, dict[str, Any]] = {}  # what else was counted, by the name of
 @pytest.fixture
 def many() -> Callable[[int, int], int]:
     """How often to try: `many(short, long)`."""
+    from workers import LONG  # once it is to be rewritten
+
     return lambda short, long: long if LONG else short
 
 

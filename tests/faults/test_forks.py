@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LONG
-from workers import IMAGES, extract, numbers, spec, whole
+from workers import IMAGES, LONG, extract, numbers, spec, whole
 
 import mlfusion
 from mlfusion.store import FeatureStore, TokenReader

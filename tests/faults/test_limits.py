@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LONG
-from workers import MODEL, NAMES, Child, extract, samples
+from workers import LONG, MODEL, NAMES, Child, extract, samples
 
 from mlfusion.errors import MlfusionError
 from mlfusion.specs import DataSpec, FeatureSpec

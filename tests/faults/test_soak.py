@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from conftest import LONG
 from test_kills import at_change
-from workers import PAIRS, UNUSABLE, Child, extract, files, litter, numbers, right, spec, whole
+from workers import LONG, PAIRS, UNUSABLE, Child, extract, files, litter, numbers, right, spec, whole
 
 from mlfusion import extraction
 from mlfusion.errors import MlfusionError
