@@ -8,8 +8,10 @@ through h5py, the same files read as well, a few times slower.
 
 import io
 import json
+import math
 import os
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,52 +121,71 @@ class Zarr:
 
 
 class ZarrWriter:
-    """Appends block after block, never seeking back; holds one block of rows in memory."""
+    """Appends block after block, never seeking back: one block of rows is filled while the one before it is written."""
 
-    _idle: ClassVar[deque[bytearray]] = deque(maxlen=2)  # blocks of writers that are done: fresh memory must be cleared
+    _idle: ClassVar[deque[bytearray]] = deque(maxlen=4)  # blocks of writers that are done: fresh memory must be cleared
 
     def __init__(self, path: Path, stream: Stream) -> None:
         self._stream = stream
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
-        layers, kinds = len(stream.layers), len(stream.kinds)
         self._chunk_bytes = stream.chunk_rows * stream.row_bytes
-        step = self._chunk_bytes + CRC_BYTES
-        # As it is written, to the byte: what came to the system's cache by few large writes reads faster.
-        self._block = self._memory(layers * kinds * step)
-        self._rows = np.ndarray(
-            (stream.chunk_rows, layers, kinds),
-            f"V{stream.row_bytes}",
-            self._block,
-            strides=(stream.row_bytes, kinds * step, step),
-        )
+        self._planes = len(stream.layers), len(stream.kinds)
         self._filled = 0
-        self._index = np.full((stream.shard_blocks, layers, kinds, 1, 2), ABSENT, "<u8")
+        self._index = np.full((stream.shard_blocks, *self._planes, 1, 2), ABSENT, "<u8")
         self._sums: list[tuple[int, int]] = []  # of each chunk's rows
         self._digest = xxhash.xxh3_128()
         self._blocks = 0
+        self._behind = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._block = self._memory()
 
-    @classmethod
-    def _memory(cls, size: int) -> bytearray:
+    def _memory(self) -> bytearray:
+        size = math.prod(self._planes) * (self._chunk_bytes + CRC_BYTES)
         with suppress(IndexError):
-            while len(memory := cls._idle.popleft()) != size:
+            while len(memory := self._idle.popleft()) != size:
                 pass
             return memory
         return bytearray(size)
 
+    @property
+    def _rows(self) -> np.ndarray:
+        """[chunk_rows, layers, kinds] of the block that is filled, an item an image's part of a chunk.
+
+        The block is as it is written, to the byte: what came to the system's cache by few large writes reads faster.
+        """
+        size, step = self._stream.row_bytes, self._chunk_bytes + CRC_BYTES
+        shape = self._stream.chunk_rows, *self._planes
+        return np.ndarray(shape, f"V{size}", self._block, strides=(size, self._planes[1] * step, step))
+
     def append(self, stored: np.ndarray) -> None:
-        rows = np.ascontiguousarray(stored).reshape(-1).view(self._rows.dtype).reshape(-1, *self._rows.shape[1:])
+        into = self._rows
+        rows = np.ascontiguousarray(stored).reshape(-1).view(into.dtype).reshape(-1, *into.shape[1:])
         while len(rows):
-            taken = min(len(rows), len(self._rows) - self._filled)
-            self._rows[self._filled : self._filled + taken] = rows[:taken]
+            taken = min(len(rows), len(into) - self._filled)
+            into[self._filled : self._filled + taken] = rows[:taken]
             self._filled += taken
             rows = rows[taken:]
-            if self._filled == len(self._rows):
+            if self._filled == len(into):
                 self._flush()
+                into = self._rows
 
     def _flush(self) -> None:
-        held, size = self._filled * self._stream.row_bytes, self._chunk_bytes
-        block = np.frombuffer(self._block, np.uint8)
-        for start, place in zip(range(0, len(block), size + CRC_BYTES), np.ndindex(self._rows.shape[1:]), strict=True):
+        """Give a block to be written, when the one before it is."""
+        self._wait()
+        self._writing = self._behind.submit(self._write, self._block, self._filled)
+        self._block = self._memory()
+        self._filled = 0
+
+    def _wait(self) -> None:
+        """Raises OSError: what was given could not be written; again and again, so that nothing is put behind a gap."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, memory: bytearray, filled: int) -> None:
+        held, size = filled * self._stream.row_bytes, self._chunk_bytes
+        block = np.frombuffer(memory, np.uint8)
+        for start, place in zip(range(0, len(block), size + CRC_BYTES), np.ndindex(self._planes), strict=True):
             chunk = block[start : start + size + CRC_BYTES]
             rows, whole = chunk[:held], chunk[:size]
             whole[held:] = 0  # chunks keep their full shape; rows past the last image are padding
@@ -175,11 +196,13 @@ class ZarrWriter:
             self._index[self._blocks, *place, 0] = self._blocks * len(block) + start, len(chunk)
         write_all(self._file, block.data)
         self._blocks += 1
-        self._filled = 0
+        self._idle.append(memory)
 
     def close(self) -> Written:
         if self._filled:
             self._flush()
+        self._wait()
+        self._behind.shutdown()
         index = self._index.tobytes()
         index += crc(index).to_bytes(CRC_BYTES, "little")
         self._digest.update(index)
@@ -192,10 +215,11 @@ class ZarrWriter:
             np.array(each, kind).reshape(offsets.shape)
             for each, kind in zip(zip(*self._sums, strict=True), (np.uint32, np.uint64), strict=True)
         )
-        size = self._blocks * len(self._block) + len(index)
+        size = self._blocks * math.prod(self._planes) * (self._chunk_bytes + CRC_BYTES) + len(index)
         return Written(size, self._digest.hexdigest(), offsets, *sums)
 
     def abandon(self) -> None:
+        self._behind.shutdown()
         self._file.close()
 
 
