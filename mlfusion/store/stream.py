@@ -19,6 +19,7 @@ FormatName = Literal["zarr", "hdf5"]
 CHUNK_BYTES = 768 * 1024  # a chunk is read whole: large enough for one disk request, small enough to buffer
 SHARD_BYTES = 128 * 1024 * 1024
 SHARD_ROWS = (256, 2048)  # fewest and most; what a kill may cost is one shard
+SHARDS = 16  # at most, of an entry that needs no more: names and flushes of each take as long as 10 MB more would
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Stream:
         kinds: tuple[TokenKind, ...] = tuple(k for k in KINDS if any(kind == k for _, kind in pairs))
         chunk_row = tokens * (width + ENCODINGS[dtype].extra) * ENCODINGS[dtype].stored.itemsize
         row_bytes = len(layers) * len(kinds) * chunk_row
-        shard_rows = min(max(_power_of_two(images // 64), SHARD_ROWS[0]), SHARD_ROWS[1])
+        shard_rows = min(max(_power_of_two(images // SHARDS), SHARD_ROWS[0]), SHARD_ROWS[1])
         while shard_rows > 1 and shard_rows * row_bytes > SHARD_BYTES:
             shard_rows //= 2
         chunk_rows = min(_power_of_two(CHUNK_BYTES // chunk_row), shard_rows)
