@@ -15,10 +15,12 @@ import json
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import page
@@ -32,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens, batches
 from mlfusion.population import Configuration
-from mlfusion.probes import Shape
+from mlfusion.probes import Shape, kernels
 from mlfusion.protocol import GRIDS
 
 IMAGES, TOKENS, WIDTH, CLASSES, HEADS = 1504, 24, 768, 47, 24
@@ -175,36 +177,76 @@ def block(device: str, bf16: bool) -> tuple[Any, Tensor, Callable[[Tensor], Tens
 
 
 def operations(work: Callable[[], Any]) -> int:
-    """Of its matrix products."""
-    with FlopCounterMode(display=False) as counter:
+    """Of its matrix products, which are the same by whomever they are done; PyTorch counts its own."""
+    with FlopCounterMode(display=False) as counter, kernels.off():
         work()
     return counter.get_total_flops()
+
+
+class Timed:
+    """The compiled kernels, with a clock."""
+
+    def __init__(self) -> None:
+        self.library, self.spent = kernels.library(), Counter[str]()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self.library, name)
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            made = function(*args)
+            self.spent[name.removeprefix("mlfusion_")] += time.perf_counter() - start
+            return made
+
+        return timed
 
 
 def parts_of_a_step(device: str, bf16: bool) -> list[tuple[str, float]]:
     """Milliseconds of one configuration's step on one thread, by what they go to, largest first."""
     one, x, loss = block(device, bf16)
     names = {
-        "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::baddbmm_", "mkldnn"),
-        "AdamW": ("aten::_fused_adamw_",),
+        "PyTorch's matrix products": (
+            "aten::mm",
+            "aten::bmm",
+            "aten::addmm",
+            "aten::baddbmm",
+            "aten::baddbmm_",
+            "mkldnn",
+        ),
+        "AdamW": ("aten::_fused_adamw_", "adamw", "squares"),
         "softmax": ("aten::_softmax", "aten::_softmax_backward_data"),
         "copies": ("aten::copy_",),
+        "own matrix products": ("averages", "values", "slopes"),
+        "passes over weights": ("narrow", "rows", "columns"),
     }
-    threads = torch.get_num_threads()
+    threads, steps = torch.get_num_threads(), 10
     torch.set_num_threads(1)
     for step in range(3):
         one.step(x, loss, step, 100)
+    start = wait(device)
+    for step in range(steps):
+        one.step(x, loss, step, 100)
+    whole = wait(device) - start
+    took: Counter[str] = Counter()
+    if kernels.library() is not None:
+        own = Timed()
+        with mock.patch.object(kernels, "library", return_value=own):
+            for step in range(steps):
+                one.step(x, loss, step, 100)
+        took += own.spent
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        for step in range(10):
+        for step in range(steps):
             one.step(x, loss, step, 100)
     torch.set_num_threads(threads)
-    spent = dict.fromkeys([*names, "everything else"], 0.0)
     for event in seen.key_averages():
-        name = next(
-            (n for n, keys in names.items() if event.key.startswith(keys[-1:]) or event.key in keys), "everything else"
-        )
-        spent[name] += event.self_cpu_time_total / 10 / 1e3
-    return sorted(spent.items(), key=lambda each: -each[1])
+        took[event.key] += event.self_cpu_time_total / 1e6
+    spent: Counter[str] = Counter()
+    for key, seconds in took.items():
+        for name, keys in names.items():
+            if key in keys or key.startswith(keys[-1:]):
+                spent[name] += seconds * 1e3 / steps
+    spent["everything else"] = max(0.0, whole * 1e3 / steps - spent.total())
+    return spent.most_common()
 
 
 def features(images: int = IMAGES) -> Tokens:
@@ -255,6 +297,7 @@ def measure(device: str, precision: population.Precision, steps: int, baseline_s
         "device": torch.cuda.get_device_name() if device != "cpu" else page.machine(),
         "threads": torch.get_num_threads(),
         "precision": narrow,
+        "kernels": f"PyTorch's alone: {why}" if (why := kernels.absent()) else "own, by AVX-512 BF16",
         "ratio": each_theirs / each,
         "usual_s": each_theirs,
         "usual_quartiles_s": statistics.quantiles(theirs, n=4)[::2],
@@ -296,7 +339,11 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{BAR} is the bar; all products and AdamW at full speed: {found['limit_ratio']:.0f}",
         ),
         ("usual loop", ms(found["usual_s"]), f"a step of one configuration; quartiles {ms(first)}, {ms(third)}"),
-        ("ours", ms(found["ours_s"]), f"likewise, {found['precision']}; quartiles {ms(low)}, {ms(high)}"),
+        (
+            "ours",
+            ms(found["ours_s"]),
+            f"likewise, {found['precision']}, kernels {found['kernels']}; quartiles {ms(low)}, {ms(high)}",
+        ),
         (
             "usual loop, whole grid",
             f"{found['usual_grid_h']:.1f} h",

@@ -17,6 +17,7 @@ from mlfusion.devices import pick_device
 from mlfusion.errors import MlfusionError, Unavailable, UnknownName
 from mlfusion.memory import available
 from mlfusion.models import foreign, hub
+from mlfusion.probes import kernels
 from mlfusion.specs import HOOKS, layer_ranges, parse_model
 from mlfusion.store import Place, default_root
 
@@ -50,6 +51,7 @@ def examine(model: str | None = None, *, cache: Place = None, device: str = "aut
     """
     yield _libraries()
     yield _device(device)
+    yield _kernels()
     yield _memory()
     yield _cache(cache)
     yield _hub()
@@ -92,6 +94,13 @@ def _device(word: str) -> Finding:
         f"cpu: {cores} cores, no accelerator",
         "mlfusion plan says how long an extraction takes here; large models want a GPU",
     )
+
+
+def _kernels() -> Finding:
+    if (why := kernels.absent()) is None:
+        return Finding("kernels", "ok", "attentive probes train by AVX-512 BF16")
+    advice = "install a C compiler, then mlfusion again: with it they train faster" if "compiler" in why else ""
+    return Finding("kernels", "note", f"attentive probes train by PyTorch alone: {why}", advice)
 
 
 def _memory() -> Finding:

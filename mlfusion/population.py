@@ -28,7 +28,7 @@ from torch.optim.adamw import adamw
 from mlfusion.batches import Schedule, Tokens, batches, stream
 from mlfusion.errors import BadData
 from mlfusion.memory import Footprint, available, pages_kept
-from mlfusion.probes import PROBES, Probe, Shape
+from mlfusion.probes import PROBES, Probe, Shape, kernels
 from mlfusion.specs import Head
 
 LAST_LEARNING_RATE = 1e-6
@@ -86,29 +86,36 @@ class AdamW:
         self.weight_decay = torch.tensor(weight_decay, dtype=torch.float64)
         values = [p.detach() for p in self.parameters]
         moments = [[torch.zeros_like(p) for p in values] for _ in range(2)]
+        steps = [torch.zeros(len(lr), device=p.device) for p in values]
+        self._state = values, *moments, steps
         # What is a configuration's own: views, which cost more than a small probe's step if made anew for each.
-        self._members = [
-            (
-                *([each[k] for each in one] for one in (values, *moments)),
-                [torch.zeros((), device=p.device) for p in values],
-            )
-            for k in range(len(lr))
-        ]
+        self._members = [tuple([each[k] for each in one] for one in self._state) for k in range(len(lr))]
+        self._factored: dict[int, kernels.Factored] = {}
+        kernels.accept(self.parameters)
 
     @torch.no_grad()
     def clip(self, largest: float) -> None:
         """Scale each configuration's gradients to a norm of `largest` at most, as `clip_grad_norm_` does for one."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+        self._factored |= {n: g for n, p in enumerate(self.parameters) if (g := kernels.take(p)) is not None}
+        norms = torch.stack(
+            [
+                *(torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients),
+                *(g.norms() for g in self._factored.values()),
+            ]
+        )
         factor = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
         if factor.is_cuda or bool((factor != 1).any()):  # to look would wait for a GPU
             for gradient in gradients:
                 gradient.mul_(_over(factor, gradient))
+            self._factored = {n: g.times(factor) for n, g in self._factored.items()}
 
     @torch.no_grad()
     def step(self, rate: Tensor | None = None) -> None:
         """One update, at learning rates `rate` [K] if given; gradients are forgotten after it."""
         rates = (self.lr if rate is None else rate).tolist()
+        factored = self._factored | {n: g for n, p in enumerate(self.parameters) if (g := kernels.take(p)) is not None}
+        self._factored = {}
         moved = [n for n, p in enumerate(self.parameters) if p.grad is not None]
         gradients = [self.parameters[n].grad.contiguous() for n in moved]  # type: ignore[union-attr]
         for k, (lr, decay) in enumerate(zip(rates, self.weight_decay.tolist(), strict=True)):
@@ -129,9 +136,20 @@ class AdamW:
                 eps=self.eps,
                 maximize=False,
             )
-            for parameter, value in zip(self.parameters, self._members[k][0], strict=True):
-                if parameter.grad is None:  # a gradient of zero, which leaves decay
+            for n, (parameter, value) in enumerate(zip(self.parameters, self._members[k][0], strict=True)):
+                if parameter.grad is None and n not in factored:  # a gradient of zero, which leaves decay
                     value.mul_(1 - lr * decay)
+        for n, made in factored.items():
+            value, moment, square, count = (one[n] for one in self._state)
+            count += 1
+            kernels.adamw(
+                *(value, moment, square, made),
+                step=int(count[0]),
+                lr=rates,
+                weight_decay=self.weight_decay.tolist(),
+                betas=self.betas,
+                eps=self.eps,
+            )
         for n in moved:
             self.parameters[n].grad = None
 

@@ -19,7 +19,7 @@ def findings(model: str | None = None) -> dict[str, doctor.Finding]:
 
 def test_the_machine_alone_is_looked_at_offline():
     found = findings()
-    assert list(found) == ["libraries", "device", "memory", "cache", "hub"]
+    assert list(found) == ["libraries", "device", "kernels", "memory", "cache", "hub"]
     assert "HF_HUB_OFFLINE is set" in found["hub"].found
     assert found["hub"].do == "unset HF_HUB_OFFLINE to download models"
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from mlfusion.probes import kernels
 from mlfusion.probes.contract import Shape, generators, kept, uniform
 from mlfusion.probes.pooling import NORM_EPS, standard
 
@@ -137,28 +138,32 @@ class Attentive(nn.Module):
 class Fold(torch.autograd.Function):
     """Keys projected onto the query, W_kᵀ W_q q / √e of every head.
 
-    By hand because products with a single column are slow, and those with a single row are not.
+    By hand because products with a single column are slow, and those with a single row are not; and because the gradients
+    of W_q and W_k are products of two vectors, which need not be written out for an optimiser that follows them as such.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, to_query: Tensor, to_key: Tensor) -> Tensor:
         """[K, D], [K, H, e, D] and the same → [K, H, D]."""
         k, h, e, d = to_key.shape
-        projected = torch.bmm(query[:, None], to_query.flatten(1, 2).mT).view(k, h, e) / math.sqrt(e)
+        ctx.sinks = to_query, to_key
+        projected = _times(to_query, query).view(k, h, e) / math.sqrt(e)
         ctx.save_for_backward(query, to_query, to_key, projected)
-        return torch.bmm(projected.view(k * h, 1, e), to_key.flatten(0, 1)).view(k, h, d)
+        return _summed(to_key.flatten(0, 1), projected.view(k * h, e)).view(k, h, d)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         query, to_query, to_key, projected = ctx.saved_tensors
         k, h, e, d = to_key.shape
-        to_projected = torch.bmm(given.view(k * h, 1, d), to_key.flatten(0, 1).mT).view(k, h, e) / math.sqrt(e)
-        return (
-            torch.bmm(to_projected.view(k, 1, h * e), to_query.flatten(1, 2))[:, 0],
-            to_projected[..., None] * query[:, None, None],
-            projected[..., None] * given[:, :, None],
-        )
+        to_projected = _products(to_key.flatten(0, 1), given.reshape(k * h, d)).view(k, h, e) / math.sqrt(e)
+        by_query = _summed(to_query.flatten(1, 2), to_projected.view(k, h * e))
+        if kernels.accepted(*ctx.sinks):
+            shape = k, h * e, d
+            kernels.give(ctx.sinks[0], kernels.Factored(shape, left=to_projected.view(k, h * e), right=query[:, None]))
+            kernels.give(ctx.sinks[1], kernels.Factored(shape, left=projected.view(k, h * e), right=given))
+            return by_query, None, None
+        return by_query, to_projected[..., None] * query[:, None, None], projected[..., None] * given[:, :, None]
 
 
 class Pool(torch.autograd.Function):
@@ -197,9 +202,12 @@ class Pool(torch.autograd.Function):
         k, h, e, _ = weight.shape
         narrow = x.dtype
         # Scale and shift of LN_v go to the projection, which is smaller than the averages of a batch.
-        project = (weight * scale[:, None, None]).to(narrow).flatten(0, 1)  # [K·H, e, D]
+        if ours := kernels.fit(x, weight):
+            project, packed, constant = kernels.narrow(weight, scale, shift)
+        else:
+            project, packed = (weight * scale[:, None, None]).to(narrow).flatten(0, 1), None  # [K·H, e, D]
+            constant = _times(weight, shift)  # [K·H, e]
         join = output.to(narrow)
-        constant = _times(weight, shift)  # [K·H, e]
         weights = _softmax(x, folded)
         if keep is None:
             gained, dropped = None, weights
@@ -207,61 +215,67 @@ class Pool(torch.autograd.Function):
             # The shift follows the sum of the weights, which dropping moves away from one; by exactly 0 at a rate of 0.
             dropped = weights * keep
             gained = (dropped - weights).sum(1).T  # [K·H, B]
-        dropped = dropped.to(narrow)
         parts = _slabs(x, k * h)
         value, kept = [], []
         for some in parts:
-            average = _averages(dropped[some], x[some])
-            value.append(torch.bmm(project, average.mT))  # [K·H, e, b]
+            average = _averages(dropped[some], x[some], ours)
+            value.append(_values(project, average, constant, None if gained is None else gained[:, some], ours))
             if len(parts) * SLAB <= KEPT:
                 kept.append(average)
         joined = value[0] if len(value) == 1 else torch.cat(value, 2)
-        joined += constant[:, :, None] if gained is None else constant[:, :, None] * (1 + gained[:, None])
-        ctx.save_for_backward(x, weight, scale, shift, project, join, constant, weights, keep, gained, joined, *kept)
-        ctx.centred = centred
+        ctx.save_for_backward(
+            x, weight, scale, shift, project, packed, join, constant, weights, keep, gained, joined, *kept
+        )
+        ctx.centred, ctx.sinks = centred, (weight, output)
         return torch.bmm(join, joined.view(k, h * e, -1)).to(weights.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         """∂/∂out [K, D, B] → ∂/∂u and those of weight, scale, shift and output."""
-        x, weight, scale, shift, project, join, constant, weights, keep, gained, joined, *kept = ctx.saved_tensors
-        (k, h, e, d), (b, t, _) = weight.shape, x.shape
-        wide, narrow = weights.dtype, x.dtype
+        x, weight, scale, shift, project, packed, join, constant, weights, keep, gained, joined, *kept = (
+            ctx.saved_tensors
+        )
+        (k, h, e, d), b = weight.shape, len(x)
+        wide, narrow, ours = weights.dtype, x.dtype, packed is not None
         given = given.to(narrow)
-        to_output = torch.bmm(given, joined.view(k, h * e, b).mT).to(wide)
+        to_output = torch.bmm(given, joined.view(k, h * e, b).mT)
         given = torch.bmm(join.mT, given).view(k * h, e, b)
-        dropped = (weights if keep is None else weights * keep).to(narrow)
-        slope = torch.empty(b, t, k * h, dtype=narrow, device=x.device)
+        dropped = weights if keep is None else weights * keep
         to_project = None
         for n, some in enumerate(_slabs(x, k * h)):
-            average = kept[n] if kept else _averages(dropped[some], x[some])
+            average = kept[n] if kept else _averages(dropped[some], x[some], ours)
             part = torch.bmm(given[:, :, some], average)
             to_project = part if to_project is None else to_project + part.to(wide)
-            back = x.new_empty(len(x[some]), k * h, d)  # ∂/∂averages, laid out as the next product wants them
-            torch.bmm(given[:, :, some].mT, project, out=back.transpose(0, 1))
-            torch.bmm(x[some], back.mT, out=slope[some])
         assert to_project is not None
-        slope = slope.to(wide)
+        slope = kernels.slopes(x, given, packed) if ours else _slopes(x, given, project).to(wide)
         if keep is not None:
             # Of dropped = keep · weights, and of gained = Σ (dropped − weights).
             lifted = torch.bmm(constant[:, None].to(narrow), given)[:, 0].T.to(wide)  # ∂/∂gained [B, K·H]
             slope = slope.add_(lifted[:, None]).mul_(keep).sub_(lifted[:, None])
         slope = torch.ops.aten._softmax_backward_data(slope, weights, 1, wide)
         to_folded = (slope.to(narrow).flatten(0, 1).T @ x.flatten(0, 1)).to(wide)
-        # Of project = weight · scale.
-        to_weight = to_project.to(wide).view(k, h, e, d)
-        to_scale = (to_weight * weight).sum((1, 2))
-        to_weight *= scale[:, None, None]
-        # Of constant = weight · shift, where its factor differs from image to image.
-        to_shift = None
+        # Of project = weight · scale, and of constant = weight · shift where its factor differs from image to image.
+        to_constant = to_shift = None
         if gained is not None or not ctx.centred:
             factor = torch.zeros(k * h, b, dtype=wide, device=x.device) if gained is None else gained
             factor = factor if ctx.centred else factor + 1
-            to_constant = torch.bmm(factor[:, None].to(narrow), given.mT).to(wide).view(k, h, e)
-            to_weight.addcmul_(to_constant[..., None], shift[:, None, None])
-            to_shift = torch.bmm(to_constant.view(k, 1, h * e), weight.flatten(1, 2))[:, 0]
-        return None, to_folded, to_weight, to_scale, to_shift, to_output, None, None
+            to_constant = torch.bmm(factor[:, None].to(narrow), given.mT).to(wide).view(k, h * e)
+        flat = weight.flatten(1, 2)
+        if ours and to_project.dtype is narrow and kernels.accepted(*ctx.sinks):
+            by = to_project.view(flat.shape)
+            factors, right = (flat.new_zeros(k, h * e), None) if to_constant is None else (to_constant, shift[:, None])
+            to_shift, to_scale = kernels.columns(flat, factors, by)
+            kernels.give(ctx.sinks[0], kernels.Factored((k, h * e, d), by, scale, to_constant, right))
+            kernels.give(ctx.sinks[1], kernels.Factored((k, d, h * e), to_output))
+            return None, to_folded, None, to_scale, None if right is None else to_shift, None, None, None
+        to_weight = to_project.to(wide).view(k, h, e, d)
+        to_scale = (to_weight * weight).sum((1, 2))
+        to_weight *= scale[:, None, None]
+        if to_constant is not None:
+            to_weight.addcmul_(to_constant.view(k, h, e, 1), shift[:, None, None])
+            to_shift = _summed(flat, to_constant)
+        return None, to_folded, to_weight, to_scale, to_shift, to_output.to(wide), None, None
 
 
 def _slabs(x: Tensor, heads: int) -> list[slice]:
@@ -272,20 +286,59 @@ def _slabs(x: Tensor, heads: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
-def _averages(weights: Tensor, x: Tensor) -> Tensor:
+def _averages(weights: Tensor, x: Tensor, ours: bool) -> Tensor:
     """[b, T, K·H] and tokens [b, T, D] → [K·H, b, D], written in that order: to turn them afterwards costs as much again."""
+    if ours:
+        return kernels.averages(weights, x)
+    weights = weights.to(x.dtype)
     out = x.new_empty(weights.shape[2], len(x), x.shape[2])
     torch.bmm(weights.mT, x, out=out.transpose(0, 1))
     return out
 
 
+def _values(project: Tensor, average: Tensor, constant: Tensor, gained: Tensor | None, ours: bool) -> Tensor:
+    """Projections [K·H, e, D] of averages [K·H, b, D], and a constant [K·H, e] by 1 + gained [K·H, b] → [K·H, e, b]."""
+    if ours:
+        return kernels.values(project, average, constant, gained)
+    value = torch.bmm(project, average.mT)
+    value += constant[:, :, None] if gained is None else constant[:, :, None] * (1 + gained[:, None])
+    return value
+
+
+def _slopes(x: Tensor, given: Tensor, project: Tensor) -> Tensor:
+    """Tokens [B, T, D], ∂/∂values [K·H, e, B] and their projections [K·H, e, D] → ∂/∂weights of the averages [B, T, K·H]."""
+    (b, t, d), heads = x.shape, len(project)
+    slope = x.new_empty(b, t, heads)
+    for some in _slabs(x, heads):
+        back = x.new_empty(len(x[some]), heads, d)  # ∂/∂averages, laid out as the next product wants them
+        torch.bmm(given[:, :, some].mT, project, out=back.transpose(0, 1))
+        torch.bmm(x[some], back.mT, out=slope[some])
+    return slope
+
+
 def _times(weight: Tensor, vector: Tensor) -> Tensor:
     """[K, H, e, D] by [K, D] → [K·H, e]."""
-    k, h, e, d = weight.shape
-    return torch.bmm(vector[:, None], weight.view(k, h * e, d).mT).view(k * h, e)
+    k, h, e, _ = weight.shape
+    return _products(weight.flatten(1, 2), vector).view(k * h, e)
+
+
+def _products(weight: Tensor, vectors: Tensor) -> Tensor:
+    """[G, R, D] by [G, D] → [G, R]."""
+    if kernels.weigh(weight):
+        return kernels.rows(weight, vectors)
+    return torch.bmm(vectors[:, None], weight.mT)[:, 0]
+
+
+def _summed(weight: Tensor, factors: Tensor) -> Tensor:
+    """[G, R, D] by [G, R] → [G, D]."""
+    if kernels.weigh(weight):
+        return kernels.columns(weight, factors)[0]
+    return torch.bmm(factors[:, None], weight)[:, 0]
 
 
 def _softmax(x: Tensor, folded: Tensor) -> Tensor:
     """Standard tokens [B, T, D] and vectors [K·H, D] → weights [B, T, K·H], which sum to one over T."""
+    if kernels.fit(x, folded):
+        return kernels.softmax(x, folded.to(x.dtype))
     scores = x.flatten(0, 1) @ folded.to(x.dtype).T
     return torch.softmax(scores.view(*x.shape[:2], -1).to(folded.dtype), dim=1)
