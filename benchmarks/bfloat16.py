@@ -113,34 +113,40 @@ def main() -> None:
     asked = parser.parse_args()
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     sets = asked.sets.split(",")
-    found: dict[str, dict[str, list[float]]] = json.loads(asked.results.read_text()) if asked.results.exists() else {}
+    found: dict[str, dict[str, dict[str, float]]] = {}  # by data set, way and seed
+    if asked.results.exists():
+        found = json.loads(asked.results.read_text())
     for name in sets:
-        if name not in found:
+        kept = found.setdefault(name, {way: {} for way in WAYS})
+        lacking = [(way, seed) for way in WAYS for seed in seeds if str(seed) not in kept[way]]
+        if lacking:
             where = str(asked.data / name)
             mlfusion.extract(asked.model, where, cache=asked.cache)
             (train, classes), (test, _) = (
                 tokens(asked.model, where, split, asked.cache) for split in ("train", "test")
             )
-            found[name] = {way: [run(train, test, classes, seed) for seed in seeds] for way, run in WAYS.items()}
+        for way, seed in lacking:
+            kept[way][str(seed)] = WAYS[way](train, test, classes, seed)
             asked.results.parent.mkdir(parents=True, exist_ok=True)
             asked.results.write_text(json.dumps(found, indent=1))
         print(
             *line(name, found[name]), f"{time.process_time() / 60:.1f} minutes of processor time", sep="  ", flush=True
         )
         if asked.page:
-            made = [one for one in sets if one in found]
+            there = [one for one in sets if all(len(found.get(one, {}).get(way, {})) > 1 for way in WAYS)]
             heads = ("data set", *WAYS, "bfloat16 less literal", "spread")
-            text = page.table(heads, (line(one, found[one]) for one in made))
-            if absent := [one for one in sets if one not in found]:
+            text = page.table(heads, (line(one, found[one]) for one in there))
+            if absent := [one for one in sets if one not in there]:
                 text += f"\n\nNot measured yet: {', '.join(absent)}; the same command goes on from here."
             page.put("speed.md", "bfloat16", f"{page.machine()}, torch {torch.__version__}.\n\n{text}")
 
 
-def line(name: str, found: dict[str, list[float]]) -> tuple[str, ...]:
+def line(name: str, found: dict[str, dict[str, float]]) -> tuple[str, ...]:
     """One of the table."""
-    plain, _, narrow = found.values()
+    each = [list(found[way].values()) for way in WAYS]
+    plain, _, narrow = each
     gap, deviation = fmean(narrow) - fmean(plain), math.hypot(stdev(plain), stdev(narrow))
-    scores = [f"{100 * fmean(each):.1f} ± {100 * stdev(each):.1f}" for each in found.values()]
+    scores = [f"{100 * fmean(one):.1f} ± {100 * stdev(one):.1f}" for one in each]
     return name, *scores, f"{100 * gap:+.1f}", f"{100 * deviation:.1f}"
 
 
