@@ -34,7 +34,7 @@ HALVED = {  # probe → seeds; the attentive grid takes minutes a seed
 HEAVY = ("v-jepa", "v-jepa-4")  # minutes a seed
 
 
-def plan(sets: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def plan(sets: list[str], parts: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """What is trained, in this order: data set, probe and options.
 
     Every head on the tokens of all layers of every set, the heaviest on the first set alone; halving on the first set; then
@@ -47,7 +47,7 @@ def plan(sets: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield name, probe, quick
     for head in HEAVY:
         yield sets[0], f"{LAYERS}/{head}", quick
-    for name in sets:
+    for name in sets if "halving" in parts else ():
         for probe, seeds in HALVED.items():
             if name == sets[0] or "attentive" not in probe:
                 for half in (True, False):
@@ -131,13 +131,13 @@ def main() -> None:
     parser.add_argument("--sets", default="dtd10,flowers5", help="their names")
     parser.add_argument("--cache", default=None)
     parser.add_argument("--results", type=Path, default=Path("results/probes"))
-    parser.add_argument("--parts", default="family,halving", help="of the page that are written")
+    parser.add_argument("--parts", default="family,halving", help="of the page that are made")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of processor time")
     parser.add_argument("--table", action="store_true", help="train nothing")
     asked = parser.parse_args()
-    sets = asked.sets.split(",")
+    sets, parts = asked.sets.split(","), asked.parts.split(",")
     cached = set()
-    for name, probe, options in () if asked.table else plan(sets):
+    for name, probe, options in () if asked.table else plan(sets, parts):
         if time.process_time() > 60 * asked.minutes:
             print(f"{asked.minutes:g} minutes are over; the same command goes on from here")
             break
@@ -149,10 +149,10 @@ def main() -> None:
             where, probes=[probe], model=asked.model, cache=asked.cache, results=asked.results, say=print, **options
         )
     rows = Results(asked.results).require()
-    if "family" in asked.parts.split(","):
+    if "family" in parts:
         page.put("probes.md", "family", family(rows, sets))
     for part in ("linear", "attentive"):
-        if "halving" in asked.parts.split(",") and (table := halving(rows, sets, part)):
+        if "halving" in parts and (table := halving(rows, sets, part)):
             page.put("probes.md", f"halving, {part}", table)
 
 
