@@ -155,9 +155,8 @@ class Footprint(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return (
-            False  # there is nothing compiled here, and to tell the compiler so would load it, for more than a second
-        )
+        # Nothing is compiled here, and to tell the compiler so would load it, for more than a second.
+        return False
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

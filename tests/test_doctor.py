@@ -1,6 +1,7 @@
 """The doctor: what is sound is said to be, what is not is named with what to do, and nothing is downloaded."""
 
 import json
+import shutil
 from pathlib import Path
 
 import hub
@@ -22,6 +23,12 @@ def test_the_machine_alone_is_looked_at_offline():
     assert list(found) == ["libraries", "device", "kernels", "memory", "cache", "hub"]
     assert "HF_HUB_OFFLINE is set" in found["hub"].found
     assert found["hub"].do == "unset HF_HUB_OFFLINE to download models"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here, so nothing that had to be compiled")
+def test_where_there_is_a_compiler_the_kernels_are_compiled():
+    """Installation goes on without them: a mistake in their source would otherwise be seen by nobody."""
+    assert "not compiled" not in findings()["kernels"].found
 
 
 def test_a_model_is_followed_as_far_as_its_first_features(tmp_path):

@@ -102,6 +102,18 @@ INNER void product(
     }
 }
 
+/* Likewise by the panel of the columns that begin at `column`, of all panels of a matrix of a `width`; the last may be half one. */
+INNER void block(
+    const uint32_t *pairs, long step, const uint32_t *panels, long depth, uint16_t *out, long out_step, long rows, long column,
+    long width, const int far
+) {
+    const uint32_t *panel = panels + column * depth;
+    if (width - column >= PANEL)
+        product(pairs, step, panel, depth, out + column, out_step, rows, VECTORS, far);
+    else
+        product(pairs, step, panel, depth, out + column, out_step, rows, VECTORS / 2, far);
+}
+
 /* out[h, b] = sum over t of weights[b, t, h] x[b, t], for images first <= b < last of `images`.
  *
  * x [images, tokens, width] and out [heads, images, width] bfloat16, weights [images, tokens, heads] float32. */
@@ -117,13 +129,8 @@ FAST int mlfusion_averages(
             const float *even = weights + (b * tokens + 2 * k) * heads;
             pair_floats(even, 2 * k + 1 < tokens ? even + heads : NULL, pairs + k * step, heads);
         }
-        for (long h = 0; h < heads; h += ROWS) for (long column = 0; column < width; column += PANEL) {
-            uint16_t *to = out + (h * images + b) * width + column;
-            if (width - column >= PANEL)
-                product(pairs + h, step, panel + column * depth, depth, to, images * width, heads - h, VECTORS, 1);
-            else
-                product(pairs + h, step, panel + column * depth, depth, to, images * width, heads - h, VECTORS / 2, 1);
-        }
+        for (long h = 0; h < heads; h += ROWS) for (long column = 0; column < width; column += PANEL)
+            block(pairs + h, step, panel, depth, out + (h * images + b) * width, images * width, heads - h, column, width, 1);
     }
     _mm_sfence();
     free(panel); free(pairs);
@@ -270,14 +277,9 @@ FAST int mlfusion_slopes(
                     const uint16_t *even = given + ((lead + h) * inner + 2 * k) * images + start;
                     pair(even, 2 * k + 1 < inner ? even + images : NULL, pairs + k * step, tile);
                 }
-                const uint32_t *panel = packed + (lead + h) * depth * width;
-                for (long column = 0; column < width; column += PANEL) for (long i = 0; i < tile; i += ROWS) {
-                    uint16_t *to = back + (i * GROUP + h) * width + column;
-                    if (width - column >= PANEL)
-                        product(pairs + i, step, panel + column * depth, depth, to, GROUP * width, tile - i, VECTORS, 0);
-                    else
-                        product(pairs + i, step, panel + column * depth, depth, to, GROUP * width, tile - i, VECTORS / 2, 0);
-                }
+                const uint32_t *panels = packed + (lead + h) * depth * width;
+                for (long column = 0; column < width; column += PANEL) for (long i = 0; i < tile; i += ROWS)
+                    block(pairs + i, step, panels, depth, back + (i * GROUP + h) * width, GROUP * width, tile - i, column, width, 0);
             }
             for (long i = 0; i < tile; i++) {
                 const uint16_t *rows[SIDE], *others[SIDE];

@@ -174,15 +174,6 @@ class Factored:
         """Rows that have one of right in common."""
         return self.shape[1] if self.right is None else self.shape[1] // self.right.shape[1]
 
-    def dense(self) -> Tensor:
-        """[K, R, D]."""
-        made = torch.zeros(self.shape) if self.narrow is None else self.narrow.float()
-        if self.narrow is not None and self.scale is not None:
-            made = made * self.scale[:, None]
-        if self.left is not None and self.right is not None:
-            made = made + self.left[..., None] * self.right.repeat_interleave(self.share, 1)
-        return made
-
     def norms(self) -> Tensor:
         """Of each of the K, [K]."""
         out = torch.empty(self.shape[0], dtype=torch.float64)
