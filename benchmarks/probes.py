@@ -12,7 +12,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import page
@@ -66,38 +66,27 @@ def spread(values: list[float], best: bool = False) -> str:
 
 
 def family(rows: list[Row], sets: list[str]) -> str:
-    """Test scores of every head on both representations of every data set."""
+    """Test scores of every head on every data set, a table a representation."""
     held: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["grid"] == "quick" and not {"shots", "halving", "smoothing"} & row.keys():
             held.setdefault((row["dataset"], row["probe"]), []).append(row)
-    columns = [(name, representation) for name in sets for representation in (LAYERS, TOKENS)]
 
     def tests(name: str, probe: str) -> list[float]:
         return [row["test"] for row in held.get((name, probe), [])]
 
-    lines = [
-        "| head | what | "
-        + " | ".join(f"{name}, `{representation}`" for name, representation in columns)
-        + " | time |",
-        "|---|---|" + "---:|" * (len(columns) + 1),
-        f"| `{BASELINE}` | the baseline | "
-        + " | ".join(spread(tests(name, BASELINE)) if r == LAYERS else "" for name, r in columns)
-        + " | |",
-    ]
-    best = {
-        (name, r): max((fmean(t) for head in HEADS if (t := tests(name, f"{r}/{head}"))), default=0.0)
-        for name, r in columns
-    }
-    for head in HEADS:
-        cells = []
-        for name, r in columns:
-            found = tests(name, f"{r}/{head}")
-            cells.append(spread(found, bool(found) and fmean(found) == best[name, r]))
-        seconds = [row["seconds"] for row in held.get((sets[0], f"{LAYERS}/{head}"), [])]
-        took = duration(fmean(seconds)) if seconds else "-"
-        lines.append(f"| `{head}` | {ABOUT[head]} | {' | '.join(cells)} | {took} |")
-    return "\n".join(lines)
+    tables = []
+    for representation in (LAYERS, TOKENS):
+        lines = [("`cls-last/linear`", "the baseline", *(spread(tests(name, BASELINE)) for name in sets), "")]
+        probes = {head: f"{representation}/{head}" for head in HEADS}
+        best = {name: max((fmean(t) for p in probes.values() if (t := tests(name, p))), default=0.0) for name in sets}
+        for head, probe in probes.items():
+            scores = {name: tests(name, probe) for name in sets}
+            cells = [spread(found, bool(found) and fmean(found) == best[name]) for name, found in scores.items()]
+            seconds = [row["seconds"] for row in held.get((sets[0], probe), [])]
+            lines.append((f"`{head}`", ABOUT[head], *cells, duration(median(seconds)) if seconds else "-"))
+        tables.append(page.table((f"on `{representation}`", "what", *sets, "time"), lines, left=2))
+    return "\n\n".join(tables)
 
 
 def halving(rows: list[Row], sets: list[str], head: str) -> str | None:
