@@ -24,37 +24,34 @@ from mlfusion.specs import ABOUT, BASELINE, HEADS
 
 SEEDS = (0, 1, 2)
 LAYERS, TOKENS = "cls+ap-all-layers", "all-tokens-last"
-HALVED = {  # probe → seeds; the attentive grid takes minutes a seed
-    BASELINE: SEEDS,
-    "cls+ap-last/linear": SEEDS,
-    "cls+ap-all-layers/linear": SEEDS,
-    "cls+ap-last/attentive": (0,),
-    "cls+ap-all-layers/attentive": (0,),
-}
-HEAVY = ("v-jepa", "v-jepa-4")  # minutes a seed
+HALVED = (
+    BASELINE,
+    "cls+ap-last/linear",
+    "cls+ap-all-layers/linear",
+    "cls+ap-last/attentive",
+    "cls+ap-all-layers/attentive",
+)
+HEAVIEST = "v-jepa-4"  # a minute and more a seed, and many over all tokens
 
 
 def plan(sets: list[str], parts: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """What is trained, in this order: data set, probe and options.
 
-    Every head on the tokens of all layers of every set, the heaviest on the first set alone; halving on the first set; then
-    every head on all tokens of the last layer, the solved ones first; then halving on the others; then what is heavy.
+    Every head on the tokens of all layers of every set; then halving; then every head but the heaviest on all tokens of the
+    last layer, the solved ones first.
     """
     quick = {"grid": "quick", "seeds": SEEDS}
-    light = [head for head in HEADS if head not in HEAVY]
-    for name in sets:
-        for probe in (BASELINE, *(f"{LAYERS}/{head}" for head in light)):
+    for name in sets if "family" in parts else ():
+        for probe in (BASELINE, *(f"{LAYERS}/{head}" for head in HEADS)):
             yield name, probe, quick
-    for head in HEAVY:
-        yield sets[0], f"{LAYERS}/{head}", quick
     for name in sets if "halving" in parts else ():
-        for probe, seeds in HALVED.items():
-            if name == sets[0] or "attentive" not in probe:
-                for half in (True, False):
-                    yield name, probe, {"grid": "paper", "seeds": seeds, "halving": half}
-    for head in sorted(light, key=lambda head: head not in ("ridge", "logistic", "knn")):
+        for probe in HALVED:
+            for half in (True, False):
+                yield name, probe, {"grid": "paper", "seeds": SEEDS, "halving": half}
+    for head in sorted(HEADS, key=lambda head: head not in ("ridge", "logistic", "knn")) if "family" in parts else ():
         for name in sets:
-            yield name, f"{TOKENS}/{head}", quick
+            if head != HEAVIEST:
+                yield name, f"{TOKENS}/{head}", quick
 
 
 def spread(values: list[float], best: bool = False) -> str:
@@ -97,8 +94,9 @@ def halving(rows: list[Row], sets: list[str], head: str) -> str | None:
             seeds = ways.setdefault((row["dataset"], row["probe"]), {})
             seeds.setdefault(row["seed"], {})["halving" in row] = row
     lines = [
-        "| data set | probe | seeds | same choice | val, all | val, halving | test, all | test, halving |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| data set | probe | seeds | same choice | val, all | val, halving | test, all | test, halving "
+        "| time, all | time, halving |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in sets:
         for probe in HALVED:
@@ -107,7 +105,8 @@ def halving(rows: list[Row], sets: list[str], head: str) -> str | None:
                 continue
             same = sum(way[True]["selected"] == way[False]["selected"] for way in pairs)
             scores = [spread([way[half][what] for way in pairs]) for what in ("val", "test") for half in (False, True)]  # type: ignore[literal-required]
-            cells = [name, f"`{probe}`", str(len(pairs)), f"{same} of {len(pairs)}", *scores]
+            times = [duration(median(way[half]["seconds"] for way in pairs)) for half in (False, True)]
+            cells = [name, f"`{probe}`", str(len(pairs)), f"{same} of {len(pairs)}", *scores, *times]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else None
 
