@@ -167,13 +167,13 @@ def copy_rate(device: str) -> float:
     return 2 * a.nbytes / best(lambda: b.copy_(a), device)
 
 
-def block(device: str, bf16: bool) -> tuple[Any, Tensor, Callable[[Tensor], Tensor]]:
-    """One configuration, a batch for it and its loss."""
-    one = population._Block("attentive", SHAPE, (Configuration(1e-2, 1e-2, 0.1),), 0, device, torch.float32, bf16)
-    tokens = features(302)
-    [(x, y), *_] = batches(tokens, np.arange(302), Schedule(302, 1, 301, 1), seed=0, device=device)
-    weights = torch.ones(CLASSES, device=device)
-    return one, x, partial(population.losses, labels=y, weights=weights)
+def block(device: str, bf16: bool) -> tuple[Any, Tensor, Tensor]:
+    """One configuration, and a batch for it."""
+    loss = partial(population.losses, weights=torch.ones(CLASSES, device=device))
+    by = population.Arithmetic(device, bf16=bf16)
+    one = population._Block("attentive", SHAPE, (Configuration(1e-2, 1e-2, 0.1),), 0, by, loss=loss)
+    [(x, y), *_] = batches(features(302), np.arange(302), Schedule(302, 1, 301, 1), seed=0, device=device)
+    return one, x, y
 
 
 def operations(work: Callable[[], Any]) -> int:
@@ -203,7 +203,7 @@ class Timed:
 
 def parts_of_a_step(device: str, bf16: bool) -> list[tuple[str, float]]:
     """Milliseconds of one configuration's step on one thread, by what they go to, largest first."""
-    one, x, loss = block(device, bf16)
+    one, x, y = block(device, bf16)
     names = {
         "PyTorch's matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::baddbmm_"),
         "AdamW": ("aten::_fused_adamw_", "adamw", "squares"),
@@ -215,21 +215,21 @@ def parts_of_a_step(device: str, bf16: bool) -> list[tuple[str, float]]:
     threads, steps = torch.get_num_threads(), 10
     torch.set_num_threads(1)
     for step in range(3):
-        one.step(x, loss, step, 100)
+        one.step(x, y, step, 100)
     start = wait(device)
     for step in range(steps):
-        one.step(x, loss, step, 100)
+        one.step(x, y, step, 100)
     whole = wait(device) - start
     took: Counter[str] = Counter()
     if kernels.library() is not None:
         own = Timed()
         with mock.patch.object(kernels, "library", return_value=own):
             for step in range(steps):
-                one.step(x, loss, step, 100)
+                one.step(x, y, step, 100)
         took += own.spent
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         for step in range(steps):
-            one.step(x, loss, step, 100)
+            one.step(x, y, step, 100)
     torch.set_num_threads(threads)
     for event in seen.key_averages():
         took[event.key] += event.self_cpu_time_total / 1e6
@@ -276,15 +276,17 @@ def measure(device: str, precision: population.Precision, steps: int, baseline_s
     each = statistics.median(mine) / count
     dtype = torch.bfloat16 if narrow == "bfloat16" else torch.float32
     rate, copies = product_rate(dtype, device), copy_rate(device)
-    one, x, loss = block(device, narrow == "bfloat16")
-    flops = operations(lambda: one.step(x, loss, 0, 100))
+    one, x, y = block(device, narrow == "bfloat16")
+    flops = operations(lambda: one.step(x, y, 0, 100))
     model = Usual().to(device)
     y = torch.zeros(len(x), dtype=torch.int64, device=device)
     flops_theirs = operations(lambda: F.cross_entropy(model(x), y).backward())
     parameters = sum(p.numel() for p in one.probe.parameters())
     traffic = 28 * parameters  # parameter, gradient and two moments read, all but the gradient written
     limit = flops / rate + traffic / copies
-    need = population.needs("attentive", SHAPE, schedule.batch_size, device=device, bf16=narrow == "bfloat16")
+    need = population.needs(
+        "attentive", SHAPE, schedule.batch_size, population.Arithmetic(device, bf16=narrow == "bfloat16")
+    )
     low, _, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else (mine[0],) * 3
     return {
         "device": torch.cuda.get_device_name() if device != "cpu" else page.machine(),

@@ -67,7 +67,7 @@ class Tokens:
     def __getitem__(self, rows: slice | np.ndarray) -> Tensor:
         """Tokens of these images as they are kept [rows, T, D]."""
         if isinstance(self.values, Tensor):
-            return self.values[rows if isinstance(rows, slice) else torch.from_numpy(rows).to(self.values.device)]
+            return self.values[rows if isinstance(rows, slice) else sent(torch.from_numpy(rows), self.values.device)]
         some = self.values[rows]
         return torch.from_numpy(some if some.flags.writeable else some.copy()).view(-1, *self.shape[1:])
 
@@ -135,8 +135,15 @@ def batches(
         for chosen, values in train.passed(rows, schedule.sizes, order):
             if step == schedule.steps:
                 return
-            yield _prepared(values, device, dtype, jitter), torch.from_numpy(train.labels[chosen]).to(device)
+            yield _prepared(values, device, dtype, jitter), sent(torch.from_numpy(train.labels[chosen]), device)
             step += 1
+
+
+def sent(values: Tensor, device: torch.device | str) -> Tensor:
+    """On the device: to a GPU by a copy that goes on beside what it computes, so that nobody waits."""
+    if values.device.type == "cpu" and torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 class Jitter:
@@ -179,9 +186,7 @@ def _prepared(values: Tensor, device: torch.device | str, dtype: torch.dtype, ji
             if jitter is not None and (near := shaken[(start <= shaken) & (shaken < start + step)]).size:
                 out[torch.from_numpy(near)] += jitter.noise(len(near), *values.shape[1:])
         return out
-    if values.device.type == "cpu" and where.type == "cuda":
-        values = values.pin_memory()  # so that the copy goes on beside what the device computes
-    out = F.normalize(values.to(where, non_blocking=True).to(dtype), dim=-1)
+    out = F.normalize(sent(values, where).to(dtype), dim=-1)
     if jitter is not None:
-        out[torch.from_numpy(shaken).to(where)] += jitter.noise(len(shaken), *values.shape[1:]).to(dtype)
+        out[sent(torch.from_numpy(shaken), where)] += jitter.noise(len(shaken), *values.shape[1:]).to(dtype)
     return out

@@ -8,14 +8,15 @@ a grid has more configurations than a machine has cores, so that products need n
 each other. How many blocks are alive at once follows from the memory at hand and from what a trial step takes of it.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as once
 from functools import partial
-from itertools import islice, pairwise
+from itertools import groupby, islice, pairwise
 from time import perf_counter
 from typing import Literal, Self
 
@@ -25,18 +26,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
-from mlfusion.batches import Schedule, Tokens, batches, stream
+from mlfusion import graphs
+from mlfusion.batches import Schedule, Tokens, batches, sent, stream
 from mlfusion.errors import BadData
+from mlfusion.graphs import Recorder, Replayed
 from mlfusion.memory import Footprint, available, pages_kept
-from mlfusion.probes import PROBES, Probe, Shape, kernels
+from mlfusion.probes import PROBES, Probe, Shape, drawn, kernels
 from mlfusion.specs import Head
+
+log = logging.getLogger(__name__)
 
 LAST_LEARNING_RATE = 1e-6
 SPARE = 0.8  # of the free memory that may be taken
 IN_CACHE = 1 << 26  # bytes that a block's step may touch
 FEW = 3  # configurations, which share their tokens, may be in a block always
 AHEAD = 2  # batches that are at hand where blocks are worked on in lanes
+ASTRAY = 0.02  # of the way that weights go in a few steps: more than rounding leads them off it
 Precision = Literal["auto", "float32", "bfloat16"]
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Outputs [K, B, C] and labels → [K]."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,18 @@ class Configuration:
     def seed(self, seed: int) -> int:
         """Start of this configuration's own random streams: the same in every population that it is a part of."""
         return stream("configuration", seed, self.lr, self.weight_decay, self.dropout)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Where a population is computed, and in what."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32  # of parameters, statistics and losses
+    bf16: bool = False  # whether products are narrower
+
+
+TRIED = Configuration(1e-3, 1e-2, 0.1)  # where any will do
 
 
 def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -90,12 +110,20 @@ class AdamW:
         self._state = values, *moments, steps
         # What is a configuration's own: views, which cost more than a small probe's step if made anew for each.
         self._members = [tuple([each[k] for each in one] for one in self._state) for k in range(len(lr))]
+        # Neighbours that move alike are moved by one call.
+        alike = groupby(range(len(lr)), key=lambda k: (lr[k], weight_decay[k]))
+        self._alike = [(weight_decay[own[0]], own) for own in (list(ks) for _, ks in alike)]
         self._factored: dict[int, kernels.Factored] = {}
         kernels.accept(self.parameters)
 
     @torch.no_grad()
-    def clip(self, largest: float) -> None:
-        """Scale each configuration's gradients to a norm of `largest` at most, as `clip_grad_norm_` does for one."""
+    def clip(self, largest: float, *, look: bool = True) -> None:
+        """Scale each configuration's gradients to a norm of `largest` at most, as `clip_grad_norm_` does for one.
+
+        Args:
+            largest: norm.
+            look: whether they need it, and leave them alone if not. A GPU would have to be waited for.
+        """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self._factored |= {n: g for n, p in enumerate(self.parameters) if (g := kernels.take(p)) is not None}
         norms = torch.stack(
@@ -105,24 +133,31 @@ class AdamW:
             ]
         )
         factor = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
-        if factor.is_cuda or bool((factor != 1).any()):  # to look would wait for a GPU
+        if not look or bool((factor != 1).any()):
             for gradient in gradients:
                 gradient.mul_(_over(factor, gradient))
             self._factored = {n: g.times(factor) for n, g in self._factored.items()}
 
     @torch.no_grad()
-    def step(self, rate: Tensor | None = None) -> None:
-        """One update, at learning rates `rate` [K] if given; gradients are forgotten after it."""
-        rates = (self.lr if rate is None else rate).tolist()
+    def step(self, rates: Sequence[float] | Tensor | None = None) -> None:
+        """One update; gradients are forgotten after it.
+
+        Args:
+            rates: learning rates [K], the same for configurations whose `lr` is. In a tensor they are not looked at here,
+                so that a step can be recorded. By default `lr`.
+        """
+        rates = self.lr.tolist() if rates is None else rates
         factored = self._factored | {n: g for n, p in enumerate(self.parameters) if (g := kernels.take(p)) is not None}
         self._factored = {}
         moved = [n for n, p in enumerate(self.parameters) if p.grad is not None]
-        gradients = [self.parameters[n].grad.contiguous() for n in moved]  # type: ignore[union-attr]
-        for k, (lr, decay) in enumerate(zip(rates, self.weight_decay.tolist(), strict=True)):
-            values, first, second, steps = ([one[n] for n in moved] for one in self._members[k])
+        still = [n for n, p in enumerate(self.parameters) if p.grad is None and n not in factored]
+        gradients = [self.parameters[n].grad.contiguous().unbind() for n in moved]  # type: ignore[union-attr]
+        for decay, own in self._alike:
+            lr = rates[own[0]]
+            values, first, second, steps = ([self._members[k][i][n] for k in own for n in moved] for i in range(4))
             adamw(
                 values,
-                [gradient[k] for gradient in gradients],
+                [gradient[k] for k in own for gradient in gradients],
                 first,
                 second,
                 [],
@@ -136,16 +171,15 @@ class AdamW:
                 eps=self.eps,
                 maximize=False,
             )
-            for n, (parameter, value) in enumerate(zip(self.parameters, self._members[k][0], strict=True)):
-                if parameter.grad is None and n not in factored:  # a gradient of zero, which leaves decay
-                    value.mul_(1 - lr * decay)
+            for value in (self._members[k][0][n] for k in own for n in still):  # a gradient of zero, which leaves decay
+                value.sub_(value * (lr * decay))
         for n, made in factored.items():
             value, moment, square, count = (one[n] for one in self._state)
             count += 1
             kernels.adamw(
                 *(value, moment, square, made),
                 step=int(count[0]),
-                lr=rates,
+                lr=rates.tolist() if isinstance(rates, Tensor) else rates,
                 weight_decay=self.weight_decay.tolist(),
                 betas=self.betas,
                 eps=self.eps,
@@ -174,24 +208,21 @@ class Needs:
 
 
 @once
-def needs(
-    head: Head,
-    shape: Shape,
-    images: int,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    bf16: bool = False,
-) -> Needs:
+def needs(head: Head, shape: Shape, images: int, by: Arithmetic = Arithmetic()) -> Needs:
     """Measured by a trial step of one configuration on a batch of `images`."""
     with Footprint() as batch:
-        tokens = torch.ones(images, shape.tokens, shape.width, device=device, dtype=dtype)
+        tokens = torch.ones(images, shape.tokens, shape.width, device=by.device, dtype=by.dtype)
+        labels = torch.zeros(images, dtype=torch.int64, device=by.device)
     with Footprint() as kept:
-        block = _Block(head, shape, (Configuration(1e-3, 1e-2, 0.1),), 0, device, dtype, bf16)
+        block = _Block(head, shape, (TRIED,), 0, by, loss=_squares)
     with Footprint() as step:
-        block.step(tokens, lambda logits: logits.float().square().mean((1, 2)), 0, 1)
+        block.step(tokens, labels, 0, 1)
     # What the probes share of a batch, such as standard tokens, is made by the first of them and stays as long as it.
     return Needs(batch.most + step.alive, kept.alive, step.most - step.alive)
+
+
+def _squares(outputs: Tensor, _: Tensor) -> Tensor:
+    return outputs.float().square().mean((1, 2))
 
 
 @dataclass(frozen=True)
@@ -258,28 +289,43 @@ class _Block:
         shape: Shape,
         members: Sequence[Configuration],
         seed: int,
-        device: str,
-        dtype: torch.dtype,
-        bf16: bool,
+        by: Arithmetic,
+        *,
+        loss: Loss,
+        recorder: Recorder | None = None,
     ) -> None:
         self.probe = PROBES[head](shape, seeds=[c.seed(seed) for c in members], dropouts=[c.dropout for c in members])
-        self.probe.to(torch.device(device), dtype)
+        self.probe.to(torch.device(by.device), by.dtype)
         self.probe.train()
         self._optimizer = AdamW(
             self.probe.parameters(), lr=[c.lr for c in members], weight_decay=[c.weight_decay for c in members]
         )
-        self._autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16, enabled=bf16)
-        self._dtype = dtype
+        self._by, self._loss = by, loss
+        self._autocast = partial(torch.autocast, torch.device(by.device).type, torch.bfloat16, enabled=by.bf16)
+        self._replayed = recorder and Replayed(self._work, recorder, partial(drawn, self.probe))
 
-    def step(self, tokens: Tensor, loss: Callable[[Tensor], Tensor], step: int, steps: int) -> None:
+    def step(self, tokens: Tensor, labels: Tensor, step: int, steps: int) -> None:
         """One of `steps` steps, on a batch."""
+        rates = cosine(self._optimizer.lr, step, steps)
+        if self._replayed:
+            self._replayed(tokens, labels, sent(rates.float(), self._by.device))
+        else:
+            self._work(tokens, labels, rates.tolist())
+
+    def finish(self) -> Probe:
+        """The probe in evaluation mode; what only training needs of the device is let go."""
+        self._replayed = None
+        self.probe.eval()
+        return self.probe
+
+    def _work(self, tokens: Tensor, labels: Tensor, rates: Sequence[float] | Tensor) -> None:
         with self._autocast():
             logits = self.probe(tokens)
         # The sum over the population: no configuration's loss has a gradient for another's parameters.
-        torch.autograd.backward(loss(logits.to(self._dtype)).sum())
+        torch.autograd.backward(self._loss(logits.to(self._by.dtype), labels).sum())
         if self.probe.clip is not None:
-            self._optimizer.clip(self.probe.clip)
-        self._optimizer.step(cosine(self._optimizer.lr, step, steps))
+            self._optimizer.clip(self.probe.clip, look=self._replayed is None and tokens.device.type == "cpu")
+        self._optimizer.step(rates)
 
 
 class _Lanes:
@@ -383,7 +429,7 @@ def train(
     memory: int | None = None,
     layout: Layout | None = None,
     progress: Callable[[int], None] | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Loss | None = None,
     until: int | None = None,
 ) -> Iterator[tuple[slice, Probe]]:
     """Train all configurations on images `rows`, as many at once as fit into memory.
@@ -415,37 +461,72 @@ def train(
     if loss is None:
         weights = torch.from_numpy(class_weights(tokens.labels[rows], shape.classes)).to(device, dtype)
         loss = partial(losses, weights=weights)
-    bf16 = resolve(precision, device) == "bfloat16"
+    by = Arithmetic(device, dtype, resolve(precision, device) == "bfloat16")
     accelerated = torch.device(device).type != "cpu"
     if accelerated and not isinstance(tokens.values, Tensor) and tokens.nbytes < available(device) / 2:
         tokens = tokens.on(device)
+    recorded = replays(head, by)
     if layout is None:
+        need = needs(head, shape, schedule.batch_size, by)
         layout = Layout.of(
             len(configurations),
-            needs(head, shape, schedule.batch_size, device=device, dtype=dtype, bf16=bf16),
+            replace(need, batch=2 * need.batch)
+            if recorded
+            else need,  # a batch is copied to where its record looks for it
             memory=int(SPARE * available(device)) if memory is None else memory,
             threads=torch.get_num_threads(),
             shared=accelerated,
         )
     for group in layout.groups(len(configurations)):
-        blocks = [_Block(head, shape, configurations[part], seed, device, dtype, bf16) for part in group]
+        recorder = graphs.recorder(device) if recorded else None
+        blocks = [_Block(head, shape, configurations[part], seed, by, loss=loss, recorder=recorder) for part in group]
         with pages_kept(), _tensor_cores(device), _Lanes(min(layout.lanes, len(blocks))) as lanes:
             passing = batches(tokens, rows, schedule, seed=seed, device=device, dtype=dtype)
             for step, (batch, labels) in enumerate(islice(passing, until)):
-                one = partial(
-                    _Block.step, tokens=batch, loss=partial(_of, loss, labels), step=step, steps=schedule.steps
-                )
+                one = partial(_Block.step, tokens=batch, labels=labels, step=step, steps=schedule.steps)
                 if lanes.step(one, blocks) and progress:
                     progress(group[-1].stop - group[0].start)
             if lanes.finish() and progress:
                 progress(group[-1].stop - group[0].start)
         for part, block in zip(group, blocks, strict=True):
-            block.probe.eval()
-            yield part, block.probe
+            yield part, block.finish()
 
 
-def _of(loss: Callable[[Tensor, Tensor], Tensor], labels: Tensor, logits: Tensor) -> Tensor:
-    return loss(logits, labels)
+@once
+def replays(head: Head, by: Arithmetic) -> bool:
+    """Whether steps of this head are recorded on this device and replayed: where that can be done, and goes the same way.
+
+    It is tried on two small populations from the same start, of which one is trained by records and one without.
+    """
+    recorder = graphs.recorder(by.device)
+    if recorder is None:
+        return False
+    shape, steps = Shape(tokens=4, width=64, classes=4, heads=2), 2 * graphs.WARM + 6
+    schedule, labels = Schedule(images=41, steps=steps, batch_size=21, batches=2), np.arange(41) % 4
+    tokens = Tokens(np.random.default_rng(0).standard_normal((41, 4, 64), np.float32), labels)
+    loss = partial(losses, weights=torch.ones(4, device=by.device, dtype=by.dtype))
+    ends = []
+    try:
+        for one in (recorder, None):
+            block = _Block(head, shape, (TRIED, Configuration(1e-2, 1e-1)), 0, by, loss=loss, recorder=one)
+            start = [each.detach().clone() for each in block.probe.parameters()]
+            passing = batches(tokens, np.arange(41), schedule, seed=0, device=by.device, dtype=by.dtype)
+            for step, batch in enumerate(passing):
+                block.step(*batch, step, steps)
+            ends.append([each.detach() for each in block.finish().parameters()])
+    except RuntimeError as err:
+        log.warning("steps of %s cannot be recorded on %s and are launched one by one: %s", head, by.device, err)
+        return False
+    off, way = _apart(*ends), _apart(start, ends[1])
+    if not off <= ASTRAY * way:
+        said = "recorded steps of %s on %s go astray, by %.2g where the way is %.2g, and are launched one by one"
+        log.warning(said, head, by.device, off, way)
+        return False
+    return True
+
+
+def _apart(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(some, others, strict=True)))
 
 
 @torch.no_grad()

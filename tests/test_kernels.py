@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,9 +179,10 @@ def batch(images: int, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
 def trained(shape: Shape, members: list[Configuration], *, bf16: bool = True) -> dict[str, torch.Tensor]:
     """Weights after some steps, all configurations in one block."""
     (x, y), steps = batch(33, shape), 6
-    block = population._Block("attentive", shape, members, 0, "cpu", torch.float32, bf16)
+    loss = partial(population.losses, weights=torch.ones(shape.classes))
+    block = population._Block("attentive", shape, members, 0, population.Arithmetic(bf16=bf16), loss=loss)
     for step in range(steps):
-        block.step(x, lambda logits: population.losses(logits, y, torch.ones(shape.classes)), step, steps)
+        block.step(x, y, step, steps)
     return {name: each.detach().clone() for name, each in block.probe.state_dict().items()}
 
 

@@ -69,7 +69,7 @@ class Attentive(nn.Module):
         self.classifier_bias = uniform(streams, shape.classes, fan_in=d)
         self.dropouts = tuple(dropouts)
         self._seeds = tuple(seeds)
-        self._masks: list[torch.Generator] = []
+        self.mask_streams: list[torch.Generator] = []
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Normalised tokens [B, T, D] → logits [K, B, C].
@@ -124,12 +124,12 @@ class Attentive(nn.Module):
         """Dropout factors [B, T, K·H] while training; a rate of 0 draws nothing and keeps everything."""
         if not self.training or not any(self.dropouts):
             return None
-        if not self._masks:
+        if not self.mask_streams:
             # Not the seeds of the initialisation: the first masks would repeat its numbers.
-            self._masks = generators([seed ^ MASKS for seed in self._seeds], tokens.device)
+            self.mask_streams = generators([seed ^ MASKS for seed in self._seeds], tokens.device)
         (b, t, _), (k, h) = tokens.shape, self.to_key.shape[:2]
         keep = self.query.new_ones(b, t, k, h)
-        for n, (rate, stream) in enumerate(zip(self.dropouts, self._masks, strict=True)):
+        for n, (rate, stream) in enumerate(zip(self.dropouts, self.mask_streams, strict=True)):
             if rate:
                 keep[:, :, n] = kept(rate, (b, t, h), stream)
         return keep.flatten(2)
