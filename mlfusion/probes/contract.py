@@ -26,9 +26,7 @@ class Probe(Protocol):
     """
 
     clip: ClassVar[float | None]  # largest gradient norm of a configuration
-    drops: ClassVar[
-        bool
-    ]  # whether the dropout rate is one of its hyper-parameters; then it has `mask_streams`, see `drawn`
+    drops: ClassVar[bool]  # whether the dropout rate is one of its hyper-parameters; see `drawn` then
     attends: ClassVar[bool]  # whether it has `attention(tokens) -> [K, B, H, T]`
 
     def __init__(self, shape: Shape, *, seeds: Sequence[int], dropouts: Sequence[float]) -> None:

@@ -7,10 +7,8 @@ the same is done by PyTorch, and differs by the order of summation alone.
 import ctypes
 import importlib.util
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Self
@@ -19,16 +17,18 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mlfusion.switch import Switch
+
 COLUMNS = 32  # the width of tokens must be a multiple
 PART = 1 << 21  # numbers that are worth a thread of their own
 
-
-_off = os.environ.get("MLFUSION_KERNELS") == "0"
+_switch = Switch("MLFUSION_KERNELS")
+off = _switch.off
 
 
 def absent() -> str | None:
     """Why there is nothing of the kind here, or None."""
-    if _off:
+    if not _switch.on:
         return "switched off"
     if (made := _compiled()) is None:
         return "not compiled: there was no C compiler at installation"
@@ -39,20 +39,9 @@ def absent() -> str | None:
     return None
 
 
-@contextmanager
-def off() -> Iterator[None]:
-    """Within it all is done by PyTorch, in every thread; so it is everywhere where the variable MLFUSION_KERNELS is 0."""
-    global _off
-    before, _off = _off, True
-    try:
-        yield
-    finally:
-        _off = before
-
-
 def library() -> ctypes.CDLL | None:
     """What was compiled, if this processor has its instructions and no faster ones."""
-    return None if _off else _usable()
+    return _usable() if _switch.on else None
 
 
 @cache
