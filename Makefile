@@ -34,7 +34,7 @@ demo: setup ## both stages on the embedded model and images, offline; ends with 
 	HF_HUB_OFFLINE=1 $(BIN)/mlfusion run pipelines/default.toml --results '$(RESULTS)' $(ARGS)
 
 study: setup ## two models, six data sets, ten probes, five seeds, and their page     DATA=
-	HF_HUB_OFFLINE=1 $(BIN)/mlfusion run pipelines/study.toml $(if $(DATA),--data '$(DATA)') --results '$(RESULTS)' --markdown docs/study.md $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/mlfusion run pipelines/study.toml $(if $(DATA),--data '$(DATA)') --results '$(RESULTS)' --markdown docs/measurements/study.md $(ARGS)
 
 extract: setup ## stage 1: cache a frozen model's tokens       MODEL= DATASET=
 	$(BIN)/mlfusion extract $(model) $(dataset) $(ARGS)

@@ -6,7 +6,7 @@ On the CLS and AP tokens of every layer, by the quick grid: the same split, batc
 all three, and each of them chooses its own learning rate on the images held out, is refitted and tested once. The loop
 projects keys and values for every token, one configuration at a time, by torch's layers and AdamW; its initialisation and
 dropout are drawn by torch, so that it is one more draw of the same experiment. What is in the file of results is not made
-again. With --page the table goes into docs/speed.md, after every set.
+again. With --page the table goes into docs/measurements/speed.md, after every set.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--cache", default=None)
     parser.add_argument("--results", type=Path, default=Path("results/bfloat16.json"))
-    parser.add_argument("--page", action="store_true", help="put the table into docs/speed.md")
+    parser.add_argument("--page", action="store_true", help="put the table into docs/measurements/speed.md")
     asked = parser.parse_args()
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     sets = asked.sets.split(",")
@@ -139,7 +139,7 @@ def main() -> None:
             text = page.table(heads, (line(one, found[one]) for one in there))
             if absent := [one for one in sets if one not in there]:
                 text += f"\n\nNot measured yet: {', '.join(absent)}; the same command goes on from here."
-            page.put("speed.md", "bfloat16", f"{page.machine()}, torch {torch.__version__}.\n\n{text}")
+            page.put("measurements/speed.md", "bfloat16", f"{page.machine()}, torch {torch.__version__}.\n\n{text}")
 
 
 def line(name: str, found: dict[str, dict[str, float]]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What keeping tokens in fewer bits does to every probe: the tables of docs/dtypes.md.
+"""What keeping tokens in fewer bits does to every probe: the tables of docs/measurements/dtypes.md.
 
     python benchmarks/dtypes.py --model MODEL --data FOLDER [--sets a,b,...] [--folder DIR] [--table]
 
@@ -168,10 +168,10 @@ def main() -> None:
     rows = {dtype: Results(asked.folder / "rows" / dtype).require() for dtype in DTYPES}
     versions = rows[USUAL][0]["versions"]
     found = {dtype: tests(each) for dtype, each in rows.items()}
-    page.put("dtypes.md", "sizes", sizes(asked.folder, sets))
-    page.put("dtypes.md", "accuracies", f"torch {versions['torch']}.\n\n{accuracies(found, sets)}")
+    page.put("measurements/dtypes.md", "sizes", sizes(asked.folder, sets))
+    page.put("measurements/dtypes.md", "accuracies", f"torch {versions['torch']}.\n\n{accuracies(found, sets)}")
     for dtype in OTHERS:
-        page.put("dtypes.md", dtype, differences(found, dtype, sets))
+        page.put("measurements/dtypes.md", dtype, differences(found, dtype, sets))
 
 
 if __name__ == "__main__":

@@ -410,7 +410,9 @@ def gpu(args: argparse.Namespace, root: Path) -> None:
 def publish(args: argparse.Namespace, part: str, text: str, machine: str | None = None) -> None:
     if args.page:
         busy = f"load {os.getloadavg()[0]:.0f} at the end, niceness {os.getpriority(os.PRIO_PROCESS, 0)}"
-        page.put("speed.md", part, f"{machine or page.machine()}, torch {torch.__version__}; {busy}.\n\n{text}")
+        page.put(
+            "measurements/speed.md", part, f"{machine or page.machine()}, torch {torch.__version__}; {busy}.\n\n{text}"
+        )
 
 
 def main() -> None:
@@ -419,7 +421,7 @@ def main() -> None:
     parser.add_argument("--part", default="rate,usual,memory,features,ways", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=512, help="N of the peaks of memory")
-    parser.add_argument("--page", action="store_true", help="put the tables into docs/speed.md")
+    parser.add_argument("--page", action="store_true", help="put the tables into docs/measurements/speed.md")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:

@@ -1,11 +1,11 @@
-"""How often each fault of the cache was tried, and what was lost: the table of docs/faults.md.
+"""How often each fault of the cache was tried, and what was lost: the table of docs/measurements/faults.md.
 
     python benchmarks/faults.py [FILE …] [--minutes M] [--folder DIR] [--page] [--table]
 
 Runs the long form of tests/faults, file by file, a process each. A file that passed is not run again while its tally lies in
 --folder, unless it is named; one that failed is, and says why. `--minutes 60 soak` lets users of every kind loose on one
-cache for an hour. With --page the tables go into docs/faults.md, losses and all; with --table nothing is run, and they show
-the tallies there are.
+cache for an hour. With --page the tables go into docs/measurements/faults.md, losses included; with --table nothing is run, and
+they show the tallies there are.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"run these, and only these, anew: {', '.join(tests)}")
     parser.add_argument("--minutes", type=float, help="that the soak takes: 1")
     parser.add_argument("--folder", type=Path, default=ROOT / "results" / "faults", help="for the tallies")
-    parser.add_argument("--page", action="store_true", help="put the tables into docs/faults.md")
+    parser.add_argument("--page", action="store_true", help="put the tables into docs/measurements/faults.md")
     parser.add_argument("--table", action="store_true", help="run nothing")
     asked = parser.parse_args()
     if unknown := set(asked.files) - set(tests):
@@ -109,7 +109,7 @@ def main() -> None:
     for part, text in parts.items():
         print(text, end="\n\n")
         if asked.page:
-            page.put("faults.md", part, text)
+            page.put("measurements/faults.md", part, text)
     if not all(body["passed"] for body in found):
         sys.exit("a test failed: see above")
 

@@ -7,7 +7,7 @@ Both train on synthetic features of DTD's size: 1,504 images x 24 tokens x 768 c
 values projected for every token, torch's AdamW, a DataLoader over samples that jitters each of them. Its steps are timed
 before ours and after, 20 at least in all, and the grid's time follows from their median. Ours trains the 63 in lockstep by
 `mlfusion.population.train`, as `mlfusion probe` does. Floating-point operations are those of matrix products, counted by
-torch's own counter. With --page the tables go into docs/speed.md.
+torch's own counter. With --page the tables go into docs/measurements/speed.md.
 """
 
 import argparse
@@ -386,7 +386,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=10, help="of ours that are timed")
     parser.add_argument("--baseline-steps", type=int, default=24)
-    parser.add_argument("--page", action="store_true", help="put the table into docs/speed.md")
+    parser.add_argument("--page", action="store_true", help="put the table into docs/measurements/speed.md")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     found = measure(args.device, args.precision, args.steps, max(20, args.baseline_steps))
@@ -402,7 +402,9 @@ def main() -> None:
             rows = [(name, f"{spent:.1f} ms", f"{100 * spent / total:.0f} %") for name, spent in found["parts_ms"]]
             text += "\n\nWhere a step of one configuration goes, on one thread:\n\n" + page.table(["", "", ""], rows)
         where = "processor" if args.device == "cpu" else "gpu"
-        page.put("speed.md", f"grid on a {where}", f"{found['device']}, torch {torch.__version__}.\n\n{text}")
+        page.put(
+            "measurements/speed.md", f"grid on a {where}", f"{found['device']}, torch {torch.__version__}.\n\n{text}"
+        )
     if args.json:
         print(json.dumps(found))
 

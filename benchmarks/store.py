@@ -399,7 +399,7 @@ def main() -> None:
     parser.add_argument("--rival-images", type=int, default=4_000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the system's temporary one")
-    parser.add_argument("--page", action="store_true", help="put the table into docs/speed.md")
+    parser.add_argument("--page", action="store_true", help="put the table into docs/measurements/speed.md")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -428,7 +428,7 @@ def main() -> None:
         ]
         heads = ["", "median", "spread", "bar", ""]
         text = f"{page.machine()}, load {os.getloadavg()[1]:.0f}, {args.images:,} images.\n\n{page.table(heads, cells)}"
-        page.put("speed.md", "store", text)
+        page.put("measurements/speed.md", "store", text)
     if args.json:
         print(json.dumps(rows))
 

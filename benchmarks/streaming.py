@@ -5,7 +5,7 @@
 Writes caches of N, 2N and 4N images (all 197 tokens of one layer, 192 channels, float16: 76 kB an image) and trains one
 attentive probe on each by streaming, batches of 2,048, two passes, in a process of its own whose peak resident memory the
 system tells; then the same from tokens that were loaded before. The caches are in the system's file cache or not as it
-pleases. With --page the table goes into docs/speed.md.
+pleases. With --page the table goes into docs/measurements/speed.md.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=16_000, help="N")
     parser.add_argument("--folder", type=Path, help="for the caches; default: the system's temporary one")
-    parser.add_argument("--page", action="store_true", help="put the table into docs/speed.md")
+    parser.add_argument("--page", action="store_true", help="put the table into docs/measurements/speed.md")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -132,7 +132,11 @@ def main() -> None:
         print(*rows[-1], sep="  ", flush=True)
     heads = ["images", "tokens", "batch", "peak, streamed", "peak, loaded", "images/s, streamed", "loaded", "ratio"]
     if args.page:
-        page.put("speed.md", "streaming", f"{page.machine()}, torch {torch.__version__}.\n\n{page.table(heads, rows)}")
+        page.put(
+            "measurements/speed.md",
+            "streaming",
+            f"{page.machine()}, torch {torch.__version__}.\n\n{page.table(heads, rows)}",
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from mlfusion.preprocessing import Preprocessing
 from mlfusion.specs import Pair
 
 BATCHES = {"cpu": 32, "cuda": 256, "mps": 64}
-"""Images in a pass where memory allows: more are no faster (docs/speed.md)."""
+"""Images in a pass where memory allows: more are no faster (docs/measurements/speed.md)."""
 
 SHARE = 0.6  # of what is free, that a pass may take
 TRIAL = 2  # images of the pass that is measured

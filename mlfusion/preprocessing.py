@@ -6,7 +6,7 @@ for one image and ends in bytes, a quarter of the floats' memory; `finish` turns
 model takes, on the model's device. A processor with rules of its own (`Borrowed`) is called as it is.
 
 The fast path decodes JPEG by libjpeg-turbo directly, large ones at a reduced scale, and resizes bytes by torch. Its pictures
-differ from the exact ones, mostly by nothing and else by one level; docs/speed.md has what that does to features.
+differ from the exact ones, mostly by nothing and else by one level; docs/measurements/speed.md has what that does to features.
 """
 
 import dataclasses

@@ -211,7 +211,8 @@ def test_the_fast_path_is_a_level_away_from_the_exact_one(shared):
 
 BOUND = 2e-5
 """Of 1 - cosine between features of the fast and of the exact path, DeiT-Ti, any layer, CLS and AP, photographs of the size
-that data sets have. Large ones, decoded at a share: a hundred times it. docs/speed.md has what was measured, by layer."""
+that data sets have. Large ones, decoded at a share: a hundred times it. docs/measurements/speed.md has what was measured, by
+layer."""
 
 
 def test_the_fast_paths_features_stay_within_the_bound(shared):
