@@ -43,7 +43,7 @@ def cases(rows: list[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:
 
 def table(held: dict[tuple[str, str], dict[str, list[Row]]], said: dict[tuple[str, str], dict]) -> str:
     """One line a case, and the mean regret of the advice beside that of always using the same probe."""
-    heads = ["model", "data set", "seeds", "advised", "its pilot, %", "gain in the pilot, points", "its test, %"]
+    heads = ["model", "data set", "seeds", "advised", "pilot score, %", "gain in the pilot, points", "test score, %"]
     lines = []
     regrets: dict[str, list[float]] = {}
     for case, advice in said.items():
@@ -68,7 +68,7 @@ def table(held: dict[tuple[str, str], dict[str, list[Row]]], said: dict[tuple[st
         )
         ways = {
             "the advice": advice["use"],
-            "the cheapest that the pilot cannot tell from the best": advice["enough"],
+            "the cheapest that the pilot cannot distinguish from the best": advice["enough"],
         } | FIXED
         for way, name in ways.items():
             regrets.setdefault(way, []).append(tests[best] - tests[name])
@@ -77,8 +77,8 @@ def table(held: dict[tuple[str, str], dict[str, list[Row]]], said: dict[tuple[st
     rules = [[way, percent(fmean(each)), percent(max(each))] for way, each in regrets.items()]
     return "\n\n".join(
         [
-            page.table([*heads, "best by test", "its test, %", "regret"], lines, left=2),
-            f"The pilots were of {images[0]} to {images[-1]} images, and their scores' intervals {percent(min(widths))} to "
+            page.table([*heads, "best by test", "test score, %", "regret"], lines, left=2),
+            f"The pilots used {images[0]} to {images[-1]} images; the intervals of their scores are {percent(min(widths))} to "
             f"{percent(max(widths))} points wide. Mean and largest regret over these {len(said)} cases, in points:",
             page.table(["rule", "mean", "largest"], rules),
         ]

@@ -135,7 +135,7 @@ def main() -> None:
         )
         if asked.page:
             there = [one for one in sets if all(len(found.get(one, {}).get(way, {})) > 1 for way in WAYS)]
-            heads = ("data set", *WAYS, "bfloat16 less literal", "spread")
+            heads = ("data set", *WAYS, "bfloat16 - literal", "spread")
             text = page.table(heads, (line(one, found[one]) for one in there))
             if absent := [one for one in sets if one not in there]:
                 text += f"\n\nNot measured yet: {', '.join(absent)}; the same command goes on from here."

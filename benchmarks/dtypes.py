@@ -103,7 +103,7 @@ def sizes(folder: Path, sets: list[str]) -> str:
         every = np.concatenate([error.ravel() for error in errors])
         far = "0" if not every.any() else f"{every.mean():.1e}"
         lines.append((f"`{dtype}`", f"{nbytes / usual:.3f}", far, "0" if not every.any() else f"{every.max():.1e}"))
-    return page.table(["dtype", f"bytes, of {USUAL}'s", "error of a token, mean", "largest"], lines)
+    return page.table(["dtype", f"bytes, relative to {USUAL}", "relative error of a token, mean", "largest"], lines)
 
 
 def accuracies(found: dict[str, dict[tuple[str, str, int], float]], sets: list[str]) -> str:
@@ -113,7 +113,7 @@ def accuracies(found: dict[str, dict[tuple[str, str, int], float]], sets: list[s
         each = [[t for (s, h, _), t in found[USUAL].items() if (s, h) == (name, head)] for name in sets]
         fits = sum(map(len, each))
         cells.append((f"`{head}`", *map(percent, each), str(fits), f"{SHOTS.get(head, 'all')}"))
-    return page.table(["head", *sets, "fits", "images a class"], cells)
+    return page.table(["head", *sets, "fits", "images per class"], cells)
 
 
 def differences(found: dict[str, dict[tuple[str, str, int], float]], dtype: Dtype, sets: list[str]) -> str:

@@ -292,7 +292,7 @@ def features(args: argparse.Namespace, root: Path) -> None:
         rows.append(row)
         print(*row, sep="  ", flush=True)
     heads = ["layer", *(f"{name}, {kind}" for name in ways for kind in ("CLS", "AP"))]
-    text = f"{len(files)} photographs of 32 to 640 pixels, {len(large)} large ones; the largest 1 - cosine of any.\n\n"
+    text = f"{len(files)} photographs of 32 to 640 pixels, {len(large)} large ones; largest 1 - cosine over all of them.\n\n"
     publish(args, "extraction's differences", text + page.table(heads, rows))
 
 
@@ -324,16 +324,16 @@ def ways(args: argparse.Namespace, root: Path) -> None:
         compiled()
         first = time.perf_counter() - began
         tried = {
-            "as it is": forward(plain, pixels),
+            "default": forward(plain, pixels),
             "torch.compile": compiled,
             "channels last": forward(
                 vit("sdpa").to(memory_format=torch.channels_last), pixels.to(memory_format=torch.channels_last)
             ),
-            "attention not fused": forward(vit("eager"), pixels),
+            "without fused attention": forward(vit("eager"), pixels),
         }
         found = in_turn(tried, 5)
         for name in tried:
-            ratios = [each[name] / each["as it is"] for each in found]
+            ratios = [each[name] / each["default"] for each in found]
             note = f"first call {first:.0f} s" if name == "torch.compile" else ""
             rows.append(
                 (
@@ -346,7 +346,7 @@ def ways(args: argparse.Namespace, root: Path) -> None:
                 )
             )
             print(*rows[-1], sep="  ", flush=True)
-    heads = ["model", "forward pass", "images/s", "to as it is", "rounds", ""]
+    heads = ["model", "forward pass", "images/s", "ratio to default", "rounds", ""]
     publish(args, "ways of the forward pass", page.table(heads, rows, left=2))
 
 

@@ -112,7 +112,7 @@ def three_families(model: Path, data: Path, splits: str, per_class: int) -> str:
                 cells.append(f"{worst:.1e}")
             rows.append([*cells, f"{largest:.1f}"])
             print(rows[-1], flush=True)
-    return page.table(["data set", "images", "DINOv2 to ViT", "MAE to ViT", "largest number"], rows)
+    return page.table(["data set", "images", "DINOv2 - ViT", "MAE - ViT", "largest feature"], rows)
 
 
 def main() -> None:

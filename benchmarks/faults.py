@@ -55,7 +55,7 @@ def trials(found: list[dict[str, Any]]) -> str:
             count[1] += lost
     every = [sum(column) for column in zip(*counts.values(), strict=True)]
     rows = [(what, f"{tried:,}", f"{lost:,}") for what, (tried, lost) in sorted(counts.items())]
-    return page.table(["what was done", "trials", "lost"], [*rows, ("**all**", *(f"**{count:,}**" for count in every))])
+    return page.table(["fault", "trials", "lost"], [*rows, ("**all**", *(f"**{count:,}**" for count in every))])
 
 
 def soak(figures: dict[str, Any]) -> str:
@@ -64,12 +64,15 @@ def soak(figures: dict[str, Any]) -> str:
     rows = [
         ("minutes", f"{figures['minutes']:.0f}"),
         *((what, f"{count:,}") for what, count in sorted(figures["did"].items())),
-        ("images through the model", f"{figures['images']:,}"),
-        ("processes that lived from the beginning to the end", f"{figures['residents']}"),
-        ("memory of the one that grew most, second quarter of the time → last", f"{before:.0f} → {after:.0f} MiB"),
-        ("file descriptors of each between two acts, at most, and the same at the end", f"{figures['descriptors']}"),
+        ("images run through the model", f"{figures['images']:,}"),
+        ("processes that ran from the beginning to the end", f"{figures['residents']}"),
+        ("memory of the process that grew most, second quarter of the time → last", f"{before:.0f} → {after:.0f} MiB"),
+        (
+            "file descriptors of each process between two operations, at most; unchanged at the end",
+            f"{figures['descriptors']}",
+        ),
     ]
-    return page.table(["what", "how much"], rows)
+    return page.table(["event", "count"], rows)
 
 
 def shards(figures: dict[str, Any]) -> str:

@@ -123,13 +123,13 @@ def main() -> None:
             f"{len(rows):,} photographs of {nbytes / len(rows) / 1e3:.0f} kB on average. {page.machine()}; median of "
             f"{REPEATS}, ± half the interquartile range; load average {os.getloadavg()[0]:.0f}.\n\n"
         )
-        heads = ("form", "opening", "digests of all images", "images/s in all", "GB/s in all")
+        heads = ("form", "opening", "digests of all images", "images/s, total", "GB/s, total")
         page.put(
             "datasets.md",
             "cost",
             about
             + page.table(heads, lines)
-            + "\n\nOne thread, bytes in memory:\n\n"
+            + "\n\nOne thread, bytes already in memory:\n\n"
             + page.table(("digest", "GB/s"), alone),
         )
 

@@ -335,13 +335,13 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "ratio",
             f"{found['ratio']:.1f}",
-            f"{BAR} is the bar; all products and AdamW at full speed: {found['limit_ratio']:.0f}",
+            f"required: {BAR}; with all products and AdamW at full speed: {found['limit_ratio']:.0f}",
         ),
-        ("usual loop", ms(found["usual_s"]), f"a step of one configuration; quartiles {ms(first)}, {ms(third)}"),
+        ("usual loop", ms(found["usual_s"]), f"one step of one configuration; quartiles {ms(first)}, {ms(third)}"),
         (
             "ours",
             ms(found["ours_s"]),
-            f"likewise, {found['precision']}, kernels {found['kernels']}; quartiles {ms(low)}, {ms(high)}",
+            f"one step of one configuration, {found['precision']}, kernels {found['kernels']}; quartiles {ms(low)}, {ms(high)}",
         ),
         *(
             [("ours, no graphs", ms(found["launched_s"]), "every kernel launched by Python, as by MLFUSION_GRAPHS=0")]
@@ -357,25 +357,33 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "operations",
             f"{found['gflop']:.2f} GFLOP",
-            f"a step of one configuration; usual loop {found['usual_gflop']:.0f}",
+            f"one step of one configuration; usual loop {found['usual_gflop']:.0f}",
         ),
-        ("rate", f"{found['gflop_per_s']:.0f} GFLOP/s", f"plain product here: {found['product_gflop_per_s']:.0f}"),
+        (
+            "rate",
+            f"{found['gflop_per_s']:.0f} GFLOP/s",
+            f"a plain matrix product here: {found['product_gflop_per_s']:.0f}",
+        ),
         (
             "optimizer",
             f"{found['optimizer_mb']:.0f} MB",
-            f"a step of one configuration, {100 * found['optimizer_share']:.0f} % of its time at a copy's rate, "
+            f"memory traffic of one step; {100 * found['optimizer_share']:.0f} % of the step's time at the rate of a copy, "
             f"{found['copy_gb_per_s']:.1f} GB/s",
         ),
-        ("limit", ms(found["limit_s"]), "operations at the plain product's rate, then the optimizer at a copy's"),
+        (
+            "limit",
+            ms(found["limit_s"]),
+            "operations at the rate of a plain product, then the optimizer at the rate of a copy",
+        ),
         (
             "memory",
             f"{found['peak_mb']:,.0f} MB",
-            f"at most; usual loop, one configuration {found['usual_peak_mb']:,.0f} MB",
+            f"peak; usual loop with one configuration {found['usual_peak_mb']:,.0f} MB",
         ),
         (
             "configuration",
             f"{found['configuration_mb']:.0f} MB",
-            f"kept; and {found['step_mb']:.0f} MB while it is stepped",
+            f"parameters and moments; and {found['step_mb']:.0f} MB during its step",
         ),
     ]
 
@@ -400,7 +408,7 @@ def main() -> None:
         text = page.table(["", "", ""], lines(found))
         if found["parts_ms"]:
             rows = [(name, f"{spent:.1f} ms", f"{100 * spent / total:.0f} %") for name, spent in found["parts_ms"]]
-            text += "\n\nWhere a step of one configuration goes, on one thread:\n\n" + page.table(["", "", ""], rows)
+            text += "\n\nTime of one step of one configuration, on one thread:\n\n" + page.table(["", "", ""], rows)
         where = "processor" if args.device == "cpu" else "gpu"
         page.put(
             "measurements/speed.md", f"grid on a {where}", f"{found['device']}, torch {torch.__version__}.\n\n{text}"

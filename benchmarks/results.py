@@ -132,14 +132,14 @@ def measure(root: Path, held: int, repeat: int) -> dict[str, float]:
     asked = [row["id"] for row in rows(max(0, held // 2), CALLS)]
     command = [sys.executable, "-m", "mlfusion", "results", "ls", "--results", str(root)]
     return {
-        "save one": timed(lambda: [store.append(row) for row in some], repeat) / CALLS,
-        "find one": timed(lambda: [store.find(row_id) for row_id in asked], repeat) / CALLS,
+        "save one row": timed(lambda: [store.append(row) for row in some], repeat) / CALLS,
+        "find one row": timed(lambda: [store.find(row_id) for row_id in asked], repeat) / CALLS,
         "list the newest 100": timed(lambda: store.listing(limit=100), repeat),
-        "`mlfusion results ls`, with its start": timed(
+        "`mlfusion results ls`, with program start": timed(
             lambda: subprocess.run(command, check=True, capture_output=True), repeat
         ),
         "list all": timed(store.listing, repeat),
-        "every row whole": timed(store.rows, repeat),
+        "read every row completely": timed(store.rows, repeat),
         "rows of one model on one data set": timed(lambda: store.rows(model="model-3", dataset="data-set-7"), repeat),
         "file, MB": store.path.stat().st_size / 1e6,
     }

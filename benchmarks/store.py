@@ -375,7 +375,9 @@ def rivals(table: Table, folder: Path, tokens: np.ndarray, entry: Entry) -> None
         ("torch.save file an image", written[0], load, lambda: np.stack([each[6] for each in load()])),
         ("HDF5 data set an image", written[1], load_sets, load_layer_of_sets),
     ):
-        table.add(f"{name}: write", wrote / ours, "times", note="as long as ours, and without a flush to the disk")
+        table.add(
+            f"{name}: write", wrote / ours, "times", note="multiple of our time, although without a flush to the disk"
+        )
         table.add(f"{name}: whole", seconds(lambda load=everything: np.stack(list(load()))) / ours_read, "times")
         table.add(f"{name}: layer", seconds(layer) / ours_layer, "times")
 

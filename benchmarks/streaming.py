@@ -130,7 +130,16 @@ def main() -> None:
             )
         )
         print(*rows[-1], sep="  ", flush=True)
-    heads = ["images", "tokens", "batch", "peak, streamed", "peak, loaded", "images/s, streamed", "loaded", "ratio"]
+    heads = [
+        "images",
+        "tokens",
+        "batch",
+        "peak, streamed",
+        "peak, loaded",
+        "images/s, streamed",
+        "images/s, loaded",
+        "ratio",
+    ]
     if args.page:
         page.put(
             "measurements/speed.md",
