@@ -262,9 +262,29 @@ def test_the_readme_names_what_exists():
     for group, app in {"cache": cli.cache_app, "results": cli.results_app}.items():
         for command in re.findall(rf"(?:^|`)mlfusion {group} ([a-z]+)", text, re.M):
             assert command in {c.name or c.callback.__name__ for c in app.registered_commands}, command
-    assert all(path.name in text or path.parent.name != "mlfusion" for path in PACKAGE.glob("[a-z]*.py"))
-    for path in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / path).exists(), path
+    [tree] = fenced(ROOT / "README.md", "tree")
+    assert len(tree.splitlines()) <= 15
+
+
+PAGES = [
+    path
+    for pattern in ("*.md", "docs/**/*.md", "pipelines/*.md", "cache/README.md", "mlfusion/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+]
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them of its headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_links_of_a_page_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\(([^)#:\s]*)#?([^)\s:]*)\)", page.read_text()):
+        goal = page.parent / path if path else page
+        assert goal.exists(), path
+        assert not anchor or anchor in headings(goal), f"{path}#{anchor}"
 
 
 def fenced(path: Path, language: str) -> list[str]:
