@@ -9,7 +9,7 @@ import pytest
 import torch
 from axes import modules_with_axes
 
-from mlfusion.probes import Linear, Shape
+from mlfusion.probes import HeadShape, Linear
 from mlfusion.probes.pooling import linear
 
 
@@ -22,7 +22,7 @@ def test_axes_that_disagree_are_refused():
 
 
 def test_a_head_is_checked_when_it_is_called():
-    probe = Linear(Shape(tokens=5, width=6, classes=4), seeds=[0, 1])
+    probe = Linear(HeadShape(tokens=5, width=6, classes=4), seeds=[0, 1])
     with pytest.raises(jaxtyping.TypeCheckError, match="B T D"):
         probe(torch.zeros(9, 30))
 
