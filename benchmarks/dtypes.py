@@ -22,7 +22,7 @@ import torch
 
 import mlfusion
 from mlfusion.results import Results, Row
-from mlfusion.specs import DTYPES, HEADS, Dtype
+from mlfusion.specs import DTYPES, HEAD_NAMES, Dtype
 from mlfusion.store import Entry, FeatureStore
 
 REPRESENTATION = "cls+ap-2-layers"
@@ -109,7 +109,7 @@ def sizes(folder: Path, sets: list[str]) -> str:
 def accuracies(found: dict[str, dict[tuple[str, str, int], float]], sets: list[str]) -> str:
     """Scores with the usual dtype."""
     cells = []
-    for head in HEADS:
+    for head in HEAD_NAMES:
         each = [[t for (s, h, _), t in found[USUAL].items() if (s, h) == (name, head)] for name in sets]
         fits = sum(map(len, each))
         cells.append((f"`{head}`", *map(percent, each), str(fits), f"{SHOTS.get(head, 'all')}"))
@@ -119,7 +119,7 @@ def accuracies(found: dict[str, dict[tuple[str, str, int], float]], sets: list[s
 def differences(found: dict[str, dict[tuple[str, str, int], float]], dtype: Dtype, sets: list[str]) -> str:
     """Paired differences from the usual dtype, in points."""
     cells, all_heads = [], []
-    for head in HEADS:
+    for head in HEAD_NAMES:
         paired: dict[str, list[float]] = {name: [] for name in sets}
         for key, test in found[dtype].items():
             if key[1] == head and key in found[USUAL]:
@@ -152,7 +152,7 @@ def main() -> None:
             for dtype in (USUAL, *OTHERS[:-1]):
                 keep_as(entry, dtype, asked.folder / dtype)
     # Slow heads last, so that what there is after a stop is of use.
-    for head, where in product(sorted(HEADS, key=SLOW.__contains__), places):
+    for head, where in product(sorted(HEAD_NAMES, key=SLOW.__contains__), places):
         for dtype in DTYPES:
             mlfusion.probe(
                 where,

@@ -34,11 +34,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlfusion import graphs, population
 from mlfusion.batches import Schedule, Tokens, batches
 from mlfusion.population import Configuration
-from mlfusion.probes import Shape, kernels
+from mlfusion.probes import HeadShape, kernels
 from mlfusion.protocol import GRIDS
 
 IMAGES, TOKENS, WIDTH, CLASSES, HEADS = 1504, 24, 768, 47, 24
-SHAPE = Shape(tokens=TOKENS, width=WIDTH, classes=CLASSES, heads=HEADS)
+SHAPE = HeadShape(tokens=TOKENS, width=WIDTH, classes=CLASSES, heads=HEADS)
 BAR = 50
 GOAL_CUDA = 10  # seconds, of the whole grid
 
@@ -295,7 +295,7 @@ def measure(device: str, precision: population.Precision, steps: int, baseline_s
         "device": torch.cuda.get_device_name() if device != "cpu" else page.machine(),
         "threads": torch.get_num_threads(),
         "precision": narrow,
-        "kernels": f"PyTorch's alone: {why}" if (why := kernels.absent()) else "own, by AVX-512 BF16",
+        "kernels": f"PyTorch's alone: {why}" if (why := kernels.why_unavailable()) else "own, by AVX-512 BF16",
         "ratio": each_theirs / each,
         "usual_s": each_theirs,
         "usual_quartiles_s": statistics.quantiles(theirs, n=4)[::2],

@@ -20,7 +20,7 @@ import page
 import mlfusion
 from mlfusion.progress import duration
 from mlfusion.results import Results, Row
-from mlfusion.specs import ABOUT, BASELINE, HEADS
+from mlfusion.specs import ABOUT_HEADS, BASELINE, HEAD_NAMES
 
 SEEDS = (0, 1, 2)
 LAYERS, TOKENS = "cls+ap-all-layers", "all-tokens-last"
@@ -42,13 +42,15 @@ def plan(sets: list[str], parts: list[str]) -> Iterator[tuple[str, str, dict[str
     """
     quick = {"grid": "quick", "seeds": SEEDS}
     for name in sets if "family" in parts else ():
-        for probe in (BASELINE, *(f"{LAYERS}/{head}" for head in HEADS)):
+        for probe in (BASELINE, *(f"{LAYERS}/{head}" for head in HEAD_NAMES)):
             yield name, probe, quick
     for name in sets if "halving" in parts else ():
         for probe in HALVED:
             for half in (True, False):
                 yield name, probe, {"grid": "paper", "seeds": SEEDS, "halving": half}
-    for head in sorted(HEADS, key=lambda head: head not in ("ridge", "logistic", "knn")) if "family" in parts else ():
+    for head in (
+        sorted(HEAD_NAMES, key=lambda head: head not in ("ridge", "logistic", "knn")) if "family" in parts else ()
+    ):
         for name in sets:
             if head != HEAVIEST:
                 yield name, f"{TOKENS}/{head}", quick
@@ -75,13 +77,13 @@ def family(rows: list[Row], sets: list[str]) -> str:
     tables = []
     for representation in (LAYERS, TOKENS):
         lines = [("`cls-last/linear`", "the baseline", *(spread(tests(name, BASELINE)) for name in sets), "")]
-        probes = {head: f"{representation}/{head}" for head in HEADS}
+        probes = {head: f"{representation}/{head}" for head in HEAD_NAMES}
         best = {name: max((fmean(t) for p in probes.values() if (t := tests(name, p))), default=0.0) for name in sets}
         for head, probe in probes.items():
             scores = {name: tests(name, probe) for name in sets}
             cells = [spread(found, bool(found) and fmean(found) == best[name]) for name, found in scores.items()]
             seconds = [row["seconds"] for row in held.get((sets[0], probe), [])]
-            lines.append((f"`{head}`", ABOUT[head], *cells, duration(median(seconds)) if seconds else "-"))
+            lines.append((f"`{head}`", ABOUT_HEADS[head], *cells, duration(median(seconds)) if seconds else "-"))
         tables.append(page.table((f"on `{representation}`", "what", *sets, "time"), lines, left=2))
     return "\n\n".join(tables)
 

@@ -23,7 +23,7 @@ import torch
 
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens
-from mlfusion.probes import Shape
+from mlfusion.probes import HeadShape
 from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
 from mlfusion.store import FeatureStore, Names, Samples, streams_for
 
@@ -75,7 +75,7 @@ def train(root: Path, way: str) -> None:
         if way == "loaded":
             tokens = Tokens(tokens[:], tokens.labels)
         schedule = Schedule.of(len(tokens), epochs=PASSES, least_steps=1)
-        shape = Shape(tokens=TOKENS, width=WIDTH, classes=CLASSES, heads=8)
+        shape = HeadShape(tokens=TOKENS, width=WIDTH, classes=CLASSES, heads=8)
         times = [time.perf_counter()]
         for _ in population.train(
             "attentive",

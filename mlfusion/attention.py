@@ -12,7 +12,7 @@ from PIL import Image
 from mlfusion import datasets, models, preprocessing
 from mlfusion.errors import BadData, MlfusionError
 from mlfusion.results import Row
-from mlfusion.specs import GRIDS
+from mlfusion.specs import GRID_SIDES
 from mlfusion.store import FeatureStore, Place
 
 MOST_PREFIX = 8  # tokens before the patches: CLS, distillation, registers
@@ -52,9 +52,9 @@ def maps(row: Row, attention: np.ndarray) -> np.ndarray:
     tokens = list(zip(held["layers"], held["kinds"], strict=True))
     parts = []
     for layer, kind in dict.fromkeys(tokens):
-        if kind == "all" or kind in GRIDS:
+        if kind == "all" or kind in GRID_SIDES:
             shares = attention[:, [token == (layer, kind) for token in tokens]].astype(np.float64)
-            edge = side(shares.shape[1]) if kind == "all" else GRIDS[kind]  # type: ignore[index]
+            edge = side(shares.shape[1]) if kind == "all" else GRID_SIDES[kind]  # type: ignore[index]
             parts.append(shares[:, shares.shape[1] - edge**2 :].reshape(-1, edge, edge))
     if not parts:
         raise BadData(

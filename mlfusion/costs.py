@@ -9,7 +9,7 @@ import torch
 from mlfusion import population, protocol
 from mlfusion.batches import Schedule, Tokens
 from mlfusion.population import Precision
-from mlfusion.probes import PROBES, Shape
+from mlfusion.probes import HEADS, HeadShape
 from mlfusion.specs import Head, Probe
 from mlfusion.targets import OneClass
 
@@ -69,7 +69,7 @@ def _training(
     # As many as there are threads: a grid has more, and keeps all of them busy.
     count = torch.get_num_threads()
     chosen = [population.Configuration(1e-3, 1e-2 + k, 0.1) for k in range(count)]
-    shape = Shape(tokens=tokens, width=width, classes=classes, heads=heads if PROBES[head].attends else 1)
+    shape = HeadShape(tokens=tokens, width=width, classes=classes, heads=heads if HEADS[head].has_attention else 1)
     ends: list[float] = []
     trained = population.train(
         head,

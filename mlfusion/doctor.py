@@ -97,7 +97,7 @@ def _device(word: str) -> Finding:
 
 
 def _kernels() -> Finding:
-    if (why := kernels.absent()) is None:
+    if (why := kernels.why_unavailable()) is None:
         return Finding("kernels", "ok", "attentive probes train by AVX-512 BF16")
     advice = "install a C compiler, then mlfusion again: with it they train faster" if "compiler" in why else ""
     return Finding("kernels", "note", f"attentive probes train by PyTorch alone: {why}", advice)

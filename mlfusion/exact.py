@@ -1,14 +1,13 @@
 """Heads that are solved for, not trained: ridge and logistic regression at their optimum, and nearest neighbours.
 
 All three see the concatenation of an image's tokens, each of length 1, as the linear probe does, and give probes that keep
-`probes.contract.Probe`. Arithmetic is in float64: a penalty of 1e-6 beside an eigenvalue of 1e4 is lost in float32.
+`probes.contract.HeadModule`. Arithmetic is in float64: a penalty of 1e-6 beside an eigenvalue of 1e4 is lost in float32.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from torch.nn import functional as F
 
 from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
-from mlfusion.probes.linear import Linear
+from mlfusion.probes.contract import HeadModule
+from mlfusion.probes.linear import LinearMap
 from mlfusion.targets import OneClass, Target
 
 F64 = torch.float64
@@ -59,12 +59,12 @@ def neighbourhoods(grid: str) -> tuple[Neighbourhood, ...]:
     return tuple(Neighbourhood(*point) for point in product(counts, temperatures))
 
 
-class Solved(Linear):
+class Solved(LinearMap):
     """K linear maps whose weights are given."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         """Weights [K, C, T·D] and biases [K, C]."""
-        nn.Module.__init__(self)
+        super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def last(self) -> "Solved":
@@ -334,16 +334,12 @@ def _inverse(gradient: Tensor, steps: list[Tensor], turns: list[Tensor]) -> Tens
 # --- nearest neighbours ----------------------------------------------------------------------------------------------
 
 
-class Neighbours(nn.Module):
+class Neighbours(HeadModule):
     """K weighted votes of the nearest training images (arXiv 1805.01978, equation 7): exp(cosine / temperature) each.
 
     The cosine of two images is the mean over their tokens. All K share one search. A class without any vote has a
     probability of 0, up to rounding; of numbers the weighted mean is taken.
     """
-
-    clip: ClassVar[float | None] = None
-    drops: ClassVar[bool] = False
-    attends: ClassVar[bool] = False
 
     bank: Tensor
     values: Tensor
@@ -368,14 +364,6 @@ class Neighbours(nn.Module):
         if self.kind == "class":
             return (p + torch.finfo(p.dtype).tiny).log()
         return torch.logit(p, eps=1e-7) if self.kind == "labels" else p
-
-    def attention(self, tokens: Tensor) -> Tensor:
-        """Neighbours attend to nothing.
-
-        Raises:
-            TypeError: always; ask `attends` first.
-        """
-        raise TypeError("nearest neighbours have no attention")
 
     def _votes(self, tokens: Tensor, most: int) -> Tensor:
         cosine, where = self._nearest(tokens.flatten(1) / tokens.shape[1], most)

@@ -39,8 +39,8 @@ class AdamW:
         # Neighbours that move alike are moved by one call.
         alike = groupby(range(len(lr)), key=lambda k: (lr[k], weight_decay[k]))
         self._alike = [(weight_decay[own[0]], own) for own in (list(ks) for _, ks in alike)]
-        self._factored: dict[int, kernels.Factored] = {}
-        kernels.accept(self.parameters)
+        self._factored: dict[int, kernels.FactoredGradient] = {}
+        kernels.register(self.parameters)
 
     @torch.no_grad()
     def clip(self, largest: float, *, look: bool = True) -> None:
@@ -51,7 +51,7 @@ class AdamW:
             look: whether they need it, and leave them alone if not. A GPU would have to be waited for.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self._factored |= {n: g for n, p in enumerate(self.parameters) if (g := kernels.take(p)) is not None}
+        self._factored |= {n: g for n, p in enumerate(self.parameters) if (g := kernels.pop_gradient(p)) is not None}
         norms = torch.stack(
             [
                 *(torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients),
@@ -62,7 +62,7 @@ class AdamW:
         if not look or bool((factor != 1).any()):
             for gradient in gradients:
                 gradient.mul_(_over(factor, gradient))
-            self._factored = {n: g.times(factor) for n, g in self._factored.items()}
+            self._factored = {n: g.scaled(factor) for n, g in self._factored.items()}
 
     @torch.no_grad()
     def step(self, rates: Sequence[float] | Tensor | None = None) -> None:
@@ -73,7 +73,9 @@ class AdamW:
                 so that a step can be recorded. By default `lr`.
         """
         rates = self.lr.tolist() if rates is None else rates
-        factored = self._factored | {n: g for n, p in enumerate(self.parameters) if (g := kernels.take(p)) is not None}
+        factored = self._factored | {
+            n: g for n, p in enumerate(self.parameters) if (g := kernels.pop_gradient(p)) is not None
+        }
         self._factored = {}
         moved = [n for n, p in enumerate(self.parameters) if p.grad is not None]
         still = [n for n, p in enumerate(self.parameters) if p.grad is None and n not in factored]
@@ -102,14 +104,14 @@ class AdamW:
         for n, made in factored.items():
             value, moment, square, count = (one[n] for one in self._state)
             count += 1
-            kernels.adamw(
-                *(value, moment, square, made),
+            by = kernels.AdamWStep(
                 step=int(count[0]),
                 lr=rates.tolist() if isinstance(rates, Tensor) else rates,
                 weight_decay=self.weight_decay.tolist(),
                 betas=self.betas,
                 eps=self.eps,
             )
+            kernels.adamw(value, moment, square, made, by)
         for n in moved:
             self.parameters[n].grad = None
 

@@ -31,7 +31,7 @@ from mlfusion.errors import BadData
 from mlfusion.graphs import Recorder, Replayed
 from mlfusion.memory import Footprint, available, pages_kept
 from mlfusion.optimizer import AdamW, cosine
-from mlfusion.probes import PROBES, Probe, Shape, drawn
+from mlfusion.probes import HEADS, HeadModule, HeadShape, rng_streams
 from mlfusion.specs import Head
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Needs:
 
 
 @once
-def needs(head: Head, shape: Shape, images: int, by: Arithmetic = Arithmetic()) -> Needs:
+def needs(head: Head, shape: HeadShape, images: int, by: Arithmetic = Arithmetic()) -> Needs:
     """Measured by a trial step of one configuration on a batch of `images`."""
     with Footprint() as batch:
         tokens = torch.ones(images, shape.tokens, shape.width, device=by.device, dtype=by.dtype)
@@ -174,7 +174,7 @@ class _Block:
     def __init__(
         self,
         head: Head,
-        shape: Shape,
+        shape: HeadShape,
         members: Sequence[Configuration],
         seed: int,
         by: Arithmetic,
@@ -182,7 +182,7 @@ class _Block:
         loss: Loss,
         recorder: Recorder | None = None,
     ) -> None:
-        self.probe = PROBES[head](shape, seeds=[c.seed(seed) for c in members], dropouts=[c.dropout for c in members])
+        self.probe = HEADS[head](shape, seeds=[c.seed(seed) for c in members], dropouts=[c.dropout for c in members])
         self.probe.to(torch.device(by.device), by.dtype)
         self.probe.train()
         self._optimizer = AdamW(
@@ -190,7 +190,7 @@ class _Block:
         )
         self._by, self._loss = by, loss
         self._autocast = partial(torch.autocast, torch.device(by.device).type, torch.bfloat16, enabled=by.bf16)
-        self._replayed = recorder and Replayed(self._work, recorder, partial(drawn, self.probe))
+        self._replayed = recorder and Replayed(self._work, recorder, partial(rng_streams, self.probe))
 
     def step(self, tokens: Tensor, labels: Tensor, step: int, steps: int) -> None:
         """One of `steps` steps, on a batch."""
@@ -200,7 +200,7 @@ class _Block:
         else:
             self._work(tokens, labels, rates.tolist())
 
-    def finish(self) -> Probe:
+    def finish(self) -> HeadModule:
         """The probe in evaluation mode; what only training needs of the device is let go."""
         self._replayed = None
         self.probe.eval()
@@ -211,8 +211,8 @@ class _Block:
             logits = self.probe(tokens)
         # The sum over the population: no configuration's loss has a gradient for another's parameters.
         torch.autograd.backward(self._loss(logits.to(self._by.dtype), labels).sum())
-        if self.probe.clip is not None:
-            self._optimizer.clip(self.probe.clip, look=self._replayed is None and tokens.device.type == "cpu")
+        if self.probe.max_grad_norm is not None:
+            self._optimizer.clip(self.probe.max_grad_norm, look=self._replayed is None and tokens.device.type == "cpu")
         self._optimizer.step(rates)
 
 
@@ -307,7 +307,7 @@ def train(
     tokens: Tokens,
     rows: np.ndarray,
     configurations: Sequence[Configuration],
-    shape: Shape,
+    shape: HeadShape,
     schedule: Schedule,
     *,
     seed: int,
@@ -319,7 +319,7 @@ def train(
     progress: Callable[[int], None] | None = None,
     loss: Loss | None = None,
     until: int | None = None,
-) -> Iterator[tuple[slice, Probe]]:
+) -> Iterator[tuple[slice, HeadModule]]:
     """Train all configurations on images `rows`, as many at once as fit into memory.
 
     Args:
@@ -386,7 +386,7 @@ def replays(head: Head, by: Arithmetic) -> bool:
 
     It is tried on two small populations from the same start, of which one is trained by records and one without.
     """
-    shape, steps = Shape(tokens=4, width=64, classes=4, heads=2), 2 * graphs.WARM + 6
+    shape, steps = HeadShape(tokens=4, width=64, classes=4, heads=2), 2 * graphs.WARM + 6
     schedule, labels = Schedule(images=41, steps=steps, batch_size=21, batches=2), np.arange(41) % 4
     tokens = Tokens(np.random.default_rng(0).standard_normal((41, 4, 64), np.float32), labels)
     loss = partial(losses, weights=torch.ones(4, device=by.device, dtype=by.dtype))
@@ -416,7 +416,7 @@ def _apart(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def read(
-    probe: Probe, tokens: Tokens, rows: np.ndarray, *, block: int, device: str, dtype: torch.dtype = torch.float32
+    probe: HeadModule, tokens: Tokens, rows: np.ndarray, *, block: int, device: str, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A probe's logits [K, b, C] for images `rows`, `block` at a time, each with the normalised tokens [b, T, D]."""
     for start in range(0, len(rows), block):

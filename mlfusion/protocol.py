@@ -15,7 +15,7 @@ from mlfusion import exact, population
 from mlfusion.batches import LARGEST_BATCH, Schedule, Source, Tokens, stream
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.population import Configuration, Precision
-from mlfusion.probes import PROBES, Probe, Shape
+from mlfusion.probes import HEADS, HeadModule, HeadShape
 from mlfusion.specs import Head
 from mlfusion.targets import Loss, Target, kind_of
 
@@ -36,7 +36,7 @@ class Grid:
 
     def configurations(self, head: Head) -> tuple[Configuration, ...]:
         """All of them, always in the same order: of two that do equally well in everything, the first is chosen."""
-        dropouts = self.dropouts if PROBES[head].drops else (0.0,)
+        dropouts = self.dropouts if HEADS[head].has_dropout else (0.0,)
         return tuple(Configuration(*point) for point in product(self.learning_rates, self.weight_decays, dropouts))
 
     def schedule(self, images: int) -> Schedule:
@@ -75,7 +75,7 @@ class Outcome:
     selected: dict[str, float | int]
     configurations: int
     parameters: int
-    shape: Shape
+    shape: HeadShape
     seconds: float
     predictions: np.ndarray  # [N_test, C] float32: probabilities, or the number
     attention: np.ndarray | None  # [N_test, T] float32, mean over heads; None for a head that does not attend
@@ -184,7 +184,7 @@ class Search(ABC):
         self.fitted, self.held_out = split(target.strata(train.labels), seed=seed)
         self.everything = np.arange(len(train))
         _, t, d = train.shape
-        self.shape = Shape(tokens=t, width=d, classes=target.outputs)
+        self.shape = HeadShape(tokens=t, width=d, classes=target.outputs)
         self.progress, self.done, self.steps = progress, 0, 0
 
     def advance(self, steps: int = 1) -> None:
@@ -198,7 +198,7 @@ class Search(ABC):
         """Score and loss of every configuration [K] on images it was not fitted to; -inf and inf of one that diverged."""
 
     @abstractmethod
-    def refit(self, best: int) -> Probe:
+    def refit(self, best: int) -> HeadModule:
         """That configuration, fitted to all of train."""
 
     @abstractmethod
@@ -245,14 +245,14 @@ class Training(Search):
         """
         super().__init__(train, target, seed=seed, device=device, progress=progress)
         _, t, d = train.shape
-        heads = (t if heads is None else heads) if PROBES[head].attends else 1
+        heads = (t if heads is None else heads) if HEADS[head].has_attention else 1
         if not 1 <= heads <= d:
             raise BadData(
                 f"{heads} attention heads do not fit tokens of width {d}; allowed: 1 to {d}. "
                 f"Pass heads={min(8, d)}, or take fewer tokens where there is a head for each"
             )
         self.head, self.seed, self.memory, self.precision = head, seed, memory, precision
-        self.shape = Shape(tokens=t, width=d, classes=target.outputs, heads=heads)
+        self.shape = HeadShape(tokens=t, width=d, classes=target.outputs, heads=heads)
         self.configurations = GRIDS[grid].configurations(head)
         self.choosing, self.refitting = GRIDS[grid].schedule(len(self.fitted)), GRIDS[grid].schedule(len(train))
         self.block = self.refitting.batch_size
@@ -274,7 +274,7 @@ class Training(Search):
                 score[alive[group]], loss[alive[group]] = self.measure(outputs, self.held_out, measure)
         return score, loss
 
-    def refit(self, best: int) -> Probe:
+    def refit(self, best: int) -> HeadModule:
         measure = self.target.loss(self.train.labels, self.device, torch.float32)
         [(_, probe)] = self._train(
             self.everything, [self.configurations[best]], self.refitting, measure, self.refitting.steps
@@ -284,15 +284,15 @@ class Training(Search):
     def selected(self, best: int) -> dict[str, float | int]:
         chosen = self.configurations[best]
         selected: dict[str, float | int] = {"lr": chosen.lr, "weight_decay": chosen.weight_decay}
-        if PROBES[self.head].drops:
+        if HEADS[self.head].has_dropout:
             selected["dropout"] = chosen.dropout
-        if PROBES[self.head].attends:
+        if HEADS[self.head].has_attention:
             selected["heads"] = self.shape.heads
         return selected | {"steps": self.refitting.steps, "batch_size": self.refitting.batch_size}
 
     def _train(
         self, rows: np.ndarray, chosen: Sequence[Configuration], schedule: Schedule, loss: Loss, until: int
-    ) -> Iterator[tuple[slice, Probe]]:
+    ) -> Iterator[tuple[slice, HeadModule]]:
         return population.train(
             self.head,
             self.train,
@@ -329,7 +329,7 @@ class RidgeSearch(Search):
             self.advance()
         return score, loss
 
-    def refit(self, best: int) -> Probe:
+    def refit(self, best: int) -> HeadModule:
         return self.ridge.solve(self.path[best])
 
     def selected(self, best: int) -> dict[str, float | int]:
@@ -359,7 +359,7 @@ class LogisticSearch(Search):
             self.advance(group.stop - group.start)
         return score, loss
 
-    def refit(self, best: int) -> Probe:
+    def refit(self, best: int) -> HeadModule:
         logistic = exact.Logistic(exact.Design(self.train, self.everything, self.target, self.device))
         [*_, (_, probe)] = logistic.solve([*self.path[: best : exact.AT_ONCE], self.path[best]])
         return probe.last()
@@ -382,14 +382,14 @@ class NeighbourSearch(Search):
         outputs = _outputs(self._of(self.fitted, self.grid), self.train, self.held_out, self.block, self.device)
         return self.measure(outputs, self.held_out, measure)
 
-    def refit(self, best: int) -> Probe:
+    def refit(self, best: int) -> HeadModule:
         self.advance()
         return self._of(self.everything, [self.grid[best]])
 
     def selected(self, best: int) -> dict[str, float | int]:
         return asdict(self.grid[best])
 
-    def _of(self, rows: np.ndarray, chosen: Sequence[exact.Neighbourhood]) -> Probe:
+    def _of(self, rows: np.ndarray, chosen: Sequence[exact.Neighbourhood]) -> HeadModule:
         return exact.neighbours(self.train, rows, chosen, self.target, self.device)
 
 
@@ -473,7 +473,7 @@ def choose(accuracy: np.ndarray, loss: np.ndarray) -> int:
     return int(np.lexsort((np.where(sound, loss, np.inf), -np.where(sound, accuracy, -np.inf)))[0])
 
 
-def _outputs(probe: Probe, tokens: Tokens, rows: np.ndarray, block: int, device: str) -> Tensor:
+def _outputs(probe: HeadModule, tokens: Tokens, rows: np.ndarray, block: int, device: str) -> Tensor:
     """[K, rows, C]."""
     return torch.cat(
         [outputs for outputs, _ in population.read(probe, tokens, rows, block=block, device=device)], dim=1
@@ -481,13 +481,13 @@ def _outputs(probe: Probe, tokens: Tokens, rows: np.ndarray, block: int, device:
 
 
 def predict(
-    probe: Probe, tokens: Tokens, target: Target, *, block: int = LARGEST_BATCH, device: str = "cpu"
+    probe: HeadModule, tokens: Tokens, target: Target, *, block: int = LARGEST_BATCH, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Of a population of one: predictions [N, C], and the attention [N, T] if it has any."""
     predictions, attention = [], []
     for outputs, batch in population.read(probe, tokens, np.arange(len(tokens)), block=block, device=device):
         predictions.append(target.predictions(outputs[0]).cpu().numpy())
-        if probe.attends:
+        if probe.has_attention:
             with torch.no_grad():
                 attention.append(probe.attention(batch)[0].mean(1).cpu().numpy())
     return np.concatenate(predictions), np.concatenate(attention) if attention else None

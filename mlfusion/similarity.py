@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from mlfusion.results import Row
-from mlfusion.specs import KINDS, TokenKind
+from mlfusion.specs import STUDY_KINDS, TokenKind
 from mlfusion.statistics import cka_with
 from mlfusion.store import Entry, FeatureStore, Place
 
@@ -38,7 +38,7 @@ def to_the_last(rows: Iterable[Row], *, cache: Place = None, say: Callable[[str]
             say(f"no similarity for {model} on {dataset}: its test features ({key}) are not in {store.root} any more")
             continue
         both: dict[Measure, dict[str, dict[int, float]]] = {"linear": {}, "rbf": {}}
-        for kind in KINDS[:2]:
+        for kind in STUDY_KINDS:
             layers = sorted(layer for layer, held in entry.held() if held == kind)
             if len(layers) > 1 and layers[-1] == entry.spec.model.depth:
                 for measure, values in _of_kind(entry, kind, layers).items():

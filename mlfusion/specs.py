@@ -28,22 +28,28 @@ COMPUTES: tuple[Compute, ...] = get_args(Compute)
 
 TokenKind = Literal["cls", "ap", "registers", "dist", "max", "std", "grid2", "grid4", "grid7", "all"]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
+STUDY_KINDS: tuple[TokenKind, ...] = ("cls", "ap")
+"""Kinds that the study (arXiv 2601.09322) fuses over layers."""
+
+REDUCED_KINDS: tuple[TokenKind, ...] = tuple(kind for kind in KINDS if kind != "all")
+"""Kinds that a probe may join by '+'; 'all' stands alone."""
+
 ABOUT_KINDS: dict[TokenKind, str] = {
     "cls": "the class token",
     "ap": "the mean of the patch tokens",
     "registers": "the register tokens",
     "dist": "DeiT's distillation token",
     "max": "the maximum over the patch tokens, channel by channel",
-    "std": "their standard deviation, channel by channel",
+    "std": "the standard deviation over the patch tokens, channel by channel",
     "grid2": "2 x 2 means of the patch tokens, in raster order",
-    "grid4": "likewise 4 x 4",
-    "grid7": "likewise 7 x 7",
+    "grid4": "4 x 4 means of the patch tokens, in raster order",
+    "grid7": "7 x 7 means of the patch tokens, in raster order",
     "all": "every token, in the model's own order",
 }
-"""A few words about each kind, for lists."""
+"""A short description of each token kind, for lists."""
 
-GRIDS: dict[TokenKind, int] = {"grid2": 2, "grid4": 4, "grid7": 7}
-"""Kinds that are patch tokens pooled to a grid → its side."""
+GRID_SIDES: dict[TokenKind, int] = {"grid2": 2, "grid4": 4, "grid7": 7}
+"""Token kinds that are a grid of pooled patch tokens → the side of the grid."""
 
 Hook = Literal["norm2", "block", "attn", "mlp", "projected"]
 HOOKS: tuple[Hook, ...] = get_args(Hook)
@@ -54,7 +60,7 @@ ABOUT_HOOKS: dict[Hook, str] = {
     "mlp": "what each block's MLP gives, before it is added",
     "projected": "as norm2, but the last layer goes through the projection to the space shared with texts (CLIP)",
 }
-"""A few words about each hook point, for lists."""
+"""A short description of each hook point, for lists."""
 
 Head = Literal[
     "linear",
@@ -70,23 +76,25 @@ Head = Literal[
     "logistic",
     "knn",
 ]
-HEADS: tuple[Head, ...] = get_args(Head)
+HEAD_NAMES: tuple[Head, ...] = get_args(Head)
+STUDY_HEADS: tuple[Head, ...] = ("linear", "attentive")
+"""Heads that the study (arXiv 2601.09322) trains; the others are compared with them."""
 
-ABOUT: dict[Head, str] = {
+ABOUT_HEADS: dict[Head, str] = {
     "linear": "one linear map of all tokens",
     "attentive": "cross-attention of one learned query (the study's)",
-    "scalar-mix": "one learned weight a token (ELMo, S3PRL)",
+    "scalar-mix": "one learned weight per token (ELMo, S3PRL)",
     "efficient": "32 learned queries, no keys (efficient probing)",
     "abmil": "gated attention (AbMIL)",
-    "simpool": "the mean token asks (SimPool)",
+    "simpool": "attention with the mean token as query (SimPool)",
     "aim": "attention pooling of AIM and CoCa",
     "v-jepa": "attentive pooler with an MLP (V-JEPA)",
-    "v-jepa-4": "the same, four blocks deep (V-JEPA 2)",
-    "ridge": "ridge regression, solved for",
-    "logistic": "logistic regression, solved for (CLIP's protocol)",
-    "knn": "weighted votes of the nearest images",
+    "v-jepa-4": "attentive pooler of four blocks (V-JEPA 2)",
+    "ridge": "ridge regression in closed form",
+    "logistic": "logistic regression at its optimum (CLIP's protocol)",
+    "knn": "weighted votes of the nearest training images",
 }
-"""A few words about each head, for lists."""
+"""A short description of each head, for lists."""
 
 Pair = tuple[int, TokenKind]
 """(layer, token kind): the unit in which features are asked for, held and computed."""
@@ -318,7 +326,7 @@ class Representation:
     @property
     def spatial(self) -> bool:
         """Whether it holds many tokens of one layer: all of them, or a grid."""
-        return any(kind == "all" or kind in GRIDS for kind in self.kinds)
+        return any(kind == "all" or kind in GRID_SIDES for kind in self.kinds)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """The layers for a model of `depth` blocks: of 12, '2-layers' are 6 and 12, '4-layers' 3, 6, 9 and 12."""
@@ -368,8 +376,9 @@ STUDY = (
 )
 """The study's ten; others follow the same grammar, such as `ap-layer-7/linear`."""
 
+_JOINED = "|".join(REDUCED_KINDS)
 _PROBE = re.compile(
-    rf"(?P<kinds>all-tokens|(?:{'|'.join(KINDS[:-1])})(?:\+(?:{'|'.join(KINDS[:-1])}))*)-"
+    rf"(?P<kinds>all-tokens|(?:{_JOINED})(?:\+(?:{_JOINED}))*)-"
     r"(?P<at>last|all-layers|each-layer|[1-9]\d*-layers|layer-\d+)/(?P<head>[\w-]+)(?::h(?P<heads>[1-9]\d*))?"
 )
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -402,13 +411,13 @@ def parse_probes(names: str | Sequence[str], depth: int) -> tuple[Probe, ...]:
         named = f"{ALIASES[alias.lower()]}:{heads}".rstrip(":") if alias.lower() in ALIASES else word
         for name in STUDY if word == "all" else (named,):
             match = _PROBE.fullmatch(name)
-            if not match or match["head"] not in HEADS or (match["heads"] and match["head"] != "attentive"):
+            if not match or match["head"] not in HEAD_NAMES or (match["heads"] and match["head"] != "attentive"):
                 grammar = "Others: KINDS-LAYERS/HEAD, as ap-layer-7/linear or cls-each-layer/linear; heads: "
                 raise UnknownName(
                     "probe",
                     name,
                     [*STUDY, *ALIASES, "all"],
-                    otherwise=f"{grammar}{', '.join(HEADS)}; attentive:h8 has eight attention heads.",
+                    otherwise=f"{grammar}{', '.join(HEAD_NAMES)}; attentive:h8 has eight attention heads.",
                 )
             words = ["all"] if match["kinds"] == "all-tokens" else match["kinds"].split("+")
             kinds = tuple(kind for kind in KINDS if kind in words)

@@ -20,7 +20,7 @@ from mlfusion.features import SplitPair
 from mlfusion.progress import duration
 from mlfusion.recipe import Recipe
 from mlfusion.results import Results, Row
-from mlfusion.specs import GRIDS, FeatureSpec, TokenKind
+from mlfusion.specs import GRID_SIDES, FeatureSpec, TokenKind
 from mlfusion.store import FeatureStore, Place
 
 TRIAL_SECONDS = 2.0  # of forward passes of each model; its rate then stands for all data sets
@@ -272,7 +272,7 @@ def _tokens(kind: TokenKind, asked: Request) -> int:
         height, width = asked.jobs[0].steps.pixels
         patch = models.shape(asked.checkpoint).patch_px or 16
         return (height // patch) * (width // patch) + 1
-    return GRIDS.get(kind, 1) ** 2
+    return GRID_SIDES.get(kind, 1) ** 2
 
 
 def _request(model: str, images: Images, device: str, recipe: Recipe) -> Request:

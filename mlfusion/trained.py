@@ -22,8 +22,8 @@ from safetensors.numpy import save as save_tensors
 from mlfusion import disk
 from mlfusion.errors import ResultsUnusable, UnknownName
 from mlfusion.exact import Neighbourhood, Neighbours, Solved
-from mlfusion.probes import PROBES, Probe, Shape
-from mlfusion.specs import DTYPES, HEADS, KINDS, Head
+from mlfusion.probes import HEADS, HeadModule, HeadShape
+from mlfusion.specs import DTYPES, HEAD_NAMES, KINDS, Head
 from mlfusion.targets import KINDS as TARGETS
 from mlfusion.targets import OneClass, Target
 
@@ -172,7 +172,7 @@ Seed {card.seed}; chosen on the validation part: {chosen}. Classes: {classes}. M
 """
 
 
-def load(folder: Path) -> tuple[Card, Probe]:
+def load(folder: Path) -> tuple[Card, HeadModule]:
     """Read a probe, in evaluation mode, as a population of one.
 
     Raises:
@@ -208,14 +208,14 @@ def load(folder: Path) -> tuple[Card, Probe]:
 AGAIN = "make it again with `mlfusion probe --save` and a fresh --results PATH"
 
 
-def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> Probe:
+def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> HeadModule:
     """The probe that a card describes, with these numbers."""
-    for kind, word, known in (("head", card.head, HEADS), ("dtype", card.dtype, DTYPES)):
+    for kind, word, known in (("head", card.head, HEAD_NAMES), ("dtype", card.dtype, DTYPES)):
         if word not in known:
             raise UnknownName(kind, word, known)
     if unknown := set(card.kinds) - set(KINDS):
         raise UnknownName("token kind", unknown.pop(), KINDS)
-    shape, target = Shape(**card.shape), card.goal
+    shape, target = HeadShape(**card.shape), card.goal
     if isinstance(target, OneClass) and len(card.classes) != shape.classes:
         raise ValueError(f"{len(card.classes)} classes for {shape.classes} outputs")
     held = {name: torch.from_numpy(value)[None] for name, value in tensors.items()}
@@ -229,7 +229,7 @@ def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> Probe:
         if bank.shape != (len(values), shape.tokens * shape.width) or values.shape[1] != shape.classes:
             raise ValueError(f"{tuple(bank.shape)} neighbours and votes of {tuple(values.shape)}")
         return Neighbours(bank, values, [chosen], target.kind)
-    probe = PROBES[card.head](shape, seeds=[0], dropouts=[0.0])
+    probe = HEADS[card.head](shape, seeds=[0], dropouts=[0.0])
     probe.load_state_dict(held)  # of another shape, or another name: refused
     return probe
 

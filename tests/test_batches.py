@@ -13,7 +13,7 @@ from mlfusion import batches, evaluation, population
 from mlfusion.batches import Schedule, Source, Tokens
 from mlfusion.errors import BadData
 from mlfusion.population import Configuration
-from mlfusion.probes import Shape
+from mlfusion.probes import HeadShape
 from mlfusion.results import Results
 from mlfusion.store import Entry, reader
 
@@ -96,7 +96,7 @@ def test_streamed_training_is_training_on_the_same_batches(tmp_path: Path) -> No
                     tokens,
                     rows,
                     [Configuration(1e-2, 1e-2, 0.1)],
-                    Shape(tokens=TOKENS, width=WIDTH, classes=3, heads=4),
+                    HeadShape(tokens=TOKENS, width=WIDTH, classes=3, heads=4),
                     schedule,
                     seed=0,
                 )
@@ -151,7 +151,7 @@ import sys
 import numpy as np, torch
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens
-from mlfusion.probes import Shape
+from mlfusion.probes import HeadShape
 from mlfusion.store import FeatureStore, reader
 torch.set_num_threads(1)
 reader.MIXED = 1 << 23
@@ -163,7 +163,7 @@ with entry.open([2], ["all"]) as values:
     n, t, d = tokens.shape
     schedule = Schedule(images=n, steps=n // 200, batch_size=200, batches=n // 200)
     for _ in population.train("attentive", tokens, np.arange(n), [population.Configuration(1e-3, 0.1)],
-                              Shape(tokens=t, width=d, classes=3, heads=4), schedule, seed=0):
+                              HeadShape(tokens=t, width=d, classes=3, heads=4), schedule, seed=0):
         pass
 [peak] = [line for line in open('/proc/self/status') if line.startswith('VmHWM')]
 print(int(peak.split()[1]) * 1024 // 10**6)

@@ -11,7 +11,7 @@ from tiny import save_images, save_model
 
 from mlfusion import cli, evaluation, protocol
 from mlfusion.results import Results
-from mlfusion.specs import HEADS
+from mlfusion.specs import HEAD_NAMES
 
 BASELINE, ALF = "cls-last/linear", "cls+ap-all-layers/attentive"
 
@@ -431,7 +431,7 @@ def test_few_shots_halving_and_smoothing_make_rows_of_their_own(run, model, imag
     assert "allowed: from 0 to below 1" in run(*probe, "--smoothing", "1").err
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", HEAD_NAMES)
 def test_every_head_has_a_name_at_the_command_line(run, model, images, short_grid, head):
     run("extract", "--model", model, "--dataset", images)
     said = run("probe", "--dataset", images, "--probe", f"cls+ap-all-layers/{head}", "--grid", "quick", "--seeds", "0")

@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from mlfusion.probes import PROBES, Probe, Shape
-from mlfusion.specs import HEADS
+from mlfusion.probes import HEADS, HeadModule, HeadShape
+from mlfusion.specs import HEAD_NAMES
 
 F64 = torch.float64
-SHAPE = Shape(tokens=5, width=13, classes=4, heads=3)
-WIDE = Shape(tokens=4, width=130, classes=3, heads=2)  # two heads of 65 where heads are 64 wide
-SET = sorted(PROBES.keys() - {"linear", "scalar-mix"})  # to these an image's tokens have no order
-LITERAL = sorted(PROBES.keys() - {"linear", "attentive"})  # those two have tests of their own
+SHAPE = HeadShape(tokens=5, width=13, classes=4, heads=3)
+WIDE = HeadShape(tokens=4, width=130, classes=3, heads=2)  # two heads of 65 where heads are 64 wide
+SET = sorted(HEADS.keys() - {"linear", "scalar-mix"})  # to these an image's tokens have no order
+LITERAL = sorted(HEADS.keys() - {"linear", "attentive"})  # those two have tests of their own
 
 State = dict[str, Tensor]
 
@@ -24,13 +24,13 @@ def random(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-def unit(images: int, shape: Shape, seed: int = 99) -> Tensor:
+def unit(images: int, shape: HeadShape, seed: int = 99) -> Tensor:
     return F.normalize(random(images, shape.tokens, shape.width, seed=seed), dim=-1)
 
 
-def shaken(head: str, shape: Shape = SHAPE, k: int = 3) -> Probe:
+def shaken(head: str, shape: HeadShape = SHAPE, k: int = 3) -> HeadModule:
     """In float64, with no parameter or statistic at a value, such as 0 or 1, that would hide a mistake."""
-    probe = PROBES[head](shape, seeds=range(k), dropouts=[0.0] * k).double()
+    probe = HEADS[head](shape, seeds=range(k), dropouts=[0.0] * k).double()
     with torch.no_grad():
         for i, (name, value) in enumerate(probe.state_dict().items()):
             value += 0.3 * random(*value.shape, seed=i)
@@ -145,7 +145,7 @@ PLAIN: dict[str, Callable[[State, Tensor, bool], tuple[Tensor, Tensor]]] = {
 @pytest.mark.parametrize("head", LITERAL)
 @pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["narrow", "wide"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_it_is_the_plain_function(head: str, shape: Shape, training: bool) -> None:
+def test_it_is_the_plain_function(head: str, shape: HeadShape, training: bool) -> None:
     """Logits, attention, gradients of all parameters and running statistics, each configuration by itself."""
     probe, tokens = shaken(head, shape).train(training), unit(9, shape)
     parameters = dict(probe.named_parameters())
@@ -173,13 +173,13 @@ def test_it_is_the_plain_function(head: str, shape: Shape, training: bool) -> No
 
 
 def test_every_head_that_is_trained_has_a_probe_and_every_probe_is_a_head() -> None:
-    assert set(PROBES) <= set(HEADS)
-    assert PLAIN.keys() | {"linear", "attentive"} == PROBES.keys()
+    assert set(HEADS) <= set(HEAD_NAMES)
+    assert PLAIN.keys() | {"linear", "attentive"} == HEADS.keys()
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_gradients_are_those_of_finite_differences(head: str) -> None:
-    shape = Shape(tokens=3, width=6, classes=2, heads=2)
+    shape = HeadShape(tokens=3, width=6, classes=2, heads=2)
     probe, tokens = shaken(head, shape, k=2).eval(), unit(3, shape)
     names, values = zip(*((n, p.detach().clone().requires_grad_()) for n, p in probe.named_parameters()), strict=True)
 
@@ -197,19 +197,19 @@ def test_the_order_of_tokens_does_not_matter_where_that_is_promised(head: str) -
     torch.testing.assert_close(probe.attention(tokens[:, order]), probe.attention(tokens)[..., order])
 
 
-@pytest.mark.parametrize("head", sorted(PROBES.keys() - set(SET)))
+@pytest.mark.parametrize("head", sorted(HEADS.keys() - set(SET)))
 def test_the_order_of_tokens_matters_elsewhere(head: str) -> None:
     probe, tokens = shaken(head).eval(), unit(6, SHAPE)
     assert not torch.allclose(probe(tokens.flip(1)), probe(tokens), atol=1e-3)
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_an_image_is_scored_by_itself(head: str) -> None:
     probe, tokens = shaken(head).eval(), unit(6, SHAPE)
     torch.testing.assert_close(probe(tokens[2:3]), probe(tokens)[:, 2:3], rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("head", [head for head, probe in PROBES.items() if probe.attends])
+@pytest.mark.parametrize("head", [head for head, probe in HEADS.items() if probe.has_attention])
 def test_attention_sums_to_one(head: str) -> None:
     weights = shaken(head).eval().attention(unit(6, SHAPE))
     assert weights.shape[:2] == (3, 6) and weights.shape[3] == SHAPE.tokens
@@ -218,8 +218,8 @@ def test_attention_sums_to_one(head: str) -> None:
 
 @pytest.mark.parametrize("width", [1, 13, 64, 192, 384, 768, 1000, 1024])
 def test_heads_part_the_width(width: int) -> None:
-    from mlfusion.probes.pooling import heads_of
+    from mlfusion.probes.pooling import head_count
 
-    count = heads_of(width)
+    count = head_count(width)
     assert width % count == 0 and (count == 1 or width // count >= 64)
     assert count == width // 64 or width % 64

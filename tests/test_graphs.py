@@ -15,12 +15,12 @@ from mlfusion.batches import Schedule, Tokens
 from mlfusion.graphs import WARM, Replayed
 from mlfusion.optimizer import cosine
 from mlfusion.population import Arithmetic, Configuration, Layout
-from mlfusion.probes import PROBES, Shape, kernels
+from mlfusion.probes import HEADS, HeadShape, kernels
 from mlfusion.specs import Head
 from mlfusion.targets import Number, OneClass, SeveralLabels, Target
 
 IMAGES, STEPS = 41, 30  # in batches of nine and of eight images
-SHAPE = Shape(tokens=4, width=32, classes=3, heads=4)
+SHAPE = HeadShape(tokens=4, width=32, classes=3, heads=4)
 GRID = [
     Configuration(1e-2, 1e-2, 0.1),
     Configuration(1e-2, 1e-2, 0.3),
@@ -76,7 +76,7 @@ def same(mine: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]], toleran
             torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_replayed_steps_go_where_steps_go(recorders: list[Recorder], head: Head, precision: str) -> None:
     """Rates, batches, masks and statistics are those of each step, in batches of either size."""
@@ -107,7 +107,7 @@ def test_a_head_that_cannot_be_recorded_is_trained_all_the_same(
 ) -> None:
     """The first looks at a value; the second counts its steps in Python, where no graph sees it."""
     expected = trained("linear", dtype=torch.float64)
-    forward = PROBES["linear"].forward  # type: ignore[attr-defined]
+    forward = HEADS["linear"].forward  # type: ignore[attr-defined]
     count = 0
 
     def looks(probe: Any, x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_a_head_that_cannot_be_recorded_is_trained_all_the_same(
         caplog.clear()
         population.replays.cache_clear()
         recorders.clear()
-        monkeypatch.setattr(PROBES["linear"], "forward", wrong)
+        monkeypatch.setattr(HEADS["linear"], "forward", wrong)
         with caplog.at_level(logging.WARNING, "mlfusion"):
             assert not population.replays("linear", Arithmetic(dtype=torch.float64))
         assert said in caplog.text and "launched one by one" in caplog.text
@@ -187,7 +187,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that
 
 
 @gpu
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_cuda_graphs_go_where_launched_kernels_go(head: Head, precision: str) -> None:
     assert population.replays(head, Arithmetic("cuda", bf16=precision == "bfloat16"))
@@ -198,7 +198,7 @@ def test_cuda_graphs_go_where_launched_kernels_go(head: Head, precision: str) ->
 
 
 @gpu
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_a_gpu_trains_as_a_processor_does(head: Head) -> None:
     """Without dropout and jitter, whose streams are a device's own; in float64, so that order of summation hardly matters."""
     grid = [Configuration(c.lr, c.weight_decay) for c in GRID]

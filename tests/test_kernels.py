@@ -16,9 +16,9 @@ from mlfusion import population
 from mlfusion.batches import Schedule, Tokens, batches
 from mlfusion.optimizer import AdamW
 from mlfusion.population import Configuration
-from mlfusion.probes import Attentive, Shape, kernels
+from mlfusion.probes import Attentive, HeadShape, kernels
 
-pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"kernels: {kernels.absent()}")
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"kernels: {kernels.why_unavailable()}")
 NARROW = 2.0**-8  # of a bfloat16's size, half of its last place
 SIZES = [  # images, tokens, heads, inner, width
     (1, 1, 1, 2, 32),
@@ -31,7 +31,7 @@ SIZES = [  # images, tokens, heads, inner, width
 
 @pytest.fixture(params=[1, 3])
 def threads(request, monkeypatch):
-    monkeypatch.setattr(kernels, "PART", 1)
+    monkeypatch.setattr(kernels, "NUMBERS_PER_THREAD", 1)
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def test_products_of_few_tokens_and_many_heads(size, threads):
     assert near(averages, torch.einsum("bth,btd->hbd", weights.bfloat16().double(), x.double()))
 
     weight, scale, shift, gained = torch.randn(1, h, e, d), torch.rand(1, d), torch.randn(1, d), torch.randn(h, b)
-    project, packed, constant = kernels.narrow(weight, scale, shift)
+    project, packed, constant = kernels.fold_norm(weight, scale, shift)
     assert torch.equal(project, (weight * scale).bfloat16()[0])
     assert near(constant, (weight.double() @ shift[0].double())[0], places=0.01)
 
@@ -72,22 +72,24 @@ def test_products_of_few_tokens_and_many_heads(size, threads):
     given = narrow(h, e, b)
     back = torch.einsum("heb,hed->hbd", given.double(), project.double()).bfloat16().double()
     # The averages' gradient is rounded, of sums in another order: where one falls to the other side, by a last place.
-    assert near(kernels.slopes(x, given, packed), torch.einsum("btd,hbd->bth", x.double(), back), places=2)
+    assert near(kernels.attention_gradients(x, given, packed), torch.einsum("btd,hbd->bth", x.double(), back), places=2)
 
 
 def test_what_a_head_gets_does_not_depend_on_the_others():
     torch.manual_seed(0)
     x, weights, weight, given = narrow(31, 9, 64), torch.rand(31, 9, 12), torch.randn(2, 6, 10, 64), narrow(12, 10, 31)
     scale, shift = torch.rand(2, 64), torch.randn(2, 64)
-    together, packed, constant = kernels.narrow(weight, scale, shift)
-    alone, packed_alone, constant_alone = kernels.narrow(weight[1:], scale[1:], shift[1:])
+    together, packed, constant = kernels.fold_norm(weight, scale, shift)
+    alone, packed_alone, constant_alone = kernels.fold_norm(weight[1:], scale[1:], shift[1:])
     assert torch.equal(together[6:], alone)
     assert torch.equal(constant[6:], constant_alone)
     averages = kernels.averages(weights, x)
     assert torch.equal(averages[6:], kernels.averages(weights[:, :, 6:], x))
     values = kernels.values(together, averages, constant, None)
     assert torch.equal(values[6:], kernels.values(alone, averages[6:].contiguous(), constant_alone, None))
-    assert torch.equal(kernels.slopes(x, given, packed)[:, :, 6:], kernels.slopes(x, given[6:], packed_alone))
+    assert torch.equal(
+        kernels.attention_gradients(x, given, packed)[:, :, 6:], kernels.attention_gradients(x, given[6:], packed_alone)
+    )
 
 
 @pytest.mark.parametrize(("groups", "rows", "width"), [(1, 1, 32), (3, 7, 96), (2, 64, 768), (5, 10, 160)])
@@ -97,34 +99,34 @@ def test_passes_over_weights(groups, rows, width, threads):
     by = narrow(groups, rows, width)
     close = {"rtol": 1e-5, "atol": 1e-4}
     torch.testing.assert_close(
-        kernels.rows(weight, vectors).double(), (weight.double() @ vectors.double()[..., None])[..., 0], **close
+        kernels.row_products(weight, vectors).double(), (weight.double() @ vectors.double()[..., None])[..., 0], **close
     )
-    summed, product = kernels.columns(weight, factors, by)
+    summed, product = kernels.row_sums(weight, factors, by)
     torch.testing.assert_close(summed.double(), (factors.double()[:, None] @ weight.double())[:, 0], **close)
     assert product is not None
     torch.testing.assert_close(product.double(), (by.double() * weight.double()).sum(1), **close)
-    assert kernels.columns(weight, factors)[1] is None
+    assert kernels.row_sums(weight, factors)[1] is None
 
 
-def factored(k: int, rows: int, width: int) -> list[kernels.Factored]:
+def factored(k: int, rows: int, width: int) -> list[kernels.FactoredGradient]:
     """Every way to keep one."""
     left, scale, heads = torch.randn(k, rows), torch.rand(k, width), 2
     common, own = torch.randn(k, 1, width), torch.randn(k, heads, width)
     shape = k, rows, width
     return [
-        kernels.Factored(shape, narrow(*shape)),
-        kernels.Factored(shape, narrow(*shape), scale),
-        kernels.Factored(shape, left=left, right=common),
-        kernels.Factored(shape, left=left, right=own),
-        kernels.Factored(shape, narrow(*shape), scale, left, common),
+        kernels.FactoredGradient(shape, narrow(*shape)),
+        kernels.FactoredGradient(shape, narrow(*shape), scale),
+        kernels.FactoredGradient(shape, left=left, right=common),
+        kernels.FactoredGradient(shape, left=left, right=own),
+        kernels.FactoredGradient(shape, narrow(*shape), scale, left, common),
     ]
 
 
-def dense(gradient: kernels.Factored) -> torch.Tensor:
+def dense(gradient: kernels.FactoredGradient) -> torch.Tensor:
     """Written out, in float64."""
     made = torch.zeros(gradient.shape, dtype=torch.float64)
-    if gradient.narrow is not None:
-        made += gradient.narrow * (1 if gradient.scale is None else gradient.scale.double()[:, None])
+    if gradient.dense is not None:
+        made += gradient.dense * (1 if gradient.scale is None else gradient.scale.double()[:, None])
     if gradient.left is not None:
         rows, groups = gradient.shape[1], gradient.right.shape[1]
         made += gradient.left.double()[..., None] * gradient.right.repeat_interleave(rows // groups, 1)
@@ -141,15 +143,15 @@ def test_a_factored_gradient_is_followed_and_clipped_like_a_dense_one(which, thr
     theirs = [torch.nn.Parameter(each.clone().double()) for each in ours.detach()]
     optimizer = AdamW([ours], lr=lr, weight_decay=decay)
     references = [torch.optim.AdamW([p], lr=a, weight_decay=b) for p, a, b in zip(theirs, lr, decay, strict=True)]
-    assert kernels.accepted(ours)
+    assert kernels.is_registered(ours)
     for step in range(5):
         gradient = factored(k, rows, width)[which]
         exact = dense(gradient)
         torch.testing.assert_close(gradient.norms().double(), exact.flatten(1).norm(dim=1), rtol=1e-6, atol=0)
         if step % 2:
-            gradient = gradient.times(torch.tensor([0.01, 1.0]))
+            gradient = gradient.scaled(torch.tensor([0.01, 1.0]))
             exact *= torch.tensor([0.01, 1.0])[:, None, None]
-        kernels.give(ours, gradient)
+        kernels.put_gradient(ours, gradient)
         optimizer.clip(5.0)
         optimizer.step()
         for p, g, reference in zip(theirs, exact, references, strict=True):
@@ -162,22 +164,22 @@ def test_a_factored_gradient_is_followed_and_clipped_like_a_dense_one(which, thr
 def test_a_gradient_that_nobody_took_is_not_lost():
     parameter = torch.nn.Parameter(torch.zeros(1, 2, 32))
     AdamW([parameter], lr=[0.1], weight_decay=[0.0])
-    gradient = kernels.Factored((1, 2, 32), narrow(1, 2, 32))
-    kernels.give(parameter, gradient)
+    gradient = kernels.FactoredGradient((1, 2, 32), narrow(1, 2, 32))
+    kernels.put_gradient(parameter, gradient)
     with pytest.raises(RuntimeError, match="step after each"):
-        kernels.give(parameter, gradient)
-    assert kernels.take(parameter) is gradient
-    assert kernels.take(parameter) is None
+        kernels.put_gradient(parameter, gradient)
+    assert kernels.pop_gradient(parameter) is gradient
+    assert kernels.pop_gradient(parameter) is None
 
 
-def batch(images: int, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(images: int, shape: HeadShape) -> tuple[torch.Tensor, torch.Tensor]:
     values = np.random.default_rng(0).standard_normal((images, shape.tokens, shape.width), np.float32)
     tokens = Tokens(values.astype(np.float16), np.arange(images) % shape.classes)
     [(x, y), *_] = batches(tokens, np.arange(images), Schedule(images, 1, images, 1), seed=0, device="cpu")
     return x, y
 
 
-def trained(shape: Shape, members: list[Configuration], *, bf16: bool = True) -> dict[str, torch.Tensor]:
+def trained(shape: HeadShape, members: list[Configuration], *, bf16: bool = True) -> dict[str, torch.Tensor]:
     """Weights after some steps, all configurations in one block."""
     (x, y), steps = batch(33, shape), 6
     loss = partial(population.losses, weights=torch.ones(shape.classes))
@@ -187,7 +189,7 @@ def trained(shape: Shape, members: list[Configuration], *, bf16: bool = True) ->
     return {name: each.detach().clone() for name, each in block.probe.state_dict().items()}
 
 
-SHAPE = Shape(tokens=7, width=96, classes=4, heads=6)
+SHAPE = HeadShape(tokens=7, width=96, classes=4, heads=6)
 MEMBERS = [Configuration(1e-2, 1e-2, 0.3), Configuration(1e-3, 0.1, 0.0), Configuration(3e-2, 1e-2, 0.0)]
 
 
@@ -224,13 +226,17 @@ def test_gradients_by_autograd_are_whole_for_whoever_does_not_take_factored_ones
 def test_a_user_can_do_without():
     with kernels.off():
         assert kernels.library() is None
-        assert kernels.absent() == "switched off"
+        assert kernels.why_unavailable() == "switched off"
         parameter = torch.nn.Parameter(torch.zeros(1, 2, 32))
         AdamW([parameter], lr=[0.1], weight_decay=[0.0])
-        assert not kernels.accepted(parameter)
+        assert not kernels.is_registered(parameter)
     assert kernels.library() is not None
     said = subprocess.run(
-        [sys.executable, "-c", "from mlfusion.probes import kernels; print(kernels.absent(), kernels.library())"],
+        [
+            sys.executable,
+            "-c",
+            "from mlfusion.probes import kernels; print(kernels.why_unavailable(), kernels.library())",
+        ],
         env=os.environ | {"MLFUSION_KERNELS": "0"},
         capture_output=True,
         text=True,

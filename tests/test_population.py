@@ -26,11 +26,11 @@ from mlfusion.errors import BadData
 from mlfusion.memory import Footprint
 from mlfusion.optimizer import AdamW, cosine
 from mlfusion.population import Configuration, Layout, Needs
-from mlfusion.probes import PROBES, Attentive, Linear, Shape
+from mlfusion.probes import HEADS, Attentive, HeadShape, Linear
 from mlfusion.specs import Head
 
 F64 = torch.float64
-SHAPE = Shape(tokens=4, width=10, classes=3, heads=4)
+SHAPE = HeadShape(tokens=4, width=10, classes=3, heads=4)
 SEVEN = [
     Configuration(lr, weight_decay, dropout)
     for lr, weight_decay, dropout in zip(
@@ -72,7 +72,7 @@ def trained(
     return states
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("at_once", "block"), [(7, 7), (7, 2), (3, 1), (1, 1)])
 def test_a_population_of_seven_ends_where_seven_singles_end(head: Head, at_once: int, block: int) -> None:
     tokens = some(40)
@@ -92,7 +92,7 @@ def test_training_follows_the_literal_loop(head: Head) -> None:
     schedule = Schedule.of(40, epochs=1, least_steps=steps)
     weights = torch.from_numpy(compute_class_weight("balanced", classes=np.arange(3), y=tokens.labels))
     for configuration, state in zip(configurations, trained(head, tokens, configurations, steps=steps), strict=True):
-        start = PROBES[head](SHAPE, seeds=[configuration.seed(3)], dropouts=[0.0]).state_dict()
+        start = HEADS[head](SHAPE, seeds=[configuration.seed(3)], dropouts=[0.0]).state_dict()
         module = LiteralAttentive(10, 4, 3).double() if head == "attentive" else LiteralLinear(4, 10, 3).double()
         copy_into(module, {name: value[0] for name, value in start.items()})
         passing = batches.batches(tokens, np.arange(40), schedule, seed=3, device="cpu", dtype=F64)
@@ -287,11 +287,11 @@ def test_loss_is_torchs_weighted_cross_entropy_for_each_configuration() -> None:
 # --- what training is for --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_twenty_samples_are_learned_by_heart(head: Head) -> None:
     rng = np.random.default_rng(0)
     # Wider than there are images: a mean of tokens, too, can tell all of them apart.
-    shape = Shape(tokens=4, width=24, classes=3, heads=4)
+    shape = HeadShape(tokens=4, width=24, classes=3, heads=4)
     tokens = Tokens(rng.normal(size=(20, 4, 24)).astype(np.float16), np.arange(20) % 3)
     schedule = Schedule.of(20, epochs=1, least_steps=300)
     [(_, probe)] = population.train(
@@ -313,7 +313,7 @@ def test_linear_reaches_the_optimum_that_scikit_learn_finds() -> None:
     labels = np.arange(240) % 3
     x = rng.normal(size=(240, 2, 2)) + rng.normal(size=(3, 2, 2))[labels]
     inputs, truth = torch.from_numpy(x), torch.from_numpy(labels)
-    probe = Linear(Shape(tokens=2, width=2, classes=3), seeds=[0, 1]).double()
+    probe = Linear(HeadShape(tokens=2, width=2, classes=3), seeds=[0, 1]).double()
     optimizer = AdamW(probe.parameters(), lr=[0.1, 0.03], weight_decay=[0.0, 0.0])
     for step in range(800):
         population.losses(probe(inputs), truth, torch.ones(3, dtype=F64)).sum().backward()
@@ -325,7 +325,7 @@ def test_linear_reaches_the_optimum_that_scikit_learn_finds() -> None:
         np.testing.assert_allclose(probabilities, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_a_configuration_that_diverges_harms_no_other(head: Head) -> None:
     tokens, wild = some(40), Configuration(1e30, 1.0)
     states = trained(head, tokens, [SEVEN[1], wild, SEVEN[2]], dtype=torch.float32)
@@ -336,7 +336,7 @@ def test_a_configuration_that_diverges_harms_no_other(head: Head) -> None:
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_narrow_products_change_scores_little_and_keep_parameters_wide(head: Head) -> None:
     tokens, schedule = some(40), Schedule.of(40, epochs=1, least_steps=10)
     logits = {}
@@ -407,9 +407,9 @@ import numpy as np
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens
 from mlfusion.population import Configuration
-from mlfusion.probes import Shape
+from mlfusion.probes import HeadShape
 tokens = Tokens(np.random.default_rng(0).random((8, 2, 4), np.float32), np.arange(8) % 2)
-shape = Shape(tokens=2, width=4, classes=2, heads=2)
+shape = HeadShape(tokens=2, width=4, classes=2, heads=2)
 one = [Configuration(0.1, 0.1, 0.1)]
 [_] = population.train("attentive", tokens, np.arange(8), one, shape, Schedule.of(8), seed=0, until=2)
 print("torch._dynamo" in sys.modules)
@@ -418,12 +418,12 @@ print("torch._dynamo" in sys.modules)
     assert said.stdout == "False\n"  # it would take a second of every process
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_needs_are_those_of_the_tensors_there_are(head: Head) -> None:
     """Parameters with two moments, and at least the tokens and a gradient for every parameter."""
-    shape = Shape(tokens=5, width=96, classes=3, heads=4)
+    shape = HeadShape(tokens=5, width=96, classes=3, heads=4)
     need = population.needs(head, shape, 64)
-    probe = PROBES[head](shape, seeds=[0], dropouts=[0.1])
+    probe = HEADS[head](shape, seeds=[0], dropouts=[0.1])
     numbers = sum(p.numel() for p in probe.parameters())
     assert 3 * 4 * numbers <= need.each <= 3.2 * 4 * numbers + 4096
     assert need.batch >= 4 * 64 * 5 * 96

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mlfusion.probes import PROBES, Attentive, Linear, Probe, Shape
+from mlfusion.probes import HEADS, Attentive, HeadModule, HeadShape, Linear
 
 F64 = torch.float64
-SHAPE = Shape(tokens=5, width=13, classes=4, heads=3)  # 13 = 3 · 4 + 1: the head width must be floored
+SHAPE = HeadShape(tokens=5, width=13, classes=4, heads=3)  # 13 = 3 · 4 + 1: the head width must be floored
 IMAGES = 9
 TIGHT = {"rtol": 0, "atol": 1e-10}
 
@@ -33,11 +33,11 @@ def shaken(probe: Attentive) -> Attentive:
     return probe
 
 
-def attentive(k: int = 3, shape: Shape = SHAPE, dropout: float = 0.0) -> Attentive:
+def attentive(k: int = 3, shape: HeadShape = SHAPE, dropout: float = 0.0) -> Attentive:
     return shaken(Attentive(shape, seeds=range(k), dropouts=[dropout] * k))
 
 
-def literal(probe: Attentive, k: int, shape: Shape = SHAPE) -> LiteralAttentive:
+def literal(probe: Attentive, k: int, shape: HeadShape = SHAPE) -> LiteralAttentive:
     """Configuration k as the literal module in the same mode."""
     module = LiteralAttentive(shape.width, shape.heads, shape.classes).double().train(probe.training)
     return copy_into(module, {name: value[k] for name, value in probe.state_dict().items()})
@@ -52,10 +52,10 @@ def dropped(*size: int, rate: float = 0.4) -> Tensor:
     return (torch.rand(*size, dtype=F64, generator=torch.Generator().manual_seed(5)) > rate) / (1 - rate)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, Shape(tokens=7, width=8, classes=2, heads=8)], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, HeadShape(tokens=7, width=8, classes=2, heads=8)], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_folded_equals_literal(shape: Shape, masked: bool, training: bool) -> None:
+def test_folded_equals_literal(shape: HeadShape, masked: bool, training: bool) -> None:
     probe = attentive(shape=shape).train(training)
     tokens = random(IMAGES, shape.tokens, shape.width, seed=99)
     keep = dropped(3, IMAGES, shape.heads, shape.tokens) if masked else None
@@ -88,16 +88,16 @@ def test_linear_equals_torch() -> None:
         torch.testing.assert_close(logits, module(tokens), **TIGHT)
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_a_population_is_its_members(head: str) -> None:
     """Initialisation, dropout masks, logits and gradients do not depend on the company."""
     seeds, dropouts = [11, 2**64 - 1, 13, 14, 15, 16, 17], [0.0, 0.3, 0.1, 0.0, 0.9, 0.3, 0.1]
     tokens = random(IMAGES, SHAPE.tokens, SHAPE.width)
-    together = PROBES[head](SHAPE, seeds=seeds, dropouts=dropouts).double()
+    together = HEADS[head](SHAPE, seeds=seeds, dropouts=dropouts).double()
     logits = [together(tokens) for _ in range(2)]  # twice: the streams must keep in step
     logits[1].square().sum().backward()
     for k, (seed, dropout) in enumerate(zip(seeds, dropouts, strict=True)):
-        alone = PROBES[head](SHAPE, seeds=[seed], dropouts=[dropout]).double()
+        alone = HEADS[head](SHAPE, seeds=[seed], dropouts=[dropout]).double()
         own = [alone(tokens) for _ in range(2)]
         own[1].square().sum().backward()
         for a, b in zip(logits, own, strict=True):
@@ -106,16 +106,16 @@ def test_a_population_is_its_members(head: str) -> None:
             torch.testing.assert_close(gradient(a)[k : k + 1], gradient(b), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_every_parameter_and_buffer_has_the_population_in_front(head: str) -> None:
-    state = PROBES[head](SHAPE, seeds=range(6), dropouts=[0.0] * 6).state_dict()
+    state = HEADS[head](SHAPE, seeds=range(6), dropouts=[0.0] * 6).state_dict()
     assert state and all(len(value) == 6 for value in state.values())
 
 
 def test_dropout_rates_are_each_configurations_own() -> None:
     probe = Attentive(SHAPE, seeds=range(3), dropouts=[0.0, 0.1, 0.3])
-    drawn = torch.stack([probe._draw(torch.ones(600, 5, 10)) for _ in range(2)])  # [2, B, T, K·H]
-    keep = drawn.unflatten(3, (3, -1)).movedim(3, 1)
+    masks = torch.stack([probe.draw_mask(torch.ones(600, 5, 10)) for _ in range(2)])  # [2, B, T, K·H]
+    keep = masks.unflatten(3, (3, -1)).movedim(3, 1)
     assert (keep[:, 0] == 1).all()  # exactly: a rate of 0 is the identity
     for k, rate in ((1, 0.1), (2, 0.3)):
         values = keep[:, k].unique().tolist()
@@ -163,7 +163,7 @@ def test_a_zero_query_attends_evenly() -> None:
 
 
 def test_a_query_that_matches_one_token_attends_to_it() -> None:
-    probe = attentive(k=1, shape=Shape(tokens=4, width=4, classes=2, heads=1)).eval()
+    probe = attentive(k=1, shape=HeadShape(tokens=4, width=4, classes=2, heads=1)).eval()
     tokens = torch.eye(4, dtype=F64)[None]
     with torch.no_grad():
         probe.key_scale.fill_(1)
@@ -181,7 +181,7 @@ def test_attention_sums_to_one_and_has_the_axes_promised() -> None:
 
 
 def test_initialisation_is_that_of_torch_and_the_study() -> None:
-    shape = Shape(tokens=24, width=96, classes=10, heads=24)
+    shape = HeadShape(tokens=24, width=96, classes=10, heads=24)
     probe = Attentive(shape, seeds=range(20), dropouts=[0.0] * 20)
     assert probe.query.std().item() == pytest.approx(0.02, rel=0.05)
     assert probe.to_key.shape == (20, 24, 8, 96)  # e = 2 · ⌊96 / 24⌋
@@ -207,7 +207,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_as_wide_as_the_heads_is_computed_per_token() -> None:
-    shape = Shape(tokens=60, width=32, classes=3, heads=4)
+    shape = HeadShape(tokens=60, width=32, classes=3, heads=4)
     tokens = torch.randn(8, 60, 32)
     per_token = 8 * 60 * (2 * 32)  # B · T · H · e
     with Largest() as folded:
@@ -218,10 +218,10 @@ def test_nothing_as_wide_as_the_heads_is_computed_per_token() -> None:
 
 
 def test_the_registry_keeps_the_contract() -> None:
-    for probe in PROBES.values():
-        built: Probe = probe(SHAPE, seeds=[0], dropouts=[0.0])
+    for probe in HEADS.values():
+        built: HeadModule = probe(SHAPE, seeds=[0], dropouts=[0.0])
         assert built(torch.randn(4, SHAPE.tokens, SHAPE.width)).shape == (1, 4, SHAPE.classes)
-        if probe.attends:
+        if probe.has_attention:
             assert built.attention(torch.randn(4, SHAPE.tokens, SHAPE.width)).ndim == 4
         else:
             with pytest.raises(TypeError, match="no attention"):

@@ -15,7 +15,7 @@ from mlfusion import metrics, protocol
 from mlfusion.batches import Tokens
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.population import Configuration
-from mlfusion.probes import PROBES
+from mlfusion.probes import HEADS
 from mlfusion.protocol import GRIDS, Grid, Outcome, choose, draw, fit, split
 from mlfusion.specs import Head
 from mlfusion.targets import OneClass
@@ -116,7 +116,7 @@ def test_a_grid_of_which_nothing_is_left_is_an_error() -> None:
         choose(np.array([0.5, 0.5]), np.array([np.nan, np.inf]))
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_a_configuration_that_diverges_loses_and_harms_no_other(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     wild = dataclasses.replace(SMALL, learning_rates=(1e30, 1e-2), weight_decays=(0.1,), least_steps=150)
     monkeypatch.setitem(GRIDS, "wild", wild)
@@ -238,7 +238,7 @@ def test_the_refit_sees_all_of_train(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == 2
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_shuffled_labels_leave_chance(head: Head) -> None:
     def shuffled(images: int, seed: int) -> Tokens:
         data = tokens(images, seed=seed)
@@ -248,7 +248,7 @@ def test_shuffled_labels_leave_chance(head: Head) -> None:
     assert np.mean(scores) == pytest.approx(1 / CLASSES, abs=0.06)  # its standard error is 0.016
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_the_seed_decides_everything(head: Head) -> None:
     a, b, c = (fitted(head, tokens(), tokens(seed=1), seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(a.predictions, b.predictions)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mlfusion import evaluation, metrics
 from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
-from mlfusion.probes import PROBES
+from mlfusion.probes import HEADS
 from mlfusion.protocol import GRIDS, Grid, fit, split
 from mlfusion.report import write_page
 from mlfusion.results import Results
@@ -232,7 +232,7 @@ def test_smoothing_is_off_unless_asked_for_and_makes_less_sure(monkeypatch: pyte
     assert plain == none > much + 0.05
 
 
-@pytest.mark.parametrize("head", PROBES)
+@pytest.mark.parametrize("head", HEADS)
 def test_a_probe_of_one_number(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every head may have one output."""
     monkeypatch.setitem(GRIDS, "small", SMALL)

@@ -20,7 +20,7 @@ from mlfusion.batches import Tokens
 from mlfusion.errors import BadData, BadModel, ResultsUnusable
 from mlfusion.extraction import Making
 from mlfusion.results import Results
-from mlfusion.specs import HEADS, Head
+from mlfusion.specs import HEAD_NAMES, Head
 from mlfusion.targets import Number, OneClass, SeveralLabels, Target
 
 SHORT = protocol.Grid(learning_rates=(1e-2,), weight_decays=(1e-2,), dropouts=(0.1,), epochs=1, least_steps=20)
@@ -74,7 +74,7 @@ def saved(folder: Path, head: Head = "linear", target: Target | None = None) -> 
     return outcome, test
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", HEAD_NAMES)
 def test_every_probe_is_read_as_it_was_written(head: Head, tmp_path: Path) -> None:
     outcome, test = saved(tmp_path / "deep" / "probe", head)
     held, probe = trained.load(tmp_path / "deep" / "probe")

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlfusion.backbone.anatomy import Special, Tap
-from mlfusion.specs import GRIDS, TokenKind
+from mlfusion.specs import GRID_SIDES, TokenKind
 
 
 def count(kind: TokenKind, tap: Tap, special: Special) -> int:
     """Tokens of this kind that an image has at a layer; 0: there are none."""
-    if kind in GRIDS:
-        side = GRIDS[kind]
+    if kind in GRID_SIDES:
+        side = GRID_SIDES[kind]
         return side * side if tap.grid is not None and min(tap.grid) >= side else 0
     if kind == "all":
         return tap.tokens
@@ -36,8 +36,8 @@ class Reducer:
         if kind in self._places:
             return sequence[:, self._places[kind]].clone()
         patches = sequence[:, self._patches]
-        if kind in GRIDS:
-            return self._pooled(patches, GRIDS[kind])
+        if kind in GRID_SIDES:
+            return self._pooled(patches, GRID_SIDES[kind])
         return _STATISTICS[kind](patches)
 
     def _pooled(self, patches: Tensor, side: int) -> Tensor:

@@ -348,7 +348,7 @@ def _datasets() -> Iterator[dict[str, Any]]:
 
 
 def _probes() -> Iterator[dict[str, Any]]:
-    from mlfusion.specs import ABOUT, ALIASES, BASELINE, HEADS
+    from mlfusion.specs import ABOUT_HEADS, ALIASES, BASELINE, HEAD_NAMES, STUDY_HEADS
 
     known = {name: alias.upper() for alias, name in ALIASES.items()} | {BASELINE: "the baseline"}
     for name in STUDY:
@@ -356,8 +356,9 @@ def _probes() -> Iterator[dict[str, Any]]:
     for name in ("cls-each-layer/linear", "ap-each-layer/linear"):
         yield {"name": name, "known_as": "one probe a layer"}
     yield {"name": "grid4-last/attentive", "known_as": "any kinds of mlfusion ls tokens, joined by +"}
-    for head in HEADS[2:]:  # those that are not the study's
-        yield {"name": f"cls+ap-all-layers/{head}", "known_as": ABOUT[head]}
+    for head in HEAD_NAMES:
+        if head not in STUDY_HEADS:
+            yield {"name": f"cls+ap-all-layers/{head}", "known_as": ABOUT_HEADS[head]}
 
 
 def _tokens() -> Iterator[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""The probes, by the name of their head: a new one is one file that keeps `contract.Probe`, and one line here."""
+"""The heads, by name: a new one is one file with a `contract.HeadModule`, and one line here."""
 
 from mlfusion.probes.abmil import AbMIL
 from mlfusion.probes.aim import Aim
 from mlfusion.probes.attentive import Attentive
-from mlfusion.probes.contract import Probe, Shape, drawn
+from mlfusion.probes.contract import HeadModule, HeadShape, rng_streams
 from mlfusion.probes.efficient import Efficient
 from mlfusion.probes.linear import Linear
 from mlfusion.probes.scalar_mix import ScalarMix
@@ -11,7 +11,7 @@ from mlfusion.probes.simpool import SimPool
 from mlfusion.probes.vjepa import VJepa, VJepa4
 from mlfusion.specs import Head
 
-PROBES: dict[Head, type[Probe]] = {
+HEADS: dict[Head, type[HeadModule]] = {
     "linear": Linear,
     "attentive": Attentive,
     "scalar-mix": ScalarMix,
@@ -23,4 +23,4 @@ PROBES: dict[Head, type[Probe]] = {
     "v-jepa-4": VJepa4,
 }
 
-__all__ = ["PROBES", "Attentive", "Linear", "Probe", "Shape", "drawn"]
+__all__ = ["HEADS", "Attentive", "HeadModule", "HeadShape", "Linear", "rng_streams"]

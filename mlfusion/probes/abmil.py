@@ -1,30 +1,30 @@
-"""Gated AbMIL: a small network scores every token by itself, and the tokens are averaged by their scores."""
+"""Gated AbMIL: a small network scores every token by itself, and the tokens are averaged by the softmax of their scores."""
 
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from mlfusion.probes.contract import Shape, generators, uniform
-from mlfusion.probes.pooling import average, classifier, linear, split, standard
+from mlfusion.probes.contract import HeadModule, HeadShape, generators, uniform
+from mlfusion.probes.pooling import by_configuration, classifier, linear, standardize, weighted_sums
+from mlfusion.shapes import Float
 
 HIDDEN = 128  # the paper's L
 
 
-class AbMIL(nn.Module):
+class AbMIL(HeadModule):
     """K gated attention poolings (arXiv 1802.04712, equation 9; AbMILP as a probe in arXiv 2412.03215), linear map.
 
     Token t weighs exp(wᵀ(tanh(V x_t + c) ⊙ σ(U x_t + d))), and nothing folds: the scores are not linear in the tokens.
     Tokens get a LayerNorm without scale and shift, since they come of length 1, where the gates would be all but linear.
     """
 
-    clip: ClassVar[float | None] = 5.0
-    drops: ClassVar[bool] = False
-    attends: ClassVar[bool] = True
+    max_grad_norm: ClassVar[float | None] = 5.0
+    has_attention: ClassVar[bool] = True
 
-    def __init__(self, shape: Shape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
+    def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
         """PyTorch's default initialisation; `shape.heads` and `dropouts` are ignored."""
         super().__init__()
         d, streams = shape.width, generators(seeds)
@@ -33,17 +33,17 @@ class AbMIL(nn.Module):
         self.score = uniform(streams, HIDDEN, fan_in=HIDDEN)
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Normalised tokens [B, T, D] → logits [K, B, C]."""
-        x = standard(tokens)
-        return linear(average(self._weights(x), x), self.classifier, self.classifier_bias)
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
+        """Normalised tokens → logits."""
+        x = standardize(tokens)
+        return linear(weighted_sums(self._weights(x), x), self.classifier, self.classifier_bias)
 
-    def attention(self, tokens: Tensor) -> Tensor:
-        """Normalised tokens [B, T, D] → weights [K, B, 1, T], which sum to one over T."""
-        return split(self._weights(standard(tokens)), len(self.score))
+    def attention(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B 1 T"]:
+        """Normalised tokens → weights, which sum to one over T."""
+        return by_configuration(self._weights(standardize(tokens)), len(self.score))
 
-    def _weights(self, x: Tensor) -> Tensor:
-        """LayerNormed tokens [B, T, D] → [B, K, T]."""
+    def _weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B K T"]:
+        """Standardised tokens → weights, which sum to one over T."""
         # (B, T, D) × (D, K·L): one wide product for all configurations.
         hidden = F.linear(x, self.hidden.flatten(0, 1), self.hidden_bias.flatten())
         gate = F.linear(x, self.gate.flatten(0, 1), self.gate_bias.flatten())

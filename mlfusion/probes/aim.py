@@ -1,37 +1,46 @@
-"""The attentive probe of AIM and CoCa: BatchNorm of the tokens, one learned query, and a linear map of what it gathers."""
+"""The attentive head of AIM and CoCa: BatchNorm of the tokens, attention from one learned query, and a linear map."""
 
 import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mlfusion.probes.contract import Shape, generators, uniform
-from mlfusion.probes.pooling import average, classifier, heads_of, linear, merge, normal, split, weigh
+from mlfusion.probes.contract import HeadModule, HeadShape, generators, uniform
+from mlfusion.probes.pooling import (
+    by_configuration,
+    classifier,
+    concat_heads,
+    folded_attention,
+    head_count,
+    linear,
+    normal,
+    weighted_sums,
+)
+from mlfusion.shapes import Float
 
 BATCH_NORM_EPS = 1e-6
 MOMENTUM = 0.1
 
 
-class Aim(nn.Module):
+class Aim(HeadModule):
     """K multi-head attention poolings of AIM (arXiv 2401.08541, after CoCa's, arXiv 2205.01917), heads 64 wide.
 
     The query is a constant, so keys fold into it and tokens are averaged before they are projected to values. BatchNorm
     folds as well: its divisor goes into the folded keys and the average, its mean adds one constant to all scores of a head.
     """
 
-    clip: ClassVar[float | None] = 5.0
-    drops: ClassVar[bool] = False
-    attends: ClassVar[bool] = True
+    max_grad_norm: ClassVar[float | None] = 5.0
+    has_attention: ClassVar[bool] = True
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, shape: Shape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
+    def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
         """Query from N(0, 0.02²), projections as PyTorch's Linear; `shape.heads` and `dropouts` are ignored."""
         super().__init__()
-        k, d, h, streams = len(seeds), shape.width, heads_of(shape.width), generators(seeds)
+        k, d, h, streams = len(seeds), shape.width, head_count(shape.width), generators(seeds)
         self.query = normal(streams, h, d // h)
         self.to_key = uniform(streams, h, d // h, d, fan_in=d)
         self.to_value = uniform(streams, h, d // h, d, fan_in=d)
@@ -39,31 +48,31 @@ class Aim(nn.Module):
         self.register_buffer("running_var", torch.ones(k, d))
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Normalised tokens [B, T, D] → logits [K, B, C]."""
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
+        """Normalised tokens → logits."""
         k, h, _, d = self.to_value.shape
         if self.training:
-            mean, variance = self._observe(tokens)
+            mean, variance = self._batch_statistics(tokens)
         else:
             mean, variance = self.running_mean, self.running_var
-        divisor = torch.rsqrt(variance + BATCH_NORM_EPS)  # [K, D]
-        averages = average(self._weights(tokens, divisor), tokens).view(k, h, len(tokens), d)
-        normed = (averages - mean[:, None, None]) * divisor[:, None, None]
+        inverse_std = torch.rsqrt(variance + BATCH_NORM_EPS)  # [K, D]
+        averages = weighted_sums(self._weights(tokens, inverse_std), tokens).view(k, h, len(tokens), d)
+        normed = (averages - mean[:, None, None]) * inverse_std[:, None, None]
         values = torch.bmm(normed.flatten(0, 1), self.to_value.flatten(0, 1).mT)
-        return linear(merge(values, k), self.classifier, self.classifier_bias)
+        return linear(concat_heads(values, k), self.classifier, self.classifier_bias)
 
-    def attention(self, tokens: Tensor) -> Tensor:
-        """Normalised tokens [B, T, D] → weights [K, B, H, T] by the running statistics, which sum to one over T."""
-        return split(self._weights(tokens, torch.rsqrt(self.running_var + BATCH_NORM_EPS)), len(self.query))
+    def attention(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B H T"]:
+        """Normalised tokens → weights by the running statistics, which sum to one over T."""
+        inverse_std = torch.rsqrt(self.running_var + BATCH_NORM_EPS)
+        return by_configuration(self._weights(tokens, inverse_std), len(self.query))
 
-    def _weights(self, tokens: Tensor, divisor: Tensor) -> Tensor:
-        """Tokens [B, T, D] and divisors [K, D] → [B, K·H, T]."""
+    def _weights(self, tokens: Float[Tensor, "B T D"], inverse_std: Float[Tensor, "K D"]) -> Float[Tensor, "B KH T"]:
         folded = torch.einsum("khe,khed->khd", self.query, self.to_key) / math.sqrt(self.query.shape[-1])
-        return weigh(tokens, folded * divisor[:, None])
+        return folded_attention(tokens, folded * inverse_std[:, None])
 
     @torch.no_grad()
-    def _observe(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance [K, D] of this batch, the same for all K; the running ones follow as in `nn.BatchNorm1d`."""
+    def _batch_statistics(self, tokens: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K D"]]:
+        """Mean and variance of this batch, the same for all K; the running ones follow as in `nn.BatchNorm1d`."""
         count = tokens.shape[0] * tokens.shape[1]
         variance, mean = torch.var_mean(tokens, dim=(0, 1), correction=0)
         self.running_mean.lerp_(mean.expand_as(self.running_mean), MOMENTUM)

@@ -1,54 +1,55 @@
-"""What every probe of the family agrees on, so that training and protocol need to know none of them by name."""
+"""What every head has in common, so that training and protocol need to know none of them by name."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mlfusion.shapes import Float, Int
+
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The sizes from which a probe is built."""
+class HeadShape:
+    """The sizes from which a head is built."""
 
     tokens: int  # T, tokens of an image
     width: int  # D, channels of a token
     classes: int  # C
-    heads: int = 1  # H, attention heads; probes without attention ignore it
+    heads: int = 1  # H, attention heads; a module without attention ignores it
 
 
-class Probe(Protocol):
-    """A population of K configurations of one head; a population of one is the plain probe.
+class HeadModule(nn.Module, ABC):
+    """A population of K configurations of one head; a population of one is the plain head.
 
-    Every parameter and buffer carries a leading axis K, and no number of one configuration depends on another.
+    Every parameter and buffer carries a leading axis K, and no number of one configuration depends on another. A head that
+    is trained is built from `(shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float])`: one seed and one
+    rate of dropout for each configuration; `seeds[k]` starts all random numbers of configuration k.
     """
 
-    clip: ClassVar[float | None]  # largest gradient norm of a configuration
-    drops: ClassVar[bool]  # whether the dropout rate is one of its hyper-parameters; see `drawn` then
-    attends: ClassVar[bool]  # whether it has `attention(tokens) -> [K, B, H, T]`
+    max_grad_norm: ClassVar[float | None] = None  # to which the gradient of each configuration is clipped
+    has_dropout: ClassVar[bool] = False  # whether the rate of dropout is one of its hyper-parameters; see `rng_streams`
+    has_attention: ClassVar[bool] = False
 
-    def __init__(self, shape: Shape, *, seeds: Sequence[int], dropouts: Sequence[float]) -> None:
-        """`seeds[k]` starts all random streams of configuration k."""
+    @abstractmethod
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
+        """Normalised tokens → logits, or predicted numbers."""
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Normalised tokens [B, T, D] → logits [K, B, C]."""
+    def attention(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B H T"]:
+        """Normalised tokens → attention weights, which sum to one over T.
 
-    def attention(self, tokens: Tensor) -> Tensor:
-        """Normalised tokens [B, T, D] → weights [K, B, H, T], which sum to one over T."""
-
-    def train(self, mode: bool = True) -> nn.Module: ...
-    def eval(self) -> nn.Module: ...
-    def to(self, device: torch.device, dtype: torch.dtype) -> nn.Module: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object: ...
+        Raises:
+            TypeError: this head has no attention; ask `has_attention` first.
+        """
+        raise TypeError(f"a head of class {type(self).__name__} has no attention")
 
 
-def drawn(probe: Probe) -> Sequence[torch.Generator]:
-    """What a forward pass in training draws from, once there was one: `mask_streams` of a probe that has them."""
-    streams: Sequence[torch.Generator] = getattr(probe, "mask_streams", ())
+def rng_streams(module: HeadModule) -> Sequence[torch.Generator]:
+    """The random streams that a forward pass in training draws from; they exist once there was one."""
+    streams: Sequence[torch.Generator] = getattr(module, "mask_streams", ())
     return streams
 
 
@@ -63,13 +64,13 @@ def uniform(streams: Sequence[torch.Generator], *size: int, fan_in: int) -> nn.P
     return nn.Parameter(torch.stack([torch.empty(size).uniform_(-bound, bound, generator=g) for g in streams]))
 
 
-def bits(count: int, stream: torch.Generator) -> Tensor:
-    """`count` random numbers of 16 bits, int16: four from each draw of the generator, which is what costs."""
+def random_int16(count: int, stream: torch.Generator) -> Int[Tensor, " count"]:
+    """Random numbers of 16 bits: four from each draw of the generator, which is what costs."""
     words = torch.empty(-(-count // 4), dtype=torch.int64, device=stream.device)
     return words.random_(-(2**63), None, generator=stream).view(torch.int16)[:count]
 
 
-def kept(rate: float, size: tuple[int, ...], stream: torch.Generator) -> Tensor:
-    """Dropout factors in float32: 0 at `rate`, to 1 part in 65,536, and otherwise what makes their expectation exactly 1."""
+def dropout_mask(rate: float, size: tuple[int, ...], stream: torch.Generator) -> Float[Tensor, "..."]:
+    """Factors in float32: 0 at `rate`, to 1 part in 65,536, and otherwise the number that makes their expectation exactly 1."""
     dropped = round(rate * 2**16)
-    return (bits(math.prod(size), stream) >= dropped - 2**15).view(size) * (2**16 / (2**16 - dropped))
+    return (random_int16(math.prod(size), stream) >= dropped - 2**15).view(size) * (2**16 / (2**16 - dropped))

@@ -1,34 +1,44 @@
-"""Efficient probing: many queries straight on the tokens, each giving its own slice of the values."""
+"""Efficient probing: many queries attend to the tokens directly, each for its own slice of the values."""
 
 import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mlfusion.probes.contract import Shape, generators, uniform
-from mlfusion.probes.pooling import average, batch_norm, classifier, linear, merge, normal, split, standard, weigh
+from mlfusion.probes.contract import HeadModule, HeadShape, generators, uniform
+from mlfusion.probes.pooling import (
+    batch_norm,
+    by_configuration,
+    classifier,
+    concat_heads,
+    folded_attention,
+    linear,
+    normal,
+    standardize,
+    weighted_sums,
+)
+from mlfusion.shapes import Float
 
 QUERIES = 32
 
 
-class Efficient(nn.Module):
-    """K probes of M = 32 learned queries without key projection (EP, arXiv 2506.10178), BatchNorm, linear map.
+class Efficient(HeadModule):
+    """K poolings by M = 32 learned queries without key projection (EP, arXiv 2506.10178), BatchNorm, linear map.
 
-    Query m weighs the tokens by softmax(q_m · x / √D); its average is projected to ⌊D/M⌋ channels by rows of its own of the
-    one value projection, and the slices stand side by side. The weights are averaged with before the projection, so it
-    costs M/T of what it would per token. Tokens get a LayerNorm without scale and shift, since they come of length 1.
+    Query m weighs the tokens by softmax(q_m · x / √D); its average is projected to ⌊D/M⌋ channels by its own rows of the
+    one value projection, and the slices stand side by side. Tokens are averaged before the projection, which costs M/T of
+    what it would per token. Tokens get a LayerNorm without scale and shift, since they come of length 1.
     """
 
-    clip: ClassVar[float | None] = 5.0
-    drops: ClassVar[bool] = False
-    attends: ClassVar[bool] = True
+    max_grad_norm: ClassVar[float | None] = 5.0
+    has_attention: ClassVar[bool] = True
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, shape: Shape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
+    def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
         """Queries from N(0, 0.02²); `shape.heads` and `dropouts` are ignored."""
         super().__init__()
         k, d, streams = len(seeds), shape.width, generators(seeds)
@@ -39,17 +49,17 @@ class Efficient(nn.Module):
         self.register_buffer("running_var", torch.ones(k, m * (d // m)))
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, m * (d // m))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Normalised tokens [B, T, D] → logits [K, B, C]."""
-        x = standard(tokens)
-        averages = average(self._weights(x), x)  # [K·M, B, D]
-        pooled = merge(torch.bmm(averages, self.to_value.flatten(0, 1).mT), len(self.queries))
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
+        """Normalised tokens → logits."""
+        x = standardize(tokens)
+        averages = weighted_sums(self._weights(x), x)  # [K·M, B, D]
+        pooled = concat_heads(torch.bmm(averages, self.to_value.flatten(0, 1).mT), len(self.queries))
         normed = batch_norm(pooled, self.running_mean, self.running_var, training=self.training)
         return linear(normed, self.classifier, self.classifier_bias)
 
-    def attention(self, tokens: Tensor) -> Tensor:
-        """Normalised tokens [B, T, D] → weights [K, B, M, T], which sum to one over T."""
-        return split(self._weights(standard(tokens)), len(self.queries))
+    def attention(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B M T"]:
+        """Normalised tokens → weights of each query, which sum to one over T."""
+        return by_configuration(self._weights(standardize(tokens)), len(self.queries))
 
-    def _weights(self, x: Tensor) -> Tensor:
-        return weigh(x, self.queries / math.sqrt(self.queries.shape[-1]))
+    def _weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B KM T"]:
+        return folded_attention(x, self.queries / math.sqrt(self.queries.shape[-1]))

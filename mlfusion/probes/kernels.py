@@ -1,38 +1,39 @@
-"""What a step of attentive probes does that PyTorch does badly, by this processor's own bfloat16, where it could be compiled.
+"""Optional AVX-512 BF16 kernels for the attentive head; PyTorch is the fallback.
 
-`kernels.c` says what and how. Without a compiler at installation, on another processor or device, or in another precision,
-the same is done by PyTorch, and differs by the order of summation alone.
+`kernels.c` says what they compute. Without a compiler at installation, on another processor or device, or in another
+precision, PyTorch computes the same, up to the order of summation.
 """
 
 import ctypes
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Self
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mlfusion.shapes import Float, Int
 from mlfusion.switch import Switch
 
-COLUMNS = 32  # the width of tokens must be a multiple
-PART = 1 << 21  # numbers that are worth a thread of their own
+WIDTH_MULTIPLE = 32  # the width of tokens must be a multiple
+NUMBERS_PER_THREAD = 1 << 21  # fewer are not worth a thread of their own
 
 _switch = Switch("MLFUSION_KERNELS")
 off = _switch.off
 
 
-def absent() -> str | None:
-    """Why there is nothing of the kind here, or None."""
+def why_unavailable() -> str | None:
+    """Why the kernels cannot be used here, or None if they can."""
     if not _switch.on:
         return "switched off"
-    if (made := _compiled()) is None:
+    if (compiled := _compiled()) is None:
         return "not compiled: there was no C compiler at installation"
-    if not made.mlfusion_supported():
+    if not compiled.mlfusion_supported():
         return "this processor has no AVX-512 BF16"
     if torch.cpu._is_amx_tile_supported():  # several times as fast as AVX-512, in PyTorch's products
         return "this processor has AMX, which PyTorch uses"
@@ -40,13 +41,13 @@ def absent() -> str | None:
 
 
 def library() -> ctypes.CDLL | None:
-    """What was compiled, if this processor has its instructions and no faster ones."""
+    """The compiled kernels, if they are switched on and this processor has their instructions and no faster ones."""
     return _usable() if _switch.on else None
 
 
 @cache
 def _usable() -> ctypes.CDLL | None:
-    return None if absent() else _compiled()
+    return None if why_unavailable() else _compiled()
 
 
 @cache
@@ -57,179 +58,196 @@ def _compiled() -> ctypes.CDLL | None:
     return ctypes.CDLL(found.origin)
 
 
-def weigh(weight: Tensor) -> bool:
-    """Whether what is done with weights [..., D] alone can be done here."""
+def supports_weight(weight: Float[Tensor, "... D"]) -> bool:
+    """Whether the kernels that read weights alone can be used on these."""
     return (
         weight.dtype is torch.float32
         and weight.device.type == "cpu"
         and weight.is_contiguous()
-        and weight.shape[-1] % COLUMNS == 0
+        and weight.shape[-1] % WIDTH_MULTIPLE == 0
         and library() is not None
     )
 
 
-def fit(x: Tensor, weight: Tensor) -> bool:
-    """Whether tokens [B, T, D] and the weights [..., D] of what is made of them can be multiplied here."""
-    return x.dtype is torch.bfloat16 and x.is_contiguous() and weigh(weight) and x.device == weight.device
+def supports_inputs(x: Float[Tensor, "B T D"], weight: Float[Tensor, "... D"]) -> bool:
+    """Whether the kernels that multiply tokens, or what is made of them, by these weights can be used."""
+    return x.dtype is torch.bfloat16 and x.is_contiguous() and supports_weight(weight) and x.device == weight.device
 
 
 # --- Tokens and heads -------------------------------------------------------------------------------------------------
 
 
-def softmax(x: Tensor, folded: Tensor) -> Tensor:
-    """Tokens [B, T, D] that fit and vectors [K·H, D], both narrow → the softmax over T of their products [B, T, K·H]."""
+def softmax(x: Float[Tensor, "B T D"], folded: Float[Tensor, "KH D"]) -> Float[Tensor, "B T KH"]:
+    """Softmax over T of the products of tokens and folded keys, both bfloat16; the result is float32."""
     (b, t, d), heads = x.shape, len(folded)
     out = torch.empty(b, t, heads)
-    _spread("softmax", b, (x, folded.contiguous(), out), (t, heads, d), each=heads * d)
+    _run("softmax", b, (x, folded.contiguous(), out), (t, heads, d), numbers=heads * d)
     return out
 
 
-def averages(weights: Tensor, x: Tensor) -> Tensor:
-    """Weights [B, T, K·H], float32, and tokens [B, T, D] that fit → [K·H, B, D], the tokens' sums."""
+def averages(weights: Float[Tensor, "B T KH"], x: Float[Tensor, "B T D"]) -> Float[Tensor, "KH B D"]:
+    """Sums of tokens (bfloat16, as the result) by attention weights (float32)."""
     (b, t, d), heads = x.shape, weights.shape[2]
     out = x.new_empty(heads, b, d)
-    _spread("averages", b, (x, weights.contiguous(), out), (b, t, heads, d), each=heads * d)
+    _run("averages", b, (x, weights.contiguous(), out), (b, t, heads, d), numbers=heads * d)
     return out
 
 
-def values(projections: Tensor, averages: Tensor, constant: Tensor, gained: Tensor | None) -> Tensor:
-    """Projections [K·H, e, D] of averages [K·H, B, D] with a constant [K·H, e] by 1 + gained [K·H, B] → [K·H, e, B]."""
+def values(
+    projections: Float[Tensor, "KH E D"],
+    averages: Float[Tensor, "KH B D"],
+    bias: Float[Tensor, "KH E"],
+    excess: Float[Tensor, "KH B"] | None,
+) -> Float[Tensor, "KH E B"]:
+    """Projections of averages, plus bias · (1 + excess)."""
     (heads, e, d), b = projections.shape, averages.shape[1]
     out = averages.new_empty(heads, e, b)
-    tensors = projections, averages, constant, None if gained is None else gained.contiguous(), out
-    _spread("values", heads, tensors, (b, e, d), each=e * d)
+    tensors = projections, averages, bias, None if excess is None else excess.contiguous(), out
+    _run("values", heads, tensors, (b, e, d), numbers=e * d)
     return out
 
 
-def slopes(x: Tensor, given: Tensor, packed: Tensor) -> Tensor:
-    """Tokens [B, T, D] that fit, gradients [K·H, e, B] of what packed projections make of averages → [B, T, K·H].
+def attention_gradients(
+    x: Float[Tensor, "B T D"], grad_values: Float[Tensor, "KH E B"], packed: Int[Tensor, "KH packed"]
+) -> Float[Tensor, "B T KH"]:
+    """Gradients by the weights of `averages`, in float32, from those by the values and the packed projections.
 
-    The gradient by the weights of `averages`, in float32. That by the averages themselves is rounded, as it would be if it
-    were a tensor, which it never is.
+    The gradient by the averages themselves, which never exists as a tensor, is rounded as it would be in one.
     """
-    (b, t, d), (heads, e, _) = x.shape, given.shape
+    (b, t, d), (heads, e, _) = x.shape, grad_values.shape
     out = torch.empty(b, t, heads)
-    _spread("slopes", b, (x, given.contiguous(), packed, out), (b, t, heads, d, e), each=heads * d)
+    _run("attention_gradients", b, (x, grad_values.contiguous(), packed, out), (b, t, heads, d, e), numbers=heads * d)
     return out
 
 
-def narrow(weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [K, H, e, D] by scale [K, D], in bfloat16 [K·H, e, D]; the same packed; weights by shift [K, D] → [K·H, e]."""
+def fold_norm(
+    weight: Float[Tensor, "K H E D"], scale: Float[Tensor, "K D"], shift: Float[Tensor, "K D"]
+) -> tuple[Float[Tensor, "K*H E D"], Int[Tensor, "K*H packed"], Float[Tensor, "K*H E"]]:
+    """LayerNorm's scale and shift folded into a projection: weight · scale in bfloat16, the same packed, weight · shift."""
     k, h, e, d = weight.shape
-    out, constant = weight.new_empty(k * h, e, d, dtype=torch.bfloat16), weight.new_empty(k * h, e)
+    out, bias = weight.new_empty(k * h, e, d, dtype=torch.bfloat16), weight.new_empty(k * h, e)
     packed = torch.empty(k * h, -(-e // 2) * d, dtype=torch.int32)
-    tensors = weight.contiguous(), scale.contiguous(), shift.contiguous(), out, packed, constant
-    _spread("narrow", k * h, tensors, (e, d, h), each=e * d)
-    return out, packed, constant
+    tensors = weight.contiguous(), scale.contiguous(), shift.contiguous(), out, packed, bias
+    _run("fold_norm", k * h, tensors, (e, d, h), numbers=e * d)
+    return out, packed, bias
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
 
-def rows(weight: Tensor, vectors: Tensor) -> Tensor:
-    """Weights [G, R, D], float32, and vectors [G, D] → their products [G, R]."""
+def row_products(weight: Float[Tensor, "G R D"], vectors: Float[Tensor, "G D"]) -> Float[Tensor, "G R"]:
+    """The product of every row with the vector of its group, in float32."""
     g, r, d = weight.shape
     out = weight.new_empty(g, r)
-    _spread("rows", g, (weight, vectors.contiguous(), out), (r, d), each=r * d)
+    _run("row_products", g, (weight, vectors.contiguous(), out), (r, d), numbers=r * d)
     return out
 
 
-def columns(weight: Tensor, factors: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Weights [G, R, D] by factors [G, R], and by `by` [G, R, D], which is narrow, summed over R → both [G, D]."""
+def row_sums(
+    weight: Float[Tensor, "G R D"], factors: Float[Tensor, "G R"], other: Float[Tensor, "G R D"] | None = None
+) -> tuple[Float[Tensor, "G D"], Float[Tensor, "G D"] | None]:
+    """Rows summed by their factors; and rows times those of `other` (bfloat16), number by number, summed."""
     g, r, d = weight.shape
-    out, other = weight.new_empty(g, d), None if by is None else weight.new_empty(g, d)
-    _spread("columns", g, (weight, factors.contiguous(), by, out, other), (r, d), each=r * d)
-    return out, other
+    out, product = weight.new_empty(g, d), None if other is None else weight.new_empty(g, d)
+    _run("row_sums", g, (weight, factors.contiguous(), other, out, product), (r, d), numbers=r * d)
+    return out, product
 
 
 @dataclass(frozen=True, eq=False)
-class Factored:
-    """A gradient [K, R, D], kept as what it is made of: narrow · scale + left · right."""
+class FactoredGradient:
+    """A gradient [K, R, D] by its factors: dense · scale + left ⊗ right. Each part may be missing."""
 
     shape: tuple[int, int, int]
-    narrow: Tensor | None = None  # [K, R, D] bfloat16
-    scale: Tensor | None = None  # [K, D]
-    left: Tensor | None = None  # [K, R]
-    right: Tensor | None = None  # [K, G, D]: R / G rows after one another have one in common
+    dense: Float[Tensor, "K R D"] | None = None  # bfloat16
+    scale: Float[Tensor, "K D"] | None = None
+    left: Float[Tensor, "K R"] | None = None
+    right: Float[Tensor, "K G D"] | None = None  # R / G rows after one another have one in common
 
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
-        """As the kernels want them."""
-        parts = self.narrow, self.scale, self.left, self.right
+        """The factors in the order and layout that the kernels read."""
+        parts = self.dense, self.scale, self.left, self.right
         return tuple(None if each is None else each.contiguous() for each in parts)
 
     @property
-    def share(self) -> int:
-        """Rows that have one of right in common."""
+    def rows_per_right(self) -> int:
+        """R / G."""
         return self.shape[1] if self.right is None else self.shape[1] // self.right.shape[1]
 
-    def norms(self) -> Tensor:
-        """Of each of the K, [K]."""
+    def norms(self) -> Float[Tensor, " K"]:
+        """The norm of each configuration's gradient."""
         out = torch.empty(self.shape[0], dtype=torch.float64)
-        k, count, width = self.shape
-        _spread("squares", k, (*self.parts, out), (count, self.share, width), each=count * width)
+        k, rows, width = self.shape
+        _run("squares", k, (*self.parts, out), (rows, self.rows_per_right, width), numbers=rows * width)
         return out.sqrt().float()
 
-    def times(self, factor: Tensor) -> Self:
-        """Each of the K by its factor [K]."""
+    def scaled(self, factors: Float[Tensor, " K"]) -> Self:
+        """Each configuration's gradient by its factor."""
         k, _, d = self.shape
         scale = self.scale
-        if self.narrow is not None:
-            scale = (torch.ones(k, d) if scale is None else scale) * factor[:, None]
-        left = None if self.left is None else self.left * factor[:, None]
-        return type(self)(self.shape, self.narrow, scale, left, self.right)
+        if self.dense is not None:
+            scale = (torch.ones(k, d) if scale is None else scale) * factors[:, None]
+        left = None if self.left is None else self.left * factors[:, None]
+        return type(self)(self.shape, self.dense, scale, left, self.right)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWStep:
+    """The numbers of one step of AdamW; rates and decays are those of each configuration."""
+
+    step: int  # counted from 1
+    lr: Sequence[float]
+    weight_decay: Sequence[float]
+    betas: tuple[float, float]
+    eps: float
 
 
 def adamw(
-    value: Tensor,
-    moment: Tensor,
-    square: Tensor,
-    gradient: Factored,
-    *,
-    step: int,
-    lr: Sequence[float],
-    weight_decay: Sequence[float],
-    betas: tuple[float, float],
-    eps: float,
+    value: Float[Tensor, "K ..."],
+    moment: Float[Tensor, "K ..."],
+    square: Float[Tensor, "K ..."],
+    gradient: FactoredGradient,
+    by: AdamWStep,
 ) -> None:
-    """The `step`th step of `torch.optim.AdamW` (arXiv 1711.05101) on weights [K, …] and moments, in place; rates of each k."""
-    k, count, width = gradient.shape
-    first, second = 1 - betas[0] ** step, 1 - betas[1] ** step
-    rates = torch.tensor([(a / first, 1 - a * b) for a, b in zip(lr, weight_decay, strict=True)], dtype=torch.float32)
-    how = torch.tensor([*betas, eps, math.sqrt(second)], dtype=torch.float32)
-    tensors = value, moment, square, *gradient.parts, rates, how
-    _spread("adamw", k * count, tensors, (count, gradient.share, width), each=width)
+    """A step of `torch.optim.AdamW` (arXiv 1711.05101) on weights and their moments, in place."""
+    k, rows, width = gradient.shape
+    first, second = (1 - beta**by.step for beta in by.betas)
+    pairs = [(lr / first, 1 - lr * decay) for lr, decay in zip(by.lr, by.weight_decay, strict=True)]
+    rates = torch.tensor(pairs, dtype=torch.float32)
+    constants = torch.tensor([*by.betas, by.eps, math.sqrt(second)], dtype=torch.float32)
+    tensors = value, moment, square, *gradient.parts, rates, constants
+    _run("adamw", k * rows, tensors, (rows, gradient.rows_per_right, width), numbers=width)
 
 
 _gradients = WeakTensorKeyDictionary()
 
 
-def accept(parameters: Iterable[Tensor]) -> None:
-    """From now on gradients of these parameters may be given factored: who says so `take`s them, and `adamw` follows them."""
+def register(parameters: Iterable[Tensor]) -> None:
+    """From now on a backward pass may put factored gradients of these parameters; the caller pops them and calls `adamw`."""
     for parameter in parameters:
-        if weigh(parameter):
+        if supports_weight(parameter):
             _gradients[parameter] = None
 
 
-def accepted(*parameters: Tensor) -> bool:
-    """Whether somebody takes all of these."""
+def is_registered(*parameters: Tensor) -> bool:
+    """Whether factored gradients of all these parameters are popped by an optimiser."""
     return library() is not None and all(each in _gradients for each in parameters)
 
 
-def give(parameter: Tensor, gradient: Factored) -> None:
-    """In place of a gradient that autograd would add up.
+def put_gradient(parameter: Tensor, gradient: FactoredGradient) -> None:
+    """Hand over the gradient of a registered parameter, in place of one that autograd would add up.
 
     Raises:
-        RuntimeError: one was given already, and not taken: this one would be lost, or that.
+        RuntimeError: the gradient before it was not popped: one of them would be lost.
     """
     if _gradients[parameter] is not None:
         raise RuntimeError("a second backward pass before the optimiser's step; step after each")
     _gradients[parameter] = gradient
 
 
-def take(parameter: Tensor) -> Factored | None:
-    """What was given for it since it was taken last."""
-    gradient: Factored | None = _gradients.get(parameter)
+def pop_gradient(parameter: Tensor) -> FactoredGradient | None:
+    """The gradient that was put since the last call, if any."""
+    gradient: FactoredGradient | None = _gradients.get(parameter)
     if gradient is not None:
         _gradients[parameter] = None
     return gradient
@@ -238,26 +256,19 @@ def take(parameter: Tensor) -> Factored | None:
 # --- Calls ------------------------------------------------------------------------------------------------------------
 
 
-def _spread(name: str, count: int, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], each: int) -> None:
-    """`count` pieces of work of `each` so many numbers, by as many threads as PyTorch would take."""
-    threads = max(1, min(torch.get_num_threads(), count, count * each // PART))
+def _run(name: str, count: int, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], numbers: int) -> None:
+    """Call a kernel on `count` items of work of `numbers` each, parted among as many threads as PyTorch would take."""
+    threads = max(1, min(torch.get_num_threads(), count, count * numbers // NUMBERS_PER_THREAD))
     edges = [count * n // threads for n in range(threads + 1)]
-    pointers = [_pointer(tensor) for tensor in tensors]
-    function = getattr(library(), f"mlfusion_{name}")
-
-    def work(n: int) -> None:
-        if function(*pointers, *map(ctypes.c_long, (edges[n], edges[n + 1], *sizes))):
-            raise MemoryError(f"no memory for {name} of {sizes}")
-
-    _share(work, threads)
-
-
-def _share(work: Callable[[int], None], threads: int) -> None:
+    kernel = partial(getattr(library(), f"mlfusion_{name}"), *map(_pointer, tensors))
+    ranges = [tuple(map(ctypes.c_long, (*edges[n : n + 2], *sizes))) for n in range(threads)]
     if threads == 1:
-        work(0)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
+        codes = [kernel(*ranges[0])]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            codes = list(pool.map(lambda longs: kernel(*longs), ranges))
+    if any(codes):
+        raise MemoryError(f"no memory for {name} of {sizes}")
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:

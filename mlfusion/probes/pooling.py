@@ -1,7 +1,7 @@
-"""What the probes of the family have in common: sums of tokens for a whole population, and layers with K in front.
+"""Building blocks that heads share: attention pooling for a whole population, and layers with the axis K in front.
 
-Where a query is a learned constant, keys fold into one vector a head and tokens are averaged before anything else is done
-to them, so that no tensor as wide as a projection exists per token; see `attentive` for the derivation.
+Where a query is a learned constant, keys fold into one vector a head, and tokens are averaged before they are projected,
+so that no tensor as wide as a projection exists per token; `attentive` has the derivation.
 """
 
 from collections.abc import Sequence
@@ -14,97 +14,112 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mlfusion.probes.contract import uniform
+from mlfusion.shapes import Float
 
 NORM_EPS = 1e-5
 HEAD_WIDTH = 64
 
-_standard = WeakTensorKeyDictionary()
+_standardized = WeakTensorKeyDictionary()
 
 
-def heads_of(width: int) -> int:
-    """Attention heads of about 64 channels, as transformers have them: 12 of 768, 3 of 192; one divides every width."""
+def head_count(width: int) -> int:
+    """Attention heads of about 64 channels, as transformers have them: 12 of 768, 3 of 192; it divides the width."""
     return max(h for h in range(1, max(1, width // HEAD_WIDTH) + 1) if width % h == 0)
 
 
-def standard(tokens: Tensor) -> Tensor:
-    """Tokens [B, T, D] of mean 0 and variance 1 over D: LayerNorm without scale and shift, the same for all K.
+def standardize(tokens: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes D"]:
+    """Mean 0 and variance 1 over D: LayerNorm without scale and shift, the same for all configurations.
 
-    Under autocast they are of the type of its products.
-    They are remembered as long as the batch is there, for the parts of a population that are trained on it in turn.
+    Under autocast the result has the type of autocast's products.
+    It is remembered as long as the batch exists, for the parts of a population that are trained on the batch in turn.
     """
-    kind = tokens.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
-    version, made = _standard.get(tokens, (None, tokens))
-    if version != tokens._version or made.dtype != dtype:
-        made = F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS).to(dtype)
+    device = tokens.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+    version, result = _standardized.get(tokens, (None, tokens))
+    if version != tokens._version or result.dtype != dtype:
+        result = F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS).to(dtype)
         if not tokens.requires_grad:
-            _standard[tokens] = tokens._version, made
-    return made
+            _standardized[tokens] = tokens._version, result
+    return result
 
 
-def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """[K, …, D] with scale and shift [K, D] of each configuration's own."""
-    return standard(x) * _within(scale, x) + _within(shift, x)
+def layer_norm(
+    x: Float[Tensor, "K *axes D"], scale: Float[Tensor, "K D"], shift: Float[Tensor, "K D"]
+) -> Float[Tensor, "K *axes D"]:
+    """LayerNorm with scale and shift of each configuration's own."""
+    broadcast = len(scale), *[1] * (x.ndim - 2), scale.shape[-1]
+    return standardize(x) * scale.view(broadcast) + shift.view(broadcast)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[K, …, I] by weights [K, O, I] and biases [K, O] → [K, …, O]."""
+def linear(
+    x: Float[Tensor, "K *axes I"], weight: Float[Tensor, "K O I"], bias: Float[Tensor, "K O"]
+) -> Float[Tensor, "K *axes O"]:
+    """A linear layer with weights and biases of each configuration's own."""
     return _Linear.apply(x.flatten(1, -2), weight, bias).view(*x.shape[:-1], weight.shape[1])
 
 
 class _Linear(torch.autograd.Function):
-    """Its gradients come laid out as the weights are, so that AdamW need not turn them."""
+    """Its gradients are laid out as the weights are, so that AdamW need not transpose them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """[K, B, I], [K, O, I], [K, O] → [K, B, O]."""
+    def forward(
+        ctx: Any, x: Float[Tensor, "K B I"], weight: Float[Tensor, "K O I"], bias: Float[Tensor, "K O"]
+    ) -> Float[Tensor, "K B O"]:
+        """x · weightᵀ + bias."""
         ctx.save_for_backward(x, weight)
         return torch.baddbmm(bias[:, None], x, weight.mT)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_out: Float[Tensor, "K B O"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients by x, weight and bias."""
         x, weight = ctx.saved_tensors
-        narrow = given.dtype
-        to_weight = torch.bmm(given.mT, x.to(narrow)).to(weight.dtype)
-        return torch.bmm(given, weight.to(narrow)).to(x.dtype), to_weight, given.sum(1, dtype=weight.dtype)
+        dtype = grad_out.dtype
+        grad_weight = torch.bmm(grad_out.mT, x.to(dtype)).to(weight.dtype)
+        return torch.bmm(grad_out, weight.to(dtype)).to(x.dtype), grad_weight, grad_out.sum(1, dtype=weight.dtype)
 
 
-def weigh(tokens: Tensor, folded: Tensor) -> Tensor:
-    """Softmax over T of the products of tokens [B, T, D] and vectors [K, H, D] → [B, K·H, T]."""
+def folded_attention(tokens: Float[Tensor, "B T D"], folded: Float[Tensor, "K H D"]) -> Float[Tensor, "B K*H T"]:
+    """Softmax over T of the products of tokens and folded keys."""
     return torch.softmax((tokens @ folded.flatten(0, 1).T).transpose(1, 2), dim=-1)
 
 
-def average(weights: Tensor, tokens: Tensor) -> Tensor:
-    """Tokens [B, T, D] by weights [B, K·H, T] → [K·H, B, D]."""
+def weighted_sums(weights: Float[Tensor, "B KH T"], tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "KH B D"]:
+    """Tokens summed by the weights of every head of every configuration."""
     return torch.bmm(weights, tokens).transpose(0, 1)
 
 
-def split(weights: Tensor, k: int) -> Tensor:
-    """[B, K·H, T] → [K, B, H, T], as `attention` gives weights."""
+def by_configuration(weights: Float[Tensor, "B KH T"], k: int) -> Float[Tensor, "{k} B H T"]:
+    """Attention weights in the layout that `HeadModule.attention` returns."""
     return weights.view(len(weights), k, -1, weights.shape[-1]).transpose(0, 1)
 
 
-def merge(each: Tensor, k: int) -> Tensor:
-    """What each head made, [K·H, B, e] → side by side [K, B, H·e]."""
-    heads, b, e = each.shape
-    return each.view(k, heads // k, b, e).transpose(1, 2).reshape(k, b, -1)
+def concat_heads(values: Float[Tensor, "KH B E"], k: int) -> Float[Tensor, "{k} B HE"]:
+    """The values of a configuration's heads, side by side."""
+    heads, b, e = values.shape
+    return values.view(k, heads // k, b, e).transpose(1, 2).reshape(k, b, -1)
 
 
 def batch_norm(
-    x: Tensor, mean: Tensor, variance: Tensor, *, training: bool, momentum: float = 0.1, eps: float = 1e-5
-) -> Tensor:
-    """BatchNorm without scale and shift: [K, B, D] over B while training, by running statistics [K, D] otherwise."""
+    x: Float[Tensor, "K B D"],
+    mean: Float[Tensor, "K D"],
+    variance: Float[Tensor, "K D"],
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Float[Tensor, "K B D"]:
+    """BatchNorm without scale and shift: by the batch while training, by running mean and variance otherwise."""
     k, b, d = x.shape
     flat = x.transpose(0, 1).reshape(b, k * d)
     normed = F.batch_norm(flat, mean.view(-1), variance.view(-1), training=training, momentum=momentum, eps=eps)
     return normed.view(b, k, d).transpose(0, 1)
 
 
-def truncated(streams: Sequence[torch.Generator], *size: int, std: float = 0.02) -> nn.Parameter:
+def truncated_normal(streams: Sequence[torch.Generator], *size: int, std: float = 0.02) -> nn.Parameter:
     """[K, *size] from N(0, std²) cut at ±2, as transformers are initialised."""
-    drawn = [nn.init.trunc_normal_(torch.empty(size), std=std, generator=stream) for stream in streams]
-    return nn.Parameter(torch.stack(drawn))
+    members = [nn.init.trunc_normal_(torch.empty(size), std=std, generator=stream) for stream in streams]
+    return nn.Parameter(torch.stack(members))
 
 
 def normal(streams: Sequence[torch.Generator], *size: int, std: float = 0.02) -> nn.Parameter:
@@ -125,8 +140,3 @@ def ones(k: int, *size: int) -> nn.Parameter:
 def classifier(streams: Sequence[torch.Generator], classes: int, width: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight [K, C, D] and bias [K, C], as PyTorch's Linear."""
     return uniform(streams, classes, width, fan_in=width), uniform(streams, classes, fan_in=width)
-
-
-def _within(vector: Tensor, x: Tensor) -> Tensor:
-    """[K, D] → [K, 1, …, D], to broadcast over [K, …, D]."""
-    return vector.view(len(vector), *[1] * (x.ndim - 2), vector.shape[-1])

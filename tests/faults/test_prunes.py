@@ -15,7 +15,7 @@ from workers import IMAGES, Child, extract, files, right, spec, whole
 from mlfusion import disk, population
 from mlfusion.batches import Schedule, Tokens
 from mlfusion.errors import NotCached
-from mlfusion.probes import Shape
+from mlfusion.probes import HeadShape
 from mlfusion.store import Entry, FeatureStore
 from mlfusion.store.housekeeping import TRASH, empty, remove
 
@@ -168,7 +168,7 @@ def trained(root: Path, pause: float) -> list[np.ndarray]:
             Tokens(reader, entry.samples.labels),
             np.arange(IMAGES),
             [population.Configuration(1e-2, 0.1)],
-            Shape(tokens=17, width=4, classes=3, heads=2),
+            HeadShape(tokens=17, width=4, classes=3, heads=2),
             Schedule(images=IMAGES, steps=60, batch_size=11, batches=4),
             seed=0,
             progress=lambda _: time.sleep(pause),
