@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, ViTModel
 
-from mlfusion import formula, pretrain
+from mlfusion.embedded import formula, pretrain
 from mlfusion.errors import BadRecipe
 
 SHIPPED = Path(__file__).parents[1] / "pipelines" / "formula-vit.toml"

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mlfusion import models
-from mlfusion import preprocessing as prepare
-from mlfusion.backbone.anatomy import Anatomy, Enough, Tap, dissect, tensor_of
-from mlfusion.backbone.inputs import Feed
-from mlfusion.backbone.loading import Loaded, load
-from mlfusion.backbone.reduction import Reducer, count
 from mlfusion.errors import BadModel
-from mlfusion.preprocessing import Preprocessing
+from mlfusion.models.backbone.anatomy import Anatomy, Enough, Tap, dissect, tensor_of
+from mlfusion.models.backbone.inputs import Feed
+from mlfusion.models.backbone.loading import Loaded, load
+from mlfusion.models.backbone.reduction import Reducer, count
+from mlfusion.models.preprocessing import Preprocessing, read
 from mlfusion.specs import HOOKS, KINDS, Compute, Hook, Pair, TokenKind, layer_ranges
 
 __all__ = ["Anatomy", "Backbone", "Tap", "dissect"]
@@ -44,7 +43,7 @@ class Backbone:
         """
         self.name = checkpoint.name
         self.device = torch.device(device)
-        self.preprocessing = preprocessing or prepare.read(checkpoint.folder)
+        self.preprocessing = preprocessing or read(checkpoint.folder)
         self._dtype: torch.dtype = getattr(torch, compute)
         loaded = load(checkpoint)
         self._model = loaded.tower.to(self.device)

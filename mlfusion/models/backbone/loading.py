@@ -9,9 +9,9 @@ import transformers
 from torch import nn
 
 from mlfusion import models
-from mlfusion.backbone import conversion
-from mlfusion.errors import BadModel
-from mlfusion.models import foreign
+from mlfusion.errors import BadModel, first_line
+from mlfusion.models import checkpoints
+from mlfusion.models.backbone import conversion
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _read(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
     transformers.utils.logging.set_verbosity_error()  # missing tensors are judged later, by whether they are used
     try:
         where: dict[str, Any] = {"pretrained_model_name_or_path": folder}
-        if not (known := foreign.layout(folder) == "transformers"):
+        if not (known := checkpoints.layout(folder) == "transformers"):
             tensors = conversion.tensors(folder, tuple(models.weight_files(folder)), config)
             where = {"pretrained_model_name_or_path": None, "state_dict": tensors}
         model, report = _class(config, known).from_pretrained(
@@ -64,7 +64,7 @@ def _read(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as err:
-        raise BadModel(f"{folder} does not load: {models.first_line(err)}") from err
+        raise BadModel(f"{folder} does not load: {first_line(err)}") from err
     finally:
         transformers.utils.logging.set_verbosity(before)
     return model, set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}

@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from . import formula
-from .errors import BadRecipe
+from mlfusion.embedded import formula
+from mlfusion.errors import BadRecipe
 
 PATTERNS = "patterns.npy"
 QUESTIONS = ("formula", "fill", "contrast", "layout", "grain")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mlfusion.models import foreign
+from mlfusion.models import checkpoints
 
 VIT = {
     "norm1": "layernorm_before",
@@ -54,10 +54,10 @@ def tensors(folder: Path, files: tuple[Path, ...], config: Any) -> dict[str, Ten
     """A foreign checkpoint's tensors, as the class of `config` names them."""
     held: dict[str, Tensor] = {}
     for file in files:
-        held |= load_file(file) if file.suffix == ".safetensors" else foreign.unpickled(file)
-    if foreign.layout(folder) == "open_clip":
+        held |= load_file(file) if file.suffix == ".safetensors" else checkpoints.unpickled(file)
+    if checkpoints.layout(folder) == "open_clip":
         held = _in_timms_words(held)
-    held = {name: tensor for name, tensor in held.items() if not foreign.LEFT_OUT.match(name)}
+    held = {name: tensor for name, tensor in held.items() if not checkpoints.LEFT_OUT.match(name)}
     convert = {"clip_vision_model": _clip, "dinov2": _dinov2, "dinov2_with_registers": _dinov2}.get(
         config.model_type, _vit
     )

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlfusion.backbone.watching import Call, Watch, main_output
 from mlfusion.errors import BadModel
+from mlfusion.models.backbone.tracing import Call, Watch, main_output
 from mlfusion.specs import Hook
 
 Grid = tuple[int, int]
