@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from mlfusion import models
 from mlfusion.errors import BadModel
-from mlfusion.models.backbone.anatomy import Anatomy, Enough, Tap, dissect, tensor_of
-from mlfusion.models.backbone.inputs import Feed
+from mlfusion.models.backbone.anatomy import Anatomy, dissect
+from mlfusion.models.backbone.inputs import Arguments
 from mlfusion.models.backbone.loading import Loaded, load
 from mlfusion.models.backbone.reduction import Reducer, count
+from mlfusion.models.backbone.taps import StopForward, Tap
+from mlfusion.models.backbone.tracing import tensor_of
 from mlfusion.models.preprocessing import Preprocessing, read
 from mlfusion.specs import HOOKS, KINDS, Compute, Hook, Pair, TokenKind, layer_ranges
 
@@ -48,9 +50,9 @@ class Backbone:
         loaded = load(checkpoint)
         self._model = loaded.tower.to(self.device)
         shape = models.shape(checkpoint)
-        self._feed = Feed(self._model, patch_px=shape.patch_px)
+        self._arguments = Arguments(self._model, patch_px=shape.patch_px)
         pixels = (3, *self.preprocessing.pixels)
-        self.anatomy = dissect(self._model, self._feed, pixels, depth=shape.depth, name=self.name)
+        self.anatomy = dissect(self._model, self._arguments, pixels, depth=shape.depth, name=self.name)
         self._refuse_random(loaded)
         for part in (self._model, loaded.projection):
             if part is not None:
@@ -116,11 +118,11 @@ class Backbone:
             for kind in wanted[layer]:
                 read[layer, kind] = self._reducers[layer](sequence, kind)
             if layer == max(wanted):
-                raise Enough
+                raise StopForward
 
         # A convolution may use TF32 by default, which would make the patch embedding's numbers depend on the device.
-        with self._tapped(wanted, take), torch.backends.cudnn.flags(allow_tf32=False), suppress(Enough):
-            self._model(**self._feed(pixels.to(self.device, self._dtype)))
+        with self._tapped(wanted, take), torch.backends.cudnn.flags(allow_tf32=False), suppress(StopForward):
+            self._model(**self._arguments(pixels.to(self.device, self._dtype)))
         if absent := {(layer, kind) for layer in wanted for kind in wanted[layer]} - set(read):
             raise BadModel(f"{self.name}: the forward pass never came to {sorted(absent)}")
         return {pair: tokens.float() for pair, tokens in read.items()}

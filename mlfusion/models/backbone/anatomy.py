@@ -1,4 +1,4 @@
-"""Finds where a vision transformer's layers and tokens are, by watching trial passes rather than by a list of models.
+"""Finds where a vision transformer's layers are, by watching a trial pass rather than by a list of models.
 
 Module paths differ from family to family and change between versions of transformers; what the modules do does not:
 
@@ -9,176 +9,219 @@ Module paths differ from family to family and change between versions of transfo
   and is no attention: the MLP. A block without one (post-norm: SwinV2; no norm: ResNet) is read at its output.
 * **The final norm** is the first norm of the last block's width that runs after it. If the model norms a part only (CLIP
   its CLS token, ConvNeXt the mean), the same norm is applied to all tokens; if there is none, the last block's output is raw.
-* **Patches** are told from other tokens, and put in order, by a code: pictures in which patch number n shows one of two
-  textures as the binary digits of n say. Tokens that are the same in all of them are CLS, registers and their like.
+
+Which tokens are patches, and in which order, is found by `patches`.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mlfusion.errors import BadModel
-from mlfusion.models.backbone.tracing import Call, Watch, main_output
+from mlfusion.errors import BadModel, first_line
+from mlfusion.models.backbone.patches import Embedding, ToArguments, TokenLayout, find_layout
+from mlfusion.models.backbone.taps import Special, Tap
+from mlfusion.models.backbone.tracing import Call, Watch
 from mlfusion.specs import Hook
 
-Grid = tuple[int, int]
-
-
-class Enough(Exception):
-    """No error: what was asked for has been read, the rest of the forward pass is not needed."""
-
-
-@dataclass(frozen=True)
-class Special:
-    """Where the tokens that are no patches stand in the sequence."""
-
-    cls: tuple[int, ...] = ()
-    dist: tuple[int, ...] = ()
-    registers: tuple[int, ...] = ()
-    other: tuple[int, ...] = ()  # of no known purpose, such as YOLOS' detection tokens
-
-    @property
-    def every(self) -> tuple[int, ...]:
-        """All of them, in order."""
-        return tuple(sorted((*self.cls, *self.dist, *self.registers, *self.other)))
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Where the tokens of one layer come from, and what they are."""
-
-    module: nn.Module
-    entering: bool = False  # what goes in, not what comes out
-    norm: nn.Module | None = None  # applied to all tokens of what is read
-    channels_first: bool = False  # of outputs [images, channels, height, width]
-    tokens: int = 0  # of an image, all of them
-    width: int = 0  # channels of a token
-    grid: Grid | None = None  # of the patches; None where their order is not known
-    order: tuple[int, ...] | None = field(default=None, repr=False)  # raster place → patch; None: they are in order
-
-    def sequence(self, output: Tensor) -> Tensor:
-        """[images, tokens, width] of what the module gave or got: 4-D outputs in raster order."""
-        if output.ndim == 4:
-            output = output.flatten(2).transpose(1, 2) if self.channels_first else output.flatten(1, 2)
-        return output if self.norm is None else self.norm(output)
+FinalMode = Literal["hook", "apply", "raw"]
+"""What becomes of the last layer: the model norms all tokens; we apply its norm to all tokens; or nobody norms them."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where a model's layers and tokens are, found by `dissect`."""
+    """The places of a model's layers and tokens, found by `dissect`."""
 
     blocks: tuple[nn.Module, ...]
     lists: str  # the paths of the lists that hold the blocks
     norm2: str | None  # the second norm's name inside a block; None: blocks are read at their output
     final: str | None  # the final norm's path; None: the last block's output stays as it is
-    final_mode: str  # "hook": the model norms all tokens; "apply": we do; "raw": nobody does
+    final_mode: FinalMode
     special: Special
-    taps: dict[Hook, dict[int, Tap]]  # hook point → layer → where
+    taps: dict[Hook, dict[int, Tap]]  # hook point → layer → where it is read
     used: frozenset[str]  # paths of the modules that the deepest layer needs
 
     @property
     def depth(self) -> int:
-        """L."""
+        """L, the number of blocks."""
         return len(self.blocks)
 
 
-Feed = Callable[[Tensor], dict[str, Any]]
+@dataclass(frozen=True)
+class Trace:
+    """One watched forward pass: the blocks in the order in which they ran, and what went through them."""
+
+    name: str  # the model's, for messages
+    watch: Watch
+    blocks: tuple[nn.Module, ...]
+    runs: tuple[Call, ...]  # of each block
+    channels_first: tuple[bool, ...]  # whether each block's maps are [images, channels, height, width]
+    stages: tuple[int, ...]  # the list that holds each block, counted from 0
+
+    @property
+    def entry(self) -> Tap:
+        """The first block, read at its input."""
+        return Tap(self.blocks[0], entering=True, channels_first=self.channels_first[0])
+
+    def sized(self, tap: Tap, shape: tuple[int, ...]) -> Tap:
+        """The tap with its number of tokens and their width, by the shape of its tensor.
+
+        Raises:
+            BadModel: the tensor has neither three nor four dimensions.
+        """
+        if len(shape) == 4:
+            places, width = (shape[2:], shape[1]) if tap.channels_first else (shape[1:3], shape[3])
+            return replace(tap, tokens=math.prod(places), width=width)
+        if len(shape) == 3:
+            return replace(tap, tokens=shape[1], width=shape[2])
+        raise BadModel(
+            f"{self.name}: its blocks give {len(shape)} dimensions; allowed: [images, tokens, width] or a map"
+        )
 
 
 @torch.inference_mode()
-def dissect(model: nn.Module, feed: Feed, pixels: tuple[int, ...], *, depth: int, name: str) -> Anatomy:
+def dissect(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], *, depth: int, name: str) -> Anatomy:
     """Find blocks, norms and tokens from one trial pass, and the tokens' order from a few embeddings.
 
     Args:
-        model: in evaluation mode.
-        feed: pictures [images, channels, height, width] → arguments of its forward.
+        model: the model, in evaluation mode.
+        to_arguments: pictures [images, channels, height, width] → arguments of its forward.
         pixels: channels, height and width of a prepared picture.
         depth: L by the configuration.
-        name: for messages.
+        name: the model's name, for messages.
 
     Raises:
         BadModel: no blocks are found, or the model does not run on pictures of that size.
     """
+    trace = _trace(model, to_arguments, pixels, depth, name)
+    layout = find_layout(Embedding(model, to_arguments, trace.entry), pixels, name)
+    norm2 = _second_norm(trace.blocks[0], trace.runs[0], trace.watch)
+    blocks = _block_taps(trace, layout)
+    taps: dict[Hook, dict[int, Tap]] = {
+        "block": blocks,
+        "norm2": dict(blocks) if norm2 is None else _norm2_taps(trace, layout, norm2),
+        "attn": _part_taps(trace, layout, blocks, lambda block, _: _attention(block, trace.watch)),
+        "mlp": _part_taps(trace, layout, blocks, lambda block, run: _mlp(block, run, trace.watch)),
+    }
+    final = _final_norm(trace)
+    final_mode = _final_mode(trace, final)
+    taps["norm2"][depth] = _final_tap(blocks[depth], final, final_mode)
+    if short := sorted(set(range(depth)) - set(taps["norm2"])):
+        raise BadModel(f"{name}: its blocks {short} have no second norm, as the first one has; allowed: blocks alike")
+    paths = {module: path for path, module in model.named_modules()}
+    end = (final or trace.runs[-1]).end
+    return Anatomy(
+        blocks=trace.blocks,
+        lists=_pattern([paths[block] for block in trace.blocks]),
+        norm2=norm2,
+        final=paths[final.module] if final is not None else None,
+        final_mode=final_mode,
+        special=layout.special,
+        taps={hook: where for hook, where in taps.items() if where},
+        # A parameter may belong to a module that runs only as a part of its parent: its parent's run counts.
+        used=frozenset(paths[call.module] for call in trace.watch.calls if call.begin < end),
+    )
+
+
+def _trace(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], depth: int, name: str) -> Trace:
+    """Run a picture of noise through the model, and watch."""
     device = next(model.parameters()).device
     noise = torch.randn(1, *pixels, generator=torch.Generator().manual_seed(0)).to(device)
     watch = Watch()
     try:
         with watch.on(model.modules()):
-            model(**feed(noise))
+            model(**to_arguments(noise))
     except (ValueError, RuntimeError, TypeError) as err:
-        said = str(err).strip().splitlines() or [type(err).__name__]
         raise BadModel(
-            f"{name} does not run on the {tuple(pixels[1:])} pixels that its preprocessor_config.json makes: {said[0][:200]}"
+            f"{name} does not run on the {tuple(pixels[1:])} pixels that its preprocessor_config.json makes: "
+            f"{first_line(err)}"
         ) from err
-    paths = {module: path for path, module in model.named_modules()}
     blocks = _blocks(model, watch, depth, name)
-    runs = [call for block in blocks if (call := watch.first(block))]
-    inside = {module for block in blocks for module in block.modules()}
-    last = runs[-1]
-    channels_first = [_channels_first(call, watch) for call in runs]
-    norm2 = _second_norm(blocks[0], runs[0], watch)
-    final = _final_norm(watch, last, channels_first[-1], inside)
-    final_mode = "raw" if final is None else "hook" if _size(final.given_shape) == _size(last.made_shape) else "apply"
-    special, order, aspect = _tokens(model, feed, pixels, blocks[0], runs[0], channels_first[0], name)
-
-    def shaped(tap: Tap, shape: tuple[int, ...], stage: int) -> Tap:
-        if len(shape) == 4:
-            tap = replace(tap, tokens=math.prod(shape[2:] if tap.channels_first else shape[1:3]))
-            tap = replace(tap, width=shape[1] if tap.channels_first else shape[3])
-        elif len(shape) == 3:
-            tap = replace(tap, tokens=shape[1], width=shape[2])
-        else:
-            raise BadModel(
-                f"{name}: its blocks give {len(shape)} dimensions; allowed: [images, tokens, width] or a map"
-            )
-        return _placed(tap, special, order, aspect, _reroll(model, stage))
-
-    stages = _stages(model, blocks)
-    taps: dict[Hook, dict[int, Tap]] = {"block": {}, "norm2": {}, "attn": {}, "mlp": {}}
-    entry = Tap(blocks[0], entering=True, channels_first=channels_first[0])
-    taps["block"][0] = shaped(entry, runs[0].given_shape, 0)
-    for layer, (block, call, first) in enumerate(zip(blocks, runs, channels_first, strict=True), 1):
-        stage = stages[layer - 1]
-        taps["block"][layer] = shaped(Tap(block, channels_first=first), call.made_shape, stage)
-        for hook, part in (("attn", _attention(block, watch)), ("mlp", _mlp(block, call, watch))):
-            if part is not None and len(part.made_shape) in (3, 4):
-                convolved = first and isinstance(part.module, (nn.Conv2d, nn.Sequential))
-                tap = shaped(Tap(part.module, channels_first=convolved), part.made_shape, stage)
-                if tap.tokens == taps["block"][layer].tokens:  # windowed attention inside: not the image's tokens
-                    taps[hook][layer] = tap  # type: ignore[index]
-        if norm2 is not None and (inner := watch.first(block.get_submodule(norm2))):
-            taps["norm2"][layer - 1] = shaped(Tap(inner.module), inner.made_shape, stage)
-    if norm2 is None:
-        taps["norm2"] = dict(taps["block"])
-    end = taps["block"][len(blocks)]
-    if final is not None and final_mode == "hook":
-        end = replace(end, module=final.module, channels_first=_channels_first_norm(final.module))
-    elif final is not None:
-        end = replace(end, norm=final.module)
-    taps["norm2"][len(blocks)] = end
-    if short := sorted(set(range(len(blocks))) - set(taps["norm2"])):
-        raise BadModel(f"{name}: its blocks {short} have no second norm, as the first one has; allowed: blocks alike")
-    stop = final.end if final is not None else last.end
-    return Anatomy(
+    runs = tuple(call for block in blocks if (call := watch.first(block)))
+    return Trace(
+        name=name,
+        watch=watch,
         blocks=tuple(blocks),
-        lists=_pattern([paths[block] for block in blocks]),
-        norm2=norm2,
-        final=paths[final.module] if final is not None else None,
-        final_mode=final_mode,
-        special=special,
-        taps={hook: where for hook, where in taps.items() if where},
-        # A parameter may belong to a module that runs only as a part of its parent: its parent's run counts.
-        used=frozenset(paths[call.module] for call in watch.calls if call.begin < stop),
+        runs=runs,
+        channels_first=tuple(_channels_first(run, watch) for run in runs),
+        stages=tuple(_stages(model, blocks)),
     )
 
 
-# --- blocks and norms ------------------------------------------------------------------------------------------------
+# --- hook points: layer → where it is read ---------------------------------------------------------------------------
+
+
+def _block_taps(trace: Trace, layout: TokenLayout) -> dict[int, Tap]:
+    """Each block's output; layer 0 is what enters the first block."""
+    taps = {0: layout.place(trace.sized(trace.entry, trace.runs[0].given_shape), 0)}
+    for layer, (run, first) in enumerate(zip(trace.runs, trace.channels_first, strict=True), 1):
+        tap = trace.sized(Tap(run.module, channels_first=first), run.made_shape)
+        taps[layer] = layout.place(tap, trace.stages[layer - 1])
+    return taps
+
+
+def _norm2_taps(trace: Trace, layout: TokenLayout, norm2: str) -> dict[int, Tap]:
+    """The second norm of block ℓ + 1 as layer ℓ; the last layer is the final norm's."""
+    taps = {}
+    for layer, (block, stage) in enumerate(zip(trace.blocks, trace.stages, strict=True)):
+        if inner := trace.watch.first(block.get_submodule(norm2)):
+            taps[layer] = layout.place(trace.sized(Tap(inner.module), inner.made_shape), stage)
+    return taps
+
+
+def _part_taps(
+    trace: Trace, layout: TokenLayout, blocks: dict[int, Tap], find: Callable[[nn.Module, Call], Call | None]
+) -> dict[int, Tap]:
+    """The output of one part of each block, which `find` finds, if it has the block's tokens."""
+    taps = {}
+    for layer, (block, run) in enumerate(zip(trace.blocks, trace.runs, strict=True), 1):
+        part = find(block, run)
+        if part is None or len(part.made_shape) not in (3, 4):
+            continue
+        convolved = trace.channels_first[layer - 1] and isinstance(part.module, (nn.Conv2d, nn.Sequential))
+        tap = trace.sized(Tap(part.module, channels_first=convolved), part.made_shape)
+        if tap.tokens == blocks[layer].tokens:  # windowed attention inside: not the image's tokens
+            taps[layer] = layout.place(tap, trace.stages[layer - 1])
+    return taps
+
+
+def _final_norm(trace: Trace) -> Call | None:
+    """The first norm of the last block's width that runs after it."""
+    last, inside = trace.runs[-1], {module for block in trace.blocks for module in block.modules()}
+    channels_first = trace.channels_first[-1] and len(last.made_shape) == 4
+    width = last.made_shape[1 if channels_first else -1]
+    for call in trace.watch.calls:
+        if (
+            call.begin > last.end
+            and _is_norm(call.module)
+            and call.module not in inside
+            and _width(call.module) == width
+        ):
+            return call
+    return None
+
+
+def _final_mode(trace: Trace, final: Call | None) -> FinalMode:
+    if final is None:
+        return "raw"
+    return "hook" if math.prod(final.given_shape) == math.prod(trace.runs[-1].made_shape) else "apply"
+
+
+def _final_tap(last: Tap, final: Call | None, mode: FinalMode) -> Tap:
+    """Where the last layer is read, from the last block's output."""
+    if final is None:
+        return last
+    if mode == "apply":
+        return replace(last, norm=final.module)
+    channels_first = getattr(final.module, "data_format", "channels_last") == "channels_first"
+    return replace(last, module=final.module, channels_first=channels_first)
+
+
+# --- blocks and their parts ------------------------------------------------------------------------------------------
 
 
 def _blocks(model: nn.Module, watch: Watch, depth: int, name: str) -> list[nn.Module]:
@@ -213,17 +256,6 @@ def _second_norm(block: nn.Module, run: Call, watch: Watch) -> str | None:
         fed = [later.module for later in inner if later.given == call.made and later.begin > call.end]
         if any(part not in attention and _matrices(part) and not _attends(part) for part in fed):
             return next(path for path, module in block.named_modules() if module is call.module)
-    return None
-
-
-def _final_norm(watch: Watch, last: Call, channels_first: bool, inside: set[nn.Module]) -> Call | None:
-    width = last.made_shape[1] if channels_first and len(last.made_shape) == 4 else last.made_shape[-1]
-    for call in watch.calls:
-        if call.begin > last.end and _is_norm(call.module) and call.module not in inside:
-            if isinstance(call.module, nn.modules.batchnorm._BatchNorm):
-                continue
-            if _width(call.module) == width:
-                return call
     return None
 
 
@@ -276,171 +308,14 @@ def _channels_first(run: Call, watch: Watch) -> bool:
     return any(call.given == run.given or call.module.in_channels == first != last for call in convolutions)
 
 
-def _channels_first_norm(norm: nn.Module) -> bool:
-    return getattr(norm, "data_format", "channels_last") == "channels_first"
-
-
 def _pattern(paths: Sequence[str]) -> str:
     """'layers.0', 'layers.1' → 'layers'; 'stages.0.layers.0', … → 'stages.*.layers'."""
     return re.sub(r"\.\d+\.", ".*.", re.sub(r"\.?\d+$", "", paths[0]))
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
-
-
 def _stages(model: nn.Module, blocks: Sequence[nn.Module]) -> list[int]:
-    """Which list each block stands in, counted from 0."""
+    """The list that holds each block, counted from 0."""
     homes = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     of = {id(block): next(n for n, home in enumerate(homes) if any(block is item for item in home)) for block in blocks}
     number = {home: stage for stage, home in enumerate(dict.fromkeys(of[id(block)] for block in blocks))}
     return [number[of[id(block)]] for block in blocks]
-
-
-# --- tokens ----------------------------------------------------------------------------------------------------------
-
-
-def _tokens(
-    model: nn.Module,
-    feed: Feed,
-    pixels: tuple[int, ...],
-    first: nn.Module,
-    run: Call,
-    channels_first: bool,
-    name: str,
-) -> tuple[Special, tuple[int, ...] | None, float]:
-    """Which tokens are no patches, the raster place of each patch (None: unknown), and height by width of the image."""
-    _, height, width = pixels
-    aspect = height / width
-    entry = Tap(first, entering=True, channels_first=channels_first)
-    device = next(model.parameters()).device
-
-    def embedded(picture: Tensor) -> Tensor:
-        """[tokens, width] as they enter the first block."""
-        held: list[Tensor] = []
-
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            held.append(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
-            raise Enough
-
-        handle = first.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with suppress(Enough):
-                model(**feed(picture[None]))
-        finally:
-            handle.remove()
-        return entry.sequence(held[0])[0].float()
-
-    generator = torch.Generator().manual_seed(1)
-    one, other = (torch.randn(*pixels, generator=generator).to(device) for _ in range(2))
-    plain, changed = embedded(one), embedded(other)
-    moved = (plain != changed).any(-1)
-    if not moved.any():
-        raise BadModel(f"{name}: no token depends on the image")
-    special = _named(model, [at for at, moves in enumerate(moved.tolist()) if not moves], len(plain))
-    patches = int(moved.sum())
-    grid = _grid(patches, aspect)
-    if grid is None:
-        return special, None, aspect
-    rows, columns = grid
-    cell = torch.div(torch.arange(height), height // rows, rounding_mode="floor").clamp(max=rows - 1)[:, None] * columns
-    cell = (cell + torch.div(torch.arange(width), width // columns, rounding_mode="floor").clamp(max=columns - 1)).to(
-        device
-    )
-    a, b = plain[moved], changed[moved]
-    apart = (a - b).norm(dim=-1)
-    places = torch.zeros(patches, dtype=torch.long, device=device)
-    for digit in range(max(1, (patches - 1).bit_length())):
-        shown = embedded(torch.where((cell >> digit & 1).bool(), other, one))[moved]
-        to_a, to_b = (shown - a).norm(dim=-1), (shown - b).norm(dim=-1)
-        if (torch.minimum(to_a, to_b) > 0.01 * apart).any():
-            return special, None, aspect  # patches overlap (a convolutional stem): no code can be read
-        places += (to_b < to_a).long() << digit
-    if sorted(places.tolist()) != list(range(patches)):
-        return special, None, aspect
-    return special, tuple(places.tolist()), aspect
-
-
-_NAMES = (
-    ("cls", re.compile(r"(^|[._])(cls|class)[\w]*?(token|embedding)s?$")),
-    ("dist", re.compile(r"dist\w*_?token")),
-    ("registers", re.compile(r"reg\w*token|storage_token|registers?$")),
-)
-
-
-def _named(model: nn.Module, still: Sequence[int], tokens: int) -> Special:
-    """Name the tokens that do not depend on the image, by the parameters that they come from: CLS, then the others."""
-    counts: dict[str, int] = {}
-    for path, parameter in model.named_parameters():
-        for kind, pattern in _NAMES:
-            if pattern.search(path) and "mask" not in path and "position" not in path:
-                counts[kind] = counts.get(kind, 0) + (parameter.shape[-2] if parameter.ndim > 1 else 1)
-                break
-    # RADIO keeps both in one parameter, and says in its configuration how many are class tokens.
-    classes = getattr(getattr(model, "config", None), "num_cls_tokens", None)
-    if isinstance(classes, int) and classes < counts.get("cls", 0):
-        counts["registers"] = counts.get("registers", 0) + counts["cls"] - classes
-        counts["cls"] = classes
-    front = [at for rank, at in enumerate(still) if at == rank]
-    places: dict[str, tuple[int, ...]] = {}
-    for kind, _ in _NAMES:
-        places[kind], front = tuple(front[: counts.get(kind, 0)]), front[counts.get(kind, 0) :]
-    known = {at for some in places.values() for at in some}
-    return Special(**places, other=tuple(at for at in still if at not in known))
-
-
-def _grid(patches: int, aspect: float) -> Grid | None:
-    """Rows and columns of so many patches on an image of this height by width."""
-    rows = round(math.sqrt(patches * aspect))
-    return (rows, patches // rows) if rows and patches % rows == 0 else None
-
-
-def _placed(
-    tap: Tap,
-    special: Special,
-    order: tuple[int, ...] | None,
-    aspect: float,
-    reroll: Callable[[int], list[int] | None] | None,
-) -> Tap:
-    """With the grid of the patches, and where each stands in the sequence."""
-    patches = tap.tokens - len(special.every)
-    grid = _grid(patches, aspect)
-    if reroll is not None:
-        places = reroll(patches)
-        if places is None:
-            return tap
-        return replace(tap, grid=grid, order=tuple(places) if places != list(range(patches)) else None)
-    if order is None or order == tuple(range(len(order))):
-        return replace(tap, grid=grid)  # in order; a convolutional stem and merged patches keep the raster
-    if len(order) != patches:
-        return tap
-    return replace(tap, grid=grid, order=tuple(sorted(range(patches), key=order.__getitem__)))
-
-
-def _reroll(model: nn.Module, stage: int) -> Callable[[int], list[int] | None] | None:
-    """Hiera keeps its patches in an order of its own, stage by stage, and knows the way back: the one exception."""
-    encoder: Any = next((module for module in model.modules() if hasattr(module, "reroll")), None)
-    if encoder is None:
-        return None
-
-    def places(patches: int) -> list[int] | None:
-        numbers = torch.arange(patches)[None, :, None]
-        try:
-            back: list[int] = encoder.reroll(numbers, stage_idx=stage).flatten().tolist()
-        except RuntimeError:  # it knows the way for pictures of its own size alone
-            return None
-        return back
-
-    return places
-
-
-def tensor_of(output: Any, name: str) -> Tensor:
-    """A module's main output.
-
-    Raises:
-        BadModel: it is no tensor.
-    """
-    found = main_output(output)
-    if found is None:
-        raise BadModel(f"{name}: a block gives {type(output).__name__}, not a tensor")
-    return found

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlfusion.models.backbone.anatomy import Special, Tap
+from mlfusion.models.backbone.taps import Special, Tap
 from mlfusion.specs import GRIDS, TokenKind
 
 

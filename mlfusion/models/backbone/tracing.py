@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mlfusion.errors import BadModel
+
 
 @dataclass
 class Call:
@@ -60,7 +62,7 @@ class Watch:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call = Call(module, next(self._clock))
-        if (given := _first_tensor((*args, *kwargs.values()))) is not None:
+        if (given := first_tensor((*args, *kwargs.values()))) is not None:
             call.given, call.given_shape = self._serial(given), tuple(given.shape)
         self._open.append(call)
         self.calls.append(call)
@@ -78,7 +80,8 @@ class Watch:
         return self._serials[tensor]
 
 
-def _first_tensor(values: Iterable[Any]) -> Tensor | None:
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """The first of a call's arguments that is a tensor."""
     return next((value for value in values if isinstance(value, Tensor)), None)
 
 
@@ -89,3 +92,15 @@ def main_output(output: Any) -> Tensor | None:
     if isinstance(output, torch.Tensor):
         return output
     return getattr(output, "last_hidden_state", None)
+
+
+def tensor_of(output: Any, name: str) -> Tensor:
+    """A module's main output; `name` is the model's, for the message.
+
+    Raises:
+        BadModel: it is not a tensor.
+    """
+    found = main_output(output)
+    if found is None:
+        raise BadModel(f"{name}: a block gives {type(output).__name__}, not a tensor")
+    return found
