@@ -1,4 +1,4 @@
-"""Watches one forward pass: which module ran when, what went in, what came out. Keeps no tensor alive.
+"""Records one forward pass: which module ran when, and the shapes of its input and output. No tensor is kept alive.
 
 Tensors are told apart by serial numbers: the same number is the same tensor object. That is how a norm is seen to feed an
 MLP, without a table of names that change between versions of transformers.
@@ -49,7 +49,7 @@ class Watch:
 
     @contextmanager
     def on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Watch these modules as long as this lasts."""
+        """Watch these modules inside the with statement."""
         handles = []
         try:
             for module in modules:
