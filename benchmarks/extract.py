@@ -33,11 +33,12 @@ import transformers
 from PIL import Image
 
 import mlfusion
-from mlfusion import devices, extraction, loader, models, preprocessing
-from mlfusion.backbone import Backbone
+from mlfusion import devices, extraction, loader, models
 from mlfusion.extraction import Making, Request
 from mlfusion.loader import Loader
 from mlfusion.memory import pages_kept
+from mlfusion.models import preprocessing
+from mlfusion.models.backbone import Backbone
 
 BATCH = 32
 DEIT = "weights/deit_tiny_patch16_224"
@@ -265,7 +266,7 @@ def features(args: argparse.Namespace, root: Path) -> None:
         for at in range(0, len(data), BATCH):
             pictures = [
                 made
-                if quick and (made := steps.of_jpeg(each)) is not None
+                if quick and (made := steps.from_jpeg(each)) is not None
                 else steps.picture(Image.open(io.BytesIO(each)))
                 for each in data[at : at + BATCH]
             ]

@@ -24,7 +24,7 @@ import zoo
 
 import mlfusion
 from mlfusion import models
-from mlfusion.backbone import Anatomy, Backbone
+from mlfusion.models.backbone import Anatomy, Backbone
 from mlfusion.specs import HOOKS, KINDS
 
 THREE = {"vit": "ViT", "dinov2": "DINOv2", "vit_mae": "MAE"}

@@ -9,8 +9,9 @@ from math import isqrt
 import numpy as np
 from PIL import Image
 
-from mlfusion import datasets, models, preprocessing
+from mlfusion import datasets, models
 from mlfusion.errors import BadData, MlfusionError
+from mlfusion.models import preprocessing
 from mlfusion.results import Row
 from mlfusion.specs import GRID_SIDES
 from mlfusion.store import FeatureStore, Place
@@ -137,11 +138,11 @@ def seen(row: Row, *, cache: Place = None, dataset: str | None = None) -> Seen:
 
 def _prepared(key: str, model: str | None) -> tuple[preprocessing.Preprocessing | None, bool]:
     """How the model's pictures were made, and whether images were turned first; None: nothing here says how."""
-    steps, upright = preprocessing.rebuilt(key)
+    steps, upright = preprocessing.from_key(key)
     if steps is not None or model is None:
         return steps, upright
     try:
         own = preprocessing.read(models.locate(model).folder)
     except MlfusionError:
         return None, upright
-    return own if own.key() == key else None, upright
+    return own if own.key(exif_transpose=upright) == key else None, upright

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from mlfusion import models, preprocessing
-from mlfusion.backbone import Backbone
+from mlfusion import models
 from mlfusion.devices import pick_device
 from mlfusion.errors import MlfusionError, Unavailable, UnknownName
 from mlfusion.memory import available
-from mlfusion.models import foreign, hub
+from mlfusion.models import checkpoints, hub, preprocessing
+from mlfusion.models.backbone import Backbone
 from mlfusion.probes import kernels
 from mlfusion.specs import HOOKS, layer_ranges, parse_model
 from mlfusion.store import Place, default_root
@@ -218,7 +218,9 @@ def _files(word: str, device: str) -> Iterator[Finding]:
     try:
         checkpoint = models.locate(word)
         files = models.weight_files(checkpoint.folder)
-        yield Finding("files", "ok", f"{foreign.layout(checkpoint.folder)} format, {_size(files)}, {checkpoint.folder}")
+        yield Finding(
+            "files", "ok", f"{checkpoints.layout(checkpoint.folder)} format, {_size(files)}, {checkpoint.folder}"
+        )
         shape = models.shape(checkpoint)
         yield Finding("configuration", "ok", f"{shape.depth} layers of width {shape.width}")
         steps = preprocessing.read(checkpoint.folder)

@@ -65,3 +65,8 @@ class ResultsUnusable(MlfusionError):
 
 class BadRecipe(MlfusionError):
     """A recipe that cannot be run as written."""
+
+
+def first_line(err: BaseException) -> str:
+    """The first line of a library's message, short enough to quote in one of ours; its type's name if it has none."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]

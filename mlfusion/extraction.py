@@ -21,14 +21,15 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from mlfusion import datasets, disk, loader, models, preprocessing
-from mlfusion.backbone import Backbone
+from mlfusion import datasets, disk, loader, models
 from mlfusion.devices import device_name, pick_compute, pick_device
 from mlfusion.errors import CacheUnusable, MlfusionError, UnknownName
 from mlfusion.forward import Forward
 from mlfusion.loader import Loaded, Loader
 from mlfusion.memory import pages_kept
-from mlfusion.preprocessing import Preprocessing
+from mlfusion.models import preprocessing
+from mlfusion.models.backbone import Backbone
+from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.progress import Bar, track
 from mlfusion.specs import (
     DTYPES,
@@ -199,9 +200,9 @@ class Request:
             preprocessing.read(checkpoint.folder, making.preprocess, size=making.size, view=view, seed=making.view_seed)
             for view in making.views
         ]
-        models_of = [models.identify(checkpoint, steps.key(), compute) for steps in views]
-        if data.upright:
-            models_of = [model_spec.upright() for model_spec in models_of]
+        models_of = [
+            models.identify(checkpoint, steps.key(exif_transpose=data.upright), compute, steps.view) for steps in views
+        ]
         pairs = parse_tokens(tokens, layers, models_of[0].depth)
         jobs = tuple(
             Job(split, samples, FeatureSpec(model=model_spec, data=spec, dtype=dtype), steps)

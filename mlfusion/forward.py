@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mlfusion import memory
-from mlfusion.backbone import Backbone
 from mlfusion.errors import MlfusionError
-from mlfusion.preprocessing import Preprocessing
+from mlfusion.models.backbone import Backbone
+from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.specs import Pair
 
 BATCHES = {"cpu": 32, "cuda": 256, "mps": 64}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mlfusion import datasets
 from mlfusion.errors import BadData, BadImage, MlfusionError
-from mlfusion.preprocessing import Preprocessing
+from mlfusion.models.preprocessing import Preprocessing
 
 AHEAD = 2  # batches that are made while one is taken
 TOGETHER = 4  # images that a worker is given at a time
@@ -44,8 +44,8 @@ def picture(split: datasets.Split, row: int, steps: Preprocessing) -> np.ndarray
     Raises:
         BadImage: it cannot be read.
     """
-    if steps.quick and isinstance(split.decode, datasets.Decoder) and not split.decode.upright:
-        made = steps.of_jpeg(split.read(row), split.ids[row], split.decode.max_pixels)
+    if steps.decodes_jpeg and isinstance(split.decode, datasets.Decoder) and not split.decode.upright:
+        made = steps.from_jpeg(split.read(row), split.ids[row], split.decode.max_pixels)
         if made is not None:
             return made
     return steps.picture(split.image(row), split.ids[row])

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mlfusion import datasets
-from mlfusion.backbone import Backbone
 from mlfusion.extraction import Job, Making, Request, gaps, load, loading
 from mlfusion.forward import BATCHES, Forward
+from mlfusion.models.backbone import Backbone
 from mlfusion.specs import Dtype, FeatureSpec, Pair, token_words
 from mlfusion.store import Entry, FeatureStore, FormatName, Place, Samples, Stream, differences
 

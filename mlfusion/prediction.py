@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlfusion import datasets, loader, models, preprocessing, protocol, trained
-from mlfusion.backbone import Backbone
+from mlfusion import datasets, loader, models, protocol, trained
 from mlfusion.batches import Tokens
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadModel
-from mlfusion.preprocessing import Preprocessing
+from mlfusion.models import preprocessing
+from mlfusion.models.backbone import Backbone
+from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.specs import COMPUTES, Compute, ModelSpec, digest, parse_model
 from mlfusion.store.encoding import ENCODINGS
 
@@ -108,23 +109,21 @@ def _as_trained(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[
     """How the probe's pictures were prepared, the model with that, and whether images are turned as their EXIF says."""
     compute: Compute = card.compute if card.compute in COMPUTES else "float32"
     steps, upright = _prepared(checkpoint, card)
-    spec = models.identify(checkpoint, steps.key(), compute)
-    return steps, spec.upright() if upright else spec, upright
+    return steps, models.identify(checkpoint, steps.key(exif_transpose=upright), compute, steps.view), upright
 
 
 def _prepared(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[Preprocessing, bool]:
     """As the card says; an older one has a digest only, so then in the way by name that has it; else as the model's own."""
-    made, upright = preprocessing.rebuilt(card.preparation)
+    made, upright = preprocessing.from_key(card.preparation)
     if made is not None:
         return made, upright
-    for word in preprocessing.WORDS if not card.preparation else ():
+    for word in preprocessing.VARIANTS if not card.preparation else ():
         try:
             steps = preprocessing.read(checkpoint.folder, word)
         except BadModel:  # the study has no recipe for it, or there is no faster way
             continue
-        plain = models.identify(checkpoint, steps.key())
-        for spec, turned in ((plain, False), (plain.upright(), True)):
-            if digest(spec.preprocess) == card.preprocess:
+        for turned in (False, True):
+            if digest(steps.key(exif_transpose=turned)) == card.preprocess:
                 return steps, turned
     return preprocessing.read(checkpoint.folder), upright
 

@@ -277,9 +277,9 @@ def _one_of(words: Callable[[], Sequence[str]]) -> Callable[[str, Any], Told]:
 
 
 def _preparations() -> Sequence[str]:
-    from mlfusion.preprocessing import WORDS
+    from mlfusion.models.preprocessing import VARIANTS
 
-    return WORDS
+    return VARIANTS
 
 
 def _formats() -> Sequence[str]:
@@ -295,7 +295,7 @@ def _targets() -> Sequence[str]:
 
 
 def _views(key: str, value: Any) -> Told:
-    from mlfusion.preprocessing import is_view
+    from mlfusion.models.preprocessing import is_view
 
     if not _listed(value, str):
         return value, [(None, f'{key} = {value!r}: allowed is a list of names in quotes, such as ["plain", "flip"]')]

@@ -135,24 +135,15 @@ class ModelSpec:
     weights: str  # sha256 of the weight files
     revision: str | None  # commit on the hub; None for a folder
     config: str  # digest of the architecture's configuration
-    preprocess: str  # canonical JSON of what is done to a picture
+    preprocess: str  # canonical JSON of what is done to an image
     hook: Hook = "norm2"  # where in each block tokens are read
     compute: Compute = "float32"  # precision of the forward pass
     name: str = field(compare=False)
     family: str = field(compare=False)  # transformers' model_type
     depth: int = field(compare=False)  # L, the number of blocks: layers are 1..L, L being the final norm
     width: int = field(compare=False)  # D, channels of a token
+    view: str = field(default="plain", compare=False)  # the view that `preprocess` says
     kinds: tuple[TokenKind, ...] = field(default=(), compare=False)  # that its last layer has; empty: not looked at yet
-
-    @property
-    def view(self) -> str:
-        """What is shown of each image: 'plain' is all that the model's preprocessing leaves."""
-        return str(json.loads(self.preprocess).get("view", "plain"))
-
-    def upright(self) -> "ModelSpec":
-        """The same model of images that are turned as their EXIF says: other pictures, another key."""
-        turned = {**json.loads(self.preprocess), "exif": "upright"}
-        return dataclasses.replace(self, preprocess=json.dumps(turned, sort_keys=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlfusion import costs, evaluation, extraction, models, planning, trackers
-from mlfusion.backbone import Backbone
 from mlfusion.datasets import Reading
 from mlfusion.errors import MlfusionError
 from mlfusion.extraction import Extracted, Images, Making, Request
 from mlfusion.features import SplitPair
+from mlfusion.models.backbone import Backbone
 from mlfusion.progress import duration
 from mlfusion.recipe import Recipe
 from mlfusion.results import Results, Row

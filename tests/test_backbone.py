@@ -11,8 +11,8 @@ from tiny import FAMILIES, noise_images, save_model
 from torch import nn
 
 from mlfusion import models
-from mlfusion.backbone import Backbone
 from mlfusion.errors import BadModel
+from mlfusion.models.backbone import Backbone
 
 # family → blocks, attention, its output projection, norm1, norm2, final norm, tokens before the patches
 WORDS = {

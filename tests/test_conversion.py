@@ -12,8 +12,8 @@ from torch import Tensor
 
 import mlfusion
 from mlfusion import models
-from mlfusion.backbone import Backbone
 from mlfusion.errors import BadModel
+from mlfusion.models.backbone import Backbone
 
 WIDTH, INNER, BLOCKS, HEADS, PATCH, PIXELS = 32, 64, 3, 2, 8, 32
 GATED = 88  # channels of a SwiGLU in the class of transformers, at a ratio of four

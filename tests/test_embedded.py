@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, ViTModel
 
-from mlfusion import pretrain
+from mlfusion.embedded import pretrain
 
 FOLDER = Path(str(files("mlfusion"))) / "embedded" / "formula-vit"
 RECIPE = Path(__file__).parents[1] / "pipelines" / "formula-vit.toml"

@@ -20,10 +20,10 @@ from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion import disk
-from mlfusion.backbone import Backbone
 from mlfusion.errors import BadData, BadModel, CacheUnusable, MlfusionError, NotCached, UnknownName
 from mlfusion.extraction import Making
-from mlfusion.preprocessing import views
+from mlfusion.models.backbone import Backbone
+from mlfusion.models.preprocessing import views
 from mlfusion.store import FeatureStore, differences, stream
 
 
@@ -225,7 +225,7 @@ def test_data_sets_made_in_a_program(model):
 
 SLOWLY = """
 import sys, time
-from mlfusion.backbone import Backbone
+from mlfusion.models.backbone import Backbone
 from mlfusion.store import stream
 stream.SHARD_ROWS = (4, 4)
 forward = Backbone.__call__

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from mlfusion import models
-from mlfusion.backbone import Backbone
 from mlfusion.errors import BadModel, UnknownName
+from mlfusion.models.backbone import Backbone
 from mlfusion.specs import KINDS
 
 NEAR = 5e-6  # largest difference of numbers of size 1, float32 to float64
@@ -214,7 +214,7 @@ def test_pictures_of_another_size_interpolate_positions(folders):
     pixels = torch.randn(2, 3, 48, 40)
     with torch.inference_mode():
         said = zoo.tower_of("ViT", folders("ViT"))(pixels, interpolate_pos_encoding=True).last_hidden_state
-    torch.testing.assert_close(backbone._model(**backbone._feed(pixels)).last_hidden_state, said)
+    torch.testing.assert_close(backbone._model(**backbone._arguments(pixels)).last_hidden_state, said)
 
 
 def test_one_set_of_real_tensors_is_three_families(shared, tmp_path):

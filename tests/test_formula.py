@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, ViTModel
 
-from mlfusion import formula, pretrain
+from mlfusion.embedded import formula, network, optimizer, pretrain, scenes
 from mlfusion.errors import BadRecipe
 
 SHIPPED = Path(__file__).parents[1] / "pipelines" / "formula-vit.toml"
@@ -108,7 +108,7 @@ def small_bank() -> formula.Bank:
     families, classes, instances = ("atom", "solid", "weave", "cloud"), 3, 2
     ink = np.empty((24, 32, 32), dtype=np.uint8)
     formula.draw_into(ink, families, classes, instances, 0, lambda event: None)
-    return formula.bank(ink, families, classes, instances)
+    return formula.label_bank(ink, families, classes, instances)
 
 
 def test_a_bank_knows_what_it_holds() -> None:
@@ -124,8 +124,8 @@ def test_pictures_depend_on_the_stream_alone() -> None:
     bank = small_bank()
     rows, fills = np.arange(16), bank.textures[np.arange(16) % 12]
 
-    def seen(seed: int) -> formula.Pair:
-        return formula.pair(bank, rows, fills, 24, torch.Generator().manual_seed(seed))
+    def seen(seed: int) -> scenes.Pair:
+        return scenes.pair(bank, rows, fills, 24, torch.Generator().manual_seed(seed))
 
     one, same, other = seen(3), seen(3), seen(4)
     assert torch.equal(one.pictures, same.pictures)
@@ -135,8 +135,8 @@ def test_pictures_depend_on_the_stream_alone() -> None:
     assert torch.equal(one.labels[:16], one.labels[16:])
     assert one.pictures.shape == (32, 3, 24, 24)
     assert one.pictures.abs().max() <= 1
-    assert one.layout.shape == (32, formula.LAYOUT)
-    assert one.grain.shape == (32, formula.GRAIN)
+    assert one.layout.shape == (32, scenes.LAYOUT)
+    assert one.grain.shape == (32, scenes.GRAIN)
     for part in (one.pictures, one.layout, one.grain):
         assert part.isfinite().all()
 
@@ -145,7 +145,7 @@ def test_edges_are_found_in_the_direction_they_have() -> None:
     """A horizontal ramp has its gradient along x, a vertical one along y: bins 0 and 4 of 8."""
     ramp = torch.linspace(0, 1, 24).expand(1, 3, 24, 24)
     for picture, bin_ in ((ramp, 0), (ramp.mT, 4)):
-        strength = formula.edges(picture)[0].sum((0, 2, 3))
+        strength = scenes.edges(picture)[0].sum((0, 2, 3))
         assert strength.argmax() == bin_
         assert strength[(bin_ + 4) % 8] < 0.1 * strength[bin_]
 
@@ -194,18 +194,18 @@ def test_the_folder_loads_as_any_other_model_does(recipe: Path, tmp_path: Path) 
 
 def test_training_computes_what_transformers_computes(recipe: Path) -> None:
     """The lean forward pass against ViTModel's own, both in float32."""
-    learner = pretrain.Learner(pretrain.load_recipe(recipe))
+    model = network.PretrainingModel(pretrain.load_recipe(recipe))
     pictures = torch.rand(5, 3, 16, 16) * 2 - 1
-    ours = pretrain.encoded(learner.vit, pretrain.embedded(learner.vit, pictures, 4, torch.Generator()))
-    torch.testing.assert_close(ours, learner.vit.eval()(pictures).last_hidden_state, atol=1e-5, rtol=1e-5)
+    ours = network.encode(model.vit, network.embed(model.vit, pictures, 4, torch.Generator()))
+    torch.testing.assert_close(ours, model.vit.eval()(pictures).last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
 def test_left_out_patches_keep_their_places(recipe: Path) -> None:
     """With some patches left out, each of the others is one that the whole picture has."""
-    vit = pretrain.Learner(pretrain.load_recipe(recipe)).vit
+    vit = network.PretrainingModel(pretrain.load_recipe(recipe)).vit
     pictures = torch.rand(2, 3, 16, 16)
-    whole = pretrain.embedded(vit, pictures, 4, torch.Generator())
-    some = pretrain.embedded(vit, pictures, 2, torch.Generator().manual_seed(0))
+    whole = network.embed(vit, pictures, 4, torch.Generator())
+    some = network.embed(vit, pictures, 2, torch.Generator().manual_seed(0))
     assert some.shape == (2, 3, 8)
     torch.testing.assert_close(some[:, 0], whole[:, 0])
     for picture in range(2):
@@ -215,14 +215,14 @@ def test_left_out_patches_keep_their_places(recipe: Path) -> None:
 
 def test_newton_schulz_makes_rows_nearly_orthonormal() -> None:
     draw = torch.Generator().manual_seed(0)
-    singular = torch.linalg.svdvals(pretrain.orthogonal(torch.randn(3, 16, 40, generator=draw)))
+    singular = torch.linalg.svdvals(optimizer.orthogonalise(torch.randn(3, 16, 40, generator=draw)))
     assert singular.min() > 0.5
     assert singular.max() < 1.4
 
 
 def test_the_rate_rises_holds_and_falls(recipe: Path) -> None:
     plan = pretrain.load_recipe(SHIPPED).schedule
-    rates = [pretrain.rate(plan, step) / plan.learning_rate for step in range(plan.steps)]
+    rates = [pretrain.learning_rate(plan, step) / plan.learning_rate for step in range(plan.steps)]
     assert rates[0] == pytest.approx(1 / plan.warmup)
     assert rates[plan.warmup : plan.steps - plan.cooldown] == pytest.approx(
         [1.0] * (plan.steps - plan.cooldown - plan.warmup)

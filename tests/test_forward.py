@@ -6,9 +6,9 @@ from tiny import noise_images, save_images, save_model
 
 import mlfusion
 from mlfusion import forward, memory, models
-from mlfusion.backbone import Backbone
 from mlfusion.errors import MlfusionError, UnknownName
 from mlfusion.forward import Forward
+from mlfusion.models.backbone import Backbone
 
 PAIRS = frozenset({(1, "cls"), (4, "ap"), (4, "all")})
 

@@ -15,7 +15,7 @@ from mlfusion import loader
 from mlfusion.datasets import Split
 from mlfusion.errors import BadData, BadImage, MlfusionError
 from mlfusion.loader import Loader
-from mlfusion.preprocessing import Steps
+from mlfusion.models.preprocessing import Steps
 
 STEPS = Steps(size=(2, 3), crop_size=None, resample="nearest")
 WAYS = [False, pytest.param(True, marks=pytest.mark.skipif(not loader.forks(), reason="this system does not fork"))]

@@ -11,8 +11,9 @@ import hub
 import pytest
 from tiny import save_images, save_model
 
-from mlfusion import models, preprocessing
+from mlfusion import models
 from mlfusion.errors import BadModel, Unavailable, UnknownName
+from mlfusion.models import preprocessing
 
 
 def at_hub(endpoint: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -119,8 +120,8 @@ ROW = """
 import json, sys
 from pathlib import Path
 from huggingface_hub import get_safetensors_metadata, hf_hub_download
-from mlfusion import models, preprocessing
-from mlfusion.models import foreign, hub
+from mlfusion import models
+from mlfusion.models import checkpoints, hub, preprocessing
 row = models.CATALOGUE[sys.argv[1]]
 said = hub.ask(row.source, row.name, row.revision) if not row.gated or hub.logged_in() else None
 if said is None:
@@ -130,10 +131,10 @@ for name in ("config.json", "preprocessor_config.json"):
         folder = Path(hf_hub_download(row.source, name, revision=row.revision)).parent
     except Exception as err:
         print(err, file=sys.stderr)
-if foreign.layout(folder) == "timm":  # the tensors' shapes, without the tensors
+if checkpoints.layout(folder) == "timm":  # the tensors' shapes, without the tensors
     held = get_safetensors_metadata(row.source, revision=row.revision)
     shapes = {k: tuple(t.shape) for one in held.files_metadata.values() for k, t in one.tensors.items()}
-    foreign.shapes_of, models.weight_files = lambda _: shapes, lambda _: []
+    checkpoints.shapes_of, models.weight_files = lambda _: shapes, lambda _: []
 shape = models.shape(models.Checkpoint(folder, row.name, row.source, row.revision))
 pixels = preprocessing.read(folder).pixels
 print(json.dumps([shape.depth, shape.width, shape.patch_px, pixels[0], said.gated, said.licence]))

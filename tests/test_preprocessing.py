@@ -13,10 +13,11 @@ import transformers
 from PIL import Image
 from tiny import noise_images, save_model
 
-from mlfusion import models, preprocessing
-from mlfusion.backbone import Backbone
+from mlfusion import models
 from mlfusion.errors import BadModel, UnknownName
-from mlfusion.preprocessing import Borrowed, Steps
+from mlfusion.models import preprocessing
+from mlfusion.models.backbone import Backbone
+from mlfusion.models.preprocessing import Steps, TransformersProcessor
 
 SIZES = [(50, 44), (224, 224), (31, 200), (257, 131), (300, 225), (20, 20)]  # height, width; some smaller than the crop
 
@@ -84,7 +85,7 @@ def test_a_processor_with_rules_of_its_own_is_borrowed(tmp_path):
     folder = processor_folder(tmp_path / "m", "SamImageProcessor", settings)
     found = preprocessing.read(folder)
     oracle = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    assert isinstance(found, Borrowed)
+    assert isinstance(found, TransformersProcessor)
     assert found.pixels == (48, 48)
     for image in images():
         np.testing.assert_array_equal(found([image]), oracle(images=[image], return_tensors="np")["pixel_values"])
@@ -196,7 +197,7 @@ def test_the_fast_path_is_a_level_away_from_the_exact_one(shared):
     for data in photo_files(shared, 12):
         image = opened(data)
         want = exact.picture(image).astype(int)
-        found = fast.of_jpeg(data)
+        found = fast.from_jpeg(data)
         assert found is not None
         assert found.dtype == np.uint8
         apart = np.abs(found - want)
@@ -222,7 +223,7 @@ def test_the_fast_paths_features_stay_within_the_bound(shared):
     files = photo_files(shared, 8)
     pairs = [(layer, kind) for layer in range(1, 13) for kind in ("cls", "ap")]
     one = backbone(exact([opened(data) for data in files]), pairs)
-    other = backbone(fast.finish(torch.from_numpy(np.stack([fast.of_jpeg(data) for data in files]))), pairs)
+    other = backbone(fast.finish(torch.from_numpy(np.stack([fast.from_jpeg(data) for data in files]))), pairs)
     large = torch.tensor([min(opened(data).size) > 1000 for data in files])
     assert large.any() and not large.all()
     for pair in pairs:
@@ -235,10 +236,10 @@ def test_without_simplejpeg_the_bytes_are_the_same(shared, monkeypatch):
     pytest.importorskip("simplejpeg")
     fast = preprocessing.read(shared / "weights" / "deit_tiny_patch16_224", "fast")
     files = photo_files(shared, 6)
-    want = [fast.of_jpeg(data) for data in files]
+    want = [fast.from_jpeg(data) for data in files]
     monkeypatch.setitem(sys.modules, "simplejpeg", None)  # importing it fails
     for data, pixels in zip(files, want, strict=True):
-        np.testing.assert_array_equal(fast.of_jpeg(data), pixels)
+        np.testing.assert_array_equal(fast.from_jpeg(data), pixels)
 
 
 def test_what_the_fast_path_cannot_judge_is_left_to_pil(tmp_path):
@@ -250,12 +251,12 @@ def test_what_the_fast_path_cannot_judge_is_left_to_pil(tmp_path):
 
     [image, *_] = images()
     whole = saved(image, "JPEG")
-    assert fast.of_jpeg(whole) is not None
-    assert fast.of_jpeg(saved(image.convert("L"), "JPEG")) is not None
+    assert fast.from_jpeg(whole) is not None
+    assert fast.from_jpeg(saved(image.convert("L"), "JPEG")) is not None
     for data in (saved(image.convert("CMYK"), "JPEG"), saved(image, "PNG"), whole[: len(whole) // 2], b"", b"\xff\xd8"):
-        assert fast.of_jpeg(data) is None
-    assert fast.of_jpeg(whole, most=50 * 44) is not None
-    assert fast.of_jpeg(whole, most=50 * 44 - 1) is None
+        assert fast.from_jpeg(data) is None
+    assert fast.from_jpeg(whole, max_pixels=50 * 44) is not None
+    assert fast.from_jpeg(whole, max_pixels=50 * 44 - 1) is None
 
 
 # --- views and sizes ---------------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def test_views_follow_from_seed_and_id_alone(word, tmp_path):
 
 def test_crops_show_a_quarter_of_the_image_or_more_of_about_its_shape(tmp_path):
     steps = preprocessing.read(processor_folder(tmp_path / "m", "ViTImageProcessor", {}), view="crop3")
-    looks = [steps._look(300, 400, str(name)) for name in range(400)]
+    looks = [steps.region(300, 400, str(name)) for name in range(400)]
     for (top, left, height, width), _ in looks:
         assert 0 <= top <= 300 - height and 0 <= left <= 400 - width
         assert 0.24 < height * width / 120_000 <= 1
@@ -330,21 +331,21 @@ def test_another_size_keeps_the_share_that_is_cut_off(case, size, want, tmp_path
 
 @pytest.mark.parametrize("size", [None, 48])
 @pytest.mark.parametrize("view", ["plain", "flip", "crop2"])
-@pytest.mark.parametrize("word", preprocessing.WORDS)
+@pytest.mark.parametrize("word", preprocessing.VARIANTS)
 @pytest.mark.parametrize("family", ["vit", "clip", "dinov2"])
 def test_steps_are_made_again_from_the_key_that_they_wrote(family, word, view, size, tmp_path):
     steps = preprocessing.read(save_model(family, tmp_path / "m"), word, size=size, view=view, seed=7)
     held = (
         replace(steps, seed=0) if view in ("plain", "flip") else steps
     )  # where nothing is drawn, the seed says nothing
-    assert preprocessing.rebuilt(steps.key()) == (held, False)
-    turned = json.dumps({**json.loads(steps.key()), "exif": "upright"}, sort_keys=True)
-    assert preprocessing.rebuilt(turned) == (held, True)
+    assert preprocessing.from_key(steps.key()) == (held, False)
+    assert preprocessing.from_key(steps.key(exif_transpose=True)) == (held, True)
+    assert steps.key(exif_transpose=True) != steps.key()
 
 
 def test_what_is_left_out_of_the_steps_is_left_out_again():
     bare = preprocessing.Steps(size=None, crop_size=(8, 8), rescale_factor=None)
-    assert preprocessing.rebuilt(bare.key()) == (bare, False)
+    assert preprocessing.from_key(bare.key()) == (bare, False)
 
 
 @pytest.mark.parametrize(
@@ -361,9 +362,9 @@ def test_what_is_left_out_of_the_steps_is_left_out_again():
 )
 def test_no_steps_are_made_of_what_they_did_not_write(change, tmp_path):
     key = preprocessing.read(save_model("vit", tmp_path / "m"), "fast").key()
-    assert preprocessing.rebuilt(json.dumps({**json.loads(key), **change}, sort_keys=True)) == (None, False)
+    assert preprocessing.from_key(json.dumps({**json.loads(key), **change}, sort_keys=True)) == (None, False)
     for text in ("", "[]", "3", '{"do_resize": true}', key[:-1]):
-        assert preprocessing.rebuilt(text) == (None, False)
+        assert preprocessing.from_key(text) == (None, False)
 
 
 def test_positions_of_another_size_are_interpolated(tmp_path):

@@ -47,9 +47,8 @@ def test_the_key_is_the_same_on_every_machine():
         "from mlfusion.specs import *\n"
         f"print(FeatureSpec(model=ModelSpec(**{dataclasses.asdict(MODEL)}), data=DataSpec(**{dataclasses.asdict(DATA)})).key)"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
-    )
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert said.stdout.strip() == SPEC.key
 
 

@@ -290,7 +290,7 @@ def pretrain(
     ),
 ) -> None:
     """Make the embedded model again from its seed: a small ViT trained on images drawn by formula."""
-    from mlfusion.pretrain import pretrain as run_pretrain
+    from mlfusion.embedded.pretrain import pretrain as run_pretrain
     from mlfusion.progress import Bar
 
     bars: list[Bar] = []

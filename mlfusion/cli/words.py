@@ -213,7 +213,7 @@ MAKING: dict[str, tuple[Any, Any]] = {  # of extraction.Making → the option's 
 
 def _making(asked: dict[str, Any]) -> Any:
     from mlfusion.extraction import Making
-    from mlfusion.preprocessing import views
+    from mlfusion.models.preprocessing import views
 
     view, count = asked.pop("view"), asked.pop("views")
     if count is not None and count < 1:

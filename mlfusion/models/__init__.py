@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mlfusion.errors import BadModel, UnknownName
-from mlfusion.models import foreign, hub
+from mlfusion.errors import BadModel, UnknownName, first_line
+from mlfusion.models import checkpoints, hub
 from mlfusion.models.catalogue import CATALOGUE, EMBEDDED, Row
 from mlfusion.specs import Compute, Hook, ModelSpec, Setting, digest, parse_model
 
@@ -20,9 +20,8 @@ __all__ = [
     "Checkpoint",
     "Row",
     "Shape",
+    "checkpoints",
     "configuration",
-    "first_line",
-    "foreign",
     "hub",
     "identify",
     "locate",
@@ -85,15 +84,21 @@ def locate(word: str) -> Checkpoint:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: safetensors where there are any."""
-    patterns = foreign.WEIGHTS[foreign.layout(folder)]
+    patterns = checkpoints.WEIGHTS[checkpoints.layout(folder)]
     for pattern in patterns:
         if files := sorted(folder.glob(pattern)):
             return files
     raise BadModel(f"{folder} holds no weights; allowed: {', '.join(patterns)}")
 
 
-def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float32") -> ModelSpec:
-    """What decides this model's numbers: weights and architecture, from its files, and the other two words as they are.
+def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float32", view: str = "plain") -> ModelSpec:
+    """Return the identity of this model's features: weights and architecture, from its files, and the other words as given.
+
+    Args:
+        checkpoint: the model's files.
+        preprocess: the `key` of its preprocessing.
+        compute: type of the forward pass.
+        view: name of the view that `preprocess` says, for people.
 
     Raises:
         BadModel: a configuration that transformers cannot read.
@@ -110,6 +115,7 @@ def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float3
         family=config.model_type,
         depth=dimensions.depth,
         width=dimensions.width,
+        view=view,
     )
 
 
@@ -149,10 +155,10 @@ def configuration(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     try:
-        if foreign.layout(checkpoint.folder) == "transformers":
+        if checkpoints.layout(checkpoint.folder) == "transformers":
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         else:
-            config = foreign.configuration(checkpoint.folder, tuple(weight_files(checkpoint.folder)))
+            config = checkpoints.configuration(checkpoint.folder, tuple(weight_files(checkpoint.folder)))
     except (OSError, ValueError, KeyError) as err:
         raise BadModel(
             f"{checkpoint.folder}/config.json cannot be read ({first_line(err)}); allowed: a model_type that "
@@ -205,8 +211,3 @@ def _sha256(files: tuple[Path, ...]) -> str:
         with open(path, "rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
-
-
-def first_line(err: BaseException) -> str:
-    """What a library said, short enough to quote."""
-    return str(err).strip().splitlines()[0][:200] if str(err).strip() else type(err).__name__

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfusion.errors import Unavailable
-from mlfusion.models import foreign
+from mlfusion.models import checkpoints
 from mlfusion.models.catalogue import EMBEDDED
 
 CONFIGURATION = ["config.json", "preprocessor_config.json", "video_preprocessor_config.json", "open_clip_config.json"]
@@ -35,14 +35,14 @@ def download(hub_id: str, word: str, revision: str | None) -> Path:
     with _said(hub_id, word, revision):
         # First what it is, then the weights, and of several forms only the first: a repository may hold four.
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=CONFIGURATION))
-        for pattern in foreign.WEIGHTS[foreign.layout(folder)]:
+        for pattern in checkpoints.WEIGHTS[checkpoints.layout(folder)]:
             wanted = [*CONFIGURATION, pattern, f"{pattern}.index.json"]
             folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
             if any(folder.glob(pattern)):
                 return folder
     raise Unavailable(
         f"the weights of {word} are not on this machine, and the hub gave none "
-        f"({', '.join(foreign.WEIGHTS[foreign.layout(folder)])}); connect and try again, or give another --model"
+        f"({', '.join(checkpoints.WEIGHTS[checkpoints.layout(folder)])}); connect and try again, or give another --model"
     )
 
 
@@ -54,7 +54,7 @@ def here(hub_id: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
-    whole = any(any(folder.glob(pattern)) for pattern in foreign.WEIGHTS[foreign.layout(folder)])
+    whole = any(any(folder.glob(pattern)) for pattern in checkpoints.WEIGHTS[checkpoints.layout(folder)])
     return folder if whole and any((folder / name).is_file() for name in CONFIGURATION) else None
 
 
@@ -72,9 +72,13 @@ def ask(hub_id: str, word: str, revision: str | None) -> Remote:
             HfApi().auth_check(hub_id)
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or []}
     names = [name for name in sizes if "/" not in name]
-    layout: foreign.Layout = "open_clip" if "config.json" not in names else "transformers"
+    layout: checkpoints.Layout = "open_clip" if "config.json" not in names else "transformers"
     weights = next(
-        (found for pattern in foreign.WEIGHTS[layout] if (found := [name for name in names if fnmatch(name, pattern)])),
+        (
+            found
+            for pattern in checkpoints.WEIGHTS[layout]
+            if (found := [name for name in names if fnmatch(name, pattern)])
+        ),
         [],
     )
     licence = info.card_data.get("license") if info.card_data else None

@@ -1,4 +1,4 @@
-"""Tensors of timm and of open_clip under the names that transformers gives them; nothing is computed but splits and copies.
+"""Renames the tensors of timm and open_clip to transformers' names; tensors are split and copied, never computed.
 
 The names written here are those of checkpoints on the hub, which every version of transformers reads, not those of its
 modules, which change.
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mlfusion.models import foreign
+from mlfusion.models import checkpoints
 
 VIT = {
     "norm1": "layernorm_before",
@@ -51,20 +51,20 @@ OPEN_CLIP = {  # to timm's words, which the table above goes on from
 
 
 def tensors(folder: Path, files: tuple[Path, ...], config: Any) -> dict[str, Tensor]:
-    """A foreign checkpoint's tensors, as the class of `config` names them."""
+    """The tensors of a timm or open_clip checkpoint, under the names of the class of `config`."""
     held: dict[str, Tensor] = {}
     for file in files:
-        held |= load_file(file) if file.suffix == ".safetensors" else foreign.unpickled(file)
-    if foreign.layout(folder) == "open_clip":
-        held = _in_timms_words(held)
-    held = {name: tensor for name, tensor in held.items() if not foreign.LEFT_OUT.match(name)}
+        held |= load_file(file) if file.suffix == ".safetensors" else checkpoints.unpickled(file)
+    if checkpoints.layout(folder) == "open_clip":
+        held = _to_timm_names(held)
+    held = {name: tensor for name, tensor in held.items() if not checkpoints.LEFT_OUT.match(name)}
     convert = {"clip_vision_model": _clip, "dinov2": _dinov2, "dinov2_with_registers": _dinov2}.get(
         config.model_type, _vit
     )
     return {name: tensor.float().contiguous() for name, tensor in convert(held, config).items()}
 
 
-def _in_timms_words(held: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_timm_names(held: dict[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's image tower → timm's names; the text tower is left out."""
     outside = {
         "visual.conv1.weight": ("patch_embed.proj.weight", lambda t: t),

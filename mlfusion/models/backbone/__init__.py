@@ -14,20 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from mlfusion import models
-from mlfusion import preprocessing as prepare
-from mlfusion.backbone.anatomy import Anatomy, Enough, Tap, dissect, tensor_of
-from mlfusion.backbone.inputs import Feed
-from mlfusion.backbone.loading import Loaded, load
-from mlfusion.backbone.reduction import Reducer, count
 from mlfusion.errors import BadModel
-from mlfusion.preprocessing import Preprocessing
+from mlfusion.models.backbone.anatomy import Anatomy, dissect
+from mlfusion.models.backbone.inputs import Arguments
+from mlfusion.models.backbone.loading import LoadedTower, load
+from mlfusion.models.backbone.reduction import Reducer, count
+from mlfusion.models.backbone.taps import StopForward, Tap
+from mlfusion.models.backbone.tracing import tensor_of
+from mlfusion.models.preprocessing import Preprocessing, read
 from mlfusion.specs import HOOKS, KINDS, Compute, Hook, Pair, TokenKind, layer_ranges
 
 __all__ = ["Anatomy", "Backbone", "Tap", "dissect"]
 
 
 class Backbone:
-    """A model ready to be read, and how its pictures are prepared. Weights in `compute`, frozen, on `device`."""
+    """A frozen model whose tokens can be read, with the preprocessing of its pictures."""
 
     def __init__(
         self,
@@ -37,21 +38,27 @@ class Backbone:
         preprocessing: Preprocessing | None = None,
         compute: Compute = "float32",
     ) -> None:
-        """Load and dissect; `preprocessing` is the model's own unless given.
+        """Load the weights and find the layers.
+
+        Args:
+            checkpoint: the model's files and its hook point.
+            device: where the model runs.
+            preprocessing: by default the model's own.
+            compute: type of weights and activations.
 
         Raises:
             BadModel: weights that the forward pass needs are missing, no blocks are found, or they have no such hook point.
         """
         self.name = checkpoint.name
         self.device = torch.device(device)
-        self.preprocessing = preprocessing or prepare.read(checkpoint.folder)
+        self.preprocessing = preprocessing or read(checkpoint.folder)
         self._dtype: torch.dtype = getattr(torch, compute)
         loaded = load(checkpoint)
         self._model = loaded.tower.to(self.device)
         shape = models.shape(checkpoint)
-        self._feed = Feed(self._model, patch_px=shape.patch_px)
+        self._arguments = Arguments(self._model, patch_px=shape.patch_px)
         pixels = (3, *self.preprocessing.pixels)
-        self.anatomy = dissect(self._model, self._feed, pixels, depth=shape.depth, name=self.name)
+        self.anatomy = dissect(self._model, self._arguments, pixels, depth=shape.depth, name=self.name)
         self._refuse_random(loaded)
         for part in (self._model, loaded.projection):
             if part is not None:
@@ -59,28 +66,28 @@ class Backbone:
         self.projects = (  # to a space that images share with texts: the hook point 'projected'
             loaded.projection is not None and not loaded.missing_projection and self.anatomy.final_mode != "raw"
         )
-        self._taps = self._chosen(checkpoint.hook, loaded)
+        self._taps = self._taps_at(checkpoint.hook, loaded)
         self._reducers = {layer: Reducer(tap, self.anatomy.special) for layer, tap in self._taps.items()}
 
     @property
     def depth(self) -> int:
-        """L: layers are 1..L, and 0 for the first block's second norm."""
+        """L: layers are 1..L; layer 0 is the first block's second norm."""
         return self.anatomy.depth
 
     @property
     def kinds(self) -> dict[TokenKind, int]:
-        """The token kinds that the last layer has → tokens of each kind per image."""
+        """The token kinds of the last layer → tokens of each kind per image."""
         return {kind: tokens for kind in KINDS if (tokens := self.count(self.depth, kind))}
 
     def count(self, layer: int, kind: TokenKind) -> int:
-        """Tokens of this kind that an image has at a layer; 0: there are none."""
+        """Tokens of this kind per image at a layer; 0 if the layer has none."""
         return count(kind, self._taps[layer], self.anatomy.special) if layer in self._taps else 0
 
     def shapes(self, pairs: Iterable[Pair]) -> dict[Pair, tuple[int, int]]:
-        """Of each (layer, kind): tokens per image, and their width.
+        """Return (tokens per image, width) of each (layer, kind).
 
         Raises:
-            BadModel: this model has no such token, or no such layer at its hook point; says which it has.
+            BadModel: the model has no such token, or no such layer at its hook point; the message says which it has.
         """
         found: dict[Pair, tuple[int, int]] = {}
         for layer, kind in sorted(pairs):
@@ -102,7 +109,11 @@ class Backbone:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, pairs: Iterable[Pair]) -> dict[Pair, Tensor]:
-        """Run [images, 3, height, width], as `preprocessing` finishes them, as deep as the deepest layer asked for.
+        """Run the model as deep as the deepest layer asked for.
+
+        Args:
+            pixels: [images, 3, height, width], as `preprocessing` finishes them.
+            pairs: the (layer, token kind) pairs to read.
 
         Returns:
             (layer, kind) → [images, tokens, width] float32, on the model's device.
@@ -112,31 +123,31 @@ class Backbone:
             wanted.setdefault(layer, []).append(kind)
         read: dict[Pair, Tensor] = {}
 
-        def take(layer: int, output: Tensor) -> None:
+        def read_layer(layer: int, output: Tensor) -> None:
             sequence = self._taps[layer].sequence(output)
             for kind in wanted[layer]:
                 read[layer, kind] = self._reducers[layer](sequence, kind)
             if layer == max(wanted):
-                raise Enough
+                raise StopForward
 
         # A convolution may use TF32 by default, which would make the patch embedding's numbers depend on the device.
-        with self._tapped(wanted, take), torch.backends.cudnn.flags(allow_tf32=False), suppress(Enough):
-            self._model(**self._feed(pixels.to(self.device, self._dtype)))
+        with self._hooked(wanted, read_layer), torch.backends.cudnn.flags(allow_tf32=False), suppress(StopForward):
+            self._model(**self._arguments(pixels.to(self.device, self._dtype)))
         if absent := {(layer, kind) for layer in wanted for kind in wanted[layer]} - set(read):
             raise BadModel(f"{self.name}: the forward pass never came to {sorted(absent)}")
         return {pair: tokens.float() for pair, tokens in read.items()}
 
     @contextmanager
-    def _tapped(self, wanted: Iterable[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Hooks on the layers asked for, removed however the forward pass ends."""
+    def _hooked(self, wanted: Iterable[int], read_layer: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Put hooks on the layers asked for; they are removed however the forward pass ends."""
         handles = []
 
         def tap(layer: int, where: Tap) -> None:
             def leaving(_: nn.Module, __: Any, output: Any) -> None:
-                take(layer, tensor_of(output, self.name))
+                read_layer(layer, tensor_of(output, self.name))
 
             def entering(_: nn.Module, args: Any, kwargs: Any) -> None:
-                take(layer, tensor_of((*args, *kwargs.values()), self.name))
+                read_layer(layer, tensor_of((*args, *kwargs.values()), self.name))
 
             if where.entering:
                 handles.append(where.module.register_forward_pre_hook(entering, with_kwargs=True))
@@ -151,7 +162,7 @@ class Backbone:
             for handle in handles:
                 handle.remove()
 
-    def _refuse_random(self, loaded: Loaded) -> None:
+    def _refuse_random(self, loaded: LoadedTower) -> None:
         used = self.anatomy.used
         if lost := sorted(key for key in loaded.missing if key.rpartition(".")[0] in used):
             raise BadModel(
@@ -159,8 +170,8 @@ class Backbone:
                 "the features would be random. Allowed: a checkpoint of the class its config.json names"
             )
 
-    def _chosen(self, hook: Hook, loaded: Loaded) -> dict[int, Tap]:
-        """Where each layer is read at this hook point."""
+    def _taps_at(self, hook: Hook, loaded: LoadedTower) -> dict[int, Tap]:
+        """The place where each layer is read at this hook point."""
         taps = dict(self.anatomy.taps.get("norm2" if hook == "projected" else hook, {}))
         if hook == "projected":
             if loaded.projection is None or not self.projects:
@@ -178,7 +189,7 @@ class Backbone:
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights and statistics in another precision; what a module computes for itself, such as angles, stays as it is."""
+    """Convert weights and saved statistics to another type; what a module computes for itself, such as angles, stays."""
     for module in model.modules():
         saved = module._buffers.keys() - module._non_persistent_buffers_set
         for tensor in [*module._parameters.values(), *(module._buffers[name] for name in saved)]:
@@ -187,7 +198,7 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _projected(tap: Tap, projection: nn.Module) -> Tap:
-    """The last layer, with the projection applied to all of its tokens."""
+    """The last layer's tap, with the projection applied to all of its tokens."""
     width = next(projection.parameters()).shape[0]
     norm = projection if tap.norm is None else nn.Sequential(tap.norm, projection)
     return replace(tap, norm=norm, width=width)

@@ -1,4 +1,4 @@
-"""Watches one forward pass: which module ran when, what went in, what came out. Keeps no tensor alive.
+"""Records one forward pass: which module ran when, and the shapes of its input and output. No tensor is kept alive.
 
 Tensors are told apart by serial numbers: the same number is the same tensor object. That is how a norm is seen to feed an
 MLP, without a table of names that change between versions of transformers.
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+
+from mlfusion.errors import BadModel
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Watch:
 
     @contextmanager
     def on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Watch these modules as long as this lasts."""
+        """Watch these modules inside the with statement."""
         handles = []
         try:
             for module in modules:
@@ -60,7 +62,7 @@ class Watch:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call = Call(module, next(self._clock))
-        if (given := _first_tensor((*args, *kwargs.values()))) is not None:
+        if (given := first_tensor((*args, *kwargs.values()))) is not None:
             call.given, call.given_shape = self._serial(given), tuple(given.shape)
         self._open.append(call)
         self.calls.append(call)
@@ -78,7 +80,8 @@ class Watch:
         return self._serials[tensor]
 
 
-def _first_tensor(values: Iterable[Any]) -> Tensor | None:
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """The first of a call's arguments that is a tensor."""
     return next((value for value in values if isinstance(value, Tensor)), None)
 
 
@@ -89,3 +92,15 @@ def main_output(output: Any) -> Tensor | None:
     if isinstance(output, torch.Tensor):
         return output
     return getattr(output, "last_hidden_state", None)
+
+
+def tensor_of(output: Any, name: str) -> Tensor:
+    """A module's main output; `name` is the model's, for the message.
+
+    Raises:
+        BadModel: it is not a tensor.
+    """
+    found = main_output(output)
+    if found is None:
+        raise BadModel(f"{name}: a block gives {type(output).__name__}, not a tensor")
+    return found

@@ -41,7 +41,7 @@ VISUAL = re.compile(
 
 def layout(folder: Path) -> Layout:
     """Whose format a folder is in."""
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "model_type" in config and config["model_type"] != "timm_wrapper":
         return "transformers"
     if "architecture" in config:
@@ -61,7 +61,7 @@ def configuration(folder: Path, files: tuple[Path, ...]) -> Any:
 def _of_timm(folder: Path, files: tuple[Path, ...]) -> Any:
     import transformers
 
-    said = _json(folder / "config.json")
+    said = read_json(folder / "config.json")
     name, arguments = str(said["architecture"]), said.get("model_args") or {}
     shapes = {key: shape for key, shape in shapes_of(files).items() if not LEFT_OUT.match(key)}
     strange = sorted(key for key in shapes if not BLOCK.fullmatch(key) and not OUTSIDE.fullmatch(key))
@@ -116,7 +116,7 @@ def _of_timm(folder: Path, files: tuple[Path, ...]) -> Any:
 def _of_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
     import transformers
 
-    said = _json(folder / "open_clip_config.json").get("model_cfg") or {}
+    said = read_json(folder / "open_clip_config.json").get("model_cfg") or {}
     vision = said.get("vision_cfg") or {}
     shapes = {key: shape for key, shape in shapes_of(files).items() if key.startswith("visual.")}
     strange = sorted(key for key in shapes if not RESBLOCK.fullmatch(key) and not VISUAL.fullmatch(key))
@@ -189,11 +189,18 @@ def unpickled(file: Path) -> dict[str, Any]:
     return body
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object, or an empty one if there is no such file.
+
+    Raises:
+        BadModel: the file holds something else.
+    """
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as err:
         raise BadModel(f"{path} cannot be read: {err}") from err
-    return body if isinstance(body, dict) else {}
+    if not isinstance(body, dict):
+        raise BadModel(f"{path} holds no JSON object")
+    return body

@@ -1,4 +1,4 @@
-"""Token kinds: how the tokens of a layer become the few that are kept. Runs on the device, inside the hook."""
+"""Reduces the tokens of a layer to the token kinds that are stored; runs on the device, inside the hook."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlfusion.backbone.anatomy import Special, Tap
+from mlfusion.models.backbone.taps import Special, Tap
 from mlfusion.specs import GRID_SIDES, TokenKind
 
 
 def count(kind: TokenKind, tap: Tap, special: Special) -> int:
-    """Tokens of this kind that an image has at a layer; 0: there are none."""
+    """Tokens of this kind per image at a layer; 0 if the layer has none."""
     if kind in GRID_SIDES:
         side = GRID_SIDES[kind]
         return side * side if tap.grid is not None and min(tap.grid) >= side else 0
@@ -21,7 +21,7 @@ def count(kind: TokenKind, tap: Tap, special: Special) -> int:
 
 
 class Reducer:
-    """Reduces the sequences of one layer; what several kinds need is computed once."""
+    """Reduces the sequences of one layer to token kinds."""
 
     def __init__(self, tap: Tap, special: Special) -> None:
         self._grid = tap.grid
@@ -30,7 +30,7 @@ class Reducer:
         self._patches = _places(sorted(set(range(tap.tokens)) - set(special.every)))
 
     def __call__(self, sequence: Tensor, kind: TokenKind) -> Tensor:
-        """[images, sequence, width] → [images, kept, width]; copies, so that the whole layer need not be kept."""
+        """[images, sequence, width] → [images, tokens of the kind, width]; a copy, so that the whole layer can be freed."""
         if kind == "all":
             return sequence.clone()
         if kind in self._places:
@@ -41,7 +41,7 @@ class Reducer:
         return _STATISTICS[kind](patches)
 
     def _pooled(self, patches: Tensor, side: int) -> Tensor:
-        """Means over a grid of side × side, in raster order; a patch at the border of two cells counts in both."""
+        """Means over a grid of side × side cells, in raster order; a patch at the border of two cells counts in both."""
         assert self._grid is not None
         if self._order is not None:
             self._order = self._order.to(patches.device)
@@ -51,9 +51,9 @@ class Reducer:
 
 
 def _places(tokens: Sequence[int]) -> slice | list[int]:
-    """A slice where they stand together, as they do in all but a few models: no index has to go to the device."""
-    together = list(tokens) == list(range(tokens[0], tokens[-1] + 1)) if tokens else False
-    return slice(tokens[0], tokens[-1] + 1) if together else list(tokens)
+    """The positions as a slice if they are contiguous, as in most models: then no index has to go to the device."""
+    contiguous = list(tokens) == list(range(tokens[0], tokens[-1] + 1)) if tokens else False
+    return slice(tokens[0], tokens[-1] + 1) if contiguous else list(tokens)
 
 
 # Means in float32, whatever the model computes in: a mean of hundreds of bfloat16 numbers is off in its third digit.

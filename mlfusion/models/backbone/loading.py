@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to the vision tower in memory: float32, frozen, and what of its weights was not there."""
+"""Loads a checkpoint's vision tower: float32, frozen, with the names of the tensors that the checkpoint lacks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,23 +9,23 @@ import transformers
 from torch import nn
 
 from mlfusion import models
-from mlfusion.backbone import conversion
-from mlfusion.errors import BadModel
-from mlfusion.models import foreign
+from mlfusion.errors import BadModel, first_line
+from mlfusion.models import checkpoints
+from mlfusion.models.backbone import conversion
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedTower:
     """A vision tower in evaluation mode."""
 
     tower: nn.Module
-    projection: nn.Module | None  # of the embedding that images share with texts; CLIP and its like
+    projection: nn.Module | None  # to the embedding that images share with texts, as CLIP has it
     missing: frozenset[str]  # names, inside the tower, of tensors that the checkpoint did not have
     missing_projection: bool
 
 
-def load(checkpoint: models.Checkpoint) -> Loaded:
-    """Load what reads images; of a checkpoint of images and texts, the vision tower.
+def load(checkpoint: models.Checkpoint) -> LoadedTower:
+    """Load the part that reads images: the vision tower of a model of images and texts.
 
     Raises:
         BadModel: transformers cannot load the folder.
@@ -36,7 +36,7 @@ def load(checkpoint: models.Checkpoint) -> Loaded:
     prefix = next(path for path, module in whole.named_modules() if module is tower)
     inside = f"{prefix}." if prefix else ""
     projection = getattr(whole, "visual_projection", None)
-    return Loaded(
+    return LoadedTower(
         tower=tower.eval().requires_grad_(False),
         projection=projection.eval().requires_grad_(False) if isinstance(projection, nn.Module) else None,
         missing=frozenset(key.removeprefix(inside) for key in lost if key.startswith(inside)),
@@ -52,7 +52,7 @@ def _read(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
     transformers.utils.logging.set_verbosity_error()  # missing tensors are judged later, by whether they are used
     try:
         where: dict[str, Any] = {"pretrained_model_name_or_path": folder}
-        if not (known := foreign.layout(folder) == "transformers"):
+        if not (known := checkpoints.layout(folder) == "transformers"):
             tensors = conversion.tensors(folder, tuple(models.weight_files(folder)), config)
             where = {"pretrained_model_name_or_path": None, "state_dict": tensors}
         model, report = _class(config, known).from_pretrained(
@@ -64,14 +64,14 @@ def _read(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as err:
-        raise BadModel(f"{folder} does not load: {models.first_line(err)}") from err
+        raise BadModel(f"{folder} does not load: {first_line(err)}") from err
     finally:
         transformers.utils.logging.set_verbosity(before)
     return model, set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
 
 
 def _class(config: Any, known: bool) -> Any:
-    """The bare model, but with its projection where the checkpoint has one."""
+    """The class of the bare model, or of that with its projection if the checkpoint has one."""
     named = (config.architectures or [""])[0]
     unmapped = known and type(config) not in transformers.MODEL_MAPPING  # BLIP's vision model alone
     if (named.endswith("VisionModelWithProjection") or unmapped) and hasattr(transformers, named):

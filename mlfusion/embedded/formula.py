@@ -1,0 +1,70 @@
+"""Images by formula: what the embedded model is trained on, in place of photographs.
+
+Formula-driven supervised learning (Kataoka et al., arXiv 2101.08515 and 2206.09132; Takashima et al., arXiv 2303.01112)
+draws its images and its labels from mathematics. A *class* is a set of formula parameters; an *instance* is one rendering
+of them, with new phases, noise and small deformations. No photograph, no licence and no download is needed, and the data
+set is as large as one cares to draw.
+
+`pattern(family, klass, instance, px, seed)` is a pure function of its arguments: one gray picture, uint8 `[px, px]`.
+`draw_into` draws many into one array. Colour, background and viewpoint are added by `scenes`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlfusion.embedded.plane import stream
+from mlfusion.embedded.shapes import SHAPES
+from mlfusion.embedded.textures import TEXTURES
+
+FAMILIES = SHAPES | TEXTURES
+
+
+def pattern(family: str, klass: int, instance: int, px: int = 96, seed: int = 0) -> np.ndarray:
+    """One picture by formula: uint8 `[px, px]`, 0 the empty ground, 255 full ink. A pure function of its arguments."""
+    draw = FAMILIES[family]
+    gray = draw(stream("class", seed, family, klass), stream("instance", seed, family, klass, instance), px)
+    return (gray * 255 + 0.5).astype(np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bank:
+    """Many patterns in one array, with their labels."""
+
+    ink: np.ndarray  # uint8 [patterns, px, px]
+    labels: np.ndarray  # int64 [patterns]: class, counted over all families
+    shapes: np.ndarray  # int64: the rows that are shapes
+    textures: np.ndarray  # int64: the rows that are textures
+    classes: int
+
+
+def draw_into(
+    ink: np.ndarray,
+    families: Sequence[str],
+    classes: int,
+    instances: int,
+    seed: int,
+    progress: Callable[[dict[str, Any]], None],
+) -> None:
+    """Draw `instances` of every class of every family into an array `[patterns, px, px]`, such as a memory map."""
+    rows = [(f, k, i) for f in families for k in range(classes) for i in range(instances)]
+    began = time.perf_counter()
+    for row, (family, klass, instance) in enumerate(rows):
+        ink[row] = pattern(family, klass, instance, ink.shape[1], seed)
+        if (row + 1) % 256 == 0 or row + 1 == len(rows):
+            progress({"stage": "draw", "done": row + 1, "of": len(rows), "seconds": time.perf_counter() - began})
+
+
+def label_bank(ink: np.ndarray, families: Sequence[str], classes: int, instances: int) -> Bank:
+    """The patterns that `draw_into` drew, with their labels."""
+    is_shape = np.repeat([f in SHAPES for f in families], classes * instances)
+    return Bank(
+        ink=ink,
+        labels=np.repeat(np.arange(len(families) * classes), instances),
+        shapes=np.flatnonzero(is_shape),
+        textures=np.flatnonzero(~is_shape),
+        classes=len(families) * classes,
+    )

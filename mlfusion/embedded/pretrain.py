@@ -1,0 +1,255 @@
+"""Pre-training by formula: makes the model that ships with the package, from one recipe.
+
+`pretrain("pipelines/formula-vit.toml", out)` draws a bank of patterns (`formula`), trains a vision transformer on pictures
+composed from them (`scenes`), and writes a Hugging Face folder. There are five objectives:
+
+formula   the class of the pattern (cross-entropy, of CLS and of the mean patch token)
+fill      the class of the second texture, in pictures that have one (cross-entropy, of the mean patch token)
+contrast  the other picture of the same scene (NT-Xent among the pictures of a crew, arXiv 2002.05709; of both tokens)
+layout    the places of ink, colours and edges (smooth L1, of CLS): the other objectives would discard place and colour
+grain     mean and spread of the colours, edges by size and direction (smooth L1, of the mean patch token)
+
+The recipe and its seed determine pictures, order and initial weights. Every step draws from a stream named by (seed, step,
+crew), so that a run that was stopped goes on from its checkpoint with the same numbers. Another machine, with other
+kernels, computes the same with other roundings.
+
+Made for few cores: bfloat16 products over float32 master weights, some patches left out of nearly every step (arXiv
+2212.00794), Muon for the matrices (Jordan et al. 2024), and a batch split into parts, the crews, each of which one thread
+takes from the pictures to the gradient.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import ViTModel
+
+from mlfusion.embedded.formula import Bank, draw_into, label_bank
+from mlfusion.embedded.network import PretrainingModel, embed, encode, vit_config
+from mlfusion.embedded.optimizer import MuonAdamW
+from mlfusion.embedded.plane import stream
+from mlfusion.embedded.recipe import Network, Recipe, Schedule, load_recipe
+from mlfusion.embedded.scenes import Pair, pair
+
+PATTERNS = "patterns.npy"
+OBJECTIVES = ("formula", "fill", "contrast", "layout", "grain")
+
+# --- One step --------------------------------------------------------------------------------------------------------
+
+
+def batch_of(bank: Bank, recipe: Recipe, step: int, crew: int) -> tuple[Pair, torch.Generator]:
+    """The pictures of one crew in one step, and the stream that drew them."""
+    plan = recipe.schedule
+    rng = stream("pretrain", plan.seed, step, crew)
+    draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    rows = rng.integers(len(bank.ink), size=plan.scenes)
+    fills = rng.choice(bank.textures, size=plan.scenes)
+    return pair(bank, rows, fills, recipe.network.image_px, draw), draw
+
+
+def losses_of(
+    model: PretrainingModel, batch: Pair, recipe: Recipe, kept: int, draw: torch.Generator
+) -> dict[str, Tensor]:
+    """The unweighted loss of every objective."""
+    heads = model.heads
+    out = encode(model.vit, embed(model.vit, batch.pictures, kept, draw))
+    cls, mean = out[:, 0], out[:, 1:].mean(1)
+
+    def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
+
+    shown = batch.fill_shows
+    codes = F.normalize(heads.contrast(torch.cat([cls, mean], 1)).float(), dim=1)
+    alike = (codes @ codes.T / recipe.weights.temperature).fill_diagonal_(-torch.inf)
+    partner = torch.arange(len(codes)).roll(len(codes) // 2)
+    return {
+        "formula": (
+            cross_entropy(heads.formula_of_cls(cls), batch.labels)
+            + cross_entropy(heads.formula_of_patches(mean), batch.labels)
+        )
+        / 2,
+        "fill": cross_entropy(heads.fill(mean[shown]), batch.fill_labels[shown]) if shown.any() else mean.sum() * 0,
+        "contrast": F.cross_entropy(alike, partner),
+        "layout": F.smooth_l1_loss(heads.layout(cls).float(), batch.layout),
+        "grain": F.smooth_l1_loss(heads.grain(mean).float(), batch.grain),
+    }
+
+
+def learning_rate(plan: Schedule, step: int) -> float:
+    """The learning rate of a step: linear warm-up, constant, linear decay."""
+    up = (step + 1) / max(plan.warmup, 1)
+    down = (plan.steps - step) / max(plan.cooldown, 1)
+    return plan.learning_rate * min(1.0, up, down)
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+
+def pretrain(
+    recipe: Path, out: Path, *, work: Path | None = None, progress: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Run a recipe, write a Hugging Face folder to `out`, and return a report of the run.
+
+    Args:
+        recipe: a TOML file, see `Recipe`.
+        out: a folder; its files are replaced when the run is complete, a model card in it is left alone.
+        work: a folder for the bank of patterns (about 160 MB) and the checkpoint, from which the same call goes on after an
+            interruption; default: one named by the recipe's digest, where the system keeps temporary files.
+        progress: gets a dict at every step: stage, done, of, seconds, and the losses.
+
+    Raises:
+        BadRecipe: the recipe has an unknown or wrong field, or lacks one.
+    """
+    plan = load_recipe(recipe)
+    work = work or Path(tempfile.gettempdir()) / f"mlfusion-pretrain-{plan.digest}"
+    work.mkdir(parents=True, exist_ok=True)
+    report_progress = progress or (lambda event: None)
+
+    bank = pattern_bank(plan, work, report_progress)
+    model = PretrainingModel(plan).bfloat16()
+    optimizer = MuonAdamW(model, plan.schedule)
+    checkpoint = work / "checkpoint.pt"
+    step, seconds, history = 0, 0.0, []
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        optimizer.restore(saved["optimizer"])
+        step, seconds, history = saved["step"], saved["seconds"], saved["history"]
+
+    # Crews are the parallelism. Threads inside each operation would mostly wait: these are too small to share.
+    with (
+        single_threaded(),
+        ThreadPoolExecutor(plan.schedule.crews, initializer=torch.set_num_threads, initargs=(1,)) as crews,
+    ):
+        while step < plan.schedule.steps:
+            began = time.perf_counter()
+            losses = train_step(model, optimizer, bank, plan, step, crews)
+            step, seconds = step + 1, seconds + time.perf_counter() - began
+            history.append([round(losses[name], 4) for name in OBJECTIVES])
+            if step % plan.schedule.checkpoint_every == 0 or step == plan.schedule.steps:
+                save = {"step": step, "seconds": seconds, "history": history, "optimizer": optimizer.state()}
+                write_whole(checkpoint, partial(torch.save, save))
+            report_progress({"stage": "train", "done": step, "of": plan.schedule.steps, "seconds": seconds, **losses})
+    report = {
+        "recipe": plan.digest,
+        "steps": step,
+        "pictures": step * plan.schedule.crews * plan.schedule.scenes * 2,
+        "patterns": len(bank.ink),
+        "seconds": round(seconds),
+        "losses": dict(zip(OBJECTIVES, np.mean(history[-50:], axis=0).round(3).tolist(), strict=True)),
+    }
+    write_folder(plan, optimizer.master, report, Path(out))
+    checkpoint.unlink()
+    (work / PATTERNS).unlink()
+    with suppress(OSError):  # the caller keeps something of his own there
+        work.rmdir()
+    return report | {"out": str(out)}
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Use one thread in each of torch's operations, inside the with statement."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train_step(
+    model: PretrainingModel, optimizer: MuonAdamW, bank: Bank, plan: Recipe, step: int, crews: ThreadPoolExecutor
+) -> dict[str, float]:
+    """Pictures, losses, gradients, update; returns the losses."""
+    schedule = plan.schedule
+    last = step >= schedule.steps - schedule.whole_last
+    kept = (plan.network.image_px // plan.network.patch_px) ** 2 if last else schedule.kept_patches
+    weights = asdict(plan.weights)
+
+    def work(crew: int) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+        batch, draw = batch_of(bank, plan, step, crew)
+        losses = losses_of(model, batch, plan, kept, draw)
+        total = torch.stack([weights[name] * losses[name] for name in OBJECTIVES]).sum()
+        # An objective without an example in this step (a fill that shows nowhere) has a gradient of zero.
+        gradients = torch.autograd.grad(total, list(optimizer.live.values()), materialize_grads=True)
+        return gradients, {name: losses[name].item() for name in OBJECTIVES}
+
+    # Summed in the crews' order, not in that of their arrival: floating-point sums depend on it.
+    results = list(crews.map(work, range(schedule.crews)))
+    gradient = {
+        name: torch.stack([gradients[i].float() for gradients, _ in results]).sum(0) / schedule.crews
+        for i, name in enumerate(optimizer.live)
+    }
+    optimizer.step(gradient, learning_rate(schedule, step))
+    return {name: sum(losses[name] for _, losses in results) / schedule.crews for name in OBJECTIVES}
+
+
+def pattern_bank(plan: Recipe, work: Path, progress: Callable[[dict[str, Any]], None]) -> Bank:
+    """The bank of patterns as a memory map in `work`; drawn if it is not there."""
+    images, seed = plan.images, plan.schedule.seed
+    path = work / PATTERNS
+    shape = (len(images.families) * images.classes * images.instances, images.pattern_px, images.pattern_px)
+
+    def fill(draft: Path) -> None:
+        ink = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
+        draw_into(ink, images.families, images.classes, images.instances, seed, progress)
+        ink.flush()
+
+    if not path.exists():
+        write_whole(path, fill)
+    return label_bank(np.load(path, mmap_mode="r"), images.families, images.classes, images.instances)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write under a temporary name and rename, so that a file of this name is complete."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_folder(plan: Recipe, master: dict[str, Tensor], report: dict[str, Any], out: Path) -> None:
+    """The Hugging Face folder: config, float16 weights, preprocessing, and what the run took."""
+    net = plan.network
+    vit = ViTModel(vit_config(net), add_pooling_layer=False)
+    vit.load_state_dict({n.removeprefix("vit."): p for n, p in master.items() if n.startswith("vit.")})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as draft:
+        vit.half().save_pretrained(draft)
+        (Path(draft) / "preprocessor_config.json").write_text(
+            json.dumps(preprocessing(net), indent=2) + "\n", encoding="utf-8"
+        )
+        (Path(draft) / "pretraining.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        out.mkdir(exist_ok=True)
+        for file in sorted(Path(draft).iterdir()):
+            file.chmod(0o644)  # safetensors writes for the owner alone
+            os.replace(file, out / file.name)
+
+
+def preprocessing(net: Network) -> dict[str, Any]:
+    """Squash to the input size, RGB, 0 … 255 to −1 … 1: as `ViTImageProcessor` reads it."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": net.image_px, "width": net.image_px},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }

@@ -1,0 +1,10 @@
+"""What is done to an image before the model sees it: the model's own steps, read from its files, and part of the key.
+
+`steps` computes them and writes them into the key; `processors` reads them from the files of transformers, timm and
+open_clip, or calls a processor of transformers whose rules are its own.
+"""
+
+from mlfusion.models.preprocessing.processors import VARIANTS, Preprocessing, TransformersProcessor, read
+from mlfusion.models.preprocessing.steps import Steps, from_key, is_view, views
+
+__all__ = ["VARIANTS", "Preprocessing", "Steps", "TransformersProcessor", "from_key", "is_view", "read", "views"]

@@ -1,0 +1,288 @@
+"""Which steps a model's pictures go through: read from its own files, whoever wrote them, or from the study's recipe."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mlfusion.errors import BadModel, UnknownName, first_line
+from mlfusion.models.checkpoints import read_json
+from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges, is_view
+
+Variant = Literal["exact", "fast", "paper", "paper+fast"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+"""`exact`: the model's own processor, to the bit. `paper`: as the study (arXiv 2601.09322) prepared images for models of
+this family. `fast`, `paper+fast`: the same steps by the faster decoder and resize kernel."""
+
+VIEWS = ("plain", "flip", "crop1, crop2, …")
+
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+KNOWN: dict[str, dict[str, Any]] = {
+    # What transformers' processors do where their configuration says nothing; `square` is how they take a size that is
+    # one number.
+    "CLIP": {"size": 224, "square": False, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "clip"},
+    "Bit": {"size": 224, "square": False, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "clip"},
+    "ViT": {"size": 224, "square": True, "resample": 2, "of": "half"},
+    "DeiT": {"size": 256, "square": True, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "half"},
+    "Beit": {"size": 224, "square": True, "crop_size": 224, "resample": 3, "of": "half"},
+    "Siglip": {"size": {"height": 224, "width": 224}, "square": False, "resample": 3, "of": "half"},
+    "ConvNext": {"size": 384, "square": False, "resample": 3, "of": "half", "crop_pct": 224 / 256},
+    "DINOv3ViT": {"size": 224, "square": True, "resample": 2, "of": "imagenet", "kernel": "torch-float32"},
+    "Siglip2": {"square": True, "resample": 2, "of": "half"},
+    "VJEPA2": {"crop_size": 256, "square": False, "do_center_crop": True, "resample": 2, "of": "imagenet"},
+}
+COLOURS = {"clip": (CLIP_MEAN, CLIP_STD), "half": (HALF, HALF), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
+
+
+class TransformersProcessor:
+    """A processor of transformers whose steps are not `Steps`: it is called as it is, and returns finished floats."""
+
+    dtype, decodes_jpeg, view = torch.float32, False, "plain"
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        noise = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
+        try:
+            self.pixels: tuple[int, int] = self.picture(Image.fromarray(noise)).shape[1:]
+        except (ValueError, RuntimeError, TypeError) as err:
+            raise BadModel(
+                f"{type(processor).__name__} cannot prepare a picture by the settings it was given ({first_line(err)}); "
+                "allowed: a preprocessor_config.json whose sizes fit together"
+            ) from err
+
+    def picture(self, image: Image.Image, name: str = "") -> np.ndarray:
+        """One image → [3, height, width] float32."""
+        made = self._processor(images=[image.convert("RGB")], return_tensors="np")["pixel_values"]
+        return np.asarray(made, np.float32)[0]
+
+    def from_jpeg(self, data: bytes, name: str = "", max_pixels: int = 2**63) -> np.ndarray | None:
+        """None: there is no fast path."""
+        return None
+
+    def finish(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the pictures unchanged: the processor has rescaled and normalised them."""
+        return pictures
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images → the model's input, [images, 3, height, width] float32."""
+        return self.finish(torch.from_numpy(np.stack([self.picture(image) for image in images])))
+
+    def key(self, *, exif_transpose: bool = False) -> str:
+        """Canonical JSON of the processor's settings; `exif_transpose` as in `Steps.key`."""
+        cosmetic = {"transformers_version", "processor_class", "_processor_class"}
+        settings = self._processor.to_dict().items()
+        return canonical({k: v for k, v in settings if k not in cosmetic and v is not None}, exif_transpose)
+
+
+Preprocessing = Steps | TransformersProcessor
+
+
+def read(
+    folder: Path, variant: str = "exact", *, size: int | None = None, view: str = "plain", seed: int = 0
+) -> Preprocessing:
+    """Return a model's preprocessing, by its own files or by the study's recipe for its family.
+
+    Args:
+        folder: the folder with the model's files.
+        variant: one of VARIANTS.
+        size: height and width of the model's input in pixels, if not its own; the centre crop keeps its share of the image.
+        view: 'plain', 'flip', 'crop1', 'crop2', …
+        seed: decides where random crops lie.
+
+    Raises:
+        UnknownName: `variant` is not one of VARIANTS, or `view` is not a view.
+        BadModel: neither this code nor transformers can read the folder, or the study has no recipe for the model's family.
+    """
+    if variant not in VARIANTS:
+        raise UnknownName("preprocessing", variant, VARIANTS)
+    if not is_view(view):
+        raise UnknownName("view", view, VIEWS)
+    config = read_json(folder / "config.json")
+    found = _from_study(folder, config) if variant.startswith("paper") else _from_files(folder, config)
+    if isinstance(found, TransformersProcessor):
+        if variant != "exact" or size is not None or view != "plain":
+            raise BadModel(
+                f"the processor of {folder.name} has rules of its own; allowed with it: --preprocess exact, no --size and "
+                "no views"
+            )
+        return found
+    if size is not None:
+        found = _with_size(found, size)
+    if variant.endswith("fast") and found.resample in ("bilinear", "bicubic"):  # the filters that torch has for bytes
+        found = dataclasses.replace(found, kernel="torch-uint8")
+    return dataclasses.replace(found, view=view, seed=seed)
+
+
+def _with_size(steps: Steps, size: int) -> Steps:
+    """The same steps for a square input of another size."""
+    if size < 1:
+        raise BadModel(f"--size {size}: allowed are 1 and more")
+    whole = steps.size
+    if steps.crop_size is None or whole is None:
+        return dataclasses.replace(
+            steps, size=(size, size) if whole is not None else None, crop_size=steps.crop_size and (size, size)
+        )
+    if isinstance(whole, int):
+        whole = round(whole * size / min(steps.crop_size))
+    else:
+        whole = round(whole[0] * size / steps.crop_size[0]), round(whole[1] * size / steps.crop_size[1])
+    return dataclasses.replace(steps, size=whole, crop_size=(size, size))
+
+
+def _from_files(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing that the model's own files describe."""
+    if (timm := config.get("pretrained_cfg")) and not (folder / "preprocessor_config.json").is_file():
+        return _from_timm(timm)
+    if clip := read_json(folder / "open_clip_config.json").get("preprocess_cfg"):
+        return _from_open_clip(clip, read_json(folder / "open_clip_config.json"))
+    settings = read_json(folder / "preprocessor_config.json") or read_json(folder / "video_preprocessor_config.json")
+    names = ("image_processor_type", "feature_extractor_type", "video_processor_type")
+    name = next((str(settings[one]) for one in names if settings.get(one)), "")
+    processor = None
+    if _family(name) not in KNOWN or settings.get("do_pad"):
+        processor = _processor(folder)
+        settings, name = processor.to_dict(), type(processor).__name__
+    if _family(name) in KNOWN and not settings.get("do_pad"):
+        return _from_transformers(_family(name), settings)
+    return TransformersProcessor(processor)
+
+
+def _family(name: str) -> str:
+    """'CLIPImageProcessorFast' and 'CLIPFeatureExtractor' → 'CLIP'."""
+    for suffix in ("Pil", "Fast", "ImageProcessor", "FeatureExtractor", "VideoProcessor"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _from_transformers(family: str, settings: Mapping[str, Any]) -> Steps:
+    """The steps of a processor of transformers, as it reads its configuration, in the older forms too."""
+    known = KNOWN[family]
+    settings = {**known, **{name: value for name, value in settings.items() if value is not None}}
+    size, crop = _size_and_crop(family, settings)
+    mean, std = COLOURS[known["of"]]
+    normalizes = settings.get("do_normalize", True)
+    try:
+        resample = {number: name for name, number in FILTERS.items()}[int(settings["resample"])]
+    except (KeyError, ValueError) as err:
+        raise BadModel(f"resample {settings['resample']!r}: allowed are PIL's numbers 0 to 5") from err
+    return Steps(
+        size=size,
+        crop_size=crop,
+        resample=resample,
+        kernel=known.get("kernel", "pil"),
+        rescale_factor=float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else None,
+        image_mean=_per_channel(settings.get("image_mean", mean)) if normalizes else None,
+        image_std=_per_channel(settings.get("image_std", std)) if normalizes else None,
+    )
+
+
+def _size_and_crop(
+    family: str, settings: Mapping[str, Any]
+) -> tuple[tuple[int, int] | int | None, tuple[int, int] | None]:
+    """The resize and the centre crop of a processor of transformers; None: it does not resize, or not crop."""
+    crop = _square(settings["crop_size"]) if settings.get("do_center_crop") else None
+    if not settings.get("do_resize", True):
+        return None, crop
+    if family == "Siglip2":
+        # NaFlex cuts images of any shape into at most so many patches; the cache needs one shape: the square.
+        side = settings.get("patch_size", 16) * math.isqrt(settings.get("max_num_patches", 256))
+        return (side, side), crop
+    if family == "VJEPA2":  # its size always follows from the crop
+        return int(_square(settings["crop_size"])[0] * 256 / 224), crop
+    number = isinstance(settings["size"], (int, float))
+    size = _square(settings["size"]) if number and KNOWN[family]["square"] else edges(settings["size"])
+    if family == "ConvNext" and isinstance(size, int):
+        # Below 384 pixels a margin is resized and cut off, from there on images are squashed.
+        return (int(size / settings["crop_pct"]), (size, size)) if size < 384 else ((size, size), crop)
+    return size, crop
+
+
+def _square(value: Any) -> tuple[int, int]:
+    """(height, width); one number stands for both."""
+    size = edges(value)
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _per_channel(value: float | Sequence[float]) -> tuple[float, ...]:
+    return tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),) * 3
+
+
+def _from_timm(settings: Mapping[str, Any]) -> Steps:
+    """timm's evaluation transform (timm/data/transforms_factory.py): resize by crop_pct, crop about the centre."""
+    _, height, width = settings["input_size"]
+    mode, share = settings.get("crop_mode", "center"), float(settings.get("crop_pct", 0.875))
+    if mode not in ("center", "squash"):
+        raise BadModel(f"timm's crop_mode {mode!r}: allowed are center, squash")
+    scaled = math.floor(height / share), math.floor(width / share)
+    return Steps(
+        size=scaled if mode == "squash" or height != width else scaled[0],
+        crop_size=(height, width),
+        crop_rounding="half-even",
+        resample=str(settings.get("interpolation", "bilinear")),
+        image_mean=_per_channel(settings.get("mean", IMAGENET_MEAN)),
+        image_std=_per_channel(settings.get("std", IMAGENET_STD)),
+    )
+
+
+def _from_open_clip(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Steps:
+    """open_clip's evaluation transform (open_clip/transform.py): shortest edge and crop, or squash."""
+    size = _square(settings.get("size") or config["model_cfg"]["vision_cfg"].get("image_size", 224))
+    mode = settings.get("resize_mode", "shortest")
+    if mode not in ("shortest", "squash"):
+        raise BadModel(f"open_clip's resize_mode {mode!r}: allowed are shortest, squash")
+    return Steps(
+        size=size if mode == "squash" else min(size),
+        crop_size=size,
+        crop_rounding="half-even",
+        resample=str(settings.get("interpolation", "bicubic")),
+        image_mean=_per_channel(settings.get("mean", CLIP_MEAN)),
+        image_std=_per_channel(settings.get("std", CLIP_STD)),
+    )
+
+
+STUDY_STEPS: dict[str, tuple[int, str, str]] = {  # model_type → shortest edge, filter, colours
+    "clip": (224, "bicubic", "clip"),
+    "clip_vision_model": (224, "bicubic", "clip"),
+    "vit": (248, "bicubic", "half"),
+    "dinov2": (256, "bilinear", "imagenet"),
+    "vit_mae": (256, "bilinear", "imagenet"),
+}
+"""The transforms of the study's code (arXiv 2601.09322, commit ef86a87): those of open_clip, timm and thingsvision."""
+
+
+def _from_study(folder: Path, config: Mapping[str, Any]) -> Steps:
+    timms = str(config.get("architecture")).startswith("vit_")  # which is what the study loads its supervised ViTs from
+    family = "vit" if timms else str(config.get("model_type"))
+    if family not in STUDY_STEPS:
+        raise BadModel(
+            f"the study has no model of the family {family} of {folder.name}; allowed with --preprocess paper: "
+            f"{', '.join(STUDY_STEPS)}. Leave it away for the model's own preprocessing"
+        )
+    edge, resample, colours = STUDY_STEPS[family]
+    mean, std = COLOURS[colours]
+    return Steps(
+        size=edge, crop_size=(224, 224), crop_rounding="half-even", resample=resample, image_mean=mean, image_std=std
+    )
+
+
+def _processor(folder: Path) -> Any:
+    """The model's own image processor, in its PIL form: exact, and without torchvision."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
+    except (OSError, ValueError, ImportError) as err:
+        raise BadModel(
+            f"{folder.name}: no image processor can be made ({first_line(err)}); the folder needs a "
+            f"preprocessor_config.json of one of {', '.join(KNOWN)}, or of another processor "
+            "that has a PIL form in transformers"
+        ) from err

@@ -1,0 +1,309 @@
+"""Resize, crop, rescale and normalise: what is done to an image before the model sees it, and how the cache's key says it.
+
+The reference is the model's image processor in transformers, in its PIL form. This code gives the same numbers to the bit,
+needs neither torchvision nor the processor's class, and splits the work in two. `Steps.picture` is what a worker does for
+one image and ends in bytes, a quarter of the floats' memory; `Steps.finish` turns a batch of them into the numbers that the
+model takes, on the model's device.
+
+The fast path decodes JPEG by libjpeg-turbo directly, large images at a reduced scale, and resizes bytes by torch. Most of
+its pixels equal the exact ones and the others differ by one level; docs/measurements/speed.md shows what that does to features.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mlfusion.errors import BadModel
+
+Kernel = Literal["pil", "torch-uint8", "torch-float32"]
+"""The resize kernel: PIL on bytes, torch on bytes (the fast path), or torch on floats (as torchvision's processors)."""
+
+JPEG_MARGIN = 2
+"""The fast path decodes a JPEG at 1/2, 1/4 or 1/8 only if that leaves this many times the target's height and width."""
+
+Rounding = Literal["floor", "half-even"]
+"""Rounding of a crop's offset when the margin is odd: transformers rounds down, torchvision to the even number."""
+
+FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Resize, crop, rescale, normalise: everything between an RGB image and the model's input."""
+
+    size: tuple[int, int] | int | None  # (height, width), or the shortest edge
+    crop_size: tuple[int, int] | None  # (height, width) of the centre crop; smaller images are padded with black
+    crop_rounding: Rounding = "floor"
+    resample: str = "bicubic"
+    kernel: Kernel = "pil"
+    rescale_factor: float | None = 1 / 255
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+    view: str = "plain"  # 'plain', 'flip', 'crop1', …: which part of the image is shown, and whether mirrored
+    seed: int = 0  # decides where random crops lie
+
+    def __post_init__(self) -> None:
+        if self.crop_size is None and not isinstance(self.size, tuple):
+            raise BadModel(
+                f"pictures of every shape would come out of a resize to {self.size} without a crop; allowed: a processor "
+                "with a crop_size, or a size with height and width"
+            )
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the model's input."""
+        assert isinstance(self.size, tuple) or self.crop_size
+        return self.crop_size or self.size  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of what `picture` returns."""
+        return torch.float32 if self.kernel == "torch-float32" else torch.uint8
+
+    @property
+    def decodes_jpeg(self) -> bool:
+        """Whether JPEG files take the fast path, `from_jpeg`."""
+        return self.kernel == "torch-uint8"
+
+    def picture(self, image: Image.Image, name: str = "") -> np.ndarray:
+        """Resize and crop one image → [3, height, width] of `dtype`; bytes are not rescaled yet, floats are.
+
+        `name` is the sample's id; a random crop depends on it.
+        """
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        box, mirrored = self.region(image.height, image.width, name)
+        if box:
+            image = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
+        height, width = self.pixels if box else self._resized_shape(image.height, image.width)
+        if self.kernel == "pil":
+            resized = np.asarray(image.resize((width, height), FILTERS[self.resample])).transpose(2, 0, 1)
+        else:
+            resized = self._resize_by_torch(np.array(image), height, width)
+        return self._crop_and_mirror(resized, mirrored)
+
+    def from_jpeg(self, data: bytes, name: str = "", max_pixels: int = 2**63) -> np.ndarray | None:
+        """Decode, resize and crop a JPEG file by the fast path → [3, height, width] uint8.
+
+        Returns None for a file that is not a JPEG in grey or YCbCr, is damaged, or has more than `max_pixels` pixels: PIL
+        decodes those, or says what is wrong.
+        """
+        if data[:2] != b"\xff\xd8" or (shape := _jpeg_shape(data)) is None or shape[0] * shape[1] > max_pixels:
+            return None
+        height, width = shape
+        box, mirrored = self.region(height, width, name)
+        source = box[2:] if box else shape
+        target = self.pixels if box else self._resized_shape(*shape)
+        scale = _jpeg_scale(source, target)
+        pixels = _decode_jpeg(data, height, width, scale)
+        if pixels is None:
+            return None
+        if box:
+            top, left, high, wide = (round(n / scale) for n in box)
+            pixels = np.ascontiguousarray(pixels[top : top + high, left : left + wide])
+        return self._crop_and_mirror(self._resize_by_torch(pixels, *target), mirrored)
+
+    def _resize_by_torch(self, pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+        """[h, w, 3] bytes → [3, height, width], with antialiasing as PIL does it."""
+        whole = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        if self.kernel == "torch-float32":
+            whole = whole.float() * (self.rescale_factor or 1)
+        return torch.nn.functional.interpolate(whole, (height, width), mode=self.resample, antialias=True)[0].numpy()
+
+    def _crop_and_mirror(self, pixels: np.ndarray, mirrored: bool) -> np.ndarray:
+        if self.crop_size and pixels.shape[1:] != self.crop_size:
+            pixels = _centre_crop(pixels, self.crop_size, self.crop_rounding)
+        return pixels[:, :, ::-1] if mirrored else pixels
+
+    def region(self, height: int, width: int, name: str) -> tuple[tuple[int, int, int, int] | None, bool]:
+        """The part of an image that this view shows, (top, left, height, width) or None for all; and whether it is mirrored.
+
+        Crops are those of torchvision's `RandomResizedCrop`: 0.25 to 1 of the area, aspect ratio 3/4 to 4/3, uniform
+        position. They are a function of the seed, the view and the sample's id alone.
+        """
+        if not self.view.startswith("crop"):
+            return None, self.view == "flip"
+        digest = hashlib.sha256(f"{self.seed}:{self.view}:{name}".encode()).digest()
+        area, shape, x, y = (int.from_bytes(digest[8 * n : 8 * n + 8], "big") / 2**64 for n in range(4))
+        ratio = math.exp((2 * shape - 1) * math.log(4 / 3))
+        square = height * width * (0.25 + 0.75 * area)
+        wide = min(width, max(1, round(math.sqrt(square * ratio))))
+        high = min(height, max(1, round(math.sqrt(square / ratio))))
+        box = int(y * (height - high + 1)), int(x * (width - wide + 1)), high, wide
+        return box, bool(hashlib.sha256(digest).digest()[0] & 1)
+
+    def finish(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rescale and normalise [images, 3, height, width] of `dtype` → the same shape in float32, on the same device.
+
+        `out`: a tensor to write into, of that shape or with more images; reused memory is faster than new.
+        """
+        made = torch.empty(pictures.shape, device=pictures.device) if out is None else out[: len(pictures)]
+        made.copy_(pictures)
+        factor = self.rescale_factor
+        if factor is not None and pictures.dtype == torch.uint8:
+            if self._divides:
+                made.div_(1 / factor)
+            else:
+                made.copy_(made.double().mul_(factor))
+        if self.image_mean is not None and self.image_std is not None:
+            mean, std = (
+                torch.tensor(each, device=made.device)[:, None, None] for each in (self.image_mean, self.image_std)
+            )
+            made.sub_(mean).div_(std)
+        return made
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images → the model's input, [images, 3, height, width] float32."""
+        return self.finish(torch.from_numpy(np.stack([self.picture(image) for image in images])))
+
+    @cached_property
+    def _divides(self) -> bool:
+        """Whether dividing in float32 gives, for every byte, transformers' product in float64 rounded to float32."""
+        assert self.rescale_factor is not None
+        byte = torch.arange(256)
+        return torch.equal(byte.float() / (1 / self.rescale_factor), (byte.double() * self.rescale_factor).float())
+
+    def _resized_shape(self, height: int, width: int) -> tuple[int, int]:
+        if self.size is None:
+            return height, width
+        if isinstance(self.size, tuple):
+            return self.size
+        short, long = sorted((height, width))
+        longer = int(self.size * long / short)
+        return (longer, self.size) if width <= height else (self.size, longer)
+
+    def key(self, *, exif_transpose: bool = False) -> str:
+        """Canonical JSON for `ModelSpec.preprocess`, in transformers' words where it has them; `from_key` reads it back.
+
+        `exif_transpose`: the data set turns images as their EXIF says before these steps.
+        """
+        body = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if not self.view.startswith("crop"):
+            del body["seed"]
+        if self.view == "plain":
+            del body["view"]
+        if self.decodes_jpeg:
+            body["spare"] = JPEG_MARGIN
+        if isinstance(self.size, tuple):
+            body["size"] = {"height": self.size[0], "width": self.size[1]}
+        elif self.size is not None:
+            body["size"] = {"shortest_edge": self.size}
+        if self.crop_size:
+            body["crop_size"] = {"height": self.crop_size[0], "width": self.crop_size[1]}
+        return canonical(body, exif_transpose)
+
+
+def _centre_crop(pixels: np.ndarray, size: tuple[int, int], rounding: Rounding) -> np.ndarray:
+    """[3, height, width] → [3, *size]: the middle, padded with zeros if it is smaller."""
+    offsets, pads = [], []
+    for have, want in zip(pixels.shape[1:], size, strict=True):
+        margin, lack = max(have - want, 0), max(want - have, 0)
+        offsets.append(margin // 2 if rounding == "floor" else round(margin / 2))
+        before = -(-lack // 2) if rounding == "floor" else lack // 2
+        pads.append((before, lack - before))
+    if any(map(any, pads)):
+        pixels = np.pad(pixels, ((0, 0), *pads))
+    top, left = offsets
+    return pixels[:, top : top + size[0], left : left + size[1]]
+
+
+def canonical(body: Mapping[str, Any], exif_transpose: bool) -> str:
+    """The JSON text of a preprocessing, with the mark of images that are turned as their EXIF says."""
+    return json.dumps({**body, "exif": "upright"} if exif_transpose else body, sort_keys=True)
+
+
+def from_key(key: str) -> tuple[Steps | None, bool]:
+    """The steps whose `key` this is, and whether images are turned as their EXIF says.
+
+    The steps are None if a processor of transformers, or another version of this code, wrote the key.
+    """
+    try:
+        body = json.loads(key)
+        exif_transpose = body.pop("exif", None) == "upright"
+        unmarked = json.dumps(body, sort_keys=True)
+        body.pop("spare", None)
+        absent = {"size": None, "crop_size": None, "rescale_factor": None}  # what is not done is not in the key
+        sizes = {name: edges(body[name]) for name in ("size", "crop_size") if name in body}
+        colours = {name: tuple(map(float, body[name])) for name in ("image_mean", "image_std") if name in body}
+        steps = Steps(**{**absent, **body, **sizes, **colours})
+        known = steps.resample in FILTERS and steps.kernel in get_args(Kernel) and is_view(steps.view)
+        return (steps if known and steps.key() == unmarked else None), exif_transpose
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, BadModel):
+        return None, False
+
+
+def edges(value: Any) -> tuple[int, int] | int:
+    """(height, width), or the shortest edge, from one of the forms in which transformers writes a size.
+
+    Raises:
+        BadModel: another form.
+    """
+    if isinstance(value, Mapping):
+        if value.get("height") and value.get("width"):
+            return int(value["height"]), int(value["width"])
+        if value.get("shortest_edge") and not value.get("longest_edge"):
+            return int(value["shortest_edge"])
+        raise BadModel(f"size {dict(value)}: allowed are height and width, or shortest_edge")
+    if isinstance(value, Sequence):
+        return int(value[0]), int(value[1])
+    return int(value)
+
+
+def is_view(name: str) -> bool:
+    """Whether this is the name of a view: 'plain', 'flip', 'crop1', 'crop2', …"""
+    return re.fullmatch(r"plain|flip|crop[1-9][0-9]*", name) is not None
+
+
+def views(count: int) -> tuple[str, ...]:
+    """The first `count` views: 'plain', 'flip', 'crop1', 'crop2', …"""
+    return ("plain", "flip", *(f"crop{n}" for n in range(1, count - 1)))[:count]
+
+
+def _jpeg_scale(source: tuple[int, ...], target: tuple[int, ...]) -> int:
+    """8, 4, 2 or 1: the JPEG is decoded at one part in so many of its height and width."""
+    for scale in (8, 4, 2):
+        if all(have >= scale * JPEG_MARGIN * want for have, want in zip(source, target, strict=True)):
+            return scale
+    return 1
+
+
+def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """Height and width from the header of a JPEG; None if it is not one in grey or YCbCr."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return (image.height, image.width) if image.mode in ("L", "RGB") else None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _decode_jpeg(data: bytes, height: int, width: int, scale: int) -> np.ndarray | None:
+    """[height / scale, width / scale, 3] uint8, rounded up; None if the file is damaged.
+
+    Decoded by simplejpeg (libjpeg-turbo without PIL's copies) if it is installed, else by PIL: the same bytes.
+    """
+    try:
+        import simplejpeg
+    except ImportError:
+        simplejpeg = None
+    try:
+        if simplejpeg is not None:
+            # The smallest of the scales n/8 that gives at least this many pixels: 8 / scale of them.
+            least = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **least)
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            if scale > 1:
+                image.draft("RGB", (-(-width // scale), -(-height // scale)))
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError):
+        return None
