@@ -178,6 +178,23 @@ def test_rates_follow_torchs_cosine_from_each_configurations_own() -> None:
     assert cosine(own, steps, steps).tolist() == pytest.approx([1e-6, 1e-6])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA knows")
+@pytest.mark.parametrize("head", PROBES)
+def test_a_gpu_trains_as_a_processor_does(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout and jitter, whose streams are a device's own; in float64, so that order of summation hardly matters."""
+    monkeypatch.setattr(batches, "JITTER_PROBABILITY", 0.0)
+    grid = [Configuration(c.lr, c.weight_decay) for c in SEVEN]
+    schedule, ends = Schedule.of(41, epochs=1, least_steps=30), []
+    for device in ("cpu", "cuda"):
+        trained = population.train(
+            *(head, some(41), np.arange(41), grid, SHAPE, schedule), seed=0, device=device, dtype=F64
+        )
+        ends.append([{name: value.cpu() for name, value in probe.state_dict().items()} for _, probe in trained])
+    for one, other in zip(*ends, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from mlfusion.probes.abmil import AbMIL
 from mlfusion.probes.aim import Aim
 from mlfusion.probes.attentive import Attentive
-from mlfusion.probes.contract import Probe, Shape, drawn
+from mlfusion.probes.contract import Probe, Shape
 from mlfusion.probes.efficient import Efficient
 from mlfusion.probes.linear import Linear
 from mlfusion.probes.scalar_mix import ScalarMix
@@ -23,4 +23,4 @@ PROBES: dict[Head, type[Probe]] = {
     "v-jepa-4": VJepa4,
 }
 
-__all__ = ["PROBES", "Attentive", "Linear", "Probe", "Shape", "drawn"]
+__all__ = ["PROBES", "Attentive", "Linear", "Probe", "Shape"]

@@ -26,7 +26,7 @@ class Probe(Protocol):
     """
 
     clip: ClassVar[float | None]  # largest gradient norm of a configuration
-    drops: ClassVar[bool]  # whether the dropout rate is one of its hyper-parameters; see `drawn` then
+    drops: ClassVar[bool]  # whether the dropout rate is one of its hyper-parameters
     attends: ClassVar[bool]  # whether it has `attention(tokens) -> [K, B, H, T]`
 
     def __init__(self, shape: Shape, *, seeds: Sequence[int], dropouts: Sequence[float]) -> None:
@@ -44,12 +44,6 @@ class Probe(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object: ...
-
-
-def drawn(probe: Probe) -> Sequence[torch.Generator]:
-    """What a forward pass in training draws from, once there was one: `mask_streams` of a probe that has them."""
-    streams: Sequence[torch.Generator] = getattr(probe, "mask_streams", ())
-    return streams
 
 
 def generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:

@@ -7,8 +7,10 @@ the same is done by PyTorch, and differs by the order of summation alone.
 import ctypes
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Self
@@ -17,18 +19,26 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mlfusion.switch import Switch
-
 COLUMNS = 32  # the width of tokens must be a multiple
 PART = 1 << 21  # numbers that are worth a thread of their own
 
-_switch = Switch("MLFUSION_KERNELS")
-off = _switch.off
+_on = os.environ.get("MLFUSION_KERNELS") != "0"
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Within it, PyTorch does all the work, in every thread; MLFUSION_KERNELS=0 in the environment has the same effect."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before
 
 
 def absent() -> str | None:
     """Why there is nothing of the kind here, or None."""
-    if not _switch.on:
+    if not _on:
         return "switched off"
     if (made := _compiled()) is None:
         return "not compiled: there was no C compiler at installation"
@@ -41,7 +51,7 @@ def absent() -> str | None:
 
 def library() -> ctypes.CDLL | None:
     """What was compiled, if this processor has its instructions and no faster ones."""
-    return _usable() if _switch.on else None
+    return _usable() if _on else None
 
 
 @cache
