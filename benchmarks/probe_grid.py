@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens, batches
+from mlfusion.cli.malloc import freed_memory_kept
 from mlfusion.population import Configuration
 from mlfusion.probes import Shape, kernels
 from mlfusion.protocol import GRIDS
@@ -268,7 +269,8 @@ def measure(device: str, precision: population.Precision, steps: int, baseline_s
     before = peak(device)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    mine = ours(tokens, steps, device, narrow)
+    with freed_memory_kept():  # as at the command line
+        mine = ours(tokens, steps, device, narrow)
     ours_peak = peak(device)
     theirs += loop(baseline_steps - baseline_steps // 2)
 

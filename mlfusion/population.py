@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from mlfusion.batches import Schedule, Tokens, batches, stream
 from mlfusion.errors import BadData
-from mlfusion.memory import Footprint, available, pages_kept
+from mlfusion.memory import Footprint, available
 from mlfusion.optimizer import AdamW, cosine
 from mlfusion.probes import PROBES, Probe, Shape
 from mlfusion.specs import Head
@@ -339,7 +339,7 @@ def train(
         )
     for group in layout.groups(len(configurations)):
         blocks = [_Block(head, shape, configurations[part], seed, by, loss=loss) for part in group]
-        with pages_kept(), _tensor_cores(device), _Lanes(min(layout.lanes, len(blocks))) as lanes:
+        with _tensor_cores(device), _Lanes(min(layout.lanes, len(blocks))) as lanes:
             passing = batches(tokens, rows, schedule, seed=seed, device=device, dtype=dtype)
             for step, (batch, labels) in enumerate(islice(passing, until)):
                 one = partial(_Block.step, tokens=batch, labels=labels, step=step, steps=schedule.steps)

@@ -50,7 +50,6 @@ DOORS: dict[str, set[str]] = {
         "specs",
         "disk",
         "store",
-        "memory",
         "models",
         "datasets",
         "preprocessing",
