@@ -90,7 +90,8 @@ def amount(units: Mapping[str, int] = UNITS) -> Kind:
 
 def numbers(least: int, *, example: str, whole_set: bool = False) -> Kind:
     """Whole numbers, comma-separated; with `whole_set` also 'all', which is None."""
-    said = f"allowed is a list of whole numbers from {least}{' and "all"' if whole_set else ''}, such as {example}"
+    also = ' and "all"' if whole_set else ""
+    said = f"allowed is a list of whole numbers from {least}{also}, such as {example}"
 
     def one(word: Any) -> Any:
         if isinstance(word, str):
