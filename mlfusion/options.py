@@ -6,9 +6,9 @@ docs/reference.md are made from these definitions. A value is checked when it is
 
 import dataclasses
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from mlfusion.errors import BadOption
 from mlfusion.kinds import (
@@ -28,6 +28,8 @@ from mlfusion.kinds import (
     whole,
 )
 from mlfusion.specs import COMPUTES, DTYPES, HOOKS, Dtype, Hook, Setting, parse_layers, parse_tokens
+
+O = TypeVar("O", bound="Options")
 
 Effect = Literal["key", "stream", "id", "bit", "rounding"]
 EFFECTS: dict[Effect, str] = {
@@ -67,9 +69,13 @@ class Option:
     kind: Kind
     help: str  # one sentence
     effect: Effect
-    name: str | None = None  # on the command line and in recipes, where it is not the field's
-    former: tuple[str, ...] = ()  # names it had, which are still understood
-    command_line: bool = True
+    name: str = ""  # in recipes, and with dashes on the command line, where it is not the field's
+    former: tuple[str, ...] = ()  # names that it had, which are still understood
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line, without its first dashes."""
+        return self.name.replace("_", "-")
 
 
 def option(default: Any, kind: Kind, help: str, *, effect: Effect, **others: Any) -> Any:
@@ -83,59 +89,68 @@ class Options:
 
     def __post_init__(self) -> None:
         for field, one in definitions(type(self)):
-            value = getattr(self, field)
-            if value is not None:
-                value = one.kind.read(value)
-                object.__setattr__(self, field, value)
+            given = getattr(self, field)
+            value = given if given is None else one.kind.read(given)
+            object.__setattr__(self, field, value)
             if fault := fault_of(type(self), field, value):
-                raise BadOption(f"--{dashed(field, one)} {value}: {fault}")
+                raise BadOption(f"--{one.flag} {given}: {fault}")
 
-    def given(self) -> dict[str, Any]:
-        """The fields that are not at their default."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return {
-            field: getattr(self, field)
-            for field, _ in definitions(type(self))
-            if getattr(self, field) != defaults[field]
-        }
+    def changed(self) -> dict[str, Any]:
+        """The fields that are not at their default, those of an options class inside this one among them."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Options):
+                found |= value.changed()
+            elif value != field.default:
+                found[field.name] = value
+        return found
 
     def words(self) -> list[str]:
         """The command-line words of the fields that are not at their default; `Kind.parse` reads them."""
+        known = all_definitions(type(self))
         words: list[str] = []
-        for field, value in self.given().items():
-            one = definition(type(self), field)
-            if not one.command_line:
-                continue
-            if value is True:
-                words.append(f"--{dashed(field, one)}")
-                continue
+        for field, value in self.changed().items():
+            one = known[field]
             said = one.kind.words(value)
+            if value is True:
+                words.append(f"--{one.flag}")
+                continue
             for word in [said] if isinstance(said, str) else said:
-                words += (
-                    [f"--{dashed(field, one)}={word}"] if word.startswith("-") else [f"--{dashed(field, one)}", word]
-                )
+                words += [f"--{one.flag}={word}"] if word.startswith("-") else [f"--{one.flag}", word]
         return words
 
 
 def definitions(kind: type[Options]) -> Iterator[tuple[str, Option]]:
-    """The fields of an options class, in order, with their definitions."""
+    """The fields of an options class itself, in order, with their definitions."""
     for field in dataclasses.fields(kind):
-        yield field.name, field.metadata["option"]
+        if "option" in field.metadata:
+            one: Option = field.metadata["option"]
+            yield field.name, one if one.name else dataclasses.replace(one, name=field.name)
 
 
-def definition(kind: type[Options], field: str) -> Option:
-    """The definition of one field."""
-    return dict(definitions(kind))[field]
+def parts(kind: type[Options]) -> dict[str, type[Options]]:
+    """The fields of an options class that are options classes themselves."""
+    return {each.name: type(each.default) for each in dataclasses.fields(kind) if isinstance(each.default, Options)}
 
 
-def named(field: str, one: Option) -> str:
-    """What an option is called in recipes."""
-    return one.name or field
+def all_definitions(kind: type[Options]) -> dict[str, Option]:
+    """The definitions of a class and of the options classes inside it, by field."""
+    found = dict(definitions(kind))
+    for inner in parts(kind).values():
+        found |= all_definitions(inner)
+    return found
 
 
-def dashed(field: str, one: Option) -> str:
-    """What an option is called on the command line, without its dashes."""
-    return named(field, one).replace("_", "-")
+def build(kind: type[O], values: Mapping[str, Any]) -> O:
+    """An options class from the values of some of its fields, and of those of the options classes inside it.
+
+    Raises:
+        BadOption: a value that is not allowed.
+    """
+    own = {name: values[name] for name, _ in definitions(kind) if name in values}
+    inner = {name: build(part, values) for name, part in parts(kind).items()}
+    return kind(**own, **inner)
 
 
 def fault_of(kind: type[Options], field: str, value: Any) -> str | None:
@@ -143,7 +158,7 @@ def fault_of(kind: type[Options], field: str, value: Any) -> str | None:
     default = next(each.default for each in dataclasses.fields(kind) if each.name == field)
     if value is None and default is None:
         return None
-    return definition(kind, field).kind.fault(value)
+    return all_definitions(kind)[field].kind.fault(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +204,7 @@ class ReadOptions(Options):
 class FeatureOptions(Options):
     """What decides the key of a feature, or which streams of an entry are made."""
 
+    read: ReadOptions = ReadOptions()
     splits: tuple[str, ...] = option(
         ("train", "test"),
         split_names(),
