@@ -29,7 +29,7 @@ from mlfusion.kinds import (
 )
 from mlfusion.specs import COMPUTES, DTYPES, HOOKS, Dtype, Hook, Setting, parse_layers, parse_tokens
 
-O = TypeVar("O", bound="Options")
+T = TypeVar("T", bound="Options")
 
 Effect = Literal["key", "stream", "id", "bit", "rounding"]
 EFFECTS: dict[Effect, str] = {
@@ -142,7 +142,7 @@ def all_definitions(kind: type[Options]) -> dict[str, Option]:
     return found
 
 
-def build(kind: type[O], values: Mapping[str, Any]) -> O:
+def build(kind: type[T], values: Mapping[str, Any]) -> T:
     """An options class from the values of some of its fields, and of those of the options classes inside it.
 
     Raises:
@@ -327,6 +327,34 @@ class TrainingOptions(Options):
     memory: int | None = option(
         None, amount(), "Memory limit for training, such as 4GB; default: most of the free memory.", effect="rounding"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions(Options):
+    """Where features and rows are kept. Nothing here changes a number."""
+
+    cache: str | None = option(
+        None,
+        text(),
+        "Root of the feature cache, or MINE:SHARED to read others too; default: $MLFUSION_CACHE or ./cache.",
+        effect="bit",
+    )
+    results: str = option("results", text(), "Folder of the results.", effect="bit")
+    save: bool = option(False, flag(), "Keep the trained probes, for mlfusion predict.", effect="bit")
+    track: str = option(
+        "",
+        Kind(str, lambda v: None if isinstance(v, str) else "allowed is text in quotes"),
+        "Show new rows in tensorboard:DIR, wandb:PROJECT or mlflow:URI too, comma-separated.",
+        effect="bit",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PilotOptions(Options):
+    """What decides the numbers of a pilot: `mlfusion advise`."""
+
+    images: int = option(300, whole(1), "Number of training images in the pilot, balanced over classes.", effect="id")
+    seed: int = option(0, whole(0), "Seed that selects the images.", effect="id")
 
 
 def command(verb: str, arguments: Iterable[tuple[str, str]], *options: Options) -> str:
