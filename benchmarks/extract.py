@@ -34,9 +34,9 @@ from PIL import Image
 
 import mlfusion
 from mlfusion import devices, extraction, loader, models
+from mlfusion.cli.malloc import freed_memory_kept
 from mlfusion.extraction import Making, Request
 from mlfusion.loader import Loader
-from mlfusion.memory import pages_kept
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
 
@@ -425,12 +425,13 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="put the tables into docs/measurements/speed.md")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        peak(*args.peak)
-        return
-    with tempfile.TemporaryDirectory() as root, pages_kept():
-        for part in args.part.split(","):
-            globals()[part](args, Path(root))
+    with freed_memory_kept():  # as at the command line
+        if args.peak:
+            peak(*args.peak)
+            return
+        with tempfile.TemporaryDirectory() as root:
+            for part in args.part.split(","):
+                globals()[part](args, Path(root))
 
 
 if __name__ == "__main__":

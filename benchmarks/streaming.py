@@ -23,6 +23,7 @@ import torch
 
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens
+from mlfusion.cli.malloc import freed_memory_kept
 from mlfusion.probes import HeadShape
 from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
 from mlfusion.store import FeatureStore, Names, Samples, streams_for
@@ -103,7 +104,8 @@ def main() -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:
-        train(args.train, args.way)
+        with freed_memory_kept():  # as at the command line
+            train(args.train, args.way)
         return
     rows = []
     for images in (args.images, 2 * args.images, 4 * args.images):

@@ -1,7 +1,12 @@
-"""What a population is trained on: an image's tokens, of length 1 and jittered, in shuffled batches from memory or cache."""
+"""Training batches: tokens scaled to length 1 and jittered, in a shuffled order, held in memory or streamed from the cache.
+
+The order of an epoch follows from the seed, the rows and the size of an image alone: held and streamed tokens come in the same
+batches.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache as once
 from typing import Any, Protocol, runtime_checkable
@@ -17,13 +22,16 @@ LARGEST_BATCH = 2048
 FEWEST_BATCHES = 5  # an epoch
 JITTER_STD = 0.05
 JITTER_PROBABILITY = 0.5
+SHUFFLE_BYTES = 1 << 28  # of images that are shuffled together; streaming holds twice as many
+RUN_NUMBERS = 1 << 19  # of neighbouring images that are read together: at least one chunk of the cache
+MIN_RUNS = 8  # of the images that are shuffled together
 
 _PIECE = 1 << 18  # numbers that are converted, normalised and jittered at a time, so that they stay in a core's cache
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Tokens that are read when they are asked for, as a reader of the cache gives them."""
+    """Tokens that are read on request, such as a reader of the cache."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,19 +43,16 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: "slice | np.ndarray") -> np.ndarray:
-        """Some images in the order asked for."""
-
-    def batches(self, size: Sequence[int], *, seed: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """One pass in a shuffled order over images `rows`, in batches of these sizes: their rows and tokens."""
+        """Tokens of some images, in the order asked for."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a probe is given for the images of one split; may be float16, and is converted batch by batch."""
+    """Tokens and labels of one split; tokens may be float16, and are converted batch by batch."""
 
     values: np.ndarray | Tensor | Source  # [N, T, D], as extracted: not normalised
     labels: np.ndarray  # [N] int64 in 0..C-1; or [N, C] of 0 and 1, or [N] floating, see `targets`
-    ids: tuple[str, ...] | None = None  # [N], by which an image is named in errors
+    ids: tuple[str, ...] | None = None  # [N], the images' names in error messages
 
     def __len__(self) -> int:
         """N, the number of images."""
@@ -61,48 +66,68 @@ class Tokens:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all of them take in memory, as they are kept."""
+        """Bytes of all tokens in memory, in their own type."""
         return math.prod(self.values.shape) * self.values.dtype.itemsize
 
     def __getitem__(self, rows: slice | np.ndarray) -> Tensor:
-        """Tokens of these images as they are kept [rows, T, D]."""
+        """Tokens of these images, in their own type [rows, T, D]."""
         if isinstance(self.values, Tensor):
-            return self.values[rows if isinstance(rows, slice) else sent(torch.from_numpy(rows), self.values.device)]
+            return self.values[
+                rows if isinstance(rows, slice) else to_device(torch.from_numpy(rows), self.values.device)
+            ]
         some = self.values[rows]
         return torch.from_numpy(some if some.flags.writeable else some.copy()).view(-1, *self.shape[1:])
 
     def of(self, rows: np.ndarray) -> "Tokens":
-        """Some of the images, in memory."""
+        """The tokens of images `rows`, in memory."""
         return Tokens(self[rows], self.labels[rows], self.ids and tuple(self.ids[row] for row in rows))
 
     def on(self, device: torch.device | str) -> "Tokens":
-        """All of them on a device."""
+        """All tokens on a device."""
         return Tokens(self[:].to(device), self.labels, self.ids)
 
     def normalised(self, rows: np.ndarray, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Tokens of these images, each of length 1 over its width (a zero token stays zero): [rows, T, D]."""
+        """Tokens of these images, each scaled to length 1 over its width (a zero token stays zero): [rows, T, D]."""
         return _prepared(self[rows], device, dtype, None)
 
-    def passed(
-        self, rows: np.ndarray, sizes: Sequence[int], order: np.random.Generator
-    ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """One pass in a shuffled order over images `rows`: rows and tokens, as kept, of every batch."""
-        if isinstance(self.values, Source):
-            for chosen, values in self.values.batches(sizes, seed=int(order.integers(2**63)), rows=rows):
-                yield chosen, torch.from_numpy(values).view(-1, *self.shape[1:])
-        else:
-            for chosen in np.split(order.permutation(rows), np.cumsum(sizes)[:-1]):
-                yield chosen, self[chosen]
+    def iter_batches(self, groups: Iterable[list[np.ndarray]]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Rows [b] and tokens [b, T, D], in their own type, of every batch of `Schedule.order`'s groups.
+
+        Tokens from the cache are read a group at a time, the next one in a thread. Whoever asks for a batch should hold none
+        before it, so that the memory of two groups is enough.
+        """
+        if not isinstance(self.values, Source):
+            yield from ((rows, self[rows]) for group in groups for rows in group)
+            return
+        for group, values in _read_ahead(self, groups):
+            start = 0
+            for rows in group:
+                yield rows, values[start : start + len(rows)]
+                start += len(rows)
+            del values
+
+
+def _read_ahead(tokens: Tokens, groups: Iterable[list[np.ndarray]]) -> Iterator[tuple[list[np.ndarray], Tensor]]:
+    """Every group with its tokens; a thread reads the next group meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        ready: Future[tuple[list[np.ndarray], Tensor]] | None = None
+        for group in groups:
+            begun = pool.submit(lambda rows: (rows, tokens[np.concatenate(rows)]), group)
+            if ready:
+                yield ready.result()
+            ready = begun
+        if ready:
+            yield ready.result()
 
 
 def stream(*words: str | float) -> int:
-    """64 bits that name a random stream, on every machine."""
+    """The seed of a random stream: 64 bits of a digest of its name, the same on every machine."""
     return int(digest(words), 16)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train on N images, and in which batches."""
+    """The number of training steps on N images, and their batches."""
 
     images: int  # N
     steps: int
@@ -123,42 +148,79 @@ class Schedule:
         each, more = divmod(self.images, self.batches)
         return [each + 1] * more + [each] * (self.batches - more)
 
+    def order(self, tokens: Tokens, rows: np.ndarray, seed: int) -> Iterator[list[np.ndarray]]:
+        """The rows of every batch of all steps, in groups of whole batches that are shuffled among themselves.
+
+        Where an epoch is one group, all its orders are equally likely. Where it has several, runs of neighbouring rows are
+        dealt to the groups at random: every group has images from the whole split, and streaming reads whole runs.
+
+        Args:
+            tokens: whose size decides how many images a group has.
+            rows: images to train on [N], ascending.
+            seed: names the order.
+        """
+        generator = np.random.default_rng(stream("order", seed))
+        _, t, d = tokens.shape
+        together = max(1, SHUFFLE_BYTES * len(tokens) // tokens.nbytes)  # images of a group
+        run = min(1 << (RUN_NUMBERS // (t * d)).bit_length(), max(1, together // MIN_RUNS))
+        count = math.ceil(self.batches / max(1, together // self.batch_size))
+        left = self.steps
+        while left > 0:
+            for group in _epoch(rows, self.sizes, count, run, generator):
+                yield group[:left]
+                left -= len(group)
+                if left <= 0:
+                    return
+
+
+def _epoch(
+    rows: np.ndarray, sizes: list[int], groups: int, run: int, order: np.random.Generator
+) -> Iterator[list[np.ndarray]]:
+    """Rows of every batch of an epoch, in so many groups."""
+    if groups > 1:
+        runs = np.split(rows, np.flatnonzero(np.diff(rows // run)) + 1)
+        rows = np.concatenate([runs[n] for n in order.permutation(len(runs))])
+    start = 0
+    for part in np.array_split(np.array(sizes), groups):
+        stop = start + int(part.sum())
+        yield np.split(order.permutation(rows[start:stop]), np.cumsum(part)[:-1])
+        start = stop
+
 
 def batches(
     train: Tokens, rows: np.ndarray, schedule: Schedule, *, seed: int, device: str, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Jittered tokens [B, T, D] and labels [B] of every step; order and jitter follow from `seed` alone."""
-    order = np.random.default_rng(stream("order", seed))
+    """Jittered tokens [B, T, D] and labels [B, …] of every step; order and jitter follow from `seed` alone."""
     jitter = Jitter(seed, device)
-    step = 0
-    while True:
-        for chosen, values in train.passed(rows, schedule.sizes, order):
-            if step == schedule.steps:
-                return
-            yield _prepared(values, device, dtype, jitter), sent(torch.from_numpy(train.labels[chosen]), device)
-            step += 1
+    for chosen, values in train.iter_batches(schedule.order(train, rows, seed)):
+        batch = _prepared(values, device, dtype, jitter)
+        del values
+        yield batch, to_device(torch.from_numpy(train.labels[chosen]), device)
 
 
-def sent(values: Tensor, device: torch.device | str) -> Tensor:
-    """On the device: to a GPU by a copy that goes on beside what it computes, so that nobody waits."""
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """Copy to a device: to a GPU without waiting, beside what it computes."""
     if values.device.type == "cpu" and torch.device(device).type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
 
 
 class Jitter:
-    """Noise from N(0, 0.05²) on about half of the images, one stream of it."""
+    """A random stream of noise from N(0, 0.05²), added to about half of the images."""
 
     def __init__(self, seed: int, device: torch.device | str) -> None:
         self._host = np.random.Generator(np.random.SFC64(stream("jitter", seed)))
         self._device = torch.Generator(device).manual_seed(stream("jitter", seed))
 
-    def shaken(self, images: int) -> np.ndarray:
-        """Which of so many images get it."""
+    def jittered_rows(self, images: int) -> np.ndarray:
+        """The rows, among so many images, that get noise: each with a probability of one half."""
         return np.flatnonzero(self._host.random(images) < JITTER_PROBABILITY)
 
     def noise(self, *size: int) -> Tensor:
-        """On a processor by a table of quantiles, three times as fast as exact normals and as good for jitter."""
+        """Noise of this shape, float32.
+
+        A processor takes it from a table of quantiles, three times as fast as exact normals and as good for jitter.
+        """
         if self._device.device.type != "cpu":
             return JITTER_STD * torch.randn(size, generator=self._device, device=self._device.device)
         count = math.prod(size)
@@ -168,25 +230,25 @@ class Jitter:
 
 @once
 def _quantiles() -> Tensor:
-    """The 65,536 quantiles in the middle of as many like parts of N(0, 0.05²), of just that variance: up to 4.3 deviations."""
+    """Medians of 65,536 equally likely parts of N(0, 0.05²), scaled to that variance; the largest is 4.3 deviations."""
     middles = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16)
     return (JITTER_STD * middles / middles.std(correction=0)).float()
 
 
 def _prepared(values: Tensor, device: torch.device | str, dtype: torch.dtype, jitter: Jitter | None) -> Tensor:
-    """Tokens as kept [b, T, D] → of length 1, jittered, on the device."""
+    """Tokens in their own type [b, T, D] → scaled to length 1, jittered, on the device."""
     where = torch.device(device)
-    shaken = np.empty(0, np.int64) if jitter is None else jitter.shaken(len(values))
+    jittered = np.empty(0, np.int64) if jitter is None else jitter.jittered_rows(len(values))
     if where.type == "cpu":
         out = torch.empty(values.shape, dtype=dtype)
         step = max(1, _PIECE // math.prod(values.shape[1:]))
         for start in range(0, len(values), step):
             some = slice(start, start + step)
             torch.nn.functional.normalize(values[some].to(dtype), dim=-1, out=out[some])
-            if jitter is not None and (near := shaken[(start <= shaken) & (shaken < start + step)]).size:
+            if jitter is not None and (near := jittered[(start <= jittered) & (jittered < start + step)]).size:
                 out[torch.from_numpy(near)] += jitter.noise(len(near), *values.shape[1:])
         return out
-    out = F.normalize(sent(values, where).to(dtype), dim=-1)
+    out = F.normalize(to_device(values, where).to(dtype), dim=-1)
     if jitter is not None:
-        out[sent(torch.from_numpy(shaken), where)] += jitter.noise(len(shaken), *values.shape[1:]).to(dtype)
+        out[to_device(torch.from_numpy(jittered), where)] += jitter.noise(len(jittered), *values.shape[1:]).to(dtype)
     return out

@@ -1,6 +1,7 @@
 """The ways a user can go wrong, on one page; each message says what was wrong, what was allowed and what to type next.
 
 MlfusionError
+  BadOption          an option has a value that is not allowed
   UnknownName        no model, data set, probe, layer or token kind of that name
   Unavailable        it exists, but cannot be had from here: no network, a gated model, a missing extra
   BadModel           the folder or checkpoint is not one that can be read as a vision transformer
@@ -20,6 +21,10 @@ from difflib import get_close_matches
 
 class MlfusionError(Exception):
     """Something the user can mend."""
+
+
+class BadOption(MlfusionError):
+    """An option with a value that it cannot have."""
 
 
 class UnknownName(MlfusionError):

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 PROBES = "probes"  # folder of the results that trained probes are kept in
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Part of every row's id: raised when a change of code changes scores, so that old rows are made again."""
 
 AAT_HEADS = 8

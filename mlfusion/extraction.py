@@ -26,7 +26,6 @@ from mlfusion.devices import device_name, pick_compute, pick_device
 from mlfusion.errors import CacheUnusable, MlfusionError, UnknownName
 from mlfusion.forward import Forward
 from mlfusion.loader import Loaded, Loader
-from mlfusion.memory import pages_kept
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import Preprocessing
@@ -425,7 +424,6 @@ class _Work:
         # ExitStack: whatever ends the loop, drafts that were not published and leases go away.
         with track(title, len(self.split), "images") as bar, ExitStack() as undo:
             undo.callback(leases.release)
-            undo.enter_context(pages_kept())
             while True:
                 entry.seal()
                 lacking = gaps(entry, pairs)

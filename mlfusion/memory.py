@@ -1,8 +1,6 @@
 """How much memory is free, and how much a piece of work takes: measured, so that nobody has to guess what fits."""
 
-import ctypes
 import os
-import platform
 import resource
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAPS, _ARENAS = -1, -2, -3, -4, -8  # options of mallopt
 
 
 def available(device: str = "cpu") -> int:
@@ -86,34 +82,6 @@ def _line(path: Path, name: str) -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
-
-
-@contextmanager
-def pages_kept() -> Iterator[None]:
-    """Within it, GNU's C library keeps what is freed for the next step: to fetch and clear pages anew takes a fifth of it.
-
-    The padding is as large as the heaps that threads allocate from, so that one that is empty for a moment is kept too.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    library = ctypes.CDLL(None)
-    for option, value in (
-        (_TRIM_THRESHOLD, 2**30),
-        (_TOP_PAD, 2**26),
-        (_MMAP_THRESHOLD, 2**25),
-        (_MMAPS, 0),
-        (_ARENAS, 1),
-    ):
-        library.mallopt(option, value)
-    try:
-        yield
-    finally:
-        library.mallopt(_TRIM_THRESHOLD, 2**17)
-        library.mallopt(_TOP_PAD, 2**17)
-        library.mallopt(_MMAP_THRESHOLD, 2**17)
-        library.mallopt(_MMAPS, 2**16)
-        library.malloc_trim(0)
 
 
 def is_shortage(err: BaseException) -> bool:

@@ -43,13 +43,8 @@ class AdamW:
         kernels.register(self.parameters)
 
     @torch.no_grad()
-    def clip(self, largest: float, *, look: bool = True) -> None:
-        """Scale each configuration's gradients to a norm of `largest` at most, as `clip_grad_norm_` does for one.
-
-        Args:
-            largest: norm.
-            look: whether they need it, and leave them alone if not. A GPU would have to be waited for.
-        """
+    def clip(self, largest: float) -> None:
+        """Scale each configuration's gradients to a norm of `largest` at most, as `clip_grad_norm_` does for one."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self._factored |= {n: g for n, p in enumerate(self.parameters) if (g := kernels.pop_gradient(p)) is not None}
         norms = torch.stack(
@@ -59,18 +54,17 @@ class AdamW:
             ]
         )
         factor = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
-        if not look or bool((factor != 1).any()):
+        if factor.is_cuda or bool((factor != 1).any()):  # to look would wait for a GPU
             for gradient in gradients:
                 gradient.mul_(_over(factor, gradient))
             self._factored = {n: g.scaled(factor) for n, g in self._factored.items()}
 
     @torch.no_grad()
-    def step(self, rates: Sequence[float] | Tensor | None = None) -> None:
+    def step(self, rates: Sequence[float] | None = None) -> None:
         """One update; gradients are forgotten after it.
 
         Args:
-            rates: learning rates [K], the same for configurations whose `lr` is. In a tensor they are not looked at here,
-                so that a step can be recorded. By default `lr`.
+            rates: learning rates [K], the same for configurations whose `lr` is the same. By default `lr`.
         """
         rates = self.lr.tolist() if rates is None else rates
         factored = self._factored | {
@@ -106,7 +100,7 @@ class AdamW:
             count += 1
             by = kernels.AdamWStep(
                 step=int(count[0]),
-                lr=rates.tolist() if isinstance(rates, Tensor) else rates,
+                lr=rates,
                 weight_decay=self.weight_decay.tolist(),
                 betas=self.betas,
                 eps=self.eps,

@@ -8,12 +8,11 @@ a grid has more configurations than a machine has cores, so that products need n
 each other. How many blocks are alive at once follows from the memory at hand and from what a trial step takes of it.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache as once
 from functools import partial
 from itertools import islice, pairwise
@@ -25,22 +24,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlfusion import graphs
-from mlfusion.batches import Schedule, Tokens, batches, sent, stream
+from mlfusion.batches import Schedule, Tokens, batches, stream
 from mlfusion.errors import BadData
-from mlfusion.graphs import Recorder, Replayed
-from mlfusion.memory import Footprint, available, pages_kept
+from mlfusion.memory import Footprint, available
 from mlfusion.optimizer import AdamW, cosine
-from mlfusion.probes import HEADS, HeadModule, HeadShape, rng_streams
+from mlfusion.probes import HEADS, HeadModule, HeadShape
 from mlfusion.specs import Head
-
-log = logging.getLogger(__name__)
 
 SPARE = 0.8  # of the free memory that may be taken
 IN_CACHE = 1 << 26  # bytes that a block's step may touch
 FEW = 3  # configurations, which share their tokens, may be in a block always
 AHEAD = 2  # batches that are at hand where blocks are worked on in lanes
-ASTRAY = 0.02  # of the way that weights go in a few steps: more than rounding leads them off it
 Precision = Literal["auto", "float32", "bfloat16"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs [K, B, C] and labels → [K]."""
@@ -66,9 +60,6 @@ class Arithmetic:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32  # of parameters, statistics and losses
     bf16: bool = False  # whether products are narrower
-
-
-TRIED = Configuration(1e-3, 1e-2, 0.1)  # where any will do
 
 
 def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -102,7 +93,7 @@ def needs(head: Head, shape: HeadShape, images: int, by: Arithmetic = Arithmetic
         tokens = torch.ones(images, shape.tokens, shape.width, device=by.device, dtype=by.dtype)
         labels = torch.zeros(images, dtype=torch.int64, device=by.device)
     with Footprint() as kept:
-        block = _Block(head, shape, (TRIED,), 0, by, loss=_squares)
+        block = _Block(head, shape, (Configuration(1e-3, 1e-2, 0.1),), 0, by, loss=_squares)
     with Footprint() as step:
         block.step(tokens, labels, 0, 1)
     # What the probes share of a batch, such as standard tokens, is made by the first of them and stays as long as it.
@@ -180,7 +171,6 @@ class _Block:
         by: Arithmetic,
         *,
         loss: Loss,
-        recorder: Recorder | None = None,
     ) -> None:
         self.probe = HEADS[head](shape, seeds=[c.seed(seed) for c in members], dropouts=[c.dropout for c in members])
         self.probe.to(torch.device(by.device), by.dtype)
@@ -190,30 +180,16 @@ class _Block:
         )
         self._by, self._loss = by, loss
         self._autocast = partial(torch.autocast, torch.device(by.device).type, torch.bfloat16, enabled=by.bf16)
-        self._replayed = recorder and Replayed(self._work, recorder, partial(rng_streams, self.probe))
 
     def step(self, tokens: Tensor, labels: Tensor, step: int, steps: int) -> None:
         """One of `steps` steps, on a batch."""
-        rates = cosine(self._optimizer.lr, step, steps)
-        if self._replayed:
-            self._replayed(tokens, labels, sent(rates.float(), self._by.device))
-        else:
-            self._work(tokens, labels, rates.tolist())
-
-    def finish(self) -> HeadModule:
-        """The probe in evaluation mode; what only training needs of the device is let go."""
-        self._replayed = None
-        self.probe.eval()
-        return self.probe
-
-    def _work(self, tokens: Tensor, labels: Tensor, rates: Sequence[float] | Tensor) -> None:
         with self._autocast():
             logits = self.probe(tokens)
         # The sum over the population: no configuration's loss has a gradient for another's parameters.
         torch.autograd.backward(self._loss(logits.to(self._by.dtype), labels).sum())
         if self.probe.max_grad_norm is not None:
-            self._optimizer.clip(self.probe.max_grad_norm, look=self._replayed is None and tokens.device.type == "cpu")
-        self._optimizer.step(rates)
+            self._optimizer.clip(self.probe.max_grad_norm)
+        self._optimizer.step(cosine(self._optimizer.lr, step, steps).tolist())
 
 
 class _Lanes:
@@ -353,22 +329,17 @@ def train(
     accelerated = torch.device(device).type != "cpu"
     if accelerated and not isinstance(tokens.values, Tensor) and tokens.nbytes < available(device) / 2:
         tokens = tokens.on(device)
-    recorded = graphs.absent(device) is None and replays(head, by)
     if layout is None:
-        need = needs(head, shape, schedule.batch_size, by)
-        if recorded:  # a batch is copied to where its record looks for it
-            need = replace(need, batch=2 * need.batch)
         layout = Layout.of(
             len(configurations),
-            need,
+            needs(head, shape, schedule.batch_size, by),
             memory=int(SPARE * available(device)) if memory is None else memory,
             threads=torch.get_num_threads(),
             shared=accelerated,
         )
     for group in layout.groups(len(configurations)):
-        recorder = graphs.recorder(device) if recorded else None
-        blocks = [_Block(head, shape, configurations[part], seed, by, loss=loss, recorder=recorder) for part in group]
-        with pages_kept(), _tensor_cores(device), _Lanes(min(layout.lanes, len(blocks))) as lanes:
+        blocks = [_Block(head, shape, configurations[part], seed, by, loss=loss) for part in group]
+        with _tensor_cores(device), _Lanes(min(layout.lanes, len(blocks))) as lanes:
             passing = batches(tokens, rows, schedule, seed=seed, device=device, dtype=dtype)
             for step, (batch, labels) in enumerate(islice(passing, until)):
                 one = partial(_Block.step, tokens=batch, labels=labels, step=step, steps=schedule.steps)
@@ -377,41 +348,8 @@ def train(
             if lanes.finish() and progress:
                 progress(group[-1].stop - group[0].start)
         for part, block in zip(group, blocks, strict=True):
-            yield part, block.finish()
-
-
-@once
-def replays(head: Head, by: Arithmetic) -> bool:
-    """Whether steps of this head can be recorded on a device that has graphs, and go the same way when they are replayed.
-
-    It is tried on two small populations from the same start, of which one is trained by records and one without.
-    """
-    shape, steps = HeadShape(tokens=4, width=64, classes=4, heads=2), 2 * graphs.WARM + 6
-    schedule, labels = Schedule(images=41, steps=steps, batch_size=21, batches=2), np.arange(41) % 4
-    tokens = Tokens(np.random.default_rng(0).standard_normal((41, 4, 64), np.float32), labels)
-    loss = partial(losses, weights=torch.ones(4, device=by.device, dtype=by.dtype))
-    ends = []
-    try:
-        for one in (graphs.recorder(by.device), None):
-            block = _Block(head, shape, (TRIED, Configuration(1e-2, 1e-1)), 0, by, loss=loss, recorder=one)
-            start = [each.detach().clone() for each in block.probe.parameters()]
-            passing = batches(tokens, np.arange(41), schedule, seed=0, device=by.device, dtype=by.dtype)
-            for step, batch in enumerate(passing):
-                block.step(*batch, step, steps)
-            ends.append([each.detach() for each in block.finish().parameters()])
-    except RuntimeError as err:
-        log.warning("steps of %s cannot be recorded on %s and are launched one by one: %s", head, by.device, err)
-        return False
-    off, way = _apart(*ends), _apart(start, ends[1])
-    if not off <= ASTRAY * way:
-        said = "recorded steps of %s on %s go astray, by %.2g where the way is %.2g, and are launched one by one"
-        log.warning(said, head, by.device, off, way)
-        return False
-    return True
-
-
-def _apart(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(some, others, strict=True)))
+            block.probe.eval()
+            yield part, block.probe
 
 
 @torch.no_grad()

@@ -108,24 +108,9 @@ def predict(
 def _as_trained(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[Preprocessing, ModelSpec, bool]:
     """How the probe's pictures were prepared, the model with that, and whether images are turned as their EXIF says."""
     compute: Compute = card.compute if card.compute in COMPUTES else "float32"
-    steps, upright = _prepared(checkpoint, card)
+    rebuilt, upright = preprocessing.from_key(card.preparation)
+    steps = rebuilt or preprocessing.read(checkpoint.folder)  # a processor with rules of its own: the model's
     return steps, models.identify(checkpoint, steps.key(exif_transpose=upright), compute, steps.view), upright
-
-
-def _prepared(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[Preprocessing, bool]:
-    """As the card says; an older one has a digest only, so then in the way by name that has it; else as the model's own."""
-    made, upright = preprocessing.from_key(card.preparation)
-    if made is not None:
-        return made, upright
-    for word in preprocessing.VARIANTS if not card.preparation else ():
-        try:
-            steps = preprocessing.read(checkpoint.folder, word)
-        except BadModel:  # the study has no recipe for it, or there is no faster way
-            continue
-        for turned in (False, True):
-            if digest(steps.key(exif_transpose=turned)) == card.preprocess:
-                return steps, turned
-    return preprocessing.read(checkpoint.folder), upright
 
 
 def _tokens(backbone: Backbone, pixels: Tensor, card: trained.Card) -> np.ndarray:

@@ -27,7 +27,7 @@ from mlfusion.specs import DTYPES, HEAD_NAMES, KINDS, Head
 from mlfusion.targets import KINDS as TARGETS
 from mlfusion.targets import OneClass, Target
 
-FORMAT = 2  # 1 had no `preparation`; both are read
+FORMAT = 2
 CARD, TENSORS, README = "card.json", "probe.safetensors", "README.md"
 
 
@@ -42,7 +42,7 @@ class Backbone:
     preprocess: str  # digest of what is done to a picture
     hook: str
     compute: str
-    preparation: str = ""  # what that is, as the features' key has it
+    preparation: str  # what that is, as the features' key has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +189,10 @@ def load(folder: Path) -> tuple[Card, HeadModule]:
     except (OSError, ValueError) as err:
         raise ResultsUnusable(f"{folder / CARD} cannot be read ({err}); {AGAIN}") from err
     number = body.get("format") if isinstance(body, dict) else None
-    if isinstance(number, int) and number > FORMAT:
-        raise ResultsUnusable(
-            f"{folder} is of format {number}; this version reads up to {FORMAT}. Update mlfusion: pip install -U mlfusion"
-        )
-    if number not in range(1, FORMAT + 1) or body.get("tensors") != hashlib.sha256(tensors).hexdigest():
+    if isinstance(number, int) and number != FORMAT:
+        way = "Update mlfusion: pip install -U mlfusion" if number > FORMAT else AGAIN[0].upper() + AGAIN[1:]
+        raise ResultsUnusable(f"{folder} is of format {number}; this version reads format {FORMAT}. {way}")
+    if number is None or body.get("tensors") != hashlib.sha256(tensors).hexdigest():
         raise ResultsUnusable(f"{folder} is damaged: {TENSORS} is not the one that {CARD} names; {AGAIN}")
     try:
         fields = {name: value for name, value in body.items() if name not in ("format", "tensors")}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from time import sleep
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -178,6 +179,23 @@ def test_rates_follow_torchs_cosine_from_each_configurations_own() -> None:
     assert cosine(own, steps, steps).tolist() == pytest.approx([1e-6, 1e-6])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA knows")
+@pytest.mark.parametrize("head", HEADS)
+def test_a_gpu_trains_as_a_processor_does(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout and jitter, whose streams are a device's own; in float64, so that order of summation hardly matters."""
+    monkeypatch.setattr(batches, "JITTER_PROBABILITY", 0.0)
+    grid = [Configuration(c.lr, c.weight_decay) for c in SEVEN]
+    schedule, ends = Schedule.of(41, epochs=1, least_steps=30), []
+    for device in ("cpu", "cuda"):
+        trained = population.train(
+            *(head, some(41), np.arange(41), grid, SHAPE, schedule), seed=0, device=device, dtype=F64
+        )
+        ends.append([{name: value.cpu() for name, value in probe.state_dict().items()} for _, probe in trained])
+    for one, other in zip(*ends, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -199,19 +217,24 @@ def test_steps_and_batches_are_the_studys(images: int, batch_size: int, batches:
     assert steps == max(1000, 40 * batches)
 
 
-@given(st.integers(2, 30_000))
-def test_an_epoch_reads_every_image_once_in_even_batches(images: int) -> None:
-    schedule = Schedule.of(images)
+@given(st.integers(2, 30_000), st.integers(4, 2**22))
+def test_an_epoch_reads_every_image_once_in_even_batches(images: int, shuffle_bytes: int) -> None:
+    schedule = Schedule.of(images, epochs=1, least_steps=1)
     tokens = Tokens(
         np.arange(2 * images, dtype=np.float32).reshape(2 * images, 1, 1), np.zeros(2 * images, dtype=np.int64)
     )
-    epoch = [*tokens.passed(np.arange(0, 2 * images, 2), schedule.sizes, np.random.default_rng(0))]
+    rows = np.arange(0, 2 * images, 2)
+    with mock.patch.object(batches, "SHUFFLE_BYTES", shuffle_bytes):
+        groups = list(schedule.order(tokens, rows, seed=0))
+    epoch = [*tokens.iter_batches(groups)]
     sizes = [len(chosen) for chosen, _ in epoch]
     assert all(np.array_equal(values[:, 0, 0], chosen) for chosen, values in epoch)
-    assert np.array_equal(np.sort(np.concatenate([chosen for chosen, _ in epoch])), np.arange(0, 2 * images, 2))
+    assert np.array_equal(np.sort(np.concatenate([chosen for chosen, _ in epoch])), rows)
     assert max(sizes) == schedule.batch_size <= 2048
     assert min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
-    assert len(sizes) >= 5 or images < 10
+    assert len(sizes) == schedule.batches and (len(sizes) >= 5 or images < 10)
+    largest = max(sum(map(len, group)) for group in groups)
+    assert largest <= max(shuffle_bytes // 4, max(sizes))  # what is shuffled together, and read at once
 
 
 def test_order_and_jitter_come_from_the_seed_alone() -> None:

@@ -15,6 +15,7 @@ from mlfusion.cli.attend import attend
 from mlfusion.cli.cache import app as cache_app
 from mlfusion.cli.data import data, reads_data
 from mlfusion.cli.doctor import doctor
+from mlfusion.cli.malloc import freed_memory_kept
 from mlfusion.cli.predict import predict
 from mlfusion.cli.report import report
 from mlfusion.cli.results import app as results_app
@@ -382,4 +383,5 @@ def main() -> None:
     # with other work to do; not spinning at all halves their speed on an idle one. Read once, when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    app(prog_name="mlfusion")  # also as `python -m mlfusion`: completion and messages go by this name
+    with freed_memory_kept():
+        app(prog_name="mlfusion")  # also as `python -m mlfusion`: completion and messages go by this name

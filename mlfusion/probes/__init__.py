@@ -3,7 +3,7 @@
 from mlfusion.probes.abmil import AbMIL
 from mlfusion.probes.aim import Aim
 from mlfusion.probes.attentive import Attentive
-from mlfusion.probes.contract import HeadModule, HeadShape, rng_streams
+from mlfusion.probes.contract import HeadModule, HeadShape
 from mlfusion.probes.efficient import Efficient
 from mlfusion.probes.linear import Linear
 from mlfusion.probes.scalar_mix import ScalarMix
@@ -23,4 +23,4 @@ HEADS: dict[Head, type[HeadModule]] = {
     "v-jepa-4": VJepa4,
 }
 
-__all__ = ["HEADS", "Attentive", "HeadModule", "HeadShape", "Linear", "rng_streams"]
+__all__ = ["HEADS", "Attentive", "HeadModule", "HeadShape", "Linear"]

@@ -47,12 +47,6 @@ class HeadModule(nn.Module, ABC):
         raise TypeError(f"a head of class {type(self).__name__} has no attention")
 
 
-def rng_streams(module: HeadModule) -> Sequence[torch.Generator]:
-    """The random streams that a forward pass in training draws from; they exist once there was one."""
-    streams: Sequence[torch.Generator] = getattr(module, "mask_streams", ())
-    return streams
-
-
 def generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
     """A random stream for each configuration: what it draws does not depend on its company."""
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]

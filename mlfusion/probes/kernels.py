@@ -7,8 +7,10 @@ precision, PyTorch computes the same, up to the order of summation.
 import ctypes
 import importlib.util
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Self
@@ -18,18 +20,27 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mlfusion.shapes import Float, Int
-from mlfusion.switch import Switch
 
 WIDTH_MULTIPLE = 32  # the width of tokens must be a multiple
 NUMBERS_PER_THREAD = 1 << 21  # fewer are not worth a thread of their own
 
-_switch = Switch("MLFUSION_KERNELS")
-off = _switch.off
+_on = os.environ.get("MLFUSION_KERNELS") != "0"
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Within it, PyTorch does all the work, in every thread; MLFUSION_KERNELS=0 in the environment has the same effect."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before
 
 
 def why_unavailable() -> str | None:
     """Why the kernels cannot be used here, or None if they can."""
-    if not _switch.on:
+    if not _on:
         return "switched off"
     if (compiled := _compiled()) is None:
         return "not compiled: there was no C compiler at installation"
@@ -42,7 +53,7 @@ def why_unavailable() -> str | None:
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, if they are switched on and this processor has their instructions and no faster ones."""
-    return _usable() if _switch.on else None
+    return _usable() if _on else None
 
 
 @cache

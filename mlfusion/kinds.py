@@ -1,0 +1,250 @@
+"""Kinds of option values: how a value is read from a command line or a recipe, what is allowed, how it is written again.
+
+Every kind reads what it writes: `kind.parse(kind.words(value)) == value`. Nothing here knows which option has which kind.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlfusion.errors import MlfusionError
+
+UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+VIEW_NAMES = "plain, flip, crop1, crop2, …"
+SPLIT_PARTS = {2: ("train", "test"), 3: ("train", "validation", "test")}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of value.
+
+    `parse` takes what the command line gives (of type `typed`), `read` what a recipe or a Python caller gives, and `words` is
+    what to type for a value. `fault` says what is wrong with a value that was read; None where nothing is.
+    """
+
+    typed: Any  # the type that the command line's parser makes: str, int, float, bool or list[str]
+    fault: Callable[[Any], str | None]
+    parse: Callable[[Any], Any] = lambda given: given
+    read: Callable[[Any], Any] = lambda given: given
+    words: Callable[[Any], str | list[str]] = str
+
+
+def text() -> Kind:
+    """Any text but none."""
+    return Kind(str, lambda v: None if isinstance(v, str) and v else "allowed is text in quotes")
+
+
+def flag() -> Kind:
+    """Yes or no."""
+    return Kind(bool, lambda v: None if isinstance(v, bool) else "allowed are true and false")
+
+
+def one_of(allowed: Sequence[str]) -> Kind:
+    """One of a few words."""
+    return Kind(str, lambda v: None if v in allowed else f"allowed are {', '.join(allowed)}")
+
+
+def device_name() -> Kind:
+    """A device of PyTorch, such as cuda:1, or 'auto'."""
+    said = "allowed are auto, cpu, cuda, cuda:1 (and so on) and mps"
+    good = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+    return Kind(str, lambda v: None if isinstance(v, str) and good.fullmatch(v) else said)
+
+
+def whole(least: int) -> Kind:
+    """A whole number that is not too small."""
+    said = f"allowed are whole numbers from {least}"
+    return Kind(int, lambda v: None if type(v) is int and v >= least else said)
+
+
+def share() -> Kind:
+    """A number from 0 to below 1."""
+    return Kind(
+        float,
+        lambda v: None if type(v) in (int, float) and 0 <= v < 1 else "allowed is from 0 to below 1, such as 0.1",
+        read=lambda v: float(v) if type(v) is int else v,
+        words=repr,
+    )
+
+
+def amount(units: Mapping[str, int] = UNITS) -> Kind:
+    """A number of bytes: '4GB' on the command line and in recipes, 4_000_000_000 in Python."""
+
+    def parse(given: Any) -> Any:
+        for unit, factor in units.items():
+            number = given.removesuffix(unit) if isinstance(given, str) else given
+            if number != given and re.fullmatch(r"\d+(\.\d+)?", number):
+                return int(float(number) * factor)
+        return given
+
+    def words(value: int) -> str:
+        unit = max((u for u in units if value % units[u] == 0), key=units.__getitem__, default="kB")
+        return f"{value // units[unit]}{unit}" if value % units[unit] == 0 else f"{value / units[unit]!r}{unit}"
+
+    said = f"allowed is a number with one of {', '.join(units)}, such as 4GB"
+    return Kind(str, lambda v: None if type(v) is int and v > 0 else said, parse, parse, words)
+
+
+def numbers(least: int, *, example: str, whole_set: bool = False) -> Kind:
+    """Whole numbers, comma-separated; with `whole_set` also 'all', which is None."""
+    also = ' and "all"' if whole_set else ""
+    said = f"allowed is a list of whole numbers from {least}{also}, such as {example}"
+
+    def one(word: Any) -> Any:
+        if isinstance(word, str):
+            word = word.strip()
+            if whole_set and word == "all":
+                return None
+            return int(word) if re.fullmatch(r"\d+", word) else word
+        return word
+
+    def read(given: Any) -> Any:
+        parts = given.split(",") if isinstance(given, str) else given
+        return tuple(map(one, parts)) if isinstance(parts, (list, tuple)) else given
+
+    def fault(value: Any) -> str | None:
+        if not (isinstance(value, tuple) and value):
+            return said
+        if not all((whole_set and n is None) or (type(n) is int and n >= least) for n in value):
+            return said
+        return repeated(value)
+
+    return Kind(str, fault, read, read, lambda v: ",".join("all" if n is None else str(n) for n in v))
+
+
+def repeated(values: Sequence[Any]) -> str | None:
+    """Says which value comes twice."""
+    return next((f"{value!r} comes twice" for value in dict.fromkeys(values) if values.count(value) > 1), None)
+
+
+def view_names() -> Kind:
+    """Views, comma-separated, or how many of 'plain', 'flip', 'crop1', 'crop2', …"""
+
+    def read(given: Any) -> Any:
+        if isinstance(given, str) and re.fullmatch(r"[1-9]\d*", given):
+            return ("plain", "flip", *(f"crop{n}" for n in range(1, int(given) - 1)))[: int(given)]
+        if isinstance(given, str):
+            return tuple(word.strip() for word in given.split(","))
+        return tuple(given) if isinstance(given, list) else given
+
+    def fault(value: Any) -> str | None:
+        if not (isinstance(value, tuple) and value and all(isinstance(word, str) for word in value)):
+            return f"allowed are view names ({VIEW_NAMES}) or their number"
+        for word in value:
+            if not re.fullmatch(r"plain|flip|crop[1-9]\d*", word):
+                return f"no view named {word!r}; there are {VIEW_NAMES}"
+        return repeated(value)
+
+    return Kind(str, fault, read, read, ",".join)
+
+
+def split_names() -> Kind:
+    """Splits, comma-separated; 'test=validation' takes the validation split for the test."""
+
+    def read(given: Any) -> Any:
+        if isinstance(given, str):
+            return tuple(part.strip() for part in given.split(","))
+        return tuple(given) if isinstance(given, list) else given
+
+    def fault(value: Any) -> str | None:
+        if not (isinstance(value, tuple) and value and all(isinstance(word, str) and word for word in value)):
+            return "allowed are names of splits, such as train,test or train,test=validation"
+        return repeated([word.partition("=")[0] for word in value])
+
+    return Kind(str, fault, read, read, ",".join)
+
+
+def ratio() -> Kind:
+    """Shares of train/test or of train/validation/test, such as 0.8/0.2 or 80/10/10."""
+
+    def fault(value: Any) -> str | None:
+        try:
+            parse_ratio(value)
+        except ValueError as err:
+            return str(err)
+        return None
+
+    return Kind(str, fault)
+
+
+def parse_ratio(words: Any) -> tuple[float, ...]:
+    """'0.8/0.1/0.1', '80/20' → shares that sum to 1.
+
+    Raises:
+        ValueError: not two or three positive numbers, or numbers whose sum is neither 1 nor 100.
+    """
+    parts = words.split("/") if isinstance(words, str) else []
+    if len(parts) in SPLIT_PARTS and all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", part.strip()) for part in parts):
+        shares = [float(part) for part in parts]
+        total = math.fsum(shares)
+        if min(shares) > 0 and any(math.isclose(total, whole, rel_tol=1e-6) for whole in (1, 100)):
+            return tuple(each / total for each in shares)
+    raise ValueError("allowed are shares of train/test or train/validation/test, such as 0.8/0.2 or 80/10/10")
+
+
+def settings() -> Kind:
+    """Settings of a model's configuration: 'hidden_act=gelu', repeated; a table in recipes."""
+    plain = (str, int, float, bool)
+
+    def parse_one(word: str) -> Any:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            return word
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            return key, value
+        return key, parsed if isinstance(parsed, plain) or parsed is None else value
+
+    def read(given: Any) -> Any:
+        if isinstance(given, Mapping):
+            return tuple(sorted(given.items()))
+        if isinstance(given, (list, tuple)):
+            pairs = [parse_one(each) if isinstance(each, str) else each for each in given]
+            return tuple(sorted(pairs)) if all(isinstance(each, tuple) for each in pairs) else tuple(pairs)
+        return given
+
+    def fault(value: Any) -> str | None:
+        if not isinstance(value, tuple) or not all(isinstance(each, tuple) and len(each) == 2 for each in value):
+            return 'allowed are settings such as hidden_act=gelu (in a recipe: { hidden_act = "gelu" })'
+        for name, each in value:
+            if not isinstance(each, plain) and each is not None:
+                return f"{name} = {each!r}: allowed are text, numbers, true and false"
+        return repeated([name for name, _ in value])
+
+    def words(value: Any) -> list[str]:
+        return [f"{name}={_setting(each)}" for name, each in value]
+
+    return Kind(list[str], fault, lambda given: read(given or []), read, words)
+
+
+def _setting(value: Any) -> str:
+    """A setting as it is typed: text that would be read as a number keeps its quotes."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    try:
+        json.loads(value)
+    except ValueError:
+        return value
+    return json.dumps(value)
+
+
+def checked(check: Callable[[str], object]) -> Kind:
+    """Text that a parser of ours accepts; its message is the fault."""
+
+    def fault(value: Any) -> str | None:
+        if not isinstance(value, str):
+            return "allowed is text in quotes"
+        try:
+            check(value)
+        except MlfusionError as err:
+            return str(err)
+        return None
+
+    def read(given: Any) -> Any:
+        return ",".join(given) if isinstance(given, (list, tuple)) and all(isinstance(w, str) for w in given) else given
+
+    return Kind(str, fault, read=read)
