@@ -1,5 +1,6 @@
 """Rows for the tests of results and report: whole, small, and never shipped."""
 
+import re
 from typing import Any
 
 from mlfusion.results import Row
@@ -98,5 +99,6 @@ def study(
                 "images": {"train": 100, "test": 4000},
                 "features": [f"{model}-{dataset}-train", f"{model}-{dataset}-test"],
             }
-            made.append(row(f"{model}-{dataset}-{len(made)}", **(own | changes)))
+            name = re.sub(r"\W", "_", f"{model}-{dataset}-{len(made)}")
+            made.append(row(name, **(own | changes)))
     return made
