@@ -47,16 +47,16 @@ def markdown(rows: Sequence[Row], results: Results, *, title: str, about: str, c
 
 def _made(rows: Sequence[Row], command: str) -> str:
     """By what, from what."""
-    datasets = {row["dataset"]: row for row in rows}
+    datasets = {row.dataset: row for row in rows}
     listed = [
-        f"| {name} | {count(row['images']['train'])} | {count(row['images']['test'])} | {len(row['classes'])} |"
+        f"| {name} | {count(row.images.train)} | {count(row.images.test)} | {len(row.classes)} |"
         for name, row in datasets.items()
     ]
-    models = {row["model"]: row for row in rows}
-    said = ", ".join(f"{name} ({row['depth']} layers of width {row['width']})" for name, row in models.items())
-    seeds = layer_ranges(row["seed"] for row in rows)
-    codes = ", ".join(dict.fromkeys(row["code"] for row in rows))
-    dates = sorted(row["created"][:10] for row in rows)
+    models = {row.model: row for row in rows}
+    said = ", ".join(f"{name} ({row.depth} layers of width {row.width})" for name, row in models.items())
+    seeds = layer_ranges(row.seed for row in rows)
+    codes = ", ".join(dict.fromkeys(row.code for row in rows))
+    dates = sorted(row.created[:10] for row in rows)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return "\n".join(
         [
@@ -65,7 +65,7 @@ def _made(rows: Sequence[Row], command: str) -> str:
             "```",
             "",
             f"This page is written by that command. Its rows were made on {when} by mlfusion at {codes}. Models: {said}. Grid: "
-            f"{', '.join(dict.fromkeys(row['grid'] for row in rows))}; seeds {seeds}.",
+            f"{', '.join(dict.fromkeys(row.grid for row in rows))}; seeds {seeds}.",
             "",
             "| data set | train images | test images | classes |",
             "|---|---:|---:|---:|",
@@ -116,8 +116,8 @@ def _cases(probe: str, compared: Sequence[Comparison]) -> str:
 def _over(rows: Sequence[Row]) -> list[str]:
     """One test a probe over the data sets of each model."""
     parts = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        scores = by_dataset(row for row in rows if row["model"] == model)
+    for model in dict.fromkeys(row.model for row in rows):
+        scores = by_dataset(row for row in rows if row.model == model)
         base = scores.get(BASELINE, {})
         gains = {
             probe: [held[name] - base[name] for name in base]
@@ -166,7 +166,7 @@ def _costs(study: Study) -> str:
                 f"{duration(fmean(one.seconds for one in each))} | {size} |"
             )
     rows = [row for block in study.blocks for row in block.rows]
-    lines += ["", f"In all {len(rows):,} rows, {duration(sum(row['seconds'] for row in rows))} of probing."]
+    lines += ["", f"In all {len(rows):,} rows, {duration(sum(row.seconds for row in rows))} of probing."]
     return "\n".join(lines)
 
 

@@ -100,7 +100,7 @@ def predict(
         values = _tokens(backbone, pixels, card)
         # No labels are known; none are looked at.
         given = Tokens(values, np.zeros(len(values), np.int64))
-        predictions, _ = protocol.predict(head, given, card.goal)
+        predictions, _ = protocol.predict(head, given, card.target())
         made += [_said(card, pictures.ids[row], one, top) for row, one in zip(rows, predictions, strict=True)]
     return made
 
@@ -116,16 +116,16 @@ def _as_trained(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[
 def _tokens(backbone: Backbone, pixels: Tensor, card: trained.Card) -> np.ndarray:
     """[images, tokens, width] in the order and the precision in which the cache gives them."""
     pairs = [(layer, kind) for layer in card.layers for kind in card.kinds]
-    read = backbone(pixels, pairs)  # type: ignore[arg-type]
-    encoding = ENCODINGS[card.dtype]  # type: ignore[index]
-    parts = [encoding.decode(encoding.encode(read[pair].cpu().numpy())) for pair in pairs]  # type: ignore[index]
+    read = backbone(pixels, pairs)
+    encoding = ENCODINGS[card.dtype]
+    parts = [encoding.decode(encoding.encode(read[pair].cpu().numpy())) for pair in pairs]
     width = max(part.shape[-1] for part in parts)
     padded = [np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[-1]))) for part in parts]
     return np.concatenate(padded, axis=1)
 
 
 def _said(card: trained.Card, image: str, prediction: np.ndarray, top: int) -> Prediction:
-    if card.goal.kind == "number":
+    if card.target().kind == "number":
         return Prediction(image, (), float(prediction[0]))
     best = np.argsort(-prediction, kind="stable")[:top]
     return Prediction(image, tuple((card.classes[i], float(prediction[i])) for i in best), None)

@@ -57,7 +57,7 @@ DOORS: dict[str, set[str]] = {
         "progress",
     },
     "planning": {"errors", "specs", "store", "datasets", "models", "extraction", "loader", "forward"},
-    "trained": {"errors", "disk", "specs", "probes", "exact", "targets"},
+    "trained": {"errors", "disk", "specs", "probes", "exact", "targets", "results"},
     "prediction": {
         "errors",
         "specs",
@@ -98,7 +98,6 @@ DOORS: dict[str, set[str]] = {
         "population",
         "protocol",
         "targets",
-        "evaluation",
         "costs",
         "statistics",
     },

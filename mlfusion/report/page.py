@@ -100,7 +100,7 @@ def page(rows: Sequence[Row], *, title: str = TITLE, name: str = "report.html", 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    names = "|".join(sorted({re.escape(probe) for probe in {row["probe"] for row in rows}}, key=len, reverse=True))
+    names = "|".join(sorted({re.escape(probe) for probe in {row.probe for row in rows}}, key=len, reverse=True))
 
     def whole(sentence: str) -> markupsafe.Markup:
         """Probes' names are not broken at their hyphens. The parts are escaped one by one."""
@@ -190,12 +190,12 @@ def _content(held: Sequence[Block], rows: Sequence[Row], name: str, more: More) 
         "row_count": len(counted),
         "superseded": len(rows) - len(counted),
         "versions": _versions(counted),
-        "codes": list(dict.fromkeys(row["code"] for row in counted)),
+        "codes": list(dict.fromkeys(row.code for row in counted)),
         "commands": [
             *dict.fromkeys(c for block in held for c in commands(block)),
             f"mlfusion report --html {shlex.quote(name)}",
         ],
-        "made": max(row["created"] for row in counted)[:10],
+        "made": max(row.created for row in counted)[:10],
     }
 
 
@@ -304,10 +304,10 @@ def _about(name: str, mine: Sequence[Block]) -> str:
     if not mine:
         return ""
     best = max((block.answer for block in mine if block.answer), key=lambda score: score.val.mean, default=None)
-    sizes = mine[0].rows[0]["images"]
+    sizes = mine[0].rows[0].images
     said = [domain(name)] * (domain(name) != "Others")
-    said.append(f"{count(len(mine[0].rows[0]['classes']))} classes")
-    said.append(f"{count(sizes['train'])} + {count(sizes['test'])} images")
+    said.append(f"{count(len(mine[0].rows[0].classes))} classes")
+    said.append(f"{count(sizes.train)} + {count(sizes.test)} images")
     if best:
         said.append(f"{best.probe} {percent(best.test.mean)} %")
     return " · ".join(said)
@@ -435,28 +435,28 @@ def _listed(rows: Sequence[Row]) -> list[Row]:
     """All rows, or those over more than a single layer, or none, whichever the page has room for."""
     if len(rows) <= MOST_ROWS:
         return list(rows)
-    some = [row for row in rows if "-layer-" not in row["probe"]]
+    some = [row for row in rows if "-layer-" not in row.probe]
     return some if len(some) <= MOST_ROWS else []
 
 
 def _rows_grid(rows: Sequence[Row]) -> dict[str, Any]:
     def metric(name: str) -> list[Any]:
-        return [row["metrics"].get(name) for row in rows]
+        return [getattr(row.metrics, name, None) for row in rows]
 
     def chosen(name: str) -> list[Any]:
-        return [row["selected"].get(name) for row in rows]
+        return [getattr(row.selected, name, None) for row in rows]
 
     columns = [
-        Column("Model", "text", [row["model"] for row in rows]),
-        Column("Data set", "text", [row["dataset"] for row in rows]),
-        Column("Probe", "code", [row["probe"] for row in rows]),
-        Column("Seed", "count", [row["seed"] for row in rows]),
-        Column("Test", "percent", [row["test"] for row in rows]),
+        Column("Model", "text", [row.model for row in rows]),
+        Column("Data set", "text", [row.dataset for row in rows]),
+        Column("Probe", "code", [row.probe for row in rows]),
+        Column("Seed", "count", [row.seed for row in rows]),
+        Column("Test", "percent", [row.test for row in rows]),
         Column("Accuracy", "percent", metric("accuracy")),
         Column("Top-5", "percent", metric("top5")),
         Column("Macro-F1", "percent", metric("macro_f1")),
-        Column("Validation", "percent", [row["val"] for row in rows]),
-        Column("Train", "percent", [row["train"] for row in rows]),
+        Column("Validation", "percent", [row.val for row in rows]),
+        Column("Train", "percent", [row.train for row in rows]),
         Column("Learning rate", "setting", chosen("lr")),
         Column("Weight decay", "setting", chosen("weight_decay")),
         Column("Penalty", "setting", chosen("penalty")),
@@ -465,43 +465,43 @@ def _rows_grid(rows: Sequence[Row]) -> dict[str, Any]:
         Column("Heads", "count", chosen("heads")),
         Column("Steps", "count", chosen("steps")),
         Column("Batch", "count", chosen("batch_size")),
-        Column("Time", "duration", [row["seconds"] for row in rows]),
-        Column("Grid", "text", [row["grid"] for row in rows]),
-        Column("Code", "text", [row["code"] for row in rows]),
-        Column("Row", "code", [row["id"] for row in rows]),
+        Column("Time", "duration", [row.seconds for row in rows]),
+        Column("Grid", "text", [row.grid for row in rows]),
+        Column("Code", "text", [row.code for row in rows]),
+        Column("Row", "code", [row.id for row in rows]),
     ]
     return _grid([column for column in columns if any(cell is not None for cell in column.cells)])
 
 
 def _runs_grid(held: Sequence[Block]) -> dict[str, Any]:
     def tried(block: Block) -> str:
-        found = sorted({row["configurations"] for row in block.rows})
+        found = sorted({row.configurations for row in block.rows})
         return f"{block.grid}, {' to '.join(str(n) for n in dict.fromkeys((found[0], found[-1])))}"
 
     def tokens(block: Block) -> str:
-        return ", ".join(kind for kind in KINDS if any(kind in row["tokens"] for row in block.rows))
+        return ", ".join(kind for kind in KINDS if any(kind in row.tokens for row in block.rows))
 
     first = [block.rows[0] for block in held]
-    images = [f"{count(row['images']['train'])} + {count(row['images']['test'])}" for row in first]
+    images = [f"{count(row.images.train)} + {count(row.images.test)}" for row in first]
     return _grid(
         [
             Column("Model on data set", "text", [block.name for block in held]),
             Column("Images", "text", images),
-            Column("Classes", "count", [len(row["classes"]) for row in first]),
+            Column("Classes", "count", [len(row.classes) for row in first]),
             Column("Blocks \N{MULTIPLICATION SIGN} width", "text", [_size(block) for block in held]),
-            Column("Layers", "text", [layer_ranges({n for row in b.rows for n in row["layers"]}) for b in held]),
+            Column("Layers", "text", [layer_ranges({n for row in b.rows for n in row.layers}) for b in held]),
             Column("Tokens", "text", [tokens(block) for block in held]),
             Column("Grid", "text", [tried(block) for block in held]),
             Column("Probes", "count", [len(block.scores) for block in held]),
-            Column("Seeds", "text", [layer_ranges(r["seed"] for r in b.rows).replace(",", ", ") for b in held]),
-            Column("Time", "duration", [sum(row["seconds"] for row in block.rows) for block in held]),
+            Column("Seeds", "text", [layer_ranges(r.seed for r in b.rows).replace(",", ", ") for b in held]),
+            Column("Time", "duration", [sum(row.seconds for row in block.rows) for block in held]),
             Column("Features", "code", [" ".join(block.features) for block in held]),
         ]
     )
 
 
 def _size(block: Block) -> str:
-    return f"{block.depth} \N{MULTIPLICATION SIGN} {block.rows[0]['width']}"
+    return f"{block.depth} \N{MULTIPLICATION SIGN} {block.rows[0].width}"
 
 
 def facts(held: Sequence[Block]) -> str:
@@ -516,16 +516,16 @@ def facts(held: Sequence[Block]) -> str:
         many({block.model for block in held}, "model", "models"),
         many({block.dataset for block in held}, "data set", "data sets"),
         many({score.probe for score in scores}, "probe", "probes"),
-        many({row["seed"] for row in rows}, "seed", "seeds"),
+        many({row.seed for row in rows}, "seed", "seeds"),
     ]
-    return f"{', '.join(said)}; {duration(sum(row['seconds'] for row in rows))} of probing."
+    return f"{', '.join(said)}; {duration(sum(row.seconds for row in rows))} of probing."
 
 
 def _versions(rows: Sequence[Row]) -> dict[str, str]:
     """{library: its version, or all of them where rows differ}."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
-        for library_name, version in row["versions"].items():
+        for library_name, version in row.versions.items():
             found.setdefault(library_name, {})[version] = None
     return {library_name: ", ".join(versions) for library_name, versions in sorted(found.items())}
 
@@ -536,8 +536,8 @@ def _versions(rows: Sequence[Row]) -> dict[str, str]:
 def commands(block: Block) -> list[str]:
     """The `extract` and the `probe`s, one for each set of seeds, that give this block's rows."""
     place = f"--model {shlex.quote(block.model)} --dataset {shlex.quote(block.dataset)}"
-    kinds = {kind for row in block.rows for kind in row["tokens"]}
-    pairs: set[Any] = {(layer, kind) for row in block.rows for layer in row["layers"] for kind in row["tokens"]}
+    kinds = {kind for row in block.rows for kind in row.tokens}
+    pairs: set[Any] = {(layer, kind) for row in block.rows for layer in row.layers for kind in row.tokens}
     usual = {(layer, kind) for layer in range(1, block.depth + 1) for kind in ("cls", "ap")}
     if kinds & {"cls", "ap"}:  # as the command does without being told; what is cached is one stream
         pairs |= {(layer, kind) for layer, kind in usual if kind in kinds}
@@ -564,7 +564,7 @@ def _names(scores: Sequence[Score], depth: int) -> list[str]:
 
 
 def _layerwise_command(block: Block) -> str:
-    seeds = sorted({row["seed"] for row in block.rows})
+    seeds = sorted({row.seed for row in block.rows})
     return _probe(block, "cls-each-layer/linear,ap-each-layer/linear", seeds)
 
 

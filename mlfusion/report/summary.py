@@ -64,17 +64,17 @@ class Score:
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds it was trained with."""
-        return tuple(row["seed"] for row in self.rows)
+        return tuple(row.seed for row in self.rows)
 
     @property
     def seconds(self) -> float:
         """Mean over seeds."""
-        return fmean(row["seconds"] for row in self.rows)
+        return fmean(row.seconds for row in self.rows)
 
     @property
     def parameters(self) -> int:
         """Of one probe; the most of any seed's, as seeds may choose another number of heads."""
-        return max(row["parameters"] for row in self.rows)
+        return max(row.parameters for row in self.rows)
 
 
 def metric_name(metric: str) -> str:
@@ -113,7 +113,7 @@ class Block:
     @property
     def depth(self) -> int:
         """L, the model's blocks."""
-        return self.rows[0]["depth"]
+        return self.rows[0].depth
 
     @cached_property
     def probes(self) -> tuple[Score, ...]:
@@ -159,13 +159,13 @@ class Block:
             variances = [4 * mean * (1 - mean) ** 2 for mean in held]
         else:
             return None
-        return sqrt(sum(variances) / self.rows[0]["images"]["test"])
+        return sqrt(sum(variances) / self.rows[0].images.test)
 
     @cached_property
     def attention(self) -> "LayerAttention | None":
         """The attention of ALF over its tokens, or else of the attentive probe over the most layers; seeds averaged."""
         held = [score for score in self.probes if any(_over_layers(row) for row in score.rows)]
-        best = max(held, key=lambda score: (score.probe == ALF, len(score.rows[0]["layers"])), default=None)
+        best = max(held, key=lambda score: (score.probe == ALF, len(score.rows[0].layers)), default=None)
         return LayerAttention.of(best) if best else None
 
 
@@ -182,11 +182,11 @@ class LayerAttention:
     @classmethod
     def of(cls, score: Score) -> "LayerAttention":
         """Means over seeds; a seed whose tokens differ from the first one's is left out."""
-        kept = [row["attention"] for row in score.rows if row["attention"] and _over_layers(row)]
-        tokens = tuple(zip(kept[0]["layers"], kept[0]["kinds"], strict=True))
-        alike = [held for held in kept if tuple(zip(held["layers"], held["kinds"], strict=True)) == tokens]
-        means = tuple(fmean(values) for values in zip(*(held["mean"] for held in alike), strict=True))
-        deviations = tuple(fmean(values) for values in zip(*(held["sd"] for held in alike), strict=True))
+        kept = [row.attention for row in score.rows if row.attention and _over_layers(row)]
+        tokens = tuple(zip(kept[0].layers, kept[0].kinds, strict=True))
+        alike = [held for held in kept if tuple(zip(held.layers, held.kinds, strict=True)) == tokens]
+        means = tuple(fmean(values) for values in zip(*(held.mean for held in alike), strict=True))
+        deviations = tuple(fmean(values) for values in zip(*(held.sd for held in alike), strict=True))
         return cls(score.probe, tokens, means, deviations, len(alike))
 
     @cached_property
@@ -208,10 +208,10 @@ class LayerAttention:
 
 
 def _over_layers(row: Row) -> bool:
-    held = row["attention"]
-    if held is None or len(set(held["layers"])) < 2:
+    held = row.attention
+    if held is None or len(set(held.layers)) < 2:
         return False
-    return len(set(zip(held["layers"], held["kinds"], strict=True))) == len(held["kinds"])  # one token a layer and kind
+    return len(set(zip(held.layers, held.kinds, strict=True))) == len(held.kinds)  # one token a layer and kind
 
 
 class _Comparable(NamedTuple):
@@ -235,10 +235,8 @@ def blocks(rows: Sequence[Row]) -> list[Block]:
         raise MlfusionError("no results to report. Make some with `mlfusion probe --dataset digits`")
     grouped: dict[_Comparable, dict[tuple[str, int], Row]] = {}
     for row in rows:
-        key = _Comparable(
-            row["model"], row["dataset"], row["grid"], row["metric"], tuple(row["features"]), _options(row)
-        )
-        grouped.setdefault(key, {})[row["probe"], row["seed"]] = row
+        key = _Comparable(row.model, row.dataset, row.grid, row.metric, tuple(row.features), _options(row))
+        grouped.setdefault(key, {})[row.probe, row.seed] = row
     models = list(dict.fromkeys(key.model for key in grouped))
     datasets = list(dict.fromkeys(key.dataset for key in grouped))
     keys = sorted(grouped, key=lambda key: (models.index(key.model), datasets.index(key.dataset)))
@@ -247,9 +245,9 @@ def blocks(rows: Sequence[Row]) -> list[Block]:
 
 def _options(row: Row) -> str:
     said = [
-        f"{row['shots']} shots" if "shots" in row else "",
-        "halving" if "halving" in row else "",
-        f"labels smoothed by {row['smoothing']:g}" if "smoothing" in row else "",
+        f"{row.shots} shots" if row.shots is not None else "",
+        "halving" if row.halving else "",
+        f"labels smoothed by {row.smoothing:g}" if row.smoothing is not None else "",
     ]
     return ", ".join(text for text in said if text)
 
@@ -268,25 +266,25 @@ def _told_apart(key: _Comparable, keys: Sequence[_Comparable]) -> str:
 
 def _block(key: _Comparable, rows: Sequence[Row], name: str) -> Block:
     by_probe: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        by_probe.setdefault(row["probe"], []).append(row)
-    baseline = {row["seed"]: row for row in by_probe.get(BASELINE, [])}
+    for row in sorted(rows, key=lambda row: row.seed):
+        by_probe.setdefault(row.probe, []).append(row)
+    baseline = {row.seed: row for row in by_probe.get(BASELINE, [])}
     scores = tuple(_score(probe, by_probe[probe], baseline) for probe in sorted(by_probe, key=_order))
     return Block(*key, name=name, scores=scores)
 
 
 def _score(probe: str, rows: Sequence[Row], baseline: dict[int, Row]) -> Score:
     # Paired by seed: what a seed does to both probes alike, such as the split for validation, cancels.
-    pairs = [(row, baseline[row["seed"]]) for row in rows if row["seed"] in baseline]
-    gains = [row["test"] - base["test"] for row, base in pairs]
+    pairs = [(row, baseline[row.seed]) for row in rows if row.seed in baseline]
+    gains = [row.test - base.test for row, base in pairs]
     return Score(
         probe,
         tuple(rows),
-        test=Spread.of(row["test"] for row in rows),
-        val=Spread.of(row["val"] for row in rows),
-        train=Spread.of(row["train"] for row in rows),
+        test=Spread.of(row.test for row in rows),
+        val=Spread.of(row.val for row in rows),
+        train=Spread.of(row.train for row in rows),
         gain=Spread.of(gains) if gains else None,
-        other_code=any(row["code"] != base["code"] for row, base in pairs),
+        other_code=any(row.code != base.code for row, base in pairs),
     )
 
 
@@ -378,7 +376,7 @@ def studies(held: Sequence[Block]) -> list[Study]:
 
 
 def _newest(block: Block) -> str:
-    return max(row["created"] for row in block.rows)
+    return max(row.created for row in block.rows)
 
 
 # --- numbers as they are shown ---------------------------------------------------------------------------------------

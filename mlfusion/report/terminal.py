@@ -195,8 +195,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _sizes(block: Block) -> str:
-    images = block.rows[0]["images"]
-    return f"{count(images['train'])} train, {count(images['test'])} test images, {block.grid} grid"
+    images = block.rows[0].images
+    return f"{count(images.train)} train, {count(images.test)} test images, {block.grid} grid"
 
 
 def _table(block: Block) -> Table:

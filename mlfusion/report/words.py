@@ -91,7 +91,7 @@ def direction(block: Block) -> int:
 
 def guessing(held: Sequence[Block]) -> str:
     """What scores are to be read against: what each metric gives to guesses."""
-    classes = sorted({len(block.rows[0]["classes"]) for block in held if block.metric == "balanced_accuracy"})
+    classes = sorted({len(block.rows[0].classes) for block in held if block.metric == "balanced_accuracy"})
     ends = list(dict.fromkeys([classes[-1], classes[0]] if classes else []))
     share = " to ".join(percent(1 / n) for n in ends)
     said = {
@@ -136,7 +136,7 @@ def _whole(value: float, digits: int = 1) -> str:
 def _gained(block: Block, gain: Spread) -> str:
     spread = "one seed: its spread is not known" if gain.sd is None else f"{gain.n} seeds"
     deviation = "" if gain.sd is None else f" ± {percent(gain.sd)}"
-    images = block.rows[0]["images"]["test"]
+    images = block.rows[0].images.test
     if block.chance is None:
         chance = f"; how much {count(images)} test images leave to chance, mlfusion results compare tells"
     else:

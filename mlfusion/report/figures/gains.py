@@ -400,7 +400,7 @@ def by_heads(study: Study) -> Figure | None:
     numbers: list[Record] = []
     for block in study.blocks:
         for score in block.probes:
-            tried = {row["selected"].get("heads") for row in score.rows}
+            tried = {row.selected.heads for row in score.rows}
             if len(tried) != 1 or None in tried or score.gain is None:
                 continue
             heads = int(tried.pop() or 0)

@@ -34,7 +34,7 @@ class Seen:
 def seen(held: Sequence[Block], results: Results) -> Seen | None:
     """Of a data set's blocks the answer with the best validation whose probabilities were kept; None where none were."""
     ranked = [(block, block.answer or block.baseline) for block in held]
-    pairs = [(block, score) for block, score in ranked if score and score.rows[0]["metric"] == "balanced_accuracy"]
+    pairs = [(block, score) for block, score in ranked if score and score.rows[0].metric == "balanced_accuracy"]
     for block, score in sorted(pairs, key=lambda pair: -pair[1].val.mean):
         own = _kept(score, results)
         if own is None:
@@ -42,7 +42,7 @@ def seen(held: Sequence[Block], results: Results) -> Seen | None:
         curves = [(score.probe, calibration(*own))]
         if block.baseline and not score.is_baseline and (base := _kept(block.baseline, results)):
             curves.append((block.baseline.probe, calibration(*base)))
-        return Seen(block, score, confusion(*own), tuple(curves), len(own[0]) // block.rows[0]["images"]["test"])
+        return Seen(block, score, confusion(*own), tuple(curves), len(own[0]) // block.rows[0].images.test)
     return None
 
 
@@ -68,7 +68,7 @@ def note(held: Seen) -> str:
 
 def confused(held: Seen) -> list[tuple[str, str, int, str]]:
     """(class, what it was taken for, images, percent of the class), the most first."""
-    counts, classes = held.counts, held.block.rows[0]["classes"]
+    counts, classes = held.counts, held.block.rows[0].classes
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
@@ -83,7 +83,7 @@ def confused(held: Seen) -> list[tuple[str, str, int, str]]:
 def figures(held: Seen) -> list[Figure]:
     """The confusion matrix where there are few enough classes, and the reliability curve."""
     made = [_reliability(held)]
-    classes = held.block.rows[0]["classes"]
+    classes = held.block.rows[0].classes
     if len(classes) <= MOST_CLASSES:
         made.insert(0, _matrix(held, classes))
     return made
