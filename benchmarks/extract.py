@@ -35,7 +35,7 @@ from PIL import Image
 import mlfusion
 from mlfusion import devices, extraction, loader, models, preprocessing
 from mlfusion.backbone import Backbone
-from mlfusion.extraction import Making, Request
+from mlfusion.extraction import ComputeOptions, FeatureOptions, Making, Request
 from mlfusion.loader import Loader
 from mlfusion.memory import pages_kept
 
@@ -86,13 +86,8 @@ class Ours:
     ) -> None:
         self.words: dict[str, Any] = {
             "splits": "train",
-            "layers": "all",
-            "tokens": tokens,
-            "format": "zarr",
-            "dtype": "float16",
-            "device": device,
-            "batch_size": batch,
-            "making": making,
+            "features": FeatureOptions(tokens=tokens, making=making),
+            "compute": ComputeOptions(device=device, batch_size=batch),
         }
         self.model, self.images = str(model), str(images)
         self.backbone = extraction.load(Request.of(self.model, self.images, **self.words))
@@ -104,7 +99,7 @@ class Ours:
             began = time.perf_counter()
             asked = Request.of(self.model, self.images, **self.words)
             [done] = extraction.fill(asked, cache=cache, model=lambda _: self.backbone)
-            self.limit = done.limit
+            self.limit = done.bottleneck
             return done.images_written / (time.perf_counter() - began)
 
 

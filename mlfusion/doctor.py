@@ -19,7 +19,7 @@ from mlfusion.memory import available
 from mlfusion.models import foreign, hub
 from mlfusion.probes import kernels
 from mlfusion.specs import HOOKS, layer_ranges, parse_model
-from mlfusion.store import Place, default_root
+from mlfusion.store import CachePath, default_root
 
 State = Literal["ok", "note", "problem"]
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface-hub", "zarr", "h5py", "safetensors", "pillow")
@@ -41,7 +41,7 @@ class Finding:
         return vars(self)
 
 
-def examine(model: str | None = None, *, cache: Place = None, device: str = "auto") -> Iterator[Finding]:
+def examine(model: str | None = None, *, cache: CachePath = None, device: str = "auto") -> Iterator[Finding]:
     """Look at everything a run needs, one finding after another; nothing is downloaded and nothing is kept.
 
     Args:
@@ -110,7 +110,7 @@ def _memory() -> Finding:
     return Finding("memory", "ok", f"{free / 1e9:.1f} GB free")
 
 
-def _cache(place: Place) -> Finding:
+def _cache(place: CachePath) -> Finding:
     root = Path(os.fspath(place) if isinstance(place, (str, os.PathLike)) else default_root()).expanduser().absolute()
     parent = root
     while not parent.exists():

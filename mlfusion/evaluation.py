@@ -25,7 +25,7 @@ from mlfusion.population import Precision
 from mlfusion.progress import track as bar_of
 from mlfusion.results import Results, Row
 from mlfusion.specs import FeatureSpec, Probe, digest, parse_probes, spelt_out
-from mlfusion.store import Entry, FeatureStore, Place, TokenReader
+from mlfusion.store import CachePath, Entry, FeatureStore, TokenReader
 from mlfusion.store.encoding import ENCODINGS
 from mlfusion.targets import target_of
 
@@ -60,7 +60,7 @@ def probe(
     halving: bool = False,
     smoothing: float = 0.0,
     save: bool = False,
-    cache: Place = None,
+    cache: CachePath = None,
     results: str | os.PathLike[str] = "results",
     device: str = "cpu",
     memory: int | None = None,
@@ -101,7 +101,7 @@ def probe(
     rows: list[Row] = []
     made, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
-        word = model or pair.train.names[0].model_source
+        word = model or pair.train.names()[0].model_source
         chosen, lacking = _servable(pair, probes, word, dataset)
         left_out += lacking
         for line in lacking:
@@ -186,7 +186,7 @@ def rerun(
     row_id: str,
     *,
     keep: bool = False,
-    cache: Place = None,
+    cache: CachePath = None,
     results: str | os.PathLike[str] = "results",
     device: str | None = None,
     memory: int | None = None,
@@ -370,7 +370,7 @@ def _fitted(
     arrays = {
         # Probabilities lose nothing that matters in half the bytes; numbers might, and may be larger than float16 holds.
         "probabilities": outcome.predictions.astype(np.float32 if target.kind == "number" else np.float16),
-        "labels": pair.test.samples.labels[pair.test.rows],
+        "labels": pair.test.samples.labels[pair.test.rows()],
     }
     if outcome.attention is not None:
         arrays["attention"] = outcome.attention.astype(np.float16)
@@ -396,7 +396,7 @@ def _fitted(
         "depth": depth,
         "width": spec.model.width,
         "classes": list(spec.data.classes),
-        "images": {"train": len(train), "test": len(pair.test.rows)},
+        "images": {"train": len(train), "test": len(pair.test.rows())},
         "features": list(pair.keys),
         "attention": _attention(one, pair.train, outcome.attention),
         "versions": {name: version(name) for name in ("mlfusion", "torch", "numpy", "scikit-learn")},
@@ -404,10 +404,10 @@ def _fitted(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "protocol": PROTOCOL,
         "device": device,
-        "bytes": (len(train) + len(pair.test.rows)) * train.shape[1] * _vector_bytes(spec),
+        "bytes": (len(train) + len(pair.test.rows())) * train.shape[1] * _vector_bytes(spec),
         "sources": {
-            "model": pair.train.names[0].model_source,
-            "dataset": pair.train.names[0].dataset_source,
+            "model": pair.train.names()[0].model_source,
+            "dataset": pair.train.names()[0].dataset_source,
             "weights": spec.model.weights,
             "train": spec.data.content,
             "test": pair.test.spec.data.content,
@@ -417,7 +417,7 @@ def _fitted(
         **({"streamed": True} if streamed else {}),
         **({"precision": precision} if precision != "float32" else {}),
     }
-    model, names = spec.model, pair.train.names[0]
+    model, names = spec.model, pair.train.names()[0]
     card = trained.Card(
         probe=one.name,
         head=one.head,
@@ -456,7 +456,7 @@ def _tokens(entry: Entry, one: Probe, memory: int, opened: ExitStack, stream: bo
     `stream` says which; None is as memory allows.
     """
     layers = one.representation.layers(entry.spec.model.depth)
-    rows, samples = entry.rows, entry.samples
+    rows, samples = entry.rows(), entry.samples
     ids = tuple(samples.ids[row] for row in rows)
     reader = opened.enter_context(entry.open(layers, one.representation.kinds))
     tokens = Tokens(reader, samples.labels[rows], ids)
@@ -467,7 +467,7 @@ def _tokens(entry: Entry, one: Probe, memory: int, opened: ExitStack, stream: bo
 
 def _command(pair: SplitPair, one: Probe) -> str:
     """What caches the tokens of this probe from the model and the images themselves."""
-    names, spec = pair.train.names[0], pair.train.spec
+    names, spec = pair.train.names()[0], pair.train.spec
     command = extract_command(
         names.model_source, names.dataset_source, one.representation.pairs(spec.model.depth), spec
     )

@@ -35,7 +35,7 @@ def cached(root: Path, split: str, images: int, *, tokens: int = TOKENS, width: 
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several groups of several blocks in a few hundred images."""
-    monkeypatch.setattr(reader, "MIXED", 1 << 14)
+    monkeypatch.setattr(reader, "SHUFFLE_BYTES", 1 << 14)
 
 
 @pytest.mark.usefixtures("small_groups")
@@ -154,7 +154,7 @@ from mlfusion.batches import Schedule, Tokens
 from mlfusion.probes import Shape
 from mlfusion.store import FeatureStore, reader
 torch.set_num_threads(1)
-reader.MIXED = 1 << 23
+reader.SHUFFLE_BYTES = 1 << 23
 [entry] = FeatureStore(sys.argv[1]).entries()
 with entry.open([2], ["all"]) as values:
     tokens = Tokens(values, entry.samples.labels)

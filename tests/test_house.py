@@ -23,7 +23,7 @@ DOORS: dict[str, set[str]] = {
     "disk": {"errors"},
     "specs": {"errors"},
     "progress": set(),
-    "store": {"errors", "specs", "disk"},
+    "store": {"errors", "specs", "disk", "progress"},
     "models": {"errors", "specs"},
     "datasets": {"errors", "disk", "progress"},
     "preprocessing": {"errors"},
@@ -50,7 +50,6 @@ DOORS: dict[str, set[str]] = {
     "extraction": {
         "errors",
         "specs",
-        "disk",
         "store",
         "memory",
         "models",
@@ -62,7 +61,7 @@ DOORS: dict[str, set[str]] = {
         "devices",
         "progress",
     },
-    "planning": {"errors", "specs", "store", "datasets", "backbone", "extraction", "loader", "forward"},
+    "planning": {"errors", "specs", "disk", "store", "datasets", "backbone", "extraction", "loader", "forward"},
     "trained": {"errors", "disk", "specs", "probes", "exact", "targets"},
     "prediction": {
         "errors",
@@ -117,6 +116,7 @@ DOORS: dict[str, set[str]] = {
     "study": {
         "errors",
         "specs",
+        "disk",
         "progress",
         "store",
         "models",

@@ -12,7 +12,7 @@ from workers import Child
 from mlfusion import forward, protocol, study
 from mlfusion.recipe import Recipe
 from mlfusion.results import Results
-from mlfusion.store.audit import verify
+from mlfusion.store.verify import verify_entry
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny import save_images, save_model
@@ -68,6 +68,6 @@ def test_a_study_killed_ten_times_ends_with_the_same_rows(recipe, tmp_path, many
     assert kept(root) == want
     assert rows == sorted(rows) or len(set(tmp_path.glob("killed*"))) > 1
     for entry in (root / "cache" / "v2").glob("[0-9a-f]*"):
-        assert list(verify(root / "cache", entry)) == []
+        assert list(verify_entry(entry)) == []
     arrays = {path.name for path in (root / "results" / "arrays").glob("[!.]*.npz")}
     assert arrays >= {f"{name}.npz" for name in want}
