@@ -191,7 +191,7 @@ def usual_script(folder: Path, images: Path, out: Path) -> float:
     }
     began = time.perf_counter()
     for kind, take in kinds.items():
-        batches = torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=loader.processors())
+        batches = torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=loader.processor_count())
         with torch.inference_mode():
             kept = [take(model(pixels, output_hidden_states=True)).cpu() for pixels in batches]
         torch.save(torch.cat(kept), out / f"{kind}.pt")
@@ -384,7 +384,7 @@ def gpu(args: argparse.Namespace, root: Path) -> None:
         (
             "from JPEG files",
             f"{median(one['files'] for one in found):,.0f} images/s",
-            f"{loader.processors()} processors; limit: {ours.limit}",
+            f"{loader.processor_count()} processors; limit: {ours.limit}",
         ),
         (
             "from pictures on the device",

@@ -23,7 +23,7 @@ from mlfusion.backbone import Backbone
 from mlfusion.devices import device_name, pick_compute, pick_device
 from mlfusion.errors import MlfusionError, UnknownName
 from mlfusion.forward import Forward
-from mlfusion.loader import Loaded, Loader
+from mlfusion.loader import LoadedBatch, Loader
 from mlfusion.memory import pages_kept
 from mlfusion.preprocessing import Preprocessing
 from mlfusion.progress import Bar, track
@@ -349,7 +349,7 @@ def _samples(name: str, split: datasets.Split) -> Samples:
     """Read every image's bytes once, for the digests that identify the split. Order never depends on the threads."""
     with (
         track(f"reading {name}/{split.name}", len(split), "images") as bar,
-        ThreadPoolExecutor(min(8, loader.processors() + 1)) as pool,
+        ThreadPoolExecutor(min(8, loader.processor_count() + 1)) as pool,
     ):
         digests = bytearray()
         for one in pool.map(split.digest, range(len(split))):
@@ -443,7 +443,7 @@ def loading(forward: Forward, split: datasets.Split, compute: ComputeOptions) ->
         forward.batch_size,
         skip_bad=compute.skip_bad,
         workers=compute.workers,
-        processes=on_gpu and loader.forks(),
+        processes=on_gpu and loader.can_fork(),
         pinned=on_gpu,
     )
 
@@ -456,10 +456,10 @@ class _PendingTokens:
     wait: Callable[[], None]  # returns when they are there
 
 
-def _take(forward: Forward, one: Loaded[list[Stream]]) -> _PendingTokens:
+def _take(forward: Forward, one: LoadedBatch[list[Stream]]) -> _PendingTokens:
     """Run a batch and start copying its tokens. On a GPU nothing waits for it here: the next batch can be queued at once."""
-    tokens = forward(one.pictures, frozenset(pair for stream in one.what for pair in stream.pairs))
-    parts = {stream: _assemble(tokens, stream) for stream in one.what}
+    tokens = forward(one.pictures, frozenset(pair for stream in one.payload for pair in stream.pairs))
+    parts = {stream: _assemble(tokens, stream) for stream in one.payload}
     if forward.backbone.device.type != "cuda":
         return _PendingTokens({stream: part.cpu() for stream, part in parts.items()}, lambda: None)
     there = {
@@ -468,7 +468,7 @@ def _take(forward: Forward, one: Loaded[list[Stream]]) -> _PendingTokens:
     }
     event = torch.cuda.Event()
     event.record()
-    one.free = forward.copied  # the buffer is read until then; the pass itself goes on
+    one.free = forward.wait_for_copy  # the buffer is read until then; the pass itself goes on
     return _PendingTokens(there, event.synchronize)
 
 
@@ -487,7 +487,7 @@ class _Writer:
         self.awaited = 0.0  # seconds that tokens were waited for, while the device worked on them
         self.held = 0.0  # seconds that the loop was held up because writing was behind
 
-    def put(self, one: Loaded[list[Stream]], tokens: _PendingTokens) -> None:
+    def put(self, one: LoadedBatch[list[Stream]], tokens: _PendingTokens) -> None:
         """Queue a batch's tokens, in the order of rows. Raises the error of an earlier batch."""
         self._queue.append(self._filling.submit(self._fill, one.rows, tokens, one.unread))
         began, awaited = time.perf_counter(), self.awaited
@@ -562,7 +562,7 @@ def _provenance(entry: Entry, work: _Work, seconds: float) -> RunRecord:
         versions=versions,
         device=device,
         device_name=device_name(device),
-        processors=loader.processors(),
+        processors=loader.processor_count(),
         threads=torch.get_num_threads(),
         compute=entry.spec.model.compute,
         dtype=entry.spec.dtype,

@@ -58,7 +58,7 @@ def load_features(
     view: str = "plain",
     cache: CachePath = None,
 ) -> Features[np.ndarray]:
-    """Cached tokens as NumPy arrays, in the dtype they are kept in; images skipped at extraction are left out.
+    """Cached tokens as NumPy arrays, in their storage type; images skipped at extraction are left out.
 
         features = mlfusion.load_features("formula-vit", "digits", "train")
         features.tokens, features.labels        # [1442, 8, 2, 128] float16, [1442] int64

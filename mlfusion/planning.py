@@ -11,7 +11,7 @@ import numpy as np
 from mlfusion import datasets, disk
 from mlfusion.backbone import Backbone
 from mlfusion.extraction import ComputeOptions, FeatureOptions, Job, Making, Request, load, loading
-from mlfusion.forward import BATCHES, Forward
+from mlfusion.forward import MAX_BATCH_SIZES, Forward
 from mlfusion.specs import Dtype, FeatureSpec, Pair, token_words
 from mlfusion.store import CachePath, Entry, FeatureStore, FormatName, Missing, Samples, differences, missing_bytes
 
@@ -245,7 +245,7 @@ def estimate(
     planned: list[PlannedSplit] = []
     backbone: Backbone | None = None
     rate, spent = None, 0.0
-    batch = asked.compute.batch_size or BATCHES["cpu"]
+    batch = asked.compute.batch_size or MAX_BATCH_SIZES["cpu"]
     for job in asked.jobs:
         entry = store.entry(job.spec)
         missing: Missing = {}
@@ -300,7 +300,7 @@ def _planned(job: Job, entry: Entry | None, missing: Missing, batch_size: int) -
 def _trial(
     forward: Forward, split: datasets.Split, wanted: frozenset[Pair], compute: ComputeOptions, seconds: float
 ) -> tuple[float, float]:
-    """Images per second, decoded and run, and the seconds of the measurement. A short data set is gone through again."""
+    """Images per second, decoded and run, and the seconds of the measurement. A short data set is repeated."""
 
     def rounds() -> Iterator[tuple[range, None]]:
         while True:

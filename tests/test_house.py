@@ -134,7 +134,18 @@ DOORS: dict[str, set[str]] = {
     "formula": {"errors"},
     "pretrain": {"errors", "formula", "specs"},
     "devices": {"errors", "specs"},
-    "doctor": {"errors", "specs", "models", "preprocessing", "backbone", "devices", "memory", "store", "probes"},
+    "doctor": {
+        "errors",
+        "disk",
+        "specs",
+        "models",
+        "preprocessing",
+        "backbone",
+        "devices",
+        "memory",
+        "store",
+        "probes",
+    },
 }
 HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
     "transformers": {"preprocessing", "backbone", "models", "pretrain"},

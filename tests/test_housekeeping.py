@@ -16,9 +16,10 @@ from tiny import save_images, save_model
 from mlfusion import cli, disk, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.store import FeatureStore, Leases, RunRecord
-from mlfusion.store.prune import decide, remove_entry
-from mlfusion.store.transfer import copy_entry
-from mlfusion.store.verify import repair_entry, verify_entry
+from mlfusion.store.inventory import disk_usage, entry_paths, list_entries
+from mlfusion.store.prune import decide, prune, remove_entry
+from mlfusion.store.transfer import copy_entries, copy_entry
+from mlfusion.store.verify import repair_entry, verify, verify_entry
 
 RUN = RunRecord(
     when="2026-01-01T00:00:00+00:00",
@@ -152,6 +153,34 @@ def decisions(store: FeatureStore, **criteria) -> dict[int, bool]:
     every = list(store.own_entries())
     decided = decide(every, every=every, now=disk.clock(store.root), **criteria)
     return {each.entry.spec.data.images: each.remove for each in decided}
+
+
+def test_what_the_commands_do_is_done_by_functions(tmp_path):
+    """One each, with plain arguments; the results say what the commands print."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    entry = new_entry(one)
+    fill(entry, "zarr")
+    [copied] = copy_entries(one, two, model="m", format="hdf5")
+    assert (copied.entry.key, copied.bytes) == (entry.key, entry.nbytes())
+    [listed] = list_entries(two).entries
+    assert (listed.tokens, listed.bytes, listed.skipped) == ("cls+ap@1-3", entry.nbytes(), 0)
+    assert entry_paths(two) == [two]
+    assert entry_paths(two, dataset="d") == [copied.entry.path]
+    files = tree(two / "v2")
+    assert disk_usage(two).entries == {("m", "d"): sum(map(len, files.values()))}
+    assert verify(two).to_json() == {"entries": 1, "damaged": [], "quarantined": []}
+    [shard, *_] = two.rglob("tokens.h5")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert [damage.path for damage in verify(two).damaged] == [shard.parent]
+    assert len(verify(two, repair=True).quarantined) == 2  # the shard with its record, and the manifest
+    with pytest.raises(MlfusionError, match="name at least one of --model"):
+        prune(two)
+    assert [each.remove for each in prune(two, quota=0, needed={entry.key}).decisions] == [False]
+    assert prune(two, quota=0, dry_run=True).bytes_freed > 0
+    assert len(prune(two, quota=0).removed) == 1
+    assert list_entries(two).entries == ()
+    with pytest.raises(CacheUnusable, match="there is no cache at"):
+        copy_entries(tmp_path / "three", two)
 
 
 def test_what_goes_by_age_size_and_need(tmp_path):

@@ -430,6 +430,72 @@ def test_shards_tile_the_images_once_and_are_cut_in_powers_of_two(images, layers
     assert sum(len(one.rows(s)) for s in (0, one.shards - 1)) + max(0, one.shards - 2) * one.shard_rows >= images
 
 
+# --- one verb ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_gap_is_filled_and_left_behind_sealed(tmp_path):
+    """What is missing comes in pieces, a second extractor passes over what the first has claimed, and the rest is a record."""
+    store, data = FeatureStore(tmp_path), new_entry(tmp_path / "elsewhere")
+    values = np.random.default_rng(3).normal(size=(19, 3, 2, 4)).astype(np.float16)
+    asked = (data.spec, data.samples, NAMES, SHAPES)
+    assert {len(shards) for shards in store.missing(data.spec, SHAPES, "zarr").values()} == {3}
+    with store.filling(*asked) as gap:
+        for pieces in gap.rounds():
+            for number, (rows, [one]) in enumerate(pieces):
+                if number == 0:
+                    with store.filling(*asked) as other:
+                        assert rows.start not in [rows.start for rows, _ in next(other.rounds())]
+                draft = gap.draft(one, rows.start // one.shard_rows)
+                draft.append(values[rows.start : rows.stop])
+                gap.publish(draft)
+                gap.renew()
+        assert store.held(data.spec) == PAIRS
+    np.testing.assert_array_equal(gap.entry.read([1, 2, 3], ["cls", "ap"]), values)
+    assert not store.missing(data.spec, SHAPES, "zarr")
+    assert store.reuse(*asked[:3]).key == gap.entry.key
+    assert not [*gap.entry.path.rglob(f"{disk.DRAFT}*"), *(gap.entry.path / "leases").iterdir()]
+
+
+def test_a_gap_that_is_not_filled_leaves_nothing_behind(tmp_path):
+    data = new_entry(tmp_path / "elsewhere")
+
+    def broken() -> None:
+        with FeatureStore(tmp_path).filling(data.spec, data.samples, NAMES, SHAPES) as gap:
+            for pieces in gap.rounds():
+                _, [one] = next(pieces)
+                gap.draft(one, 0).append(np.zeros((2, *one.shape[1:]), np.float16))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(CacheUnusable, match=r"no space left for the cache at .*: \d+\.\d{3} MB are needed"):
+        broken()
+    entry = FeatureStore(tmp_path).entry(data.spec)
+    assert entry is not None and not entry.held()
+    assert not [*entry.path.rglob(f"{disk.DRAFT}*"), *(entry.path / "leases").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("entry.json", {"dtype": "float8"}, "entry.json is damaged: Invalid enum value 'float8'"),
+        ("entry.json", {"model": 3}, "entry.json is damaged: Expected `object`, got `int`"),
+        ("tokens/*/stream.json", {"width": 0}, r"stream.json is damaged: Expected `int` >= 1"),
+        ("tokens/*/stream.json", {"colour": "red"}, "stream.json is damaged: Object contains unknown field `colour`"),
+        ("tokens/*/stream.json", {"chunk_rows": 5}, "stream.json is damaged: a description of no stream"),
+        ("tokens/*/manifest.json", {"bytes": ["1"]}, "manifest.json is damaged: Expected `int`, got `str`"),
+        ("names/*.json", {"model": None}, r"json is damaged: Expected `str`, got `null`"),
+    ],
+)
+def test_records_are_read_strictly_and_refused_in_a_sentence(file, change, words, tmp_path):
+    """A record whose digest fits and whose fields do not: by whoever made it."""
+    entry = new_entry(tmp_path)
+    fill(entry, "zarr")
+    [path] = entry.path.glob(file)
+    path.write_text(sealed({**read_json(path), **change}))
+    with pytest.raises(CacheUnusable, match=words):
+        _ = Entry(entry.path).sources(), entry.names()
+    assert any(words.split(" is ")[0].rpartition(" ")[2] in str(damage.path) for damage in verify_entry(entry.path))
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 KINDS = {

@@ -226,7 +226,7 @@ def _goes_by(names: Names, model: ModelWord | None, dataset: str | None) -> bool
     """Whether an entry with these names is meant by what the user typed."""
 
     def same(word: str, name: str, source: str, suffix: str = "") -> bool:
-        if Path(word).exists():  # a folder or file is meant by its place, two of the same name are told apart
+        if Path(word).exists():  # a folder or file is meant by its path: two may have the same name
             return source == str(Path(word).resolve()) + suffix
         return word + suffix in (name, source)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mlfusion.store.formats import Written
+from mlfusion.store.formats import WrittenShard
 from mlfusion.store.records import Count, Record
 from mlfusion.store.stream import Stream
 
@@ -115,7 +115,7 @@ class StreamManifest(Manifest, frozen=True):
 
 
 def commit_record(
-    stream: Stream, shard: int, written: Written, *, samples: str, skipped: Mapping[int, str]
+    stream: Stream, shard: int, written: WrittenShard, *, samples: str, skipped: Mapping[int, str]
 ) -> CommitRecord:
     """The record of a shard that was written."""
     return CommitRecord(

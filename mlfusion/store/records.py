@@ -1,4 +1,4 @@
-"""The records of the cache as frozen classes: written as sealed JSON, read strictly by msgspec, damage told in one sentence."""
+"""The records of the cache as frozen classes: sealed JSON, read strictly by msgspec, damage reported in one sentence."""
 
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ def read(path: Path, kind: type[R]) -> R:
 
 
 def read_versioned(path: Path, kind: type[R], *, about: Path) -> R:
-    """The same for a record that names its format; one of a newer format is refused with a word about `about`."""
+    """The same for a record that names its format; one of a newer format is refused with a message about the path `about`."""
     text = disk.read_sealed(path)
     if (found := _decode(path, text, _Versioned).format) > FORMAT:
         raise CacheUnusable(f"{about} has format {found}, this mlfusion reads {FORMAT}; update mlfusion")

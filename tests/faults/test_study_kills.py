@@ -25,7 +25,7 @@ def recipe(tmp_path, monkeypatch) -> Recipe:
     grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=20)
     monkeypatch.setitem(protocol.GRIDS, "quick", grid)
     monkeypatch.setattr(study, "TRIAL_SECONDS", 0.01)
-    monkeypatch.setitem(forward.BATCHES, "cpu", 4)
+    monkeypatch.setitem(forward.MAX_BATCH_SIZES, "cpu", 4)
     model = str(save_model("vit", tmp_path / "model"))
     data = [str(save_images(tmp_path / f"set {n}", {"train": 6 + n, "test": 4}, seed=n)) for n in range(2)]
     probes = ("cls-last/linear", "cls+ap-all-layers/{ridge,attentive}", "aat:h4")
