@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
+import msgspec
 import numpy as np
 import page
 import torch
@@ -44,11 +45,11 @@ def seeds_of(head: str, name: str) -> tuple[int, ...]:
 
 def keep_as(entry: Entry, dtype: Dtype, cache: Path) -> None:
     """The tokens of a float32 entry, encoded as an extraction encodes them, in another cache; resumed where it was."""
-    other = FeatureStore(cache).create(replace(entry.spec, dtype=dtype), entry.samples, entry.names[0])
+    other = FeatureStore(cache).create(replace(entry.spec, dtype=dtype), entry.samples, entry.names()[0])
     if entry.held() <= other.held():
         return
-    for mine in entry.whole():
-        stream = replace(mine, dtype=dtype)
+    for mine in entry.complete_streams():
+        stream = msgspec.structs.replace(mine, dtype=dtype)
         other.begin([stream])
         tokens = entry.read(mine.layers, mine.kinds)
         for shard in other.missing_shards(stream):
@@ -89,14 +90,14 @@ def sizes(folder: Path, sets: list[str]) -> str:
     """Bytes of all sets together over float16's, and how far tokens are from float32's."""
     lines = []
     exact = {(e.spec.data.content, e.spec.data.split): e for e in FeatureStore(folder / "float32").entries()}
-    usual = sum(entry.nbytes for entry in FeatureStore(folder / USUAL).entries())
+    usual = sum(entry.nbytes() for entry in FeatureStore(folder / USUAL).entries())
     for dtype in DTYPES:
         errors, nbytes = [], 0
         for entry in FeatureStore(folder / dtype).entries():
-            if entry.names[0].dataset not in sets:
+            if entry.names()[0].dataset not in sets:
                 continue
-            nbytes += entry.nbytes
-            [stream] = entry.whole()
+            nbytes += entry.nbytes()
+            [stream] = entry.complete_streams()
             true = exact[entry.spec.data.content, entry.spec.data.split].read(stream.layers, stream.kinds)
             kept = entry.read(stream.layers, stream.kinds).astype(np.float32)
             errors.append(np.linalg.norm(kept - true, axis=-1) / np.linalg.norm(true, axis=-1))

@@ -35,7 +35,7 @@ from PIL import Image
 import mlfusion
 from mlfusion import devices, extraction, loader, models
 from mlfusion.cli.malloc import freed_memory_kept
-from mlfusion.extraction import Making, Request
+from mlfusion.extraction import ComputeOptions, FeatureOptions, Making, Request
 from mlfusion.loader import Loader
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
@@ -87,13 +87,8 @@ class Ours:
     ) -> None:
         self.words: dict[str, Any] = {
             "splits": "train",
-            "layers": "all",
-            "tokens": tokens,
-            "format": "zarr",
-            "dtype": "float16",
-            "device": device,
-            "batch_size": batch,
-            "making": making,
+            "features": FeatureOptions(tokens=tokens, making=making),
+            "compute": ComputeOptions(device=device, batch_size=batch),
         }
         self.model, self.images = str(model), str(images)
         self.backbone = extraction.load(Request.of(self.model, self.images, **self.words))
@@ -105,7 +100,7 @@ class Ours:
             began = time.perf_counter()
             asked = Request.of(self.model, self.images, **self.words)
             [done] = extraction.fill(asked, cache=cache, model=lambda _: self.backbone)
-            self.limit = done.limit
+            self.limit = done.bottleneck
             return done.images_written / (time.perf_counter() - began)
 
 
@@ -197,7 +192,7 @@ def usual_script(folder: Path, images: Path, out: Path) -> float:
     }
     began = time.perf_counter()
     for kind, take in kinds.items():
-        batches = torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=loader.processors())
+        batches = torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=loader.processor_count())
         with torch.inference_mode():
             kept = [take(model(pixels, output_hidden_states=True)).cpu() for pixels in batches]
         torch.save(torch.cat(kept), out / f"{kind}.pt")
@@ -390,7 +385,7 @@ def gpu(args: argparse.Namespace, root: Path) -> None:
         (
             "from JPEG files",
             f"{median(one['files'] for one in found):,.0f} images/s",
-            f"{loader.processors()} processors; limit: {ours.limit}",
+            f"{loader.processor_count()} processors; limit: {ours.limit}",
         ),
         (
             "from pictures on the device",

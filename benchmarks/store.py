@@ -32,20 +32,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import crc32c
 import h5py
+import msgspec
 import numpy as np
 import page
 import torch
 import xxhash
 
 from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
-from mlfusion.store import Check, Entry, FeatureStore, Names, Samples, streams_for
-from mlfusion.store import reader as reader_of
+from mlfusion.store import Check, Entry, FeatureStore, Names, Samples, buffers, streams_for
 
 LAYERS, KINDS, WIDTH = tuple(range(1, 14)), ("cls", "ap"), 768
 MODEL = ModelSpec(
@@ -248,14 +247,14 @@ def measure(folder: Path, images: int, repeats: int, rival_images: int) -> list[
     table.pair("shuffled", shuffled, shuffled_flat, tokens.nbytes)
     table.pair("shuffled unchecked", lambda: shuffled("never"), shuffled_flat, tokens.nbytes)
     table.pair("shuffled against in order", shuffled, in_order, tokens.nbytes)
-    idle = reader_of.IDLE
+    idle = buffers.IDLE_BYTES
 
     def forget() -> None:
-        reader_of.IDLE = 0
-        reader_of.Lent.idle.clear()
+        buffers.IDLE_BYTES = 0
+        buffers.BufferPool.idle.clear()
 
     def keep() -> None:
-        reader_of.IDLE = idle
+        buffers.IDLE_BYTES = idle
 
     for name, ours, theirs, nbytes in (
         ("whole", lambda: read(LAYERS), lambda: np.array(mapped(flat, shape)), tokens.nbytes),
@@ -300,7 +299,7 @@ def fill_thousand(entry: Entry) -> None:
         dtype="float16",
         format="zarr",
     )
-    stream = replace(stream, shard_rows=256, chunk_rows=256)
+    stream = msgspec.structs.replace(stream, shard_rows=256, chunk_rows=256)
     entry.begin([stream])
     for shard in range(stream.shards):
         with entry.draft(stream, shard) as draft:

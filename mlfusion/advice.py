@@ -16,11 +16,11 @@ import numpy as np
 from mlfusion import costs, datasets, extraction, population, protocol
 from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
-from mlfusion.extraction import Images, Request
+from mlfusion.extraction import ComputeOptions, FeatureOptions, Images, Request
 from mlfusion.progress import track
 from mlfusion.specs import BASELINE, Pair, Probe, parse_probes
 from mlfusion.statistics.images import Difference, Interval, difference, interval
-from mlfusion.store import Entry, FeatureStore, Place
+from mlfusion.store import CachePath, Entry, FeatureStore
 from mlfusion.targets import Target, target_of
 
 IMAGES = 300
@@ -99,7 +99,7 @@ def advise(
     *,
     images: int = IMAGES,
     probes: str | Sequence[str] = CANDIDATES,
-    cache: Place = None,
+    cache: CachePath = None,
     device: str = "auto",
     seed: int = 0,
 ) -> Advice:
@@ -184,25 +184,25 @@ class _Pilot:
 
 @contextmanager
 def _pilot(
-    model: str, dataset: str, images: int, probes: str | Sequence[str], cache: Place, device: str, seed: int
+    model: str, dataset: str, images: int, probes: str | Sequence[str], cache: CachePath, device: str, seed: int
 ) -> Iterator[_Pilot]:
     """From the cache if it has all that the candidates read, else by a few forward passes into a cache that goes away."""
     store = FeatureStore(cache)
     train, test = (store.find(model=model, dataset=dataset, split=split) for split in ("train", "test"))
-    newest = max(train, key=lambda entry: entry.touched, default=None)
+    newest = max(train, key=lambda entry: entry.extracted_at_ns(), default=None)
     held = newest.held() if newest else frozenset()
     if newest is not None:
         depth = newest.spec.model.depth
         asked = parse_probes(probes, depth)
         wanted = frozenset(pair for probe in asked for pair in probe.representation.pairs(depth))
         if wanted <= held:
-            labels = newest.samples.labels[newest.rows]
+            labels = newest.samples.labels[newest.rows()]
             target = target_of(labels, len(newest.spec.data.classes))
             rows = chosen(target.strata(labels), images, seed)
             others = [entry for entry in test if entry.spec.model == newest.spec.model]
             yield _Pilot(
-                model=newest.names[0].model,
-                dataset=newest.names[0].dataset,
+                model=newest.names()[0].model,
+                dataset=newest.names()[0].dataset,
                 depth=depth,
                 probes=asked,
                 labels=labels[rows],
@@ -223,11 +223,8 @@ def _pilot(
     request = Request.of(
         model,
         Images.of(part, ("train",)),
-        layers="all",
-        tokens=(),
-        format="zarr",
-        dtype="float16",
-        device=device,
+        FeatureOptions(tokens=()),
+        ComputeOptions(device=device),
     )
     depth = request.jobs[0].spec.model.depth
     asked = parse_probes(probes, depth)
@@ -259,8 +256,8 @@ def _reader(entry: Entry, rows: np.ndarray) -> Callable[[Probe], Tokens]:
         layers = probe.representation.layers(entry.spec.model.depth)
         with entry.open(layers, probe.representation.kinds) as reader:
             samples = entry.samples
-            ids = tuple(samples.ids[row] for row in entry.rows)
-            return Tokens(reader, samples.labels[entry.rows], ids).of(rows)
+            ids = tuple(samples.ids[row] for row in entry.rows())
+            return Tokens(reader, samples.labels[entry.rows()], ids).of(rows)
 
     return tokens
 

@@ -14,7 +14,7 @@ from mlfusion.errors import BadData, MlfusionError
 from mlfusion.models import preprocessing
 from mlfusion.results import Row
 from mlfusion.specs import GRID_SIDES
-from mlfusion.store import FeatureStore, Place
+from mlfusion.store import CachePath, FeatureStore
 
 MOST_PREFIX = 8  # tokens before the patches: CLS, distillation, registers
 
@@ -105,7 +105,7 @@ class Seen:
         return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def seen(row: Row, *, cache: Place = None, dataset: str | None = None) -> Seen:
+def seen(row: Row, *, cache: CachePath = None, dataset: str | None = None) -> Seen:
     """Find the images that a row was tested on.
 
     Args:
@@ -127,7 +127,7 @@ def seen(row: Row, *, cache: Place = None, dataset: str | None = None) -> Seen:
     steps, upright = _prepared(entry.spec.model.preprocess, row.sources.model)
     split = datasets.load(word, datasets.Reading(upright=upright)).split("test")
     place = {name: number for number, name in enumerate(split.ids)}
-    kept, rows = entry.samples, np.asarray(entry.rows)
+    kept, rows = entry.samples, entry.rows()
     if any(kept.ids[number] not in place for number in rows):
         raise BadData(
             f"{word} has other test images than row {row.id} was tested on; give the same ones with --dataset"

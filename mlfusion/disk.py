@@ -1,13 +1,12 @@
-"""How a file or folder comes to exist: written under a draft's name, flushed, then given its own name in one step.
+"""Atomic file creation: a file or folder is written under a temporary name, flushed, and then renamed in one step.
 
 What exists under its own name is therefore whole. No lock is taken; of two writers the first wins and the second's draft
-is dropped. Drafts carry host and process in their name, so those of the dead can be told and swept. JSON carries a digest
-of its own text, so that one changed byte is noticed.
+is dropped. The names of drafts carry host and process, so that drafts of dead processes can be recognised and swept. Sealed
+JSON carries a digest of its own text, so that one changed byte is noticed.
 """
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import socket
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache as once
 from pathlib import Path
-from typing import Any
 
 from mlfusion.errors import CacheUnusable, MlfusionError
 
@@ -27,14 +25,14 @@ STALE = 24 * 3600.0  # seconds after which the draft of an unknown host counts a
 
 @once
 def here() -> str:
-    """What processes are numbered by: the host, and on Linux the namespace of its process numbers (containers)."""
+    """The scope of process numbers: the host and, on Linux, the namespace of its process numbers (containers)."""
     with suppress(OSError):
         return f"{socket.gethostname()}.{os.stat('/proc/self/ns/pid').st_ino}"
     return socket.gethostname()
 
 
 def claim() -> str:
-    """A word that says who writes it and is used once: host~process.start~random."""
+    """A unique word that names the process that writes it: host~process.start~random."""
     return f"{here()}~{os.getpid()}.{_begun(os.getpid())}~{uuid.uuid4().hex[:8]}"
 
 
@@ -55,7 +53,7 @@ def alive(claim: str) -> bool | None:
 
 
 def _begun(process: int) -> str:
-    """When a process began, in ticks since the machine did; '' where that is not told."""
+    """When a process started, in ticks since the machine was booted; '' where the system does not say."""
     with suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     return ""
@@ -68,7 +66,7 @@ def draft_name(folder: Path) -> Path:
 
 @contextmanager
 def drafted(draft: Path) -> Iterator[Path]:
-    """Takes a draft away if what fills it fails."""
+    """Remove a draft if writing it fails."""
     try:
         yield draft
     except OSError:
@@ -77,7 +75,7 @@ def drafted(draft: Path) -> Iterator[Path]:
 
 
 def finished(folder: Path, marker: str) -> list[Path]:
-    """Folders in `folder` that hold the file `marker` and bear a name of their own, by name."""
+    """Sorted list of the folders in `folder` that hold the file `marker`; drafts are left out."""
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith(DRAFT))
     except (FileNotFoundError, NotADirectoryError):
@@ -94,7 +92,7 @@ def sweep(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder; no complaint if somebody else was faster."""
+    """Remove a file or a folder; not an error if it is gone already."""
     try:  # and not first a look at which it is: a prune may take away and bring back what it lies in
         path.unlink(missing_ok=True)
         return
@@ -114,7 +112,7 @@ def remove(path: Path) -> None:
 
 
 def clock(folder: Path) -> float:
-    """Now, by the file system that `folder` lies on: times of files are compared with it and not with a host's clock."""
+    """The current time by the file system of `folder`: times of files are compared with it, not with the host's clock."""
     probe = draft_name(folder)
     try:
         probe.touch()
@@ -154,8 +152,39 @@ def publish_file(draft: Path, final: Path) -> bool:
     return won
 
 
+@contextmanager
+def atomic(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Create the file `path` in one step: yields a draft's path to write to, then flushes it and gives it its name.
+
+    Args:
+        path: the file; its folder must exist.
+        replace: whether a file that already has this name is replaced; otherwise it stays, and the draft is dropped.
+
+    Raises:
+        OSError: the file cannot be written; no draft is left.
+    """
+    draft = draft_name(path.parent)
+    try:
+        yield draft
+        flush(draft)
+        if replace:
+            os.replace(draft, path)
+            flush(path.parent)
+        else:
+            publish_file(draft, path)
+    except BaseException:
+        remove(draft)
+        raise
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Create a text file in one step; a file that has the name already stays."""
+    with atomic(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
 def write(path: Path, text: str) -> None:
-    """A new file, flushed; nothing is left where that fails."""
+    """Write and flush a new file inside a draft; nothing is left if that fails."""
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
@@ -166,25 +195,18 @@ def write(path: Path, text: str) -> None:
         raise
 
 
-def publish_json(final: Path, body: dict[str, Any]) -> bool:
-    """A small JSON file with its digest, whole or absent; False if it was there already."""
-    draft = draft_name(final.parent)
-    write(draft, sealed(body))
-    return publish_file(draft, final)
+def sealed(text: str) -> str:
+    """The text of a JSON object with the digest of the rest in its first line."""
+    rest = text.removeprefix("{")
+    return f'{{"sha256": "{hashlib.sha256(rest.encode()).hexdigest()}",{rest}\n'
 
 
-def sealed(body: dict[str, Any]) -> str:
-    """JSON whose first line is the digest of the rest."""
-    text = json.dumps(body, indent=1, ensure_ascii=False).removeprefix("{")
-    return f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}",{text}\n'
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `publish_json` wrote.
+def read_sealed(path: Path) -> bytes:
+    """The JSON text that was given to `sealed`.
 
     Raises:
-        CacheUnusable: a byte of it was changed.
-        FileNotFoundError: it is not there.
+        CacheUnusable: a byte of the file was changed.
+        FileNotFoundError: there is no such file.
     """
     with open(path, "rb", buffering=0) as file:
         text = file.readall()
@@ -194,8 +216,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} is damaged: its text does not match its digest; run `mlfusion cache verify --repair`, then the same "
             "`mlfusion extract` again"
         )
-    body: dict[str, Any] = json.loads(b"{" + rest)
-    return body
+    return b"{" + rest
 
 
 def publish_folder(draft: Path, final: Path) -> bool:
@@ -230,18 +251,33 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def room(folder: Path) -> str:
-    """What is free where a folder lies or would lie, for people; a file system may run out of files before it is full."""
+def nearest_existing(folder: Path) -> Path:
+    """The folder itself, or the nearest parent that exists."""
     while not folder.exists():
         folder = folder.absolute().parent
-    free = f"{shutil.disk_usage(folder).free / 1e6:,.3f} MB are free"
-    files = os.statvfs(folder) if hasattr(os, "statvfs") else None
+    return folder
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the file system that a folder lies on or would lie on."""
+    return shutil.disk_usage(nearest_existing(folder)).free
+
+
+def free_text(folder: Path) -> str:
+    """The free space in words; a file system may run out of files before it is full."""
+    free = f"{free_bytes(folder) / 1e6:,.3f} MB are free"
+    files = os.statvfs(nearest_existing(folder)) if hasattr(os, "statvfs") else None
     return f"{free} in at most {files.f_favail:,} files" if files and files.f_files else free
 
 
 @contextmanager
-def told(root: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
-    """Turn the disk's refusals into words about the cache at `root`; `needed`: the bytes that are still to be written."""
+def translate_os_errors(root: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
+    """Turn errors of the disk into `CacheUnusable` with a sentence about the cache at `root`.
+
+    Args:
+        root: root of the cache.
+        needed: gives the bytes that are still to be written, for the sentence about a full disk.
+    """
     try:
         yield
     except OSError as err:
@@ -251,7 +287,7 @@ def told(root: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
                 with suppress(OSError, MlfusionError):
                     wanted = f"{needed() / 1e6:,.3f} MB are needed, "
             raise CacheUnusable(
-                f"no space left for the cache at {root}: {wanted}{room(root)}; what was written is safe: "
+                f"no space left for the cache at {root}: {wanted}{free_text(root)}; what was written is safe: "
                 "free some space, or choose another place with --cache, and run the same command again"
             ) from err
         if err.errno == errno.EIO:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from mlfusion import models
+from mlfusion import disk, models
 from mlfusion.devices import pick_device
 from mlfusion.errors import MlfusionError, Unavailable, UnknownName
 from mlfusion.memory import available
@@ -19,7 +18,7 @@ from mlfusion.models import checkpoints, hub, preprocessing
 from mlfusion.models.backbone import Backbone
 from mlfusion.probes import kernels
 from mlfusion.specs import HOOKS, layer_ranges, parse_model
-from mlfusion.store import Place, default_root
+from mlfusion.store import CachePath, default_root
 
 State = Literal["ok", "note", "problem"]
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface-hub", "zarr", "h5py", "safetensors", "pillow")
@@ -41,7 +40,7 @@ class Finding:
         return vars(self)
 
 
-def examine(model: str | None = None, *, cache: Place = None, device: str = "auto") -> Iterator[Finding]:
+def examine(model: str | None = None, *, cache: CachePath = None, device: str = "auto") -> Iterator[Finding]:
     """Look at everything a run needs, one finding after another; nothing is downloaded and nothing is kept.
 
     Args:
@@ -110,12 +109,10 @@ def _memory() -> Finding:
     return Finding("memory", "ok", f"{free / 1e9:.1f} GB free")
 
 
-def _cache(place: Place) -> Finding:
+def _cache(place: CachePath) -> Finding:
     root = Path(os.fspath(place) if isinstance(place, (str, os.PathLike)) else default_root()).expanduser().absolute()
-    parent = root
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    parent = disk.nearest_existing(root)
+    free = disk.free_bytes(root)
     said = f"{root}{'' if root.exists() else ' (not there yet)'}, {free / 1e9:.1f} GB free"
     if not os.access(parent, os.W_OK):
         return Finding("cache", "problem", f"{said}, not writable", "name another place by --cache or $MLFUSION_CACHE")
@@ -192,7 +189,7 @@ def _access(source: str, word: str, revision: str | None, copy: Path | None) -> 
     except Unavailable as err:
         yield Finding("access", "note" if copy else "problem", str(err), "" if copy else _advice(err))
         return
-    free = shutil.disk_usage(next(p for p in (hub.cache(), *hub.cache().parents) if p.exists())).free
+    free = disk.free_bytes(hub.cache())
     said = f"may be read{', gated' if remote.gated else ''}; licence {remote.licence or 'not said'}"
     if copy is not None:
         yield Finding("access", "ok", said)

@@ -22,7 +22,7 @@ from mlfusion.progress import track as bar_of
 from mlfusion.results import Attention, ImageCounts, Results, Row, Selected, Sources, metrics_of, provenance
 from mlfusion.results.rows import RowPrecision
 from mlfusion.specs import Probe, digest, parse_probes, spelt_out
-from mlfusion.store import Entry, FeatureStore, Place, TokenReader
+from mlfusion.store import CachePath, Entry, FeatureStore, TokenReader
 from mlfusion.store.encoding import ENCODINGS
 from mlfusion.targets import Target, target_of
 from mlfusion.trackers import Tracker, open_trackers
@@ -55,7 +55,7 @@ def probe(
     halving: bool = False,
     smoothing: float = 0.0,
     save: bool = False,
-    cache: Place = None,
+    cache: CachePath = None,
     results: str | os.PathLike[str] = "results",
     device: str = "cpu",
     memory: int | None = None,
@@ -97,7 +97,7 @@ def probe(
     rows: list[Row] = []
     made, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
-        word = model or pair.train.names[0].model_source
+        word = model or pair.train.names()[0].model_source
         chosen, lacking = _servable(pair, probes, word, dataset)
         left_out += lacking
         for line in lacking:
@@ -214,7 +214,7 @@ def rerun(
     row_id: str,
     *,
     keep: bool = False,
-    cache: Place = None,
+    cache: CachePath = None,
     results: str | os.PathLike[str] = "results",
     device: str | None = None,
     memory: int | None = None,
@@ -431,14 +431,14 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
                 precision=job.precision,
                 progress=bar.to,
             )
-        images = ImageCounts(train=len(train), test=len(pair.test.rows))
+        images = ImageCounts(train=len(train), test=len(pair.test.rows()))
         return Fitted(job, resources.device, target, outcome, images, train.shape[1], streamed)
 
 
 def _tokens(entry: Entry, one: Probe, resources: Resources, opened: ExitStack) -> Tokens:
     """[images, tokens, width]: layer by layer, in each layer CLS before AP; in memory, or read as training goes on."""
     layers = one.representation.layers(entry.spec.model.depth)
-    rows, samples = entry.rows, entry.samples
+    rows, samples = entry.rows(), entry.samples
     ids = tuple(samples.ids[row] for row in rows)
     reader = opened.enter_context(entry.open(layers, one.representation.kinds))
     tokens = Tokens(reader, samples.labels[rows], ids)
@@ -450,7 +450,7 @@ def _tokens(entry: Entry, one: Probe, resources: Resources, opened: ExitStack) -
 def row_of(pair: SplitPair, fitted: Fitted) -> Row:
     """The row of what was fitted on a pair of splits."""
     job, outcome, spec = fitted.job, fitted.outcome, pair.train.spec
-    names, one, depth = pair.train.names[0], job.probe, spec.model.depth
+    names, one, depth = pair.train.names()[0], job.probe, spec.model.depth
     options = job.options()
     return Row(
         id=job.row_id(pair.keys),
@@ -502,7 +502,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
 
 def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> trained.Card:
     """What is written beside the weights of a row's probe."""
-    spec, names = pair.train.spec, pair.train.names[0]
+    spec, names = pair.train.spec, pair.train.names()[0]
     return trained.Card(
         probe=row.probe,
         head=fitted.job.probe.head,
@@ -541,7 +541,7 @@ def _arrays(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
     kind = np.float32 if fitted.target.kind == "number" else np.float16
     arrays = {
         "probabilities": outcome.predictions.astype(kind),
-        "labels": pair.test.samples.labels[pair.test.rows],
+        "labels": pair.test.samples.labels[pair.test.rows()],
     }
     if outcome.attention is not None:
         arrays["attention"] = outcome.attention.astype(np.float16)
@@ -550,7 +550,7 @@ def _arrays(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
 
 def _command(pair: SplitPair, one: Probe) -> str:
     """What caches the tokens of this probe from the model and the images themselves."""
-    names, spec = pair.train.names[0], pair.train.spec
+    names, spec = pair.train.names()[0], pair.train.spec
     command = extract_command(
         names.model_source, names.dataset_source, one.representation.pairs(spec.model.depth), spec
     )

@@ -1,31 +1,28 @@
 """Stage 1: fill the gaps of the cache. Every image passes through the model once, whatever layers and tokens are missing.
 
 Work is cut by rows, storage by (stream, rows). A block of rows goes through the model when any stream lacks a shard
-there, as deep as the deepest layer missing, and every lacking stream takes its part of that one pass. Any number of
-extractors may fill one entry: each takes leases on the shards it is about to make, and passes over those that others hold.
+there, as deep as the deepest layer missing, and every lacking stream takes its part of that one pass.
 """
 
 import platform
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from mlfusion import datasets, disk, loader, models
+from mlfusion import datasets, loader, models
 from mlfusion.devices import device_name, pick_compute, pick_device
-from mlfusion.errors import CacheUnusable, MlfusionError, UnknownName
+from mlfusion.errors import MlfusionError, UnknownName
 from mlfusion.forward import Forward
-from mlfusion.loader import Loaded, Loader
+from mlfusion.loader import LoadedBatch, Loader
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import Preprocessing
@@ -42,25 +39,26 @@ from mlfusion.specs import (
     parse_tokens,
 )
 from mlfusion.store import (
+    CachePath,
     Entry,
     FeatureStore,
     FormatName,
-    Leases,
+    Gap,
     Names,
-    Place,
+    Piece,
+    RunPart,
+    RunRecord,
     Samples,
     ShardDraft,
     Stream,
-    streams_for,
 )
 
 QUEUED = 2  # batches whose tokens are on their way to the cache
-SLOW = 0.1  # of the time, waited for by the forward pass, that makes another part the limit
-WAIT = 0.5  # seconds between looks at what other extractors still hold
+BOTTLENECK_SHARE = 0.1  # of the time: a part for which the forward pass waited longer is the bottleneck
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extracted:
+class ExtractionResult:
     """What one split's extraction did."""
 
     entry: Entry
@@ -69,11 +67,11 @@ class Extracted:
     images_written: int
     images_reused: int
     images_skipped: int
-    forward_passes: int  # batches that went through the model
+    forward_passes: int  # number of batches that went through the model
     seconds: float
     view: str = "plain"
-    rate: float = 0.0  # images a second, while there were images to run
-    limit: str = ""  # the part that was waited for: 'decoding', 'the forward pass', 'writing'
+    rate: float = 0.0  # images per second, while there were images to run
+    bottleneck: str = ""  # the part that was waited for: 'decoding', 'the forward pass' or 'writing'
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion extract --json` prints."""
@@ -98,13 +96,13 @@ class Extracted:
             "view": self.view,
             "compute": spec.model.compute,
             "images_per_second": round(self.rate, 2),
-            "limit": self.limit,
+            "limit": self.bottleneck,
         }
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Splits of a data set and what identifies them. Every image's bytes are read once for it, however many models follow."""
+    """Splits of a data set and their identity. Every image's bytes are read once, however many models follow."""
 
     data: datasets.DataSet
     splits: tuple[tuple[datasets.Split, Samples, DataSpec], ...]
@@ -116,7 +114,7 @@ class Images:
         splits: Sequence[str] | str = ("train", "test"),
         reading: datasets.Reading | None = None,
     ) -> "Images":
-        """Raises the errors of `datasets.load`."""
+        """Load a data set and read every image of these splits; errors as in `datasets.load`."""
         data = datasets.load(dataset, reading) if isinstance(dataset, str) else dataset
         found = []
         for name in splits.split(",") if isinstance(splits, str) else splits:
@@ -146,90 +144,105 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """How tokens are made, where that is not plain from model and images."""
+    """How tokens are computed, where model and images alone do not say; all of it is part of the key."""
 
-    preprocess: str = "exact"  # of preprocessing.WORDS
+    preprocess: str = "exact"  # one of preprocessing.WORDS
     size: int | None = None  # height and width of the input, if not the model's own
     views: tuple[str, ...] = ("plain",)
-    view_seed: int = 0  # of the views' crops
+    view_seed: int = 0  # decides the crops of the views
     compute: str = "float32"  # or 'bfloat16', 'float16', 'auto'
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """Which tokens are extracted and how: part of the key, or of the names of an entry's streams."""
+
+    layers: str = "all"  # 'all' (1..L), 'last', or a list such as '1-4,12'; L is the final norm
+    tokens: str | Iterable[str] = ("cls", "ap")  # kinds, each with layers of its own if need be: 'cls,ap,all@last'
+    dtype: Dtype = "float16"  # storage type
+    making: Making = Making()
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UnknownName("dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """How an extraction is carried out; nothing of it changes a feature or its key."""
+
+    device: str = "auto"  # 'auto', 'cpu', 'cuda' or 'mps'
+    batch_size: int | None = None  # images in a forward pass; None: as many as memory allows
+    workers: int = 0  # number of decoding workers (threads; processes with a GPU); 0: one per core
+    format: FormatName = "zarr"  # of new shards
+    skip_bad: bool = False  # go on past images that cannot be read
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(FormatName):
+            raise UnknownName("format", self.format, get_args(FormatName))
+        if self.batch_size is not None and self.batch_size < 1:
+            raise MlfusionError(f"--batch-size {self.batch_size}: allowed are 1 and more")
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Words resolved: what an extraction, or a plan of one, is about."""
+    """What an extraction, or a plan of one, is about: names resolved to a checkpoint, images and keys."""
 
     checkpoint: models.Checkpoint
     names: Names
     pairs: frozenset[Pair]
     jobs: tuple[Job, ...]
-    format: FormatName
-    device: str
-    batch_size: int | None
+    compute: ComputeOptions  # with the device resolved
 
     @classmethod
     def of(
         cls,
         model: str,
         dataset: str | datasets.DataSet | Images,
+        features: FeatureOptions | None = None,
+        compute: ComputeOptions | None = None,
         *,
         reading: datasets.Reading | None = None,
         splits: Sequence[str] | str = ("train", "test"),
-        layers: str,
-        tokens: str | Iterable[str],
-        format: FormatName,
-        dtype: Dtype,
-        device: str,
-        batch_size: int | None = None,
-        making: Making | None = None,
     ) -> "Request":
-        making = making or Making()
-        if dtype not in DTYPES:
-            raise UnknownName("dtype", dtype, DTYPES)
-        if format not in get_args(FormatName):
-            raise UnknownName("format", format, get_args(FormatName))
-        if batch_size is not None and batch_size < 1:
-            raise MlfusionError(f"--batch-size {batch_size}: allowed are 1 and more")
-        device = pick_device(device)
+        """Resolve names; arguments and errors as in `extract`, and `Images` that were read already."""
+        features, compute = features or FeatureOptions(), compute or ComputeOptions()
+        making, device = features.making, pick_device(compute.device)
         checkpoint = models.locate(model)
         images = dataset if isinstance(dataset, Images) else Images.of(dataset, splits, reading)
         data = images.data
-        compute = pick_compute(making.compute, device)
+        precision = pick_compute(making.compute, device)
         views = [
             preprocessing.read(checkpoint.folder, making.preprocess, size=making.size, view=view, seed=making.view_seed)
             for view in making.views
         ]
-        models_of = [
-            models.identify(checkpoint, steps.key(exif_transpose=data.upright), compute, steps.view) for steps in views
+        model_specs = [
+            models.identify(checkpoint, steps.key(exif_transpose=data.upright), precision, steps.view)
+            for steps in views
         ]
-        pairs = parse_tokens(tokens, layers, models_of[0].depth)
-        jobs = tuple(
-            Job(split, samples, FeatureSpec(model=model_spec, data=spec, dtype=dtype), steps)
-            for split, samples, spec in images.splits
-            for model_spec, steps in zip(models_of, views, strict=True)
+        return cls(
+            checkpoint=checkpoint,
+            names=Names(
+                model=checkpoint.name, model_source=checkpoint.source, dataset=data.name, dataset_source=data.source
+            ),
+            pairs=parse_tokens(features.tokens, features.layers, model_specs[0].depth),
+            jobs=tuple(
+                Job(split, samples, FeatureSpec(model=model_spec, data=spec, dtype=features.dtype), steps)
+                for split, samples, spec in images.splits
+                for model_spec, steps in zip(model_specs, views, strict=True)
+            ),
+            compute=replace(compute, device=device),
         )
-        names = Names(
-            model=checkpoint.name, model_source=checkpoint.source, dataset=data.name, dataset_source=data.source
-        )
-        return cls(checkpoint, names, pairs, jobs, format, device, batch_size)
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """All layers that are asked for."""
         return tuple(sorted({layer for layer, _ in self.pairs}))
 
     @property
     def kinds(self) -> tuple[TokenKind, ...]:
+        """All token kinds that are asked for."""
         return tuple(kind for kind in KINDS if any(k == kind for _, k in self.pairs))
-
-    def fresh(self, entry: Entry | None, spec: FeatureSpec, backbone: Backbone) -> list[Stream]:
-        """Streams for every pair that none holds, or has begun to."""
-        begun = {pair for stream in entry.streams() for pair in stream.pairs} | entry.held() if entry else frozenset()
-        return streams_for(
-            backbone.shapes(self.pairs - begun),
-            images=spec.data.images,
-            dtype=spec.dtype,
-            format=self.format,
-        )
 
 
 def extract(
@@ -246,28 +259,28 @@ def extract(
     batch_size: int | None = None,
     making: Making | None = None,
     workers: int = 0,
-    cache: Place = None,
+    cache: CachePath = None,
     skip_bad: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-) -> list[Extracted]:
+    log: Callable[[str], None] = lambda _: None,
+) -> list[ExtractionResult]:
     """Cache a frozen model's tokens of a data set; what is there already is not computed again.
 
     Args:
         model: a catalogue name, an id on the hub, or a folder.
-        dataset: likewise, or a file; or images of one's own, by `mlfusion.array_dataset`.
+        dataset: a catalogue name, an id on the hub, a folder or a file; or images in memory, by `mlfusion.array_dataset`.
         reading: which columns, which kind of labels, how to cut it: see `mlfusion.Reading`.
         splits: names, or a comma-separated list; 'test=validation' takes the validation split for the test.
         layers: 'all' (1..L), 'last', or a list such as '1-4,12'; L is the final norm.
         tokens: kinds, each with layers of its own if need be: 'cls,ap,all@last'.
-        format: of shards that are new; what is cached in the other format is reused as it is.
-        dtype: in which tokens are kept: float16, bfloat16, float32, or int8 with a scale per token vector.
-        device: 'auto', 'cpu', 'cuda', 'mps'. Never part of the key.
+        format: format of new shards; what is cached in the other format is reused as it is.
+        dtype: storage type: float16, bfloat16, float32, or int8 with a scale per token.
+        device: 'auto', 'cpu', 'cuda' or 'mps'. Never part of the key.
         batch_size: images in a forward pass; None: as many as memory allows. Never part of the key.
-        making: preprocessing, size of the input, views, type to compute in: parts of the key, each view an entry of its own.
-        workers: threads or, on a GPU, processes that decode; 0: as many as there are processors. Never part of the key.
+        making: preprocessing, size of the input, views, compute type: parts of the key, each view an entry of its own.
+        workers: number of decoding workers (threads; processes with a GPU); 0: one per core. Never part of the key.
         cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
-        skip_bad: go on past images that cannot be read; their rows are left out by readers.
-        say: told whom this waits for, if other extractors are at work on the same entry.
+        skip_bad: go on past images that cannot be read; readers leave their rows out.
+        log: called with a message while waiting for another extractor of the same entry.
 
     Raises:
         MlfusionError: one of its kinds; see `mlfusion.errors`.
@@ -275,61 +288,48 @@ def extract(
     asked = Request.of(
         model,
         dataset,
+        FeatureOptions(layers=layers, tokens=tokens, dtype=dtype, making=making or Making()),
+        ComputeOptions(device=device, batch_size=batch_size, workers=workers, format=format, skip_bad=skip_bad),
         reading=reading,
         splits=splits,
-        layers=layers,
-        tokens=tokens,
-        format=format,
-        dtype=dtype,
-        device=device,
-        batch_size=batch_size,
-        making=making,
     )
-    return fill(asked, workers=workers, cache=cache, skip_bad=skip_bad, say=say)
+    return fill(asked, cache=cache, log=log)
 
 
 def load(asked: Request) -> Backbone:
-    """The model of a request, ready to be read."""
+    """Load the model of a request."""
     first = asked.jobs[0]
-    return Backbone(asked.checkpoint, asked.device, preprocessing=first.steps, compute=first.spec.model.compute)
+    return Backbone(asked.checkpoint, asked.compute.device, preprocessing=first.steps, compute=first.spec.model.compute)
 
 
 def fill(
     asked: Request,
     *,
-    workers: int = 0,
-    cache: Place = None,
-    skip_bad: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    cache: CachePath = None,
+    log: Callable[[str], None] = lambda _: None,
     model: Callable[[Request], Backbone] = load,
-) -> list[Extracted]:
-    """The same, of words that are resolved already. `model` is called if, and only if, something is to be computed."""
+) -> list[ExtractionResult]:
+    """The same as `extract` for a resolved request. `model` is called if, and only if, something has to be computed."""
     store = FeatureStore(cache)
-    done: list[Extracted] = []
+    done: list[ExtractionResult] = []
     backbone: Backbone | None = None
     for job in asked.jobs:
         began = time.monotonic()
-        entry = store.entry(job.spec)
-        work = _Work(job, asked.batch_size, workers, skip_bad, say)
-        if entry is None or not asked.pairs <= entry.held():
+        work = _Work(job, asked.compute)
+        if asked.pairs <= store.held(job.spec):
+            entry = store.reuse(job.spec, job.samples, asked.names)
+        else:
             backbone = backbone or model(asked)
-            backbone.shapes(asked.pairs)  # a token that the model does not have is refused before anything is written
+            shapes = backbone.shapes(asked.pairs)  # a token that the model lacks is refused before anything is written
             spec = replace(job.spec, model=replace(job.spec.model, kinds=tuple(backbone.kinds)))
-            entry = store.create(spec, job.samples, asked.names)
-            with disk.told(store.root, partial(_needed, entry, asked.pairs)):
-                fresh = asked.fresh(entry, job.spec, backbone)
-                _check_space(entry, _needed(entry, asked.pairs) + sum(stream.nbytes for stream in fresh))
-                entry.begin(fresh)
-                work.run(entry, backbone, asked.pairs)
+            filling = store.filling(spec, job.samples, asked.names, shapes, format=asked.compute.format, log=log)
+            with filling as gap:
+                work.run(gap, backbone)
                 if work.written:
-                    entry.record_run(_provenance(entry, work, asked.device, time.monotonic() - began))
-        elif entry.path.parent == store.folder:
-            with suppress(OSError):  # a cache may be read-only
-                Entry.mend(entry.path, job.spec, job.samples)  # what a repair took out
-                entry.sweep()  # of one that was killed after its last shard
-        entry.use(asked.names)
+                    gap.commit(_provenance(gap.entry, work, time.monotonic() - began))
+            entry = gap.entry
         done.append(
-            Extracted(
+            ExtractionResult(
                 entry=entry,
                 layers=asked.layers,
                 tokens=asked.kinds,
@@ -339,8 +339,8 @@ def fill(
                 forward_passes=work.passes,
                 seconds=time.monotonic() - began,
                 view=job.steps.view,
-                rate=work.written / max(work.seconds, 1e-9),
-                limit=work.limit,
+                rate=work.rate,
+                bottleneck=work.bottleneck,
             )
         )
     return done
@@ -350,7 +350,7 @@ def _samples(name: str, split: datasets.Split) -> Samples:
     """Read every image's bytes once, for the digests that identify the split. Order never depends on the threads."""
     with (
         track(f"reading {name}/{split.name}", len(split), "images") as bar,
-        ThreadPoolExecutor(min(8, loader.processors() + 1)) as pool,
+        ThreadPoolExecutor(min(8, loader.processor_count() + 1)) as pool,
     ):
         digests = bytearray()
         for one in pool.map(split.digest, range(len(split))):
@@ -360,34 +360,16 @@ def _samples(name: str, split: datasets.Split) -> Samples:
     return Samples(split.ids, split.labels, table, split.classes)
 
 
-def _needed(entry: Entry, pairs: frozenset[Pair]) -> int:
-    """Bytes of the shards that are missing of streams that were begun."""
-    lacking = gaps(entry, pairs).items()
-    return sum(len(stream.rows(n)) * stream.nbytes // stream.images for stream, shards in lacking for n in shards)
-
-
-def _check_space(entry: Entry, needed: int) -> None:
-    """Refuse early what the disk cannot hold."""
-    if needed > shutil.disk_usage(entry.path).free:
-        raise CacheUnusable(
-            f"no space left for the cache: {needed / 1e6:,.3f} MB are needed under {entry.path}, {disk.room(entry.path)}; "
-            "free some space (mlfusion cache prune), choose another place with --cache, or ask for fewer --layers or --tokens"
-        )
-
-
 Batch = tuple[range, list[Stream]]
-"""Rows that go through the model at once, and the streams that take of them."""
+"""Rows that go through the model at once, and the streams that take them."""
 
 
 class _Work:
-    """The gaps of one entry, and the loop that fills them."""
+    """The loop that fills the gaps of one entry, and its figures."""
 
-    def __init__(
-        self, job: Job, batch_size: int | None, workers: int, skip_bad: bool, say: Callable[[str], None]
-    ) -> None:
-        self.job, self.split, self.skip_bad, self.say = job, job.split, skip_bad, say
-        self.batch_size, self.workers = batch_size, workers
-        self.written = 0
+    def __init__(self, job: Job, compute: ComputeOptions) -> None:
+        self.job, self.split, self.compute = job, job.split, compute
+        self.written = 0  # images
         self.seconds = 0.0  # that the loop ran
         self.forward: Forward | None = None
         self.loaders: list[Loader] = []
@@ -395,199 +377,146 @@ class _Work:
 
     @property
     def passes(self) -> int:
-        """Batches that went through the model."""
+        """Number of batches that went through the model."""
         return self.forward.passes if self.forward else 0
 
     @property
+    def rate(self) -> float:
+        """Images per second."""
+        return self.written / max(self.seconds, 1e-9)
+
+    @property
     def waited(self) -> dict[str, float]:
-        """Seconds that the loop waited: for pictures, and for tokens to be taken off its hands."""
+        """Seconds that the loop waited for pictures, and for the writer to take tokens."""
         return {
             "decoding": sum(loader.waited for loader in self.loaders),
             "writing": sum(writer.held for writer in self.writers),
         }
 
     @property
-    def limit(self) -> str:
-        """The part that the others waited for."""
+    def bottleneck(self) -> str:
+        """The part that the others waited for; '' if nothing was computed."""
         if not self.written:
             return ""
         waited = self.waited
         part = max(waited, key=lambda name: waited[name])
-        return part if waited[part] > SLOW * self.seconds else "the forward pass"
+        return part if waited[part] > BOTTLENECK_SHARE * self.seconds else "the forward pass"
 
-    def run(self, entry: Entry, backbone: Backbone, pairs: frozenset[Pair]) -> None:
-        """Compute and publish every missing shard that holds one of `pairs`, or wait for those who do."""
-        leases = entry.leases()
-        view = "" if self.job.steps.view == "plain" else f", {self.job.steps.view}"
-        title = f"{backbone.name} on {entry.spec.data.name}/{self.split.name}{view}"
-        waiting = ""
-        # ExitStack: whatever ends the loop, drafts that were not published and leases go away.
-        with track(title, len(self.split), "images") as bar, ExitStack() as undo:
-            undo.callback(leases.release)
-            while True:
-                entry.seal()
-                lacking = gaps(entry, pairs)
-                if not lacking:
-                    return
+    def run(self, gap: Gap, backbone: Backbone) -> None:
+        """Compute and publish every missing shard, or wait for the extractors that make it."""
+        with track(gap.title, len(self.split), "images") as bar:
+            for pieces in gap.rounds():
                 if self.forward is None:
-                    wanted = frozenset(pair for stream in lacking for pair in stream.pairs)
-                    self.forward = Forward(backbone, self.job.steps, wanted, self.batch_size)
-                before = self.passes
-                began = time.monotonic() - self.seconds
-                self._fill(entry, self.forward, self._batches(entry, lacking, leases), leases, undo, bar, began)
-                if self.passes == before:  # all that is missing is being made by others
-                    stream, shards = next(iter(lacking.items()))
-                    if waiting != (waiting := leases.holder(entry.lease_name(stream, min(shards)))):
-                        self.say(f"the rest of {title} is being extracted by {waiting}; waiting for it")
-                    time.sleep(min(WAIT, leases.term / 4))
+                    self.forward = Forward(backbone, self.job.steps, gap.pairs, self.compute.batch_size)
+                self._fill(gap, self.forward, pieces, bar)
 
-    def _batches(self, entry: Entry, missing: dict[Stream, set[int]], leases: Leases) -> Iterator[Batch]:
-        """The rows to compute, claimed as they are asked for, in order; rows that others are at work on are left out."""
-        assert self.forward is not None
-        batch = self.forward.batch_size
-        # Shard sizes are powers of two: a unit holds whole shards of every stream, and each is a multiple of a step.
-        unit, step = (pick(stream.shard_rows for stream in missing) for pick in (max, min))
-        for first in range(0, len(self.split), unit):
-            rows = range(first, min(first + unit, len(self.split)))
-            wanted = {
-                stream: shards & set(range(rows.start // stream.shard_rows, -(-rows.stop // stream.shard_rows)))
-                for stream, shards in missing.items()
-            }
-            names = [entry.lease_name(stream, shard) for stream, shards in wanted.items() for shard in sorted(shards)]
-            if not names or not leases.take(names):
-                continue
-            # Another may have published a shard between our look and our lease.
-            lacking = {stream: shards & set(entry.missing_shards(stream)) for stream, shards in wanted.items()}
-            leases.release(
-                entry.lease_name(stream, shard)
-                for stream, shards in wanted.items()
-                for shard in shards - lacking[stream]
-            )
-            for start in range(rows.start, rows.stop, step):
-                takers = [stream for stream, shards in lacking.items() if start // stream.shard_rows in shards]
-                stop = min(start + step, rows.stop)
-                for at in range(start, stop if takers else start, batch):
-                    yield range(at, min(at + batch, stop)), takers
-
-    def _fill(
-        self,
-        entry: Entry,
-        forward: Forward,
-        batches: Iterator[Batch],
-        leases: Leases,
-        undo: ExitStack,
-        bar: Bar,
-        began: float,
-    ) -> None:
-        feed = loading(forward, self.split, self.workers, self.skip_bad)
+    def _fill(self, gap: Gap, forward: Forward, pieces: Iterator[Piece], bar: Bar) -> None:
+        began = time.monotonic() - self.seconds
+        feed = loading(forward, self.split, self.compute)
         self.loaders.append(feed)
         # A batch is written while the next one is computed and others are decoded, and a shard is flushed while the next
         # one is filled. Whatever ends the loop, what was complete is published.
-        with _Writer(entry, undo) as writer:
+        with _Writer(gap) as writer:
             self.writers.append(writer)
-            for one in feed(batches):
-                writer.put(one, _taken(forward, one))
-                leases.renew()
-                leases.release(writer.published())
+            for one in feed(_batches(pieces, forward.batch_size)):
+                writer.put(one, _take(forward, one))
+                gap.renew()
                 self.written += len(one.rows)
                 self.seconds = time.monotonic() - began
-                bar.note = f"limit: {self.limit}"
+                bar.note = f"limit: {self.bottleneck}"
                 bar.to(one.rows.stop)
-        leases.release(writer.published())
         self.seconds = time.monotonic() - began
 
 
-def loading(forward: Forward, split: datasets.Split, workers: int, skip_bad: bool) -> Loader:
-    """What decodes for a forward pass: threads beside it, or processes where it is on a GPU and leaves the processors free."""
+def _batches(pieces: Iterator[Piece], size: int) -> Iterator[Batch]:
+    """Cut pieces into batches."""
+    for rows, streams in pieces:
+        for at in range(rows.start, rows.stop, size):
+            yield range(at, min(at + size, rows.stop)), streams
+
+
+def loading(forward: Forward, split: datasets.Split, compute: ComputeOptions) -> Loader:
+    """The loader for a forward pass: threads beside it, or processes if it is on a GPU and leaves the processors free."""
     on_gpu = forward.backbone.device.type == "cuda"
     return Loader(
         split,
         forward.steps,
         forward.batch_size,
-        skip_bad=skip_bad,
-        workers=workers,
-        processes=on_gpu and loader.forks(),
+        skip_bad=compute.skip_bad,
+        workers=compute.workers,
+        processes=on_gpu and loader.can_fork(),
         pinned=on_gpu,
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Taken:
-    """The streams' parts of one pass, on their way from the device."""
+class _PendingTokens:
+    """The streams' parts of one pass, being copied from the device."""
 
     parts: dict[Stream, torch.Tensor]  # [images, layers, kinds x tokens, width] in the processor's memory
-    arrived: Callable[[], None]  # waits until they are there
+    wait: Callable[[], None]  # returns when they are there
 
 
-def _taken(forward: Forward, one: Loaded[list[Stream]]) -> _Taken:
-    """Run a batch and set its tokens under way. On a GPU nothing waits for it here: the next batch can be queued at once."""
-    tokens = forward(one.pictures, frozenset(pair for stream in one.what for pair in stream.pairs))
-    parts = {stream: _assemble(tokens, stream) for stream in one.what}
+def _take(forward: Forward, one: LoadedBatch[list[Stream]]) -> _PendingTokens:
+    """Run a batch and start copying its tokens. On a GPU nothing waits for it here: the next batch can be queued at once."""
+    tokens = forward(one.pictures, frozenset(pair for stream in one.payload for pair in stream.pairs))
+    parts = {stream: _assemble(tokens, stream) for stream in one.payload}
     if forward.backbone.device.type != "cuda":
-        return _Taken({stream: part.cpu() for stream, part in parts.items()}, lambda: None)
+        return _PendingTokens({stream: part.cpu() for stream, part in parts.items()}, lambda: None)
     there = {
         stream: torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
         for stream, part in parts.items()
     }
     event = torch.cuda.Event()
     event.record()
-    one.free = forward.copied  # the buffer is read until then; the pass itself goes on
-    return _Taken(there, event.synchronize)
+    one.free = forward.wait_for_copy  # the buffer is read until then; the pass itself goes on
+    return _PendingTokens(there, event.synchronize)
 
 
 class _Writer:
-    """Two threads behind the loop: one fills shards, one flushes and names them. What waits for them is bounded."""
+    """Two threads behind the loop: one fills shards, one flushes and publishes them. The queues between them are bounded."""
 
-    def __init__(self, entry: Entry, undo: ExitStack) -> None:
-        self._entry, self._undo = entry, undo
+    def __init__(self, gap: Gap) -> None:
+        self._gap = gap
         self._drafts: dict[Stream, ShardDraft] = {}
         self._filling, self._publishing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._queue: deque[Future[None]] = deque()
-        self._published: deque[tuple[str, Future[bool]]] = deque()
+        self._published: deque[Future[None]] = deque()
+        self._flushed: Future[None] | None = None  # the last shard that was given to be published
         self._failed = False
         self.busy = 0.0  # seconds of filling, and waiting for a flush
-        self.awaited = 0.0  # seconds that tokens were waited for, which the device was at work on
+        self.awaited = 0.0  # seconds that tokens were waited for, while the device worked on them
         self.held = 0.0  # seconds that the loop was held up because writing was behind
 
-    def put(self, one: Loaded[list[Stream]], taken: _Taken) -> None:
-        """A batch's tokens, in the order of rows. Raises what went wrong with an earlier one."""
-        self._queue.append(self._filling.submit(self._fill, one.rows, taken, one.unread))
+    def put(self, one: LoadedBatch[list[Stream]], tokens: _PendingTokens) -> None:
+        """Queue a batch's tokens, in the order of rows. Raises the error of an earlier batch."""
+        self._queue.append(self._filling.submit(self._fill, one.rows, tokens, one.unread))
         began, awaited = time.perf_counter(), self.awaited
-        self._settle(QUEUED)
-        self.held += max(0.0, time.perf_counter() - began - (self.awaited - awaited))
-
-    def published(self) -> list[str]:
-        """The leases of shards that are there now."""
-        names = []
-        while self._published and self._published[0][1].done():
-            name, future = self._published.popleft()
-            future.result()
-            names.append(name)
-        return names
-
-    def _settle(self, most: int) -> None:
-        while len(self._queue) > most:
+        while len(self._queue) > QUEUED:
             self._queue.popleft().result()
+        self.held += max(0.0, time.perf_counter() - began - (self.awaited - awaited))
+        while self._published and self._published[0].done():
+            self._published.popleft().result()
 
-    def _fill(self, rows: range, taken: _Taken, unread: dict[int, str]) -> None:
+    def _fill(self, rows: range, tokens: _PendingTokens, unread: dict[int, str]) -> None:
         if self._failed:
             return  # a draft lacks rows of a batch before this one, and must not be given others in their place
         self._failed = True
         began = time.perf_counter()
-        taken.arrived()
+        tokens.wait()
         arrived = time.perf_counter()
         self.awaited += arrived - began
-        for stream, part in taken.parts.items():
-            shard = rows.start // stream.shard_rows
+        for stream, part in tokens.parts.items():
             if stream not in self._drafts:
-                self._drafts[stream] = self._undo.enter_context(self._entry.draft(stream, shard))
+                self._drafts[stream] = self._gap.draft(stream, rows.start // stream.shard_rows)
             assert self._drafts[stream].row == rows.start
             self._drafts[stream].append(part.numpy(), unread)
             if rows.stop % stream.shard_rows == 0 or rows.stop == stream.images:
-                future = self._publishing.submit(self._drafts.pop(stream).publish)
-                if self._published:  # no more than one shard that is flushed and one that is filled
-                    self._published[-1][1].exception()
-                self._published.append((self._entry.lease_name(stream, shard), future))
+                future = self._publishing.submit(self._gap.publish, self._drafts.pop(stream))
+                if self._flushed:  # no more than one shard that is flushed and one that is filled
+                    self._flushed.exception()
+                self._flushed = future
+                self._published.append(future)
         self._failed = False
         self.busy += time.perf_counter() - arrived
 
@@ -596,7 +525,8 @@ class _Writer:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
-            self._settle(0)
+            while self._queue:
+                self._queue.popleft().result()
         except BaseException:
             if kind is None:  # else what ended the loop is what matters
                 raise
@@ -604,59 +534,51 @@ class _Writer:
             self._filling.shutdown()
             self._publishing.shutdown()
         if kind is None:
-            for _, future in self._published:
+            for future in self._published:
                 future.result()
 
 
-def gaps(entry: Entry, pairs: frozenset[Pair]) -> dict[Stream, set[int]]:
-    """Missing shards of the streams that hold a wanted pair; the same streams in the same order for every worker."""
-    wanted = pairs - entry.held()
-    return {
-        stream: missing
-        for stream in entry.streams()
-        if stream.pairs & wanted and (missing := set(entry.missing_shards(stream)))
-    }
-
-
 def _assemble(tokens: dict[Pair, torch.Tensor], stream: Stream) -> torch.Tensor:
-    """A stream's part of a pass: [images, layers, kinds x tokens, width], in float32, or in float16 if it is kept so."""
+    """A stream's part of a pass: [images, layers, kinds x tokens, width], in float16 if it is stored so, else in float32."""
     layers = [torch.cat([tokens[layer, kind] for kind in stream.kinds], 1) for layer in stream.layers]
     return torch.stack(layers, 1).to(torch.float16 if stream.dtype == "float16" else torch.float32)
 
 
-def _provenance(entry: Entry, work: _Work, device: str, seconds: float) -> dict[str, Any]:
-    """What a run was: versions, device, rates. Never part of the key."""
-    forward = work.forward
+def _provenance(entry: Entry, work: _Work, seconds: float) -> RunRecord:
+    """The record of a run: versions, device, rates. Never part of the key."""
+    forward, device = work.forward, work.compute.device
     assert forward is not None
     libraries = ["mlfusion", "torch", "transformers", "numpy", "pillow", "zarr", "h5py", "simplejpeg"]
     versions = {"python": platform.python_version()}
     for name in libraries:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    decoding = sum(each.busy for each in work.loaders)
-    filling = sum(each.busy for each in work.writers)
-    running = forward.seconds + sum(each.awaited for each in work.writers)
-    return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-        "device": device,
-        "device_name": device_name(device),
-        "processors": loader.processors(),
-        "threads": torch.get_num_threads(),
-        "compute": entry.spec.model.compute,
-        "dtype": entry.spec.dtype,
-        "batch_size": forward.batch_size,
-        "out_of_memory": forward.shrunk,
-        "images": work.written,
-        "forward_passes": forward.passes,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(work.written / max(work.seconds, 1e-9), 2),
-        "limit": work.limit,
-        "waited": {name: round(value, 3) for name, value in work.waited.items()},
-        "parts": {  # seconds of work, and images a second of one worker, of the device, of the writer
-            name: {"seconds": round(each, 3), "images_per_second": round(work.written / max(each, 1e-9), 2)}
-            for name, each in (("decoding", decoding), ("forward", running), ("writing", filling))
-        },
-        "streams": [stream.name for stream in entry.streams()],
-        "layers": layer_ranges(layer for stream in entry.streams() for layer in stream.layers),
+    parts = {  # seconds of all decoding workers, of the device, of the writer
+        "decoding": sum(each.busy for each in work.loaders),
+        "forward": forward.seconds + sum(each.awaited for each in work.writers),
+        "writing": sum(each.busy for each in work.writers),
     }
+    return RunRecord(
+        when=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions,
+        device=device,
+        device_name=device_name(device),
+        processors=loader.processor_count(),
+        threads=torch.get_num_threads(),
+        compute=entry.spec.model.compute,
+        dtype=entry.spec.dtype,
+        batch_size=forward.batch_size,
+        out_of_memory=forward.shrunk,
+        images=work.written,
+        forward_passes=forward.passes,
+        seconds=round(seconds, 3),
+        images_per_second=round(work.rate, 2),
+        bottleneck=work.bottleneck,
+        waited={name: round(value, 3) for name, value in work.waited.items()},
+        parts={
+            name: RunPart(seconds=round(each, 3), images_per_second=round(work.written / max(each, 1e-9), 2))
+            for name, each in parts.items()
+        },
+        streams=tuple(stream.name for stream in entry.streams()),
+        layers=layer_ranges(layer for stream in entry.streams() for layer in stream.layers),
+    )

@@ -1,4 +1,4 @@
-"""From words to cached features: which entries are meant by a model's and a data set's name. Needs neither images nor model."""
+"""Cached features by name: finds the entries that a model's and a data set's name mean. Needs neither images nor model."""
 
 import shlex
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from mlfusion.specs import (
     parse_tokens,
     token_words,
 )
-from mlfusion.store import Check, Entry, FeatureStore, Names, Place, TokenReader
+from mlfusion.store import CachePath, Check, Entry, FeatureStore, Names, TokenReader
 
 if TYPE_CHECKING:
     import torch
@@ -29,17 +29,17 @@ Tokens = TypeVar("Tokens", np.ndarray, TokenReader)
 
 @dataclass(frozen=True, eq=False)
 class Features(Generic[Tokens]):
-    """Tokens of one split with what belongs to their rows."""
+    """Tokens of one split, with the labels and ids of their rows."""
 
     tokens: Tokens  # [images, layers, kinds, width]; a kind of many tokens ('all') takes many places of the third axis
     labels: (
         np.ndarray
-    )  # [images] int64, an index into classes; or [images, classes] uint8, or [images] float64, a number
+    )  # [images] int64, an index into classes; or [images, classes] uint8; or [images] float64, numbers
     ids: tuple[str, ...]  # [images]
     classes: tuple[str, ...]
     layers: tuple[int, ...]
     kinds: tuple[TokenKind, ...]
-    key: str  # the entry's
+    key: str  # of the entry
 
     def tensors(self: "Features[np.ndarray]") -> "tuple[torch.Tensor, torch.Tensor]":
         """Tokens and labels as torch tensors on the same memory: nothing is copied."""
@@ -56,9 +56,9 @@ def load_features(
     layers: str | Sequence[int] = "all",
     tokens: Sequence[TokenKind] | str = ("cls", "ap"),
     view: str = "plain",
-    cache: Place = None,
+    cache: CachePath = None,
 ) -> Features[np.ndarray]:
-    """Cached tokens as NumPy arrays, in the dtype they are kept in; images skipped at extraction are left out.
+    """Cached tokens as NumPy arrays, in their storage type; images skipped at extraction are left out.
 
         features = mlfusion.load_features("formula-vit", "digits", "train")
         features.tokens, features.labels        # [1442, 8, 2, 128] float16, [1442] int64
@@ -68,7 +68,7 @@ def load_features(
 
     Args:
         model: a name, hub id or folder, as given to `extract`.
-        dataset: likewise.
+        dataset: a name, hub id, folder or file, as given to `extract`.
         split: 'train' or 'test'.
         layers: 'all' (1..L), 'last', '1-4,12', or numbers; their order is kept.
         tokens: token kinds, in the order wanted.
@@ -92,10 +92,10 @@ def open_features(
     layers: str | Sequence[int] = "all",
     tokens: Sequence[TokenKind] | str = ("cls", "ap"),
     view: str = "plain",
-    cache: Place = None,
+    cache: CachePath = None,
     check: Check = "once",
 ) -> Features[TokenReader]:
-    """The same, read when asked for: features that need not fit into memory.
+    """Cached tokens that are read on demand: they need not fit into memory.
 
         features = mlfusion.open_features("formula-vit", "digits", "train", layers="last")
         features.tokens[[5, 3, 900]], features.labels[[5, 3, 900]]      # these images, in this order
@@ -113,7 +113,7 @@ def open_features(
     chosen = parse_layers(layers, depth) if isinstance(layers, str) else tuple(layers)
     kinds = tuple(tokens.split(",")) if isinstance(tokens, str) else tuple(tokens)
     require(entry, parse_tokens(kinds, layer_ranges(chosen), depth), model, dataset)
-    rows, samples = entry.rows, entry.samples
+    rows, samples = entry.rows(), entry.samples
     return Features(
         tokens=entry.open(chosen, kinds, check=check),  # type: ignore[arg-type]
         labels=samples.labels[rows],
@@ -127,7 +127,7 @@ def open_features(
 
 @dataclass(frozen=True, eq=False)
 class SplitPair:
-    """Train and test features of one model on one data set, made alike."""
+    """Train and test features of one model on one data set, extracted with the same options."""
 
     model: str  # what the user called it
     dataset: str
@@ -137,12 +137,12 @@ class SplitPair:
 
     @property
     def keys(self) -> tuple[str, str]:
-        """Of train and test."""
+        """Keys of train and test."""
         return self.train.key, self.test.key
 
     @property
     def held(self) -> frozenset[Pair]:
-        """What both have."""
+        """(layer, kind) that both splits hold."""
         return self.train.held() & self.test.held()
 
 
@@ -160,14 +160,14 @@ def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[Sp
     for train in trains:
         for test in tests:
             if _made_alike(train.spec, test.spec):
-                name = train.names[0]
+                name = train.names()[0]
                 found.setdefault(model or name.model_source, []).append((name, train, test))
     if not found:
         raise NotCached(_not_there(store, model, dataset, [e.spec.data.split for e in (*trains, *tests)]))
     pairs = []
     for alike in found.values():
         # The newest of each, not of both together: a data set that changed leaves old partners for new splits.
-        name, train, test = max(alike, key=lambda each: (each[1].touched, each[2].touched))
+        name, train, test = max(alike, key=lambda each: (each[1].extracted_at_ns(), each[2].extracted_at_ns()))
         pairs.append(SplitPair(name.model, name.dataset, train, test, older=len(alike) - 1))
     return pairs
 
@@ -202,7 +202,7 @@ def impossible(model: ModelSpec, pairs: frozenset[Pair]) -> str | None:
 def extract_command(model: str, dataset: str, pairs: frozenset[Pair], spec: FeatureSpec | None = None) -> str:
     """The command that caches `pairs`."""
     dtype = f" --dtype {spec.dtype}" if spec and spec.dtype != "float16" else ""
-    return f"mlfusion extract {_place(model, dataset)} --tokens {token_words(pairs)}{dtype}"
+    return f"mlfusion extract {_named(model, dataset)} --tokens {token_words(pairs)}{dtype}"
 
 
 def _made_alike(train: FeatureSpec, test: FeatureSpec) -> bool:
@@ -217,7 +217,7 @@ def _of_split(store: FeatureStore, model: str, dataset: str, split: str, view: s
         raise NotCached(
             f"{split} features of {model} on {dataset} are cached of the views "
             f"{', '.join(sorted({e.spec.model.view for e in every}))}, not of {view}; run: mlfusion extract "
-            f"{_place(model, dataset)} --view {view}"
+            f"{_named(model, dataset)} --view {view}"
         )
     if not entries:
         others = [e.spec.data.split for e in store.find(model=model, dataset=dataset)]
@@ -228,8 +228,8 @@ def _of_split(store: FeatureStore, model: str, dataset: str, split: str, view: s
 
 
 def _newest(entries: list[Entry]) -> Entry:
-    """Of entries that differ in content, preprocessing or dtype, the one extracted last."""
-    return max(entries, key=lambda entry: entry.touched)
+    """The entry that was extracted last, of those that differ in content, preprocessing or storage type."""
+    return max(entries, key=lambda entry: entry.extracted_at_ns())
 
 
 def _not_there(store: FeatureStore, model: str | None, dataset: str, splits: list[str]) -> str:
@@ -238,18 +238,18 @@ def _not_there(store: FeatureStore, model: str | None, dataset: str, splits: lis
         why = f"only {', '.join(sorted(set(splits)))} is cached" if absent else "train and test were made unlike"
         return (
             f"a probe needs train and test features made alike; of {dataset}, {why}. Run: mlfusion extract "
-            + _place(model, dataset)
+            + _named(model, dataset)
         )
-    pairs = sorted({(n.model, n.dataset) for entry in store.entries() for n in entry.names})
+    pairs = sorted({(n.model, n.dataset) for entry in store.entries() for n in entry.names()})
     shown = ", ".join(f"{m} on {d}" for m, d in pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
     return (
         f"no features of {dataset}{f' by {model}' if model else ''} in {store.root} (it holds {shown or 'nothing yet'}). "
-        f"Run: mlfusion extract {_place(model, dataset)}"
+        f"Run: mlfusion extract {_named(model, dataset)}"
     )
 
 
-def _place(model: str | None, dataset: str) -> str:
-    """The options as they can be typed."""
+def _named(model: str | None, dataset: str) -> str:
+    """The options --model and --dataset, quoted for a shell."""
     return f"--model {shlex.quote(model or 'MODEL')} --dataset {shlex.quote(dataset)}"
 
 

@@ -1,4 +1,4 @@
-"""Pictures through a frozen model in pieces that fit into memory: sized by what images take, halved when it runs out."""
+"""Runs a frozen model on batches that fit into memory: sized by a measured pass, halved when memory runs out."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -12,26 +12,26 @@ from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.specs import Pair
 
-BATCHES = {"cpu": 32, "cuda": 256, "mps": 64}
-"""Images in a pass where memory allows: more are no faster (docs/measurements/speed.md)."""
+MAX_BATCH_SIZES = {"cpu": 32, "cuda": 256, "mps": 64}
+"""Images in a pass if memory allows; more are no faster (docs/measurements/speed.md)."""
 
-SHARE = 0.6  # of what is free, that a pass may take
-TRIAL = 2  # images of the pass that is measured
+MEMORY_SHARE = 0.6  # of the free memory, for one pass
+TRIAL_IMAGES = 2  # of the pass that is measured
 
 
 class Forward:
-    """A backbone and the batch that fits."""
+    """A backbone with a batch size that fits into memory."""
 
     def __init__(
         self, backbone: Backbone, steps: Preprocessing, pairs: Iterable[Pair], batch_size: int | None = None
     ) -> None:
-        """`batch_size`: images in a pass; None: as many as memory allows, up to BATCHES, by a measured pass over two."""
+        """Choose a batch size; None: by a measured pass over two images, up to MAX_BATCH_SIZES."""
         self.backbone, self.steps = backbone, steps
-        self.batch_size = batch_size or self._fitting(frozenset(pairs))
-        self.shrunk = False  # whether memory ran out meanwhile
+        self.batch_size = batch_size or self._fitting_batch_size(frozenset(pairs))
+        self.shrunk = False  # whether memory ran out and the batch size was halved
         self.passes = 0
         self.seconds = 0.0
-        self.copied: Callable[[], None] = lambda: None  # waits until the last pictures are on the device
+        self.wait_for_copy: Callable[[], None] = lambda: None  # returns when the last pictures are on the device
         self._buffer: Tensor | None = None  # finished pictures: memory taken anew would be cleared each time
 
     def __call__(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor]:
@@ -60,9 +60,9 @@ class Forward:
         return parts[0] if len(parts) == 1 else {pair: torch.cat([part[pair] for part in parts]) for pair in parts[0]}
 
     def _pass(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor] | None:
-        """None: memory ran out. Nothing of the failed pass is held when this returns, so that a smaller one may do."""
+        """Run one pass; None if memory ran out. Nothing of a failed pass is held afterwards, so that a smaller one may fit."""
         try:
-            made = self.backbone(self._finished(pictures), pairs)
+            made = self.backbone(self._to_device(pictures), pairs)
         except (RuntimeError, MemoryError) as err:
             if not memory.is_shortage(err):
                 raise
@@ -73,20 +73,20 @@ class Forward:
         memory.give_back(self.backbone.device.type)
         return None
 
-    def _finished(self, pictures: Tensor) -> Tensor:
+    def _to_device(self, pictures: Tensor) -> Tensor:
         there = pictures.to(self.backbone.device, non_blocking=True)
         if there.is_cuda:
             event = torch.cuda.Event()
             event.record()
-            self.copied = event.synchronize
+            self.wait_for_copy = event.synchronize
         if self._buffer is None or len(self._buffer) < len(there):
             self._buffer = torch.empty(there.shape, device=there.device)
         return self.steps.finish(there, self._buffer)
 
-    def _fitting(self, pairs: frozenset[Pair]) -> int:
+    def _fitting_batch_size(self, pairs: frozenset[Pair]) -> int:
         kind = self.backbone.device.type
-        most = BATCHES.get(kind, BATCHES["cpu"])
-        blank = torch.zeros(TRIAL, 3, *self.steps.pixels, dtype=self.steps.dtype)
+        most = MAX_BATCH_SIZES.get(kind, MAX_BATCH_SIZES["cpu"])
+        blank = torch.zeros(TRIAL_IMAGES, 3, *self.steps.pixels, dtype=self.steps.dtype)
         try:
             with memory.measured(kind) as taken:
                 self.backbone(self.steps.finish(blank.to(self.backbone.device)), pairs)
@@ -94,5 +94,5 @@ class Forward:
             if not memory.is_shortage(err):
                 raise
             return 1
-        fits = int(SHARE * memory.available(str(self.backbone.device)) / max(taken() / TRIAL, 1))
+        fits = int(MEMORY_SHARE * memory.available(str(self.backbone.device)) / max(taken() / TRIAL_IMAGES, 1))
         return max(1, min(most, 1 << max(fits, 1).bit_length() - 1))

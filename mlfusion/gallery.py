@@ -11,13 +11,13 @@ from mlfusion.attention import maps, seen
 from mlfusion.errors import BadData, MlfusionError
 from mlfusion.report import Picture, Strip, leaning
 from mlfusion.results import Results, Row
-from mlfusion.store import Place
+from mlfusion.store import CachePath
 
 COUNT = 6  # pictures of a strip
 
 
 def of_row(
-    row: Row, results: Results, *, cache: Place = None, dataset: str | None = None, count: int = COUNT
+    row: Row, results: Results, *, cache: CachePath = None, dataset: str | None = None, count: int = COUNT
 ) -> list[Strip]:
     """What a row's attention shows: a map on each of some images, if it reads patches; the images that lean to early and to
     late layers, if it reads several.
@@ -65,7 +65,7 @@ def of_row(
 
 
 def of_study(
-    rows: Sequence[Row], results: Results, *, cache: Place = None, say: Callable[[str], None] = lambda _: None
+    rows: Sequence[Row], results: Results, *, cache: CachePath = None, say: Callable[[str], None] = lambda _: None
 ) -> dict[str, list[Strip]]:
     """The strips of each data set: of the first model there that has them, all tokens' maps and ALF's early and late images.
 

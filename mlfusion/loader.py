@@ -1,7 +1,7 @@
-"""Pictures decoded and prepared ahead of whoever takes them, in their order, by threads or by processes.
+"""Decodes and prepares images ahead of the forward pass, in order, by threads or processes.
 
-Batches lie in a ring of buffers that are used again and again, so memory does not grow with the number of images, and what
-cannot be taken yet is not made. Workers write into the buffers directly; between processes they are shared memory.
+Batches lie in a ring of buffers that are reused, so memory does not grow with the number of images, and no more is decoded
+than the buffers hold. Workers write into the buffers directly; between processes they are shared memory.
 """
 
 import math
@@ -27,19 +27,19 @@ from mlfusion import datasets
 from mlfusion.errors import BadData, BadImage, MlfusionError
 from mlfusion.models.preprocessing import Preprocessing
 
-AHEAD = 2  # batches that are made while one is taken
-TOGETHER = 4  # images that a worker is given at a time
-NICE = 10  # of threads that share the processor with the forward pass: it goes first, and they fill its gaps
-MOST_PROCESSES = 32
+AHEAD = 2  # batches that are decoded while one is in use
+IMAGES_PER_TASK = 4
+NICENESS = 10  # of threads that share the processor with the forward pass: it goes first, and they fill its gaps
+MAX_PROCESSES = 32
 
-Done = tuple[float, dict[int, str]]
-"""Seconds that some images took, and by row why one could not be read."""
+Decoded = tuple[float, dict[int, str]]
+"""Seconds that some images took, and row → why an image could not be read."""
 
 T = TypeVar("T")
 
 
 def picture(split: datasets.Split, row: int, steps: Preprocessing) -> np.ndarray:
-    """[3, height, width] of an image, by whichever way the preprocessing takes.
+    """[3, height, width]: an image, read and preprocessed.
 
     Raises:
         BadImage: it cannot be read.
@@ -52,27 +52,25 @@ def picture(split: datasets.Split, row: int, steps: Preprocessing) -> np.ndarray
 
 
 @dataclass(eq=False)
-class Loaded(Generic[T]):
+class LoadedBatch(Generic[T]):
     """A batch, valid until the next one is asked for."""
 
     rows: range
-    what: T  # that came with the rows
+    payload: T  # came with the rows
     pictures: Tensor  # [rows, 3, height, width], as `picture` makes them; black where an image was unread
     unread: dict[int, str]  # row → why there is no image
-    free: Callable[[], None] = lambda: (
-        None
-    )  # waits until the pictures are no longer needed; may be set by whoever takes them
+    free: Callable[[], None] = lambda: None  # returns when the pictures are no longer needed; the user may replace it
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """What a worker does: rows to a place in a buffer."""
+    """The task of a worker: decode rows into a buffer."""
 
     split: datasets.Split
     steps: Preprocessing
     ring: Tensor  # [slots, images, 3, height, width]
 
-    def __call__(self, slot: int, at: int, rows: range) -> Done:
+    def __call__(self, slot: int, at: int, rows: range) -> Decoded:
         began = time.perf_counter()
         unread: dict[int, str] = {}
         for row, place in zip(rows, self.ring[slot][at : at + len(rows)].numpy(), strict=True):
@@ -92,28 +90,28 @@ class Loader:
     steps: Preprocessing
     batch_size: int
     skip_bad: bool = False
-    workers: int = 0  # 0: as many as there are processors
-    processes: bool = False  # or threads
-    pinned: bool = False  # buffers from which a GPU copies by itself
-    busy: float = field(default=0.0, init=False)  # seconds that workers worked, in all
-    waited: float = field(default=0.0, init=False)  # seconds that somebody waited for pictures
+    workers: int = 0  # number of decoding workers; 0: one per core
+    processes: bool = False  # else threads
+    pinned: bool = False  # page-locked buffers, from which a GPU copies by itself
+    busy: float = field(default=0.0, init=False)  # seconds of work, summed over the workers
+    waited: float = field(default=0.0, init=False)  # seconds that the caller waited for pictures
 
-    def __call__(self, batches: Iterable[tuple[range, T]]) -> Iterator[Loaded[T]]:
-        """The pictures of these rows, in this order.
+    def __call__(self, batches: Iterable[tuple[range, T]]) -> Iterator[LoadedBatch[T]]:
+        """Yield the pictures of these rows, in this order.
 
         Raises:
             BadData: an image cannot be read, and `skip_bad` is not set.
         """
         ring = _ring((AHEAD + 1, self.batch_size, 3, *self.steps.pixels), self.steps.dtype)
         pool, fill = self._pool(_Job(self.split, self.steps, ring))
-        made: deque[tuple[Loaded[T], list[Future[Done]]]] = deque()
+        made: deque[tuple[LoadedBatch[T], list[Future[Decoded]]]] = deque()
         with pool, _pinned(ring, self.pinned):
             try:
-                for number, (rows, what) in enumerate(batches):
+                for number, (rows, payload) in enumerate(batches):
                     slot = number % len(ring)
-                    starts = range(0, len(rows), TOGETHER)
-                    futures = [pool.submit(fill, slot, at, rows[at : at + TOGETHER]) for at in starts]
-                    made.append((Loaded(rows, what, ring[slot][: len(rows)], {}), futures))
+                    starts = range(0, len(rows), IMAGES_PER_TASK)
+                    futures = [pool.submit(fill, slot, at, rows[at : at + IMAGES_PER_TASK]) for at in starts]
+                    made.append((LoadedBatch(rows, payload, ring[slot][: len(rows)], {}), futures))
                     if len(made) > AHEAD:  # the next batch goes into the buffer of this one
                         yield (one := self._ready(*made.popleft()))
                         one.free()
@@ -125,7 +123,7 @@ class Loader:
                     for future in futures:
                         future.cancel()
 
-    def _ready(self, loaded: Loaded[T], futures: list[Future[Done]]) -> Loaded[T]:
+    def _ready(self, loaded: LoadedBatch[T], futures: list[Future[Decoded]]) -> LoadedBatch[T]:
         began = time.perf_counter()
         for future in futures:
             try:
@@ -145,63 +143,63 @@ class Loader:
             )
         return loaded
 
-    def _pool(self, job: _Job) -> tuple[Executor, Callable[[int, int, range], Done]]:
+    def _pool(self, job: _Job) -> tuple[Executor, Callable[[int, int, range], Decoded]]:
         if not self.processes:
-            return ThreadPoolExecutor(self.workers or processors(), initializer=_step_back), job
+            return ThreadPoolExecutor(self.workers or processor_count(), initializer=_lower_priority), job
         # By fork, so that neither the split nor the buffers need to be sent.
-        workers = self.workers or min(MOST_PROCESSES, max(1, processors() - 1))
+        workers = self.workers or min(MAX_PROCESSES, max(1, processor_count() - 1))
         fork = multiprocessing.get_context("fork")
-        return ProcessPoolExecutor(workers, fork, initializer=_inherit, initargs=(job, os.getpid())), _inherited
+        return ProcessPoolExecutor(workers, fork, initializer=_init_worker, initargs=(job, os.getpid())), _run_in_worker
 
 
-def processors() -> int:
-    """That this process may use."""
+def processor_count() -> int:
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def forks() -> bool:
-    """Whether processes can be made here that share memory and what was loaded."""
+def can_fork() -> bool:
+    """Whether worker processes can share memory and loaded data on this system."""
     return sys.platform == "linux"
 
 
-def _step_back() -> None:
-    """Let the forward pass go first. On Linux a priority is a thread's own; elsewhere it would be the process's."""
+def _lower_priority() -> None:
+    """Let the forward pass go first. On Linux a priority belongs to a thread; elsewhere it would be the process's."""
     if sys.platform == "linux":
         with suppress(OSError):
             thread = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICE))
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
 
 
 _job: _Job | None = None  # of a worker process
 
 
-def _inherit(job: _Job, parent: int) -> None:
+def _init_worker(job: _Job, parent: int) -> None:
     global _job
     _job = job
     torch.set_num_threads(1)
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _follow(parent: int) -> None:
-    """End with the parent, however that ends: nobody else would tell a worker."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent has ended, however it ended: nothing else would tell a worker."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
-def _inherited(slot: int, at: int, rows: range) -> Done:
+def _run_in_worker(slot: int, at: int, rows: range) -> Decoded:
     assert _job is not None
     return _job(slot, at, rows)
 
 
 def _ring(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory that processes forked from this one share."""
+    """Memory that is shared with forked processes."""
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 @contextmanager
 def _pinned(ring: Tensor, wanted: bool) -> Iterator[None]:
-    """Within it, the buffers are locked in place, so that a GPU copies from them by itself while the processor goes on."""
+    """Lock the buffers in memory, so that a GPU copies from them by itself while the processor goes on."""
     if not wanted:
         yield
         return

@@ -1,36 +1,35 @@
-"""What an extraction would find and do, before it does it: which entry it means, why it misses, and what filling it costs."""
+"""What an extraction would do, before it does it: which entry it uses, why there is none yet, and what filling it costs."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mlfusion import datasets
-from mlfusion.extraction import Job, Making, Request, gaps, load, loading
-from mlfusion.forward import BATCHES, Forward
+from mlfusion import datasets, disk
+from mlfusion.extraction import ComputeOptions, FeatureOptions, Job, Making, Request, load, loading
+from mlfusion.forward import MAX_BATCH_SIZES, Forward
 from mlfusion.models.backbone import Backbone
 from mlfusion.specs import Dtype, FeatureSpec, Pair, token_words
-from mlfusion.store import Entry, FeatureStore, FormatName, Place, Samples, Stream, differences
+from mlfusion.store import CachePath, Entry, FeatureStore, FormatName, Missing, Samples, differences, missing_bytes
 
-TRIAL_SECONDS = 5.0  # measured for, after a batch that does not count
-FILES = {"entry": 7, "stream": 3, "shard": 2}
+TRIAL_SECONDS = 5.0  # of measuring, after a first batch that does not count
+FILES = {"entry": 7, "stream": 3, "shard": 2}  # files of each
 NAMED = 3  # images that a difference names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """Which entry the words mean, and where there is none, what sets the nearest one apart."""
+    """The entry of one split; or, where there is none, how the nearest entry differs."""
 
     split: str
     key: str
     entry: Entry | None
     lacking: frozenset[Pair]
     nearest: Entry | None
-    differences: tuple[tuple[str, str, str], ...]  # field, as asked for, as in the nearest entry
+    differences: tuple[tuple[str, str, str], ...]  # (field, value asked for, value in the nearest entry)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion cache explain --json` prints."""
@@ -50,78 +49,70 @@ class Explained:
 def explain(
     model: str,
     dataset: str | datasets.DataSet,
+    features: FeatureOptions | None = None,
     *,
     reading: datasets.Reading | None = None,
     splits: Sequence[str] | str = ("train", "test"),
-    layers: str = "all",
-    tokens: str = "cls,ap",
-    dtype: Dtype = "float16",
     device: str = "auto",
-    making: Making | None = None,
-    cache: Place = None,
+    cache: CachePath = None,
 ) -> list[Explained]:
-    """Say of each split which entry `extract` with the same words would use. Arguments and errors as in `extract`."""
-    asked = Request.of(
-        model,
-        dataset,
-        reading=reading,
-        splits=splits,
-        layers=layers,
-        tokens=tokens,
-        format="zarr",
-        dtype=dtype,
-        device=device,
-        batch_size=1,
-        making=making,
-    )
+    """Say for each split which entry `extract` with the same options would use.
+
+    Args:
+        model: a catalogue name, an id on the hub, or a folder.
+        dataset: a catalogue name, an id on the hub, a folder, a file, or images in memory.
+        features: which tokens, and how they are computed.
+        reading: how the data set is read.
+        splits: names, or a comma-separated list.
+        device: decides what the compute type 'auto' means.
+        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
+
+    Raises:
+        MlfusionError: one of its kinds, as from `extract`.
+    """
+    asked = Request.of(model, dataset, features, ComputeOptions(device=device), reading=reading, splits=splits)
     store = FeatureStore(cache)
     others = list(store.entries())
     explained = []
     for job in asked.jobs:
-        spec = job.spec
-        entry = store.entry(spec)
-        near = None if entry else _nearest(spec, others)
+        entry = store.entry(job.spec)
+        near = None if entry else _nearest(job.spec, others)
         explained.append(
             Explained(
                 split=job.split.name,
-                key=spec.key,
+                key=job.spec.key,
                 entry=entry,
                 lacking=asked.pairs - (entry.held() if entry else frozenset()),
                 nearest=near,
-                differences=tuple(_told(spec, job.samples, near)) if near else (),
+                differences=tuple(_difference_texts(job.spec, job.samples, near)) if near else (),
             )
         )
     return explained
 
 
 def _nearest(spec: FeatureSpec, entries: list[Entry]) -> Entry | None:
-    """Of the same split, the entry with the fewest differing fields; of two, the one used last."""
+    """The entry of the same split with the fewest differing fields; of two, the one used last."""
     same = [entry for entry in entries if entry.spec.data.split == spec.data.split] or entries
-    return min(same, key=lambda entry: (len(differences(spec, entry.spec)), -entry.used), default=None)
+    return min(same, key=lambda entry: (len(differences(spec, entry.spec)), -entry.read_at()), default=None)
 
 
-def _told(spec: FeatureSpec, samples: Samples, near: Entry) -> list[tuple[str, str, str]]:
-    said = []
+def _difference_texts(spec: FeatureSpec, samples: Samples, near: Entry) -> list[tuple[str, str, str]]:
+    texts = []
     for name, asked, there in differences(spec, near.spec):
         if name == "model.preprocess":
-            said += _settings(str(asked), str(there))
+            texts += _settings(str(asked), str(there))
         elif name == "data.content":
-            said.append((name, _images(samples, near.samples), ""))
+            texts.append((name, _images(samples, near.samples), ""))
         elif name == "model.weights":
-            said.append(
-                (
-                    f"{name} (sha256)",
-                    f"{str(asked)[:16]}… ({spec.model.name})",
-                    f"{str(there)[:16]}… ({near.spec.model.name})",
-                )
-            )
+            ours, theirs = f"{str(asked)[:16]}… ({spec.model.name})", f"{str(there)[:16]}… ({near.spec.model.name})"
+            texts.append((f"{name} (sha256)", ours, theirs))
         else:
-            said.append((name, _short(asked), _short(there)))
-    return said
+            texts.append((name, _short(asked), _short(there)))
+    return texts
 
 
 def _settings(asked: str, there: str) -> list[tuple[str, str, str]]:
-    """Which of a processor's settings differ."""
+    """Settings of the image processor that differ."""
     one, other = json.loads(asked), json.loads(there)
     return [
         (f"model.preprocess.{name}", json.dumps(one.get(name)), json.dumps(other.get(name)))
@@ -131,7 +122,7 @@ def _settings(asked: str, there: str) -> list[tuple[str, str, str]]:
 
 
 def _images(one: Samples, other: Samples) -> str:
-    """What happened to the images, in words."""
+    """How the images differ, in words."""
     mine, its = (
         {name: (d.tobytes(), label.tolist()) for name, d, label in zip(it.ids, it.digests, it.labels, strict=True)}
         for it in (one, other)
@@ -143,12 +134,12 @@ def _images(one: Samples, other: Samples) -> str:
         "with other bytes": [name for name in both if mine[name][0] != its[name][0]],
         "with another label": [name for name in both if mine[name][1] != its[name][1]],
     }
-    said = [
+    texts = [
         f"{len(names):,} {what} ({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})"
         for what, names in changes.items()
         if names
     ]
-    return "; ".join(said) or "the same images in another order"
+    return "; ".join(texts) or "the same images in another order"
 
 
 def _short(value: object) -> str:
@@ -158,7 +149,7 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSplit:
-    """What one split would take."""
+    """What the extraction of one split would take."""
 
     split: str
     view: str
@@ -185,12 +176,12 @@ class Plan:
 
     @property
     def bytes_to_write(self) -> int:
-        """In all."""
+        """Bytes to write for all splits."""
         return sum(split.bytes_to_write for split in self.splits)
 
     @property
     def seconds(self) -> float:
-        """That the forward passes would take, by the trial."""
+        """Seconds that the forward passes would take, by the trial."""
         images = sum(split.images_to_run for split in self.splits)
         return images / self.images_per_second if self.images_per_second else 0.0
 
@@ -223,99 +214,83 @@ def plan(
     batch_size: int | None = None,
     making: Making | None = None,
     workers: int = 0,
-    cache: Place = None,
+    cache: CachePath = None,
     trial: float = TRIAL_SECONDS,
 ) -> Plan:
-    """Say what `extract` with the same words would write and how long it would take. Writes nothing.
+    """Say what `extract` with the same options would write and how long it would take. Writes nothing.
 
-    `trial` is for how many seconds images are prepared and run through the model to find the rate; other arguments and
-    errors as in `extract`.
+    `trial` is the number of seconds for which images are prepared and run through the model to measure the rate; the other
+    arguments and the errors are those of `extract`.
     """
     asked = Request.of(
         model,
         dataset,
+        FeatureOptions(layers=layers, tokens=tokens, dtype=dtype, making=making or Making()),
+        ComputeOptions(device=device, batch_size=batch_size, workers=workers, format=format),
         reading=reading,
         splits=splits,
-        layers=layers,
-        tokens=tokens,
-        format=format,
-        dtype=dtype,
-        device=device,
-        batch_size=batch_size,
-        making=making,
     )
-    return estimate(asked, cache=cache, trial=trial, workers=workers)
+    return estimate(asked, cache=cache, trial=trial)
 
 
 def estimate(
     asked: Request,
     *,
-    cache: Place = None,
+    cache: CachePath = None,
     trial: float | None = TRIAL_SECONDS,
-    workers: int = 0,
     model: Callable[[Request], Backbone] = load,
 ) -> Plan:
-    """The same, of words that are resolved already; without a trial the time is not told."""
+    """The same as `plan` for a resolved request; without a trial the time is not estimated."""
     store = FeatureStore(cache)
     planned: list[PlannedSplit] = []
     backbone: Backbone | None = None
     rate, spent = None, 0.0
-    batch = asked.batch_size or BATCHES["cpu"]
+    batch = asked.compute.batch_size or MAX_BATCH_SIZES["cpu"]
     for job in asked.jobs:
         entry = store.entry(job.spec)
-        todo: dict[Stream, set[int]] = {}
+        missing: Missing = {}
         if entry is None or not asked.pairs <= entry.held():
             backbone = backbone or model(asked)
-            todo = gaps(entry, asked.pairs) if entry else {}
-            todo |= {stream: set(range(stream.shards)) for stream in asked.fresh(entry, job.spec, backbone)}
+            missing = store.missing(job.spec, backbone.shapes(asked.pairs), asked.compute.format)
             if rate is None and trial is not None:
-                wanted = frozenset(pair for stream in todo for pair in stream.pairs)
-                forward = Forward(backbone, job.steps, wanted, asked.batch_size)
-                rate, spent = _trial(forward, job.split, wanted, workers, trial)
+                wanted = frozenset(pair for stream in missing for pair in stream.pairs)
+                forward = Forward(backbone, job.steps, wanted, asked.compute.batch_size)
+                rate, spent = _trial(forward, job.split, wanted, asked.compute, trial)
                 batch = forward.batch_size
-        planned.append(_planned(job, entry, todo, batch))
+        planned.append(_planned(job, entry, missing, batch))
     return Plan(
         model=asked.names.model,
         dataset=asked.names.dataset,
         splits=tuple(planned),
-        free_bytes=free_bytes(store),
+        free_bytes=disk.free_bytes(store.root),
         images_per_second=rate,
         trial_seconds=spent,
     )
 
 
-def free_bytes(store: FeatureStore) -> int:
-    """Of the disk that the cache lies on, or will."""
-    root = store.root
-    while not root.exists():
-        root = root.absolute().parent
-    return shutil.disk_usage(root).free
-
-
-def _planned(job: Job, entry: Entry | None, todo: dict[Stream, set[int]], batch_size: int) -> PlannedSplit:
-    spec = job.spec
-    images = np.zeros(spec.data.images, bool)
-    nbytes, files = 0, 0 if entry else FILES["entry"]
-    for stream, shards in todo.items():
+def _planned(job: Job, entry: Entry | None, missing: Missing, batch_size: int) -> PlannedSplit:
+    count = job.spec.data.images
+    images = np.zeros(count, bool)
+    files = 0 if entry else FILES["entry"]
+    for stream, shards in missing.items():
         files += FILES["shard"] * len(shards) + (FILES["stream"] if len(shards) == stream.shards else 0)
         for shard in shards:
             rows = stream.rows(shard)
             images[rows.start : rows.stop] = True
-            nbytes += len(rows) * (stream.nbytes // stream.images)
     # No batch reaches over the end of a shard.
-    cut = todo or (entry.streams() if entry else [])
-    step = min((stream.shard_rows for stream in cut), default=spec.data.images)
-    steps = [range(at, min(at + step, spec.data.images)) for at in range(0, spec.data.images, step)]
+    cut = missing or (entry.streams() if entry else [])
+    step = min((stream.shard_rows for stream in cut), default=count)
+    steps = [range(at, min(at + step, count)) for at in range(0, count, step)]
     batches = [-(-len(rows) // batch_size) for rows in steps]
     passes = sum(count for count, rows in zip(batches, steps, strict=True) if images[rows.start])
     return PlannedSplit(
         split=job.split.name,
         view=job.steps.view,
-        key=spec.key,
-        images=spec.data.images,
+        key=job.spec.key,
+        images=count,
         images_to_run=int(images.sum()),
         bytes_held=entry.size() if entry else 0,
-        bytes_to_write=nbytes,
+        bytes_to_write=missing_bytes(missing),
         files_to_write=files,
         forward_passes=passes,
         forward_passes_saved=sum(batches) - passes,
@@ -323,9 +298,9 @@ def _planned(job: Job, entry: Entry | None, todo: dict[Stream, set[int]], batch_
 
 
 def _trial(
-    forward: Forward, split: datasets.Split, wanted: frozenset[Pair], workers: int, seconds: float
+    forward: Forward, split: datasets.Split, wanted: frozenset[Pair], compute: ComputeOptions, seconds: float
 ) -> tuple[float, float]:
-    """Images a second, decoded and run; and for how long that was measured. A data set that is short is gone through again."""
+    """Images per second, decoded and run, and the seconds of the measurement. A short data set is repeated."""
 
     def rounds() -> Iterator[tuple[range, None]]:
         while True:
@@ -333,7 +308,7 @@ def _trial(
                 yield range(at, min(at + forward.batch_size, len(split))), None
 
     images, start = 0, 0.0
-    for one in loading(forward, split, workers, skip_bad=True)(rounds()):
+    for one in loading(forward, split, replace(compute, skip_bad=True))(rounds()):
         for tokens in forward(one.pictures, wanted).values():
             tokens.cpu()
         if not start:

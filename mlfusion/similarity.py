@@ -8,7 +8,7 @@ import numpy as np
 from mlfusion.results import Row
 from mlfusion.specs import STUDY_KINDS, TokenKind
 from mlfusion.statistics import cka_with
-from mlfusion.store import Entry, FeatureStore, Place
+from mlfusion.store import CachePath, Entry, FeatureStore
 
 MOST_IMAGES = 2_000
 """Of the test images, evenly spread: the unbiased estimate needs no more, and many would take minutes."""
@@ -18,7 +18,9 @@ Similar = dict[tuple[str, str], dict[Measure, dict[str, dict[int, float]]]]
 """{(model, data set): {kernel: {token kind: {layer: CKA with the last layer}}}}."""
 
 
-def to_the_last(rows: Iterable[Row], *, cache: Place = None, say: Callable[[str], None] = lambda _: None) -> Similar:
+def to_the_last(
+    rows: Iterable[Row], *, cache: CachePath = None, say: Callable[[str], None] = lambda _: None
+) -> Similar:
     """CKA (unbiased), linear and by an RBF, of every cached layer's CLS and AP tokens with the last one's, on the test images.
 
     Args:

@@ -11,17 +11,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlfusion import costs, evaluation, extraction, models, planning
+from mlfusion import costs, disk, evaluation, extraction, models, planning
 from mlfusion.datasets import Reading
 from mlfusion.errors import MlfusionError
-from mlfusion.extraction import Extracted, Images, Making, Request
+from mlfusion.extraction import ComputeOptions, ExtractionResult, FeatureOptions, Images, Making, Request
 from mlfusion.features import SplitPair
 from mlfusion.models.backbone import Backbone
 from mlfusion.progress import duration
 from mlfusion.recipe import Recipe
 from mlfusion.results import Results, Row
 from mlfusion.specs import GRID_SIDES, FeatureSpec, TokenKind
-from mlfusion.store import FeatureStore, Place
+from mlfusion.store import CachePath, FeatureStore
 from mlfusion.trackers import open_trackers
 
 TRIAL_SECONDS = 2.0  # of forward passes of each model; its rate then stands for all data sets
@@ -37,7 +37,6 @@ class Case:
     model: str  # as the recipe says it
     dataset: str
     asked: Request  # of the tokens that are needed still
-    skip_bad: bool  # whether images that cannot be read are passed over
     jobs: tuple[evaluation.Job, ...]
     missing: tuple[evaluation.Job, ...]
     stage_one: planning.Plan | None  # None where no token is needed
@@ -159,14 +158,14 @@ class Done:
 
     rows: list[Row]  # in the recipe's order, those made earlier too
     made: int
-    extracted: list[Extracted]
+    extracted: list[ExtractionResult]
     failures: tuple[Failure, ...]
 
 
 def plan(
     recipe: Recipe,
     *,
-    cache: Place = None,
+    cache: CachePath = None,
     results: str | os.PathLike[str] = "results",
     device: str = "auto",
 ) -> Plan:
@@ -189,13 +188,13 @@ def plan(
             cases.append(planner.case(model, dataset))
         except MlfusionError as err:
             failures.append(Failure(model, dataset, str(err)))
-    return Plan(tuple(cases), tuple(failures), planning.free_bytes(FeatureStore(cache)))
+    return Plan(tuple(cases), tuple(failures), disk.free_bytes(FeatureStore(cache).root))
 
 
 class _Planner:
     """What the cases of a plan share: images are read once for all models, a model and its rates serve all data sets."""
 
-    def __init__(self, recipe: Recipe, cache: Place, kept: Results, device: str) -> None:
+    def __init__(self, recipe: Recipe, cache: CachePath, kept: Results, device: str) -> None:
         self.recipe, self.cache, self.device = recipe, cache, device
         self._done = {row.id for row in kept.rows()}
         self._images: dict[str, Images | MlfusionError] = {}
@@ -233,7 +232,6 @@ class _Planner:
             model=model,
             dataset=dataset,
             asked=asked,
-            skip_bad=recipe.skip_bad,
             jobs=tuple(jobs),
             missing=missing,
             stage_one=stage_one,
@@ -282,12 +280,8 @@ def _request(model: str, images: Images, device: str, recipe: Recipe) -> Request
     return Request.of(
         model,
         images,
-        layers="all",
-        tokens=(),
-        format=recipe.format,  # type: ignore[arg-type]
-        dtype=recipe.dtype,  # type: ignore[arg-type]
-        device=device,
-        making=_told(Making, recipe),
+        FeatureOptions(tokens=(), dtype=recipe.dtype, making=_told(Making, recipe)),  # type: ignore[arg-type]
+        ComputeOptions(device=device, format=recipe.format, skip_bad=recipe.skip_bad),  # type: ignore[arg-type]
     )
 
 
@@ -318,7 +312,7 @@ class _Loaded:
 def run(
     planned: Plan,
     *,
-    cache: Place = None,
+    cache: CachePath = None,
     results: str | os.PathLike[str] = "results",
     track: str | Sequence[str] = (),
     say: Say = lambda _: None,
@@ -337,7 +331,7 @@ def run(
     """
     kept, model, shown = Results(Path(results)), _Loaded(), open_trackers(track)
     rows: list[Row] = []
-    extracted: list[Extracted] = []
+    extracted: list[ExtractionResult] = []
     failures = list(planned.failures)
     made = 0
     for number, case in enumerate(planned.cases, 1):
@@ -345,7 +339,7 @@ def run(
             say(f"{number} of {len(planned.cases)}: {case.name}")
         try:
             if case.stage_one:
-                extracted += extraction.fill(case.asked, cache=cache, skip_bad=case.skip_bad, say=say, model=model)
+                extracted += extraction.fill(case.asked, cache=cache, log=say, model=model)
             if case.missing:
                 made += evaluation.run(_pair(case, FeatureStore(cache)), case.missing, kept, trackers=shown, say=say)[1]
         except MlfusionError as err:

@@ -296,9 +296,7 @@ def test_a_full_disk_loses_nothing(format, model, images, tmp_path):
 
 
 def test_too_little_space_is_refused_before_any_work(model, images, monkeypatch):
-    from mlfusion import extraction
-
-    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(CacheUnusable, match="MB are needed"):
         mlfusion.extract(model, images)
 
@@ -447,7 +445,7 @@ def test_every_run_says_what_made_it(model, images):
     for part in run["parts"].values():
         assert part["seconds"] > 0
         assert part["images_per_second"] > 0
-    assert run["limit"] == one.limit != ""
+    assert run["bottleneck"] == one.bottleneck != ""
     assert one.to_json()["images_per_second"] == run["images_per_second"]
 
 

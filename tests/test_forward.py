@@ -67,11 +67,11 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(backbone):
 
 def test_the_batch_follows_from_what_is_free(backbone, monkeypatch):
     with memory.measured() as taken:
-        backbone(backbone.preprocessing(noise_images(forward.TRIAL)), PAIRS)
-    image = taken() / forward.TRIAL
+        backbone(backbone.preprocessing(noise_images(forward.TRIAL_IMAGES)), PAIRS)
+    image = taken() / forward.TRIAL_IMAGES
     assert image > 3 * 32 * 32 * 4  # a picture alone
-    for room, want in ((0, 1), (3, 2), (9, 8), (10**9, forward.BATCHES["cpu"])):
-        monkeypatch.setattr(memory, "available", lambda _, room=room: room * 1.3 * image / forward.SHARE)
+    for room, want in ((0, 1), (3, 2), (9, 8), (10**9, forward.MAX_BATCH_SIZES["cpu"])):
+        monkeypatch.setattr(memory, "available", lambda _, room=room: room * 1.3 * image / forward.MEMORY_SHARE)
         assert Forward(backbone, backbone.preprocessing, PAIRS).batch_size == want
 
 

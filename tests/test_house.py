@@ -24,7 +24,7 @@ DOORS: dict[str, set[str]] = {
     "specs": {"errors"},
     "shapes": set(),
     "progress": set(),
-    "store": {"errors", "specs", "disk"},
+    "store": {"errors", "specs", "disk", "progress"},
     "models": {"errors", "specs"},
     "datasets": {"errors", "disk", "progress"},
     "probes": {"errors", "specs"},
@@ -47,7 +47,6 @@ DOORS: dict[str, set[str]] = {
     "extraction": {
         "errors",
         "specs",
-        "disk",
         "store",
         "models",
         "datasets",
@@ -108,6 +107,7 @@ DOORS: dict[str, set[str]] = {
     "study": {
         "errors",
         "specs",
+        "disk",
         "progress",
         "store",
         "models",

@@ -15,10 +15,33 @@ from tiny import save_images, save_model
 
 from mlfusion import cli, disk, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
-from mlfusion.store import FeatureStore
-from mlfusion.store.audit import repair, verify
-from mlfusion.store.housekeeping import decide, remove
-from mlfusion.store.transfer import copy
+from mlfusion.store import FeatureStore, Leases, RunRecord
+from mlfusion.store.inventory import disk_usage, entry_paths, list_entries
+from mlfusion.store.prune import decide, prune, remove_entry
+from mlfusion.store.transfer import copy_entries, copy_entry
+from mlfusion.store.verify import repair_entry, verify, verify_entry
+
+RUN = RunRecord(
+    when="2026-01-01T00:00:00+00:00",
+    versions={"python": "3.11"},
+    device="cpu",
+    device_name="a processor",
+    processors=2,
+    threads=2,
+    compute="float32",
+    dtype="float16",
+    batch_size=4,
+    out_of_memory=False,
+    images=19,
+    forward_passes=5,
+    seconds=1.5,
+    images_per_second=12.67,
+    bottleneck="decoding",
+    waited={"decoding": 1.0},
+    parts={},
+    streams=("cls.ap.L1-3",),
+    layers="1-3",
+)
 
 
 def everything(entry) -> np.ndarray:
@@ -35,9 +58,9 @@ def test_a_flipped_byte_of_any_file_is_found_and_mended(format, tmp_path):
     entry = new_entry(tmp_path / "cache")
     written = fill(entry, format)
     whole = everything(entry)
-    entry.record_run({"device": "cpu"})
+    entry.record_run(RUN)
     sound = tree(entry.path)
-    assert not list(verify(tmp_path / "cache", entry.path))
+    assert not list(verify_entry(entry.path))
     random = np.random.default_rng(0)
     for name, data in sound.items():
         for at in {0, len(data) - 1, int(random.integers(len(data)))}:
@@ -45,12 +68,12 @@ def test_a_flipped_byte_of_any_file_is_found_and_mended(format, tmp_path):
             bad = bytearray(data)
             bad[at] ^= 1 << int(random.integers(8))
             file.write_bytes(bad)
-            found = list(verify(tmp_path / "cache", entry.path))
+            found = list(verify_entry(entry.path))
             assert found, (name, at)
             assert all(damage.path == entry.path or damage.path.name in name for damage in found)
             with suppress(MlfusionError):  # a read gives what was written or an error, never anything else
                 np.testing.assert_array_equal(everything(FeatureStore(tmp_path / "cache").by_key(entry.key)), whole)
-            moved = repair(tmp_path / "cache", entry.path, found)
+            moved = repair_entry(tmp_path / "cache", entry.path, found)
             assert moved
             again = new_entry(tmp_path / "cache")  # what the next extraction does: records first, then missing shards
             made = 0
@@ -74,7 +97,7 @@ def test_a_flipped_byte_of_any_file_is_found_and_mended(format, tmp_path):
             ) in sound.items():  # names and provenance are not made again: put them back for the next round
                 (entry.path / path).write_bytes(text)
             np.testing.assert_array_equal(everything(again), whole)
-    assert not list(verify(tmp_path / "cache", entry.path))
+    assert not list(verify_entry(entry.path))
 
 
 def test_verify_names_layers_and_rows(tmp_path):
@@ -86,7 +109,7 @@ def test_verify_names_layers_and_rows(tmp_path):
     record = entry.record(stream, 1)
     data[int(record.offsets[1, 2, 0])] ^= 1  # second block of four rows of the second shard of eight, third layer
     shard.write_bytes(data)
-    [found] = verify(tmp_path / "cache", entry.path)
+    [found] = verify_entry(entry.path)
     assert "layers 3 of rows 12-15" in found.why
 
 
@@ -97,16 +120,16 @@ def test_a_copy_is_the_same_bits(source, target, dtype, tmp_path):
     entry = new_entry(tmp_path / "one", dtype=dtype)
     fill(entry, source)
     there = FeatureStore(tmp_path / "two").create(entry.spec, entry.samples, NAMES)
-    assert copy(entry, there, format=target) == entry.nbytes
+    assert copy_entry(entry, there, format=target) == entry.nbytes()
     np.testing.assert_array_equal(everything(there), everything(entry))
     assert {stream.format for stream in there.streams()} == {target}
-    assert not list(verify(tmp_path / "two", there.path))
+    assert not list(verify_entry(there.path))
     if source == target:
         mine, its = tree(entry.path / "tokens"), tree(there.path / "tokens")
         assert mine == its
-    assert copy(entry, there, format=target) == 0  # it is there
+    assert copy_entry(entry, there, format=target) == 0  # it is there
     back = FeatureStore(tmp_path / "three").create(entry.spec, entry.samples, NAMES)
-    copy(there, back, format=source)
+    copy_entry(there, back, format=source)
     assert tree(back.path / "tokens") == tree(entry.path / "tokens")
 
 
@@ -120,16 +143,44 @@ def test_a_damaged_chunk_is_not_copied(tmp_path):
     shard.write_bytes(data)
     there = FeatureStore(tmp_path / "two").create(entry.spec, entry.samples, NAMES)
     with pytest.raises(CacheUnusable, match="checksum"):
-        copy(entry, there)
+        copy_entry(entry, there)
     assert there.missing_shards(stream) == [0, 1, 2]
     assert not list(there.path.rglob(f"{disk.DRAFT}*"))
 
 
-def fates(store: FeatureStore, **criteria) -> dict[int, bool]:
+def decisions(store: FeatureStore, **criteria) -> dict[int, bool]:
     """Whether it goes, by the number of images that tells the entries of these tests apart."""
-    every = list(store.own())
+    every = list(store.own_entries())
     decided = decide(every, every=every, now=disk.clock(store.root), **criteria)
-    return {fate.entry.spec.data.images: fate.goes for fate in decided}
+    return {each.entry.spec.data.images: each.remove for each in decided}
+
+
+def test_what_the_commands_do_is_done_by_functions(tmp_path):
+    """One each, with plain arguments; the results say what the commands print."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    entry = new_entry(one)
+    fill(entry, "zarr")
+    [copied] = copy_entries(one, two, model="m", format="hdf5")
+    assert (copied.entry.key, copied.bytes) == (entry.key, entry.nbytes())
+    [listed] = list_entries(two).entries
+    assert (listed.tokens, listed.bytes, listed.skipped) == ("cls+ap@1-3", entry.nbytes(), 0)
+    assert entry_paths(two) == [two]
+    assert entry_paths(two, dataset="d") == [copied.entry.path]
+    files = tree(two / "v2")
+    assert disk_usage(two).entries == {("m", "d"): sum(map(len, files.values()))}
+    assert verify(two).to_json() == {"entries": 1, "damaged": [], "quarantined": []}
+    [shard, *_] = two.rglob("tokens.h5")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert [damage.path for damage in verify(two).damaged] == [shard.parent]
+    assert len(verify(two, repair=True).quarantined) == 2  # the shard with its record, and the manifest
+    with pytest.raises(MlfusionError, match="name at least one of --model"):
+        prune(two)
+    assert [each.remove for each in prune(two, quota=0, needed={entry.key}).decisions] == [False]
+    assert prune(two, quota=0, dry_run=True).bytes_freed > 0
+    assert len(prune(two, quota=0).removed) == 1
+    assert list_entries(two).entries == ()
+    with pytest.raises(CacheUnusable, match="there is no cache at"):
+        copy_entries(tmp_path / "three", two)
 
 
 def test_what_goes_by_age_size_and_need(tmp_path):
@@ -140,14 +191,14 @@ def test_what_goes_by_age_size_and_need(tmp_path):
         then = time.time() - days * 86400
         for name in ("names", "entry.json"):
             os.utime(entry.path / name, (then, then))
-    assert fates(store, older=3 * 86400) == {9: True, 17: True, 25: False}
-    sizes = {entry.spec.data.images: entry.size() for entry in store.own()}
-    assert fates(store, quota=sizes[25] + sizes[17]) == {9: True, 17: False, 25: False}
-    assert fates(store, quota=sizes[25]) == {9: True, 17: True, 25: False}
-    assert fates(store, quota=sum(sizes.values())) == dict.fromkeys(sizes, False)
-    assert fates(store, needed={new_entry(tmp_path, 9).key}) == {9: False, 17: True, 25: True}
+    assert decisions(store, older=3 * 86400) == {9: True, 17: True, 25: False}
+    sizes = {entry.spec.data.images: entry.size() for entry in store.own_entries()}
+    assert decisions(store, quota=sizes[25] + sizes[17]) == {9: True, 17: False, 25: False}
+    assert decisions(store, quota=sizes[25]) == {9: True, 17: True, 25: False}
+    assert decisions(store, quota=sum(sizes.values())) == dict.fromkeys(sizes, False)
+    assert decisions(store, needed={new_entry(tmp_path, 9).key}) == {9: False, 17: True, 25: True}
     new_entry(tmp_path, 9).read([1], ["cls"])  # reading is use
-    assert fates(store, older=3 * 86400) == {9: False, 17: True, 25: False}
+    assert decisions(store, older=3 * 86400) == {9: False, 17: True, 25: False}
 
 
 def test_a_reader_keeps_its_entry(tmp_path):
@@ -155,12 +206,12 @@ def test_a_reader_keeps_its_entry(tmp_path):
     fill(entry, "zarr")
     whole = everything(entry)
     with entry.open([1, 2, 3], ["cls", "ap"]) as reader:
-        assert fates(FeatureStore(tmp_path), older=0) == {19: False}
-        assert remove(tmp_path, entry.path) == "it is being read"  # a reader that came after the decision
+        assert decisions(FeatureStore(tmp_path), older=0) == {19: False}
+        assert remove_entry(tmp_path, entry.path) == "it is being read"  # a reader that came after the decision
         np.testing.assert_array_equal(reader.read(), whole)
         np.testing.assert_array_equal(reader[np.arange(19)], whole)
     assert not list((tmp_path / "trash").iterdir())
-    assert remove(tmp_path, entry.path) == ""
+    assert remove_entry(tmp_path, entry.path) == ""
     assert FeatureStore(tmp_path).by_key(entry.key) is None
     with pytest.raises(NotCached):
         entry.open([1], ["cls"]).read()
@@ -168,11 +219,11 @@ def test_a_reader_keeps_its_entry(tmp_path):
 
 def test_an_extraction_keeps_its_entry(tmp_path):
     entry = new_entry(tmp_path)
-    leases = entry.leases()
+    leases = Leases(entry.path / "leases")
     assert leases.take(["cls~0"])
-    assert remove(tmp_path, entry.path) == "it is being extracted"
+    assert remove_entry(tmp_path, entry.path) == "it is being extracted"
     leases.release()
-    assert remove(tmp_path, entry.path) == ""
+    assert remove_entry(tmp_path, entry.path) == ""
 
 
 @pytest.fixture(scope="module")
@@ -361,8 +412,8 @@ def test_thousands_of_entries_are_listed_by_reading_each_once(tmp_path, monkeypa
     for images in range(1, 41):
         fill(new_entry(tmp_path, images), "zarr", {(1, "cls")})
     opened: list[str] = []
-    read = disk.read_json
-    monkeypatch.setattr(disk, "read_json", lambda path: (opened.append(str(path)), read(path))[1])
+    read = disk.read_sealed
+    monkeypatch.setattr(disk, "read_sealed", lambda path: (opened.append(str(path)), read(path))[1])
     assert len(FeatureStore(tmp_path).find(model="m", dataset="d")) == 40
     assert max(map(opened.count, opened)) == 1
     assert len(opened) <= 3 * 40

@@ -18,7 +18,7 @@ from mlfusion.loader import Loader
 from mlfusion.models.preprocessing import Steps
 
 STEPS = Steps(size=(2, 3), crop_size=None, resample="nearest")
-WAYS = [False, pytest.param(True, marks=pytest.mark.skipif(not loader.forks(), reason="this system does not fork"))]
+WAYS = [False, pytest.param(True, marks=pytest.mark.skipif(not loader.can_fork(), reason="this system does not fork"))]
 
 
 def one(data: bytes) -> Image.Image:
@@ -50,7 +50,7 @@ def test_every_image_once_and_in_order(processes, count, size, workers):
     feed = Loader(split(list(range(count))), STEPS, size, workers=workers, processes=processes)
     seen = []
     for batch in feed(iter(batches(count, size))):
-        assert batch.what == f"from {batch.rows.start}"
+        assert batch.payload == f"from {batch.rows.start}"
         assert batch.pictures.shape == (len(batch.rows), 3, 2, 3)
         for row, picture in zip(batch.rows, batch.pictures, strict=True):
             want = torch.tensor([row, row // 2, 255 - row], dtype=torch.uint8)[:, None, None].expand(3, 2, 3)
@@ -106,7 +106,7 @@ def test_a_buffer_is_used_again_only_when_it_is_free():
     assert len(set(addresses)) == loader.AHEAD + 1
 
 
-@pytest.mark.skipif(not loader.forks(), reason="this system does not fork")
+@pytest.mark.skipif(not loader.can_fork(), reason="this system does not fork")
 def test_a_killed_worker_is_said(tmp_path):
     def dying(data: bytes) -> Image.Image:
         if int(data) == 5:
@@ -117,7 +117,7 @@ def test_a_killed_worker_is_said(tmp_path):
         list(Loader(split(list(range(8)), dying), STEPS, 2, workers=1, processes=True)(batches(8, 2)))
 
 
-@pytest.mark.skipif(not loader.forks(), reason="this system does not fork")
+@pytest.mark.skipif(not loader.can_fork(), reason="this system does not fork")
 def test_worker_processes_end_with_their_parent():
     """A child that loads and is killed with SIGKILL leaves no process behind."""
     read, write = os.pipe()

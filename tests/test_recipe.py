@@ -254,7 +254,7 @@ def test_a_recipe_can_say_whatever_an_extraction_can_be_told():
     """But how fast: batches and workers are the machine's, and change no number."""
     options = {each.name for kind in (Making, datasets.Reading) for each in dataclasses.fields(kind)}
     options |= {*inspect.signature(extract).parameters} - {"making", "reading"}
-    own = {"model", "dataset", "splits", "device", "cache", "say"}  # said otherwise, or to `mlfusion run`
+    own = {"model", "dataset", "splits", "device", "cache", "log"}  # said otherwise, or to `mlfusion run`
     machine = {"batch_size", "workers"}
     assert options - own - machine <= set(recipe.NAMES)
 

@@ -6,22 +6,23 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sealed import read_json, sealed
 
 from mlfusion import disk
 from mlfusion.errors import BadData, CacheUnusable, NotCached
 from mlfusion.specs import DTYPES, DataSpec, FeatureSpec, ModelSpec
-from mlfusion.store import Entry, FeatureStore, Names, Samples, Stream, audit, stream, streams_for
-from mlfusion.store.audit import verify
+from mlfusion.store import Entry, FeatureStore, Names, Samples, Stream, stream, streams_for
+from mlfusion.store.verify import verify_entry
 
 MODEL = ModelSpec(
     weights="ab" * 32, revision=None, config="cd" * 8, preprocess="{}", name="m", family="vit", depth=3, width=4
@@ -128,8 +129,8 @@ def test_every_way_to_read_gives_the_same(format, kept, images, dtype, sizes, mi
     """Rows in any order and any number of times; passes in batches of any sizes, kept in hand until the pass is over."""
     entry = kept(format, images, dtype)
     with pytest.MonkeyPatch.context() as patch, entry.open([3, 1], ["ap", "cls"]) as reader:
-        patch.setattr("mlfusion.store.reader.MIXED", mixed)
-        patch.setattr("mlfusion.store.reader.SMALL", small)  # below which no threads are started
+        patch.setattr("mlfusion.store.reader.SHUFFLE_BYTES", mixed)
+        patch.setattr("mlfusion.store.buffers.SMALL_RESULT_BYTES", small)  # below which no threads are started
         whole = reader.read()
         rows = np.array(data.draw(st.lists(st.integers(-images, images - 1), max_size=60)), np.int64)
         twice = np.arange(images) // 2
@@ -186,8 +187,8 @@ def test_a_sound_shard_that_is_not_the_one_published_is_refused(tmp_path):
 
 def test_memory_of_results_is_lent_again_once_nobody_holds_it(kept, monkeypatch):
     """What is in hand stays as it was, to its last view; what was let go of is written over."""
-    monkeypatch.setattr("mlfusion.store.reader.SMALL", 1)
-    monkeypatch.setattr("mlfusion.store.reader.Lent.idle", deque())
+    monkeypatch.setattr("mlfusion.store.buffers.SMALL_RESULT_BYTES", 1)
+    monkeypatch.setattr("mlfusion.store.buffers.BufferPool.idle", deque())
     with kept("zarr", 33, "float16").open([3, 1], ["ap", "cls"]) as reader:
         whole = reader.read().copy()
         first, second = reader[:16], reader[16:32]
@@ -200,37 +201,17 @@ def test_memory_of_results_is_lent_again_once_nobody_holds_it(kept, monkeypatch)
 
 
 @both
-def test_shards_of_earlier_versions_are_compared_by_crc32c(format, tmp_path):
-    """Their records have no table of the faster checksum."""
-    entry = new_entry(tmp_path)
-    [(name, values)] = fill(entry, format).items()
-    folder = entry.path / "tokens" / name
-    for path in (folder / "manifest.json", *folder.glob("c/*/commit.json")):
-        body = disk.read_json(path)
-        del body["xxh3_64"]
-        path.write_text(disk.sealed(body))
-    np.testing.assert_array_equal(entry.read([1, 2, 3], ["cls", "ap"]), values)
-    assert not list(verify(tmp_path, entry.path))
-    [at, *_] = entry.record(entry.streams()[0], 0).offsets.reshape(-1).tolist()
-    data = bytearray(shard_files(entry, name)[0].read_bytes())
-    data[at] ^= 1
-    shard_files(entry, name)[0].write_bytes(data)
-    with pytest.raises(CacheUnusable, match="checksum of chunk"):
-        entry.read([1, 2, 3], ["cls", "ap"])
-
-
-@both
 @pytest.mark.parametrize("table", ["crc32c", "xxh3_64"])
 def test_verify_compares_both_checksums(format, table, tmp_path):
     """Of a sound shard whose record, in itself sound, says otherwise of one chunk."""
     entry = new_entry(tmp_path)
     [name] = fill(entry, format)
     commit = entry.path / "tokens" / name / "c" / "0" / "commit.json"
-    body = disk.read_json(commit)
+    body = read_json(commit)
     sums = bytearray(base64.b64decode(body[table]))
     sums[-1] ^= 1
-    commit.write_text(disk.sealed({**body, table: base64.b64encode(sums).decode()}))
-    assert any("wrong bytes: layers 3" in damage.why for damage in verify(tmp_path, entry.path))
+    commit.write_text(sealed({**body, table: base64.b64encode(sums).decode()}))
+    assert any("wrong bytes: layers 3" in damage.why for damage in verify_entry(entry.path))
 
 
 def test_hdf5_opens_without_us(tmp_path):
@@ -378,15 +359,15 @@ def test_labels_and_ids_are_tied_to_the_key(file, tmp_path):
 
 def test_an_entry_that_does_not_fit_its_name_is_refused(tmp_path):
     entry = new_entry(tmp_path)
-    body = disk.read_json(entry.path / "entry.json")
+    body = read_json(entry.path / "entry.json")
     body["model"]["revision"] = "another"
-    (entry.path / "entry.json").write_text(disk.sealed(body))
+    (entry.path / "entry.json").write_text(sealed(body))
     with pytest.raises(CacheUnusable, match="does not belong"):
         Entry(entry.path)
 
 
 def test_a_cache_of_a_newer_format_is_refused(tmp_path):
-    (tmp_path / "mlfusion-cache.json").write_text(disk.sealed({"format": 99}))
+    (tmp_path / "mlfusion-cache.json").write_text(sealed({"format": 99}))
     with pytest.raises(CacheUnusable, match=r"format 99.*update mlfusion"):
         FeatureStore(tmp_path)
 
@@ -421,7 +402,7 @@ def test_a_file_where_the_cache_should_be(tmp_path):
 
 def test_features_are_found_by_any_name_they_were_given(tmp_path):
     entry, store = new_entry(tmp_path), FeatureStore(tmp_path)
-    entry.call(replace(NAMES, model="alias", model_source="hub/alias"))
+    entry.add_alias(msgspec.structs.replace(NAMES, model="alias", model_source="hub/alias"))
     for model in ("m", "somewhere/m", "alias", "hub/alias", None):
         assert [e.key for e in store.find(model=model, dataset="d")] == [entry.key]
     assert not store.find(model="m2", dataset="d")
@@ -449,6 +430,72 @@ def test_shards_tile_the_images_once_and_are_cut_in_powers_of_two(images, layers
     assert sum(len(one.rows(s)) for s in (0, one.shards - 1)) + max(0, one.shards - 2) * one.shard_rows >= images
 
 
+# --- one verb ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_gap_is_filled_and_left_behind_sealed(tmp_path):
+    """What is missing comes in pieces, a second extractor passes over what the first has claimed, and the rest is a record."""
+    store, data = FeatureStore(tmp_path), new_entry(tmp_path / "elsewhere")
+    values = np.random.default_rng(3).normal(size=(19, 3, 2, 4)).astype(np.float16)
+    asked = (data.spec, data.samples, NAMES, SHAPES)
+    assert {len(shards) for shards in store.missing(data.spec, SHAPES, "zarr").values()} == {3}
+    with store.filling(*asked) as gap:
+        for pieces in gap.rounds():
+            for number, (rows, [one]) in enumerate(pieces):
+                if number == 0:
+                    with store.filling(*asked) as other:
+                        assert rows.start not in [rows.start for rows, _ in next(other.rounds())]
+                draft = gap.draft(one, rows.start // one.shard_rows)
+                draft.append(values[rows.start : rows.stop])
+                gap.publish(draft)
+                gap.renew()
+        assert store.held(data.spec) == PAIRS
+    np.testing.assert_array_equal(gap.entry.read([1, 2, 3], ["cls", "ap"]), values)
+    assert not store.missing(data.spec, SHAPES, "zarr")
+    assert store.reuse(*asked[:3]).key == gap.entry.key
+    assert not [*gap.entry.path.rglob(f"{disk.DRAFT}*"), *(gap.entry.path / "leases").iterdir()]
+
+
+def test_a_gap_that_is_not_filled_leaves_nothing_behind(tmp_path):
+    data = new_entry(tmp_path / "elsewhere")
+
+    def broken() -> None:
+        with FeatureStore(tmp_path).filling(data.spec, data.samples, NAMES, SHAPES) as gap:
+            for pieces in gap.rounds():
+                _, [one] = next(pieces)
+                gap.draft(one, 0).append(np.zeros((2, *one.shape[1:]), np.float16))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(CacheUnusable, match=r"no space left for the cache at .*: \d+\.\d{3} MB are needed"):
+        broken()
+    entry = FeatureStore(tmp_path).entry(data.spec)
+    assert entry is not None and not entry.held()
+    assert not [*entry.path.rglob(f"{disk.DRAFT}*"), *(entry.path / "leases").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("entry.json", {"dtype": "float8"}, "entry.json is damaged: Invalid enum value 'float8'"),
+        ("entry.json", {"model": 3}, "entry.json is damaged: Expected `object`, got `int`"),
+        ("tokens/*/stream.json", {"width": 0}, r"stream.json is damaged: Expected `int` >= 1"),
+        ("tokens/*/stream.json", {"colour": "red"}, "stream.json is damaged: Object contains unknown field `colour`"),
+        ("tokens/*/stream.json", {"chunk_rows": 5}, "stream.json is damaged: a description of no stream"),
+        ("tokens/*/manifest.json", {"bytes": ["1"]}, "manifest.json is damaged: Expected `int`, got `str`"),
+        ("names/*.json", {"model": None}, r"json is damaged: Expected `str`, got `null`"),
+    ],
+)
+def test_records_are_read_strictly_and_refused_in_a_sentence(file, change, words, tmp_path):
+    """A record whose digest fits and whose fields do not: by whoever made it."""
+    entry = new_entry(tmp_path)
+    fill(entry, "zarr")
+    [path] = entry.path.glob(file)
+    path.write_text(sealed({**read_json(path), **change}))
+    with pytest.raises(CacheUnusable, match=words):
+        _ = Entry(entry.path).sources(), entry.names()
+    assert any(words.split(" is ")[0].rpartition(" ")[2] in str(damage.path) for damage in verify_entry(entry.path))
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 KINDS = {
@@ -472,7 +519,7 @@ def test_labels_of_every_kind_come_back(kind: str, tmp_path: Path) -> None:
     back = Entry(entry.path).samples.labels
     assert back.dtype == kept and np.array_equal(back, labels)
     assert np.array_equal(np.load(entry.path / "labels.npy", allow_pickle=False), labels)
-    assert not list(audit.verify(tmp_path, entry.path))
+    assert not list(verify_entry(entry.path))
 
 
 def test_the_same_labels_in_other_types_are_the_same_features() -> None:

@@ -1,7 +1,7 @@
-"""`mlfusion cache`: what lies in the cache, whether it is sound, what may go, and how it travels."""
+"""`mlfusion cache`: lists, measures, verifies, prunes and copies the feature cache."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,15 +28,19 @@ from mlfusion.cli.words import (
     print_rows,
     say,
 )
-from mlfusion.errors import CacheUnusable, NotCached, UnknownName
-from mlfusion.specs import token_words
+from mlfusion.errors import CacheUnusable
+
+if TYPE_CHECKING:
+    from mlfusion.store.transfer import Copied
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the feature cache.")
 
 SomeModel = Annotated[str | None, typer.Option("--model", "-m", help="Only entries of this model.")]
 SomeDataset = Annotated[str | None, typer.Option("--dataset", "-d", help="Only entries of this data set.")]
 SomeSplit = Annotated[str | None, typer.Option("--split", help="Only entries of this split.")]
-NewFormat = Annotated[str | None, typer.Option("--format", help="zarr or hdf5; default: as each stream is kept.")]
+NewFormat = Annotated[
+    str | None, typer.Option("--format", help="Format of the copy: zarr or hdf5; default: unchanged.")
+]
 
 TIMES = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -49,65 +53,33 @@ def ls(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every entry: whose features of what, which tokens, how many bytes."""
-    from mlfusion.store import FeatureStore
+    """List cached entries: model, data set, split, tokens, size."""
+    from mlfusion.store.inventory import list_entries
 
-    damaged: list[str] = []
-    rows = []
-    for entry in FeatureStore(cache).find(model=model, dataset=dataset, split=split, damaged=damaged.append):
-        try:
-            rows.append(_row(entry, unreadable=as_json))
-        except NotCached:  # removed since
-            continue
-        except CacheUnusable as err:
-            damaged.append(str(err))
+    found = list_entries(cache, model=model, dataset=dataset, split=split, reasons=as_json)
     if as_json:
-        print_json({"entries": rows, "damaged": damaged})
+        print_json(found.to_json())
         return
-    if rows or not damaged:
-        print_rows(rows, nothing="no features yet; run: mlfusion extract")
-    for why in damaged:
+    if found.entries or not found.damaged:
+        print_rows([entry.row() for entry in found.entries], nothing="no features yet; run: mlfusion extract")
+    for why in found.damaged:
         say(f"not listed: {why}")
-
-
-def _row(entry: Any, unreadable: bool) -> dict[str, Any]:
-    spec, home = entry.spec, entry.sources()
-    skipped = entry.skipped(home)
-    return {
-        "model": spec.model.name,
-        "dataset": spec.data.name,
-        "split": spec.data.split,
-        "images": spec.data.images,
-        "skipped": len(skipped),
-        "tokens": token_words(frozenset(home)) or "(not complete)",
-        "dtype": spec.dtype,
-        "bytes": sum(s.stream.nbytes for s in dict.fromkeys(home.values()) if s.folder.is_relative_to(entry.path)),
-        "key": entry.key,
-        **({"unreadable": entry.unreadable(skipped)} if unreadable else {}),
-    }
 
 
 @app.command()
 def du(cache: Cache = None, as_json: AsJson = False) -> None:
-    """Bytes on disk by model and data set, measured file by file; and what lies beside the entries."""
-    from mlfusion.store import FeatureStore, folder_bytes
+    """Show the bytes on disk by model and data set, measured file by file, and of other folders in the cache."""
+    from mlfusion.store.inventory import disk_usage
 
-    store = FeatureStore(cache)
-    sums: dict[tuple[str, str], int] = {}
-    for entry in store.own():
-        place = (entry.spec.model.name, entry.spec.data.name)
-        sums[place] = sums.get(place, 0) + entry.size()
-    rows = [{"model": m, "dataset": d, "bytes": b} for (m, d), b in sorted(sums.items(), key=lambda one: -one[1])]
-    beside = {name: folder_bytes(store.root / name) for name in ("quarantine", "trash", "v1")}
-    total = sum(sums.values()) + sum(beside.values())
+    usage = disk_usage(cache)
     if as_json:
-        print_json({"entries": rows, "beside": beside, "bytes": total})
+        print_json(usage.to_json())
         return
-    print_rows(rows, nothing="no features yet; run: mlfusion extract")
-    for name, nbytes in beside.items():
+    print_rows(usage.rows(), nothing="no features yet; run: mlfusion extract")
+    for name, nbytes in usage.beside.items():
         if nbytes:
-            typer.echo(f"{store.root / name}: {nbytes:,} bytes; may be deleted")
-    typer.echo(f"in all: {total:,} bytes in {store.root}")
+            typer.echo(f"{usage.root / name}: {nbytes:,} bytes; may be deleted")
+    typer.echo(f"in all: {usage.bytes:,} bytes in {usage.root}")
 
 
 @app.command()
@@ -128,25 +100,23 @@ def explain(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which entry extract would use; where there is none, which field differs from the nearest."""
+    """Show which entry extract would use; if there is none, show which fields differ from the nearest entry."""
+    from mlfusion.extraction import FeatureOptions
     from mlfusion.planning import explain as run
 
-    told = run(
+    found = run(
         asked_model(model, hook, settings),
         dataset,
+        FeatureOptions(layers=layers, tokens=tokens, dtype=dtype, making=making),  # type: ignore[arg-type]
         reading=reading,
         splits=split,
-        layers=layers,
-        tokens=tokens,
-        dtype=dtype,  # type: ignore[arg-type]
         device=device,
-        making=making,
         cache=cache,
     )
     if as_json:
-        print_json({"splits": [one.to_json() for one in told]})
+        print_json({"splits": [one.to_json() for one in found]})
         return
-    for one in told:
+    for one in found:
         body = one.to_json()
         lacking = f"; lacks {body['lacking']}" if body["lacking"] and one.entry else ""
         typer.echo(f"{one.split}: {body['state']}, {body['path'] or one.key}{lacking}")
@@ -163,38 +133,22 @@ def verify(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every byte and compare it with its checksum; exit 1 where something is, and stays, damaged."""
-    from mlfusion.progress import track
-    from mlfusion.store import FeatureStore
-    from mlfusion.store.audit import folders, repair, verify
+    """Read every byte and compare it with its checksum; exit 1 if something is, and stays, damaged."""
+    from mlfusion.store.verify import verify as run
 
-    store = FeatureStore(cache)
-    damaged, moved, entries = [], [], 0
-    own = folders(store.root)
-    places = [(store.root, path) for path in own]
-    places += [(lower.root, path) for lower in store.below for path in folders(lower.root)]
-    with track("verifying", len(places), "entries") as bar:
-        for root, path in places:
-            found = list(verify(root, path))
-            damaged += found
-            entries += 1
-            if fix and found and root == store.root:
-                moved += repair(root, path, found)
-            bar.advance()
+    found = run(cache, repair=fix)
     if as_json:
-        print_json(
-            {"entries": entries, "damaged": [one.to_json() for one in damaged], "quarantined": [str(m) for m in moved]}
-        )
+        print_json(found.to_json())
     else:
-        for one in damaged:
+        for one in found.damaged:
             typer.echo(f"{one.path}: {one.why}")
-        for path in moved:
+        for path in found.quarantined:
             typer.echo(f"moved to {path}")
         typer.echo(
-            f"{entries:,} entries, {len(damaged):,} damaged"
-            + ("; run the same `mlfusion extract` again to make what is missing" if moved else "")
+            f"{found.entries:,} entries, {len(found.damaged):,} damaged"
+            + ("; run the same `mlfusion extract` again to make what is missing" if found.quarantined else "")
         )
-    if damaged and not moved:
+    if found.damaged and not found.quarantined:
         raise CacheUnusable("parts of the cache are damaged; run: mlfusion cache verify --repair")
 
 
@@ -202,55 +156,41 @@ def verify(
 def prune(
     model: SomeModel = None,
     dataset: SomeDataset = None,
-    older: Annotated[str | None, typer.Option("--older", help="Unused for so long: 12h, 30d, 8w.")] = None,
+    older: Annotated[
+        str | None, typer.Option("--older", help="Only entries that were not used for so long: 12h, 30d, 8w.")
+    ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="Until the cache takes no more: 500MB, 20GB; longest unused first.")
+        str | None,
+        typer.Option("--size", help="Stop when the cache takes no more than this: 500MB, 20GB; longest unused first."),
     ] = None,
     unneeded: Annotated[
         Path | None, typer.Option("--unneeded", help="Keep what the results in this folder were made from.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")] = False,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove entries by name, age, size, or because no result needs them; never one that is in use."""
-    from mlfusion import disk
-    from mlfusion.store import FeatureStore
-    from mlfusion.store.housekeeping import check_criteria, decide, empty, remove
+    from mlfusion.results import Results
+    from mlfusion.store.prune import prune as run
 
-    check_criteria(model=model, dataset=dataset, older=older, size=size, unneeded=unneeded)
-    store = FeatureStore(cache)
-    every = list(store.own())
-    wanted = {entry.key for entry in store.find(model=model, dataset=dataset)}
-    fates = decide(
-        [entry for entry in every if entry.key in wanted],
-        every=every,
-        now=disk.clock(store.root),
+    done = run(
+        cache,
+        model=model,
+        dataset=dataset,
         older=amount("older", older, TIMES),
         quota=amount("size", size, UNITS),
-        needed=_needed(unneeded) if unneeded else None,
+        needed={key for row in Results(unneeded).require() for key in row.features} if unneeded else None,
+        dry_run=dry_run,
     )
-    kept: dict[str, str] = {}
-    if not dry_run:
-        empty(store.root)
-        kept = {fate.entry.key: why for fate in fates if fate.goes and (why := remove(store.root, fate.entry.path))}
-    rows = [
-        fate.to_json() | ({"removed": False, "why": kept[fate.entry.key]} if fate.entry.key in kept else {})
-        for fate in fates
-    ]
-    gone = [row for row in rows if row["removed"]]
-    freed = sum(row["bytes"] for row in gone)
     if as_json:
-        print_json({"dry_run": dry_run, "entries": rows, "bytes_freed": freed})
+        print_json(done.to_json())
         return
-    print_rows(rows, nothing="no such entries; see: mlfusion cache ls")
-    typer.echo(f"{'would remove' if dry_run else 'removed'} {len(gone):,} of {len(every):,} entries, {freed:,} bytes")
-
-
-def _needed(results: Path) -> set[str]:
-    from mlfusion.results import Results
-
-    return {key for row in Results(results).require() for key in row.features}
+    print_rows([each.to_json() for each in done.decisions], nothing="no such entries; see: mlfusion cache ls")
+    typer.echo(
+        f"{'would remove' if dry_run else 'removed'} {len(done.removed):,} of {done.entries:,} entries, "
+        f"{done.bytes_freed:,} bytes"
+    )
 
 
 @app.command()
@@ -264,7 +204,10 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Copy entries to another cache, in another format if asked; every chunk is checked on the way."""
-    _copy(cache, str(to), model, dataset, split, format, as_json)
+    from mlfusion.store.transfer import copy_entries
+
+    names = {"model": model, "dataset": dataset, "split": split}
+    _print_copied(copy_entries(cache, [to], **names, format=format), as_json)  # type: ignore[arg-type]
 
 
 @app.command("import")
@@ -278,43 +221,18 @@ def bring(
     as_json: AsJson = False,
 ) -> None:
     """Copy entries of another cache into this one; every chunk is checked on the way."""
-    if not source.is_dir():
-        raise CacheUnusable(f"there is no cache at {source}")
-    _copy(str(source), cache, model, dataset, split, format, as_json)
+    from mlfusion.store.transfer import copy_entries
+
+    names = {"model": model, "dataset": dataset, "split": split}
+    _print_copied(copy_entries([source], cache, **names, format=format), as_json)  # type: ignore[arg-type]
 
 
-def _copy(
-    source: str | None,
-    target: str | None,
-    model: str | None,
-    dataset: str | None,
-    split: str | None,
-    format: str | None,
-    as_json: bool,
-) -> None:
-    from mlfusion.progress import track
-    from mlfusion.store import FeatureStore
-    from mlfusion.store.transfer import copy
-
-    if format not in (None, "zarr", "hdf5"):
-        raise UnknownName("format", format or "", ["zarr", "hdf5"])
-    here, there = FeatureStore(source), FeatureStore([target] if target else None)
-    entries = [entry for entry in here.find(model=model, dataset=dataset, split=split) if entry.held() and entry.names]
-    if not entries:
-        raise NotCached(f"nothing of that in {here.root}; see: mlfusion cache ls --cache {here.root}")
-    copied = []
-    with track("copying", sum(entry.nbytes for entry in entries), "bytes") as bar:
-        for entry in entries:
-            into = there.create(entry.spec, entry.samples, entry.names[0])
-            for names in entry.names[1:]:
-                into.call(names)
-            written = copy(entry, into, format=format, done=bar.advance)  # type: ignore[arg-type]
-            copied.append({"key": entry.key, "path": str(into.path), "bytes": written})
+def _print_copied(copied: "list[Copied]", as_json: bool) -> None:
     if as_json:
-        print_json({"entries": copied})
+        print_json({"entries": [one.to_json() for one in copied]})
         return
     for one in copied:
-        typer.echo(f"{one['path']}: {one['bytes']:,} bytes written")
+        typer.echo(f"{one.entry.path}: {one.bytes:,} bytes written")
 
 
 @app.command()
@@ -325,16 +243,10 @@ def path(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Where the cache lies; with names, the folders of its entries."""
-    from mlfusion.store import FeatureStore
+    """Show where the cache lies; with names, the folders of its entries."""
+    from mlfusion.store.inventory import entry_paths
 
-    store = FeatureStore(cache)
-    found = (
-        [entry.path for entry in store.find(model=model, dataset=dataset, split=split)]
-        if model or dataset or split
-        else [store.root]
-    )
-    paths = [str(one.absolute()) for one in found]
+    paths = [str(one) for one in entry_paths(cache, model=model, dataset=dataset, split=split)]
     if as_json:
         print_json({"paths": paths})
         return

@@ -247,8 +247,6 @@ def _keep(folder: Path | None, path: str, key: str, index: tars.Index, bar: Bar)
         text = np.frombuffer(json.dumps([index.keys, index.labels]).encode(), np.uint8)
         assert index.digests is not None
         np.savez(file := io.BytesIO(), text=text, where=index.where, digests=index.digests)
-        draft = disk.draft_name(folder)
-        draft.write_bytes(file.getvalue())
-        disk.flush(draft)
-        disk.publish_file(draft, _place(folder, path, key))
+        with disk.atomic(_place(folder, path, key)) as draft:
+            draft.write_bytes(file.getvalue())
     return index

@@ -65,15 +65,10 @@ def write(rows: Iterable[Row], path: Path) -> None:
     form = path.suffix.removeprefix(".")
     if form not in FORMS:
         raise UnknownName("form of export", form, FORMS, otherwise="The ending of the path decides, as in results.csv.")
-    draft = disk.draft_name(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with disk.atomic(path, replace=True) as draft:
             _draft(list(rows), draft, form)
-            disk.flush(draft)
-            draft.replace(path)
-        finally:
-            disk.remove(draft)
     except OSError as err:
         raise ResultsUnusable(
             f"cannot write {str(path)!r}: {err.strerror or err}; allowed: a path in a folder that can be written"

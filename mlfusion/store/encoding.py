@@ -1,8 +1,8 @@
-"""How the cache keeps a token's vector: as float16, bfloat16, float32, or in 8 bits with a scale.
+"""Storage types of tokens: float16, bfloat16, float32, or 8 bits with a scale per token.
 
-NumPy and Zarr have no bfloat16, so it is kept as its 16 bits in a uint16. In 8 bits a vector of D numbers is D whole numbers
-in -127..127 and behind them, in four more bytes, the float32 that they are multiplied with (little-endian): a vector and
-its scale cannot part ways. In every encoding the fill value of a missing part decodes to NaN, never to plausible numbers.
+NumPy and Zarr have no bfloat16, so its 16 bits are stored in a uint16. In 8 bits a vector of D numbers is stored as D integers
+in -127..127, followed by the float32 scale that they are multiplied with (four bytes, little-endian): a vector and its scale
+cannot be separated. In every encoding the fill value of a missing part decodes to NaN, never to plausible numbers.
 """
 
 from collections.abc import Callable
@@ -12,26 +12,26 @@ import numpy as np
 
 from mlfusion.specs import Dtype
 
-LARGEST = 127  # of an 8-bit number; -128 is left unused so that the range is symmetric
+INT8_MAX = 127  # -128 is left unused so that the range is symmetric
 SCALE_BYTES = 4
-PIECE = 1 << 17  # numbers that are looked at twice while they are in a core's cache
+CHECK_ITEMS = 1 << 17  # compared at a time: twice, while they are in a core's cache
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Numbers on disk and back."""
+    """Conversion between floating-point numbers and stored ones."""
 
     stored: np.dtype  # little-endian, as the shards hold it
     numbers: np.dtype  # what reading gives
-    extra: int  # stored columns of a vector beyond its D
-    fill: int | str  # of a missing part, in Zarr's words
+    extra: int  # stored columns of a vector in addition to its D
+    fill: int | str  # Zarr's fill value for a missing part
     encode: Callable[[np.ndarray], np.ndarray]  # [..., D] floats → [..., D + extra] stored
     decode: Callable[[np.ndarray], np.ndarray]  # the inverse, to `numbers`
-    finite: Callable[[np.ndarray], np.ndarray]  # [..., D + extra] stored → [...], whether every number could be kept
+    finite: Callable[[np.ndarray], np.ndarray]  # [..., D + extra] stored → [...], whether every number is finite
 
     @property
     def plain(self) -> bool:
-        """Whether stored numbers are the numbers themselves."""
+        """Whether numbers are stored as they are."""
         return self.stored == self.numbers
 
     def vector_bytes(self, width: int) -> int:
@@ -39,7 +39,7 @@ class Encoding:
         return (width + self.extra) * self.stored.itemsize
 
     def blank(self) -> np.ndarray:
-        """The stored value of a row that holds nothing."""
+        """The stored value of a row without tokens."""
         return np.array(np.nan if self.fill == "NaN" else self.fill, self.stored)
 
 
@@ -59,7 +59,7 @@ def _finite(stored: np.ndarray, infinity: int) -> np.ndarray:
     sign = 1 << 8 * stored.itemsize - 1
     bits = np.ascontiguousarray(stored).view(f"<u{stored.itemsize}")
     signed = bits.view(f"<i{stored.itemsize}")
-    some = [slice(start, start + PIECE) for start in range(0, bits.size, PIECE)]
+    some = [slice(start, start + CHECK_ITEMS) for start in range(0, bits.size, CHECK_ITEMS)]
     one, other = bits.reshape(-1), signed.reshape(-1)
     if all(other[piece].max() < infinity and one[piece].max() < sign + infinity for piece in some):
         return np.ones(stored.shape[:-1], bool)
@@ -81,8 +81,8 @@ def _from_bfloat16(stored: np.ndarray) -> np.ndarray:
 def _to_int8(tokens: np.ndarray) -> np.ndarray:
     tokens = np.asarray(tokens, np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        scale = np.abs(tokens).max(-1, keepdims=True) / np.float32(LARGEST)
-        whole = np.rint(tokens / np.where(scale > 0, scale, 1)).clip(-LARGEST, LARGEST)
+        scale = np.abs(tokens).max(-1, keepdims=True) / np.float32(INT8_MAX)
+        whole = np.rint(tokens / np.where(scale > 0, scale, 1)).clip(-INT8_MAX, INT8_MAX)
         kept = np.nan_to_num(whole).astype(np.int8)
     return np.concatenate([kept, np.ascontiguousarray(scale, "<f4").view(np.int8)], -1)
 

@@ -1,9 +1,8 @@
 """Two ways to lay a shard on disk: Zarr v3 and HDF5. Written here, read by one reader.
 
-A writer says where in its file each chunk's bytes begin, and both formats keep them uncompressed: so shards of either are
-read by offset, at the speed of a memory map, and checked by the same checksums: xxh3, which is fast, by ours, and
-each format's own by others. Through zarr-python's pipeline, or
-through h5py, the same files read as well, a few times slower.
+A writer records where in its file each chunk's bytes begin, and both formats keep them uncompressed. So shards of either are
+read by offset, at the speed of a memory map, and our reader compares the same fast checksum, xxh3; each format's own checksum
+serves other readers. zarr-python and h5py read the same files, a few times slower.
 """
 
 import io
@@ -29,27 +28,27 @@ ABSENT = np.uint64(2**64 - 1)  # Zarr's mark for a chunk that a shard does not h
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
+class WrittenShard:
     """A finished shard file."""
 
     size: int  # bytes
     digest: str  # xxh3-128 of the file
     offsets: np.ndarray  # [blocks, layers, kinds] uint64
     crc32c: np.ndarray  # [blocks, layers, kinds] uint32, of a chunk's rows
-    xxh3: np.ndarray  # likewise uint64
+    xxh3: np.ndarray  # [blocks, layers, kinds] uint64, of a chunk's rows
 
 
 class ShardWriter(Protocol):
     """Takes a shard's rows in order and leaves one finished file."""
 
     def append(self, stored: np.ndarray) -> None:
-        """[rows, layers, kinds x tokens, columns], the next rows of the shard."""
+        """Add the next rows of the shard, [rows, layers, kinds x tokens, columns]."""
 
-    def close(self) -> Written:
+    def close(self) -> WrittenShard:
         """Write what is buffered and flush it to the disk."""
 
     def abandon(self) -> None:
-        """Let go of the file as it is; the caller removes it."""
+        """Close the unfinished file; the caller removes it."""
 
 
 class Format(Protocol):
@@ -58,19 +57,19 @@ class Format(Protocol):
     file: str  # the shard's file inside its own folder c/<shard>
 
     def describe(self, stream: Stream) -> dict[str, str]:
-        """Files, by name, that let a foreign reader open the stream's folder."""
+        """Name → text of the files that let other readers open the stream's folder."""
 
     def writer(self, path: Path, stream: Stream, shard: int) -> ShardWriter:
         """Begin a new file at `path`."""
 
 
 def crc(data: Any) -> int:
-    """crc32c, the checksum of Zarr's own codec, computed while other threads go on."""
+    """crc32c, the checksum of Zarr's own codec; other threads go on meanwhile."""
     return int(crc32c.crc32c(data))
 
 
 def xxh(data: Any) -> int:
-    """xxh3 of 64 bits, which a reader of ours compares: several times faster, likewise while other threads go on."""
+    """64-bit xxh3, which our reader compares: several times faster than crc32c, and other threads go on."""
     return int(xxhash.xxh3_64_intdigest(data))
 
 
@@ -123,7 +122,7 @@ class Zarr:
 class ZarrWriter:
     """Appends block after block, never seeking back: one block of rows is filled while the one before it is written."""
 
-    _idle: ClassVar[deque[bytearray]] = deque(maxlen=4)  # blocks of writers that are done: fresh memory must be cleared
+    _idle: ClassVar[deque[bytearray]] = deque(maxlen=4)  # reused blocks: fresh memory must be cleared
 
     def __init__(self, path: Path, stream: Stream) -> None:
         self._stream = stream
@@ -149,7 +148,7 @@ class ZarrWriter:
 
     @property
     def _rows(self) -> np.ndarray:
-        """[chunk_rows, layers, kinds] of the block that is filled, an item an image's part of a chunk.
+        """[chunk_rows, layers, kinds] of the block being filled; an item is one image's part of a chunk.
 
         The block is as it is written, to the byte: what came to the system's cache by few large writes reads faster.
         """
@@ -170,14 +169,14 @@ class ZarrWriter:
                 into = self._rows
 
     def _flush(self) -> None:
-        """Give a block to be written, when the one before it is."""
+        """Queue a full block for writing, once the block before it is written."""
         self._wait()
         self._writing = self._behind.submit(self._write, self._block, self._filled)
         self._block = self._memory()
         self._filled = 0
 
     def _wait(self) -> None:
-        """Raises OSError: what was given could not be written; again and again, so that nothing is put behind a gap."""
+        """Wait for the queued block. If it could not be written, every call raises OSError, so nothing follows a gap."""
         if self._writing:
             self._writing.result()
             self._writing = None
@@ -198,7 +197,7 @@ class ZarrWriter:
         self._blocks += 1
         self._idle.append(memory)
 
-    def close(self) -> Written:
+    def close(self) -> WrittenShard:
         if self._filled:
             self._flush()
         self._wait()
@@ -216,7 +215,7 @@ class ZarrWriter:
             for each, kind in zip(zip(*self._sums, strict=True), (np.uint32, np.uint64), strict=True)
         )
         size = self._blocks * math.prod(self._planes) * (self._chunk_bytes + CRC_BYTES) + len(index)
-        return Written(size, self._digest.hexdigest(), offsets, *sums)
+        return WrittenShard(size, self._digest.hexdigest(), offsets, *sums)
 
     def abandon(self) -> None:
         self._behind.shutdown()
@@ -263,7 +262,7 @@ class Hdf5Writer:
         self._data[self._row : self._row + len(stored)] = stored
         self._row += len(stored)
 
-    def close(self) -> Written:
+    def close(self) -> WrittenShard:
         self._image.flush()
         step, _, tokens, _ = self._data.chunks
         starts = range(0, len(self._rows), step)
@@ -280,7 +279,7 @@ class Hdf5Writer:
         with open(self._path, "xb", buffering=0) as file:
             write_all(file, image.data)
             os.fsync(file.fileno())
-        return Written(len(image), xxhash.xxh3_128_hexdigest(image.data), offsets, *sums)
+        return WrittenShard(len(image), xxhash.xxh3_128_hexdigest(image.data), offsets, *sums)
 
     def abandon(self) -> None:
         if self._image:  # a file that was closed is false

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from workers import IMAGES, PAIRS, Child, extract, files, litter, numbers, published, right, spec, whole
 
-from mlfusion import disk, extraction
-from mlfusion.store import FeatureStore, claims
-from mlfusion.store.housekeeping import remove
+from mlfusion import disk
+from mlfusion.store import FeatureStore, gap, leases
+from mlfusion.store.gap import lease_name
+from mlfusion.store.prune import remove_entry
 
 
 def computed_rows(passes) -> list[int]:
@@ -35,8 +36,8 @@ def test_many_extractors_of_one_entry(workers, many, trial, tmp_path):
 
 def test_one_sleeps_longer_than_its_lease(many, trial, tmp_path, monkeypatch):
     """The other takes the work over, the sleeper wakes, and neither harms the other: the first to publish wins."""
-    monkeypatch.setattr(claims, "TERM", 0.6)
-    monkeypatch.setattr(extraction, "WAIT", 0.1)
+    monkeypatch.setattr(leases, "TERM", 0.6)
+    monkeypatch.setattr(gap, "WAIT", 0.1)
     random = np.random.default_rng(3)
     for number in range(many(3, 40)):
         with trial("an extractor stopped for longer than its lease"):
@@ -72,12 +73,12 @@ def test_prune_against_a_reader(many, trial, tmp_path):
             while not told.exists():
                 time.sleep(0.01)
             for _ in range(5):
-                assert "read" in remove(root, folder)  # why it stays
+                assert "read" in remove_entry(root, folder)  # why it stays
                 time.sleep(0.02)
             right(FeatureStore(root).entry(spec()))
             child.send(signal.SIGKILL)
             assert child.wait() == -signal.SIGKILL, child.said
-            assert remove(root, folder) == ""  # of a dead reader nothing holds it
+            assert remove_entry(root, folder) == ""  # of a dead reader nothing holds it
             assert FeatureStore(root).entry(spec()) is None
             extract(root)
             whole(root)
@@ -95,8 +96,8 @@ def test_prune_that_takes_the_folder_away_all_the_same(trial, tmp_path):
 @pytest.mark.parametrize("years", [-30, 30])
 def test_clocks_that_lie(years, trial, tmp_path, monkeypatch):
     """Times of files by a clock that is decades off: nothing living is taken over, nothing whole is made again."""
-    monkeypatch.setattr(claims, "TERM", 0.5)
-    monkeypatch.setattr(extraction, "WAIT", 0.1)
+    monkeypatch.setattr(leases, "TERM", 0.5)
+    monkeypatch.setattr(gap, "WAIT", 0.1)
     root, then = tmp_path / "cache", time.time() + years * 365 * 86400
     with trial("clock skew"):
         child = Child(extract, root, pause=0.03)
@@ -118,14 +119,14 @@ def test_clocks_that_lie(years, trial, tmp_path, monkeypatch):
 
 def test_a_lease_of_a_host_that_never_comes_back(trial, tmp_path, monkeypatch):
     """It is waited for as long as a term on our own clock, whatever the time of the file says, and then taken over."""
-    monkeypatch.setattr(claims, "TERM", 0.5)
-    monkeypatch.setattr(extraction, "WAIT", 0.1)
+    monkeypatch.setattr(leases, "TERM", 0.5)
+    monkeypatch.setattr(gap, "WAIT", 0.1)
     root = tmp_path / "cache"
     Child(extract, root, pause=0.05).kill_after(0.3)
     [entry] = FeatureStore(root).entries()
     for stream in entry.streams():
         for shard in entry.missing_shards(stream):
-            lease = entry.path / "leases" / entry.lease_name(stream, shard)
+            lease = entry.path / "leases" / lease_name(stream, shard)
             lease.write_text("elsewhere.0~17~0123456789")
             os.utime(lease, (4e9, 4e9))  # in the year 2096
     with trial("a lease of a host that never comes back"):
@@ -150,9 +151,9 @@ def test_a_process_number_that_is_another_process_now(trial, tmp_path):
             extract(root)
             whole(root)
     (folder / "pins" / dead).touch()
-    assert remove(root, folder) == ""
+    assert remove_entry(root, folder) == ""
     assert disk.alive(disk.claim())
-    assert disk.alive(f"{host}~{number}~01234567")  # of an earlier version, which did not say when it began
+    assert disk.alive(f"{host}~{number}~01234567")  # of a system that does not say when a process began
 
 
 def test_threads_and_forks_share_one_reader(many, trial, tmp_path):

@@ -17,7 +17,7 @@ from workers import LONG, MODEL, NAMES, Child, extract, samples
 from mlfusion.errors import MlfusionError
 from mlfusion.specs import DataSpec, FeatureSpec
 from mlfusion.store import Entry, FeatureStore, reader, stream, streams_for
-from mlfusion.store.audit import verify
+from mlfusion.store.verify import verify_entry
 
 WIDE, ROWS, SHARD = 4096, 256, 64  # numbers of a token, images, images of a shard: 4 MB in shards of 1 MB
 HANGS = 60  # seconds that no trial takes
@@ -230,10 +230,10 @@ def test_very_many_shards(many, trial, figures, tmp_path, monkeypatch):
             np.testing.assert_array_equal(
                 timed("300 random images are read", lambda: tokens[rows]), values(rows)[:, 1:]
             )
-        assert timed("every byte is verified", lambda: list(verify(tmp_path / "cache", entry.path))) == []
+        assert timed("every byte is verified", lambda: list(verify_entry(entry.path))) == []
         shard = entry.folder(cut) / "c" / str(images // 2)
         shutil.rmtree(shard)
-        assert [damage.path for damage in verify(tmp_path / "cache", entry.path)] == [shard]
+        assert [damage.path for damage in verify_entry(entry.path)] == [shard]
         assert entry.missing_shards(cut) == [images // 2]
     figures["shards"] = {"shards": images, "seconds": seconds}
     shutil.rmtree(tmp_path / "cache")

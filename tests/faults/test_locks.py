@@ -15,8 +15,8 @@ from test_kills import at_change
 from workers import IMAGES, PAIRS, UNUSABLE, Child, extract, files, litter, published, spec, whole
 
 from mlfusion import disk
-from mlfusion.store import FeatureStore, claims
-from mlfusion.store.audit import verify
+from mlfusion.store import FeatureStore, leases
+from mlfusion.store.verify import verify_entry
 
 both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 
@@ -48,11 +48,11 @@ def test_leases_removed_under_the_extractors(many, trial, tmp_path):
 def without_locks(root: Path) -> None:
     """Every lease is granted, whoever else holds it."""
 
-    def take(leases: claims.Leases, name: str) -> bool:
-        leases._held[name] = disk.claim()
+    def take(held: leases.Leases, name: str) -> bool:
+        held._held[name] = disk.claim()
         return True
 
-    claims.Leases._take = take
+    leases.Leases._take = take
     extract(root, pause=0.002)
 
 
@@ -82,7 +82,7 @@ def test_extractors_that_do_not_agree(many, trial, tmp_path):
             assert [child.wait() for child in children] == [0, 0, 0], [child.said for child in children]
             entry = FeatureStore(root).entry(spec())
             assert entry.held() == PAIRS
-            assert list(verify(root, entry.path)) == []
+            assert list(verify_entry(entry.path)) == []
             assert litter(root) == []
             for layer, kind in sorted(PAIRS):
                 shift = entry.read([layer], [kind])[:, 0].astype(float) - workers.numbers(range(IMAGES), layer, kind)

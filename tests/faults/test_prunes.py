@@ -16,15 +16,15 @@ from mlfusion import disk, population
 from mlfusion.batches import Schedule, Tokens
 from mlfusion.errors import NotCached
 from mlfusion.probes import HeadShape
-from mlfusion.store import Entry, FeatureStore
-from mlfusion.store.housekeeping import TRASH, empty, remove
+from mlfusion.store import FeatureStore, feature_store
+from mlfusion.store.prune import TRASH, empty_trash, remove_entry
 
 
 def prune(root: Path) -> None:
     """As `mlfusion cache prune` with nothing that keeps an entry."""
-    empty(root)
-    for entry in list(FeatureStore(root).own()):
-        remove(root, entry.path)
+    empty_trash(root)
+    for entry in list(FeatureStore(root).own_entries()):
+        remove_entry(root, entry.path)
 
 
 def prune_on(root: Path, seconds: float) -> None:
@@ -119,9 +119,9 @@ def test_a_prune_between_two_extractors(trial, tmp_path, monkeypatch):
 
 def test_a_prune_of_an_entry_that_was_just_made(trial, tmp_path, monkeypatch):
     """Before its extractor opens it: a sentence, and the next run makes it."""
-    root, mend = tmp_path / "cache", Entry.mend
+    root, restore = tmp_path / "cache", feature_store.restore_missing_files
     with trial("a prune of an entry that was just made"), monkeypatch.context() as patch:
-        patch.setattr(Entry, "mend", staticmethod(lambda *args: (mend(*args), prune(root))))
+        patch.setattr(feature_store, "restore_missing_files", lambda *args: (restore(*args), prune(root)))
         with pytest.raises(NotCached, match="run the same `mlfusion extract` again"):
             extract(root)
     extract(root)

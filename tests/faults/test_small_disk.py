@@ -9,7 +9,7 @@ from workers import Child, extract, files, litter, mount, published, spec, whole
 
 from mlfusion.errors import CacheUnusable
 from mlfusion.store import FeatureStore
-from mlfusion.store.audit import verify
+from mlfusion.store.verify import verify_entry
 
 both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -41,7 +41,7 @@ def starve(place: Path, options: str, format: str, want: dict[str, bytes]) -> No
     before = {}
     if FeatureStore(root).entry(spec(12)) is not None:
         before = published(root / "v2" / spec(12).key)
-        assert list(verify(root, root / "v2" / spec(12).key)) == []  # what was published is valid
+        assert list(verify_entry(root / "v2" / spec(12).key)) == []  # what was published is valid
         assert litter(root) == []
     mount(place, ROOM, again=True)
     extract(root, images=12, format=format)

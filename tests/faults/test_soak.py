@@ -17,10 +17,9 @@ import numpy as np
 from test_kills import at_change
 from workers import LONG, PAIRS, UNUSABLE, Child, extract, files, litter, numbers, right, spec, whole
 
-from mlfusion import extraction
 from mlfusion.errors import MlfusionError
-from mlfusion.store import Entry, FeatureStore, claims
-from mlfusion.store.housekeeping import TRASH, empty, remove
+from mlfusion.store import Entry, FeatureStore, gap, leases
+from mlfusion.store.prune import TRASH, empty_trash, remove_entry
 
 SECONDS = 60 * float(os.environ.get("MLFUSION_SOAK", "1" if LONG else "0.04"))
 SIZES = (20, 28, 36, 44)  # images of the entries that users ask for
@@ -100,8 +99,8 @@ def compare(entry: Entry, random: np.random.Generator) -> None:
 def keep(root: Path, random: np.random.Generator) -> str:
     """Extract and read in one process, or prune what nobody reads."""
     if random.random() < 0.7:
-        empty(root)
-        gone = [remove(root, entry.path) == "" for entry in FeatureStore(root).own()]
+        empty_trash(root)
+        gone = [remove_entry(root, entry.path) == "" for entry in FeatureStore(root).own_entries()]
         return "prunes that took an entry" if any(gone) else "prunes that left all to their readers"
     right(extract(root, images=int(random.choice(SIZES))))
     return "extractions that ran to their end"
@@ -159,8 +158,8 @@ class Visitor:
 
 def test_everything_at_once(trial, figures, capfd, tmp_path, monkeypatch):
     """Eight users read, others extract and are killed, stopped, starved of space, one prunes; at the end all is as ever."""
-    monkeypatch.setattr(claims, "TERM", TERM)
-    monkeypatch.setattr(extraction, "WAIT", 0.1)
+    monkeypatch.setattr(leases, "TERM", TERM)
+    monkeypatch.setattr(gap, "WAIT", 0.1)
     root, passes = tmp_path / "cache", tmp_path / "readings, every number compared"
     want = {images: files(extract(tmp_path / f"{images}", images=images).path) for images in SIZES}
     random, did, visitors = np.random.default_rng(5), Counter(), []
@@ -198,7 +197,7 @@ def test_everything_at_once(trial, figures, capfd, tmp_path, monkeypatch):
             assert max(use.descriptors[quarter:]) == min(use.descriptors[quarter:]), use.descriptors
             before, after = use.grown()
             assert after <= before * GROWTH[0] + GROWTH[1], use.mebibytes
-        empty(root)
+        empty_trash(root)
         for images in SIZES:
             extract(root, images=images)
         for images in SIZES:

@@ -14,7 +14,7 @@ from workers import IMAGES, Child, extract, files, numbers, published, right, sp
 
 from mlfusion.errors import MlfusionError
 from mlfusion.store import FeatureStore
-from mlfusion.store.audit import verify
+from mlfusion.store.verify import verify_entry
 
 POOLED = "tokens/cls.ap.L1-3"
 
@@ -42,7 +42,7 @@ def test_a_sound_shard_of_another_entry(record, trial, tmp_path, monkeypatch):
             shutil.copytree(other / "v2" / spec().key / POOLED / "c" / str(shard), mine)
             if not record:
                 shutil.copy(tmp_path / "aside" / "commit.json", mine / "commit.json")
-            assert list(verify(root, folder))
+            assert list(verify_entry(folder))
             assert refuses(root)
             shutil.rmtree(mine)
             shutil.move(tmp_path / "aside", mine)

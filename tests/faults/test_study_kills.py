@@ -13,7 +13,7 @@ from mlfusion import forward, protocol, study
 from mlfusion.recipe import Recipe
 from mlfusion.results import Results
 from mlfusion.results.rows import fields
-from mlfusion.store.audit import verify
+from mlfusion.store.verify import verify_entry
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny import save_images, save_model
@@ -26,7 +26,7 @@ def recipe(tmp_path, monkeypatch) -> Recipe:
     grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=20)
     monkeypatch.setitem(protocol.GRIDS, "quick", grid)
     monkeypatch.setattr(study, "TRIAL_SECONDS", 0.01)
-    monkeypatch.setitem(forward.BATCHES, "cpu", 4)
+    monkeypatch.setitem(forward.MAX_BATCH_SIZES, "cpu", 4)
     model = str(save_model("vit", tmp_path / "model"))
     data = [str(save_images(tmp_path / f"set {n}", {"train": 6 + n, "test": 4}, seed=n)) for n in range(2)]
     probes = ("cls-last/linear", "cls+ap-all-layers/{ridge,attentive}", "aat:h4")
@@ -69,6 +69,6 @@ def test_a_study_killed_ten_times_ends_with_the_same_rows(recipe, tmp_path, many
     assert kept(root) == want
     assert rows == sorted(rows) or len(set(tmp_path.glob("killed*"))) > 1
     for entry in (root / "cache" / "v2").glob("[0-9a-f]*"):
-        assert list(verify(root / "cache", entry)) == []
+        assert list(verify_entry(entry)) == []
     arrays = {path.name for path in (root / "results" / "arrays").glob("[!.]*.npz")}
     assert arrays >= {f"{name}.npz" for name in want}

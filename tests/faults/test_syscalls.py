@@ -21,8 +21,8 @@ from workers import UNUSABLE, Child, extract, files, published, read_every_way, 
 
 from mlfusion import disk
 from mlfusion.store import FeatureStore
-from mlfusion.store.audit import repair, verify
-from mlfusion.store.transfer import copy
+from mlfusion.store.transfer import copy_entry
+from mlfusion.store.verify import repair_entry, verify_entry
 
 both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 CALLS = (
@@ -90,13 +90,15 @@ def everything(root: Path, format: str) -> None:
     folder = extract(root, format=format).path
     read_every_way(root)
     shutil.rmtree(folder / "tokens" / "cls.ap.L1-3" / "c" / "1")
-    found = list(verify(root, folder))
+    found = list(verify_entry(folder))
     assert found
-    repair(root, folder, found)
+    repair_entry(root, folder, found)
     extract(root, format=format)
     entry = whole(root)
     other = FeatureStore(root / "other")
-    copy(entry, other.create(spec(), entry.samples, entry.names[0]), format="hdf5" if format == "zarr" else "zarr")
+    copy_entry(
+        entry, other.create(spec(), entry.samples, entry.names()[0]), format="hdf5" if format == "zarr" else "zarr"
+    )
     right(other.entry(spec()))
     prune(root)
     assert FeatureStore(root).entry(spec()) is None

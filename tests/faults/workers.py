@@ -19,7 +19,7 @@ from mlfusion import disk, extraction
 from mlfusion.errors import MlfusionError
 from mlfusion.specs import DataSpec, Dtype, FeatureSpec, ModelSpec
 from mlfusion.store import Entry, FeatureStore, Names, Samples
-from mlfusion.store.audit import verify
+from mlfusion.store.verify import verify_entry
 
 LONG = os.environ.get("MLFUSION_FAULTS") == "long"  # here, as there are two conftests and a new process finds the other
 IMAGES = 44
@@ -122,9 +122,7 @@ def extract(
         names=NAMES,
         pairs=PAIRS,
         jobs=(extraction.Job(Images(images), samples(images), spec(images, dtype), Steps()),),
-        format=format,
-        device="cpu",
-        batch_size=4,
+        compute=extraction.ComputeOptions(device="cpu", batch_size=4, format=format),
     )
     [done] = extraction.fill(asked, cache=root, model=lambda _: Model(passes, pause))
     return done.entry
@@ -215,7 +213,7 @@ def whole(root: Path, images: int = IMAGES) -> Entry:
     assert entry is not None
     assert entry.held() == PAIRS
     right(entry)
-    assert list(verify(root, entry.path)) == []
+    assert list(verify_entry(entry.path)) == []
     assert litter(root) == []
     return entry
 

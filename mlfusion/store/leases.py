@@ -1,4 +1,4 @@
-"""Who is at work on what: leases keep two extractors off one shard, pins keep `prune` off what is being read.
+"""Leases keep two extractors off the same shard; pins keep `prune` off entries that are being read.
 
 Neither is a lock. Publishing is safe without them (the first writer wins), so a lease that is lost, stolen or ignored by a
 broken file system costs work done twice and nothing else. A lease is taken over when its holder is dead, or when nothing
@@ -6,6 +6,7 @@ renewed it for its whole term *as watched by the one who wants it, on its own cl
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -14,12 +15,12 @@ from pathlib import Path
 from mlfusion import disk
 
 TERM = 60.0  # seconds without renewal after which a lease may be taken over
-PIN_TERM = 24 * 3600.0  # likewise a pin from a host whose processes cannot be seen from here
-RENEWALS = 4  # a term
+PIN_TERM = 24 * 3600.0  # seconds after which a pin of a process on another host is ignored
+RENEWALS = 4  # per term
 
 
 class Leases:
-    """The leases of one worker in one folder, each named after a piece of work."""
+    """The leases of one worker in one folder, each named after a piece of work. Its threads may share it."""
 
     def __init__(self, folder: Path, term: float | None = None) -> None:
         self._folder = folder
@@ -27,13 +28,15 @@ class Leases:
         self._held: dict[str, str] = {}  # name → what we wrote into it
         self._seen: dict[str, tuple[tuple[int, int, str], float]] = {}  # name → its state, and since when it is so
         self._renewed = time.monotonic()
+        self._lock = threading.RLock()
 
     def take(self, names: Sequence[str]) -> bool:
-        """All of these pieces of work, or none."""
-        for taken, name in enumerate(names):
-            if not self._take(name):
-                self.release(names[:taken])
-                return False
+        """Take the leases of all these pieces of work, or of none."""
+        with self._lock:
+            for taken, name in enumerate(names):
+                if not self._take(name):
+                    self.release(names[:taken])
+                    return False
         return True
 
     def _take(self, name: str) -> bool:
@@ -59,41 +62,43 @@ class Leases:
         return name in self._held
 
     def renew(self) -> None:
-        """Say that the work goes on; to be called often, does something a few times in a term."""
-        if time.monotonic() - self._renewed < self.term / RENEWALS:
-            return
-        self._renewed = time.monotonic()
-        for name, mine in list(self._held.items()):
-            path = self._folder / name
-            with suppress(OSError):
-                if path.read_text(encoding="utf-8") == mine:
-                    os.utime(path)
-                    continue
-            del self._held[name]  # taken over while we were away; the work is finished all the same
+        """Renew all leases; may be called often, it acts a few times per term."""
+        with self._lock:
+            if time.monotonic() - self._renewed < self.term / RENEWALS:
+                return
+            self._renewed = time.monotonic()
+            for name, mine in list(self._held.items()):
+                path = self._folder / name
+                with suppress(OSError):
+                    if path.read_text(encoding="utf-8") == mine:
+                        os.utime(path)
+                        continue
+                del self._held[name]  # taken over while we were away; the work is finished all the same
 
     def release(self, names: Iterable[str] | None = None) -> None:
-        """Give up some, or all."""
-        for name in list(self._held) if names is None else names:
-            mine = self._held.pop(name, None)
-            path = self._folder / name
-            with suppress(OSError):
-                if mine is not None and path.read_text(encoding="utf-8") == mine:
-                    path.unlink()
+        """Give up some leases; default all."""
+        with self._lock:
+            for name in list(self._held) if names is None else names:
+                mine = self._held.pop(name, None)
+                path = self._folder / name
+                with suppress(OSError):
+                    if mine is not None and path.read_text(encoding="utf-8") == mine:
+                        path.unlink()
 
     def holder(self, name: str) -> str:
-        """Who holds this piece of work, for people: 'process 17 on host'."""
+        """The holder of a lease in words: 'process 17 on host'."""
         state = _state(self._folder / name)
         host, _, rest = (state[2] if state else "nobody~0~").partition("~")
         return f"process {rest.partition('~')[0].partition('.')[0]} on {host.rpartition('.')[0] or host}"
 
 
-def working(folder: Path) -> bool:
-    """Whether anybody may be at work here: leases whose holder is not known to be dead."""
+def is_leased(folder: Path) -> bool:
+    """Whether the folder has a lease whose holder is not known to be dead."""
     return any(_may_live(path, TERM * 10) for path in _claims(folder))
 
 
 class Pin:
-    """A reader's mark in an entry. A cache that cannot be written goes without."""
+    """A reader's mark in an entry; a cache that cannot be written has none."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._process = folder / disk.claim(), os.getpid()
@@ -102,26 +107,26 @@ class Pin:
             self._path.touch()
 
     def renew(self) -> None:
-        """Say that the reader still reads."""
+        """Renew the pin; may be called often."""
         if time.monotonic() - self._touched > PIN_TERM / 100:
             self._touched = time.monotonic()
             with suppress(OSError):
                 os.utime(self._path)
 
     def close(self) -> None:
-        """Take the mark away; a forked child leaves its parent's alone."""
+        """Remove the pin; a forked child leaves its parent's alone."""
         if os.getpid() == self._process:
             with suppress(OSError):
                 self._path.unlink()
 
 
-def pinned(folder: Path) -> bool:
-    """Whether a reader that may be alive has its mark here."""
+def is_pinned(folder: Path) -> bool:
+    """Whether the folder has a pin of a reader that may be alive."""
     return any(_may_live(path, PIN_TERM) for path in _claims(folder))
 
 
 def sweep(folder: Path) -> None:
-    """Remove the leases and marks that the dead left, and those of other hosts after a day."""
+    """Remove leases and pins of dead processes, and those of other hosts after a day."""
     for path in _claims(folder):
         state = _state(path)
         if state is not None and not _may_live(path, disk.STALE):
@@ -146,7 +151,7 @@ def _may_live(path: Path, term: float) -> bool:
 
 
 def _state(path: Path) -> tuple[int, int, str] | None:
-    """What tells one holding of a lease from another, and a renewed one from one that stands still."""
+    """(inode, time, text): differs between two holders of a lease, and after each renewal."""
     try:
         about = path.stat()
         return about.st_ino, about.st_mtime_ns, path.read_text(encoding="utf-8")
@@ -155,7 +160,7 @@ def _state(path: Path) -> tuple[int, int, str] | None:
 
 
 def _take_away(path: Path, state: tuple[int, int, str]) -> None:
-    """Remove the lease that was seen, and not one that somebody else has taken since."""
+    """Remove the lease that was seen, but not one that somebody else has taken since."""
     aside = disk.draft_name(path.parent)
     with suppress(FileNotFoundError):
         os.rename(path, aside)

@@ -1,0 +1,15 @@
+"""The cache's sealed JSON as dictionaries, for tests that read or change it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlfusion import disk
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(disk.read_sealed(path))
+
+
+def sealed(body: dict[str, Any]) -> str:
+    return disk.sealed(json.dumps(body, indent=1, ensure_ascii=False))
