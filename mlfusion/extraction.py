@@ -115,7 +115,7 @@ class Images:
         cls,
         dataset: str | datasets.DataSet,
         splits: Sequence[str] | str = ("train", "test"),
-        reading: datasets.Reading | None = None,
+        reading: datasets.ReadOptions | None = None,
     ) -> "Images":
         """Raises the errors of `datasets.load`."""
         data = datasets.load(dataset, reading) if isinstance(dataset, str) else dataset
@@ -128,7 +128,7 @@ class Images:
                 split=split.name,
                 images=len(split),
                 classes=split.classes,
-                carve=data.carve,
+                resplit=data.resplit,
                 name=data.name,
             )
             found.append((split, samples, spec))
@@ -174,7 +174,7 @@ class Request:
         model: str,
         dataset: str | datasets.DataSet | Images,
         *,
-        reading: datasets.Reading | None = None,
+        reading: datasets.ReadOptions | None = None,
         splits: Sequence[str] | str = ("train", "test"),
         layers: str,
         tokens: str | Iterable[str],
@@ -201,7 +201,8 @@ class Request:
             for view in making.views
         ]
         models_of = [
-            models.identify(checkpoint, steps.key(exif_transpose=data.upright), compute, steps.view) for steps in views
+            models.identify(checkpoint, steps.key(exif_transpose=data.exif_transpose), compute, steps.view)
+            for steps in views
         ]
         pairs = parse_tokens(tokens, layers, models_of[0].depth)
         jobs = tuple(
@@ -237,7 +238,7 @@ def extract(
     model: str,
     dataset: str | datasets.DataSet,
     *,
-    reading: datasets.Reading | None = None,
+    reading: datasets.ReadOptions | None = None,
     splits: Sequence[str] | str = ("train", "test"),
     layers: str = "all",
     tokens: str | Iterable[str] = ("cls", "ap"),
@@ -256,7 +257,7 @@ def extract(
     Args:
         model: a catalogue name, an id on the hub, or a folder.
         dataset: likewise, or a file; or images of one's own, by `mlfusion.array_dataset`.
-        reading: which columns, which kind of labels, how to cut it: see `mlfusion.Reading`.
+        reading: which columns, which kind of labels, how to cut it: see `mlfusion.ReadOptions`.
         splits: names, or a comma-separated list; 'test=validation' takes the validation split for the test.
         layers: 'all' (1..L), 'last', or a list such as '1-4,12'; L is the final norm.
         tokens: kinds, each with layers of its own if need be: 'cls,ap,all@last'.

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mlfusion.embedded.formula import FAMILIES, TEXTURES
+from mlfusion.embedded.formula import FAMILIES
+from mlfusion.embedded.textures import TEXTURES
 from mlfusion.errors import BadRecipe
 
 
