@@ -1,4 +1,4 @@
-"""What every test stands on: one thread (tiny heads on many threads crawl), no network, and the real data where it is."""
+"""Common ground of all tests: one thread (tiny heads on many threads crawl), no network, checked shapes, the real data."""
 
 import os
 from pathlib import Path
@@ -8,12 +8,20 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["COLUMNS"] = "160"
 
+import jaxtyping
 import pytest
 import torch
+from axes import modules_with_axes
 
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+# Before anything of mlfusion is imported. An int is good enough for a float, as PEP 484 has it.
+jaxtyping.install_import_hook(
+    modules_with_axes(), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlfusion.probes.contract import Shape, generators, uniform
+from mlfusion.shapes import Float
 
 
 class Linear(nn.Module):
@@ -24,7 +25,7 @@ class Linear(nn.Module):
         self.weight = uniform(streams, shape.classes, inputs, fan_in=inputs)  # [K, C, T·D]
         self.bias = uniform(streams, shape.classes, fan_in=inputs)  # [K, C]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
         """Normalised tokens [B, T, D] → logits [K, B, C]."""
         # (B, T·D) × (T·D, K·C): the widest product there is, for all configurations at once.
         logits = F.linear(tokens.flatten(1), self.weight.flatten(0, 1), self.bias.flatten())

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mlfusion.probes.contract import uniform
+from mlfusion.shapes import Float
 
 NORM_EPS = 1e-5
 HEAD_WIDTH = 64
@@ -47,7 +48,9 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return standard(x) * _within(scale, x) + _within(shift, x)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(
+    x: Float[Tensor, "K ... I"], weight: Float[Tensor, "K O I"], bias: Float[Tensor, "K O"]
+) -> Float[Tensor, "K ... O"]:
     """[K, …, I] by weights [K, O, I] and biases [K, O] → [K, …, O]."""
     return _Linear.apply(x.flatten(1, -2), weight, bias).view(*x.shape[:-1], weight.shape[1])
 
