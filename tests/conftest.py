@@ -17,11 +17,7 @@ torch.set_num_threads(1)
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
-
-# Before anything of mlfusion is imported. An int is good enough for a float, as PEP 484 has it.
-jaxtyping.install_import_hook(
-    modules_with_axes(), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+jaxtyping.install_import_hook(modules_with_axes(), "axes.check")  # before anything of mlfusion is imported
 
 
 @pytest.fixture(scope="session")
