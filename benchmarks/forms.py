@@ -26,7 +26,7 @@ import pyarrow.parquet
 import xxhash
 
 from mlfusion import datasets
-from mlfusion.datasets import Reading
+from mlfusion.datasets import ReadOptions
 from mlfusion.extraction import Images
 
 REPEATS = 25
@@ -94,11 +94,11 @@ def main() -> None:
         rows = repeated(asked.images, root / "folders", asked.times)
         nbytes = sum(len(body) for _, _, body in rows)
         forms = {
-            "class folders": (root / "folders", Reading()),
-            "CSV": (table(rows, root / "folders" / "all.csv"), Reading()),
-            "tar": (tar(rows, root / "all.tar"), Reading()),
-            "Parquet, through Arrow": (parquet(rows, root / "parquet"), Reading()),
-            "Parquet, in place": (root / "parquet", Reading(stream=True)),
+            "class folders": (root / "folders", ReadOptions()),
+            "CSV": (table(rows, root / "folders" / "all.csv"), ReadOptions()),
+            "tar": (tar(rows, root / "all.tar"), ReadOptions()),
+            "Parquet, through Arrow": (parquet(rows, root / "parquet"), ReadOptions()),
+            "Parquet, in place": (root / "parquet", ReadOptions(stream=True)),
         }
         lines = []
         for form, (path, reading) in forms.items():

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlfusion.datasets import Reading, array_dataset
+    from mlfusion.datasets import ReadOptions, array_dataset
     from mlfusion.errors import MlfusionError
     from mlfusion.evaluation import probe
     from mlfusion.extraction import Making, extract
@@ -22,7 +22,7 @@ __all__ = [
     "Features",
     "Making",
     "MlfusionError",
-    "Reading",
+    "ReadOptions",
     "Results",
     "array_dataset",
     "extract",
@@ -37,7 +37,7 @@ _HOME = {
     "Features": "features",
     "Making": "extraction",
     "MlfusionError": "errors",
-    "Reading": "datasets",
+    "ReadOptions": "datasets",
     "Results": "results",
     "array_dataset": "datasets",
     "extract": "extraction",

@@ -125,7 +125,7 @@ def seen(row: Row, *, cache: CachePath = None, dataset: str | None = None) -> Se
             f"images it was tested on; name the cache that has them with --cache, or extract {word} again"
         )
     steps, upright = _prepared(entry.spec.model.preprocess, row.sources.model)
-    split = datasets.load(word, datasets.Reading(upright=upright)).split("test")
+    split = datasets.load(word, datasets.ReadOptions(exif_transpose=upright)).split("test")
     place = {name: number for number, name in enumerate(split.ids)}
     kept, rows = entry.samples, entry.rows()
     if any(kept.ids[number] not in place for number in rows):

@@ -130,7 +130,7 @@ def _hub() -> Finding:
             "hub", "note", f"not asked, HF_HUB_OFFLINE is set; {who}", "unset HF_HUB_OFFLINE to download models"
         )
     try:
-        hub.ask("google/vit-base-patch16-224", "the hub", None)
+        hub.fetch_info("google/vit-base-patch16-224", "the hub", None)
     except Unavailable:
         return Finding(
             "hub", "note", f"cannot be reached; {who}", "connect to download models; what is here works without"
@@ -162,7 +162,7 @@ def _model(word: str, device: str) -> Iterator[Finding]:
             )
             yield Finding("name", "ok", said)
         source, revision = (row.source, row.revision) if row else (asked.name, None)
-        copy = hub.here(source, revision)
+        copy = hub.find_local(source, revision)
         yield from _access(source, asked.name, revision, copy)
         if copy is None:
             return
@@ -181,15 +181,15 @@ def _access(source: str, word: str, revision: str | None, copy: Path | None) -> 
                 "not on this machine, and HF_HUB_OFFLINE is set",
                 f"unset HF_HUB_OFFLINE; or where there is a network: hf download {source}"
                 + (f" --revision {revision}" if revision else "")
-                + f", and copy its folder below {hub.cache()}",
+                + f", and copy its folder below {hub.cache_folder()}",
             )
         return
     try:
-        remote = hub.ask(source, word, revision)
+        remote = hub.fetch_info(source, word, revision)
     except Unavailable as err:
         yield Finding("access", "note" if copy else "problem", str(err), "" if copy else _advice(err))
         return
-    free = disk.free_bytes(hub.cache())
+    free = disk.free_bytes(hub.cache_folder())
     said = f"may be read{', gated' if remote.gated else ''}; licence {remote.licence or 'not said'}"
     if copy is not None:
         yield Finding("access", "ok", said)
@@ -197,7 +197,7 @@ def _access(source: str, word: str, revision: str | None, copy: Path | None) -> 
         yield Finding(
             "access",
             "problem",
-            f"{said}; a download takes {remote.nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {hub.cache()}",
+            f"{said}; a download takes {remote.nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {hub.cache_folder()}",
             "make room, or set HF_HUB_CACHE to another disk",
         )
     else:

@@ -112,7 +112,7 @@ class Images:
         cls,
         dataset: str | datasets.DataSet,
         splits: Sequence[str] | str = ("train", "test"),
-        reading: datasets.Reading | None = None,
+        reading: datasets.ReadOptions | None = None,
     ) -> "Images":
         """Load a data set and read every image of these splits; errors as in `datasets.load`."""
         data = datasets.load(dataset, reading) if isinstance(dataset, str) else dataset
@@ -125,7 +125,7 @@ class Images:
                 split=split.name,
                 images=len(split),
                 classes=split.classes,
-                carve=data.carve,
+                resplit=data.resplit,
                 name=data.name,
             )
             found.append((split, samples, spec))
@@ -202,7 +202,7 @@ class Request:
         features: FeatureOptions | None = None,
         compute: ComputeOptions | None = None,
         *,
-        reading: datasets.Reading | None = None,
+        reading: datasets.ReadOptions | None = None,
         splits: Sequence[str] | str = ("train", "test"),
     ) -> "Request":
         """Resolve names; arguments and errors as in `extract`, and `Images` that were read already."""
@@ -217,7 +217,7 @@ class Request:
             for view in making.views
         ]
         model_specs = [
-            models.identify(checkpoint, steps.key(exif_transpose=data.upright), precision, steps.view)
+            models.identify(checkpoint, steps.key(exif_transpose=data.exif_transpose), precision, steps.view)
             for steps in views
         ]
         return cls(
@@ -249,7 +249,7 @@ def extract(
     model: str,
     dataset: str | datasets.DataSet,
     *,
-    reading: datasets.Reading | None = None,
+    reading: datasets.ReadOptions | None = None,
     splits: Sequence[str] | str = ("train", "test"),
     layers: str = "all",
     tokens: str | Iterable[str] = ("cls", "ap"),
@@ -268,7 +268,7 @@ def extract(
     Args:
         model: a catalogue name, an id on the hub, or a folder.
         dataset: a catalogue name, an id on the hub, a folder or a file; or images in memory, by `mlfusion.array_dataset`.
-        reading: which columns, which kind of labels, how to cut it: see `mlfusion.Reading`.
+        reading: which columns, which kind of labels, how to split it: see `mlfusion.ReadOptions`.
         splits: names, or a comma-separated list; 'test=validation' takes the validation split for the test.
         layers: 'all' (1..L), 'last', or a list such as '1-4,12'; L is the final norm.
         tokens: kinds, each with layers of its own if need be: 'cls,ap,all@last'.

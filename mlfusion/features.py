@@ -207,7 +207,7 @@ def extract_command(model: str, dataset: str, pairs: frozenset[Pair], spec: Feat
 
 def _made_alike(train: FeatureSpec, test: FeatureSpec) -> bool:
     same = (train.model, train.dtype, train.format) == (test.model, test.dtype, test.format)
-    return same and (train.data.classes, train.data.carve) == (test.data.classes, test.data.carve)
+    return same and (train.data.classes, train.data.resplit) == (test.data.classes, test.data.resplit)
 
 
 def _of_split(store: FeatureStore, model: str, dataset: str, split: str, view: str) -> list[Entry]:

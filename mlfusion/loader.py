@@ -44,7 +44,7 @@ def picture(split: datasets.Split, row: int, steps: Preprocessing) -> np.ndarray
     Raises:
         BadImage: it cannot be read.
     """
-    if steps.decodes_jpeg and isinstance(split.decode, datasets.Decoder) and not split.decode.upright:
+    if steps.decodes_jpeg and isinstance(split.decode, datasets.Decoder) and not split.decode.exif_transpose:
         made = steps.from_jpeg(split.read(row), split.ids[row], split.decode.max_pixels)
         if made is not None:
             return made

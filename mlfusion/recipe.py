@@ -21,7 +21,7 @@ from mlfusion.specs import (
     COMPUTES,
     DTYPES,
     HOOKS,
-    ModelWord,
+    ModelRef,
     Pair,
     Probe,
     Setting,
@@ -81,9 +81,9 @@ class Recipe:
         """The models with `hook` and `set` in their names, where they have none of their own."""
         return tuple(str(self._word(parse_model(word))) for word in self.models)
 
-    def _word(self, said: ModelWord) -> ModelWord:
+    def _word(self, said: ModelRef) -> ModelRef:
         hook = said.hook if said.hook != HOOKS[0] or self.hook is None else parse_model("", self.hook).hook
-        return ModelWord(said.name, hook, tuple(sorted((dict(self.set) | dict(said.settings)).items())))
+        return ModelRef(said.name, hook, tuple(sorted((dict(self.set) | dict(said.settings)).items())))
 
     def asked(self, depth: int) -> tuple[tuple[Probe, ...], frozenset[Pair]]:
         """Probes for a model of `depth` blocks, and the tokens to cache for them.
@@ -289,9 +289,9 @@ def _formats() -> Sequence[str]:
 
 
 def _targets() -> Sequence[str]:
-    from mlfusion.datasets import TARGETS
+    from mlfusion.datasets import LABEL_KINDS
 
-    return TARGETS
+    return LABEL_KINDS
 
 
 def _views(key: str, value: Any) -> Told:
@@ -320,12 +320,12 @@ def _settings(key: str, value: Any) -> Told:
 
 
 def _carve(key: str, value: Any) -> Told:
-    from mlfusion.datasets.carve import parse
+    from mlfusion.datasets.resplit import parse_ratio
 
     found, faults = _text(key, value)
     if not faults:
         try:
-            parse(found)
+            parse_ratio(found)
         except MlfusionError as err:
             faults.append((None, str(err).removeprefix("--")))
     return found, faults

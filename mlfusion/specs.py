@@ -1,8 +1,7 @@
-"""What we mean, as frozen values: which model, which images, which tokens, which probe. Nothing here does I/O.
+"""The identity of models, data, features and probes, as frozen values, and the words for them. Nothing here does I/O.
 
-Two specs are equal exactly when they name the same numbers, and `digest` hashes just the fields that `==` compares, so
-equality and identity on disk agree by construction. Names are for people (`compare=False`): renaming a catalogue row
-empties no cache.
+Two specs are equal exactly if they stand for the same numbers, and `digest` hashes exactly the fields that `==` compares, so
+that equality and identity on disk agree. Names are for people (`compare=False`): a renamed catalogue row changes no key.
 """
 
 import dataclasses
@@ -20,11 +19,11 @@ FORMAT = 2
 
 Dtype = Literal["float16", "bfloat16", "float32", "int8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-"""How the cache keeps a number; int8 keeps a scale with every token's vector."""
+"""Storage types of the cache; int8 has one scale per token."""
 
 Compute = Literal["float32", "bfloat16", "float16"]
 COMPUTES: tuple[Compute, ...] = get_args(Compute)
-"""In what the forward pass is computed: weights and activations; tokens are averaged in float32."""
+"""Types of the forward pass, its weights and activations; tokens are averaged in float32."""
 
 TokenKind = Literal["cls", "ap", "registers", "dist", "max", "std", "grid2", "grid4", "grid7", "all"]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
@@ -55,10 +54,10 @@ Hook = Literal["norm2", "block", "attn", "mlp", "projected"]
 HOOKS: tuple[Hook, ...] = get_args(Hook)
 ABOUT_HOOKS: dict[Hook, str] = {
     "norm2": "the second norm inside each block, and the final norm: the study's choice and the default",
-    "block": "what each block gives, before any norm",
-    "attn": "what each block's attention gives, before it is added",
-    "mlp": "what each block's MLP gives, before it is added",
-    "projected": "as norm2, but the last layer goes through the projection to the space shared with texts (CLIP)",
+    "block": "the output of each block, before any norm",
+    "attn": "the output of each block's attention, before the residual sum",
+    "mlp": "the output of each block's MLP, before the residual sum",
+    "projected": "norm2, with the last layer projected to the space that images share with texts (CLIP)",
 }
 """A short description of each hook point, for lists."""
 
@@ -97,28 +96,28 @@ ABOUT_HEADS: dict[Head, str] = {
 """A short description of each head, for lists."""
 
 Pair = tuple[int, TokenKind]
-"""(layer, token kind): the unit in which features are asked for, held and computed."""
+"""(layer, token kind): the unit in which features are requested, stored and computed."""
 
 
-LATER = {"later": True}
-"""Metadata of a field that came after the first caches: at its default it is left out of the digest, so their names stay."""
+OMIT_IF_DEFAULT = {"omit_if_default": True}
+"""Metadata of a field added later: at its default value it is left out of the digest, so that older keys stay the same."""
 
 
 def digest(value: Any, length: int = 16) -> str:
-    """Hex digits that name this value on every machine, in every process."""
+    """The SHA-256 of a value's canonical JSON, as hex digits; the same on every machine and in every process."""
     text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def _plain(value: Any) -> Any:
-    """JSON of a spec: its type's name and the fields that `==` compares, but for later ones at their default."""
+    """JSON of a spec: its type's name and the fields that `==` compares, without later ones at their default."""
     if isinstance(value, (str, int, float)) or value is None:  # most of what there is: thousands of ids
         return value
     if dataclasses.is_dataclass(value):
         fields = {
             f.name: _plain(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if f.compare and not (f.metadata == LATER and getattr(value, f.name) == f.default)
+            if f.compare and not (f.metadata == OMIT_IF_DEFAULT and getattr(value, f.name) == f.default)
         }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, dict):
@@ -130,7 +129,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A frozen backbone together with everything between the image's bytes and a token's numbers."""
+    """A frozen backbone with its preprocessing, hook point and compute type: all that turns an image into tokens."""
 
     weights: str  # sha256 of the weight files
     revision: str | None  # commit on the hub; None for a folder
@@ -141,26 +140,26 @@ class ModelSpec:
     name: str = field(compare=False)
     family: str = field(compare=False)  # transformers' model_type
     depth: int = field(compare=False)  # L, the number of blocks: layers are 1..L, L being the final norm
-    width: int = field(compare=False)  # D, channels of a token
+    width: int = field(compare=False)  # D, the channels of a token
     view: str = field(default="plain", compare=False)  # the view that `preprocess` says
-    kinds: tuple[TokenKind, ...] = field(default=(), compare=False)  # that its last layer has; empty: not looked at yet
+    kinds: tuple[TokenKind, ...] = field(default=(), compare=False)  # of its last layer; empty: not known yet
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """One split of a data set: which images in which order with which labels."""
+    """One split of a data set: its images, their order and their labels."""
 
     content: str  # digest over every row's id, image bytes and label, in order
     split: str
     images: int
     classes: tuple[str, ...]
-    carve: str = field(default="", metadata=LATER)  # how the split was cut, where we cut it: '0.8/0.2 seed 0'
+    resplit: str = field(default="", metadata=OMIT_IF_DEFAULT)  # ratio and seed if we made the split: '0.8/0.2 seed 0'
     name: str = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """One entry of the cache. Layers and token kinds are streams inside it, never part of its key."""
+    """One entry of the cache. Layers and token kinds are streams inside it, and not part of its key."""
 
     model: ModelSpec
     data: DataSpec
@@ -169,43 +168,42 @@ class FeatureSpec:
 
     @property
     def key(self) -> str:
-        """Sixteen hex digits: the entry's name on every machine."""
+        """The entry's name: 16 hex digits, the same on every machine."""
         return digest(self)
 
 
-# --- words for models ------------------------------------------------------------------------------------------------
+# --- names of models ------------------------------------------------------------------------------------------------
 
 Setting = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
-class ModelWord:
-    """A model as it is asked for: 'clip-vit-b16', or with a hook point and changed settings behind a colon.
+class ModelRef:
+    """A reference to a model: its name, and after a colon a hook point and changed settings of its configuration.
 
-    'clip-vit-b16:block' reads it elsewhere, 'clip-vit-b16:hidden_act=gelu' changes its configuration; both are other
-    features, and so other names.
+    'clip-vit-b16:block' reads other tokens than 'clip-vit-b16', and 'clip-vit-b16:hidden_act=gelu' computes them otherwise.
     """
 
-    name: str  # of the catalogue, a hub id, or a folder
+    name: str  # a catalogue name, a hub id, or a folder
     hook: Hook = "norm2"
-    settings: tuple[tuple[str, Setting], ...] = ()  # of the configuration, sorted
+    settings: tuple[tuple[str, Setting], ...] = ()  # changed settings of the configuration, sorted
 
     def __str__(self) -> str:
         return self.name + self.suffix
 
     @property
     def suffix(self) -> str:
-        """':block,hidden_act=gelu', or nothing."""
+        """The part after the name, ':block,hidden_act=gelu'; empty at the defaults."""
         parts: list[str] = [self.hook] if self.hook != "norm2" else []
         parts += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.settings]
         return f":{','.join(parts)}" if parts else ""
 
 
-def parse_model(word: str, hook: str | None = None, settings: Sequence[str] = ()) -> ModelWord:
-    """'NAME', 'NAME:HOOK' or 'NAME:key=value,…' → its parts; `hook` and `settings` ('key=value') are added to them.
+def parse_model(word: str, hook: str | None = None, settings: Sequence[str] = ()) -> ModelRef:
+    """Parse 'NAME', 'NAME:HOOK' or 'NAME:key=value,…'; `hook` and `settings` ('key=value') are added.
 
     Raises:
-        UnknownName: no hook point is called so.
+        UnknownName: a part is neither a hook point nor a setting.
     """
     scheme, name = ("embedded:", word.removeprefix("embedded:")) if word.startswith("embedded:") else ("", word)
     name, _, rest = name.partition(":")
@@ -220,7 +218,7 @@ def parse_model(word: str, hook: str | None = None, settings: Sequence[str] = ()
             found = part
         else:
             raise UnknownName("hook point", part, HOOKS, otherwise="Or a setting of the model's, as hidden_act=gelu.")
-    return ModelWord(scheme + name, found, tuple(sorted(changed.items())))
+    return ModelRef(scheme + name, found, tuple(sorted(changed.items())))
 
 
 def _value(text: str) -> Setting:
@@ -232,14 +230,14 @@ def _value(text: str) -> Setting:
     return value if isinstance(value, (str, int, float, bool)) or value is None else text
 
 
-# --- words for layers and tokens -------------------------------------------------------------------------------------
+# --- layers and tokens -------------------------------------------------------------------------------------
 
 
 def parse_layers(words: str, depth: int) -> tuple[int, ...]:
-    """'all' (1..L), 'last', or a list such as '1-4,8,12'; layer 0, the first block's norm, may be named.
+    """Parse 'all' (1..L), 'last', or a list such as '1-4,8,12', which may contain layer 0, the first block's norm.
 
     Raises:
-        UnknownName: a word that is no layer of a model of this depth.
+        UnknownName: a word is not a layer of a model of this depth.
     """
     layers: set[int] = set()
     for word in (part.strip() for part in words.split(",")):
@@ -257,7 +255,7 @@ def parse_layers(words: str, depth: int) -> tuple[int, ...]:
 
 
 def parse_tokens(words: str | Iterable[str], layers: str, depth: int) -> frozenset[Pair]:
-    """'cls,ap' at every one of `layers`, or with layers of a kind's own: 'cls,ap,all@last' → {(layer, kind), …}."""
+    """Parse token kinds → {(layer, kind), …}: at `layers`, or at layers after an '@', as in 'cls,ap,all@last'."""
     parts = words.split(",") if isinstance(words, str) else list(words)
     # A comma also separates the layers of one kind ('all@6,12'): a part that begins with a digit belongs to the last '@'.
     joined: list[str] = []
@@ -277,7 +275,7 @@ def parse_tokens(words: str | Iterable[str], layers: str, depth: int) -> frozens
 
 
 def token_words(pairs: Iterable[Pair]) -> str:
-    """{(1, 'cls'), (1, 'ap'), (2, 'ap')} → 'cls@1,ap@1-2': the words `parse_tokens` reads."""
+    """{(1, 'cls'), (1, 'ap'), (2, 'ap')} → 'cls@1,ap@1-2', which `parse_tokens` reads."""
     layers_of: dict[TokenKind, set[int]] = {}
     for layer, kind in pairs:
         layers_of.setdefault(kind, set()).add(layer)
@@ -289,7 +287,7 @@ def token_words(pairs: Iterable[Pair]) -> str:
 
 
 def layer_ranges(layers: Iterable[int]) -> str:
-    """{1, 2, 3, 6} → '1-3,6': the words `parse_layers` reads."""
+    """{1, 2, 3, 6} → '1-3,6', which `parse_layers` reads."""
     runs: list[list[int]] = []
     for layer in sorted(set(layers)):
         if runs and layer == runs[-1][1] + 1:

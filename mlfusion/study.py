@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlfusion import costs, disk, evaluation, extraction, models, planning
-from mlfusion.datasets import Reading
+from mlfusion.datasets import ReadOptions
 from mlfusion.errors import MlfusionError
 from mlfusion.extraction import ComputeOptions, ExtractionResult, FeatureOptions, Images, Making, Request
 from mlfusion.features import SplitPair
@@ -242,7 +242,7 @@ class _Planner:
     def _read(self, dataset: str) -> Images:
         if dataset not in self._images:
             try:
-                self._images[dataset] = Images.of(dataset, self.recipe.split, _told(Reading, self.recipe))
+                self._images[dataset] = Images.of(dataset, self.recipe.split, _told(ReadOptions, self.recipe))
             except MlfusionError as err:
                 self._images[dataset] = err  # the next model need not try again
         found = self._images[dataset]
@@ -285,9 +285,14 @@ def _request(model: str, images: Images, device: str, recipe: Recipe) -> Request
     )
 
 
+RECIPE_NAMES = {"split_ratio": "carve", "split_seed": "carve_seed", "exif_transpose": "upright"}
+"""Field → the key of a recipe, where they differ."""
+
+
 def _told(kind: Callable[..., Told], recipe: Recipe) -> Told:
     """What of a recipe goes by the names of that dataclass; None is its own default."""
-    said = {each.name: getattr(recipe, each.name) for each in fields(kind)}  # type: ignore[arg-type]
+    names = (each.name for each in fields(kind))  # type: ignore[arg-type]
+    said = {name: getattr(recipe, RECIPE_NAMES.get(name, name)) for name in names}
     return kind(**{name: value for name, value in said.items() if value is not None})
 
 

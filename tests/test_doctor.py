@@ -84,7 +84,7 @@ def test_the_hub_is_asked_what_a_download_takes_and_whether_one_may(tmp_path, mo
         found = findings("someone/tiny")
         locked = findings("someone/locked")["access"]
         absent = findings("someone/nothing")["access"]
-        remote = models.hub.ask("someone/tiny", "tiny", None)
+        remote = models.hub.fetch_info("someone/tiny", "tiny", None)
     weights = ("config.json", "preprocessor_config.json", "model.safetensors")
     assert remote.nbytes == sum((folder / name).stat().st_size for name in weights)
     assert remote.revision == hub.COMMIT

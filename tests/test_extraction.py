@@ -206,7 +206,9 @@ def test_images_of_every_kind_pass_or_are_skipped_with_a_reason(model, images, t
 
 def test_turned_images_are_another_entry(model, images):
     plain, turned = (
-        mlfusion.extract(model, images, splits="test", layers="4", reading=mlfusion.Reading(upright=upright))[0].entry
+        mlfusion.extract(
+            model, images, splits="test", layers="4", reading=mlfusion.ReadOptions(exif_transpose=upright)
+        )[0].entry
         for upright in (False, True)
     )
     assert plain.key != turned.key

@@ -16,7 +16,7 @@ from tiny import save_images
 
 import mlfusion
 from mlfusion import datasets
-from mlfusion.datasets import Reading
+from mlfusion.datasets import ReadOptions
 from mlfusion.errors import BadData, UnknownName
 
 
@@ -24,7 +24,7 @@ from mlfusion.errors import BadData, UnknownName
 def test_every_form_gives_the_same_images_and_labels(form, tmp_path):
     whole = plain(tmp_path)
     make, words = FORMS[form]
-    data = datasets.load(str(make(whole, tmp_path)), Reading(**words))
+    data = datasets.load(str(make(whole, tmp_path)), ReadOptions(**words))
     assert set(data.splits) == {"train", "test"}
     for name, want in whole.splits.items():
         split = data.split(name)
@@ -47,7 +47,7 @@ def test_a_split_travels_to_other_processes(form, tmp_path):
     else:
         whole = plain(tmp_path)
         make, words = FORMS.get(form, (lambda _data, root: root, {}))
-        split = datasets.load(str(make(whole, tmp_path)), Reading(**words)).split("train")
+        split = datasets.load(str(make(whole, tmp_path)), ReadOptions(**words)).split("train")
     there = pickle.loads(pickle.dumps(split.take(np.array([1, 0]), "some")))
     assert there.encoded(0) == split.encoded(1)
     np.testing.assert_array_equal(np.asarray(there.image(1)), np.asarray(split.image(0)))
@@ -60,7 +60,7 @@ def test_the_same_content_by_whatever_form_is_the_same_entry(tmp_path):
     for form in ("class folders", "one csv", "parquet"):
         make, words = FORMS.get(form, (lambda _data, root: root, {}))
         place = str(make(whole, tmp_path / "a"))
-        [one] = mlfusion.extract("formula-vit", place, splits="train", layers="1", reading=Reading(**words))
+        [one] = mlfusion.extract("formula-vit", place, splits="train", layers="1", reading=ReadOptions(**words))
         keys.add(one.entry.key)
     assert len(keys) == 1
 
@@ -70,7 +70,7 @@ def test_class_folders_without_splits_are_cut(tmp_path):
     folder = str(tmp_path / "train")
     with pytest.raises(BadData, match=r"has the folders blue, green, red; .*--carve"):
         datasets.load(folder)
-    data = datasets.load(folder, Reading(carve="80/20"))
+    data = datasets.load(folder, ReadOptions(split_ratio="80/20"))
     assert [len(split) for split in data.splits.values()] == [24, 6]
     assert np.bincount(data.split("test").labels).tolist() == [2, 2, 2]
     assert data.split("train").ids[0].startswith("blue/")
@@ -89,7 +89,7 @@ def test_tables_with_any_separator(separator, tmp_path):
 def table(root, text, **words):
     save_images(root, {"train": 2})
     (root / "t.csv").write_text(text)
-    return datasets.load(str(root / "t.csv"), Reading(**words))
+    return datasets.load(str(root / "t.csv"), ReadOptions(**words))
 
 
 ROWS = ["train/blue/000.png", "train/blue/001.png", "train/red/000.png", "train/red/001.png"]
@@ -111,7 +111,7 @@ def test_labels_of_every_kind(labels, words, target, classes, want, tmp_path):
     text = "\n".join(["path,label", *(f"{path},{label}" for path, label in zip(ROWS, labels, strict=True))])
     data = table(tmp_path, text, **words)
     split = data.split("train")
-    assert (data.target, split.target, split.classes) == (target, target, classes)
+    assert (data.label_kind, split.label_kind, split.classes) == (target, target, classes)
     assert split.labels.dtype == {"class": np.int64, "labels": np.uint8, "number": np.float64}[target]
     np.testing.assert_array_equal(split.labels, want)
 
@@ -131,7 +131,7 @@ def test_labels_of_json_keep_their_types(labels, target, want, tmp_path):
     lines = [json.dumps({"image": path, "label": label}) for path, label in zip(ROWS, labels, strict=True)]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     split = datasets.load(str(tmp_path / "t.jsonl")).split("train")
-    assert split.target == target
+    assert split.label_kind == target
     np.testing.assert_array_equal(split.labels, want)
 
 
@@ -175,7 +175,7 @@ def test_paths_stay_in_their_folder(path, tmp_path):
 def test_a_table_may_lie_apart_from_its_images(tmp_path):
     save_images(tmp_path / "images", {"train": 2})
     (tmp_path / "t.csv").write_text("path,label\n" + "".join(f"{path},{path[6]}\n" for path in ROWS))
-    data = datasets.load(str(tmp_path / "t.csv"), Reading(image_root=str(tmp_path / "images")))
+    data = datasets.load(str(tmp_path / "t.csv"), ReadOptions(image_root=str(tmp_path / "images")))
     assert data.split("train").image(0).size == (36, 40)
 
 
@@ -214,7 +214,7 @@ def test_several_labels_of_tars_are_vectors(tmp_path):
             put(tar, f"a/{row}.jpg", png)
             put(tar, f"a/{row}.npy", npy(vector))
     split = datasets.load(str(tmp_path / "train-0.tar")).split("train")
-    assert (split.target, split.ids) == ("labels", ("train/a/0", "train/a/1", "train/a/2"))
+    assert (split.label_kind, split.ids) == ("labels", ("train/a/0", "train/a/1", "train/a/2"))
     np.testing.assert_array_equal(split.labels, vectors)
 
 
@@ -245,8 +245,10 @@ def test_tars_with_labels_in_json_and_names_that_begin_again(tmp_path):
                 put(tar, f"{row}.seg.png", png)
                 put(tar, f"{row}.png", png)
     with pytest.raises(BadData, match=r"image is not plain; give --image-column, one of: json \(object\), seg\.png"):
-        datasets.load(str(tmp_path / "set"), Reading(label_column="json.age"))
-    split = datasets.load(str(tmp_path / "set"), Reading(label_column="json.age", image_column="png")).split("train")
+        datasets.load(str(tmp_path / "set"), ReadOptions(label_column="json.age"))
+    split = datasets.load(str(tmp_path / "set"), ReadOptions(label_column="json.age", image_column="png")).split(
+        "train"
+    )
     assert split.labels.tolist() == [0.5, 1.5, 10.5, 11.5]
     assert split.ids == tuple(f"train/train-{shard}/{row}" for shard in range(2) for row in range(2))
 
@@ -311,8 +313,8 @@ def test_arrays_of_a_program():
         np.testing.assert_array_equal(np.asarray(data.split("train").image(i))[..., 1], grey[i])
         np.testing.assert_array_equal(np.asarray(data.split("test").image(i))[..., 2], deep[i] >> 8)
     several = datasets.array_dataset("mine", {"train": (grey, np.eye(4, 3, dtype=int))})
-    assert (several.target, several.classes) == ("labels", ("0", "1", "2"))
-    assert datasets.array_dataset("mine", {"train": (grey, np.array([0.5, 1, 2, 3]))}).target == "number"
+    assert (several.label_kind, several.classes) == ("labels", ("0", "1", "2"))
+    assert datasets.array_dataset("mine", {"train": (grey, np.array([0.5, 1, 2, 3]))}).label_kind == "number"
 
 
 def test_the_bytes_of_an_array_say_its_shape():
@@ -346,7 +348,7 @@ def test_array_files_of_other_names_say_which_there_are(tmp_path):
     np.savez(tmp_path / "a.npz", pictures=pixels(4, 4, 4), kinds=np.array([0, 1, 0, 1]))
     with pytest.raises(BadData, match="has the arrays pictures, kinds; allowed: images and labels"):
         datasets.load(str(tmp_path / "a.npz"))
-    found = datasets.load(str(tmp_path / "a.npz"), Reading(image_column="pictures", label_column="kinds"))
+    found = datasets.load(str(tmp_path / "a.npz"), ReadOptions(image_column="pictures", label_column="kinds"))
     assert found.split("train").labels.tolist() == [0, 1, 0, 1]
 
 
@@ -381,16 +383,16 @@ def test_columns_of_hub_tables_are_guessed_or_named(tmp_path):
     ):
         datasets.load(file)
     read = {
-        label: datasets.load(file, Reading(image_column="picture", label_column=label))
+        label: datasets.load(file, ReadOptions(image_column="picture", label_column=label))
         for label in (None, "age", "tags")
     }
     assert (read[None].classes, read[None].split("train").labels.tolist()) == (("pug", "poodle"), [1, 0])
-    assert (read["age"].target, read["age"].split("train").labels.tolist()) == ("number", [2.5, 7])
+    assert (read["age"].label_kind, read["age"].split("train").labels.tolist()) == ("number", [2.5, 7])
     assert read["tags"].classes == ("old", "wet", "small")
     assert read["tags"].split("train").labels.tolist() == [[1, 0, 1], [0, 0, 0]]
     assert read["age"].name == "train:age"
     with pytest.raises(BadData, match=r"breed holds no images; --image-column may be"):
-        datasets.load(file, Reading(image_column="breed"))
+        datasets.load(file, ReadOptions(image_column="breed"))
 
 
 def test_hidden_test_labels_do_not_stand_in_the_way_of_a_carve(tmp_path):
@@ -405,7 +407,7 @@ def test_hidden_test_labels_do_not_stand_in_the_way_of_a_carve(tmp_path):
         library.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}-00000-of-00001.parquet")
     with pytest.raises(BadData, match=r"split test: 2 of 2 images have no label, .*--carve"):
         datasets.load(str(folder))
-    data = datasets.load(str(folder), Reading(carve="0.8/0.2"))
+    data = datasets.load(str(folder), ReadOptions(split_ratio="0.8/0.2"))
     assert [len(split) for split in data.splits.values()] == [8, 2]
 
 

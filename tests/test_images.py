@@ -89,9 +89,9 @@ def test_exif_turns_an_image_only_where_that_is_asked_for():
     exif[0x0112] = 6  # turn by a quarter to the right to see it upright
     data = saved(Image.fromarray(COLOURS), "PNG", exif=exif)
     np.testing.assert_array_equal(read(data), COLOURS)
-    np.testing.assert_array_equal(read(data, upright=True), np.rot90(COLOURS, -1))
+    np.testing.assert_array_equal(read(data, exif_transpose=True), np.rot90(COLOURS, -1))
     plain = saved(Image.fromarray(COLOURS), "PNG")
-    np.testing.assert_array_equal(read(plain, upright=True), COLOURS)
+    np.testing.assert_array_equal(read(plain, exif_transpose=True), COLOURS)
 
 
 def test_one_pixel_is_an_image():
@@ -154,5 +154,5 @@ def test_whatever_bytes_change_it_is_an_image_or_refused(data):
 
 
 def test_a_decoder_travels_to_other_processes():
-    decoder = Decoder(upright=True, max_pixels=12)
+    decoder = Decoder(exif_transpose=True, max_pixels=12)
     assert pickle.loads(pickle.dumps(decoder)) == decoder

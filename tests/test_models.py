@@ -123,7 +123,7 @@ from huggingface_hub import get_safetensors_metadata, hf_hub_download
 from mlfusion import models
 from mlfusion.models import checkpoints, hub, preprocessing
 row = models.CATALOGUE[sys.argv[1]]
-said = hub.ask(row.source, row.name, row.revision) if not row.gated or hub.logged_in() else None
+said = hub.fetch_info(row.source, row.name, row.revision) if not row.gated or hub.logged_in() else None
 if said is None:
     raise SystemExit("gated")
 for name in ("config.json", "preprocessor_config.json"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlfusion import cli, datasets, models, recipe
+from mlfusion import cli, datasets, models, recipe, study
 from mlfusion.errors import BadRecipe
 from mlfusion.extraction import Making, extract
 from mlfusion.specs import parse_model, parse_tokens
@@ -252,7 +252,8 @@ def test_a_hook_point_and_settings_are_of_every_model_that_says_nothing_else(tmp
 
 def test_a_recipe_can_say_whatever_an_extraction_can_be_told():
     """But how fast: batches and workers are the machine's, and change no number."""
-    options = {each.name for kind in (Making, datasets.Reading) for each in dataclasses.fields(kind)}
+    options = {each.name for kind in (Making, datasets.ReadOptions) for each in dataclasses.fields(kind)}
+    options = {study.RECIPE_NAMES.get(name, name) for name in options}
     options |= {*inspect.signature(extract).parameters} - {"making", "reading"}
     own = {"model", "dataset", "splits", "device", "cache", "log"}  # said otherwise, or to `mlfusion run`
     machine = {"batch_size", "workers"}

@@ -12,7 +12,7 @@ import pytest
 from forms import parquet, plain, rows, tars
 
 from mlfusion import datasets
-from mlfusion.datasets import Reading, remote
+from mlfusion.datasets import ReadOptions, remote
 from mlfusion.errors import BadData, Unavailable
 
 
@@ -29,7 +29,7 @@ READ = """
 import json, sys
 from mlfusion import datasets
 for stream in (True, True, False):
-    reading = datasets.Reading(stream=stream, id_column=sys.argv[2] or None)
+    reading = datasets.ReadOptions(stream=stream, id_column=sys.argv[2] or None)
     data = datasets.load(sys.argv[1], reading)
     print(json.dumps({
         name: [split.ids, split.labels.tolist(), split.classes]
@@ -105,7 +105,7 @@ def test_parquet_in_a_folder_is_read_by_groups_of_rows(tmp_path, monkeypatch):
     folder = parquet(whole, tmp_path)
     for file in folder.glob("*.parquet"):
         pyarrow.parquet.write_table(pyarrow.parquet.read_table(file), file, row_group_size=2)
-    data = datasets.load(str(folder), Reading(stream=True, id_column="id"))
+    data = datasets.load(str(folder), ReadOptions(stream=True, id_column="id"))
     fetched: list[int] = []
     read = remote._parquet(str(next(folder.glob("train*")))).__class__.read_row_group
     monkeypatch.setattr(

@@ -63,7 +63,7 @@ def test_the_key_is_the_same_on_every_machine():
         ("model", "compute", "bfloat16"),
         ("data", "content", "00" * 32),
         ("data", "split", "test"),
-        ("data", "carve", "0.8/0.2 seed 0"),
+        ("data", "resplit", "0.8/0.2 seed 0"),
         ("data", "images", 8),
         ("data", "classes", ("a", "c")),
         (None, "dtype", "float32"),

@@ -215,7 +215,7 @@ def test_new_images_get_the_scores_of_cached_ones(model: Path, images: Path, dty
         ("vit", "", Making(size=48), None),
         ("vit", ":block,hidden_act=relu", Making(preprocess="paper+fast", size=56), None),
         ("clip", ":projected", Making(preprocess="paper", size=40), None),
-        ("deit", ":mlp", Making(size=64, compute="bfloat16"), mlfusion.Reading(upright=True)),
+        ("deit", ":mlp", Making(size=64, compute="bfloat16"), mlfusion.ReadOptions(exif_transpose=True)),
         ("dinov2", ":attn", Making(views=("flip", "plain"), size=44), None),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_saved_probe_has_a_card_that_the_hub_reads(model: Path, images: Path) 
 
 def test_images_are_turned_as_those_that_the_probe_was_trained_on(model: Path, images: Path, tmp_path: Path) -> None:
     """A photograph held sideways, by a probe of upright images: as the same one without an orientation, turned by hand."""
-    reading = mlfusion.Reading(upright=True)
+    reading = mlfusion.ReadOptions(exif_transpose=True)
     mlfusion.extract(str(model), str(images), reading=reading)
     mlfusion.probe(str(images), model=str(model), probes="cls-last/linear", grid="quick", seeds=(0,), save=True)
     [folder] = Path("results/probes").iterdir()

@@ -1,4 +1,4 @@
-"""`mlfusion data`: what one data set is: its splits, classes, ids; with --check, whether every image can be read."""
+"""`mlfusion data`: shows a data set's splits, classes and ids; with --check, whether every image can be read."""
 
 from typing import Annotated, Any
 
@@ -6,62 +6,95 @@ import typer
 
 from mlfusion.cli.words import AsJson, print_json, print_rows, taking
 
-READING: dict[str, tuple[Any, Any]] = {  # of datasets.Reading → the option's annotation and default
+READING: dict[str, tuple[Any, Any]] = {  # field of datasets.ReadOptions → the option's annotation and default
     "image_column": (
-        Annotated[str | None, typer.Option("--image-column", help="Of a table or hub data set; else guessed.")],
-        None,
-    ),
-    "label_column": (Annotated[str | None, typer.Option("--label-column", help="Likewise.")], None),
-    "id_column": (
-        Annotated[str | None, typer.Option("--id-column", help="Of sample ids; else paths or row numbers.")],
-        None,
-    ),
-    "image_root": (
-        Annotated[str | None, typer.Option("--image-root", help="Folder that a table's paths begin at; else its own.")],
-        None,
-    ),
-    "target": (
-        Annotated[str | None, typer.Option("--target", help="What labels are: class, labels, number; else guessed.")],
-        None,
-    ),
-    "carve": (
         Annotated[
-            str | None, typer.Option("--carve", help="Cut train anew: shares of train/test or train/validation/test.")
+            str | None,
+            typer.Option(
+                "--image-column", help="Column of a table or hub data set that holds the images; guessed if not given."
+            ),
         ],
         None,
     ),
-    "carve_seed": (Annotated[int, typer.Option("--carve-seed", help="Decides which image goes where.")], 0),
-    "upright": (Annotated[bool, typer.Option("--upright", help="Turn images as their EXIF says.")], False),
+    "label_column": (
+        Annotated[
+            str | None, typer.Option("--label-column", help="Column that holds the labels; guessed if not given.")
+        ],
+        None,
+    ),
+    "id_column": (
+        Annotated[
+            str | None, typer.Option("--id-column", help="Column that holds sample ids; default: paths or row numbers.")
+        ],
+        None,
+    ),
+    "image_root": (
+        Annotated[
+            str | None,
+            typer.Option("--image-root", help="Folder that the paths in a table start from; default: its own."),
+        ],
+        None,
+    ),
+    "target": (
+        Annotated[
+            str | None,
+            typer.Option("--target", help="Kind of the labels: class, labels or number; guessed if not given."),
+        ],
+        None,
+    ),
+    "split_ratio": (
+        Annotated[
+            str | None,
+            typer.Option(
+                "--carve", help="Split train anew, by shares of train/test or train/validation/test, such as 0.8/0.2."
+            ),
+        ],
+        None,
+    ),
+    "split_seed": (Annotated[int, typer.Option("--carve-seed", help="Seed of the split that --carve makes.")], 0),
+    "exif_transpose": (
+        Annotated[bool, typer.Option("--upright", help="Rotate images as their EXIF orientation says.")],
+        False,
+    ),
     "max_pixels": (
-        Annotated[int | None, typer.Option("--max-pixels", help="Refuse larger images; default 178,956,970.")],
+        Annotated[
+            int | None, typer.Option("--max-pixels", help="Largest number of pixels of an image; default: 178,956,970.")
+        ],
         None,
     ),
     "stream": (
-        Annotated[bool, typer.Option("--stream", help="Read a hub data set from where it lies; keep no copy.")],
+        Annotated[
+            bool, typer.Option("--stream", help="Read a hub data set from where it is stored, without a local copy.")
+        ],
         False,
     ),
-    "config": (Annotated[str | None, typer.Option("--config", help="Of a hub data set that has several.")], None),
+    "config": (
+        Annotated[str | None, typer.Option("--config", help="Configuration of a hub data set that has several.")],
+        None,
+    ),
 }
 
 
 def _reading(asked: dict[str, Any]) -> Any:
-    from mlfusion.datasets import Reading
+    from mlfusion.datasets import ReadOptions
 
-    return Reading(**{name: value for name, value in asked.items() if name != "max_pixels" or value is not None})
+    return ReadOptions(**{name: value for name, value in asked.items() if name != "max_pixels" or value is not None})
 
 
 reads_data = taking("reading", READING, _reading)
-"""Gives a command the options of `datasets.Reading`, and hands them to it as its argument `reading`."""
+"""Gives a command the options of `datasets.ReadOptions`, and hands them to it as its argument `reading`."""
 
 
 @reads_data
 def data(
     dataset: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or file.")],
     reading: Any = None,
-    check: Annotated[bool, typer.Option("--check", help="Read every image; name those that cannot be.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read every image, and name those that cannot be read.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a data set is: splits, images, classes, labels; with --check, which images cannot be read."""
+    """Show a data set: splits, images, classes, labels; with --check, the images that cannot be read."""
     from mlfusion.datasets import load
     from mlfusion.datasets.describe import describe
     from mlfusion.progress import track
@@ -76,24 +109,28 @@ def data(
                 "dataset": found.name,
                 "source": found.source,
                 "form": found.form,
-                "target": found.target,
+                "target": found.label_kind,
                 "classes": list(found.classes),
-                "carve": found.carve,
+                "carve": found.resplit,
                 "splits": [one.to_json() for one in splits],
             }
         )
         return
     typer.echo(
         f"{found.name}: {', '.join(dict.fromkeys([found.form, found.source]))}"
-        + (f", carved {found.carve}" if found.carve else "")
+        + (f", split anew {found.resplit}" if found.resplit else "")
     )
     named = ", ".join(found.classes[:8]) + (", …" if len(found.classes) > 8 else "")
     what = {"class": "one class an image", "labels": "several labels an image", "number": "a number an image"}
-    typer.echo(what[found.target] + (f"; {len(found.classes):,}: {named}" if found.classes else ""))
+    typer.echo(what[found.label_kind] + (f"; {len(found.classes):,}: {named}" if found.classes else ""))
     rows = []
     for one in splits:
         about = ", ".join(f"{name} {value:,}" for name, value in one.labels.items())
-        row = {"split": one.split, "images": one.images, "of a class" if found.target == "class" else "labels": about}
+        row = {
+            "split": one.split,
+            "images": one.images,
+            "of a class" if found.label_kind == "class" else "labels": about,
+        }
         if one.checked:
             sizes = [one.checked.smallest, one.checked.largest]
             row["unreadable"] = len(one.checked.unreadable)

@@ -1,8 +1,8 @@
-"""Which images there are: sample i of a split is the same image with the same label for ever, on every machine.
+"""Data sets: sample i of a split is the same image with the same label for ever, on every machine.
 
 A data set is a catalogue name, an id on the Hugging Face hub, a folder or a file: class folders, tables of paths (CSV, JSON
-Lines), WebDataset tars, Parquet, arrays. Each form is read in a module of its own and ends as splits of rows, whose labels
-are made numbers, and which are cut anew if asked, in one way for all. Images are decoded only when asked for.
+Lines), WebDataset tars, Parquet, arrays. A module for each form reads it into raw splits. One function for all forms encodes
+their labels as numbers, and one splits them anew where that is asked for. Images are decoded only when they are used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,29 +14,29 @@ import numpy as np
 from PIL import Image
 
 from mlfusion.datasets import arrays as _arrays
-from mlfusion.datasets import carve as _carve
 from mlfusion.datasets import files as _files
 from mlfusion.datasets import hub as _hub
 from mlfusion.datasets import remote as _remote
 from mlfusion.datasets import tars as _tars
-from mlfusion.datasets.catalogue import CATALOGUE, Row
+from mlfusion.datasets.catalogue import CATALOGUE, CatalogueRow
 from mlfusion.datasets.columns import SPLITS
 from mlfusion.datasets.images import MAX_PIXELS, SUFFIXES, Decoder
-from mlfusion.datasets.labels import numbered
-from mlfusion.datasets.split import TARGETS, DataSet, Found, Reading, Split, Target
+from mlfusion.datasets.labels import encode_labels
+from mlfusion.datasets.resplit import canonical, parse_ratio, split_by_ratio
+from mlfusion.datasets.split import LABEL_KINDS, DataSet, LabelKind, RawSplit, ReadOptions, Split
 from mlfusion.errors import BadData, UnknownName
 
 __all__ = [
     "CATALOGUE",
+    "LABEL_KINDS",
     "MAX_PIXELS",
     "SUFFIXES",
-    "TARGETS",
+    "CatalogueRow",
     "DataSet",
     "Decoder",
-    "Reading",
-    "Row",
+    "LabelKind",
+    "ReadOptions",
     "Split",
-    "Target",
     "array_dataset",
     "load",
     "pictures",
@@ -48,34 +48,38 @@ FORMS = (
 )
 
 
-def load(word: str, reading: Reading | None = None) -> DataSet:
-    """Find, and if need be download, what `word` means; its splits are checked against each other.
+def load(word: str, options: ReadOptions | None = None) -> DataSet:
+    """Find a data set, download it if needed, and check its splits against each other.
+
+    Args:
+        word: a catalogue name, an id on the hub, or the path of a folder or file.
+        options: how to read it, where the set does not say.
 
     Raises:
-        UnknownName, Unavailable: there is no such data set, or it cannot be had.
+        UnknownName, Unavailable: there is no such data set, or it cannot be downloaded.
         BadData: no images, columns or labels that cannot be used, one class only, or splits whose classes differ.
     """
-    reading = reading or Reading()
+    options = options or ReadOptions()
     row = CATALOGUE.get(word)
     path = Path(word).expanduser()
     if row and row.source == "embedded":
-        return _cut(_digits(), reading)
+        return _resplit(_digits(), options)
     if not row and path.exists():
-        form, found = _local(path.resolve(), word, reading)
-        return _made(path.resolve().name if path.is_dir() else path.stem, str(path.resolve()), form, found, reading)
+        form, found = _read_path(path.resolve(), word, options)
+        return _build(path.resolve().name if path.is_dir() else path.stem, str(path.resolve()), form, found, options)
     if not row and "/" not in word:
         otherwise = f"Or an id on the hub, such as uoft-cs/cifar10, or a folder or file: {FORMS}"
         raise UnknownName("data set", word, CATALOGUE, otherwise=otherwise)
     source = row.source if row else word
     name = row.name if row else source.rsplit("/", 1)[-1]
-    if reading.stream:
-        form, found = _remote.streamed(source, reading)
-        return _made(name, source, form, found, reading)
-    there = _hub.on_hub(name, source, reading)
-    if isinstance(there, Path):
-        form, found = _local(there, source, reading)
-        return _made(name, source, form, found, reading)
-    return _made(name, source, "hub data set", there, reading)
+    if options.stream:
+        form, found = _remote.streamed(source, options)
+        return _build(name, source, form, found, options)
+    downloaded = _hub.load(name, source, options)
+    if isinstance(downloaded, Path):
+        form, found = _read_path(downloaded, source, options)
+        return _build(name, source, form, found, options)
+    return _build(name, source, "hub data set", downloaded, options)
 
 
 def array_dataset(
@@ -83,37 +87,37 @@ def array_dataset(
     splits: Mapping[str, tuple[Any, Any]],
     *,
     classes: Sequence[str] | None = None,
-    target: Target | None = None,
-    carve: str | None = None,
-    carve_seed: int = 0,
+    target: LabelKind | None = None,
+    split_ratio: str | None = None,
+    split_seed: int = 0,
 ) -> DataSet:
-    """Images and labels of one's own, as arrays.
+    """A data set of images and labels in memory.
 
         data = mlfusion.array_dataset("mine", {"train": (images, labels), "test": (more, their_labels)})
         mlfusion.extract("formula-vit", data)
         mlfusion.probe("mine")
 
     Args:
-        name: what to call it; `probe` finds its features by it.
-        splits: by name, images [N, height, width] or [N, height, width, 3] uint8 (or [N, height, width] uint16), and as many
+        name: the data set's name; `probe` finds its features by it.
+        splits: split → images [N, height, width] or [N, height, width, 3] uint8 (or [N, height, width] uint16), and as many
             labels: [N] whole numbers or text, [N, C] of 0 and 1, lists of labels, or [N] floats.
         classes: names of the classes or labels that whole numbers stand for.
-        target: 'class', 'labels' or 'number', where it is not plain from the labels.
-        carve: shares to cut the only split by, such as '0.8/0.2'.
-        carve_seed: decides which image goes where.
+        target: 'class', 'labels' or 'number'; guessed from the labels if not given.
+        split_ratio: shares of train/test or train/validation/test, such as '0.8/0.2', to split train or the only split anew.
+        split_seed: seed that decides which image goes to which part.
 
     Raises:
         BadData: arrays of another shape or type.
     """
-    reading = Reading(target=target, carve=carve, carve_seed=carve_seed)
-    found = _arrays.arrays(splits, reading, name)
+    options = ReadOptions(target=target, split_ratio=split_ratio, split_seed=split_seed)
+    found = _arrays.arrays(splits, options, name)
     names = None if classes is None else tuple(classes)
-    named = {key: Found(one.ids, one.labels, one.encoded, one.decode, names) for key, one in found.items()}
-    return _made(name, "arrays", "arrays", named, reading)
+    named = {key: RawSplit(one.ids, one.labels, one.encoded, one.decode, names) for key, one in found.items()}
+    return _build(name, "arrays", "arrays", named, options)
 
 
 def pictures(files: Sequence[str], decode: Decoder | None = None) -> Split:
-    """Image files of no data set, in the order given; their labels say nothing."""
+    """Image files without a data set, in the order given; their labels mean nothing."""
     paths = tuple(str(Path(file).expanduser()) for file in files)
     return Split(
         name="images",
@@ -125,61 +129,61 @@ def pictures(files: Sequence[str], decode: Decoder | None = None) -> Split:
     )
 
 
-def _local(path: Path, word: str, reading: Reading) -> tuple[str, dict[str, Found]]:
-    """What kind of folder or file it is, in words, and its splits."""
+def _read_path(path: Path, word: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
+    """The form of a folder or file, in words, and its raw splits."""
     if path.is_file():
-        return _file(path, word, reading)
+        return _read_file(path, word, options)
     children = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     splits = [name for name in SPLITS if name in children]
     if tables := _files.tables_in(path):
-        return "tables of paths", _files.tables(tables, reading)
+        return "tables of paths", _files.tables(tables, options)
     if tars := _tars.tars_in(path):
-        return "WebDataset tars", _tars.webdataset(tars, _tars.names_in(path), reading)
-    if reading.stream and _hub.has_parquet(path, splits):
-        return _remote.in_place(path, reading)
+        return "WebDataset tars", _tars.webdataset(tars, _tars.names_in(path), options)
+    if options.stream and _hub.has_parquet(path, splits):
+        return _remote.in_place(path, options)
     if _hub.has_parquet(path, splits):
-        return "Parquet files", _hub.in_folder(path, reading)
+        return "Parquet files", _hub.in_folder(path, options)
     if "train" not in splits and _arrays.npy_in(path):
-        return "arrays", _arrays.npy(path, reading)
-    if "train" in splits or (reading.carve and children):
-        return "class folders", _files.class_folders(path, splits, reading)
+        return "arrays", _arrays.npy(path, options)
+    if "train" in splits or (options.split_ratio and children):
+        return "class folders", _files.class_folders(path, splits, options)
     raise BadData(
         f"{word} has {'the folders ' + ', '.join(children[:5]) if children else 'no folders'}; allowed: {FORMS}"
     )
 
 
-def _file(path: Path, word: str, reading: Reading) -> tuple[str, dict[str, Found]]:
+def _read_file(path: Path, word: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
     if path.suffix in _files.TABLES:
-        return "table of paths", _files.tables({"train": path}, reading)
+        return "table of paths", _files.tables({"train": path}, options)
     if path.suffix == ".tar":
-        return "WebDataset tar", _tars.webdataset({"train": [str(path)]}, _tars.names_in(path.parent), reading)
+        return "WebDataset tar", _tars.webdataset({"train": [str(path)]}, _tars.names_in(path.parent), options)
     if path.suffix == ".parquet":
-        return "Parquet file", _hub.parquet(path, reading)
+        return "Parquet file", _hub.parquet(path, options)
     if path.suffix == ".npz":
-        return "arrays", _arrays.npz(path, reading)
+        return "arrays", _arrays.npz(path, options)
     raise BadData(
         f"{word} is no data set; allowed: a .csv, .tsv, .jsonl, .tar, .parquet or .npz file, or a folder: {FORMS}"
     )
 
 
-def _made(name: str, source: str, form: str, found: Mapping[str, Found], reading: Reading) -> DataSet:
-    """Rows as they were found, made one data set: labels as numbers, splits cut, all checked."""
+def _build(name: str, source: str, form: str, found: Mapping[str, RawSplit], options: ReadOptions) -> DataSet:
+    """Raw splits → a data set: labels are encoded, splits are made anew if asked for, everything is checked."""
     for split, one in found.items():
         if not len(one.ids):
             raise BadData(f"{name}, split {split}: no images; allowed: {', '.join(sorted(SUFFIXES))}")
-    if reading.carve is not None:  # of train alone: other splits may have no labels
-        found = {"train": found[_whole(found)]}
-    classes, labels = numbered(found, reading.target, name)
+    if options.split_ratio is not None:  # other splits than the one that is split anew may have no labels
+        found = {"train": found[_source_split(found)]}
+    classes, labels = encode_labels(found, options.target, name)
     splits = {
         split: Split(split, tuple(one.ids), labels[split], classes, one.encoded, one.decode, one.digests)
         for split, one in found.items()
     }
-    called = f"{name}:{reading.label_column}" if reading.label_column else name
-    return _cut(DataSet(called, source, form, splits, upright=reading.upright), reading)
+    full_name = f"{name}:{options.label_column}" if options.label_column else name
+    return _resplit(DataSet(full_name, source, form, splits, exif_transpose=options.exif_transpose), options)
 
 
-def _whole(found: Mapping[str, Any]) -> str:
-    """The split that a carve cuts: train, or the only one."""
+def _source_split(found: Mapping[str, Any]) -> str:
+    """The split that is split anew: train, or the only one."""
     if "train" in found:
         return "train"
     if len(found) == 1:
@@ -187,25 +191,25 @@ def _whole(found: Mapping[str, Any]) -> str:
     raise BadData(f"--carve cuts the split train, or the only one; there are {', '.join(found)}")
 
 
-def _cut(data: DataSet, reading: Reading) -> DataSet:
-    if reading.carve is None:
+def _resplit(data: DataSet, options: ReadOptions) -> DataSet:
+    if options.split_ratio is None:
         return _checked(data)
-    shares = _carve.parse(reading.carve)
-    parts = _carve.cut(data.splits[_whole(data.splits)], shares, reading.carve_seed)
-    words = _carve.called(shares, reading.carve_seed)
-    name = f"{data.name}~{words.replace('/', '-').replace(' seed ', '~')}"  # a file may be called by it
-    return _checked(DataSet(name, data.source, data.form, parts, words, data.upright))
+    ratio = parse_ratio(options.split_ratio)
+    parts = split_by_ratio(data.splits[_source_split(data.splits)], ratio, options.split_seed)
+    words = canonical(ratio, options.split_seed)
+    name = f"{data.name}~{words.replace('/', '-').replace(' seed ', '~')}"  # safe in a file's name
+    return _checked(DataSet(name, data.source, data.form, parts, words, data.exif_transpose))
 
 
 def _checked(data: DataSet) -> DataSet:
-    if data.target == "number":
+    if data.label_kind == "number":
         for name, split in data.splits.items():
             if len(np.unique(split.labels)) < 2:
                 raise BadData(
                     f"{data.name}, split {name}: every label is {split.labels[0]:g}; a probe needs two or more"
                 )
         return data
-    if data.target == "labels":
+    if data.label_kind == "labels":
         if not data.classes:
             raise BadData(f"{data.name}: no image has a label")
         return data
@@ -228,12 +232,12 @@ def _checked(data: DataSet) -> DataSet:
 # --- the embedded digits ---------------------------------------------------------------------------------------------
 
 
-def _eight(data: bytes) -> Image.Image:
+def _decode_digit(data: bytes) -> Image.Image:
     return Image.frombytes("L", (8, 8), data).convert("RGB")
 
 
 class _Digits:
-    """Rows of scikit-learn's table."""
+    """Images of scikit-learn's digits, as bytes."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels  # [images, 8, 8] uint8
@@ -244,7 +248,7 @@ class _Digits:
 
 @lru_cache(maxsize=1)
 def _digits() -> DataSet:
-    """scikit-learn's 1,797 hand-written digits; in every class each fifth image is for the test."""
+    """scikit-learn's 1,797 hand-written digits; every fifth image of a class is in the test split."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -262,7 +266,7 @@ def _digits() -> DataSet:
             labels=labels[rows],
             classes=classes,
             encoded=_Digits(pixels[rows]),
-            decode=_eight,
+            decode=_decode_digit,
         )
 
     test = turn % 5 == 4  # every fifth of a class

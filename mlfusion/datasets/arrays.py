@@ -1,4 +1,4 @@
-"""Images as arrays: of a program, or in .npz and .npy files. A row is kept as a PGM or PPM image, so that its bytes say all."""
+"""Reads images from arrays, in memory or in .npz and .npy files; each row becomes a PGM or PPM file, whose bytes say all."""
 
 import zipfile
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlfusion.datasets.columns import SPLITS
-from mlfusion.datasets.split import Found, Reading
+from mlfusion.datasets.split import RawSplit, ReadOptions, decoder
 from mlfusion.errors import BadData
 
 SHAPES = "[N, height, width] or [N, height, width, 3] of uint8, or [N, height, width] of uint16"
@@ -17,25 +17,25 @@ SHAPES = "[N, height, width] or [N, height, width, 3] of uint8, or [N, height, w
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """Rows of an array in memory, each as a PGM or PPM file's bytes."""
+    """Rows of an array in memory, each as the bytes of a PGM or PPM file."""
 
     images: np.ndarray
 
     def __call__(self, row: int) -> bytes:
-        return encoded(self.images[row])
+        return encode_netpbm(self.images[row])
 
 
 @dataclass(frozen=True, eq=False)
 class PixelFile:
-    """Rows of a .npy file, which is mapped when it is read and pickles as its path."""
+    """Rows of a .npy file, which is memory-mapped when it is read and pickles as its path."""
 
     path: str
 
     def __call__(self, row: int) -> bytes:
-        return encoded(np.load(self.path, mmap_mode="r", allow_pickle=False)[row])
+        return encode_netpbm(np.load(self.path, mmap_mode="r", allow_pickle=False)[row])
 
 
-def encoded(pixels: np.ndarray) -> bytes:
+def encode_netpbm(pixels: np.ndarray) -> bytes:
     """[height, width] or [height, width, 3] → a binary PGM or PPM file (netpbm.sourceforge.net/doc), lossless."""
     height, width = pixels.shape[:2]
     most = 65535 if pixels.dtype == np.uint16 else 255
@@ -43,11 +43,11 @@ def encoded(pixels: np.ndarray) -> bytes:
     return head + np.ascontiguousarray(pixels, ">u2" if most > 255 else "u1").tobytes()
 
 
-def arrays(given: Mapping[str, tuple[Any, Any]], reading: Reading, where: str) -> dict[str, Found]:
-    """Splits of (images, labels).
+def arrays(given: Mapping[str, tuple[Any, Any]], options: ReadOptions, where: str) -> dict[str, RawSplit]:
+    """Raw splits of (images, labels).
 
     Raises:
-        BadData: images of another shape or type, or not as many labels.
+        BadData: images of another shape or type, or a different number of labels.
     """
     splits = {}
     for name, pair in given.items():
@@ -55,13 +55,13 @@ def arrays(given: Mapping[str, tuple[Any, Any]], reading: Reading, where: str) -
             raise BadData(f"{where}, split {name}: allowed is a pair (images, labels)")
         images, labels = np.asarray(pair[0]), pair[1]
         _check(images, len(labels), f"{where}, split {name}")
-        splits[name] = _found(name, len(images), labels, Pixels(images), reading)
+        splits[name] = _raw_split(name, len(images), labels, Pixels(images), options)
     return splits
 
 
-def _found(name: str, count: int, labels: Any, rows: Any, reading: Reading) -> Found:
-    return Found(
-        ids=tuple(f"{name}/{row}" for row in range(count)), labels=labels, encoded=rows, decode=reading.decoder
+def _raw_split(name: str, count: int, labels: Any, rows: Any, options: ReadOptions) -> RawSplit:
+    return RawSplit(
+        ids=tuple(f"{name}/{row}" for row in range(count)), labels=labels, encoded=rows, decode=decoder(options)
     )
 
 
@@ -76,19 +76,19 @@ def _check(images: np.ndarray, labels: int, where: str) -> None:
         raise BadData(f"{where}: {len(images):,} images and {labels:,} labels; allowed: as many of each")
 
 
-def npz(path: Path, reading: Reading) -> dict[str, Found]:
-    """A .npz file with images and labels, or train_images, train_labels, test_images … (or x_train, y_train, …).
+def npz(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
+    """Read a .npz file with images and labels, or train_images, train_labels, test_images … (or x_train, y_train, …).
 
     Raises:
-        BadData: no such arrays, or one that would need pickle.
+        BadData: it has no such arrays, or one that would need pickle.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = _pairs(list(file.files), str(path), reading)
+            names = _array_names(list(file.files), str(path), options)
             given = {split: (file[images], file[labels]) for split, (images, labels) in names.items()}
     except (ValueError, OSError, zipfile.BadZipFile) as err:
         raise BadData(f"{path} cannot be read: {err}; allowed: arrays of numbers, written by numpy.savez") from err
-    return arrays(given, reading, str(path))
+    return arrays(given, options, str(path))
 
 
 def npy_in(root: Path) -> list[Path]:
@@ -96,13 +96,13 @@ def npy_in(root: Path) -> list[Path]:
     return sorted(root.glob("*.npy"))
 
 
-def npy(root: Path, reading: Reading) -> dict[str, Found]:
-    """A folder with train_images.npy, train_labels.npy, …; images are mapped, not loaded.
+def npy(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
+    """Read a folder with train_images.npy, train_labels.npy, …; images are memory-mapped.
 
     Raises:
         BadData: as `npz`.
     """
-    names = _pairs([path.stem for path in npy_in(root)], str(root), reading)
+    names = _array_names([path.stem for path in npy_in(root)], str(root), options)
     splits = {}
     for split, (images, labels) in names.items():
         file = root / f"{images}.npy"
@@ -112,14 +112,14 @@ def npy(root: Path, reading: Reading) -> dict[str, Found]:
         except (ValueError, OSError) as err:
             raise BadData(f"{root}: {err}; allowed: arrays of numbers, written by numpy.save") from err
         _check(mapped, len(values), f"{root}, split {split}")
-        splits[split] = _found(split, len(mapped), values, PixelFile(str(file)), reading)
+        splits[split] = _raw_split(split, len(mapped), values, PixelFile(str(file)), options)
     return splits
 
 
-def _pairs(there: list[str], where: str, reading: Reading) -> dict[str, tuple[str, str]]:
-    """By split, the names of its images and of its labels."""
-    if reading.image_column or reading.label_column:
-        pair = (reading.image_column or "images", reading.label_column or "labels")
+def _array_names(there: list[str], where: str, options: ReadOptions) -> dict[str, tuple[str, str]]:
+    """Split → the names of its arrays of images and of labels."""
+    if options.image_column or options.label_column:
+        pair = (options.image_column or "images", options.label_column or "labels")
         if absent := [name for name in pair if name not in there]:
             raise BadData(f"{where} has no array {absent[0]!r}; it has {', '.join(there) or 'none'}")
         return {"train": pair}

@@ -1,8 +1,8 @@
-"""The data sets that have names: rows of `catalogue.csv`, the study's twenty and the embedded one.
+"""The catalogue of data sets: rows of `catalogue.csv`, the study's twenty and the embedded one.
 
-Sizes and classes of training splits are the study's (arXiv 2601.09322); test sizes those that DataComp's task list gives for
-the same exports (mlfoundations/datacomp, tasklist.yml), dmlab's the hub's. Terms are as the makers' pages state them, empty
-where they state none; look there before you use a set.
+Sizes and classes of training splits are the study's (arXiv 2601.09322). Test sizes are those of DataComp's task list for the
+same exports (mlfoundations/datacomp, tasklist.yml), and the hub's for dmlab. Terms are as the makers' pages state them,
+empty if they state none; look there before you use a set.
 """
 
 import csv
@@ -12,7 +12,7 @@ from importlib.resources import files
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class CatalogueRow:
     """One line of the catalogue."""
 
     name: str
@@ -25,11 +25,11 @@ class Row:
 
 
 @lru_cache(maxsize=1)
-def catalogue() -> dict[str, Row]:
-    """Every row by its name, in their order."""
+def catalogue() -> dict[str, CatalogueRow]:
+    """Name → row, in the order of the file."""
     text = (files("mlfusion.datasets") / "catalogue.csv").read_text(encoding="utf-8")
     return {
-        cells["name"]: Row(
+        cells["name"]: CatalogueRow(
             name=cells["name"],
             source=cells["source"],
             domain=cells["domain"],

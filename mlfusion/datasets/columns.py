@@ -1,4 +1,4 @@
-"""Which column holds the images and which the labels: as the user says, else by type and usual name, in every table alike."""
+"""Chooses the columns of images and labels: as the user says, else by type and usual name, by one rule for all tables."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,11 +9,19 @@ LABELS = ("label", "cls", "labels", "class", "target", "fine_label")
 SPLITS = ("train", "test", "validation", "val")
 
 
-def choose(
+def choose_column(
     what: str, columns: Mapping[str, str], asked: str | None, likely: Sequence[str], usual: Sequence[str], where: str
 ) -> str:
-    """One column of `columns` (name → type in words): the one asked for; of those likely by type the first of a usual name, or
-    the only one; else the first of a usual name.
+    """Return the column asked for, or choose one by type and name.
+
+    Args:
+        what: 'image' or 'label', for the message.
+        columns: name → type in words.
+        asked: the column that the user named, if any.
+        likely: columns whose type fits.
+        usual: usual names, the best first. The first that is likely is chosen, or the only likely column; if none is
+            likely, the first usual name that is a column.
+        where: the table, for the message.
 
     Raises:
         BadData: lists the columns and their types.
@@ -22,24 +30,26 @@ def choose(
     if asked is not None:
         if asked in columns:
             return asked
-        raise BadData(f"{where} has no column {asked!r}; {option} may be: {described(columns)}")
+        raise BadData(f"{where} has no column {asked!r}; {option} may be: {list_columns(columns)}")
     fitting = [name for name in usual if name in likely] or (list(likely) if len(likely) == 1 else [])
     fitting = fitting or ([name for name in usual if name in columns] if not likely else [])
     if fitting:
         return fitting[0]
-    raise BadData(f"{where}: which column holds the {what} is not plain; give {option}, one of: {described(columns)}")
+    raise BadData(
+        f"{where}: which column holds the {what} is not plain; give {option}, one of: {list_columns(columns)}"
+    )
 
 
-def described(columns: Mapping[str, str]) -> str:
+def list_columns(columns: Mapping[str, str]) -> str:
     """'label (whole number), path (text)'."""
     return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
 
 
-def unique(ids: Sequence[str], where: str) -> tuple[str, ...]:
-    """The ids, if no two are the same.
+def require_unique(ids: Sequence[str], where: str) -> tuple[str, ...]:
+    """Return the ids.
 
     Raises:
-        BadData: two are.
+        BadData: two of them are equal.
     """
     if len(set(ids)) < len(ids):
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""What is in a data set, and on request whether every image of it can be read."""
+"""Summarises a data set, and on request checks that every image of it can be read."""
 
 import os
 from collections.abc import Callable
@@ -14,25 +14,27 @@ FIRST = 3  # ids that are shown of a split
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
-    """What reading every image of a split came to."""
+class ReadCheck:
+    """The result of reading every image of a split."""
 
     unreadable: dict[str, str]  # id → why
     smallest: tuple[int, int] | None  # width, height, by area
     largest: tuple[int, int] | None
-    repeated: int  # images whose bytes are those of an earlier one of the split
-    elsewhere: dict[str, int]  # by earlier split, images whose bytes are in it too
+    repeated: int  # images whose bytes equal those of an earlier image of the split
+    elsewhere: dict[str, int]  # earlier split → images whose bytes are in it too
 
 
 @dataclass(frozen=True, kw_only=True)
-class Described:
-    """One split in figures."""
+class SplitSummary:
+    """The numbers of one split."""
 
     split: str
     images: int
-    labels: dict[str, float]  # of classes: fewest and most images; of labels: a mean per image; of numbers: their range
+    labels: dict[
+        str, float
+    ]  # fewest and most images of a class or label, labels per image; or the range of the numbers
     first_ids: tuple[str, ...]
-    checked: Checked | None
+    checked: ReadCheck | None
 
     def to_json(self) -> dict[str, object]:
         """As `mlfusion data --json` prints it."""
@@ -41,11 +43,11 @@ class Described:
 
 def describe(
     data: DataSet, *, check: bool = False, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> list[Described]:
-    """Every split. `check` decodes all images; `progress` is told split, images done, and of how many."""
+) -> list[SplitSummary]:
+    """Summarise every split; with `check`, decode all images. `progress` gets split, images done, and their total."""
     seen: dict[str, set[bytes]] = {}
     return [
-        Described(
+        SplitSummary(
             split=split.name,
             images=len(split),
             labels=_labels(split),
@@ -57,18 +59,18 @@ def describe(
 
 
 def _labels(split: Split) -> dict[str, float]:
-    if split.target == "number":
+    if split.label_kind == "number":
         return {"least": float(split.labels.min()), "most": float(split.labels.max())}
     counts = (
-        split.labels.sum(0) if split.target == "labels" else np.bincount(split.labels, minlength=len(split.classes))
+        split.labels.sum(0) if split.label_kind == "labels" else np.bincount(split.labels, minlength=len(split.classes))
     )
     found: dict[str, float] = {"fewest": int(counts.min()), "most": int(counts.max())}
-    if split.target == "labels":
+    if split.label_kind == "labels":
         found["mean"] = round(float(split.labels.sum(1).mean()), 3)
     return found
 
 
-def _check(split: Split, seen: dict[str, set[bytes]], progress: Callable[[str, int, int], None]) -> Checked:
+def _check(split: Split, seen: dict[str, set[bytes]], progress: Callable[[str, int, int], None]) -> ReadCheck:
     def look(row: int) -> tuple[bytes, tuple[int, int] | str]:
         digest = b""
         try:
@@ -97,7 +99,7 @@ def _check(split: Split, seen: dict[str, set[bytes]], progress: Callable[[str, i
             progress(split.name, row + 1, len(split))
     seen[split.name] = own
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
-    return Checked(
+    return ReadCheck(
         unreadable=unreadable,
         smallest=by_area[0] if by_area else None,
         largest=by_area[-1] if by_area else None,

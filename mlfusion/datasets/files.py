@@ -1,4 +1,4 @@
-"""Images that are files: folders of class folders, and tables that name files. Every path stays in its folder."""
+"""Reads images that are files: folders of class folders, and tables of paths. No path may lead out of its folder."""
 
 import csv
 import json
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfusion.datasets.columns import IMAGES, LABELS, SPLITS, choose, described, unique
+from mlfusion.datasets.columns import IMAGES, LABELS, SPLITS, choose_column, list_columns, require_unique
 from mlfusion.datasets.images import SUFFIXES
-from mlfusion.datasets.split import Found, Reading
+from mlfusion.datasets.split import RawSplit, ReadOptions, decoder
 from mlfusion.errors import BadData
 
 TABLES = (".csv", ".tsv", ".jsonl")
 BESIDE = ("metadata", "labels")
-"""Names of a table that lies beside its split's images; the first is the hub's."""
+"""Names of a table in the folder of its split's images; the first is the hub's."""
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Image files below a folder."""
+    """Image files below a folder, by row."""
 
     root: str
     paths: tuple[str, ...]
@@ -33,7 +33,7 @@ class Files:
 # --- folders of class folders ----------------------------------------------------------------------------------------
 
 
-def class_folders(root: Path, splits: Sequence[str], reading: Reading) -> dict[str, Found]:
+def class_folders(root: Path, splits: Sequence[str], options: ReadOptions) -> dict[str, RawSplit]:
     """<split>/<class>/…/<image>, or with no splits <class>/…/<image>; in the order of the paths.
 
     Raises:
@@ -42,11 +42,11 @@ def class_folders(root: Path, splits: Sequence[str], reading: Reading) -> dict[s
     files = {name: _class_files(root, name) for name in splits or ("",)}
     classes = tuple(sorted({label for found in files.values() for label, _ in found}))
     return {
-        name or "train": Found(
+        name or "train": RawSplit(
             ids=(paths := tuple(path for _, path in found)),
             labels=[label for label, _ in found],
             encoded=Files(str(root), paths),
-            decode=reading.decoder,
+            decode=decoder(options),
             names=classes,
         )
         for name, found in files.items()
@@ -56,7 +56,7 @@ def class_folders(root: Path, splits: Sequence[str], reading: Reading) -> dict[s
 def _class_files(root: Path, split: str) -> list[tuple[str, str]]:
     """(class, path below the root) of every image, sorted by path."""
     top = root / split
-    _stay(top, root)
+    _refuse_outside(top, root)
     found = []
     for path in _walk(top, root):
         inner = path.removeprefix(f"{split}/") if split else path
@@ -75,7 +75,7 @@ def _walk(folder: Path, root: Path) -> Iterator[str]:
             if one.name.startswith("."):
                 continue
             if one.is_symlink():
-                _stay(Path(one.path), root)
+                _refuse_outside(Path(one.path), root)
                 if one.is_dir():
                     raise BadData(f"{one.path} is a link to a folder; put the folder itself there")
             if one.is_dir(follow_symlinks=False):
@@ -84,7 +84,7 @@ def _walk(folder: Path, root: Path) -> Iterator[str]:
                 yield Path(one.path).relative_to(root).as_posix()
 
 
-def _stay(path: Path, root: Path) -> None:
+def _refuse_outside(path: Path, root: Path) -> None:
     if path.is_symlink() and not path.resolve().is_relative_to(root):
         raise BadData(f"{path} is a link that leads out of {root}; copy what it leads to into the folder instead")
 
@@ -103,8 +103,8 @@ def tables_in(root: Path) -> dict[str, Path]:
     return found
 
 
-def tables(found: dict[str, Path], reading: Reading) -> dict[str, Found]:
-    """A table for each split; or one table, whose column `split`, if it has one, says which row is of which."""
+def tables(found: dict[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
+    """Read one table per split, or one table for all, whose column `split`, if it has one, names each row's split."""
     splits = {}
     for split, path in found.items():
         columns, rows = read_table(path)
@@ -114,31 +114,31 @@ def tables(found: dict[str, Path], reading: Reading) -> dict[str, Found]:
             parts.setdefault(str(cells.get("split")) if len(found) == 1 and "split" in columns else split, []).append(
                 row
             )
-        root = Path(reading.image_root or path.parent).expanduser().resolve()
+        root = Path(options.image_root or path.parent).expanduser().resolve()
         likely = [name for name in columns if _names_an_image(rows[0].get(name))]
-        image = choose("image", columns, reading.image_column, likely, IMAGES, where)
-        others = [name for name in columns if name not in (image, reading.id_column, "split")]
+        image = choose_column("image", columns, options.image_column, likely, IMAGES, where)
+        others = [name for name in columns if name not in (image, options.id_column, "split")]
         usual = [name for name in LABELS if name in others]
-        label = choose("label", columns, reading.label_column, usual or others, LABELS, where)
-        if reading.id_column is not None and reading.id_column not in columns:
-            raise BadData(f"{where} has no column {reading.id_column!r}; --id-column may be: {described(columns)}")
+        label = choose_column("label", columns, options.label_column, usual or others, LABELS, where)
+        if options.id_column is not None and options.id_column not in columns:
+            raise BadData(f"{where} has no column {options.id_column!r}; --id-column may be: {list_columns(columns)}")
         paths = _paths(root, [cells.get(image) for cells in rows], where)
         for name, chosen in parts.items():
-            ids = tuple(str(rows[row][reading.id_column]) if reading.id_column else paths[row] for row in chosen)
-            splits[name] = Found(
-                ids=unique(ids, where),
+            ids = tuple(str(rows[row][options.id_column]) if options.id_column else paths[row] for row in chosen)
+            splits[name] = RawSplit(
+                ids=require_unique(ids, where),
                 labels=[rows[row].get(label) for row in chosen],
                 encoded=Files(str(root), tuple(paths[row] for row in chosen)),
-                decode=reading.decoder,
+                decode=decoder(options),
             )
     return splits
 
 
 def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """A CSV (comma, semicolon or tab) or JSON Lines file: its columns with their types in words, and its rows.
+    """Read a CSV (comma, semicolon or tab) or JSON Lines file → its columns with their types in words, and its rows.
 
     Raises:
-        BadData: not of that form, or empty; the line is named.
+        BadData: the file is empty or not of that form; the message names the line.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -164,8 +164,8 @@ def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     columns: dict[str, str] = {}
     for cells in rows[:1000]:
         for name, value in cells.items():
-            kind = _kind(value)
-            columns[name] = kind if columns.get(name, kind) == kind else _joined(columns[name], kind)
+            kind = _cell_type(value)
+            columns[name] = kind if columns.get(name, kind) == kind else _common_type(columns[name], kind)
     return columns, rows
 
 
@@ -181,8 +181,8 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield cells
 
 
-def _kind(value: Any) -> str:
-    """The type of a cell, in words; text that reads as a number is one."""
+def _cell_type(value: Any) -> str:
+    """The type of a cell, in words; text that reads as a number counts as a number."""
     if isinstance(value, str):
         for kind, read in (("whole number", int), ("number", float)):
             try:
@@ -195,7 +195,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "nothing")
 
 
-def _joined(one: str, other: str) -> str:
+def _common_type(one: str, other: str) -> str:
     if "nothing" in (one, other):
         return other if one == "nothing" else one
     return "number" if {one, other} == {"number", "whole number"} else "text" if "text" in (one, other) else "mixed"
@@ -206,7 +206,7 @@ def _names_an_image(value: Any) -> bool:
 
 
 def _paths(root: Path, written: Sequence[Any], where: str) -> list[str]:
-    """Paths below the root, as they are written there, of files that are there and lead nowhere else."""
+    """The paths relative to the root, checked: each names a file that exists below the root."""
     real: dict[str, bool] = {}
     paths, absent = [], []
     for row, path in enumerate(written):

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and Parquet files, through the datasets library; tars of the hub go to `tars`."""
+"""Reads data sets of the Hugging Face hub, and Parquet files, through the datasets library; `tars` reads the hub's tars."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfusion.datasets.columns import IMAGES, LABELS, choose, described, unique
-from mlfusion.datasets.split import Found, Reading
+from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, list_columns, require_unique
+from mlfusion.datasets.split import RawSplit, ReadOptions, decoder
 from mlfusion.errors import BadData, Unavailable
 
 KEY = "__key__"  # the datasets library's name for a WebDataset sample's
@@ -16,7 +16,7 @@ KEY = "__key__"  # the datasets library's name for a WebDataset sample's
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """A column of images in an Arrow table on disk, which pickles as its place."""
+    """A column of images in an Arrow table on disk, which pickles as its path."""
 
     table: Any  # datasets.Dataset of this column alone, not decoded
     column: str
@@ -27,7 +27,7 @@ class Cells:
 
 
 def cell_bytes(cell: Any, root: str | None) -> bytes:
-    """An image's bytes from its cell: bytes, or the hub's {bytes, path}, whose path may only lead below `root`."""
+    """An image's bytes from its cell: bytes, or the hub's {bytes, path}, whose path must lie below `root`."""
     if isinstance(cell, (bytes, bytearray)):
         return bytes(cell)
     if cell is None:
@@ -40,8 +40,8 @@ def cell_bytes(cell: Any, root: str | None) -> bytes:
     return path.read_bytes()
 
 
-def on_hub(name: str, source: str, reading: Reading) -> Path | dict[str, Found]:
-    """A data set by its id: the folder its tars were downloaded to, or its splits.
+def load(name: str, source: str, options: ReadOptions) -> Path | dict[str, RawSplit]:
+    """Download a data set → the folder of its tars, or its raw splits.
 
     Raises:
         Unavailable: no such data set, or no network.
@@ -56,12 +56,12 @@ def on_hub(name: str, source: str, reading: Reading) -> Path | dict[str, Found]:
         if any(file.endswith(".tar") for file in files) or (offline and "/wds_" in source):
             # Read where they lie: the datasets library would unpack them into a second copy, and may take them for text.
             return Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.tar", "*classnames.txt"]))
-        return from_library(name, lambda: library.load_dataset(source, reading.config), reading, None)
+        return from_library(name, lambda: library.load_dataset(source, options.config), options, None)
 
 
 @contextmanager
 def reaching(name: str, source: str | None = None) -> Iterator[None]:
-    """Turn the hub's refusals, and its silence, into words about what was asked for.
+    """Translate the errors of the hub and of the network, inside the with statement.
 
     Raises:
         Unavailable: no such data set, or no network.
@@ -86,31 +86,31 @@ def reaching(name: str, source: str | None = None) -> Iterator[None]:
 
 
 def has_parquet(root: Path, splits: Sequence[str]) -> bool:
-    """Whether a folder holds Parquet files where the hub would have them."""
+    """Whether a folder holds Parquet files where the hub puts them."""
     if splits:
         return any(next(folder.glob("*.parquet"), None) for folder in (root, *(root / split for split in splits)))
     return next(root.rglob("*.parquet"), None) is not None
 
 
-def in_folder(root: Path, reading: Reading) -> dict[str, Found]:
-    """A hub data set that was downloaded by other means: a folder with Parquet files, split as the hub does it."""
+def in_folder(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
+    """Read a folder with Parquet files, such as a hub data set that was downloaded by other means."""
     import datasets as library
 
-    return from_library(root.name, lambda: library.load_dataset(str(root), reading.config), reading, root)
+    return from_library(root.name, lambda: library.load_dataset(str(root), options.config), options, root)
 
 
-def parquet(path: Path, reading: Reading) -> dict[str, Found]:
-    """One Parquet file."""
+def parquet(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
+    """Read one Parquet file."""
     import datasets as library
 
     def load() -> Any:
         return library.load_dataset("parquet", data_files={"train": str(path)})
 
-    return from_library(path.name, load, reading, None)
+    return from_library(path.name, load, options, None)
 
 
-def from_library(name: str, load: Any, reading: Reading, root: Path | None) -> dict[str, Found]:
-    """What the datasets library reads, with its columns chosen."""
+def from_library(name: str, load: Any, options: ReadOptions, root: Path | None) -> dict[str, RawSplit]:
+    """Raw splits of what the datasets library loads."""
     import datasets as library
 
     library.disable_progress_bars()
@@ -120,49 +120,49 @@ def from_library(name: str, load: Any, reading: Reading, root: Path | None) -> d
         lines = str(err).splitlines() or [type(err).__name__]
         hint = "; choose one with --config" if "onfig name is missing" in lines[0] else ""
         raise BadData(f"{name} cannot be read as images: {' '.join(lines)[:300]}{hint}") from err
-    return {split: _found(f"{name}, split {split}", split, table, reading, root) for split, table in loaded.items()}
+    return {split: _raw_split(f"{name}, split {split}", split, table, options, root) for split, table in loaded.items()}
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Which columns of a table are what."""
+class TableColumns:
+    """The columns of a table that are used."""
 
     image: str
     label: str
     id: str | None
-    decoded: bool  # the image column is one of the library's images
-    names: tuple[str, ...] | None  # of the classes that label numbers stand for
+    decoded: bool  # the image column has the library's type Image
+    names: tuple[str, ...] | None  # class names that label numbers stand for
 
 
-def chosen(features: Any, reading: Reading, where: str) -> Chosen:
-    """The columns of a table, as the user says or by their types and names.
+def choose_columns(features: Any, options: ReadOptions, where: str) -> TableColumns:
+    """Choose the columns of a table, as the user says or by their types and names.
 
     Raises:
-        BadData: lists them.
+        BadData: no column fits; the message lists them.
     """
     import datasets as library
 
     columns = {column: _type(feature) for column, feature in features.items()}
     pictures = [column for column, kind in columns.items() if kind == "image"]
     raw = [column for column, kind in columns.items() if kind == "bytes"]
-    image = choose("image", columns, reading.image_column, pictures or raw, IMAGES, where)
+    image = choose_column("image", columns, options.image_column, pictures or raw, IMAGES, where)
     if columns[image] not in ("image", "bytes"):
-        raise BadData(f"{where}: {image} holds no images; --image-column may be: {described(columns)}")
+        raise BadData(f"{where}: {image} holds no images; --image-column may be: {list_columns(columns)}")
     usual = [column for column in LABELS if column in columns]
     typed = [column for column, kind in columns.items() if kind.startswith("class of")]
     likely = [column for column in usual if column in typed] or typed[:1] or usual
-    label = choose("label", columns, reading.label_column, likely, LABELS, where)
-    if reading.id_column is not None and reading.id_column not in columns:
-        raise BadData(f"{where} has no column {reading.id_column!r}; --id-column may be: {described(columns)}")
+    label = choose_column("label", columns, options.label_column, likely, LABELS, where)
+    if options.id_column is not None and options.id_column not in columns:
+        raise BadData(f"{where} has no column {options.id_column!r}; --id-column may be: {list_columns(columns)}")
     inner = getattr(features[label], "feature", features[label])
     names = tuple(inner.names) if isinstance(inner, library.ClassLabel) else None
-    return Chosen(image, label, reading.id_column, columns[image] == "image", names)
+    return TableColumns(image, label, options.id_column, columns[image] == "image", names)
 
 
-def _found(where: str, split: str, table: Any, reading: Reading, root: Path | None) -> Found:
+def _raw_split(where: str, split: str, table: Any, options: ReadOptions, root: Path | None) -> RawSplit:
     import datasets as library
 
-    columns = chosen(table.features, reading, where)
+    columns = choose_columns(table.features, options, where)
     images = table.select_columns([columns.image])
     if columns.decoded:
         images = images.cast_column(columns.image, library.Image(decode=False))
@@ -172,11 +172,11 @@ def _found(where: str, split: str, table: Any, reading: Reading, root: Path | No
         ids = [f"{split}/{key}" for key in (table[KEY][:] if KEY in table.features else range(len(table)))]
     # Where the library unpacks what a hub data set's files hold.
     place = root or Path(os.path.realpath(library.config.HF_CACHE_HOME))
-    return Found(
-        ids=unique(ids, where),
+    return RawSplit(
+        ids=require_unique(ids, where),
         labels=table.with_format(None)[columns.label][:],
         encoded=Cells(images, columns.image, str(place)),
-        decode=reading.decoder,
+        decode=decoder(options),
         names=columns.names,
     )
 

@@ -1,11 +1,11 @@
-"""From an image's bytes to its picture: a function of the bytes and of two settings alone, the same in every process.
+"""Decodes an image file's bytes: a function of the bytes and of two settings only, the same in every process.
 
-What PIL does with a file is what happens, with four exceptions, each where PIL would be wrong without a word or would run
-what it should not: see `Decoder`.
+PIL decodes, with four exceptions where it would silently be wrong or run code that it should not: see `Decoder`.
 """
 
 import io
 import re
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,42 +14,61 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mlfusion.errors import BadImage
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-"""Of files in a folder that are taken for images."""
+"""Suffixes of the files in a folder that count as images."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
-"""That are opened; others of PIL's are left out, some because they start programs of their own (EPS)."""
+"""PIL's formats that are opened; others are left out, some because they start programs (EPS)."""
 
 MAX_PIXELS = 2 * 89_478_485
-"""Width x height beyond which PIL refuses an image as a decompression bomb, and so do we unless told otherwise."""
+"""Default limit on width x height; beyond it PIL refuses an image as a decompression bomb."""
+
+
+_pil_limit = threading.Lock()
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    """Open an image of up to `max_pixels`, which may be more than PIL's own limit.
+
+    PIL has one limit for the whole process: it is raised only while such an image is opened, and then put back.
+    """
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        pass
+    with _pil_limit:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = max(max_pixels, before or 0)
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Encoded bytes → the picture in RGB, of the first frame where there are several.
+    """Encoded bytes → RGB image; of an animation, the first frame.
 
-    * Sizes are looked at before anything is decoded; an image of more than `max_pixels` is refused.
+    * The size is checked before anything is decoded; an image of more than `max_pixels` is refused.
     * 16-bit grey keeps its high byte, as PIL itself reads 16-bit colour; PIL's conversion would turn all above 255 white.
     * Integers and floats of 32 bits have no range that would say what is white, and are refused.
-    * An orientation in the EXIF is left alone, as in the study and in the hub's image processors, unless `upright`.
+    * An orientation in the EXIF is left alone, as in the study and in the hub's image processors, unless `exif_transpose`.
 
     Transparency is dropped, CMYK, palettes and grey are converted as PIL does.
     """
 
-    upright: bool = False
+    exif_transpose: bool = False
     max_pixels: int = MAX_PIXELS
 
     def __call__(self, data: bytes) -> Image.Image:
-        """The picture.
+        """Decode one image.
 
         Raises:
-            BadImage: why there is none.
+            BadImage: the bytes are not an image that can be read; says why.
         """
         if not data:
             raise BadImage("the file is empty")
-        if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
-            Image.MAX_IMAGE_PIXELS = self.max_pixels  # PIL refuses more than twice its own; somebody asked for that
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with _opened(data, self.max_pixels) as image:
                 if (pixels := image.width * image.height) > self.max_pixels:
                     raise BadImage(self._too_large(f"{image.width:,} x {image.height:,} = {pixels:,}"))
                 return self._rgb(image)
@@ -70,7 +89,7 @@ class Decoder:
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
         if image.mode in ("I", "F") and not deep:
             raise BadImage("32-bit pixels, of which nothing says what is white; save it with 8 or 16 bits")
-        if self.upright:
+        if self.exif_transpose:
             image = ImageOps.exif_transpose(image)
         if deep:
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""From labels as they are written to numbers: one class, several labels, or a number; the same rule for every form."""
+"""Encodes labels as numbers, by one rule for every form: one class, several labels, or a number."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,27 +6,32 @@ from typing import Any
 
 import numpy as np
 
-from mlfusion.datasets.split import TARGETS, Found, Target
+from mlfusion.datasets.split import LABEL_KINDS, LabelKind, RawSplit
 from mlfusion.errors import BadData, UnknownName
 
 SEVERAL = ";"
-"""Parts the labels of one image where they are text."""
+"""Separator of the labels of one image in text."""
 
 
-def numbered(
-    found: Mapping[str, Found], target: Target | None, where: str
+def encode_labels(
+    found: Mapping[str, RawSplit], target: LabelKind | None, where: str
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """The classes of all splits together, and each split's labels as numbers.
+    """Return the classes of all splits together, and each split's labels as numbers.
 
-    A class is an index [N] int64. Several labels are a row of 0 and 1 [N, C] uint8; they may be written as a list of names
-    or of class numbers, as text parted by ';', or as a vector of 0 and 1 for each image. A number is [N] float64, and
-    has no classes.
+    One class is encoded as its index, [N] int64. Several labels are encoded as rows of 0 and 1, [N, C] uint8; they may be
+    written as a list of names or of class numbers, as text separated by ';', or as a vector of 0 and 1 for each image.
+    Numbers are [N] float64, and have no classes.
+
+    Args:
+        found: the raw splits.
+        target: the kind of the labels; guessed if None.
+        where: the data set's name, for messages.
 
     Raises:
-        BadData: a label that is none of its kind; the image is named.
+        BadData: a label is not of that kind; the message names the image.
     """
-    if target is not None and target not in TARGETS:
-        raise UnknownName("target", target, TARGETS)
+    if target is not None and target not in LABEL_KINDS:
+        raise UnknownName("target", target, LABEL_KINDS)
     written = {name: _plain(one.labels) for name, one in found.items()}
     for name, one in found.items():
         if absent := [row for row, label in enumerate(written[name]) if _absent(label, one.names)]:
@@ -43,7 +48,7 @@ def numbered(
 
 
 def _plain(labels: Iterable[Any]) -> list[Any]:
-    """Without NumPy's own scalars, and vectors of one number as that number."""
+    """Labels without NumPy's scalars; a vector of one number becomes that number."""
     plain = (
         labels.tolist() if isinstance(labels, np.ndarray) else [getattr(x, "tolist", lambda x=x: x)() for x in labels]
     )
@@ -58,8 +63,8 @@ def _absent(label: Any, names: tuple[str, ...] | None) -> bool:
     return label is None or (names is not None and label == -1 and not isinstance(label, bool))
 
 
-def _guess(labels: list[Any]) -> Target:
-    """From their types; text is a number where all of it reads as numbers and some is no whole one."""
+def _guess(labels: list[Any]) -> LabelKind:
+    """The kind of the labels by their types; text means numbers if all of it reads as numbers and some is not whole."""
     if any(isinstance(label, list) for label in labels):
         return "labels"
     if any(isinstance(label, float) for label in labels):
@@ -84,12 +89,12 @@ def _is_whole(text: str) -> bool:
 
 
 def natural(text: str) -> tuple[int, str]:
-    """To sort names by: numbers by size, then words."""
+    """Sort key of names: numbers by size, then words."""
     return (int(text), "") if text.isdecimal() else (2**62, text)
 
 
 def _classes(
-    found: Mapping[str, Found], written: Mapping[str, list[Any]], where: str
+    found: Mapping[str, RawSplit], written: Mapping[str, list[Any]], where: str
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     named = {name: _named(written[name], one, where) for name, one in found.items()}
     classes = _list(found, {label for labels in named.values() for label in labels})
@@ -97,8 +102,8 @@ def _classes(
     return classes, {name: np.array([number[label] for label in labels], np.int64) for name, labels in named.items()}
 
 
-def _named(labels: list[Any], one: Found, where: str) -> list[str]:
-    """Class names; a class number stands for its name where names are known."""
+def _named(labels: list[Any], one: RawSplit, where: str) -> list[str]:
+    """Class names; a class number is replaced by its name if names are known."""
     named = []
     for row, label in enumerate(labels):
         if isinstance(label, list):
@@ -109,7 +114,7 @@ def _named(labels: list[Any], one: Found, where: str) -> list[str]:
     return named
 
 
-def _name(label: Any, one: Found, row: int, where: str) -> str:
+def _name(label: Any, one: RawSplit, row: int, where: str) -> str:
     if one.names is None or (isinstance(label, str) and label in one.names):
         return str(label)
     text = str(label)
@@ -121,8 +126,8 @@ def _name(label: Any, one: Found, row: int, where: str) -> str:
     )
 
 
-def _list(found: Mapping[str, Found], present: set[str]) -> tuple[str, ...]:
-    """All class names: as the splits list them where they agree, else those present, in natural order."""
+def _list(found: Mapping[str, RawSplit], present: set[str]) -> tuple[str, ...]:
+    """All class names: the splits' list if they agree on one, else those present, in natural order."""
     lists = {one.names for one in found.values()}
     if len(lists) == 1 and (only := lists.pop()) is not None:
         return only
@@ -130,7 +135,7 @@ def _list(found: Mapping[str, Found], present: set[str]) -> tuple[str, ...]:
 
 
 def _several(
-    found: Mapping[str, Found], written: Mapping[str, list[Any]], where: str
+    found: Mapping[str, RawSplit], written: Mapping[str, list[Any]], where: str
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     vectors = [label for labels in written.values() for label in labels]
     if all(isinstance(label, list) and all(isinstance(x, (bool, int, float)) for x in label) for label in vectors):
@@ -157,7 +162,7 @@ def _several(
 
 
 def _vectors(
-    found: Mapping[str, Found], written: Mapping[str, list[Any]], size: int
+    found: Mapping[str, RawSplit], written: Mapping[str, list[Any]], size: int
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     lists = {one.names for one in found.values()}
     names = lists.pop() if len(lists) == 1 else None
@@ -165,7 +170,7 @@ def _vectors(
     return classes, {name: np.array(labels, np.uint8).reshape(-1, size) for name, labels in written.items()}
 
 
-def _numbers(labels: list[Any], one: Found, where: str) -> np.ndarray:
+def _numbers(labels: list[Any], one: RawSplit, where: str) -> np.ndarray:
     values = np.empty(len(labels))
     for row, label in enumerate(labels):
         try:

@@ -1,19 +1,19 @@
-"""Hub data sets read from where they lie: of one commit, by ranges of bytes, after one pass that names every image.
+"""Reads hub data sets in place: by byte ranges of one commit, after one pass that indexes every image.
 
-The pass reads each file once from end to end and keeps what is small of it: ids, labels, where every image begins and the
-digest of its bytes. A commit never changes, so a file's index is kept on disk, made once, and found again after a kill. By it
-the set has the same content, and so the same entry in the cache, as when it is downloaded; and the images themselves are
-fetched only when they are run through a model.
+The pass reads each file once from end to end and keeps ids, labels, where every image begins, and the digest of its bytes.
+A commit never changes, so a file's index is stored on disk, made once, and found again after an interruption. With the index
+the data set has the same content, and so the same entry in the cache, as when it is downloaded. The images themselves are
+fetched only when a model needs them.
 """
 
 import io
 import json
 import tarfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,22 +22,22 @@ import xxhash
 
 from mlfusion import disk
 from mlfusion.datasets import tars
-from mlfusion.datasets.columns import SPLITS, unique
-from mlfusion.datasets.hub import Chosen, cell_bytes, chosen, reaching
-from mlfusion.datasets.split import Found, Reading
+from mlfusion.datasets.columns import SPLITS, require_unique
+from mlfusion.datasets.hub import TableColumns, cell_bytes, choose_columns, reaching
+from mlfusion.datasets.split import RawSplit, ReadOptions, decoder
 from mlfusion.errors import BadData
 from mlfusion.progress import Bar, track
 
-VERSION = 1  # of an index on disk
-RUN = 4  # images that lie one after another and are fetched at once, as many as a worker decodes at a time
-RUNS = 32  # of them that are kept at hand
+VERSION = 1  # of the form of an index on disk
+RUN = 4  # consecutive images that are fetched at once, as many as a worker decodes at a time
+RUNS = 32  # runs that stay in memory
 LARGE = 16 << 20  # bytes of a run, beyond which an image is fetched alone
-HUB = "datasets/"  # what paths on the hub begin with
+HUB = "datasets/"  # prefix of paths on the hub
 
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
-    """Pieces of the hub's files."""
+    """Byte ranges of the hub's files, one per image."""
 
     files: tuple[str, ...]
     where: np.ndarray  # [images, 3] int64: file, first byte, bytes
@@ -49,7 +49,7 @@ class Ranges:
         start, stop = int(run[:, 1].min()), int(run[:, 1:].sum(1).max())
         if stop - start > LARGE:
             start, stop = offset, offset + size
-        with _reach(self.files[file]):
+        with _reaching(self.files[file]):
             data = _range(self.files[file], start, stop)[offset - start :][:size]
         if len(data) < size:
             raise BadData(f"{self.files[file]} ends before byte {offset + size:,}; it is not the file that was indexed")
@@ -58,7 +58,7 @@ class Ranges:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Rows of Parquet files; a group of rows is fetched as a whole, and the last ones are kept at hand."""
+    """Rows of Parquet files; a row group is fetched as a whole, and the latest ones stay in memory."""
 
     files: tuple[str, ...]
     where: np.ndarray  # [images, 3] int64: file, group, row in the group
@@ -66,7 +66,7 @@ class Groups:
 
     def __call__(self, row: int) -> bytes:
         file, group, inner = map(int, self.where[row])
-        with _reach(self.files[file]), _turn:
+        with _reaching(self.files[file]), _turn:
             cell = _group(self.files[file], group, self.column)[inner].as_py()
         return cell_bytes(cell, None)
 
@@ -93,12 +93,39 @@ def _parquet(path: str) -> Any:
     return pyarrow.parquet.ParquetFile(opened(path))
 
 
-def _reach(path: str) -> AbstractContextManager[None]:
+def _reaching(path: str) -> AbstractContextManager[None]:
     return reaching(path) if path.startswith(HUB) else nullcontext()
 
 
+@dataclass(frozen=True)
+class Indexes:
+    """The indexes of a commit's files on disk; without a folder none is stored."""
+
+    folder: Path | None
+
+    def get(self, path: str, key: str, make: Callable[[], tars.Index]) -> tars.Index:
+        """The index of a file from an earlier pass, or from `make`; `key` says what it depends on besides the file."""
+        if self.folder is None:
+            return make()
+        name = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, path, key]).encode())
+        stored = self.folder / f"{name}.npz"
+        if stored.is_file():
+            with np.load(stored, allow_pickle=False) as held:
+                keys, labels = json.loads(held["text"].tobytes())
+                return tars.Index(keys, labels, held["where"], held["digests"])
+        index = make()
+        assert index.digests is not None
+        text = np.frombuffer(json.dumps([index.keys, index.labels]).encode(), np.uint8)
+        np.savez(file := io.BytesIO(), text=text, where=index.where, digests=index.digests)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        disk.sweep(self.folder)
+        with disk.atomic(stored) as draft:
+            draft.write_bytes(file.getvalue())
+        return index
+
+
 def opened(path: str, *, whole: bool = False) -> IO[bytes]:
-    """A file on the hub or on disk, for reading: from end to end, or here and there."""
+    """Open a file on the hub or on disk, to read all of it (`whole`) or parts."""
     if not path.startswith(HUB):
         return open(path, "rb")
     from huggingface_hub import HfFileSystem
@@ -109,8 +136,8 @@ def opened(path: str, *, whole: bool = False) -> IO[bytes]:
     )
 
 
-def streamed(source: str, reading: Reading) -> tuple[str, dict[str, Found]]:
-    """A data set of the hub, by its id: what form it has, and its splits.
+def streamed(source: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
+    """Index a data set of the hub, by its id → its form in words, and its raw splits.
 
     Raises:
         Unavailable: no such data set, or no network.
@@ -122,45 +149,52 @@ def streamed(source: str, reading: Reading) -> tuple[str, dict[str, Found]]:
         info = HfApi().dataset_info(source, timeout=10)
         base = f"{HUB}{source}@{info.sha}/"
         names = [file.rfilename for file in info.siblings or ()]
-        if reading.config is not None:
-            names = [name for name in names if name.startswith(f"{reading.config}/")]
-        kept = Path(constants.HF_HOME) / "mlfusion" / "indexes" / str(info.sha)
+        if options.config is not None:
+            names = [name for name in names if name.startswith(f"{options.config}/")]
+        indexes = Indexes(Path(constants.HF_HOME) / "mlfusion" / "indexes" / str(info.sha))
         text = None
         if tars.CLASS_NAMES in names:
             with opened(base + tars.CLASS_NAMES, whole=True) as file:
                 text = file.read().decode("utf-8")
-        return _of(names, base, tars.class_names(text), reading, kept, source)
+        return _read_splits(names, base, tars.class_names(text), options, indexes, source)
 
 
-def in_place(root: Path, reading: Reading) -> tuple[str, dict[str, Found]]:
-    """The same of a folder: Parquet files are read group by group, without the datasets library's copy."""
+def in_place(root: Path, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
+    """Index a folder's Parquet files, which are read group by group, without the datasets library's copy."""
     names = [path.relative_to(root).as_posix() for path in root.rglob("*.parquet")]
-    return _of(names, f"{root}/", None, reading, None, str(root))
+    return _read_splits(names, f"{root}/", None, options, Indexes(None), str(root))
 
 
-def _of(
-    names: Sequence[str], base: str, classes: tuple[str, ...] | None, reading: Reading, kept: Path | None, where: str
-) -> tuple[str, dict[str, Found]]:
-    if found := tars.split_of([name for name in names if name.endswith(".tar")]):
+def _read_splits(
+    names: Sequence[str],
+    base: str,
+    classes: tuple[str, ...] | None,
+    options: ReadOptions,
+    indexes: Indexes,
+    where: str,
+) -> tuple[str, dict[str, RawSplit]]:
+    if found := tars.by_split([name for name in names if name.endswith(".tar")]):
         with track(f"looking through {where}", sum(map(len, found.values())), "files") as bar:
 
-            def looked(path: str, columns: tars.Columns) -> tars.Index:
-                return _kept(kept, path, columns.key, bar) or _keep(kept, path, columns.key, _tar(path, columns), bar)
+            def index_tar(path: str, columns: tars.Columns) -> tars.Index:
+                index = indexes.get(path, columns.key, lambda: _index_tar(path, columns))
+                bar.advance()
+                return index
 
             return "WebDataset tars, read in place", {
-                split: tars.joined(split, [base + name for name in some], classes, reading, looked, Ranges)
+                split: tars.join(split, [base + name for name in some], classes, options, index_tar, Ranges)
                 for split, some in found.items()
             }
     if found := _parquet_splits([name for name in names if name.endswith(".parquet")]):
         with track(f"looking through {where}", sum(map(len, found.values())), "files") as bar:
             return "Parquet files, read in place", {
-                split: _table(split, [base + name for name in some], reading, kept, bar)
+                split: _table(split, [base + name for name in some], options, indexes, bar)
                 for split, some in found.items()
             }
     raise BadData(f"{where} holds neither tars nor Parquet files; leave --stream out, so that it is downloaded")
 
 
-def _tar(path: str, columns: tars.Columns) -> tars.Index:
+def _index_tar(path: str, columns: tars.Columns) -> tars.Index:
     try:
         with opened(path, whole=True) as file, tarfile.open(fileobj=file, mode="r|") as tar:
             return tars.index(tars.samples(tar, hashed=True), path, columns)
@@ -169,7 +203,7 @@ def _tar(path: str, columns: tars.Columns) -> tars.Index:
 
 
 def _parquet_splits(names: Sequence[str]) -> dict[str, list[str]]:
-    """By the word of a split in a path, as the hub has it: data/train-00000-of-00002.parquet, train/0000.parquet."""
+    """Split → its files, by the split's name in their paths: data/train-00000-of-00002.parquet, train/0000.parquet."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         words = name.replace("-", "/").replace("_", "/").replace(".", "/").split("/")
@@ -179,30 +213,33 @@ def _parquet_splits(names: Sequence[str]) -> dict[str, list[str]]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _table(split: str, paths: list[str], reading: Reading, kept: Path | None, bar: Bar) -> Found:
+def _table(split: str, paths: list[str], options: ReadOptions, indexes: Indexes, bar: Bar) -> RawSplit:
     import datasets as library
 
     schema = _parquet(paths[0]).schema_arrow
-    columns = chosen(library.Features.from_arrow_schema(schema), reading, f"{paths[0]}")
+    columns = choose_columns(library.Features.from_arrow_schema(schema), options, f"{paths[0]}")
     key = json.dumps([columns.image, columns.label, columns.id])
-    parts = [_kept(kept, path, key, bar) or _keep(kept, path, key, _rows(path, columns), bar) for path in paths]
+    parts = []
+    for path in paths:
+        parts.append(indexes.get(path, key, partial(_index_parquet, path, columns)))
+        bar.advance()
     count = sum(len(part.labels) for part in parts)
     files = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
     keys = [key for part in parts for key in part.keys]
-    return Found(
-        ids=unique(keys, paths[0]) if columns.id else tuple(f"{split}/{row}" for row in range(count)),
+    return RawSplit(
+        ids=require_unique(keys, paths[0]) if columns.id else tuple(f"{split}/{row}" for row in range(count)),
         labels=[label for part in parts for label in part.labels],
         encoded=Groups(
             tuple(paths), np.column_stack([files, np.concatenate([part.where for part in parts])]), columns.image
         ),
-        decode=reading.decoder,
+        decode=decoder(options),
         names=columns.names,
         digests=np.concatenate([part.digests for part in parts if part.digests is not None]),
     )
 
 
-def _rows(path: str, columns: Chosen) -> tars.Index:
-    """What one Parquet file holds."""
+def _index_parquet(path: str, columns: TableColumns) -> tars.Index:
+    """Index one Parquet file."""
     file = _parquet(path)
     keys: list[str] = []
     labels: list[Any] = []
@@ -218,35 +255,3 @@ def _rows(path: str, columns: Chosen) -> tars.Index:
             where.append((group, row))
     hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16)
     return tars.Index(keys, labels, np.array(where, np.int64).reshape(-1, 2), hashes)
-
-
-# --- indexes on disk -------------------------------------------------------------------------------------------------
-
-
-def _place(folder: Path, path: str, key: str) -> Path:
-    return folder / f"{xxhash.xxh3_128_hexdigest(json.dumps([VERSION, path, key]).encode())}.npz"
-
-
-def _kept(folder: Path | None, path: str, key: str, bar: Bar) -> tars.Index | None:
-    """A file's index from an earlier pass."""
-    if folder is None or not (place := _place(folder, path, key)).is_file():
-        return None
-    with np.load(place, allow_pickle=False) as held:
-        keys, labels = json.loads(held["text"].tobytes())
-        found = tars.Index(keys, labels, held["where"], held["digests"])
-    bar.advance()
-    return found
-
-
-def _keep(folder: Path | None, path: str, key: str, index: tars.Index, bar: Bar) -> tars.Index:
-    """Keep it for later ones."""
-    bar.advance()
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        disk.sweep(folder)
-        text = np.frombuffer(json.dumps([index.keys, index.labels]).encode(), np.uint8)
-        assert index.digests is not None
-        np.savez(file := io.BytesIO(), text=text, where=index.where, digests=index.digests)
-        with disk.atomic(_place(folder, path, key)) as draft:
-            draft.write_bytes(file.getvalue())
-    return index

@@ -1,4 +1,4 @@
-"""What every data set becomes: splits of images in a fixed order, each with its label, decoded only when asked for."""
+"""A data set in memory: splits of images in a fixed order, each with its label, decoded only when they are used."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,61 +11,61 @@ from PIL import Image
 from mlfusion.datasets.images import MAX_PIXELS, Decoder
 from mlfusion.errors import BadData, BadImage
 
-Target = Literal["class", "labels", "number"]
-TARGETS: tuple[Target, ...] = get_args(Target)
-"""What an image's label may be: one class, any number of labels, or a number."""
+LabelKind = Literal["class", "labels", "number"]
+LABEL_KINDS: tuple[LabelKind, ...] = get_args(LabelKind)
+"""The kind of an image's label: one class, any number of labels, or a number."""
 
 Encoded = Callable[[int], bytes]
-"""Row → the image's bytes as they are kept. Pickles, and works in any process that sees the same files."""
+"""Row → the bytes of the image's file. It pickles, and works in any process that sees the same files."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How to read a data set, where that is not plain from the set itself."""
+class ReadOptions:
+    """How to read a data set, where the set itself does not say."""
 
-    image_column: str | None = None  # guessed from types and usual names
-    label_column: str | None = None  # likewise
-    id_column: str | None = None  # of sample ids; without one, a path or the row's number
-    image_root: str | None = None  # folder that paths in a table begin at; the table's own
-    target: Target | None = None  # guessed from the labels' type
-    carve: str | None = None  # shares of train, (validation,) test, such as '0.8/0.1/0.1'
-    carve_seed: int = 0
-    upright: bool = False  # turn images as their EXIF says
-    max_pixels: int = MAX_PIXELS
-    config: str | None = None  # of a hub data set that has several
-    stream: bool = False  # read a hub data set from where it lies, without keeping it
+    image_column: str | None = None  # column of a table or hub data set that holds the images; guessed if not given
+    label_column: str | None = None  # column that holds the labels; guessed if not given
+    id_column: str | None = None  # column that holds sample ids; default: paths or row numbers
+    image_root: str | None = None  # folder that the paths in a table start from; default: the table's own
+    target: LabelKind | None = None  # kind of the labels; guessed if not given
+    split_ratio: str | None = None  # shares of train/test or train/validation/test, to split train anew: '0.8/0.2'
+    split_seed: int = 0  # seed of that split
+    exif_transpose: bool = False  # rotate images as their EXIF orientation says
+    max_pixels: int = MAX_PIXELS  # largest number of pixels of an image; larger images are refused
+    config: str | None = None  # configuration of a hub data set that has several
+    stream: bool = False  # read a hub data set from where it is stored, without a local copy
 
-    @property
-    def decoder(self) -> Decoder:
-        """By which images are read."""
-        return Decoder(self.upright, self.max_pixels)
+
+def decoder(options: ReadOptions) -> Decoder:
+    """The decoder of the images of a data set that is read so."""
+    return Decoder(options.exif_transpose, options.max_pixels)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The images of one split, in their order. Pickles, but for large arrays in memory at no great cost."""
+    """The images of one split, in their order. It pickles cheaply, unless the images are arrays in memory."""
 
     name: str
     ids: tuple[str, ...]
     labels: np.ndarray  # [images] int64, an index into classes; [images, classes] uint8, 0 or 1; or [images] float64
-    classes: tuple[str, ...]  # none where labels are numbers
+    classes: tuple[str, ...]  # empty if labels are numbers
     encoded: Encoded
     decode: Callable[[bytes], Image.Image]  # → RGB; a function of the bytes alone
-    digests: np.ndarray | None = None  # [images, 16] uint8, where reading the set has found them already
+    digests: np.ndarray | None = None  # [images, 16] uint8, if reading the set has computed them
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def target(self) -> Target:
-        """What the labels are."""
+    def label_kind(self) -> LabelKind:
+        """The kind of the labels."""
         return "labels" if self.labels.ndim == 2 else "class" if self.labels.dtype.kind == "i" else "number"
 
     def digest(self, row: int) -> bytes:
-        """16 bytes that name the image's encoded bytes (xxh3-128, at memory speed).
+        """The digest of the image's encoded bytes (xxh3-128, 16 bytes).
 
         Raises:
-            BadData: the bytes cannot be had.
+            BadData: the bytes cannot be read.
         """
         return xxhash.xxh3_128_digest(self.read(row)) if self.digests is None else self.digests[row].tobytes()
 
@@ -73,7 +73,7 @@ class Split:
         """The image's bytes.
 
         Raises:
-            BadData: they cannot be had, which says nothing of the image.
+            BadData: they cannot be read, for a reason that lies outside the image.
         """
         try:
             return self.encoded(row)
@@ -81,7 +81,7 @@ class Split:
             raise BadData(f"{self.ids[row]} cannot be read: {err.strerror or err}; mend that, or remove it") from err
 
     def image(self, row: int) -> Image.Image:
-        """The picture, in RGB.
+        """The image, in RGB.
 
         Raises:
             BadImage: its bytes are no image that can be read; says which and why.
@@ -94,20 +94,20 @@ class Split:
             raise BadImage(f"{self.ids[row]} cannot be read: {err}") from err
 
     def take(self, rows: np.ndarray, name: str) -> "Split":
-        """Some of its images, in that order, as a split of another name."""
+        """The images of these rows, in that order, as a split of another name."""
         return Split(
             name,
             tuple(self.ids[row] for row in rows),
             self.labels[rows],
             self.classes,
-            Taken(self.encoded, rows),
+            Subset(self.encoded, rows),
             self.decode,
             None if self.digests is None else self.digests[rows],
         )
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
+class Subset:
     """Some rows of another split's images."""
 
     whole: Encoded
@@ -118,14 +118,14 @@ class Taken:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """A split as its form holds it: ids and labels are what is written there."""
+class RawSplit:
+    """A split as its form holds it, with ids and labels as they are written there."""
 
     ids: Sequence[str]
     labels: Sequence[Any]  # text, whole numbers, numbers, lists or vectors
     encoded: Encoded
     decode: Callable[[bytes], Image.Image]
-    names: tuple[str, ...] | None = None  # of classes, where labels are their numbers; or all classes in their order
+    names: tuple[str, ...] | None = None  # class names that label numbers stand for, or all classes in their order
     digests: np.ndarray | None = None
 
 
@@ -133,33 +133,34 @@ class Found:
 class DataSet:
     """All splits of a data set, over one list of classes."""
 
-    name: str  # what people call it
+    name: str  # for people
     source: str  # hub id, "embedded", "arrays", or the absolute path of a folder or file
-    form: str  # what kind of folder or file, in words
+    form: str  # kind of folder or file, in words
     splits: Mapping[str, Split]
-    carve: str = ""  # how the splits were cut, where we cut them: '0.8/0.1/0.1 seed 0'
-    upright: bool = False  # images are turned as their EXIF says
+    resplit: str = ""  # ratio and seed if we made the splits: '0.8/0.1/0.1 seed 0'
+    exif_transpose: bool = False  # images are rotated as their EXIF orientation says
 
     @property
-    def target(self) -> Target:
-        """What its labels are."""
-        return next(iter(self.splits.values())).target
+    def label_kind(self) -> LabelKind:
+        """The kind of its labels."""
+        return next(iter(self.splits.values())).label_kind
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Of all splits; none where labels are numbers."""
+        """The classes of all splits; empty if labels are numbers."""
         return next(iter(self.splits.values())).classes
 
     def split(self, name: str) -> Split:
-        """One split by name; 'test=validation' is that of the second name, called by the first.
+        """Return one split; 'test=validation' returns the split validation under the name test.
 
         Raises:
             BadData: there is none of that name.
         """
-        called, _, kept = name.partition("=")
-        if (kept or called) not in self.splits:
+        new_name, _, stored = name.partition("=")
+        stored = stored or new_name
+        if stored not in self.splits:
             raise BadData(
-                f"{self.name} has no split {kept or called!r}; it has {', '.join(self.splits)}: give --split (such as "
+                f"{self.name} has no split {stored!r}; it has {', '.join(self.splits)}: give --split (such as "
                 "train,test=validation), or cut one from train: --carve 0.8/0.2"
             )
-        return replace(self.splits[kept or called], name=called)
+        return replace(self.splits[stored], name=new_name)

@@ -1,7 +1,7 @@
-"""WebDataset: images in tar files, read where they lie. One pass over the headers says where every image begins.
+"""Reads WebDataset tars in place: one pass over the headers finds where every image begins.
 
-A sample is the files of one name, told apart by what follows its first dot: `s0000001.jpg` and `s0000001.cls`. Nothing is
-unpacked, and a tar is never in memory.
+A sample is the set of files of one name, which differ in what follows its first dot: `s0000001.jpg` and `s0000001.cls`.
+Nothing is unpacked, and no tar is loaded into memory.
 """
 
 import io
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mlfusion.datasets.columns import SPLITS, choose, unique
+from mlfusion.datasets.columns import SPLITS, choose_column, require_unique
 from mlfusion.datasets.images import SUFFIXES
-from mlfusion.datasets.split import Encoded, Found, Reading
+from mlfusion.datasets.split import Encoded, RawSplit, ReadOptions, decoder
 from mlfusion.errors import BadData
 
 CLASS_NAMES = "classnames.txt"
@@ -27,10 +27,10 @@ WORDS = {"cls": "class", "npy": "vector", "json": "object", "txt": "text"}
 
 @dataclass(frozen=True, eq=False)
 class Members:
-    """Pieces of files, by where they begin and how long they are."""
+    """Byte ranges of files, one per image."""
 
     files: tuple[str, ...]
-    where: np.ndarray  # [images, 3] int64: file, first byte, bytes
+    where: np.ndarray  # [images, 3] int64: file, first byte, number of bytes
 
     def __call__(self, row: int) -> bytes:
         file, offset, size = map(int, self.where[row])
@@ -38,7 +38,7 @@ class Members:
             opened.seek(offset)
             data = opened.read(size)
         if len(data) < size:
-            raise OSError(f"{self.files[file]} has become shorter since it was looked through")
+            raise OSError(f"{self.files[file]} has become shorter since it was index_tar through")
         return data
 
 
@@ -48,13 +48,13 @@ class Sample:
 
     key: str
     where: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension → first byte, bytes
-    small: dict[str, bytes] = field(default_factory=dict)  # extension → what a file holds that may be a label
-    digests: dict[str, bytes] = field(default_factory=dict)  # extension → of a file's bytes, where they were read
+    small: dict[str, bytes] = field(default_factory=dict)  # extension → contents of a file that may be a label
+    digests: dict[str, bytes] = field(default_factory=dict)  # extension → digest of a file's bytes, if they were read
 
 
 @dataclass(frozen=True)
 class Index:
-    """What one tar holds of a split, in its order."""
+    """The samples of one tar, in its order."""
 
     keys: list[str]
     labels: list[Any]
@@ -62,8 +62,8 @@ class Index:
     digests: np.ndarray | None  # [images, 16] uint8
 
 
-def split_of(names: Sequence[str]) -> dict[str, list[str]]:
-    """Tars by split, sorted: those in a folder of a split's name, or whose name begins with one; or else all are `train`."""
+def by_split(names: Sequence[str]) -> dict[str, list[str]]:
+    """Split → its tars, sorted: those in a folder of that name, or whose name begins with it; else all are train."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         folder, _, file = name.rpartition("/")
@@ -78,43 +78,45 @@ def split_of(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def tars_in(root: Path) -> dict[str, list[str]]:
-    """A folder's tars by split."""
+    """Split → the paths of its tars in a folder."""
     names = [path.name for path in root.glob("*.tar")]
     names += [f"{split}/{path.name}" for split in SPLITS for path in (root / split).glob("*.tar")]
-    return {split: [str(root / name) for name in some] for split, some in split_of(names).items()}
+    return {split: [str(root / name) for name in some] for split, some in by_split(names).items()}
 
 
 def class_names(text: str | None) -> tuple[str, ...] | None:
-    """CLIP_benchmark's exports keep their class names beside the shards, a line each."""
+    """Class names, one per line, from the file that CLIP_benchmark's exports keep beside the shards."""
     return tuple(line.strip() for line in (text or "").splitlines() if line.strip()) or None
 
 
 def names_in(root: Path) -> tuple[str, ...] | None:
-    """Those of a folder."""
+    """The class names of a folder of tars, if it has that file."""
     file = root / CLASS_NAMES
     return class_names(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def webdataset(found: Mapping[str, list[str]], names: tuple[str, ...] | None, reading: Reading) -> dict[str, Found]:
-    """Every split's tars, in their order.
+def webdataset(
+    found: Mapping[str, list[str]], names: tuple[str, ...] | None, options: ReadOptions
+) -> dict[str, RawSplit]:
+    """Read the tars of every split, in their order.
 
     Raises:
         BadData: a tar that cannot be read, or samples without an image or a label.
     """
-    return {split: joined(split, paths, names, reading, local, Members) for split, paths in found.items()}
+    return {split: join(split, paths, names, options, index_file, Members) for split, paths in found.items()}
 
 
-def joined(
+def join(
     split: str,
     paths: Sequence[str],
     names: tuple[str, ...] | None,
-    reading: Reading,
-    looked: Callable[[str, "Columns"], Index],
+    options: ReadOptions,
+    index_tar: Callable[[str, "Columns"], Index],
     encoded: Callable[[tuple[str, ...], np.ndarray], Encoded],
-) -> Found:
-    """One split of its tars' indexes."""
-    columns = Columns(reading, split)
-    parts = [looked(path, columns) for path in paths]
+) -> RawSplit:
+    """Join the indexes of a split's tars → the raw split."""
+    columns = Columns(options, split)
+    parts = [index_tar(path, columns) for path in paths]
     if not (count := sum(len(part.keys) for part in parts)):
         raise BadData(f"{os.path.dirname(paths[0])}, split {split}: no samples; allowed: tars with s01.jpg, s01.cls, …")
     keys = [key for part in parts for key in part.keys]
@@ -123,18 +125,18 @@ def joined(
         keys = [f"{stem}/{key}" for stem, part in zip(stems, parts, strict=True) for key in part.keys]
     files = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])
     digests = [part.digests for part in parts if part.digests is not None]
-    return Found(
-        ids=unique([f"{split}/{key}" for key in keys], f"{os.path.dirname(paths[0])}, split {split}"),
+    return RawSplit(
+        ids=require_unique([f"{split}/{key}" for key in keys], f"{os.path.dirname(paths[0])}, split {split}"),
         labels=[label for part in parts for label in part.labels],
         encoded=encoded(tuple(paths), np.column_stack([files, np.concatenate([part.where for part in parts])])),
-        decode=reading.decoder,
+        decode=decoder(options),
         names=names,
         digests=np.concatenate(digests) if len(digests) == len(parts) else None,
     )
 
 
-def local(path: str, columns: "Columns") -> Index:
-    """The index of a tar on disk: its headers and labels are read, its images are passed over."""
+def index_file(path: str, columns: "Columns") -> Index:
+    """Index a tar on disk: headers and labels are read, images are skipped."""
     try:
         with tarfile.open(path, "r:") as tar:
             return index(samples(tar), path, columns)
@@ -143,7 +145,7 @@ def local(path: str, columns: "Columns") -> Index:
 
 
 def samples(tar: tarfile.TarFile, *, hashed: bool = False) -> Iterator[Sample]:
-    """The samples of one tar, in its order; with the digest of every file if all are to be read."""
+    """The samples of one tar, in its order; with `hashed`, every file is read and its digest computed."""
     one: Sample | None = None
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep a million headers
@@ -170,34 +172,34 @@ def samples(tar: tarfile.TarFile, *, hashed: bool = False) -> Iterator[Sample]:
 
 
 class Columns:
-    """Which of a sample's files is the image and which the label: decided by the first sample, or as the user says."""
+    """Chooses which of a sample's files is the image and which the label, by the first sample or as the user says."""
 
-    def __init__(self, reading: Reading, split: str) -> None:
-        self.reading, self.split = reading, split
+    def __init__(self, options: ReadOptions, split: str) -> None:
+        self.options, self.split = options, split
         self.label = self.inner = ""
 
     @property
     def key(self) -> str:
-        """What an index depends on beside the tar."""
-        return f"{self.reading.image_column} {self.reading.label_column}"
+        """What an index depends on, besides the tar."""
+        return f"{self.options.image_column} {self.options.label_column}"
 
     def decide(self, first: Sample, path: str) -> None:
-        """Find the label's column; refuse several images.
+        """Choose the label's extension; refuse several images.
 
         Raises:
-            BadData: it is not plain; lists what there is.
+            BadData: the choice is not clear; the message lists the extensions.
         """
         where = f"{path}, sample {first.key}"
         kinds = {name: WORDS.get(name) or ("image" if _is_image(name) else "bytes") for name in first.where}
-        asked, _, self.inner = (self.reading.label_column or "").partition(".")
+        asked, _, self.inner = (self.options.label_column or "").partition(".")
         likely = [name for name in ("cls", "npy") if name in kinds]
-        self.label = choose("label", kinds, asked or None, likely[:1], ("cls", "npy"), where)
-        if self.reading.image_column is None and len(images := [n for n in kinds if _is_image(n)]) != 1:
-            choose("image", kinds, None, images, (), where)
+        self.label = choose_column("label", kinds, asked or None, likely[:1], ("cls", "npy"), where)
+        if self.options.image_column is None and len(images := [n for n in kinds if _is_image(n)]) != 1:
+            choose_column("image", kinds, None, images, (), where)
 
     def image(self, sample: Sample, path: str) -> str:
-        """Its file that is the image; the extension may change from sample to sample, jpg here, png there."""
-        asked = self.reading.image_column
+        """The extension of the sample's image, which may differ from sample to sample."""
+        asked = self.options.image_column
         images = [name for name in sample.where if name == asked or (asked is None and _is_image(name))]
         if len(images) != 1:
             raise BadData(
@@ -207,7 +209,7 @@ class Columns:
         return images[0]
 
     def read_label(self, sample: Sample, path: str) -> Any:
-        """A class as a number or a name, a vector, or a field of an object; None where the sample has none."""
+        """The label: a class as a number or a name, a vector, or a field of an object; None if the sample has none."""
         data = sample.small.get(self.label)
         if data is None:
             return None
@@ -224,7 +226,7 @@ class Columns:
 
 
 def index(every: Iterator[Sample], path: str, columns: Columns) -> Index:
-    """What the samples of one tar are: kept small, since there may be millions."""
+    """The index of one tar's samples, in compact arrays, since there may be millions."""
     keys: list[str] = []
     labels: list[Any] = []
     where: list[tuple[int, int]] = []

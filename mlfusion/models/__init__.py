@@ -1,6 +1,6 @@
-"""Which frozen models there are, where their files lie, and what identifies them. Loads no weights and no torch module.
+"""Finds frozen models and their files, and computes what identifies them. No weights are loaded here, and no torch module.
 
-A model is a catalogue name, an id on the Hugging Face hub, or a folder in the hub's format; all three end as a folder.
+A model is a catalogue name, an id on the Hugging Face hub, or a folder in the hub's format; each is resolved to a folder.
 """
 
 import hashlib
@@ -11,14 +11,14 @@ from typing import Any
 
 from mlfusion.errors import BadModel, UnknownName, first_line
 from mlfusion.models import checkpoints, hub
-from mlfusion.models.catalogue import CATALOGUE, EMBEDDED, Row
+from mlfusion.models.catalogue import CATALOGUE, EMBEDDED, CatalogueRow
 from mlfusion.specs import Compute, Hook, ModelSpec, Setting, digest, parse_model
 
 __all__ = [
     "CATALOGUE",
     "EMBEDDED",
+    "CatalogueRow",
     "Checkpoint",
-    "Row",
     "Shape",
     "checkpoints",
     "configuration",
@@ -32,58 +32,58 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files on this machine, and what of it was asked for to be otherwise."""
+    """A model's files on this machine, with its hook point and changed settings."""
 
     folder: Path
-    name: str  # what people call it, with what was asked for behind a colon
-    source: str  # hub id, or the folder's absolute path, likewise
+    name: str  # for people; hook point and changed settings follow a colon
+    source: str  # hub id, or the folder's absolute path; hook point and changed settings follow a colon
     revision: str | None  # commit on the hub
     hook: Hook = "norm2"
-    settings: tuple[tuple[str, Setting], ...] = ()  # of its configuration, in place of its own
+    settings: tuple[tuple[str, Setting], ...] = ()  # changed settings of its configuration
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's dimensions by its configuration."""
+    """A model's dimensions, as its configuration says."""
 
     depth: int  # L, the number of blocks
-    width: int  # D, channels of a token in the last of them
+    width: int  # D, the channels of a token in the last block
     patch_px: int | None
 
 
 def locate(word: str) -> Checkpoint:
-    """Find, and if need be download, what `word` means: 'NAME', or 'NAME:HOOK,key=value' for a hook point and settings.
+    """Find a model, and download it if needed: 'NAME', or 'NAME:HOOK,key=value' for a hook point and changed settings.
 
     Raises:
         UnknownName: neither a catalogue name, nor an id with a slash, nor a folder; or no such hook point.
         Unavailable: no network, no such repository, or a gated one.
         BadModel: a folder without config.json or weights.
     """
-    asked = parse_model(word)
-    row = CATALOGUE.get(asked.name)
+    ref = parse_model(word)
+    row = CATALOGUE.get(ref.name)
     if row and row.embedded:
         folder, name, source, revision = row.embedded, row.name, row.source, None
-    elif not row and Path(asked.name).expanduser().is_dir():
-        folder = Path(asked.name).expanduser().resolve()
+    elif not row and Path(ref.name).expanduser().is_dir():
+        folder = Path(ref.name).expanduser().resolve()
         name, source, revision = folder.name, str(folder), None
         if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json")):
             raise BadModel(
-                f"{asked.name} has no config.json; allowed: a folder that save_pretrained wrote, with its weights, or a "
+                f"{ref.name} has no config.json; allowed: a folder that save_pretrained wrote, with its weights, or a "
                 "checkpoint of timm or open_clip with its configuration"
             )
-    elif not row and "/" not in asked.name:
+    elif not row and "/" not in ref.name:
         otherwise = "Or an id on the hub, such as facebook/dinov2-base, or a folder in the hub's format."
-        raise UnknownName("model", asked.name, CATALOGUE, otherwise=otherwise)
+        raise UnknownName("model", ref.name, CATALOGUE, otherwise=otherwise)
     else:
-        source = row.source if row else asked.name
-        folder = hub.download(source, asked.name, row.revision if row else None)
+        source = row.source if row else ref.name
+        folder = hub.download(source, ref.name, row.revision if row else None)
         # The hub's cache keeps a snapshot in a folder named by its commit.
         name, revision = row.name if row else source.rsplit("/", 1)[-1], folder.name
-    return Checkpoint(folder, name + asked.suffix, source + asked.suffix, revision, asked.hook, asked.settings)
+    return Checkpoint(folder, name + ref.suffix, source + ref.suffix, revision, ref.hook, ref.settings)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: safetensors where there are any."""
+    """The files that hold the weights: safetensors if there are any."""
     patterns = checkpoints.WEIGHTS[checkpoints.layout(folder)]
     for pattern in patterns:
         if files := sorted(folder.glob(pattern)):
@@ -120,10 +120,10 @@ def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float3
 
 
 def shape(checkpoint: Checkpoint) -> Shape:
-    """Depth, width and patch size, as the configuration says; a model of stages is as deep as they are together.
+    """Depth, width and patch size, as the configuration says; the depth of a model of stages is the sum of theirs.
 
     Raises:
-        BadModel: it says none.
+        BadModel: the configuration says no depth or width.
     """
     config = configuration(checkpoint)
     vision = getattr(config, "vision_config", config)
@@ -137,7 +137,7 @@ def shape(checkpoint: Checkpoint) -> Shape:
             f"{checkpoint.name} ({config.model_type}) has no depth and width in its configuration (num_hidden_layers and "
             "hidden_size, or depths and hidden_sizes); allowed: vision transformers and residual networks"
         )
-    if stride:  # patches that overlap are as many as they are apart
+    if stride:  # the number of overlapping patches follows from their distance
         patch = stride
     if isinstance(patch, (list, tuple)):
         patch = patch[-1]
@@ -145,7 +145,7 @@ def shape(checkpoint: Checkpoint) -> Shape:
 
 
 def configuration(checkpoint: Checkpoint) -> Any:
-    """A folder's configuration in transformers' terms, whoever wrote it, with the settings that were asked for.
+    """A checkpoint's configuration in transformers' terms, whichever library wrote it, with the changed settings.
 
     Raises:
         BadModel: transformers cannot read it.
@@ -183,7 +183,7 @@ def configuration(checkpoint: Checkpoint) -> Any:
 
 
 def _architecture(config: Any) -> dict[str, Any]:
-    """The configuration without what cannot change a feature: paths, versions, class names."""
+    """The configuration without the fields that cannot change a feature: paths, versions, class names."""
     cosmetic = {
         "_name_or_path",
         "transformers_version",
@@ -205,7 +205,7 @@ def _architecture(config: Any) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def _sha256(files: tuple[Path, ...]) -> str:
-    """Of the files' bytes: a name and a date can lie, content cannot. About a second per gigabyte."""
+    """SHA-256 of the files' bytes, not of names and dates, which can be wrong. It takes about a second per gigabyte."""
     whole = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:

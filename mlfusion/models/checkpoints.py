@@ -1,8 +1,8 @@
-"""Checkpoints of timm and of open_clip: told by their files, and described as configurations of transformers' classes.
+"""Recognises checkpoints of timm and open_clip by their files, and describes them as configurations of transformers' classes.
 
 Neither library is needed. timm writes `config.json` with an `architecture` and the tensors of its VisionTransformer;
-open_clip writes `open_clip_config.json` and a state dict whose image tower begins with `visual.`. What the tensors are
-renamed to is `backbone.conversion`'s; which class they fit is said here, by their names and shapes.
+open_clip writes `open_clip_config.json` and a state dict whose image tower begins with `visual.`. This module finds the class
+that fits, by the names and shapes of the tensors; `backbone.conversion` renames the tensors.
 """
 
 import json
@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mlfusion.errors import BadModel
+from mlfusion.errors import BadModel, first_line
 
 Layout = Literal["transformers", "timm", "open_clip"]
 
@@ -20,10 +20,10 @@ WEIGHTS: dict[Layout, tuple[str, ...]] = {
     "timm": ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"),
     "open_clip": ("open_clip*.safetensors", "open_clip*.bin", "*.safetensors", "*.bin", "*.pt"),
 }
-"""Patterns of the files that hold the weights; the first that there are."""
+"""Patterns of the files that hold the weights; the first one that matches files counts."""
 
-HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
-"""Width → attention heads of timm's vision transformers (timm/models/vision_transformer.py), where no file says it."""
+TIMM_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+"""Width → attention heads of timm's vision transformers (timm/models/vision_transformer.py), if no file says the number."""
 
 BLOCK = re.compile(
     r"blocks\.(\d+)\.(?:norm[12]\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc[12]\.(?:weight|bias)|ls[12]\.gamma)"
@@ -40,7 +40,7 @@ VISUAL = re.compile(
 
 
 def layout(folder: Path) -> Layout:
-    """Whose format a folder is in."""
+    """The library in whose format a folder is."""
     config = read_json(folder / "config.json")
     if "model_type" in config and config["model_type"] != "timm_wrapper":
         return "transformers"
@@ -50,19 +50,19 @@ def layout(folder: Path) -> Layout:
 
 
 def configuration(folder: Path, files: tuple[Path, ...]) -> Any:
-    """The configuration of the class of transformers that computes what this checkpoint does.
+    """The configuration of the class of transformers that computes the same as this checkpoint.
 
     Raises:
-        BadModel: there is none, or tensors of it have no place there; names one.
+        BadModel: no class has a place for every tensor; the message names one.
     """
-    return _of_timm(folder, files) if layout(folder) == "timm" else _of_open_clip(folder, files)
+    return _from_timm(folder, files) if layout(folder) == "timm" else _from_open_clip(folder, files)
 
 
-def _of_timm(folder: Path, files: tuple[Path, ...]) -> Any:
+def _from_timm(folder: Path, files: tuple[Path, ...]) -> Any:
     import transformers
 
-    said = read_json(folder / "config.json")
-    name, arguments = str(said["architecture"]), said.get("model_args") or {}
+    config = read_json(folder / "config.json")
+    name, arguments = str(config["architecture"]), config.get("model_args") or {}
     shapes = {key: shape for key, shape in shapes_of(files).items() if not LEFT_OUT.match(key)}
     strange = sorted(key for key in shapes if not BLOCK.fullmatch(key) and not OUTSIDE.fullmatch(key))
     if strange or "patch_embed.proj.weight" not in shapes or "pos_embed" not in shapes:
@@ -73,13 +73,13 @@ def _of_timm(folder: Path, files: tuple[Path, ...]) -> Any:
         )
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
     inner, hidden = shapes["blocks.0.mlp.fc1.weight"][0], shapes["blocks.0.mlp.fc2.weight"][1]
-    heads = arguments.get("num_heads") or HEADS.get(width)
+    heads = arguments.get("num_heads") or TIMM_HEADS.get(width)
     if heads is None:
         raise BadModel(
             f"timm's {name} does not say how many attention heads it has, and a width of {width} is no usual one; allowed: "
-            f"model_args with num_heads in config.json, or a width of {', '.join(map(str, HEADS))}"
+            f"model_args with num_heads in config.json, or a width of {', '.join(map(str, TIMM_HEADS))}"
         )
-    _, height, _ = said["pretrained_cfg"]["input_size"]
+    _, height, _ = config["pretrained_cfg"]["input_size"]
     common: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": 1 + max(int(found[1]) for key in shapes if (found := BLOCK.fullmatch(key))),
@@ -113,11 +113,11 @@ def _of_timm(folder: Path, files: tuple[Path, ...]) -> Any:
     return kind(**common, intermediate_size=inner)
 
 
-def _of_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
+def _from_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
     import transformers
 
-    said = read_json(folder / "open_clip_config.json").get("model_cfg") or {}
-    vision = said.get("vision_cfg") or {}
+    config = read_json(folder / "open_clip_config.json").get("model_cfg") or {}
+    vision = config.get("vision_cfg") or {}
     shapes = {key: shape for key, shape in shapes_of(files).items() if key.startswith("visual.")}
     strange = sorted(key for key in shapes if not RESBLOCK.fullmatch(key) and not VISUAL.fullmatch(key))
     if strange or "visual.conv1.weight" not in shapes:
@@ -135,7 +135,7 @@ def _of_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
         intermediate_size=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
         patch_size=patch,
         image_size=size if isinstance(size, int) else size[0],
-        hidden_act="quick_gelu" if said.get("quick_gelu") else "gelu",
+        hidden_act="quick_gelu" if config.get("quick_gelu") else "gelu",
         layer_norm_eps=1e-5,
         projection_dim=shapes["visual.proj"][1] if "visual.proj" in shapes else width,
     )
@@ -143,10 +143,10 @@ def _of_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
 
 @lru_cache(maxsize=8)
 def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape by its name; of safetensors from their headers alone.
+    """Tensor name → shape; of safetensors, only the headers are read.
 
     Raises:
-        BadModel: a file that holds no tensors, or more than tensors.
+        BadModel: a file holds no tensors, or something else besides.
     """
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -165,10 +165,10 @@ def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def unpickled(file: Path) -> dict[str, Any]:
-    """The tensors of a .bin or .pt file, mapped; nothing but tensors is loaded.
+    """The tensors of a .bin or .pt file, memory-mapped; nothing but tensors is loaded.
 
     Raises:
-        BadModel: it holds something else.
+        BadModel: the file holds something else.
     """
     import pickle
 
@@ -177,9 +177,8 @@ def unpickled(file: Path) -> dict[str, Any]:
     try:
         body = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as err:
-        said = str(err).strip().splitlines()[0][:200]
         raise BadModel(
-            f"{file} holds more than plain tensors and is not loaded ({said}); allowed: safetensors"
+            f"{file} holds more than plain tensors and is not loaded ({first_line(err)}); allowed: safetensors"
         ) from err
     for key in ("state_dict", "model"):
         if isinstance(body, dict) and isinstance(body.get(key), dict):

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: their files on this machine, and what the hub says of them."""
+"""Models of the Hugging Face hub: finds and downloads their files, and asks the hub about a repository."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,24 +15,24 @@ CONFIGURATION = ["config.json", "preprocessor_config.json", "video_preprocessor_
 
 
 @dataclass(frozen=True)
-class Remote:
-    """What the hub says of a repository."""
+class RepositoryInfo:
+    """The hub's information about a repository."""
 
-    revision: str  # the commit that was asked for, or the newest
-    nbytes: int  # that a download of configuration and weights takes
+    revision: str  # the commit requested, or the newest
+    nbytes: int  # size of a download of configuration and weights
     licence: str | None
     gated: bool
 
 
 def download(hub_id: str, word: str, revision: str | None) -> Path:
-    """A snapshot of the configuration and the weights, safetensors if the repository has them; None is the newest.
+    """Download a snapshot of configuration and weights, as safetensors if the repository has them → its folder.
 
     Raises:
         Unavailable: no network, no such repository or commit, a gated one, or one without weights.
     """
     from huggingface_hub import snapshot_download
 
-    with _said(hub_id, word, revision):
+    with _translated_errors(hub_id, word, revision):
         # First what it is, then the weights, and of several forms only the first: a repository may hold four.
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=CONFIGURATION))
         for pattern in checkpoints.WEIGHTS[checkpoints.layout(folder)]:
@@ -46,8 +46,8 @@ def download(hub_id: str, word: str, revision: str | None) -> Path:
     )
 
 
-def here(hub_id: str, revision: str | None) -> Path | None:
-    """The snapshot on this machine, if it is whole; asks nobody."""
+def find_local(hub_id: str, revision: str | None) -> Path | None:
+    """The folder of a complete snapshot on this machine, if there is one; the network is not used."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -58,15 +58,15 @@ def here(hub_id: str, revision: str | None) -> Path | None:
     return folder if whole and any((folder / name).is_file() for name in CONFIGURATION) else None
 
 
-def ask(hub_id: str, word: str, revision: str | None) -> Remote:
-    """What the hub says of a repository, and that it may be read.
+def fetch_info(hub_id: str, word: str, revision: str | None) -> RepositoryInfo:
+    """Ask the hub about a repository, and check that you may read it.
 
     Raises:
         Unavailable: no network, no such repository or commit, or a gated one that you may not read.
     """
     from huggingface_hub import HfApi
 
-    with _said(hub_id, word, revision):
+    with _translated_errors(hub_id, word, revision):
         info = HfApi().model_info(hub_id, revision=revision, files_metadata=True, timeout=10)
         if info.gated:
             HfApi().auth_check(hub_id)
@@ -82,7 +82,7 @@ def ask(hub_id: str, word: str, revision: str | None) -> Remote:
         [],
     )
     licence = info.card_data.get("license") if info.card_data else None
-    return Remote(
+    return RepositoryInfo(
         revision=info.sha or "",
         nbytes=sum(sizes[name] for name in {*weights, *(set(names) & set(CONFIGURATION))}),
         licence=licence if isinstance(licence, str) else None,
@@ -91,29 +91,29 @@ def ask(hub_id: str, word: str, revision: str | None) -> Remote:
 
 
 def logged_in() -> bool:
-    """Whether a token of the hub's is there; it is neither read out nor sent."""
+    """Whether this machine has a token for the hub; the token is not shown or sent."""
     from huggingface_hub import get_token
 
     return get_token() is not None
 
 
 def offline() -> bool:
-    """Whether the hub may not be asked (HF_HUB_OFFLINE)."""
+    """Whether access to the hub is switched off (HF_HUB_OFFLINE)."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def cache() -> Path:
-    """Where snapshots are kept."""
+def cache_folder() -> Path:
+    """The folder of the snapshots."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
 @contextmanager
-def _said(hub_id: str, word: str, revision: str | None) -> Iterator[None]:
-    """The hub's refusals in our words, each with what to do."""
+def _translated_errors(hub_id: str, word: str, revision: str | None) -> Iterator[None]:
+    """Translate the errors of the hub and of the network, each with what to do, inside the with statement."""
     from huggingface_hub import errors
 
     # What the hub's client raises where there is no network, under whichever name its HTTP library goes.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlfusion import disk
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
-from mlfusion.specs import FORMAT, FeatureSpec, ModelWord, Pair, parse_model
+from mlfusion.specs import FORMAT, FeatureSpec, ModelRef, Pair, parse_model
 from mlfusion.store import records
 from mlfusion.store.entry import Entry, draft_entry, restore_missing_files
 from mlfusion.store.gap import Gap, Missing, check_space, missing_bytes, new_streams
@@ -222,7 +222,7 @@ def _sound(read: Callable[[], Entry | None], on_damage: OnDamage | None) -> Entr
         return None
 
 
-def _goes_by(names: Names, model: ModelWord | None, dataset: str | None) -> bool:
+def _goes_by(names: Names, model: ModelRef | None, dataset: str | None) -> bool:
     """Whether an entry with these names is meant by what the user typed."""
 
     def same(word: str, name: str, source: str, suffix: str = "") -> bool:

@@ -85,7 +85,9 @@ class Steps:
         image = image if image.mode == "RGB" else image.convert("RGB")
         box, mirrored = self.region(image.height, image.width, name)
         if box:
-            image = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
+            # Not by Image.crop, which refuses what is larger than PIL's limit.
+            top, left, height, width = box
+            image = Image.fromarray(np.asarray(image)[top : top + height, left : left + width])
         height, width = self.pixels if box else self._resized_shape(image.height, image.width)
         if self.kernel == "pil":
             resized = np.asarray(image.resize((width, height), FILTERS[self.resample])).transpose(2, 0, 1)

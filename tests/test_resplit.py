@@ -1,4 +1,4 @@
-"""A carve gives every image to one part, by seed and id alone, with every class in every part."""
+"""A new split gives every image to one part, by seed and id alone, with every class in every part."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion import datasets
-from mlfusion.datasets import Reading, carve
+from mlfusion.datasets import ReadOptions, resplit
 from mlfusion.datasets.split import Split
 from mlfusion.errors import BadData
 from mlfusion.features import split_pairs
@@ -27,8 +27,8 @@ def split_of(labels, classes=(), ids=None) -> Split:
 def test_every_image_goes_to_one_part_and_every_class_to_every_part(counts, words, seed):
     labels = np.repeat(np.arange(len(counts)), counts)
     split = split_of(labels, tuple(map(str, range(len(counts)))))
-    shares = carve.parse(words)
-    parts = carve.cut(split, shares, seed)
+    shares = resplit.parse_ratio(words)
+    parts = resplit.split_by_ratio(split, shares, seed)
     assert sorted(name for part in parts.values() for name in part.ids) == sorted(split.ids)
     for part in parts.values():
         rows = [split.ids.index(name) for name in part.ids]
@@ -40,10 +40,10 @@ def test_every_image_goes_to_one_part_and_every_class_to_every_part(counts, word
 
 @given(st.integers(2, 6), st.integers(20, 60), SHARES)
 def test_shares_are_met_where_classes_are_large_enough(classes, each, words):
-    shares = carve.parse(words)
+    shares = resplit.parse_ratio(words)
     if min(shares) * each < 1:
         return
-    parts = carve.cut(split_of(np.repeat(np.arange(classes), each), tuple("abcdef")), shares, 0)
+    parts = resplit.split_by_ratio(split_of(np.repeat(np.arange(classes), each), tuple("abcdef")), shares, 0)
     for share, part in zip(shares, parts.values(), strict=True):
         assert abs(len(part) - share * each * classes) <= 1 + 1e-6
         assert np.all(np.abs(np.bincount(part.labels, minlength=classes) - share * each) < 2)
@@ -52,14 +52,16 @@ def test_shares_are_met_where_classes_are_large_enough(classes, each, words):
 @given(st.permutations(range(30)), st.integers(0, 3))
 def test_the_order_of_rows_decides_nothing(order, seed):
     labels, ids = np.arange(30) % 3, [f"a/{row}" for row in range(30)]
-    one = carve.cut(split_of(labels, ("a", "b", "c"), ids), (0.8, 0.2), seed)
-    other = carve.cut(split_of(labels[order], ("a", "b", "c"), [ids[row] for row in order]), (0.8, 0.2), seed)
+    one = resplit.split_by_ratio(split_of(labels, ("a", "b", "c"), ids), (0.8, 0.2), seed)
+    other = resplit.split_by_ratio(
+        split_of(labels[order], ("a", "b", "c"), [ids[row] for row in order]), (0.8, 0.2), seed
+    )
     assert {name: set(part.ids) for name, part in one.items()} == {name: set(part.ids) for name, part in other.items()}
 
 
 def test_a_seed_means_the_same_images_for_ever():
     """Written down: another machine, another library, another year must give these."""
-    parts = carve.cut(split_of(np.arange(10) % 2, ("a", "b")), (0.6, 0.4), 7)
+    parts = resplit.split_by_ratio(split_of(np.arange(10) % 2, ("a", "b")), (0.6, 0.4), 7)
     assert parts["test"].ids == GOLDEN
 
 
@@ -67,13 +69,16 @@ GOLDEN = ("i0", "i3", "i6", "i9")
 
 
 def test_seeds_differ():
-    cuts = [carve.cut(split_of(np.arange(40) % 2, ("a", "b")), (0.5, 0.5), seed)["test"].ids for seed in range(5)]
+    cuts = [
+        resplit.split_by_ratio(split_of(np.arange(40) % 2, ("a", "b")), (0.5, 0.5), seed)["test"].ids
+        for seed in range(5)
+    ]
     assert len(set(cuts)) == 5
 
 
 def test_parts_of_numbers_have_the_range_of_the_whole():
     values = np.sort(np.random.default_rng(0).normal(size=400))
-    parts = carve.cut(split_of(values), (0.8, 0.1, 0.1), 0)
+    parts = resplit.split_by_ratio(split_of(values), (0.8, 0.1, 0.1), 0)
     assert [len(part) for part in parts.values()] == [320, 40, 40]
     for part in parts.values():
         assert np.abs(np.quantile(part.labels, [0.1, 0.5, 0.9]) - np.quantile(values, [0.1, 0.5, 0.9])).max() < 0.25
@@ -84,7 +89,7 @@ def test_a_rare_label_is_in_every_part():
     labels[:, 0] = 1
     labels[::2, 1] = 1
     labels[::20, 2] = 1  # ten images
-    parts = carve.cut(split_of(labels, ("a", "b", "c")), (0.6, 0.2, 0.2), 0)
+    parts = resplit.split_by_ratio(split_of(labels, ("a", "b", "c")), (0.6, 0.2, 0.2), 0)
     assert [int(part.labels[:, 2].sum()) for part in parts.values()] == [6, 2, 2]
     assert [len(part) for part in parts.values()] == [120, 40, 40]
 
@@ -92,37 +97,37 @@ def test_a_rare_label_is_in_every_part():
 @pytest.mark.parametrize("words", ["0.8", "0.8/0.3", "0.5/0.25/0.25/0", "a/b", "1.2/-0.2", "0/1", "", "1e1/90"])
 def test_shares_that_mean_nothing(words):
     with pytest.raises(BadData, match=r"--carve .*allowed: the shares of train/test or train/validation/test"):
-        carve.parse(words)
+        resplit.parse_ratio(words)
 
 
 def test_a_class_too_small_for_its_parts_is_named():
     with pytest.raises(BadData, match="class 'b' has 1 image, too few for 2 parts"):
-        carve.cut(split_of([0, 0, 0, 1], ("a", "b")), (0.8, 0.2), 0)
+        resplit.split_by_ratio(split_of([0, 0, 0, 1], ("a", "b")), (0.8, 0.2), 0)
 
 
-def test_a_carve_cuts_train_alone_and_is_in_the_name(tmp_path):
+def test_a_new_split_is_of_train_alone_and_is_in_the_name(tmp_path):
     save_images(tmp_path / "set", {"train": 10, "test": 2})
-    data = datasets.load(str(tmp_path / "set"), Reading(carve="80/10/10", carve_seed=3))
-    assert (data.name, data.carve) == ("set~0.8-0.1-0.1~3", "0.8/0.1/0.1 seed 3")
+    data = datasets.load(str(tmp_path / "set"), ReadOptions(split_ratio="80/10/10", split_seed=3))
+    assert (data.name, data.resplit) == ("set~0.8-0.1-0.1~3", "0.8/0.1/0.1 seed 3")
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 24, "validation": 3, "test": 3}
     assert all(name.startswith("train/") for split in data.splits.values() for name in split.ids)
-    assert datasets.load("digits", Reading(carve="0.5/0.5")).split("test").classes == tuple("0123456789")
+    assert datasets.load("digits", ReadOptions(split_ratio="0.5/0.5")).split("test").classes == tuple("0123456789")
 
 
-def test_features_of_two_carves_are_never_mixed(tmp_path):
-    """Two that cut the same train, then a train of a third alone: pairs stay within their carve."""
+def test_features_of_two_new_splits_are_never_mixed(tmp_path):
+    """Two splits of the same train, then the train of a third alone: pairs stay within their split."""
     model = str(save_model("vit", tmp_path / "m"))
     folder = str(save_images(tmp_path / "set", {"train": 10, "test": 2}))
 
     def extract(splits="train,test", **words):
-        return mlfusion.extract(model, folder, splits=splits, layers="1", reading=Reading(**words))
+        return mlfusion.extract(model, folder, splits=splits, layers="1", reading=ReadOptions(**words))
 
-    keys = {words: [one.entry.key for one in extract(carve=words)] for words in ("0.8/0.2", "0.8/0.1/0.1")}
+    keys = {words: [one.entry.key for one in extract(split_ratio=words)] for words in ("0.8/0.2", "0.8/0.1/0.1")}
     assert len({key for pair in keys.values() for key in pair}) == 4
-    extract("train", carve="0.5/0.5")
+    extract("train", split_ratio="0.5/0.5")
     [pair] = split_pairs(FeatureStore(), folder, model)
     assert [pair.train.key, pair.test.key] == keys["0.8/0.1/0.1"]
     assert pair.dataset == "set~0.8-0.1-0.1~0"
-    assert pair.train.spec.data.carve == pair.test.spec.data.carve == "0.8/0.1/0.1 seed 0"
+    assert pair.train.spec.data.resplit == pair.test.spec.data.resplit == "0.8/0.1/0.1 seed 0"
     [plain] = [split_pairs(FeatureStore(), "set~0.8-0.2~0", model)][0]
     assert [plain.train.key, plain.test.key] == keys["0.8/0.2"]

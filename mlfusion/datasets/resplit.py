@@ -1,0 +1,96 @@
+"""Splits one split anew by a ratio and a seed: on every machine, and in any order, an image goes to the same part.
+
+Within every class the images are sorted by a hash of (seed, id) and assigned by share, so that no library's random numbers
+are part of the identity.
+"""
+
+import math
+import re
+
+import numpy as np
+import xxhash
+
+from mlfusion.datasets.split import Split
+from mlfusion.errors import BadData
+
+PARTS = {2: ("train", "test"), 3: ("train", "validation", "test")}
+
+
+def parse_ratio(text: str) -> tuple[float, ...]:
+    """'0.8/0.1/0.1', '80/20' → shares that sum to 1.
+
+    Raises:
+        BadData: not two or three positive numbers, or their sum is neither 1 nor 100.
+    """
+    parts = text.split("/")
+    if len(parts) in PARTS and all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", part.strip()) for part in parts):
+        shares = [float(part) for part in parts]
+        total = math.fsum(shares)
+        if min(shares) > 0 and any(math.isclose(total, whole, rel_tol=1e-6) for whole in (1, 100)):
+            return tuple(share / total for share in shares)
+    raise BadData(
+        f"--carve {text!r}; allowed: the shares of train/test or train/validation/test, such as 0.8/0.2 or 80/10/10"
+    )
+
+
+def canonical(ratio: tuple[float, ...], seed: int) -> str:
+    """The canonical text of a ratio and seed, which is part of the key: '0.8/0.1/0.1 seed 0'."""
+    return "/".join(f"{share:.6g}" for share in ratio) + f" seed {seed}"
+
+
+def split_by_ratio(split: Split, ratio: tuple[float, ...], seed: int) -> dict[str, Split]:
+    """Part name → part of the split, in the split's order; stratified by class, rarest label, or size of the number.
+
+    Every part has an image of every class. Otherwise each share is met within two images in every stratum, and within one
+    over all strata.
+
+    Raises:
+        BadData: a class has fewer images than there are parts.
+    """
+    part = np.full(len(split), -1)
+    owed = np.zeros(len(ratio))  # fractions of an image that earlier strata could not give
+    for rows in strata(split, seed):
+        exact = owed + np.array(ratio) * len(rows)
+        counts = np.floor(np.array(ratio) * len(rows) + 1e-9).astype(int)
+        while counts.sum() < len(rows):
+            counts[np.argmax(exact - counts)] += 1
+        if split.label_kind == "class":
+            _fill_empty_parts(counts, split.classes[split.labels[rows[0]]])
+        owed = exact - counts
+        part[rows] = np.repeat(np.arange(len(ratio)), counts)
+    names = PARTS[len(ratio)]
+    return {name: split.take(np.flatnonzero(part == i), name) for i, name in enumerate(names)}
+
+
+def strata(split: Split, seed: int) -> list[np.ndarray]:
+    """The rows of each stratum, sorted by the hash of (seed, id)."""
+    hashes = np.array([xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) for name in split.ids], np.uint64)
+    shuffled = np.lexsort((np.array(split.ids), hashes)) if len(split) else np.arange(0)
+    if split.label_kind == "number":
+        ranked = shuffled[np.argsort(split.labels[shuffled], kind="stable")]
+        # Neighbours by size go to different parts; within twenty of them the seed decides which.
+        return [np.array(sorted(some, key=lambda row: hashes[row])) for some in _chunks(ranked, 20)]
+    keys = split.labels if split.label_kind == "class" else _rarest(split.labels)
+    return [shuffled[keys[shuffled] == key] for key in np.unique(keys)]
+
+
+def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return np.array_split(rows, max(1, len(rows) // size)) if len(rows) else []
+
+
+def _rarest(labels: np.ndarray) -> np.ndarray:
+    """Each image's rarest label, from labels [N, C]; -1 for an image without labels."""
+    rank = np.argsort(np.argsort(labels.sum(0), kind="stable"))
+    return np.where(labels.any(1), np.where(labels > 0, rank, len(rank)).argmin(1), -1)
+
+
+def _fill_empty_parts(counts: np.ndarray, name: str) -> None:
+    """Give each empty part an image of this class, from the part that has most."""
+    if counts.sum() < len(counts):
+        raise BadData(
+            f"class {name!r} has {counts.sum()} image{'' if counts.sum() == 1 else 's'}, too few for {len(counts)} parts; "
+            "add images, leave the class out, or ask for fewer parts"
+        )
+    for i in np.flatnonzero(counts == 0):
+        counts[counts.argmax()] -= 1
+        counts[i] += 1
