@@ -31,13 +31,13 @@ def cases(rows: list[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:
     """{(model, data set): {candidate: its rows}}, where there are rows of all candidates with the same seeds."""
     held: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        if row["probe"] in CANDIDATES and not {"shots", "halving", "smoothing"} & row.keys():
-            held.setdefault((row["model"], row["dataset"]), {}).setdefault(row["probe"], []).append(row)
+        if row.probe in CANDIDATES and not row.options():
+            held.setdefault((row.model, row.dataset), {}).setdefault(row.probe, []).append(row)
     whole = {}
     for case, probes in held.items():
         if len(probes) == len(CANDIDATES):
-            seeds = set.intersection(*({row["seed"] for row in each} for each in probes.values()))
-            whole[case] = {name: [row for row in each if row["seed"] in seeds] for name, each in probes.items()}
+            seeds = set.intersection(*({row.seed for row in each} for each in probes.values()))
+            whole[case] = {name: [row for row in each if row.seed in seeds] for name, each in probes.items()}
     return {case: probes for case, probes in whole.items() if all(probes.values())}
 
 
@@ -47,7 +47,7 @@ def table(held: dict[tuple[str, str], dict[str, list[Row]]], said: dict[tuple[st
     lines = []
     regrets: dict[str, list[float]] = {}
     for case, advice in said.items():
-        tests = {name: fmean(row["test"] for row in each) for name, each in held[case].items()}
+        tests = {name: fmean(row.test for row in each) for name, each in held[case].items()}
         best = max(tests, key=lambda name: tests[name])
         one = next(each for each in advice["candidates"] if each["probe"] == advice["use"])
         gain = one["gain"]
@@ -99,10 +99,9 @@ def main() -> None:
     for case, probes in held.items():
         kept = folder / f"{case[0]}.{case[1]}.json"
         if not kept.is_file() and not asked.table and (not asked.case or "/".join(case) in asked.case):
-            sources = next(iter(probes.values()))[0].get("sources")
-            model = sources["model"] if sources else case[0]
-            embedded = sources is None or sources["dataset"] == "embedded"
-            advice = advise(model, case[1] if embedded else sources["dataset"], cache=asked.cache)
+            sources = next(iter(probes.values()))[0].sources
+            dataset = case[1] if sources.dataset == "embedded" else sources.dataset
+            advice = advise(sources.model, dataset, cache=asked.cache)
             kept.write_text(json.dumps(advice.to_json()), encoding="utf-8")
         if kept.is_file():
             said[case] = json.loads(kept.read_text(encoding="utf-8"))

@@ -63,9 +63,9 @@ def tests(rows: list[Row]) -> dict[tuple[str, str, int], float]:
     """(data set, head, seed) → balanced accuracy on the test split."""
     found = {}
     for row in rows:
-        head = row["probe"].rpartition("/")[2]
-        if row.get("shots") == SHOTS.get(head):
-            found[row["dataset"], head, row["seed"]] = row["test"]
+        head = row.probe.rpartition("/")[2]
+        if row.shots == SHOTS.get(head):
+            found[row.dataset, head, row.seed] = row.test
     return found
 
 
@@ -166,7 +166,7 @@ def main() -> None:
                 say=print,
             )
     rows = {dtype: Results(asked.folder / "rows" / dtype).require() for dtype in DTYPES}
-    versions = rows[USUAL][0]["versions"]
+    versions = rows[USUAL][0].versions
     found = {dtype: tests(each) for dtype, each in rows.items()}
     page.put("dtypes.md", "sizes", sizes(asked.folder, sets))
     page.put("dtypes.md", "accuracies", f"torch {versions['torch']}.\n\n{accuracies(found, sets)}")

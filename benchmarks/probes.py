@@ -66,11 +66,11 @@ def family(rows: list[Row], sets: list[str]) -> str:
     """Test scores of every head on every data set, a table a representation."""
     held: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["grid"] == "quick" and not {"shots", "halving", "smoothing"} & row.keys():
-            held.setdefault((row["dataset"], row["probe"]), []).append(row)
+        if row.grid == "quick" and not row.options():
+            held.setdefault((row.dataset, row.probe), []).append(row)
 
     def tests(name: str, probe: str) -> list[float]:
-        return [row["test"] for row in held.get((name, probe), [])]
+        return [row.test for row in held.get((name, probe), [])]
 
     tables = []
     for representation in (LAYERS, TOKENS):
@@ -80,7 +80,7 @@ def family(rows: list[Row], sets: list[str]) -> str:
         for head, probe in probes.items():
             scores = {name: tests(name, probe) for name in sets}
             cells = [spread(found, bool(found) and fmean(found) == best[name]) for name, found in scores.items()]
-            seconds = [row["seconds"] for row in held.get((sets[0], probe), [])]
+            seconds = [row.seconds for row in held.get((sets[0], probe), [])]
             lines.append((f"`{head}`", ABOUT[head], *cells, duration(median(seconds)) if seconds else "-"))
         tables.append(page.table((f"on `{representation}`", "what", *sets, "time"), lines, left=2))
     return "\n\n".join(tables)
@@ -90,9 +90,9 @@ def halving(rows: list[Row], sets: list[str], head: str) -> str | None:
     """Probes of this head with the same seeds by the paper's grid, chosen among all and chosen by halving; None without any."""
     ways: dict[tuple[str, str], dict[int, dict[bool, Row]]] = {}
     for row in rows:
-        if row["grid"] == "paper" and row["probe"] in HALVED and row["probe"].endswith(f"/{head}"):
-            seeds = ways.setdefault((row["dataset"], row["probe"]), {})
-            seeds.setdefault(row["seed"], {})["halving" in row] = row
+        if row.grid == "paper" and row.probe in HALVED and row.probe.endswith(f"/{head}"):
+            seeds = ways.setdefault((row.dataset, row.probe), {})
+            seeds.setdefault(row.seed, {})[row.halving] = row
     lines = [
         "| data set | probe | seeds | same choice | val, all | val, halving | test, all | test, halving "
         "| time, all | time, halving |",
@@ -103,9 +103,13 @@ def halving(rows: list[Row], sets: list[str], head: str) -> str | None:
             pairs = [way for way in ways.get((name, probe), {}).values() if len(way) == 2]
             if not pairs:
                 continue
-            same = sum(way[True]["selected"] == way[False]["selected"] for way in pairs)
-            scores = [spread([way[half][what] for way in pairs]) for what in ("val", "test") for half in (False, True)]  # type: ignore[literal-required]
-            times = [duration(median(way[half]["seconds"] for way in pairs)) for half in (False, True)]
+            same = sum(way[True].selected == way[False].selected for way in pairs)
+            scores = [
+                spread([getattr(way[half], what) for way in pairs])
+                for what in ("val", "test")
+                for half in (False, True)
+            ]
+            times = [duration(median(way[half].seconds for way in pairs)) for half in (False, True)]
             cells = [name, f"`{probe}`", str(len(pairs)), f"{same} of {len(pairs)}", *scores, *times]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else None

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from mlfusion.results import Results, export
+from mlfusion.results import Results, Row, export
+from mlfusion.results.rows import from_object
 from mlfusion.specs import STUDY
 
 CALLS = 20
@@ -52,14 +53,14 @@ CLASSES = [
 NAMES = {count: [f"class {k} of {count}" for k in range(count)] for count in CLASSES}
 
 
-def rows(first: int, count: int) -> Iterator[Any]:
+def rows(first: int, count: int) -> Iterator[Row]:
     """Rows number `first` and on."""
     random = np.random.default_rng(first)
     for number in range(first, first + count):
         classes = CLASSES[number % len(CLASSES)]
         recall = random.random(classes).tolist()
         share = random.dirichlet(np.ones(24)).tolist()
-        yield {
+        body = {
             "id": hashlib.sha256(str(number).encode()).hexdigest()[:16],
             "model": f"model-{number // 20 % 9}",
             "dataset": f"data-set-{number % 20}",
@@ -70,6 +71,7 @@ def rows(first: int, count: int) -> Iterator[Any]:
             "test": float(np.mean(recall)),
             "train": 0.9,
             "metrics": {
+                "kind": "class",
                 "balanced_accuracy": 0.5,
                 "accuracy": 0.5,
                 "top5": 0.9,
@@ -105,7 +107,20 @@ def rows(first: int, count: int) -> Iterator[Any]:
             "versions": {"mlfusion": "0.1.0", "torch": "2.13.0", "numpy": "2.4.6", "scikit-learn": "1.9.1"},
             "code": "0123456",
             "created": "2026-01-01T00:00:00+00:00",
+            "protocol": 2,
+            "device": "cpu",
+            "precision": "float32",
+            "bytes": 221_184_000,
+            "sources": {
+                "model": f"organisation/model-{number // 20 % 9}",
+                "dataset": f"organisation/data-set-{number % 20}",
+                "weights": "w" * 64,
+                "train": "d" * 64,
+                "test": "e" * 64,
+                "extract": "mlfusion extract --model MODEL --dataset DATASET --tokens cls+ap@1-12",
+            },
         }
+        yield from_object(body)
 
 
 def timed(call: Callable[[], Any], repeat: int) -> float:
@@ -129,7 +144,7 @@ def measure(root: Path, held: int, repeat: int) -> dict[str, float]:
     """With `held` rows there. Rows saved on the way are saved again under the same ids: the number stays."""
     store = Results(root)
     some = list(rows(0, CALLS))
-    asked = [row["id"] for row in rows(max(0, held // 2), CALLS)]
+    asked = [row.id for row in rows(max(0, held // 2), CALLS)]
     command = [sys.executable, "-m", "mlfusion", "results", "ls", "--results", str(root)]
     return {
         "save one": timed(lambda: [store.append(row) for row in some], repeat) / CALLS,

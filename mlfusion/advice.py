@@ -16,7 +16,6 @@ import numpy as np
 from mlfusion import costs, datasets, extraction, population, protocol
 from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
-from mlfusion.evaluation import heads_of
 from mlfusion.extraction import Images, Request
 from mlfusion.progress import track
 from mlfusion.specs import BASELINE, Pair, Probe, parse_probes
@@ -307,7 +306,7 @@ def _scored(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, tuple[int
                     tokens.of(fitted),
                     lambda left_out=left_out, tokens=tokens: tokens.of(left_out),  # type: ignore[misc]
                     target=pilot.target,
-                    heads=heads_of(probe),
+                    heads=probe.attention_heads(),
                     grid="quick",
                     seed=seed,
                     precision=precision,

@@ -45,11 +45,11 @@ def maps(row: Row, attention: np.ndarray) -> np.ndarray:
     Raises:
         BadData: the probe reads no patches, or the shapes do not fit.
     """
-    held = row["attention"]
-    if held is None or attention.ndim != 2 or attention.shape[1] != len(held["layers"]):
-        have = "none" if held is None else f"of {len(held['layers'])} tokens"
-        raise BadData(f"row {row['id']} has attention {have}, and the array is of shape {attention.shape}")
-    tokens = list(zip(held["layers"], held["kinds"], strict=True))
+    held = row.attention
+    if held is None or attention.ndim != 2 or attention.shape[1] != len(held.layers):
+        have = "none" if held is None else f"of {len(held.layers)} tokens"
+        raise BadData(f"row {row.id} has attention {have}, and the array is of shape {attention.shape}")
+    tokens = list(zip(held.layers, held.kinds, strict=True))
     parts = []
     for layer, kind in dict.fromkeys(tokens):
         if kind == "all" or kind in GRIDS:
@@ -58,7 +58,7 @@ def maps(row: Row, attention: np.ndarray) -> np.ndarray:
             parts.append(shares[:, shares.shape[1] - edge**2 :].reshape(-1, edge, edge))
     if not parts:
         raise BadData(
-            f"{row['probe']} reads no patches, so that there is no map of its attention; allowed: probes over all tokens, such "
+            f"{row.probe} reads no patches, so that there is no map of its attention; allowed: probes over all tokens, such "
             "as all-tokens-last/attentive, or over pooled patches"
         )
     edge = max(part.shape[1] for part in parts)
@@ -116,29 +116,28 @@ def seen(row: Row, *, cache: Place = None, dataset: str | None = None) -> Seen:
         BadData: the features are gone, or the images are others than those tested on.
         UnknownName, Unavailable: the data set is not to be had.
     """
-    entry = FeatureStore(cache).by_key(row["features"][1])
-    sources = row.get("sources")
-    word = dataset or (sources["dataset"] if sources and sources["dataset"] != "embedded" else row["dataset"])
+    entry = FeatureStore(cache).by_key(row.features[1])
+    word = dataset or (row.sources.dataset if row.sources.dataset != "embedded" else row.dataset)
     if entry is None:
         raise BadData(
-            f"the test features of row {row['id']} ({row['features'][1]}) are not in the cache, so that nothing says which "
+            f"the test features of row {row.id} ({row.features[1]}) are not in the cache, so that nothing says which "
             f"images it was tested on; name the cache that has them with --cache, or extract {word} again"
         )
-    steps, upright = _prepared(entry.spec.model.preprocess, sources["model"] if sources else None)
+    steps, upright = _prepared(entry.spec.model.preprocess, row.sources.model)
     split = datasets.load(word, datasets.Reading(upright=upright)).split("test")
     place = {name: number for number, name in enumerate(split.ids)}
     kept, rows = entry.samples, np.asarray(entry.rows)
     if any(kept.ids[number] not in place for number in rows):
         raise BadData(
-            f"{word} has other test images than row {row['id']} was tested on; give the same ones with --dataset"
+            f"{word} has other test images than row {row.id} was tested on; give the same ones with --dataset"
         )
     return Seen(split, np.array([place[kept.ids[number]] for number in rows]), steps)
 
 
-def _prepared(key: str, model: str | None) -> tuple[preprocessing.Preprocessing | None, bool]:
+def _prepared(key: str, model: str) -> tuple[preprocessing.Preprocessing | None, bool]:
     """How the model's pictures were made, and whether images were turned first; None: nothing here says how."""
     steps, upright = preprocessing.rebuilt(key)
-    if steps is not None or model is None:
+    if steps is not None:
         return steps, upright
     try:
         own = preprocessing.read(models.locate(model).folder)

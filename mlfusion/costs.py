@@ -44,7 +44,7 @@ def seconds(
         precision: of its matrix products.
     """
     tried = next((c for c in CLASSES if c >= classes), CLASSES[-1])
-    heads = probe.heads or (8 if probe.representation.spatial else min(tokens, width))
+    heads = probe.attention_heads() or min(tokens, width)
     if probe.head in protocol.SOLVERS:
         return _solving(probe.head, tokens, width, grid) * images / IMAGES[-1]
     schedule = protocol.GRIDS[grid].schedule(images)

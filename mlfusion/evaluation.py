@@ -2,20 +2,16 @@
 
 import logging
 import os
-import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
-from functools import cache as once
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from mlfusion import population, protocol, trackers, trained
+from mlfusion import population, protocol, trained
 from mlfusion.batches import Tokens
 from mlfusion.devices import pick_device
 from mlfusion.errors import BadData, NotCached, UnknownName
@@ -23,11 +19,13 @@ from mlfusion.features import SplitPair, extract_command, impossible, require, s
 from mlfusion.memory import available
 from mlfusion.population import Precision
 from mlfusion.progress import track as bar_of
-from mlfusion.results import Results, Row
-from mlfusion.specs import FeatureSpec, Probe, digest, parse_probes, spelt_out
+from mlfusion.results import Attention, ImageCounts, Results, Row, Selected, Sources, metrics_of, provenance
+from mlfusion.results.rows import RowPrecision
+from mlfusion.specs import Probe, digest, parse_probes, spelt_out
 from mlfusion.store import Entry, FeatureStore, Place, TokenReader
 from mlfusion.store.encoding import ENCODINGS
-from mlfusion.targets import target_of
+from mlfusion.targets import Target, target_of
+from mlfusion.trackers import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +34,9 @@ PROBES = "probes"  # folder of the results that trained probes are kept in
 PROTOCOL = 2
 """Part of every row's id: raised when a change of code changes scores, so that old rows are made again."""
 
-AAT_HEADS = 8
-"""Of attention over all tokens or a grid; over any other representation it has one a token (the study's choice)."""
-
 
 @dataclass(frozen=True, eq=False)
-class Probed:
+class ProbeResult:
     """What a call of `probe` came to."""
 
     rows: list[Row]
@@ -67,7 +62,7 @@ def probe(
     precision: Precision = "auto",
     track: str | Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
-) -> Probed:
+) -> ProbeResult:
     """Train and test probes on cached features, each by the study's protocol.
 
     Args:
@@ -85,7 +80,8 @@ def probe(
         device: where to train.
         memory: bytes that a probe's training may take, by default most of what is free. Tokens that take more than half of
             it are not loaded but read in shuffled batches as training goes on.
-        precision: of the matrix products of training: 'float32', 'bfloat16', or 'auto', bfloat16 where it is faster here.
+        precision: of the matrix products of training: 'float32', 'bfloat16', or 'auto', bfloat16 where it is faster here. With
+            'auto' a row of either precision that is there already is not made again; otherwise only one of that precision.
         track: where new rows are shown as they are saved, such as 'tensorboard:runs'; see `trackers`.
         say: told what is reused and what is left out, a line each.
 
@@ -97,7 +93,7 @@ def probe(
         raise UnknownName("grid", grid, protocol.GRIDS)
     if not 0 <= smoothing < 1:
         raise BadData(f"--smoothing {smoothing:g}; allowed: from 0 to below 1, such as 0.1")
-    store, kept, shown = FeatureStore(cache), Results(Path(results)), trackers.opened(track)
+    store, kept, shown = FeatureStore(cache), Results(Path(results)), open_trackers(track)
     rows: list[Row] = []
     made, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
@@ -112,60 +108,86 @@ def probe(
         )
         if pair.older:
             say(f"{pair.older} other sets of features go by these names; those extracted last are used")
-        jobs = jobs_of(chosen, seeds, grid, shots=shots, halving=halving, smoothing=smoothing)
-        held, new = run(
-            pair, jobs, kept, save=save, device=device, memory=memory, precision=precision, shown=shown, say=say
-        )
+        jobs = jobs_of(chosen, seeds, grid, shots=shots, halving=halving, smoothing=smoothing, precision=precision)
+        held, new = run(pair, jobs, kept, save=save, device=device, memory=memory, trackers=shown, say=say)
         rows, made = rows + held, made + new
-    return Probed(rows, made, left_out)
+    return ProbeResult(rows, made, left_out)
 
 
 def run(
     pair: SplitPair,
     jobs: Sequence["Job"],
-    kept: Results,
+    results: Results,
     *,
     save: bool = False,
     device: str = "cpu",
     memory: int | None = None,
-    precision: Precision = "auto",
-    shown: Sequence[trackers.Tracker] = (),
+    trackers: Sequence[Tracker] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Row], int]:
-    """The row of each job on these features, made where it is not kept yet; and how many were made.
+    """Return one row per job, training those that are not stored; and the number trained.
 
     Arguments and errors as in `probe`.
     """
     device = pick_device(device)
-    limit = int(population.SPARE * available("cpu")) if memory is None else memory
-    narrow = population.resolve(precision, device)
+    resources = Resources.of(device, memory)
     rows: list[Row] = []
     made = 0
-    known = {job: kept.find(job.row_id(pair.keys)) for job in jobs}
-    lost = {job for job, row in known.items() if row and save and not (_folder(kept, row) / trained.CARD).is_file()}
+    known = {job: stored(results, job, pair.keys, device) for job in jobs}
+    lost = {job for job, row in known.items() if row and save and not (_folder(results, row) / trained.CARD).is_file()}
     if done := sum(row is not None for row in known.values()):
-        say(f"{done} of {len(jobs)} results are in {kept.root} already and are not made again")
+        say(f"{done} of {len(jobs)} results are in {results.root} already and are not made again")
     if lost:
         say(f"{len(lost)} of them are trained again, since their probes were not kept")
     for job in jobs:
         row = known[job]
-        if row is None or job in lost:
-            new, arrays, card, weights = _run(pair, job, device, limit, narrow)
+        if row is None:
+            new = train(pair, job.resolved(device), resources)
+            row = new.row
             if save:
-                trained.save(_folder(kept, new), card, weights)
-                say(f"{job.probe.name}, seed {job.seed}, is kept in {_folder(kept, new)}")
-            if row is None:
-                row = new
-                kept.append(row, arrays)
-                made += 1
-                log.info(
-                    "%s seed %d: val %.4f, test %.4f, %.1f s, %s",
-                    *(row["probe"], row["seed"], row["val"], row["test"], row["seconds"], row["selected"]),
-                )
-                for tracker in shown:
-                    tracker.log(row)
+                say(_keep(results, row, new))
+            results.append(row, new.arrays)
+            made += 1
+            log.info(
+                "%s seed %d: val %.4f, test %.4f, %.1f s, %s",
+                *(row.probe, row.seed, row.val, row.test, row.seconds, row.selected.given()),
+            )
+            for tracker in trackers:
+                tracker.log(row)
+        elif job in lost:
+            again = train(pair, replace(job, precision=row.precision), resources)
+            say(_keep(results, row, again) if same_scores(row, again.row) else _not_kept(results, row, again.row))
         rows.append(row)
     return rows, made
+
+
+def stored(results: Results, job: "Job", features: tuple[str, str], device: str = "cpu") -> Row | None:
+    """The row of a job on these features, if it is there; where `auto` was asked for, one of either precision."""
+    found = (results.find(one.row_id(features)) for one in job.answers(device))
+    return next((row for row in found if row is not None), None)
+
+
+def same_scores(one: Row, other: Row) -> bool:
+    """Whether scores and choice are the same to the last bit."""
+    return all(getattr(one, name) == getattr(other, name) for name in ("val", "test", "train", "selected"))
+
+
+def _folder(results: Results, row: Row) -> Path:
+    """Where a row's trained probe is kept."""
+    return results.root / PROBES / row.id
+
+
+def _keep(results: Results, row: Row, made: "Trained") -> str:
+    """Save the trained probe of a row; says where."""
+    trained.save(_folder(results, row), made.card, made.weights)
+    return f"{row.probe}, seed {row.seed}, is kept in {_folder(results, row)}"
+
+
+def _not_kept(results: Results, row: Row, again: Row) -> str:
+    return (
+        f"{row.probe}, seed {row.seed}, is not kept: trained again it does not give the scores of result {row.id} (test "
+        f"{row.test} then, {again.test} now). What differs: mlfusion results rerun {row.id} --results {results.root}"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +201,13 @@ class Rerun:
     @property
     def same(self) -> bool:
         """Scores and choice are the same to the last bit."""
-        return all(self.row[name] == self.again[name] for name in ("val", "test", "train", "selected"))
+        return same_scores(self.row, self.again)
+
+    def scores(self) -> list[tuple[str, Any, Any]]:
+        """(name, then, now) of scores and choice."""
+        names = ("val", "test", "train")
+        found = [(name, getattr(self.row, name), getattr(self.again, name)) for name in names]
+        return [*found, ("selected", self.row.selected.given(), self.again.selected.given())]
 
 
 def rerun(
@@ -207,50 +235,41 @@ def rerun(
     """
     store, kept = FeatureStore(cache), Results(Path(results))
     row = kept.named(row_id)
-    [one] = parse_probes(row["probe"], row["depth"])
+    [one] = parse_probes(row.probe, row.depth)
     pair = _pair_of(store, row, one)
     job = Job(
         one,
-        row["seed"],
-        row["grid"],
-        shots=row.get("shots"),
-        halving=row.get("halving", False),
-        smoothing=row.get("smoothing", 0.0),
+        row.seed,
+        row.grid,
+        precision=row.precision,
+        shots=row.shots,
+        halving=row.halving,
+        smoothing=row.smoothing or 0.0,
     )
-    limit = int(population.SPARE * available("cpu")) if memory is None else memory
-    where = pick_device(device or row.get("device", "cpu"))
-    again, arrays, card, weights = _run(
-        pair, job, where, limit, row.get("precision", "float32"), row.get("streamed", False)
-    )
-    then, now = (
-        {"code": made["code"], "device": made.get("device", where), **made["versions"]} for made in (row, again)
-    )
+    resources = Resources.of(pick_device(device or row.device), memory, streams=row.streamed)
+    again = train(pair, job, resources)
+    then, now = ({"code": made.code, "device": made.device, **made.versions} for made in (row, again.row))
     differs = [f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
-    if row["id"] != again["id"]:
-        differs.append(f"protocol {row.get('protocol', 'of an older version')} then, {PROTOCOL} now")
-    done = Rerun(row, again, differs)
+    if row.protocol != again.row.protocol:
+        differs.append(f"protocol {row.protocol} then, {again.row.protocol} now")
+    done = Rerun(row, again.row, differs)
     if keep and done.same:
-        kept.keep_arrays(row, arrays)
-        trained.save(_folder(kept, row), card, weights)
+        kept.keep_arrays(row, again.arrays)
+        _keep(kept, row, again)
     return done
 
 
 def _pair_of(store: FeatureStore, row: Row, one: Probe) -> SplitPair:
     """The features that a row was made from, by their keys."""
-    train, test = (store.by_key(key) for key in row["features"])
-    model, dataset, pairs = row["model"], row["dataset"], one.representation.pairs(row["depth"])
-    command = extract_command(model, dataset, pairs)
-    if "sources" in row:
-        model, dataset = row["sources"]["model"], row["sources"]["dataset"]
-        command = row["sources"].get("extract", command)
+    train, test = (store.by_key(key) for key in row.features)
     if train is None or test is None:
         raise NotCached(
-            f"the features of result {row['id']} ({', '.join(row['features'])}) are not in {store.root}. Name the cache that "
-            f"has them with --cache, or make them again: {command}"
+            f"the features of result {row.id} ({', '.join(row.features)}) are not in {store.root}. Name the cache that "
+            f"has them with --cache, or make them again: {row.sources.extract}"
         )
     for entry in (train, test):
-        require(entry, pairs, model, dataset)
-    return SplitPair(row["model"], row["dataset"], train, test, older=0)
+        require(entry, one.representation.pairs(row.depth), row.sources.model, row.sources.dataset)
+    return SplitPair(row.model, row.dataset, train, test, older=0)
 
 
 def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: str) -> tuple[list[Probe], list[str]]:
@@ -275,32 +294,51 @@ def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: 
     return list(chosen), lacking
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    """What changes a result beyond probe, grid and seed; at these values it is as if they were not there."""
-
-    shots: int | None = None
-    halving: bool = False
-    smoothing: float = 0.0
+OPTIONS: dict[str, Any] = {"shots": None, "halving": False, "smoothing": 0.0}
+"""What changes a result beyond probe, grid, seed and precision; at these values it is as if the option did not exist."""
 
 
 @dataclass(frozen=True)
-class Job(_Options):
+class Job:
     """One row to make."""
 
     probe: Probe
     seed: int
     grid: str
+    precision: Precision = "auto"  # of the matrix products of training
+    shots: int | None = None
+    halving: bool = False
+    smoothing: float = 0.0
 
     def options(self) -> dict[str, Any]:
-        """Those that are not as always; a part of the row and of its id."""
-        return {f.name: getattr(self, f.name) for f in fields(_Options) if getattr(self, f.name) != f.default}
+        """Options that are not at their default; a part of the row and of its id."""
+        return {name: getattr(self, name) for name, usual in OPTIONS.items() if getattr(self, name) != usual}
+
+    def resolved(self, device: str) -> "Job":
+        """The same job with the precision that 'auto' means on this machine; float32 for a head that is solved for."""
+        solved = self.probe.head in protocol.SOLVERS
+        return replace(self, precision="float32" if solved else population.resolve(self.precision, device))
+
+    def answers(self, device: str) -> list["Job"]:
+        """The resolved jobs whose row answers this one: with 'auto' those of either precision, this machine's own first."""
+        own = self.resolved(device)
+        if self.precision != "auto" or self.probe.head in protocol.SOLVERS:
+            return [own]
+        return [own, replace(own, precision="float32" if own.precision == "bfloat16" else "bfloat16")]
 
     def row_id(self, features: tuple[str, str]) -> str:
-        """The same features (keys of train and test), probe, grid, seed and options under the same protocol are the same
-        result."""
-        named = [PROTOCOL, *features, self.probe.name, self.grid, self.seed]
+        """Id of the row that a resolved job makes: the same features (keys of train and test), probe, grid, seed, precision
+        and options under the same protocol are the same result.
+        """
+        named = [PROTOCOL, *features, self.probe.name, self.grid, self.seed, _narrowed(self.precision)]
         return digest([*named, self.options()] if self.options() else named)
+
+
+def _narrowed(precision: Precision) -> RowPrecision:
+    """The precision of a resolved job."""
+    if precision == "auto":
+        raise ValueError("'auto' names no row; resolve the job first")
+    return precision
 
 
 def jobs_of(
@@ -311,158 +349,203 @@ def jobs_of(
     shots: Sequence[int | None] = (None,),
     halving: bool = False,
     smoothing: float = 0.0,
+    precision: Precision = "auto",
 ) -> list[Job]:
     """Every row that `probe` makes of one model's features of one data set."""
     return [
-        Job(one, seed, grid, shots=count, halving=halving, smoothing=smoothing)
-        for count, one, seed in product(shots, probes, seeds)
+        Job(one, seed, grid, precision, count, halving, smoothing) for count, one, seed in product(shots, probes, seeds)
     ]
 
 
-def heads_of(one: Probe) -> int | None:
-    """Attention heads: those asked for, or the study's number; None is one a token."""
-    return one.heads or (AAT_HEADS if one.representation.spatial else None)
+# --- from a job to its row -------------------------------------------------------------------------------------------
 
 
-def _folder(results: Results, row: Row) -> Path:
-    """Where a row's trained probe is kept."""
-    return results.root / PROBES / row["id"]
+@dataclass(frozen=True)
+class Resources:
+    """What training may take; a result does not depend on it beyond rounding."""
+
+    device: str
+    memory: int  # bytes
+    streams: bool | None = None  # whether training reads tokens in batches; None: if they take over half of the memory
+
+    @classmethod
+    def of(cls, device: str, memory: int | None, *, streams: bool | None = None) -> "Resources":
+        """By default most of the memory that is free."""
+        return cls(device, int(population.SPARE * available("cpu")) if memory is None else memory, streams)
 
 
-def _run(
-    pair: SplitPair, job: Job, device: str, memory: int, precision: Precision, stream: bool | None = None
-) -> tuple[Row, dict[str, np.ndarray], trained.Card, dict[str, np.ndarray]]:
-    with ExitStack() as opened:
-        return _fitted(pair, job, device, memory, precision, stream, opened)
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A row that was made, and what is kept beside it."""
+
+    row: Row
+    arrays: dict[str, np.ndarray]
+    card: trained.Card
+    weights: Mapping[str, np.ndarray]
 
 
-def _fitted(
-    pair: SplitPair,
-    job: Job,
-    device: str,
-    memory: int,
-    precision: Precision,
-    stream: bool | None,
-    opened: ExitStack,
-) -> tuple[Row, dict[str, np.ndarray], trained.Card, dict[str, np.ndarray]]:
-    spec, one = pair.train.spec, job.probe
-    train = _tokens(pair.train, one, memory, opened, stream)
-    test = lambda: _tokens(pair.test, one, memory, opened)  # noqa: E731
-    streamed = isinstance(train.values, TokenReader)
-    target = target_of(train.labels, len(spec.data.classes), smoothing=job.smoothing)
-    if job.shots is not None:
-        train = train.of(protocol.draw(train.labels, job.shots, classes=target.outputs, seed=job.seed))
-    with bar_of(f"{one.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
-        outcome = protocol.fit(
-            one.head,
-            train,
-            test,
-            target=target,
-            heads=heads_of(one),
-            grid=job.grid,
-            seed=job.seed,
-            device=device,
-            halving=job.halving,
-            memory=memory - (0 if streamed else train.nbytes) if device == "cpu" else None,
-            precision=precision,
-            progress=bar.to,
-        )
-    arrays = {
-        # Probabilities lose nothing that matters in half the bytes; numbers might, and may be larger than float16 holds.
-        "probabilities": outcome.predictions.astype(np.float32 if target.kind == "number" else np.float16),
-        "labels": pair.test.samples.labels[pair.test.rows],
-    }
-    if outcome.attention is not None:
-        arrays["attention"] = outcome.attention.astype(np.float16)
-    depth = spec.model.depth
-    row: Row = {
-        "id": job.row_id(pair.keys),
-        "model": pair.model,
-        "dataset": pair.dataset,
-        "probe": one.name,
-        "seed": job.seed,
-        "metric": outcome.metric,
-        "val": outcome.val,
-        "test": outcome.test,
-        "train": outcome.train,
-        "metrics": outcome.metrics,
-        "selected": outcome.selected,
-        "grid": job.grid,
-        "configurations": outcome.configurations,
-        "parameters": outcome.parameters,
-        "seconds": round(outcome.seconds, 3),
-        "layers": list(one.representation.layers(depth)),
-        "tokens": list(one.representation.kinds),
-        "depth": depth,
-        "width": spec.model.width,
-        "classes": list(spec.data.classes),
-        "images": {"train": len(train), "test": len(pair.test.rows)},
-        "features": list(pair.keys),
-        "attention": _attention(one, pair.train, outcome.attention),
-        "versions": {name: version(name) for name in ("mlfusion", "torch", "numpy", "scikit-learn")},
-        "code": _code(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "protocol": PROTOCOL,
-        "device": device,
-        "bytes": (len(train) + len(pair.test.rows)) * train.shape[1] * _vector_bytes(spec),
-        "sources": {
-            "model": pair.train.names[0].model_source,
-            "dataset": pair.train.names[0].dataset_source,
-            "weights": spec.model.weights,
-            "train": spec.data.content,
-            "test": pair.test.spec.data.content,
-            "extract": _command(pair, one),
-        },
-        **job.options(),  # type: ignore[typeddict-item]
-        **({"streamed": True} if streamed else {}),
-        **({"precision": precision} if precision != "float32" else {}),
-    }
-    model, names = spec.model, pair.train.names[0]
-    card = trained.Card(
-        probe=one.name,
-        head=one.head,
-        shape=asdict(outcome.shape),
-        target=trained.describe(target),
-        classes=list(spec.data.classes),
-        backbone=trained.Backbone(
-            name=names.model,
-            source=names.model_source,
-            weights=model.weights,
-            config=model.config,
-            preprocess=digest(model.preprocess),
-            hook=model.hook,
-            compute=model.compute,
-            preparation=model.preprocess,
-        ),
-        layers=row["layers"],
-        kinds=row["tokens"],
-        dtype=spec.dtype,
-        features=row["features"],
-        dataset=pair.dataset,
-        seed=job.seed,
-        selected=outcome.selected,
-        metric=outcome.metric,
-        scores={"val": outcome.val, "test": outcome.test, "train": outcome.train},
-        versions=row["versions"],
-        code=row["code"],
-        created=row["created"],
-    )
-    return row, arrays, card, outcome.weights
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """What the protocol gave for a job, before it is written down."""
+
+    job: Job  # resolved
+    device: str
+    target: Target
+    outcome: protocol.Outcome
+    images: ImageCounts
+    tokens: int  # T, of an image
+    streamed: bool
 
 
-def _tokens(entry: Entry, one: Probe, memory: int, opened: ExitStack, stream: bool | None = None) -> Tokens:
-    """[images, tokens, width]: layer by layer, in each layer CLS before AP; in memory, or read as training goes on.
+def train(pair: SplitPair, job: Job, resources: Resources) -> Trained:
+    """Train and test the probe of a resolved job.
 
-    `stream` says which; None is as memory allows.
+    Raises:
+        MlfusionError: the features cannot be read, or no probe can be trained on them.
     """
+    fitted = _fit(pair, job, resources)
+    row = row_of(pair, fitted)
+    return Trained(row, _arrays(pair, fitted), card_of(pair, fitted, row), fitted.outcome.weights)
+
+
+def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
+    with ExitStack() as opened:
+        train = _tokens(pair.train, job.probe, resources, opened)
+        streamed = isinstance(train.values, TokenReader)
+        target = target_of(train.labels, len(pair.train.spec.data.classes), smoothing=job.smoothing)
+        if job.shots is not None:
+            train = train.of(protocol.draw(train.labels, job.shots, classes=target.outputs, seed=job.seed))
+        spare = resources.memory - (0 if streamed else train.nbytes)
+        with bar_of(f"{job.probe.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
+            outcome = protocol.fit(
+                job.probe.head,
+                train,
+                lambda: _tokens(pair.test, job.probe, replace(resources, streams=None), opened),
+                target=target,
+                heads=job.probe.attention_heads(),
+                grid=job.grid,
+                seed=job.seed,
+                device=resources.device,
+                halving=job.halving,
+                memory=spare if resources.device == "cpu" else None,
+                precision=job.precision,
+                progress=bar.to,
+            )
+        images = ImageCounts(train=len(train), test=len(pair.test.rows))
+        return Fitted(job, resources.device, target, outcome, images, train.shape[1], streamed)
+
+
+def _tokens(entry: Entry, one: Probe, resources: Resources, opened: ExitStack) -> Tokens:
+    """[images, tokens, width]: layer by layer, in each layer CLS before AP; in memory, or read as training goes on."""
     layers = one.representation.layers(entry.spec.model.depth)
     rows, samples = entry.rows, entry.samples
     ids = tuple(samples.ids[row] for row in rows)
     reader = opened.enter_context(entry.open(layers, one.representation.kinds))
     tokens = Tokens(reader, samples.labels[rows], ids)
-    if stream if stream is not None else tokens.nbytes > memory / 2:
+    if resources.streams if resources.streams is not None else tokens.nbytes > resources.memory / 2:
         return tokens
     return Tokens(tokens[:], tokens.labels, ids)
+
+
+def row_of(pair: SplitPair, fitted: Fitted) -> Row:
+    """The row of what was fitted on a pair of splits."""
+    job, outcome, spec = fitted.job, fitted.outcome, pair.train.spec
+    names, one, depth = pair.train.names[0], job.probe, spec.model.depth
+    options = job.options()
+    return Row(
+        id=job.row_id(pair.keys),
+        model=pair.model,
+        dataset=pair.dataset,
+        probe=one.name,
+        seed=job.seed,
+        metric=outcome.metric,
+        val=outcome.val,
+        test=outcome.test,
+        train=outcome.train,
+        metrics=metrics_of(fitted.target.kind, outcome.metrics),
+        selected=Selected.of(outcome.selected),
+        grid=job.grid,  # type: ignore[arg-type]
+        configurations=outcome.configurations,
+        parameters=outcome.parameters,
+        seconds=round(outcome.seconds, 3),
+        layers=tuple(one.representation.layers(depth)),
+        tokens=one.representation.kinds,
+        depth=depth,
+        width=spec.model.width,
+        classes=spec.data.classes,
+        images=fitted.images,
+        features=pair.keys,
+        attention=_attention(one, pair.train, outcome.attention),
+        versions=provenance.versions(),
+        code=provenance.code(),
+        created=provenance.now(),
+        protocol=PROTOCOL,
+        device=fitted.device,
+        precision=_narrowed(job.precision),
+        bytes=(fitted.images.train + fitted.images.test)
+        * fitted.tokens
+        * ENCODINGS[spec.dtype].vector_bytes(spec.model.width),
+        sources=Sources(
+            model=names.model_source,
+            dataset=names.dataset_source,
+            weights=spec.model.weights,
+            train=spec.data.content,
+            test=pair.test.spec.data.content,
+            extract=_command(pair, one),
+        ),
+        shots=options.get("shots"),
+        halving=job.halving,
+        smoothing=options.get("smoothing"),
+        streamed=fitted.streamed,
+    )
+
+
+def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> trained.Card:
+    """What is written beside the weights of a row's probe."""
+    spec, names = pair.train.spec, pair.train.names[0]
+    return trained.Card(
+        probe=row.probe,
+        head=fitted.job.probe.head,
+        shape=fitted.outcome.shape,
+        target_fields=trained.describe(fitted.target),
+        classes=row.classes,
+        backbone=trained.Backbone(
+            name=names.model,
+            source=names.model_source,
+            weights=spec.model.weights,
+            config=spec.model.config,
+            preprocess=digest(spec.model.preprocess),
+            hook=spec.model.hook,
+            compute=spec.model.compute,
+            preparation=spec.model.preprocess,
+        ),
+        layers=row.layers,
+        kinds=fitted.job.probe.representation.kinds,
+        dtype=spec.dtype,
+        features=row.features,
+        dataset=row.dataset,
+        seed=row.seed,
+        selected=row.selected,
+        metric=row.metric,
+        scores={"val": row.val, "test": row.test, "train": row.train},
+        versions=row.versions,
+        code=row.code,
+        created=row.created,
+    )
+
+
+def _arrays(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
+    """What each test image got."""
+    outcome = fitted.outcome
+    # Probabilities lose nothing that matters in half the bytes; numbers might, and may be larger than float16 holds.
+    kind = np.float32 if fitted.target.kind == "number" else np.float16
+    arrays = {
+        "probabilities": outcome.predictions.astype(kind),
+        "labels": pair.test.samples.labels[pair.test.rows],
+    }
+    if outcome.attention is not None:
+        arrays["attention"] = outcome.attention.astype(np.float16)
+    return arrays
 
 
 def _command(pair: SplitPair, one: Probe) -> str:
@@ -474,71 +557,16 @@ def _command(pair: SplitPair, one: Probe) -> str:
     return command if spec.model.view == "plain" else f"{command} --view {spec.model.view}"
 
 
-def _vector_bytes(spec: FeatureSpec) -> int:
-    """What a token takes in the cache."""
-    encoding = ENCODINGS[spec.dtype]
-    return (spec.model.width + encoding.extra) * encoding.stored.itemsize
-
-
-def _attention(one: Probe, entry: Entry, attention: np.ndarray | None) -> dict[str, Any] | None:
+def _attention(one: Probe, entry: Entry, attention: np.ndarray | None) -> Attention | None:
     """Mean and spread over the test images of the attention on each token, [images, tokens]."""
     if attention is None:
         return None
     layers, kinds = one.representation.layers(entry.spec.model.depth), one.representation.kinds
     homes = entry.sources()
     tokens = [(layer, kind) for layer in layers for kind in kinds for _ in range(homes[layer, kind].stream.tokens)]
-    return {
-        "layers": [layer for layer, _ in tokens],
-        "kinds": [kind for _, kind in tokens],
-        "mean": [float(v) for v in attention.mean(0, dtype=np.float64)],
-        "sd": [float(v) for v in attention.std(0, dtype=np.float64)],
-    }
-
-
-@once
-def _code() -> str:
-    """The commit that a checkout is at, with '-dirty' if it was changed; the version where there is no checkout."""
-    here = Path(__file__).resolve().parent.parent
-    if (here / ".git").exists():
-        git = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-        said = subprocess.run(git, capture_output=True, text=True, check=False)
-        if said.returncode == 0:
-            return said.stdout.strip()
-    return version("mlfusion")
-
-
-def check_seeds(words: str) -> tuple[int, ...]:
-    """'0,1,2' → (0, 1, 2).
-
-    Raises:
-        BadData: not whole numbers from 0, or one twice.
-    """
-    parts = [part.strip() for part in words.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
-        raise BadData(f"--seeds {words!r}; allowed: different whole numbers from 0, such as 0,1,2")
-    return tuple(int(part) for part in parts)
-
-
-def check_shots(words: str) -> tuple[int, ...]:
-    """'2,4,8' → (2, 4, 8).
-
-    Raises:
-        BadData: not whole numbers from 2, or one twice.
-    """
-    parts = [part.strip() for part in words.split(",")]
-    if not all(part.isdecimal() and int(part) > 1 for part in parts) or len(set(parts)) != len(parts):
-        raise BadData(
-            f"--shots {words!r}; allowed: different whole numbers from 2, one image to fit and one to choose on, such as 2,4,8"
-        )
-    return tuple(int(part) for part in parts)
-
-
-def check_precision(word: str) -> Precision:
-    """The word, if it is one.
-
-    Raises:
-        UnknownName: it is not.
-    """
-    if word not in get_args(Precision):
-        raise UnknownName("precision", word, get_args(Precision))
-    return word  # type: ignore[return-value]
+    return Attention(
+        layers=tuple(layer for layer, _ in tokens),
+        kinds=tuple(kind for _, kind in tokens),
+        mean=tuple(attention.mean(0, dtype=np.float64).tolist()),
+        sd=tuple(attention.std(0, dtype=np.float64).tolist()),
+    )

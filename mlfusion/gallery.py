@@ -34,19 +34,19 @@ def of_row(
         ResultsUnusable: its arrays are gone.
         MlfusionError: the data set is not to be had.
     """
-    held = row["attention"]
-    spatial = held is not None and any(kind not in ("cls", "ap") for kind in held["kinds"])
-    layered = held is not None and len(set(held["layers"])) > 1
+    held = row.attention
+    spatial = held is not None and any(kind not in ("cls", "ap") for kind in held.kinds)
+    layered = held is not None and len(set(held.layers)) > 1
     if held is None or not (spatial or layered):
         raise BadData(
-            f"{row['probe']} attends to neither patches nor layers; allowed: attentive probes over all tokens or over several "
+            f"{row.probe} attends to neither patches nor layers; allowed: attentive probes over all tokens or over several "
             "layers, such as aat and alf"
         )
     arrays = results.arrays(row)
     shares, labels = arrays["attention"], arrays["labels"]
     images = seen(row, cache=cache, dataset=dataset)
     if len(images.rows) != len(shares):
-        raise BadData(f"row {row['id']} was tested on {len(shares)} images, and its features have {len(images.rows)}")
+        raise BadData(f"row {row.id} was tested on {len(shares)} images, and its features have {len(images.rows)}")
     captions = _captions(row, arrays)
     strips = []
     if spatial:
@@ -55,12 +55,12 @@ def of_row(
         pictures = tuple(Picture(images.picture(n), captions[n], drawn[n]) for n in chosen)
         where = float(drawn.sum((1, 2)).mean())
         description = (
-            f"{row['probe']} of {row['model']}, seed {row['seed']}: brighter patches get more of its attention. On average "
+            f"{row.probe} of {row.model}, seed {row.seed}: brighter patches get more of its attention. On average "
             f"{100 * where:.0f} % of it goes to patches, the rest to other tokens."
         )
-        strips.append(Strip("Attention on patches", description, pictures, name=f"map-{row['model']}"))
+        strips.append(Strip("Attention on patches", description, pictures, name=f"map-{row.model}"))
     if layered:
-        strips += early_and_late(shares, held["layers"], lambda n: Picture(images.picture(n), captions[n]), count)
+        strips += early_and_late(shares, held.layers, lambda n: Picture(images.picture(n), captions[n]), count)
     return strips
 
 
@@ -72,11 +72,11 @@ def of_study(
     What cannot be drawn, since images or features are not at hand, is said and left out.
     """
     found: dict[str, list[Strip]] = {}
-    for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        mine = [row for row in rows if row["dataset"] == dataset and row["attention"] is not None]
-        model = next((row["model"] for row in mine), None)
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        mine = [row for row in rows if row.dataset == dataset and row.attention is not None]
+        model = next((row.model for row in mine), None)
         for probe in ("all-tokens-last/attentive", "cls+ap-all-layers/attentive"):
-            one = next((row for row in mine if row["probe"] == probe and row["model"] == model), None)
+            one = next((row for row in mine if row.probe == probe and row.model == model), None)
             if one is None:
                 continue
             try:
@@ -99,7 +99,7 @@ def examples(labels: np.ndarray, count: int) -> list[int]:
 
 def _captions(row: Row, arrays: dict[str, np.ndarray]) -> list[str]:
     """What each image is, and what it was taken for where that is something else."""
-    labels, predicted, names = arrays["labels"], arrays["probabilities"], row["classes"]
+    labels, predicted, names = arrays["labels"], arrays["probabilities"], row.classes
     if labels.ndim != 1 or labels.dtype.kind == "f" or not names:
         return [""] * len(labels)
     said = predicted.argmax(1)

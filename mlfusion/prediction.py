@@ -99,7 +99,7 @@ def predict(
         values = _tokens(backbone, pixels, card)
         # No labels are known; none are looked at.
         given = Tokens(values, np.zeros(len(values), np.int64))
-        predictions, _ = protocol.predict(head, given, card.goal)
+        predictions, _ = protocol.predict(head, given, card.target())
         made += [_said(card, pictures.ids[row], one, top) for row, one in zip(rows, predictions, strict=True)]
     return made
 
@@ -107,41 +107,25 @@ def predict(
 def _as_trained(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[Preprocessing, ModelSpec, bool]:
     """How the probe's pictures were prepared, the model with that, and whether images are turned as their EXIF says."""
     compute: Compute = card.compute if card.compute in COMPUTES else "float32"
-    steps, upright = _prepared(checkpoint, card)
+    rebuilt, upright = preprocessing.rebuilt(card.preparation)
+    steps = rebuilt or preprocessing.read(checkpoint.folder)  # the model's own, where another library prepares pictures
     spec = models.identify(checkpoint, steps.key(), compute)
     return steps, spec.upright() if upright else spec, upright
-
-
-def _prepared(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[Preprocessing, bool]:
-    """As the card says; an older one has a digest only, so then in the way by name that has it; else as the model's own."""
-    made, upright = preprocessing.rebuilt(card.preparation)
-    if made is not None:
-        return made, upright
-    for word in preprocessing.WORDS if not card.preparation else ():
-        try:
-            steps = preprocessing.read(checkpoint.folder, word)
-        except BadModel:  # the study has no recipe for it, or there is no faster way
-            continue
-        plain = models.identify(checkpoint, steps.key())
-        for spec, turned in ((plain, False), (plain.upright(), True)):
-            if digest(spec.preprocess) == card.preprocess:
-                return steps, turned
-    return preprocessing.read(checkpoint.folder), upright
 
 
 def _tokens(backbone: Backbone, pixels: Tensor, card: trained.Card) -> np.ndarray:
     """[images, tokens, width] in the order and the precision in which the cache gives them."""
     pairs = [(layer, kind) for layer in card.layers for kind in card.kinds]
-    read = backbone(pixels, pairs)  # type: ignore[arg-type]
-    encoding = ENCODINGS[card.dtype]  # type: ignore[index]
-    parts = [encoding.decode(encoding.encode(read[pair].cpu().numpy())) for pair in pairs]  # type: ignore[index]
+    read = backbone(pixels, pairs)
+    encoding = ENCODINGS[card.dtype]
+    parts = [encoding.decode(encoding.encode(read[pair].cpu().numpy())) for pair in pairs]
     width = max(part.shape[-1] for part in parts)
     padded = [np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[-1]))) for part in parts]
     return np.concatenate(padded, axis=1)
 
 
 def _said(card: trained.Card, image: str, prediction: np.ndarray, top: int) -> Prediction:
-    if card.goal.kind == "number":
+    if card.target().kind == "number":
         return Prediction(image, (), float(prediction[0]))
     best = np.argsort(-prediction, kind="stable")[:top]
     return Prediction(image, tuple((card.classes[i], float(prediction[i])) for i in best), None)

@@ -31,7 +31,7 @@ def to_the_last(rows: Iterable[Row], *, cache: Place = None, say: Callable[[str]
     """
     store = FeatureStore(cache)
     found: Similar = {}
-    wanted = {(row["model"], row["dataset"]): row["features"][1] for row in rows if "-layer-" in row["probe"]}
+    wanted = {(row.model, row.dataset): row.features[1] for row in rows if "-layer-" in row.probe}
     for (model, dataset), key in wanted.items():
         entry = store.by_key(key)
         if entry is None:

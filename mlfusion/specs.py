@@ -351,6 +351,13 @@ class Probe:
         """'representation/head', as in the study's tables; with ':h8' behind it, eight attention heads."""
         return f"{self.representation.name}/{self.head}{f':h{self.heads}' if self.heads else ''}"
 
+    def attention_heads(self) -> int | None:
+        """Attention heads: those asked for, or the study's number; None is one for each token that is read."""
+        return self.heads or (STUDY_HEADS if self.representation.spatial else None)
+
+
+STUDY_HEADS = 8
+"""Attention heads over all tokens or a grid; over any other representation there is one for each token (the study's choice)."""
 
 BASELINE = "cls-last/linear"
 ALIASES = {"alf": "cls+ap-all-layers/attentive", "aat": "all-tokens-last/attentive"}

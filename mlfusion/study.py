@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlfusion import costs, evaluation, extraction, models, planning, trackers
+from mlfusion import costs, evaluation, extraction, models, planning
 from mlfusion.backbone import Backbone
 from mlfusion.datasets import Reading
 from mlfusion.errors import MlfusionError
@@ -22,6 +22,7 @@ from mlfusion.recipe import Recipe
 from mlfusion.results import Results, Row
 from mlfusion.specs import GRIDS, FeatureSpec, TokenKind
 from mlfusion.store import FeatureStore, Place
+from mlfusion.trackers import open_trackers
 
 TRIAL_SECONDS = 2.0  # of forward passes of each model; its rate then stands for all data sets
 
@@ -196,7 +197,7 @@ class _Planner:
 
     def __init__(self, recipe: Recipe, cache: Place, kept: Results, device: str) -> None:
         self.recipe, self.cache, self.device = recipe, cache, device
-        self._done = {row["id"] for row in kept.rows()}
+        self._done = {row.id for row in kept.rows()}
         self._images: dict[str, Images | MlfusionError] = {}
         self._rates: dict[str, float] = {}
         self._model = _Loaded()
@@ -215,7 +216,8 @@ class _Planner:
             halving=recipe.halving,
             smoothing=recipe.smoothing,
         )
-        missing = tuple(job for job in jobs if job.row_id((spec.key, tested.key)) not in self._done)
+        keys = spec.key, tested.key
+        missing = tuple(job for job in jobs if not any(one.row_id(keys) in self._done for one in job.answers("cpu")))
         pairs = frozenset(pair for job in missing for pair in job.probe.representation.pairs(spec.model.depth))
         # What is named, tokens or views, is cached though no probe reads it.
         asked = replace(asked, pairs=wanted if recipe.tokens or len(recipe.views) > 1 else pairs)
@@ -333,7 +335,7 @@ def run(
     Returns:
         Every row that there is now, and why others are not: of a case that failed half-way, what was made is kept.
     """
-    kept, model, shown = Results(Path(results)), _Loaded(), trackers.opened(track)
+    kept, model, shown = Results(Path(results)), _Loaded(), open_trackers(track)
     rows: list[Row] = []
     extracted: list[Extracted] = []
     failures = list(planned.failures)
@@ -345,10 +347,10 @@ def run(
             if case.stage_one:
                 extracted += extraction.fill(case.asked, cache=cache, skip_bad=case.skip_bad, say=say, model=model)
             if case.missing:
-                made += evaluation.run(_pair(case, FeatureStore(cache)), case.missing, kept, shown=shown, say=say)[1]
+                made += evaluation.run(_pair(case, FeatureStore(cache)), case.missing, kept, trackers=shown, say=say)[1]
         except MlfusionError as err:
             failures.append(Failure(case.model, case.dataset, str(err)))
-        rows += [row for job in case.jobs if (row := kept.find(job.row_id(case.keys)))]
+        rows += [row for job in case.jobs if (row := evaluation.stored(kept, job, case.keys))]
     return Done(rows, made, extracted, tuple(failures))
 
 

@@ -4,7 +4,7 @@ A tracker is given every row when it is saved, and can be given them later; the 
 row, with the row's id, so that a chart leads back to it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from mlfusion.errors import Unavailable, UnknownName
 from mlfusion.results import Row
+from mlfusion.results.rows import fields
 
 
 class Tracker(Protocol):
@@ -22,28 +23,26 @@ class Tracker(Protocol):
 
 
 def settings(row: Row) -> dict[str, str | int | float]:
-    """What a row was made with: what trackers call hyper-parameters."""
-    names = ("model", "dataset", "probe", "seed", "grid", "metric", "parameters", "code", "id")
+    """What a row was made with, which trackers call hyper-parameters; options that were not used are left out."""
+    always = ("model", "dataset", "probe", "seed", "grid", "metric", "parameters", "code", "id")
     optional = ("shots", "halving", "smoothing", "precision", "device", "protocol")
-    held: Mapping[str, Any] = row
-    found = {name: held[name] for name in (*names, *optional) if name in held}
-    return found | {f"selected.{name}": value for name, value in held["selected"].items()}
+    found: dict[str, str | int | float] = {name: getattr(row, name) for name in always}
+    found |= {name: value for name in optional if (value := getattr(row, name)) is not None and value is not False}
+    return found | {f"selected.{name}": value for name, value in row.selected.given().items()}
 
 
 def scores(row: Row) -> dict[str, float]:
     """The numbers that came out, as fractions; and seconds."""
-    held: Mapping[str, Any] = row
-    found = {name: float(held[name]) for name in ("test", "val", "train", "seconds")}
-    numbers = {name: value for name, value in held["metrics"].items() if isinstance(value, (int, float))}
-    return found | {f"metrics.{name}": float(value) for name, value in numbers.items()}
+    found = {"test": row.test, "val": row.val, "train": row.train, "seconds": row.seconds}
+    return found | {f"metrics.{name}": value for name, value in fields(row.metrics) if isinstance(value, float)}
 
 
 def layers(row: Row) -> dict[str, dict[int, float]]:
     """{kind: {layer: its share of the attention}} of a probe that shares it among layers."""
-    held = row["attention"]
+    attention = row.attention
     found: dict[str, dict[int, float]] = {}
-    if held and len(set(held["layers"])) > 1:
-        for layer, kind, mean in zip(held["layers"], held["kinds"], held["mean"], strict=True):
+    if attention and len(set(attention.layers)) > 1:
+        for layer, kind, mean in zip(attention.layers, attention.kinds, attention.mean, strict=True):
             of_kind = found.setdefault(kind, {})
             of_kind[layer] = of_kind.get(layer, 0.0) + mean
     return found
@@ -51,7 +50,7 @@ def layers(row: Row) -> dict[str, dict[int, float]]:
 
 def title(row: Row) -> str:
     """'formula-vit on digits: cls-last/linear, seed 0'."""
-    return f"{row['model']} on {row['dataset']}: {row['probe']}, seed {row['seed']}"
+    return f"{row.model} on {row.dataset}: {row.probe}, seed {row.seed}"
 
 
 class TensorBoard:
@@ -66,9 +65,9 @@ class TensorBoard:
     def log(self, row: Row) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        words = row["model"], row["dataset"], row["probe"], row["seed"], row["id"]
+        words = row.model, row.dataset, row.probe, row.seed, row.id
         place = "__".join(_word(word) for word in words)
-        then = datetime.fromisoformat(row["created"]).timestamp()
+        then = datetime.fromisoformat(row.created).timestamp()
         with self._writer(str(self.folder / place)) as writer:
             numbers = scores(row)
             for one in hparams(settings(row), dict(numbers)):
@@ -92,10 +91,10 @@ class WandB:
     def log(self, row: Row) -> None:
         run = self._wandb.init(
             project=self.project,
-            id=row["id"],
+            id=row.id,
             name=title(row),
-            group=f"{row['model']} on {row['dataset']}",
-            job_type=row["probe"],
+            group=f"{row.model} on {row.dataset}",
+            job_type=row.probe,
             config=settings(row),
             settings=self._wandb.Settings(silent=True, console="off"),
         )
@@ -124,8 +123,8 @@ class MLflow:
         if not self._experiment:
             found = client.get_experiment_by_name("mlfusion")
             self._experiment = found.experiment_id if found else client.create_experiment("mlfusion")
-        then = round(1000 * datetime.fromisoformat(row["created"]).timestamp())
-        run = client.create_run(self._experiment, start_time=then, run_name=title(row), tags={"mlfusion.id": row["id"]})
+        then = round(1000 * datetime.fromisoformat(row.created).timestamp())
+        run = client.create_run(self._experiment, start_time=then, run_name=title(row), tags={"mlfusion.id": row.id})
         metrics = [entities.Metric(name, value, then, 0) for name, value in scores(row).items()]
         metrics += [
             entities.Metric(f"attention/{kind}", share, then, layer)
@@ -144,7 +143,7 @@ TRACKERS: dict[str, type[TensorBoard] | type[WandB] | type[MLflow]] = {
 }
 
 
-def opened(words: str | Sequence[str]) -> list[Tracker]:
+def open_trackers(words: str | Sequence[str]) -> list[Tracker]:
     """'tensorboard:runs,wandb:project,mlflow:sqlite:///mlflow.db' → trackers; what follows the first colon is the place.
 
     Raises:
@@ -159,6 +158,14 @@ def opened(words: str | Sequence[str]) -> list[Tracker]:
             raise UnknownName("tracker", name, TRACKERS, otherwise="A place may follow, as in tensorboard:runs.")
         found.append(TRACKERS[name](where))
     return found
+
+
+def log_rows(rows: Iterable[Row], trackers: Sequence[Tracker], done: Callable[[], object] = lambda: None) -> None:
+    """Show rows that are there already in trackers; `done` is called after each row."""
+    for row in rows:
+        for tracker in trackers:
+            tracker.log(row)
+        done()
 
 
 @contextmanager

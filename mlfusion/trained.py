@@ -9,12 +9,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
+from msgspec import Struct
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -23,16 +25,16 @@ from mlfusion import disk
 from mlfusion.errors import ResultsUnusable, UnknownName
 from mlfusion.exact import Neighbourhood, Neighbours, Solved
 from mlfusion.probes import PROBES, Probe, Shape
-from mlfusion.specs import DTYPES, HEADS, KINDS, Head
+from mlfusion.results import Selected
+from mlfusion.specs import DTYPES, HEADS, KINDS, Dtype, Head, TokenKind
 from mlfusion.targets import KINDS as TARGETS
 from mlfusion.targets import OneClass, Target
 
-FORMAT = 2  # 1 had no `preparation`; both are read
+FORMAT = 3
 CARD, TENSORS, README = "card.json", "probe.safetensors", "README.md"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backbone:
+class Backbone(Struct, frozen=True, kw_only=True):
     """What a probe was trained on top of; the digests decide, the names are for people."""
 
     name: str
@@ -42,36 +44,34 @@ class Backbone:
     preprocess: str  # digest of what is done to a picture
     hook: str
     compute: str
-    preparation: str = ""  # what that is, as the features' key has it
+    preparation: str  # what that is, as the features' key has it
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
+class Card(Struct, frozen=True, kw_only=True):
     """Everything about a probe but its numbers."""
 
     probe: str  # "cls+ap-all-layers/attentive"
     head: Head
-    shape: dict[str, int]  # tokens, width, classes, heads
-    target: dict[str, Any]  # kind, and the fields of that kind
-    classes: list[str]
+    shape: Shape
+    target_fields: dict[str, Any] = msgspec.field(name="target")  # kind, and the fields of that kind
+    classes: tuple[str, ...]
     backbone: Backbone
-    layers: list[int]
-    kinds: list[str]
-    dtype: str  # in which the features were kept, and new ones are rounded to
-    features: list[str]  # cache keys: train, test
+    layers: tuple[int, ...]
+    kinds: tuple[TokenKind, ...]
+    dtype: Dtype  # in which the features were kept, and new ones are rounded to
+    features: tuple[str, str]  # cache keys: train, test
     dataset: str
     seed: int
-    selected: dict[str, float | int]
+    selected: Selected
     metric: str
     scores: dict[str, float]  # val, test, train
     versions: dict[str, str]
     code: str
     created: str
 
-    @property
-    def goal(self) -> Target:
+    def target(self) -> Target:
         """The target that the probe was trained for."""
-        fields = dict(self.target)
+        fields = dict(self.target_fields)
         return TARGETS[fields.pop("kind")](**fields)
 
 
@@ -92,7 +92,7 @@ def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
         ResultsUnusable: the folder cannot be written.
     """
     tensors = save_tensors({name: np.array(value, order="C") for name, value in weights.items()})
-    body = {"format": FORMAT, "tensors": hashlib.sha256(tensors).hexdigest(), **asdict(card)}
+    body = {"format": FORMAT, "tensors": hashlib.sha256(tensors).hexdigest(), **msgspec.to_builtins(card)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = disk.draft_name(folder.parent)
@@ -123,7 +123,7 @@ def readme(card: Card) -> str:
     source = card.backbone.source
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
     metric = card.metric.replace("_", " ")
-    task = "image-feature-extraction" if card.goal.kind == "number" else "image-classification"
+    task = "image-feature-extraction" if card.target().kind == "number" else "image-classification"
     data = ModelCardData(
         library_name="mlfusion",
         pipeline_tag=task,
@@ -144,7 +144,7 @@ def readme(card: Card) -> str:
         ],
     )
     scores = "".join(f"| {split} | {card.scores[split]:.4f} |\n" for split in ("test", "val", "train"))
-    chosen = ", ".join(f"{name} {value:g}" for name, value in card.selected.items())
+    chosen = ", ".join(f"{name} {value:g}" for name, value in card.selected.given().items())
     layers = ", ".join(map(str, card.layers))
     classes = ", ".join(card.classes) if len(card.classes) <= 20 else f"{len(card.classes)}, named in `{CARD}`"
     return f"""---
@@ -193,13 +193,23 @@ def load(folder: Path) -> tuple[Card, Probe]:
         raise ResultsUnusable(
             f"{folder} is of format {number}; this version reads up to {FORMAT}. Update mlfusion: pip install -U mlfusion"
         )
-    if number not in range(1, FORMAT + 1) or body.get("tensors") != hashlib.sha256(tensors).hexdigest():
+    if number in range(1, FORMAT):
+        raise ResultsUnusable(f"{folder} is of format {number}, of a version that was never released; {AGAIN}")
+    if number != FORMAT or body.get("tensors") != hashlib.sha256(tensors).hexdigest():
         raise ResultsUnusable(f"{folder} is damaged: {TENSORS} is not the one that {CARD} names; {AGAIN}")
     try:
-        fields = {name: value for name, value in body.items() if name not in ("format", "tensors")}
-        card = Card(**fields | {"backbone": Backbone(**fields["backbone"])})
+        _check_words(body)
+        card = msgspec.convert(body, Card)
         probe = _build(card, load_tensors(tensors))
-    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError, UnknownName, SafetensorError) as err:
+    except (
+        TypeError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        msgspec.ValidationError,
+        UnknownName,
+        SafetensorError,
+    ) as err:
         raise ResultsUnusable(f"{folder} holds no probe that can be built ({_first_line(err)}); {AGAIN}") from err
     probe.eval()
     return card, probe
@@ -208,14 +218,21 @@ def load(folder: Path) -> tuple[Card, Probe]:
 AGAIN = "make it again with `mlfusion probe --save` and a fresh --results PATH"
 
 
+def _check_words(body: dict[str, Any]) -> None:
+    """Refuse a card with names that this version does not know.
+
+    Raises:
+        UnknownName: with those that are allowed.
+    """
+    asked = [("head", body["head"], HEADS), ("dtype", body["dtype"], DTYPES)]
+    for what, word, known in [*asked, *(("token kind", kind, KINDS) for kind in body["kinds"])]:
+        if word not in known:
+            raise UnknownName(what, word, known)
+
+
 def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> Probe:
     """The probe that a card describes, with these numbers."""
-    for kind, word, known in (("head", card.head, HEADS), ("dtype", card.dtype, DTYPES)):
-        if word not in known:
-            raise UnknownName(kind, word, known)
-    if unknown := set(card.kinds) - set(KINDS):
-        raise UnknownName("token kind", unknown.pop(), KINDS)
-    shape, target = Shape(**card.shape), card.goal
+    shape, target = card.shape, card.target()
     if isinstance(target, OneClass) and len(card.classes) != shape.classes:
         raise ValueError(f"{len(card.classes)} classes for {shape.classes} outputs")
     held = {name: torch.from_numpy(value)[None] for name, value in tensors.items()}

@@ -1,11 +1,20 @@
 """Rows for the tests of results and report: whole, small, and never shipped."""
 
+import re
+from typing import Any
+
 from mlfusion.results import Row
+from mlfusion.results.rows import from_object
 from mlfusion.specs import parse_probes
 
 
 def row(row_id: str = "a1", **changes: object) -> Row:
-    """A whole row; `changes` replaces fields."""
+    """A whole row; `changes` replaces fields, by what stands for them in JSON."""
+    return from_object(row_object(row_id, **changes))
+
+
+def row_object(row_id: str = "a1", **changes: object) -> dict[str, Any]:
+    """What stands for a row in JSON; `changes` replaces fields, by others that may be wrong."""
     fields: dict[str, object] = {
         "id": row_id,
         "model": "a-vit",
@@ -17,6 +26,7 @@ def row(row_id: str = "a1", **changes: object) -> Row:
         "test": 0.75,
         "train": 1,  # JSON knows no difference between 1 and 1.0
         "metrics": {
+            "kind": "class",
             "balanced_accuracy": 0.75,
             "accuracy": 0.75,
             "top5": 1.0,
@@ -40,8 +50,20 @@ def row(row_id: str = "a1", **changes: object) -> Row:
         "versions": {"numpy": "2"},
         "code": "abc",
         "created": "2026-01-01T00:00:00+00:00",
+        "protocol": 2,
+        "device": "cpu",
+        "precision": "float32",
+        "bytes": 4480,
+        "sources": {
+            "model": "org/a-vit",
+            "dataset": "digits",
+            "weights": "w" * 64,
+            "train": "d" * 32,
+            "test": "e" * 32,
+            "extract": "mlfusion extract --model org/a-vit --dataset digits --tokens cls@4",
+        },
     }
-    return fields | changes  # type: ignore[return-value]
+    return fields | changes
 
 
 def study(
@@ -77,5 +99,6 @@ def study(
                 "images": {"train": 100, "test": 4000},
                 "features": [f"{model}-{dataset}-train", f"{model}-{dataset}-test"],
             }
-            made.append(row(f"{model}-{dataset}-{len(made)}", **(own | changes)))
+            name = re.sub(r"\W", "_", f"{model}-{dataset}-{len(made)}")
+            made.append(row(name, **(own | changes)))
     return made

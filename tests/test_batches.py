@@ -129,9 +129,9 @@ def test_a_probe_streams_what_it_may_not_load(tmp_path: Path) -> None:
         [rows[memory]] = done.rows
         assert Results(tmp_path / f"{memory}").require() == done.rows
     streamed, loaded = rows[6 * 10**6], rows[10**9]
-    assert streamed["streamed"] is True and "streamed" not in loaded
-    assert loaded["test"] > 0.6 and streamed["test"] == pytest.approx(loaded["test"], abs=0.05)
-    assert streamed["id"] == loaded["id"]
+    assert streamed.streamed and not loaded.streamed
+    assert loaded.test > 0.6 and streamed.test == pytest.approx(loaded.test, abs=0.05)
+    assert streamed.id == loaded.id
     with pytest.raises(
         BadData, match=r"not even one configuration can be trained: it needs .* for a batch .* --memory"
     ):

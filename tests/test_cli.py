@@ -128,20 +128,20 @@ def test_rows_lead_home_and_keep_their_attention(run, model, images, short_grid)
     run("extract", "-m", model, "-d", images)
     run("probe", "-d", images, "--grid", "quick", "--seeds", "0", "--probe", "alf,cls-last/linear")
     results = Results("results")
-    by_probe = {row["probe"]: row for row in results.rows()}
+    by_probe = {row.probe: row for row in results.rows()}
     alf = by_probe[ALF]
-    assert alf["attention"]["layers"] == [1, 1, 2, 2, 3, 3, 4, 4]
-    assert alf["attention"]["kinds"] == ["cls", "ap"] * 4
-    assert sum(alf["attention"]["mean"]) == pytest.approx(1, abs=1e-3)
+    assert alf.attention.layers == (1, 1, 2, 2, 3, 3, 4, 4)
+    assert alf.attention.kinds == ("cls", "ap") * 4
+    assert sum(alf.attention.mean) == pytest.approx(1, abs=1e-3)
     kept = results.arrays(alf)
     assert kept["attention"].shape == (12, 8)
     assert kept["probabilities"].shape == (12, 3)
-    assert kept["attention"].astype(float).mean(0) == pytest.approx(alf["attention"]["mean"], abs=1e-3)
+    assert kept["attention"].astype(float).mean(0) == pytest.approx(alf.attention.mean, abs=1e-3)
     assert kept["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     right = (kept["probabilities"].argmax(1) == kept["labels"]).mean()
-    assert alf["metrics"]["accuracy"] == pytest.approx(right)
-    assert by_probe[BASELINE]["attention"] is None
-    assert alf["parameters"] > by_probe[BASELINE]["parameters"] == 3 * 33
+    assert alf.metrics.accuracy == pytest.approx(right)
+    assert by_probe[BASELINE].attention is None
+    assert alf.parameters > by_probe[BASELINE].parameters == 3 * 33
 
 
 def test_the_cache_serves_stage_two_without_images_or_model(run, tmp_path, short_grid):
@@ -420,10 +420,10 @@ def test_few_shots_halving_and_smoothing_make_rows_of_their_own(run, model, imag
         rows[words] = [row["id"] for row in said.json["results"]]
     assert [len(ids) for ids in rows.values()] == [2, 4, 2, 2]
     assert len({name for ids in rows.values() for name in ids}) == 10
-    held = {row["id"]: row for row in Results("results").rows()}
-    assert [held[name]["images"]["train"] for name in rows["--shots", "2,4"]] == [6, 6, 12, 12]
-    assert [held[name]["shots"] for name in rows["--shots", "2,4"]] == [2, 2, 4, 4]
-    assert all(held[name]["halving"] for name in rows["--halving",])
+    held = {row.id: row for row in Results("results").rows()}
+    assert [held[name].images.train for name in rows["--shots", "2,4"]] == [6, 6, 12, 12]
+    assert [held[name].shots for name in rows["--shots", "2,4"]] == [2, 2, 4, 4]
+    assert all(held[name].halving for name in rows["--halving",])
     table = run("report", "results").out
     assert "(2 shots)" in table and "(halving)" in table
     assert run(*probe, "--shots", "1").err.startswith("error: --shots '1'; allowed: different whole numbers from 2")

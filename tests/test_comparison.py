@@ -9,15 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-from rows import row, study
+from rows import row, row_object, study
 from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion import cli, evaluation, protocol, statistics, trained
 from mlfusion.errors import BadData, NotCached
 from mlfusion.results import Results, Row
+from mlfusion.results.rows import from_object
 
 PROBES = "cls-last/linear,cls+ap-2-layers/attentive"
 
@@ -35,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         mlfusion.probe(str(images), probes=PROBES, seeds=(0, 1), **options)
         mlfusion.probe(str(images), probes="cls-last/linear", seeds=(0,), shots=(4,), smoothing=0.1, **options)
         with pytest.MonkeyPatch.context() as small:  # as on a machine with less memory than these few tokens take
-            small.setattr(evaluation, "_run", partial(evaluation._run, stream=True))
+            small.setattr(evaluation.Resources, "of", partial(evaluation.Resources.of, streams=True))
             mlfusion.probe(str(images), probes="ap-last/linear", seeds=(0,), **options)
         yield root
 
@@ -65,7 +67,7 @@ def kept(root: Path, rows: list[Row], right: dict[str, float] | None = None, ima
     store = Results(root)
     labels = np.arange(images) % 3
     for one in rows:
-        share = (right or {}).get(one["probe"], one["test"])
+        share = (right or {}).get(one.probe, one.test)
         taken = np.where(np.arange(images) < share * images, labels, (labels + 1) % 3)
         store.append(one, {"probabilities": np.eye(3, dtype=np.float16)[taken], "labels": labels})
     return store
@@ -77,7 +79,7 @@ def kept(root: Path, rows: list[Row], right: dict[str, float] | None = None, ima
 def test_probes_are_compared_seed_by_seed_and_image_by_image(tmp_path: Path) -> None:
     rows = study({"cls-last/linear": [0.5, 0.6, 0.7], "alf/linear".replace("alf", "ap-last"): [0.6, 0.8]})
     store = kept(tmp_path, rows)
-    a, b = [one for one in rows if one["probe"] == "ap-last/linear"], rows[:3]
+    a, b = [one for one in rows if one.probe == "ap-last/linear"], rows[:3]
     found = statistics.compare(store, a, b, resamples=300)
     assert found.seeds == (0, 1)
     assert (found.score_a.mean, found.score_b.mean) == (pytest.approx(0.7), pytest.approx(0.55))
@@ -96,27 +98,23 @@ DIFFERENT = [
     ({"dataset": "other"}, "40 images of digits, .* 40 of other"),
     ({"images": {"train": 1, "test": 41}}, "41 of digits"),
     ({"protocol": 1}, "by protocol 2, .* by protocol 1, which measure differently"),
-    (
-        {"sources": {"model": "m", "dataset": "d", "weights": "w", "train": "t", "test": "other"}},
-        "digits changed between",
-    ),
+    ({"sources": row_object()["sources"] | {"test": "other"}}, "digits changed between"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), DIFFERENT)
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    sources = {"model": "m", "dataset": "d", "weights": "w", "train": "t", "test": "t"}
-    one = row("a", protocol=2, sources=sources)
+    one = row("a")
     store = kept(tmp_path, [one])
     with pytest.raises(BadData, match=rf"{message}.*allowed: rows of the same test images, metric and protocol"):
-        statistics.compare(store, one, row("b", **({"protocol": 2, "sources": sources} | changes)))
+        statistics.compare(store, one, row("b", **changes))
 
 
 def test_what_else_differs_is_marked(tmp_path: Path) -> None:
     one, other = row("a", code="abc"), row("b", code="def", seed=3, shots=2)
     store = kept(tmp_path, [one, other])
     marks = statistics.compare(store, one, other, resamples=100).marks
-    assert marks == ("seed: 0 against 3", "code: abc against def", "shots: not said against 2")
+    assert marks == ("seed: 0 against 3", "code: abc against def", "shots: none against 2")
 
 
 def test_rows_without_arrays_or_with_other_images(tmp_path: Path) -> None:
@@ -164,11 +162,10 @@ def test_over_data_sets(tmp_path: Path) -> None:
 
 
 def test_fit_and_cost() -> None:
-    rows = [row("a", train=0.9, test=0.7, bytes=100), row("b", train=1.0, test=0.6, parameters=2000, seconds=2.5)]
+    rows = [row("a", train=0.9, test=0.7), row("b", train=1.0, test=0.6, parameters=2000, seconds=2.5, bytes=5000)]
     found = statistics.fit(rows)
     assert found.gap.mean == pytest.approx(0.3) and found.gap.sd == pytest.approx(np.std([0.2, 0.4], ddof=1))
-    assert statistics.cost(rows) == statistics.Cost(2000, 2.0, 100)
-    assert statistics.cost(rows[1:]).bytes is None
+    assert statistics.cost(rows) == statistics.Cost(2000, 2.0, 5000)
 
 
 # --- made again ------------------------------------------------------------------------------------------------------
@@ -177,48 +174,50 @@ def test_fit_and_cost() -> None:
 def test_every_row_repeats_from_itself_alone(at: Path) -> None:
     """Plain, attentive with dropout, few-shot with smoothing, and streamed: the same scores to the last bit."""
     rows = Results("results").rows()
-    assert {(one["probe"], "shots" in one, "streamed" in one) for one in rows} == {
+    assert {(one.probe, one.shots is not None, one.streamed) for one in rows} == {
         ("cls-last/linear", False, False),
         ("cls+ap-2-layers/attentive", False, False),
         ("cls-last/linear", True, False),
         ("ap-last/linear", False, True),
     }
     for one in rows:
-        assert one["protocol"] == evaluation.PROTOCOL and one["device"] == "cpu"
+        assert one.protocol == evaluation.PROTOCOL and one.device == "cpu"
         width = 32 * np.dtype("float16").itemsize
-        tokens = len(one["layers"]) * len(one["tokens"])
-        assert one["bytes"] == (one["images"]["train"] + one["images"]["test"]) * tokens * width
-        again = evaluation.rerun(one["id"])
+        tokens = len(one.layers) * len(one.tokens)
+        assert one.bytes == (one.images.train + one.images.test) * tokens * width
+        again = evaluation.rerun(one.id)
         assert again.same and again.differs == [] and again.row == one
-        assert again.again["attention"] == one["attention"] and again.again["metrics"] == one["metrics"]
+        assert (
+            again.again.id == one.id and again.again.attention == one.attention and again.again.metrics == one.metrics
+        )
 
 
 def test_lost_arrays_and_a_probe_are_made_again(at: Path) -> None:
     store = Results("results")
     one = store.rows(probe="cls+ap-2-layers/attentive")[0]
     before = store.arrays(one)
-    (at / "results" / "arrays" / f"{one['id']}.npz").unlink()
-    assert evaluation.rerun(one["id"][:8], keep=True).same
+    (at / "results" / "arrays" / f"{one.id}.npz").unlink()
+    assert evaluation.rerun(one.id[:8], keep=True).same
     assert all(np.array_equal(before[name], value) for name, value in store.arrays(one).items())
-    assert trained.load(at / "results" / "probes" / one["id"])[0].scores["test"] == one["test"]
+    assert trained.load(at / "results" / "probes" / one.id)[0].scores["test"] == one.test
 
 
 def test_a_row_whose_features_are_gone_says_how_to_make_them(at: Path, made: Path) -> None:
     one = Results("results").rows(probe="cls+ap-2-layers/attentive")[0]
     command = rf"mlfusion extract --model {made}/tiny-vit --dataset {made}/colours --tokens cls\+ap@2,4"
     with pytest.raises(NotCached, match=rf"not in .*elsewhere.*--cache.*{command}"):
-        evaluation.rerun(one["id"], cache="elsewhere")
+        evaluation.rerun(one.id, cache="elsewhere")
 
 
 def test_a_row_that_does_not_repeat_says_what_changed(at: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Results("results")
     one = store.rows()[0]
-    store.append(one | {"test": 0.123, "code": "before", "versions": one["versions"] | {"torch": "1.0"}})
-    code, out, err = run("results", "rerun", one["id"], "--keep")
-    assert code == 1 and f"test: 0.123 then, {one['test']} now" in out
+    store.append(msgspec.structs.replace(one, test=0.123, code="before", versions=one.versions | {"torch": "1.0"}))
+    code, out, err = run("results", "rerun", one.id, "--keep")
+    assert code == 1 and f"test: 0.123 then, {one.test} now" in out
     assert "code before then" in err and "torch 1.0 then" in err and "not the same" in err
     monkeypatch.setattr(evaluation, "PROTOCOL", 99)
-    code, out, err = run("results", "rerun", one["id"], "--json")
+    code, out, err = run("results", "rerun", one.id, "--json")
     assert (
         code == 1 and json.loads(out)["same"] is False and any("99 now" in line for line in json.loads(out)["differs"])
     )
@@ -230,19 +229,19 @@ def test_a_row_that_does_not_repeat_says_what_changed(at: Path, run: Any, monkey
 def test_ls_and_show(at: Path, run: Any) -> None:
     rows = Results("results").rows()
     listed = json.loads(run("results", "ls", "--json")[1])["results"]
-    assert [one["id"] for one in listed] == [one["id"] for one in rows]
+    assert [one["id"] for one in listed] == [one.id for one in rows]
     code, out, err = run("results", "ls", "--probe", "cls-last/linear", "--limit", "2")
     assert code == 0 and len(out.splitlines()) == 3 and "the newest 2 of 3" in err
-    shown = json.loads(run("results", "show", rows[0]["id"][:10], "--json")[1])
-    assert shown["result"] == rows[0] and shown["rerun"].startswith(f"mlfusion results rerun {rows[0]['id']}")
+    shown = json.loads(run("results", "show", rows[0].id[:10], "--json")[1])
+    assert from_object(shown["result"]) == rows[0] and shown["rerun"].startswith(f"mlfusion results rerun {rows[0].id}")
     held = Results("results").arrays(rows[0])
     assert shown["calibration"]["ece"] == statistics.calibration(held["labels"], held["probabilities"]).ece
     assert shown["interval"]["low"] <= shown["interval"]["value"] <= shown["interval"]["high"]
     wrong = (held["probabilities"].argmax(1) != held["labels"]).sum()
     assert sum(pair["images"] for pair in shown["confusions"]) == wrong
-    _, out, _ = run("results", "show", rows[0]["id"])
-    assert f"again: mlfusion results rerun {rows[0]['id']}" in out and "expected calibration error" in out
-    assert str(rows[0]["selected"]["lr"]) in out
+    _, out, _ = run("results", "show", rows[0].id)
+    assert f"again: mlfusion results rerun {rows[0].id}" in out and "expected calibration error" in out
+    assert str(rows[0].selected.lr) in out
 
 
 def test_compare_at_the_command_line(at: Path, run: Any) -> None:
@@ -253,9 +252,9 @@ def test_compare_at_the_command_line(at: Path, run: Any) -> None:
     assert one["seeds"] == [0, 1] and len(one["mcnemar"]) == 2
     assert "refused" in said["over_datasets"]["tiny-vit"]
     first, other = Results("results").rows()[0], Results("results").rows(probe="ap-last/linear")[0]
-    code, out, _ = run("results", "compare", first["id"], other["id"], "--json")
+    code, out, _ = run("results", "compare", first.id, other.id, "--json")
     [one] = json.loads(out)["comparisons"]
-    assert one["gain"]["mean"] == pytest.approx(first["test"] - other["test"])
+    assert one["gain"]["mean"] == pytest.approx(first.test - other.test)
     code, _, err = run("results", "compare", "alf", "cls-last/linear")
     assert code == 1 and "no data set has rows of both cls+ap-all-layers/attentive and cls-last/linear" in err
 

@@ -223,7 +223,7 @@ def test_such_a_checkpoint_goes_through_both_stages(tmp_path):
         WIDTH,
     )
     done = mlfusion.probe(str(data), model=str(folder), probes="cls-last/linear", grid="quick", seeds=(0,))
-    assert done.rows[0]["test"] > 0.5
+    assert done.rows[0].test > 0.5
 
 
 @pytest.mark.parametrize(

@@ -392,10 +392,10 @@ def test_what_needs_a_token_that_the_model_lacks_is_refused_with_the_alternative
         mlfusion.probe(images, model=siglip, probes="cls-last/linear")
     probes = "ap-last/linear,ap+grid2-last/attentive"
     done = mlfusion.probe(images, model=siglip, probes=f"all,{probes}", grid="quick", seeds=(0,))
-    assert [row["probe"] for row in done.rows] == probes.split(",")
+    assert [row.probe for row in done.rows] == probes.split(",")
     assert all("is left out" in line for line in done.left_out)
     assert any("has no cls token" in line for line in done.left_out)
-    assert done.rows[1]["attention"]["kinds"] == ["ap", *["grid2"] * 4]
+    assert done.rows[1].attention.kinds == ("ap", *["grid2"] * 4)
 
 
 def test_how_tokens_are_made_is_in_the_key_and_views_are_entries_of_their_own(model, images, tmp_path):

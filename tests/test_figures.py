@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import scipy.stats
+from msgspec.structs import replace
 from PIL import Image
 from rows import study
 from scipy.spatial.distance import pdist, squareform
@@ -28,7 +29,7 @@ from mlfusion.report.figures.attention import attention
 from mlfusion.report.figures.layers import by_layer
 from mlfusion.report.studies import Study, domain, studies
 from mlfusion.report.summary import comparison_groups
-from mlfusion.results import Results, Row
+from mlfusion.results import Results, Row, Selected
 from mlfusion.similarity import to_the_last
 from mlfusion.specs import STUDY
 
@@ -60,13 +61,13 @@ def whole(rows: list[Row]) -> Study:
 
 
 def mean_of(rows: list[Row], field: str = "test", **wanted: object) -> float:
-    return statistics.mean(row[field] for row in rows if all(row[k] == v for k, v in wanted.items()))  # type: ignore[literal-required]
+    return statistics.mean(getattr(row, field) for row in rows if all(getattr(row, k) == v for k, v in wanted.items()))
 
 
 def gains_of(rows: list[Row], model: str, probe: str) -> dict[str, float]:
     """{data set: mean gain in points} straight from the rows."""
     found = {}
-    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+    for dataset in dict.fromkeys(row.dataset for row in rows):
         place = {"model": model, "dataset": dataset}
         found[dataset] = 100 * (mean_of(rows, probe=probe, **place) - mean_of(rows, probe=BASE, **place))
     return found
@@ -155,7 +156,7 @@ def test_token_kinds_and_heads_are_compared_where_they_were_run() -> None:
     rows = study({BASE: [0.9], ALF: [0.95]})
     for heads, score in ((4, 0.93), (24, 0.96)):
         [one] = study({ALF: [score]})
-        rows.append({**one, "id": f"h{heads}", "probe": f"{ALF}:h{heads}", "selected": {"lr": 0.1, "heads": heads}})
+        rows.append(replace(one, id=f"h{heads}", probe=f"{ALF}:h{heads}", selected=Selected(lr=0.1, heads=heads)))
     assert gains.by_heads(whole(rows[:3])) is None  # one number is no comparison, and rows without one do not count
     figure = gains.by_heads(whole(rows))
     assert figure
@@ -187,9 +188,7 @@ def test_deviation_over_seeds_and_train_against_test() -> None:
         each = []
         for model in MODELS:
             tests = [
-                r["test"]
-                for r in rows
-                if (r["model"], r["dataset"], r["probe"]) == (model, record["dataset"], record["probe"])
+                r.test for r in rows if (r.model, r.dataset, r.probe) == (model, record["dataset"], record["probe"])
             ]
             each.append(100 * statistics.stdev(tests))
         assert (record["sd"], record["highest"]) == pytest.approx((statistics.mean(each), max(each)))
@@ -234,8 +233,7 @@ def test_unlike_rows_get_studies_of_their_own() -> None:
 
 def test_other_code_than_the_baselines_is_marked() -> None:
     rows = study({BASE: [0.9, 0.91], ALF: [0.95, 0.96], LINEAR: [0.92, 0.93]})
-    for row in rows:
-        row["code"] = "later" if row["probe"] == ALF else "abc"
+    rows = [replace(row, code="later" if row.probe == ALF else "abc") for row in rows]
     [group] = comparison_groups(rows)
     assert [score.probe for score in group.scores if score.other_code] == [ALF]
     text = page.page(ReportData(rows))
@@ -293,10 +291,8 @@ def test_ranks_of_the_table_and_gains_over_models() -> None:
 
 
 def test_a_probe_of_fewer_models_is_said_to_be_and_neither_marked_nor_averaged() -> None:
-    rows = [
-        r for r in drawn_rows(SEVEN, SETS[:2]) if r["probe"] != AAT or r["model"] in MODELS or r["dataset"] == SETS[1]
-    ]
-    rows = [{**r, "test": r["test"] / 2 + 0.5} if r["probe"] == AAT else r for r in rows]  # by far the best
+    rows = [r for r in drawn_rows(SEVEN, SETS[:2]) if r.probe != AAT or r.model in MODELS or r.dataset == SETS[1]]
+    rows = [replace(r, test=r.test / 2 + 0.5) if r.probe == AAT else r for r in rows]  # by far the best
     score_table = tables.by_significance(whole(rows))
     cells = {
         label: dict(zip(score_table.columns, held, strict=True))
@@ -347,9 +343,9 @@ def test_attention_rows_are_grouped_by_domain_on_one_scale() -> None:
     assert len(ends) == 1
     for dataset, kind, layer in product(SETS, ("CLS", "AP"), (1, 4)):
         held = [
-            a["mean"][list(zip(a["kinds"], a["layers"], strict=True)).index((kind.lower(), layer))]
+            a.mean[list(zip(a.kinds, a.layers, strict=True)).index((kind.lower(), layer))]
             for r in rows
-            if r["dataset"] == dataset and r["model"] == "vit-b16" and r["probe"] == ALF and (a := r["attention"])
+            if r.dataset == dataset and r.model == "vit-b16" and r.probe == ALF and (a := r.attention)
         ]
         [cell] = [
             n
@@ -435,7 +431,7 @@ def test_confusions_and_calibration_come_from_what_rows_keep(tmp_path: Path) -> 
     probabilities = np.full((6, 3), 0.1, np.float16)
     probabilities[np.arange(6), taken] = 0.8
     for row in rows:
-        if row["probe"] == ALF:
+        if row.probe == ALF:
             results.append(row, {"labels": labels, "probabilities": probabilities})
     found = classification.predictions(comparison_groups(rows), results)
     assert found and found.seeds == 2

@@ -24,7 +24,7 @@ def kept(tmp_path) -> tuple[list, Results]:
         scores = {BASE: [0.70, 0.72], ALF: [0.70 + gain, 0.72 + gain]}
         for one in rows_of(scores, model="vit", dataset=f"set{number}", protocol=2):
             labels = np.repeat([0, 1], 100)
-            right = random.random(200) < one["test"]
+            right = random.random(200) < one.test
             probabilities = np.eye(2)[np.where(right, labels, 1 - labels)].astype(np.float16)
             results.append(one, {"labels": labels, "probabilities": probabilities})
             rows.append(one)
@@ -68,6 +68,6 @@ def test_without_arrays_there_is_no_interval_and_nothing_is_made_up(kept):
 
 def test_one_case_alone_is_still_told(kept):
     rows, results = kept
-    text = page(([one for one in rows if one["dataset"] == "set1"], results))
+    text = page(([one for one in rows if one.dataset == "set1"], results))
     assert "On average +3.3 points over 1 case;" in text
     assert "signed-rank" not in text

@@ -28,7 +28,7 @@ def probed(tmp_path_factory):
         done = mlfusion.probe(str(data), probes="aat,alf,cls-last/linear", **words)
     finally:
         protocol.GRIDS["quick"] = grid
-    return root, {one["probe"]: one for one in done.rows}
+    return root, {one.probe: one for one in done.rows}
 
 
 AAT, ALF = "all-tokens-last/attentive", "cls+ap-all-layers/attentive"
@@ -43,8 +43,8 @@ def test_maps_are_drawn_on_images_of_every_class(probed):
     for one, number in zip(strip.pictures, (0, 1, 5, 10), strict=True):
         assert one.attention.shape == (4, 4)
         np.testing.assert_allclose(one.attention.ravel(), arrays["attention"][number, 1:].astype(float))
-        taken = rows[AAT]["classes"][arrays["probabilities"][number].argmax()]
-        true = rows[AAT]["classes"][arrays["labels"][number]]
+        taken = rows[AAT].classes[arrays["probabilities"][number].argmax()]
+        true = rows[AAT].classes[arrays["labels"][number]]
         assert one.caption == (true if true == taken else f"{true}, taken for {taken}")
 
 
@@ -97,13 +97,13 @@ def test_attend_at_the_command_line(probed, monkeypatch, capfd, tmp_path):
             cli.main()
         return (ended.value.code or 0, *capfd.readouterr())
 
-    code, out, _ = call(rows[AAT]["id"][:8], "--out", str(tmp_path / "drawn"))
+    code, out, _ = call(rows[AAT].id[:8], "--out", str(tmp_path / "drawn"))
     assert code == 0
     assert "maps of 4 by 4 patches over 15 images" in out
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"map-m.png", "map-m.svg"}
-    code, out, _ = call(rows[ALF]["id"])
+    code, out, _ = call(rows[ALF].id)
     assert code == 0
     assert "mean layer of 15 images" in out
-    code, _, err = call(rows["cls-last/linear"]["id"])
+    code, _, err = call(rows["cls-last/linear"].id)
     assert code == 1
     assert "does not attend" in err

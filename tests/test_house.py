@@ -63,7 +63,7 @@ DOORS: dict[str, set[str]] = {
         "progress",
     },
     "planning": {"errors", "specs", "store", "datasets", "backbone", "extraction", "loader", "forward"},
-    "trained": {"errors", "disk", "specs", "probes", "exact", "targets"},
+    "trained": {"errors", "disk", "specs", "probes", "exact", "targets", "results"},
     "prediction": {
         "errors",
         "specs",
@@ -106,7 +106,6 @@ DOORS: dict[str, set[str]] = {
         "population",
         "protocol",
         "targets",
-        "evaluation",
         "costs",
         "statistics",
     },

@@ -141,7 +141,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     results = Results(folder / "results")
     for row in rows:
-        kept = row["dataset"] == "gtsrb" and row["probe"] in (BASE, ALF)
+        kept = row.dataset == "gtsrb" and row.probe in (BASE, ALF)
         labels = np.arange(4000) % 2
         sure = np.where(np.arange(4000) % 7 == 0, 0.3, 0.9)  # of the right class
         probabilities = np.where(np.eye(2)[labels] == 1, sure[:, None], 1 - sure[:, None]).astype(np.float16)

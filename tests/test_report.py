@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 from rows import row, study
 
@@ -151,7 +152,7 @@ def test_terminal_table_shows_means_deviations_and_gains_paired_by_seed() -> Non
 
 def test_gains_pair_seeds_and_not_places() -> None:
     base = study({BASE: [0.5, 0.7]})
-    other = [row("x", probe=ALF, seed=1, test=0.71, features=base[0]["features"])]
+    other = [row("x", probe=ALF, seed=1, test=0.71, features=base[0].features)]
     score = comparison_groups([*base, *other])[0].scores[-1]
     assert score.gain is not None
     assert (score.gain.mean, score.gain.n, score.gain.sd) == (pytest.approx(0.01), 1, None)
@@ -193,9 +194,9 @@ def test_every_row_is_listed_with_its_hyper_parameters() -> None:
     by_id = {line["Row"]: line for line in Page(page(rows)).grids["rows"]}
     assert len(by_id) == len(rows)
     for held in rows:
-        line = by_id[held["id"]]
-        assert line["Test"] == pytest.approx(held["test"])
-        assert (line["Learning rate"], line["Weight decay"]) == (held["selected"]["lr"], 1e-06)
+        line = by_id[held.id]
+        assert line["Test"] == pytest.approx(held.test)
+        assert (line["Learning rate"], line["Weight decay"]) == (held.selected.lr, 1e-06)
         assert "Penalty" not in line  # no row has one
 
 
@@ -208,13 +209,13 @@ def test_figures_hold_the_rows_numbers() -> None:
         mean, sd = 100 * statistics.mean(SCORES[probe]), 100 * statistics.stdev(SCORES[probe])
         assert (dot["test"], dot["low"], dot["high"]) == pytest.approx((mean, mean - sd, mean + sd), rel=SENT)
         assert dot["baseline"] == pytest.approx(100 * statistics.mean(SCORES[BASE]), rel=SENT)
-    held = [r["attention"] for r in rows if r["probe"] == ALF and r["attention"]]
+    held = [r.attention for r in rows if r.probe == ALF and r.attention]
     cells = {(r["layer"], r["kind"]): r for r in records(figures["attention-0"])}
-    assert len(cells) == len(held[0]["mean"]) == 8
-    for i, (layer, kind) in enumerate(zip(held[0]["layers"], held[0]["kinds"], strict=True)):
+    assert len(cells) == len(held[0].mean) == 8
+    for i, (layer, kind) in enumerate(zip(held[0].layers, held[0].kinds, strict=True)):
         cell = cells[layer, kind.upper()]
-        assert cell["share"] == pytest.approx(100 * statistics.mean(h["mean"][i] for h in held), rel=SENT)
-        assert f"± {100 * statistics.mean(h['sd'][i] for h in held):.2f}" in cell["spread"]
+        assert cell["share"] == pytest.approx(100 * statistics.mean(h.mean[i] for h in held), rel=SENT)
+        assert f"± {100 * statistics.mean(h.sd[i] for h in held):.2f}" in cell["spread"]
     assert sum(cell["share"] for cell in cells.values()) == pytest.approx(100, rel=SENT)
     by_layer = {(r["series"], r["layer"]): r["test"] for r in records(figures["layers-0"], what="layer")}
     expected = {("cls/linear", 1): "cls-layer-1/linear", ("cls/linear", 2): "cls-layer-2/linear"}
@@ -227,8 +228,8 @@ def test_figures_hold_the_rows_numbers() -> None:
 def test_the_peak_of_the_attention_is_named() -> None:
     rows = study({BASE: [0.9, 0.91], ALF: [0.95, 0.96]})
     shares = dict.fromkeys(range(1, 5), 0.0)
-    for held in (r["attention"] for r in rows if r["attention"]):
-        for layer, mean in zip(held["layers"], held["mean"], strict=True):
+    for held in (r.attention for r in rows if r.attention):
+        for layer, mean in zip(held.layers, held.mean, strict=True):
             shares[layer] += mean / 2
     peak = max(shares, key=lambda layer: shares[layer])
     text = " ".join(Page(page(rows)).text.split())
@@ -321,8 +322,7 @@ def test_guesses_are_told_of_every_metric() -> None:
 
 def test_another_version_of_the_code_is_marked_wherever_a_gain_stands() -> None:
     rows = study({BASE: [0.8], ALF: [0.9], LINEAR: [0.85]}, dataset="one")
-    for one in rows:
-        one["code"] = "later" if one["probe"] == ALF else one["code"]
+    rows = [replace(one, code="later") if one.probe == ALF else one for one in rows]
     said = "† made by another version of the code than the baseline"
     [group] = comparison_groups(rows)
     score_table = tables.by_rank(studies([group])[0])
@@ -341,8 +341,7 @@ def test_another_version_of_the_code_is_marked_wherever_a_gain_stands() -> None:
     }
     [figure] = [accuracy([group])]
     assert {one["probe"]: one["other_code"] for one in figure.numbers} == {BASE: "", ALF: "yes", LINEAR: ""}
-    for one in rows:
-        one["code"] = "abc"
+    rows = [replace(one, code="abc") for one in rows]
     assert "†" not in shown(rows) + markdown(rows)
 
 
@@ -358,7 +357,7 @@ def many(*names: str, model: str = "a-vit") -> list[Row]:
 def test_more_than_two_data_sets_stand_beside_each_other() -> None:
     names = ("one", "two", "three", "four")
     rows = many(*names) + many(*names[:3], model="another-vit")
-    rows = [row for row in rows if not (row["dataset"] == "two" and row["model"] == "a-vit" and row["probe"] == LINEAR)]
+    rows = [row for row in rows if not (row.dataset == "two" and row.model == "a-vit" and row.probe == LINEAR)]
     text = shown(rows)
     first, second = (part.splitlines() for part in text.split("\n\n")[:2])
     assert first[0].split() == ["a-vit", "balanced", "accuracy,", "%,", "and", "gain", "in", "points,", "2", "seeds"]
@@ -390,7 +389,7 @@ def test_data_sets_that_no_line_holds_go_on_below(width: int) -> None:
 
 
 def test_seeds_that_the_baseline_lacks_leave_the_answer_open() -> None:
-    rows = [*study({BASE: [0.9]}), row("x", probe=ALF, seed=5, test=0.95, features=study({BASE: [0.9]})[0]["features"])]
+    rows = [*study({BASE: [0.9]}), row("x", probe=ALF, seed=5, test=0.95, features=study({BASE: [0.9]})[0].features)]
     assert "share no seed" in answer(comparison_groups(rows)[0])
     page(rows)
 
@@ -423,7 +422,7 @@ def test_only_like_is_compared_with_like() -> None:
 
 
 def test_of_one_probe_and_seed_the_last_row_counts_and_the_other_is_told() -> None:
-    rows = [*study({BASE: [0.5]}), row("again", test=0.9, features=study({BASE: [0.5]})[0]["features"], code="later")]
+    rows = [*study({BASE: [0.5]}), row("again", test=0.9, features=study({BASE: [0.5]})[0].features, code="later")]
     held = comparison_groups(rows)
     assert held[0].scores[0].test.mean == 0.9
     assert "1 older row is left out" in Page(page(rows)).text
@@ -452,7 +451,7 @@ def test_what_was_run_can_be_run_again() -> None:
 def test_names_cannot_break_out_of_the_page() -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)> on {{ 7*7 }}"
     rows = study(SCORES, model=evil, dataset=evil, code=evil, versions={evil: evil}, metric=evil)
-    rows[0]["id"] = "fine"
+    rows[0] = replace(rows[0], id="fine")
     harmless, parsed = Page(page(study(SCORES))), Page(page(rows, title=evil, name=evil))
     for tag in ("script", "img", "svg", "th"):
         assert sum(t == tag for t, _ in parsed.elements) == sum(t == tag for t, _ in harmless.elements)

@@ -17,27 +17,22 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pandas
 import pytest
-from rows import row
+from rows import row, row_object
 
 from mlfusion import statistics
 from mlfusion.errors import MlfusionError, UnknownName
-from mlfusion.results import Results, database, export
+from mlfusion.results import Results, Row, database, export
+from mlfusion.results.rows import decode, encode, to_object
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def lines(path: Path, *rows: object) -> Path:
-    """A file as results were kept before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
-    return path
-
-
 def ids(store: Results) -> list[str]:
-    return [one["id"] for one in store.rows()]
+    return [one.id for one in store.rows()]
 
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
@@ -70,7 +65,7 @@ def test_of_rows_with_one_id_the_last_counts(tmp_path: Path) -> None:
     store = Results(tmp_path)
     for row_id, test in (("a", 0.1), ("b", 0.2), ("a", 0.3)):
         store.append(row(row_id, test=test))
-    assert [(r["id"], r["test"]) for r in store.rows()] == [("b", 0.2), ("a", 0.3)]
+    assert [(r.id, r.test) for r in store.rows()] == [("b", 0.2), ("a", 0.3)]
 
 
 def test_rows_are_found_by_what_they_are_of(tmp_path: Path) -> None:
@@ -79,12 +74,12 @@ def test_rows_are_found_by_what_they_are_of(tmp_path: Path) -> None:
         [("a", "x", "cls-last/linear"), ("b", "x", "cls-last/linear"), ("a", "y", "alf"), ("a", "x", "alf")]
     ):
         store.append(row(f"r{number}", model=model, dataset=dataset, probe=probe, seed=number))
-    assert [r["id"] for r in store.rows(model="a")] == ["r0", "r2", "r3"]
-    assert [r["id"] for r in store.rows(dataset="x", probe="alf")] == ["r3"]
+    assert [r.id for r in store.rows(model="a")] == ["r0", "r2", "r3"]
+    assert [r.id for r in store.rows(dataset="x", probe="alf")] == ["r3"]
     assert store.count(model="a", dataset="x") == 2 and store.count() == 4
     listed = store.listing(model="a", limit=2)
     assert [one["id"] for one in listed] == ["r2", "r3"]  # the newest, oldest first
-    assert listed[0] == {name: store.find("r2")[name] for name in listed[0]} and "test" in listed[0]
+    assert listed[0] == {name: getattr(store.find("r2"), name) for name in listed[0]} and "test" in listed[0]
     with pytest.raises(MlfusionError, match=r"no results of --dataset z in .*mlfusion results ls"):
         store.require(dataset="z")
 
@@ -95,8 +90,8 @@ def test_an_id_may_be_cut_short(tmp_path: Path) -> None:
         store.named("a")
     for row_id in ("abc1", "abd2", "ab"):
         store.append(row(row_id))
-    assert store.named("abc")["id"] == "abc1"
-    assert store.named("ab")["id"] == "ab"  # whole: not one of the others
+    assert store.named("abc").id == "abc1"
+    assert store.named("ab").id == "ab"  # whole: not one of the others
     with pytest.raises(UnknownName, match=r"Several begin so"):
         store.named("a")
     with pytest.raises(UnknownName, match=r"no result named 'x'.*the newest.*mlfusion results ls"):
@@ -112,8 +107,7 @@ def test_a_list_of_classes_is_kept_once(tmp_path: Path) -> None:
         store.append(row(f"r{number}", classes=names))
     assert store.path.stat().st_size < 20 * len(json.dumps(names)) / 3
     first, second = store.rows()[:2]
-    first["classes"].append("another")
-    assert second["classes"] == names
+    assert first.classes == second.classes == tuple(names)
 
 
 def test_rows_newer_than_the_last_reading_are_seen_and_deleted_ones_forgotten(tmp_path: Path) -> None:
@@ -141,7 +135,6 @@ def _append_many(root: Path, writer: int) -> None:
 
 
 def test_rows_of_several_writers_do_not_mix(tmp_path: Path) -> None:
-    lines(tmp_path / "rows.jsonl", row("old-1"), row("old-2"))  # who comes first takes them over
     writers = [SPAWN.Process(target=_append_many, args=(tmp_path, w)) for w in range(4)]
     for process in writers:
         process.start()
@@ -150,11 +143,10 @@ def test_rows_of_several_writers_do_not_mix(tmp_path: Path) -> None:
         assert process.exitcode == 0
     store = Results(tmp_path)
     held = ids(store)
-    assert sorted(held) == sorted(["old-1", "old-2", *(f"w{w}-{i}" for w in range(4) for i in range(25))])
+    assert sorted(held) == sorted(f"w{w}-{i}" for w in range(4) for i in range(25))
     for writer in range(4):  # each writer's rows in its own order
         assert [i for i in held if i.startswith(f"w{writer}-")] == [f"w{writer}-{i}" for i in range(25)]
         np.testing.assert_array_equal(store.arrays(row(f"w{writer}-20"))["labels"], [writer] * 3)
-    assert [path.name for path in tmp_path.glob("rows.*")] == ["rows.jsonl.imported"]
 
 
 def _append_until_killed(root: Path, told: int) -> None:
@@ -185,7 +177,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         acknowledged |= {
             one.split()[0]: int(one.split()[1]) for one in text.splitlines(keepends=True) if one.endswith("\n")
         }
-        rows = {one["id"]: one for one in store.rows()}
+        rows = {one.id: one for one in store.rows()}
         assert acknowledged.keys() <= rows.keys()
         for row_id in rows:  # a row that can be read has its arrays, also one that was not acknowledged any more
             np.testing.assert_array_equal(store.arrays(rows[row_id])["labels"], np.full(50, int(row_id.split("-")[1])))
@@ -303,25 +295,17 @@ def _as_nobody(folder: Path, work: Callable[[], str]) -> str:
     return in_a_child(without_rights)
 
 
-@pytest.mark.parametrize("kept", ["database", "lines", "both", "unfinished"])
-def test_a_folder_that_may_not_be_written_is_read(read_only: Path, kept: str) -> None:
-    want = ["a", "b"]
-    if kept != "lines":
-        Results(read_only).append(row("a"), {"labels": np.arange(3)})
-    if kept == "database":
-        Results(read_only).append(row("b"))
-    else:
-        name = "rows.jsonl.importing" if kept == "unfinished" else "rows.jsonl"
-        lines(read_only / name, *([row("a"), row("b")] if kept == "lines" else [row("b")]))
+def test_a_folder_that_may_not_be_written_is_read(read_only: Path) -> None:
+    Results(read_only).append(row("a"), {"labels": np.arange(3)})
+    Results(read_only).append(row("b"))
 
     def work() -> str:
         store = Results(read_only)
         assert store.find("b") == row("b") and len(store.listing()) == 2
-        if kept == "database":
-            assert len(store.arrays(row("a"))["labels"]) == 3
+        assert len(store.arrays(row("a"))["labels"]) == 3
         return " ".join(ids(store))
 
-    assert _as_nobody(read_only, work) == " ".join(want)
+    assert _as_nobody(read_only, work) == "a b"
 
     def save() -> str:
         Results(read_only).append(row("c"))
@@ -329,7 +313,7 @@ def test_a_folder_that_may_not_be_written_is_read(read_only: Path, kept: str) ->
 
     assert "ResultsUnusable: cannot save results in" in _as_nobody(read_only, save)
     read_only.chmod(0o755)
-    assert ids(Results(read_only)) == want
+    assert ids(Results(read_only)) == ["a", "b"]
 
 
 def test_a_torn_commit_in_a_folder_that_may_not_be_written_says_what_to_do(read_only: Path) -> None:
@@ -385,9 +369,16 @@ BAD = [
     ({"layers": [1, "2"]}, r"layers\[1\] is '2', not a whole number"),
     ({"images": {"train": 1}}, "images lacks test"),
     ({"metrics": 3}, "metrics is 3, not an object"),
-    ({"attention": {"layers": [1]}}, "attention lacks kinds, mean, sd"),
-    ({"versions": {"torch": 2}}, "versions.torch is 2, not text"),
-    ({"id": "../../outside"}, "cannot name a file"),
+    ({"metrics": {"kind": "colour"}}, "metrics.kind is 'colour'; allowed: 'class', 'labels', 'number'"),
+    ({"metrics": {"kind": "number", "r2": float("inf")}}, "metrics.r2 is inf, not a finite number"),
+    ({"attention": {"layers": [1]}}, "attention lacks kinds"),
+    ({"versions": {"numpy": "2", "torch": 2}}, "versions.torch is 2, not text"),
+    ({"features": ["k", "t", "u"]}, r"features is \['k', 't', 'u'\]"),
+    ({"halving": 1}, "halving is 1, not true or false"),
+    ({"shots": 2.5}, "shots is 2.5, not a whole number"),
+    ({"precision": "auto"}, "precision is 'auto'; allowed: 'float32', 'bfloat16'"),
+    ({"id": "../../outside"}, "id '../../outside' cannot name a file; allowed: letters, digits"),
+    ({"id": "a\n"}, "cannot name a file"),
 ]
 
 
@@ -396,28 +387,61 @@ def test_what_is_no_row_is_neither_saved_nor_taken_over(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     store = Results(tmp_path)
+    bad = msgspec.structs.replace(row(), **changes)  # nothing is checked before it is saved
     with pytest.raises(ValueError, match=message):
-        store.append(row(**changes))
+        store.append(bad)
     with pytest.raises(MlfusionError, match=rf"row 2 is no result: .*{message}"):
-        store.take([row("good"), row(**changes)])
+        store.take([row("good"), bad])
     assert store.rows() == []
-    path = lines(tmp_path / "rows.jsonl", row("good"), row(**changes))
-    for _ in range(2):
-        with pytest.raises(MlfusionError, match=rf"rows\.jsonl line 2 is no result: .*{message}"):
-            store.rows()
-    assert len(path.read_text().splitlines()) == 2  # to be mended
-    lines(path, row("good"))
-    assert ids(store) == ["good"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (row_object("good"), row_object(**changes))))
+    with pytest.raises(MlfusionError, match=rf"rows\.jsonl line 2 is no result: .*{message}"):
+        store.take_from(path)
+    assert store.rows() == []
 
 
-def test_a_missing_field_is_named_and_a_newer_one_let_be(tmp_path: Path) -> None:
+def test_a_row_that_another_program_spoilt_is_not_read(tmp_path: Path) -> None:
     store = Results(tmp_path)
-    newer = row("a", calibration={"ece": 0.1})
-    store.append(newer)
-    assert store.rows() == [newer]
-    lacking = {k: v for k, v in row("b").items() if k not in ("val", "code")}
-    with pytest.raises(ValueError, match="row lacks code, val"):
-        store.append(lacking)  # type: ignore[arg-type]
+    store.append(row("a"))
+    with sqlite3.connect(store.path) as other:
+        other.execute("UPDATE results SET body = json_set(body, '$.test', 'high')")
+    for read in (store.rows, lambda: store.find("a")):
+        with pytest.raises(MlfusionError, match="holds what is no result: test is 'high', not a finite number"):
+            read()
+
+
+@pytest.mark.parametrize("name", [name for name in row_object() if name != "id"])
+def test_a_missing_field_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({k: v for k, v in row_object().items() if k != name}))
+    with pytest.raises(MlfusionError, match=f"line 1 is no result: row lacks {name}"):
+        Results(tmp_path).take_from(path)
+
+
+def test_fields_of_a_newer_version_are_let_be(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    newer = row_object(calibration={"ece": 0.1})
+    path.write_text(json.dumps(newer | {"images": newer["images"] | {"validation": 3}}))
+    assert Results(tmp_path).take_from(path) == (1, 0)
+    assert Results(tmp_path).rows() == [row()]
+
+
+def test_what_is_missing_stays_none_and_is_not_written(tmp_path: Path) -> None:
+    one = row()
+    assert (one.shots, one.smoothing, one.attention, one.selected.dropout) == (None, None, None, None)
+    assert one.halving is one.streamed is False
+    assert to_object(one) == row_object() | {"classes": ("null", "µ-ein")} | {
+        name: to_object(one)[name] for name in ("layers", "tokens", "features", "metrics")
+    }
+    assert decode(encode(one)) == one
+    given = row(shots=2, halving=True, smoothing=0.1)
+    assert to_object(given).items() >= {"shots": 2, "halving": True, "smoothing": 0.1}.items()
+    assert (given.options(), one.options()) == ("2 shots, halving, labels smoothed by 0.1", "")
+
+
+def test_a_row_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        row().test = 1.0  # type: ignore[misc]
 
 
 def test_databases_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
@@ -436,10 +460,14 @@ def test_databases_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
         store.append(row("a"))
     store.path.unlink()
     store.append(row("a"))
-    with sqlite3.connect(store.path) as newer:
-        newer.execute("PRAGMA user_version = 99")
-    with pytest.raises(MlfusionError, match=r"format 99.*pip install -U mlfusion"):
-        store.rows()
+    for number, message in (
+        (99, r"format 99.*pip install -U mlfusion"),
+        (1, "format 1, of a version that was never rel"),
+    ):
+        with sqlite3.connect(store.path) as newer:
+            newer.execute(f"PRAGMA user_version = {number}")
+        with pytest.raises(MlfusionError, match=message):
+            store.rows()
 
 
 def test_no_results_says_how_to_make_some(tmp_path: Path) -> None:
@@ -454,52 +482,10 @@ def test_no_results_says_how_to_make_some(tmp_path: Path) -> None:
     assert ids(Results(tmp_path)) == ["a"]
 
 
-# --- results of before -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kept", [1, 20, 200, -1])
-def test_old_lines_are_taken_over_and_torn_ones_stay_in_the_old_file(
-    tmp_path: Path, kept: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = lines(tmp_path / "rows.jsonl", row("a", test=0.1), row("b"), row("a", test=0.2))
-    torn = json.dumps(row("torn", dataset="µ"), ensure_ascii=False).encode()[:kept]
-    path.write_bytes(path.read_bytes() + torn + b"\n" + json.dumps(row("c")).encode() + b"\n")
-    whole = path.read_bytes()
-    with caplog.at_level(logging.WARNING):
-        assert [(r["id"], r["test"]) for r in Results(tmp_path).rows()] == [("b", 0.75), ("a", 0.2), ("c", 0.75)]
-    assert "line 4 is torn" in caplog.text and "3 rows" in caplog.text
-    assert not path.exists() and path.with_name("rows.jsonl.imported").read_bytes() == whole
-    caplog.clear()
-    assert len(Results(tmp_path / "rows.jsonl").rows()) == 3 and not caplog.text  # by its old name; once only
-
-
-def test_lines_that_an_older_version_adds_later_are_taken_over_too(tmp_path: Path) -> None:
-    store = Results(tmp_path)
-    lines(tmp_path / "rows.jsonl", row("a"))
-    assert ids(store) == ["a"]
-    store.append(row("a", test=0.9, created="2026-02-01T00:00:00+00:00"))
-    lines(tmp_path / "rows.jsonl", row("a"), row("b"))  # the first is older than what is there
-    store.append(row("c"))
-    assert [(r["id"], r["test"]) for r in store.rows()] == [("a", 0.9), ("b", 0.75), ("c", 0.75)]
-    assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.jsonl.imported", "rows.jsonl.imported-2"]
-
-
-def test_a_kill_between_commit_and_renaming_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines(tmp_path / "rows.jsonl", row("a"), row("b"))
-    with monkeypatch.context() as patch:
-        patch.setattr(database, "_free_name", lambda path: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            Results(tmp_path).rows()
-    assert (tmp_path / "rows.jsonl.importing").exists()
-    lines(tmp_path / "rows.jsonl", row("c"))  # and another file is begun meanwhile
-    assert ids(Results(tmp_path)) == ["a", "b"] and ids(Results(tmp_path)) == ["a", "b", "c"]
-    assert not (tmp_path / "rows.jsonl.importing").exists()
-
-
 # --- to others -------------------------------------------------------------------------------------------------------
 
 
-def study() -> list[dict[str, object]]:
+def study() -> list[Row]:
     attention = {"layers": [1, 2], "kinds": ["cls", "ap"], "mean": [0.25, 0.75], "sd": [0.0, 0.125]}
     return [
         row("a", shots=2),
@@ -533,7 +519,7 @@ def test_exports_say_the_same(tmp_path: Path) -> None:
     assert json.loads(comma["metrics.recall"][0]) == columns["metrics.recall"][0].tolist() == [0.5, 1.0]
     assert json.loads(comma["classes"][0]) == ["null", "µ-ein"]
     again = Results(tmp_path / "again")
-    assert again.take(database.read_lines(tmp_path / "deep" / "rows.jsonl")) == 3
+    assert again.take_from(tmp_path / "deep" / "rows.jsonl") == (3, 0)
     assert again.rows() == study()
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["rows.csv", "rows.jsonl", "rows.parquet"]
     with pytest.raises(UnknownName, match="no form of export named 'xlsx'"):
@@ -543,6 +529,18 @@ def test_exports_say_the_same(tmp_path: Path) -> None:
         export.write(study(), tmp_path / "file" / "rows.csv")
 
 
+@pytest.mark.parametrize("kept", [1, 20, 200, -1])
+def test_a_torn_line_is_left_out(tmp_path: Path, kept: int, caplog: pytest.LogCaptureFixture) -> None:
+    torn = encode(row("torn", dataset="µ"))[:kept]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([encode(row("a", test=0.1)), encode(row("b")), torn, b""]))
+    with (tmp_path / "rows.jsonl").open("ab") as file:
+        file.write(encode(row("a", test=0.2)) + b"\n")
+    with caplog.at_level(logging.WARNING):
+        assert Results(tmp_path).take_from(tmp_path / "rows.jsonl") == (2, 1)
+    assert [(r.id, r.test) for r in Results(tmp_path).rows()] == [("b", 0.75), ("a", 0.2)]
+    assert "line 3 is torn" in caplog.text
+
+
 def test_another_folder_is_taken_over_with_its_arrays(tmp_path: Path) -> None:
     here, there = Results(tmp_path / "here"), Results(tmp_path / "there")
     here.append(row("a", test=0.9, created="2026-02-01T00:00:00+00:00"), {"labels": np.array([9])})
@@ -550,7 +548,7 @@ def test_another_folder_is_taken_over_with_its_arrays(tmp_path: Path) -> None:
     there.append(row("b"), {"labels": np.array([2])})
     there.append(row("c"))
     assert here.take(there.rows(), there.root) == 2
-    assert [(one["id"], one["test"]) for one in here.rows()] == [("a", 0.9), ("b", 0.75), ("c", 0.75)]
+    assert [(one.id, one.test) for one in here.rows()] == [("a", 0.9), ("b", 0.75), ("c", 0.75)]
     assert [here.arrays(row(name))["labels"].tolist() for name in "ab"] == [[9], [2]]
     assert here.take(there.rows(), there.root) == 0
 

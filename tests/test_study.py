@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from mlfusion import cli, evaluation, extraction, load_features, protocol, study
 from mlfusion.recipe import Recipe, load
-from mlfusion.results import Results
+from mlfusion.results import ImageCounts, Results
 
 PROBES = ("cls-last/linear", "alf:h2", "aat")
 
@@ -43,7 +43,7 @@ def recipe(model, data) -> Recipe:
 
 
 def names(rows) -> list[tuple[str, str, int]]:
-    return [(row["dataset"], row["probe"], row["seed"]) for row in rows]
+    return [(row.dataset, row.probe, row.seed) for row in rows]
 
 
 def test_the_plan_says_what_is_missing_and_the_study_does_just_that(recipe, tmp_path):
@@ -66,7 +66,7 @@ def test_the_plan_says_what_is_missing_and_the_study_does_just_that(recipe, tmp_
     assert written > planned.bytes_to_write
     wanted = ["cls-last/linear", "cls+ap-all-layers/attentive:h2", "all-tokens-last/attentive"]
     assert names(done.rows) == [(d, p, s) for d in ("colours", "shades") for p in wanted for s in (0, 1)]
-    assert {row["selected"].get("heads") for row in done.rows} == {None, 2, 8}
+    assert {row.selected.heads for row in done.rows} == {None, 2, 8}
 
 
 def test_what_is_there_is_not_done_again(recipe, monkeypatch):
@@ -75,7 +75,7 @@ def test_what_is_there_is_not_done_again(recipe, monkeypatch):
     def never(*_, **__):
         raise AssertionError("work that was done already")
 
-    monkeypatch.setattr(evaluation, "_run", never)
+    monkeypatch.setattr(evaluation, "train", never)
     monkeypatch.setattr(extraction, "load", never)
     monkeypatch.setattr(study.costs, "seconds", never)
     planned = study.plan(recipe)
@@ -208,8 +208,8 @@ split = "train,test=validation"
     (tmp_path / "x.toml").write_text(text)
     asked = load(tmp_path / "x.toml", data=pictures.parent)
     done = study.run(study.plan(asked))
-    assert (done.failures, done.rows[0]["images"]) == ((), {"train": 24, "test": 12})
-    assert done.rows[0]["classes"] == ["blue", "green", "red"]
+    assert (done.failures, done.rows[0].images) == ((), ImageCounts(train=24, test=12))
+    assert done.rows[0].classes == ("blue", "green", "red")
     [case] = study.plan(replace(asked, label_column="odd")).cases
     assert len(case.missing) == 1
 

@@ -184,8 +184,8 @@ def test_from_the_cache_to_the_report(
         "d", probes="all-tokens-last/linear", grid="quick", seeds=(0,), cache=tmp_path / "cache", results=tmp_path
     )
     [row] = Results(tmp_path).require()
-    assert done.rows == [row] and row["metric"] == metric and row["test"] > floor
-    assert row["classes"] == list(classes) and row["metrics"][metric] == row["test"]  # type: ignore[literal-required]
+    assert done.rows == [row] and row.metric == metric and row.test > floor
+    assert row.classes == tuple(classes) and getattr(row.metrics, metric) == row.test
     assert np.array_equal(Results(tmp_path).arrays(row)["labels"], data["test"].labels)
     assert metric.replace("_", " ") in write_page([row], tmp_path / "report.html").read_text()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from rows import row, study
 from tiny import save_images, save_model
 
@@ -44,8 +45,8 @@ def _events(folder: Path) -> Any:
 
 @installed("tensorboard")
 def test_tensorboard_reads_the_scores(tmp_path: Path) -> None:
-    [tracker] = trackers.opened(f"tensorboard:{tmp_path}/runs")
-    tracker.log(ALF | {"model": "of/a hub: ü"})
+    [tracker] = trackers.open_trackers(f"tensorboard:{tmp_path}/runs")
+    tracker.log(replace(ALF, model="of/a hub: ü"))
     events = _events(tmp_path / "runs")
     for name, value in trackers.scores(ALF).items():
         [event] = events.Scalars(name)
@@ -55,22 +56,22 @@ def test_tensorboard_reads_the_scores(tmp_path: Path) -> None:
         shown = {event.step: event.value for event in events.Scalars(f"attention/{kind}")}
         assert shown == pytest.approx(shares)
     told = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert b"selected.lr" in told and ALF["id"].encode() in told
+    assert b"selected.lr" in told and ALF.id.encode() in told
 
 
 @installed("wandb")
 def test_weights_and_biases_reads_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    [tracker] = trackers.opened("wandb:a-project")
+    [tracker] = trackers.open_trackers("wandb:a-project")
     for one in (ALF, row("b2")):
         tracker.log(one)
     files = {path.name: path for path in tmp_path.rglob("*.wandb")}
-    assert sorted(files) == sorted([f"run-{ALF['id']}.wandb", "run-b2.wandb"])
+    assert sorted(files) == sorted([f"run-{ALF.id}.wandb", "run-b2.wandb"])
     held = files["run-b2.wandb"].read_bytes()
     for word in (b"a-project", b"metrics.balanced_accuracy", b"0.75", b"selected.lr", b"cls-last/linear"):
         assert word in held
-    assert b"attention/cls" in files[f"run-{ALF['id']}.wandb"].read_bytes()
+    assert b"attention/cls" in files[f"run-{ALF.id}.wandb"].read_bytes()
 
 
 @installed("mlflow")
@@ -79,14 +80,14 @@ def test_mlflow_reads_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     import mlflow
 
     place = f"sqlite:///{tmp_path}/mlflow.db"
-    [tracker] = trackers.opened(f"mlflow:{place}")
+    [tracker] = trackers.open_trackers(f"mlflow:{place}")
     for one in (ALF, row("b2")):
         tracker.log(one)
     client = mlflow.MlflowClient(tracking_uri=place)
     experiment = client.get_experiment_by_name("mlfusion")
     runs = {run.data.tags["mlfusion.id"]: run for run in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {ALF["id"], "b2"}
-    run = runs[ALF["id"]]
+    assert set(runs) == {ALF.id, "b2"}
+    run = runs[ALF.id]
     assert run.info.status == "FINISHED" and run.data.params["selected.lr"] == "0.01"
     for name, value in trackers.scores(ALF).items():
         assert run.data.metrics[name] == pytest.approx(value)
@@ -99,13 +100,13 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(monkeypatch: pytes
     for extra, module in blocked.items():
         monkeypatch.setitem(sys.modules, module, None)  # as Python does where it is not there
         with pytest.raises(Unavailable, match=rf"is not installed.*pip install 'mlfusion\[{extra}\]'"):
-            trackers.opened(f"{extra}:somewhere")
+            trackers.open_trackers(f"{extra}:somewhere")
 
 
 def test_words_for_trackers() -> None:
     with pytest.raises(UnknownName, match=r"no tracker named 'tensorbord'. Did you mean tensorboard\?"):
-        trackers.opened("tensorbord:runs")
-    assert trackers.opened("") == [] and trackers.opened(()) == []
+        trackers.open_trackers("tensorbord:runs")
+    assert trackers.open_trackers("") == [] and trackers.open_trackers(()) == []
 
 
 @installed("tensorboard")
@@ -118,6 +119,6 @@ def test_new_rows_are_shown_as_they_are_saved(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(MlfusionError, match="no tracker named 'x'"):  # before any work
         mlfusion.probe(str(images), **(options | {"track": "x"}))
     done = mlfusion.probe(str(images), seeds=(0,), **options)
-    assert _events(Path("runs")).Scalars("test")[0].value == pytest.approx(done.rows[0]["test"])
+    assert _events(Path("runs")).Scalars("test")[0].value == pytest.approx(done.rows[0].test)
     mlfusion.probe(str(images), seeds=(0, 1), **options)
     assert len(list(Path("runs").iterdir())) == 2  # the one that was there already is not shown again

@@ -1,8 +1,6 @@
 """Saved probes: what was written is read, what was changed is refused, and new images get the scores of cached ones."""
 
-import dataclasses
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from msgspec.structs import replace
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny import save_images, save_model
@@ -19,7 +18,7 @@ from mlfusion import datasets, protocol, trained
 from mlfusion.batches import Tokens
 from mlfusion.errors import BadData, BadModel, ResultsUnusable
 from mlfusion.extraction import Making
-from mlfusion.results import Results
+from mlfusion.results import Results, Selected
 from mlfusion.specs import HEADS, Head
 from mlfusion.targets import Number, OneClass, SeveralLabels, Target
 
@@ -45,19 +44,26 @@ def card(head: Head, target: Target, outcome: protocol.Outcome) -> trained.Card:
     return trained.Card(
         probe=f"cls+ap-2-layers/{head}",
         head=head,
-        shape=dataclasses.asdict(outcome.shape),
-        target=trained.describe(target),
-        classes=["a", "ß", "c"] if target.kind != "number" else [],
+        shape=outcome.shape,
+        target_fields=trained.describe(target),
+        classes=("a", "ß", "c") if target.kind != "number" else (),
         backbone=trained.Backbone(
-            name="m", source="/m", weights="w", config="c", preprocess="p", hook="norm2", compute="float32"
+            name="m",
+            source="/m",
+            weights="w",
+            config="c",
+            preprocess="p",
+            hook="norm2",
+            compute="float32",
+            preparation="{}",
         ),
-        layers=[2, 4],
-        kinds=["cls", "ap"],
+        layers=(2, 4),
+        kinds=("cls", "ap"),
         dtype="float16",
-        features=["k" * 16, "t" * 16],
+        features=("k" * 16, "t" * 16),
         dataset="d",
         seed=0,
-        selected=outcome.selected,
+        selected=Selected.of(outcome.selected),
         metric=outcome.metric,
         scores={"val": outcome.val, "test": outcome.test, "train": outcome.train},
         versions={"torch": "2"},
@@ -67,10 +73,10 @@ def card(head: Head, target: Target, outcome: protocol.Outcome) -> trained.Card:
 
 
 def saved(folder: Path, head: Head = "linear", target: Target | None = None) -> tuple[protocol.Outcome, Tokens]:
-    goal = target or OneClass(3)
-    test = tokens(goal, 20, seed=1)
-    outcome = protocol.fit(head, tokens(goal), lambda: test, target=goal, heads=2, grid="quick", seed=0)
-    trained.save(folder, card(head, goal, outcome), outcome.weights)
+    target = target or OneClass(3)
+    test = tokens(target, 20, seed=1)
+    outcome = protocol.fit(head, tokens(target), lambda: test, target=target, heads=2, grid="quick", seed=0)
+    trained.save(folder, card(head, target, outcome), outcome.weights)
     return outcome, test
 
 
@@ -79,8 +85,8 @@ def test_every_probe_is_read_as_it_was_written(head: Head, tmp_path: Path) -> No
     outcome, test = saved(tmp_path / "deep" / "probe", head)
     held, probe = trained.load(tmp_path / "deep" / "probe")
     assert held == card(head, OneClass(3), outcome)
-    assert held.goal == OneClass(3)
-    predictions, attention = protocol.predict(probe, test, held.goal)
+    assert held.target() == OneClass(3)
+    predictions, attention = protocol.predict(probe, test, held.target())
     np.testing.assert_allclose(predictions, outcome.predictions, atol=1e-6)
     if outcome.attention is not None:
         np.testing.assert_allclose(attention, outcome.attention, atol=1e-6)
@@ -96,8 +102,10 @@ def test_every_probe_is_read_as_it_was_written(head: Head, tmp_path: Path) -> No
 def test_other_targets_are_kept_too(head: Head, target: Target, tmp_path: Path) -> None:
     outcome, test = saved(tmp_path / "probe", head, target)
     held, probe = trained.load(tmp_path / "probe")
-    assert held.goal == target
-    np.testing.assert_allclose(protocol.predict(probe, test, held.goal)[0], outcome.predictions, rtol=1e-5, atol=1e-5)
+    assert held.target() == target
+    np.testing.assert_allclose(
+        protocol.predict(probe, test, held.target())[0], outcome.predictions, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_saving_twice_keeps_the_first(tmp_path: Path) -> None:
@@ -119,7 +127,8 @@ def change(folder: Path, what: str) -> None:
         (folder / "card.json").write_text(json.dumps(body)[:-20])
     else:
         changes: dict[str, dict[str, Any]] = {
-            "newer": {"format": 3},
+            "newer": {"format": 4},
+            "older": {"format": 2},
             "shape": {"shape": body["shape"] | {"width": 9}},
             "head": {"head": "magic"},
             "target": {"target": {"kind": "colour"}},
@@ -138,7 +147,8 @@ def change(folder: Path, what: str) -> None:
         ("tensors", "is damaged: probe.safetensors is not the one that card.json names"),
         ("gone", "no probe in .*allowed: a folder with card.json and probe.safetensors"),
         ("torn", "cannot be read .*make it again with `mlfusion probe --save`"),
-        ("newer", "is of format 3; this version reads up to 2. Update"),
+        ("newer", "is of format 4; this version reads up to 3. Update"),
+        ("older", "is of format 2, of a version that was never released; make it again"),
         ("shape", "holds no probe that can be built"),
         ("head", "holds no probe that can be built .*no head named 'magic'"),
         ("target", "holds no probe that can be built"),
@@ -178,7 +188,7 @@ def probed(model: Path, images: Path, names: str, **options: Any) -> list[tuple[
     dtype, making = options.pop("dtype", "float16"), options.pop("making", None)
     mlfusion.extract(str(model), str(images), tokens="cls,ap,all@last", dtype=dtype, making=making)
     done = mlfusion.probe(str(images), model=str(model), probes=names, grid="quick", seeds=(0,), save=True, **options)
-    return [(row, Path("results") / "probes" / row["id"]) for row in done.rows]
+    return [(row, Path("results") / "probes" / row.id) for row in done.rows]
 
 
 @pytest.mark.parametrize(
@@ -217,11 +227,11 @@ def test_new_images_are_made_as_the_cached_ones_were(
     mlfusion.extract(word, str(images), making=making, reading=reading)
     done = mlfusion.probe(str(images), model=word, probes="ap-all-layers/linear", grid="quick", seeds=(0,), save=True)
     [row] = done.rows
-    card, head = trained.load(Path("results/probes") / row["id"])
+    card, head = trained.load(Path("results/probes") / row.id)
     held = mlfusion.load_features(word, str(images), "test", tokens="ap")
     values = held.tokens.reshape(len(held.ids), -1, held.tokens.shape[-1]).astype(np.float32)
-    expected, _ = protocol.predict(head, Tokens(values, held.labels), card.goal)
-    made = mlfusion.predict(Path("results/probes") / row["id"], [images / name for name in held.ids], top=3)
+    expected, _ = protocol.predict(head, Tokens(values, held.labels), card.target())
+    made = mlfusion.predict(Path("results/probes") / row.id, [images / name for name in held.ids], top=3)
     given = np.array([[dict(one.top)[name] for name in held.classes] for one in made])
     np.testing.assert_allclose(given, expected, atol=2e-3)  # a token's last bit in float16 may differ
     assert np.ptp(expected, axis=0).max() > 0.05  # and there is something to differ in
@@ -240,7 +250,7 @@ def test_real_weights_at_another_size(shared: Path, tmp_path: Path) -> None:
     [(row, probe)] = probed(weights, folder, "cls+ap-last/linear", making=Making(size=288))
     ids = datasets.load(str(folder)).split("test").ids
     made = mlfusion.predict(probe, [folder / name for name in ids], top=3)
-    given = [[dict(one.top)[name] for name in row["classes"]] for one in made]
+    given = [[dict(one.top)[name] for name in row.classes] for one in made]
     np.testing.assert_allclose(given, Results("results").arrays(row)["probabilities"], atol=2e-3)
 
 
@@ -270,22 +280,6 @@ def test_a_probe_is_not_put_on_another_backbone(model: Path, images: Path, tmp_p
         mlfusion.predict(folder, [picture])
 
 
-def test_a_card_that_says_only_a_digest_is_read_too(model: Path, images: Path) -> None:
-    """Of format 1: pictures are prepared in the way by name that has it, and in no other."""
-    picture = next(images.rglob("*.png"))
-    for size in (None, 48):
-        [(_, folder)] = probed(model, images, "cls-last/linear", making=Making(preprocess="fast", size=size))
-        expected = mlfusion.predict(folder, [picture])
-        body = json.loads((folder / "card.json").read_text()) | {"format": 1}
-        del body["backbone"]["preparation"]
-        (folder / "card.json").write_text(json.dumps(body))
-        if size is None:
-            assert mlfusion.predict(folder, [picture]) == expected
-        else:
-            with pytest.raises(BadModel, match="preprocess differs"):
-                mlfusion.predict(folder, [picture])
-
-
 def test_an_image_that_cannot_be_read_is_named(model: Path, images: Path, tmp_path: Path) -> None:
     [(_, folder)] = probed(model, images, "cls-last/linear")
     (tmp_path / "text.png").write_text("no picture")
@@ -304,9 +298,9 @@ def test_a_probe_that_was_not_kept_is_trained_again_and_the_same(model: Path, im
     assert any("1 of them are trained again" in line for line in said)
     assert second.trained == 0 and second.rows == first.rows
     assert len(Results("results").rows()) == 1
-    held, probe = trained.load(Path("results/probes") / first.rows[0]["id"])
-    assert held.scores["test"] == first.rows[0]["test"]
-    assert sum(p.numel() for p in probe.parameters()) == first.rows[0]["parameters"]
+    held, probe = trained.load(Path("results/probes") / first.rows[0].id)
+    assert held.scores["test"] == first.rows[0].test
+    assert sum(p.numel() for p in probe.parameters()) == first.rows[0].parameters
     third = mlfusion.probe(str(images), **options, save=True, say=said.append)
     assert third.rows == first.rows
 
@@ -324,7 +318,7 @@ def test_a_saved_probe_has_a_card_that_the_hub_reads(model: Path, images: Path) 
     [(row, folder)] = probed(model, images, "cls+ap-2-layers/attentive")
     card = ModelCard.load(folder / "README.md")
     [result] = card.data.eval_results
-    assert (result.metric_type, result.metric_value) == ("balanced_accuracy", row["test"])
+    assert (result.metric_type, result.metric_value) == ("balanced_accuracy", row.test)
     assert (result.dataset_name, result.dataset_split) == ("colours", "test")
     assert card.data.library_name == "mlfusion" and card.data.pipeline_tag == "image-classification"
     assert str(model.parent) not in card.content and str(images.parent) not in card.content
@@ -333,7 +327,7 @@ def test_a_saved_probe_has_a_card_that_the_hub_reads(model: Path, images: Path) 
     at_hub = replace(held, backbone=replace(held.backbone, source="facebook/dinov2-base"))
     assert ModelCard(trained.readme(at_hub)).data.base_model == "facebook/dinov2-base"
     assert "blue, green, red" in card.text and "mlfusion predict --probe" in card.text
-    hostile = replace(held, classes=["---", "a: b", "# c"], dataset="x: [y]\n---")
+    hostile = replace(held, classes=("---", "a: b", "# c"), dataset="x: [y]\n---")
     assert ModelCard(trained.readme(hostile)).data.eval_results[0].dataset_name == "x: [y]\n---"
 
 

@@ -29,15 +29,15 @@ def attend(
 
     kept = Results(results)
     one = kept.named(row)
-    held = one["attention"]
+    held = one.attention
     if held is None:
-        raise BadData(f"{one['probe']} does not attend; allowed: results of attentive probes, such as alf and aat")
+        raise BadData(f"{one.probe} does not attend; allowed: results of attentive probes, such as alf and aat")
     shares = kept.arrays(one)["attention"]
-    at = mean_layers(shares, held["layers"]) if len(set(held["layers"])) > 1 else None
-    over = maps(one, shares) if any(kind not in ("cls", "ap") for kind in held["kinds"]) else None
+    at = mean_layers(shares, held.layers) if len(set(held.layers)) > 1 else None
+    over = maps(one, shares) if any(kind not in ("cls", "ap") for kind in held.kinds) else None
     body = {
-        "id": one["id"],
-        "probe": one["probe"],
+        "id": one.id,
+        "probe": one.probe,
         "images": len(shares),
         "mean_layer": None if at is None else [round(float(layer), 4) for layer in at],
         "maps": None if over is None else [[[round(float(v), 6) for v in line] for line in each] for each in over],

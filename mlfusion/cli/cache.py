@@ -250,7 +250,7 @@ def prune(
 def _needed(results: Path) -> set[str]:
     from mlfusion.results import Results
 
-    return {key for row in Results(results).require() for key in row["features"]}
+    return {key for row in Results(results).require() for key in row.features}
 
 
 @app.command()

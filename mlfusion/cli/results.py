@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlfusion.cli.words import AsJson, Cache, ResultsPath, print_json, print_rows, say
-from mlfusion.errors import MlfusionError
 
 if TYPE_CHECKING:
     from mlfusion.results import Row
-    from mlfusion.statistics import Comparison
+    from mlfusion.statistics import Certainty, Comparison, Rank
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at results, compare them, make them again.")
 
@@ -53,44 +52,35 @@ def ls(
 def show(row: RowId, results: ResultsPath = RESULTS, as_json: AsJson = False) -> None:
     """One result: where it comes from, how good and how sure, how calibrated, what it confuses, how to make it again."""
     from mlfusion.results import Results
+    from mlfusion.results.rows import to_object
+    from mlfusion.statistics import certainty
 
     kept = Results(results)
     one = kept.named(row)
-    sure = _sureness(kept, one)
-    again = f"mlfusion results rerun {one['id']} --results {results}"
+    sure = certainty(kept, one)
+    again = f"mlfusion results rerun {one.id} --results {results}"
     if as_json:
-        print_json({"result": one, **sure, "rerun": again})
+        print_json({"result": to_object(one), **sure.to_json(), "rerun": again})
         return
-    held = dict(one) | {"classes": len(one["classes"])}
-    for name in ("attention", "metrics"):
-        held.pop(name)
-    held |= {f"metrics.{name}": value for name, value in one["metrics"].items() if not isinstance(value, list)}
-    width = max(map(len, held))
-    for name, value in held.items():
-        typer.echo(f"{name.ljust(width)}  {_said(value)}")
-    if interval := sure["interval"]:
-        typer.echo(
-            f"\n{one['metric'].replace('_', ' ')} {_percent(interval['value'])}, {100 * interval['level']:.0f} % interval over "
-            f"test images {_percent(interval['low'])} to {_percent(interval['high'])}"
-        )
-    if sure["calibration"]:
-        typer.echo(f"expected calibration error {_percent(sure['calibration']['ece'])}")
-    for pair in sure["confusions"] or ():
-        typer.echo(f"{pair['images']} of {pair['of']} {pair['class']} taken for {pair['taken_for']}")
-    if sure["missing"]:
-        say(sure["missing"])
+    lines = _listed(one)
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        typer.echo(f"{name.ljust(width)}  {value}")
+    _print_certainty(one, sure)
     typer.echo(f"\nagain: {again}")
 
 
 @app.command()
 def compare(
     a: Annotated[str, typer.Argument(help="A probe's name, or a result's id.")],
-    b: Annotated[str, typer.Argument(help="Likewise; gains are counted from it.")],
+    b: Annotated[str, typer.Argument(help="The probe or result that gains are counted from.")],
     model: OfModel = None,
     dataset: OfDataset = None,
     grid: OfGrid = None,
-    level: Annotated[float, typer.Option("--level", min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
-    resamples: Annotated[int, typer.Option("--resamples", min=100, help="Of the bootstrap.")] = 2000,
+    level: Annotated[
+        float, typer.Option("--level", min=0.5, max=0.999, help="Confidence level of the intervals.")
+    ] = 0.95,
+    resamples: Annotated[int, typer.Option("--resamples", min=100, help="Number of bootstrap resamples.")] = 2000,
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
@@ -101,7 +91,7 @@ def compare(
     kept, how = Results(results), {"level": level, "resamples": resamples}
     names = [_probe_name(word) for word in (a, b)]
     if None not in names:
-        rows = [row for row in kept.require(model=model, dataset=dataset) if grid in (None, row["grid"])]
+        rows = kept.require(model=model, dataset=dataset, grid=grid)
         compared = statistics.compare_probes(kept, rows, str(names[0]), str(names[1]), **how)  # type: ignore[arg-type]
     else:
         compared = [statistics.compare(kept, kept.named(a), kept.named(b), **how)]  # type: ignore[arg-type]
@@ -134,50 +124,31 @@ def rank(
         str, typer.Option("--baseline", help="The probe that gains are counted from.")
     ] = "cls-last/linear",
     level: Annotated[
-        float, typer.Option("--level", min=0.5, max=0.999, help="Of the tests: 0.95 is p below 0.05.")
+        float,
+        typer.Option("--level", min=0.5, max=0.999, help="Confidence level of the tests: 0.95 means p below 0.05."),
     ] = 0.95,
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
     """Probes over data sets: mean ranks with their critical difference, and gains with q-values (six data sets or more)."""
-    from mlfusion import statistics
     from mlfusion.results import Results
+    from mlfusion.statistics import rank as rank_probes
 
-    held = Results(results).require(model=model)
-    table = statistics.by_dataset(row for row in held if grid in (None, row["grid"]))
-    most = max((frozenset(sets) for sets in table.values()), key=len, default=frozenset())
-    whole = {probe: sets for probe, sets in table.items() if sets.keys() >= most}
-    left_out = sorted(table.keys() - whole.keys())
-    order = sorted(most)
-    found = statistics.ranking({p: [sets[d] for d in order] for p, sets in whole.items()}, level=1 - level)
-    name = _probe_name(baseline) or baseline
-    gains = {p: [sets[d] - whole[name][d] for d in order] for p, sets in whole.items() if name in whole and p != name}
-    tested = {one.name: one for one in statistics.against(gains, level=1 - level)}
+    rows = Results(results).require(model=model, grid=grid)
+    found = rank_probes(rows, baseline=_probe_name(baseline) or baseline, level=level)
     if as_json:
-        against = [asdict(one) for one in tested.values()]
-        print_json({"ranking": asdict(found), "against": against, "baseline": name, "left_out": left_out})
+        print_json(asdict(found))
         return
-    rows = []
-    for probe, place, mean in zip(found.names, found.ranks, found.means, strict=True):
-        one = tested.get(probe)
-        rows.append(
-            {
-                "probe": probe,
-                "mean rank": f"{place:.2f}",
-                "mean score": _percent(mean),
-                "gain": _points(one.mean) if one else "",
-                "p": _p(one.p) if one else "",
-                "q": _p(one.q) if one else "",
-            }
-        )
-    print_rows(rows, nothing="")
-    typer.echo(
-        f"{found.datasets} data sets; Friedman p = {_p(found.friedman)}; mean ranks that differ by more than "
-        f"{found.critical_difference:.2f} differ at {100 * level:.0f} % (Nemenyi). Not told apart: "
-        + ("; ".join(" = ".join(group) for group in found.groups) or "none")
-    )
-    if left_out:
-        say(f"not on all {len(order)} data sets, left out: {', '.join(left_out)}")
+    tested = {one.name: one for one in found.against}
+    lines = [
+        {"probe": probe, "mean rank": f"{place:.2f}", "mean score": _percent(mean), "gain": "", "p": "", "q": ""}
+        | ({"gain": _points(one.mean), "p": _p(one.p), "q": _p(one.q)} if (one := tested.get(probe)) else {})
+        for probe, place, mean in zip(found.ranking.names, found.ranking.ranks, found.ranking.means, strict=True)
+    ]
+    print_rows(lines, nothing="")
+    typer.echo(_ranked(found, level))
+    if found.left_out:
+        say(f"not on all {found.ranking.datasets} data sets, left out: {', '.join(found.left_out)}")
 
 
 @app.command()
@@ -209,23 +180,12 @@ def import_(
 ) -> None:
     """Take over results of elsewhere, with their arrays; what is here already and not older stays as it is."""
     from mlfusion.results import Results
-    from mlfusion.results.database import LINES, read_lines
 
-    if source.suffix == ".jsonl" and source.name != LINES:
-        try:
-            offered, folder = read_lines(source), None
-        except OSError as err:
-            raise MlfusionError(
-                f"cannot read {str(source)!r}: {err.strerror}; allowed: a folder or a .jsonl file"
-            ) from err
-    else:
-        there = Results(source)
-        offered, folder = there.require(), there.root
-    taken = Results(results).take(offered, folder)
+    taken, there = Results(results).take_from(source)
     if as_json:
-        print_json({"taken": taken, "there": len(offered) - taken})
+        print_json({"taken": taken, "there": there})
     else:
-        typer.echo(f"{taken:,} results taken over, {len(offered) - taken:,} were here already")
+        typer.echo(f"{taken:,} results taken over, {there:,} were here already")
 
 
 @app.command()
@@ -243,9 +203,9 @@ def rerun(
     from mlfusion.evaluation import rerun as run
 
     done = run(row, keep=keep, cache=cache, results=results, device=device)
-    scores = {name: {"then": done.row[name], "now": done.again[name]} for name in ("val", "test", "train", "selected")}
+    scores = {name: {"then": then, "now": now} for name, then, now in done.scores()}
     if as_json:
-        print_json({"id": done.row["id"], "same": done.same, "scores": scores, "differs": done.differs})
+        print_json({"id": done.row.id, "same": done.same, "scores": scores, "differs": done.differs})
     else:
         for name, one in scores.items():
             told = (
@@ -271,17 +231,14 @@ def track(
     as_json: AsJson = False,
 ) -> None:
     """Show results that are there already in a tracker, a run each."""
-    from mlfusion import trackers
     from mlfusion.progress import track as bar_of
     from mlfusion.results import Results
+    from mlfusion.trackers import log_rows, open_trackers
 
-    opened = trackers.opened(where)
+    trackers = open_trackers(where)
     rows = Results(results).require(model=model, dataset=dataset, probe=probe)
     with bar_of("results", len(rows), "results") as bar:
-        for row in rows:
-            for one in opened:
-                one.log(row)
-            bar.advance()
+        log_rows(rows, trackers, bar.advance)
     if as_json:
         print_json({"where": where, "results": len(rows)})
     else:
@@ -291,30 +248,40 @@ def track(
 # --- saying ----------------------------------------------------------------------------------------------------------
 
 
-def _sureness(kept: Any, row: "Row") -> dict[str, Any]:
-    """What the test images say of a row; None where its arrays do not."""
-    from mlfusion import statistics
-    from mlfusion.errors import ResultsUnusable
+def _listed(row: "Row") -> dict[str, str]:
+    """The fields of a row as text, without those that are lists of numbers."""
+    from mlfusion.results.rows import to_object
 
-    found: dict[str, Any] = {"interval": None, "calibration": None, "confusions": None, "missing": None}
-    try:
-        held = kept.arrays(row)
-    except ResultsUnusable as err:
-        return found | {"missing": str(err)}
-    labels, predictions = held["labels"], held["probabilities"]
-    found["interval"] = asdict(statistics.interval(labels, predictions, metric=row["metric"]))
-    if labels.ndim == 1 and labels.dtype.kind != "f":
-        found["calibration"] = asdict(statistics.calibration(labels, predictions))
-        counts = statistics.confusion(labels, predictions)
-        of = counts.sum(1)
-        pairs = sorted(
-            ((int(counts[i, j]), i, j) for i, j in zip(*counts.nonzero(), strict=True) if i != j), reverse=True
+    held = to_object(row) | {"classes": len(row.classes)}
+    metrics = held.pop("metrics")
+    del held["attention"]
+    held |= {f"metrics.{name}": value for name, value in metrics.items() if isinstance(value, float)}
+    return {name: _said(value) for name, value in held.items()}
+
+
+def _print_certainty(row: "Row", sure: "Certainty") -> None:
+    if sure.interval:
+        one = sure.interval
+        typer.echo(
+            f"\n{row.metric.replace('_', ' ')} {_percent(one.value)}, {100 * one.level:.0f} % interval over test images "
+            f"{_percent(one.low)} to {_percent(one.high)}"
         )
-        names = row["classes"]
-        found["confusions"] = [
-            {"class": names[i], "taken_for": names[j], "images": images, "of": int(of[i])} for images, i, j in pairs[:5]
-        ]
-    return found
+    if sure.calibration:
+        typer.echo(f"expected calibration error {_percent(sure.calibration.ece)}")
+    for pair in sure.confusions or ():
+        typer.echo(f"{pair.images} of {pair.of} {pair.name} taken for {pair.taken_for}")
+    if sure.missing:
+        say(sure.missing)
+
+
+def _ranked(found: "Rank", level: float) -> str:
+    """Which probes differ, in a sentence."""
+    ranking = found.ranking
+    return (
+        f"{ranking.datasets} data sets; Friedman p = {_p(ranking.friedman)}; mean ranks that differ by more than "
+        f"{ranking.critical_difference:.2f} differ at {100 * level:.0f} % (Nemenyi). Not told apart: "
+        + ("; ".join(" = ".join(group) for group in ranking.groups) or "none")
+    )
 
 
 def _probe_name(word: str) -> str | None:
@@ -350,7 +317,7 @@ def _short(name: str, value: Any) -> Any:
 def _said(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {item}" for name, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _percent(value: float) -> str:

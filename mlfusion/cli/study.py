@@ -12,6 +12,7 @@ from mlfusion.cli.words import (
     Cache,
     ResultsPath,
     Track,
+    check_seeds,
     print_json,
     print_rows,
     print_table,
@@ -44,7 +45,6 @@ def run(
 ) -> None:
     """Both stages and the report, as a recipe says. What is cached or done already is not done again."""
     from mlfusion import study
-    from mlfusion.evaluation import check_seeds
     from mlfusion.progress import duration
     from mlfusion.recipe import load
     from mlfusion.results import Results

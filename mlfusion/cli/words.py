@@ -8,14 +8,18 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperGroup
 
-from mlfusion.errors import MlfusionError
+from mlfusion.errors import BadData, MlfusionError, UnknownName
 from mlfusion.progress import hush
 from mlfusion.specs import parse_model
+
+if TYPE_CHECKING:
+    from mlfusion.population import Precision
+    from mlfusion.results import Row
 
 MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
 DATASET = "digits"
@@ -280,7 +284,46 @@ def amount(option: str, text: str | None, units: dict[str, int]) -> int | None:
     raise MlfusionError(f"--{option} {text!r} is no amount; allowed: a number and one of {', '.join(units)}")
 
 
-def row_json(row: Any) -> dict[str, Any]:
+def check_seeds(words: str) -> tuple[int, ...]:
+    """'0,1,2' → (0, 1, 2).
+
+    Raises:
+        BadData: not whole numbers from 0, or one twice.
+    """
+    parts = [part.strip() for part in words.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+        raise BadData(f"--seeds {words!r}; allowed: different whole numbers from 0, such as 0,1,2")
+    return tuple(int(part) for part in parts)
+
+
+def check_shots(words: str) -> tuple[int, ...]:
+    """'2,4,8' → (2, 4, 8).
+
+    Raises:
+        BadData: not whole numbers from 2, or one twice.
+    """
+    parts = [part.strip() for part in words.split(",")]
+    if not all(part.isdecimal() and int(part) > 1 for part in parts) or len(set(parts)) != len(parts):
+        raise BadData(
+            f"--shots {words!r}; allowed: different whole numbers from 2, one image to fit and one to choose on, such as 2,4,8"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def check_precision(word: str) -> "Precision":
+    """The word, if it names a precision.
+
+    Raises:
+        UnknownName: it does not.
+    """
+    from mlfusion.population import Precision
+
+    if word not in get_args(Precision):
+        raise UnknownName("precision", word, get_args(Precision))
+    return word  # type: ignore[return-value]
+
+
+def row_json(row: "Row") -> dict[str, Any]:
     """What `mlfusion probe --json` promises, and the row's id, by which the rest is found."""
     names = (
         "model",
@@ -295,7 +338,10 @@ def row_json(row: Any) -> dict[str, Any]:
         "parameters",
         "seconds",
     )
-    return {name: row[name] for name in names} | {"features": row["features"], "id": row["id"]}
+    from mlfusion.results.rows import to_object
+
+    whole = to_object(row)
+    return {name: whole[name] for name in (*names, "features", "id")}
 
 
 SHOWN = 5  # images that were skipped, of each split

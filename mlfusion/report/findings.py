@@ -63,7 +63,7 @@ def _made(groups: Sequence[ComparisonGroup], command: str) -> str:
     models = {group.model: group for group in groups}
     architectures = ", ".join(f"{name} ({one.depth} layers of width {one.width})" for name, one in models.items())
     seeds = layer_ranges(seed for group in groups for seed in group.seeds)
-    dates = sorted(row["created"][:10] for group in groups for row in group.rows)
+    dates = sorted(row.created[:10] for group in groups for row in group.rows)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     lines = [
         "```",
@@ -180,11 +180,9 @@ def _costs(study: Study) -> str:
             each = [cost(score.rows) for score in study.scores(probe, model=model)]
             if not each:
                 continue
-            cached = [one.bytes for one in each if one.bytes is not None]
-            size = f"{sum(cached) / 1e6:,.1f} MB" if len(cached) == len(each) else ""
             lines.append(
                 f"| {model} | `{probe}` | {count(max(one.parameters for one in each))} | "
-                f"{duration(fmean(one.seconds for one in each))} | {size} |"
+                f"{duration(fmean(one.seconds for one in each))} | {sum(one.bytes for one in each) / 1e6:,.1f} MB |"
             )
     rows, seconds = sum(len(group.rows) for group in study.groups), sum(group.seconds for group in study.groups)
     lines += ["", f"In all {rows:,} rows, {duration(seconds)} of probing."]

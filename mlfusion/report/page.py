@@ -70,7 +70,7 @@ def page(data: ReportData, *, title: str = TITLE, name: str = "report.html") -> 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    whole = _unbroken({row["probe"] for row in data.rows})
+    whole = _unbroken({row.probe for row in data.rows})
     environment.filters |= {"count": count, "whole": whole, "packed": _packed, "strength": _strength}
     return environment.from_string(_file("page.html")).render(
         title=title,

@@ -104,7 +104,7 @@ def listed_rows(groups: Sequence[ComparisonGroup]) -> list[Row]:
     rows = [row for group in groups for row in group.rows]
     if len(rows) <= MAX_ROWS:
         return rows
-    some = [row for row in rows if "-layer-" not in row["probe"]]
+    some = [row for row in rows if "-layer-" not in row.probe]
     return some if len(some) <= MAX_ROWS else []
 
 
@@ -112,22 +112,22 @@ def rows_table(rows: Sequence[Row]) -> DataTable:
     """One line a row, with its metrics and the chosen hyper-parameters; columns without a value are left out."""
 
     def metric(name: str) -> list[Any]:
-        return [row["metrics"].get(name) for row in rows]
+        return [getattr(row.metrics, name, None) for row in rows]
 
     def chosen(name: str) -> list[Any]:
-        return [row["selected"].get(name) for row in rows]
+        return [getattr(row.selected, name) for row in rows]
 
     columns = [
-        Column("Model", "text", [row["model"] for row in rows]),
-        Column("Data set", "text", [row["dataset"] for row in rows]),
-        Column("Probe", "code", [row["probe"] for row in rows]),
-        Column("Seed", "count", [row["seed"] for row in rows]),
-        Column("Test", "percent", [row["test"] for row in rows]),
+        Column("Model", "text", [row.model for row in rows]),
+        Column("Data set", "text", [row.dataset for row in rows]),
+        Column("Probe", "code", [row.probe for row in rows]),
+        Column("Seed", "count", [row.seed for row in rows]),
+        Column("Test", "percent", [row.test for row in rows]),
         Column("Accuracy", "percent", metric("accuracy")),
         Column("Top-5", "percent", metric("top5")),
         Column("Macro-F1", "percent", metric("macro_f1")),
-        Column("Validation", "percent", [row["val"] for row in rows]),
-        Column("Train", "percent", [row["train"] for row in rows]),
+        Column("Validation", "percent", [row.val for row in rows]),
+        Column("Train", "percent", [row.train for row in rows]),
         Column("Learning rate", "setting", chosen("lr")),
         Column("Weight decay", "setting", chosen("weight_decay")),
         Column("Penalty", "setting", chosen("penalty")),
@@ -136,10 +136,10 @@ def rows_table(rows: Sequence[Row]) -> DataTable:
         Column("Heads", "count", chosen("heads")),
         Column("Steps", "count", chosen("steps")),
         Column("Batch", "count", chosen("batch_size")),
-        Column("Time", "duration", [row["seconds"] for row in rows]),
-        Column("Grid", "text", [row["grid"] for row in rows]),
-        Column("Code", "text", [row["code"] for row in rows]),
-        Column("Row", "code", [row["id"] for row in rows]),
+        Column("Time", "duration", [row.seconds for row in rows]),
+        Column("Grid", "text", [row.grid for row in rows]),
+        Column("Code", "text", [row.code for row in rows]),
+        Column("Row", "code", [row.id for row in rows]),
     ]
     return _table([column for column in columns if any(cell is not None for cell in column.cells)])
 

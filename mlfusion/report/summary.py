@@ -66,24 +66,23 @@ class Score:
     @property
     def seeds(self) -> tuple[int, ...]:
         """Seeds of its rows."""
-        return tuple(row["seed"] for row in self.rows)
+        return tuple(row.seed for row in self.rows)
 
     @property
     def seconds(self) -> float:
         """Time of probing in seconds, mean over seeds."""
-        return fmean(row["seconds"] for row in self.rows)
+        return fmean(row.seconds for row in self.rows)
 
     @property
     def parameters(self) -> int:
         """Parameters of one probe, the maximum over seeds: seeds may choose different numbers of attention heads."""
-        return max(row["parameters"] for row in self.rows)
+        return max(row.parameters for row in self.rows)
 
     @property
     def attention_heads(self) -> int | None:
         """Number of attention heads; None if the probe has none, or if seeds chose different numbers."""
-        numbers = {row["selected"].get("heads") for row in self.rows}
-        number = numbers.pop() if len(numbers) == 1 else None
-        return None if number is None else int(number)
+        numbers = {row.selected.heads for row in self.rows}
+        return numbers.pop() if len(numbers) == 1 else None
 
 
 def metric_name(metric: str) -> str:
@@ -128,52 +127,52 @@ class ComparisonGroup:
     @property
     def depth(self) -> int:
         """L, the number of the model's layers."""
-        return self.rows[0]["depth"]
+        return self.rows[0].depth
 
     @property
     def width(self) -> int:
         """D, the width of the model's tokens."""
-        return self.rows[0]["width"]
+        return self.rows[0].width
 
     @property
     def train_images(self) -> int:
         """Number of training images."""
-        return self.rows[0]["images"]["train"]
+        return self.rows[0].images.train
 
     @property
     def test_images(self) -> int:
         """Number of test images."""
-        return self.rows[0]["images"]["test"]
+        return self.rows[0].images.test
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes."""
-        return tuple(self.rows[0]["classes"])
+        return tuple(self.rows[0].classes)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
         """Seeds of all rows, sorted."""
-        return tuple(sorted({row["seed"] for row in self.rows}))
+        return tuple(sorted({row.seed for row in self.rows}))
 
     @property
     def seconds(self) -> float:
         """Time of probing in seconds, summed over all rows."""
-        return sum(row["seconds"] for row in self.rows)
+        return sum(row.seconds for row in self.rows)
 
     @property
     def configurations(self) -> tuple[int, ...]:
         """Numbers of configurations that the grids of its rows had, sorted."""
-        return tuple(sorted({row["configurations"] for row in self.rows}))
+        return tuple(sorted({row.configurations for row in self.rows}))
 
     @cached_property
     def tokens(self) -> frozenset[tuple[int, str]]:
         """(layer, token kind) of every token that its probes read."""
-        return frozenset((layer, kind) for row in self.rows for layer in row["layers"] for kind in row["tokens"])
+        return frozenset((layer, kind) for row in self.rows for layer in row.layers for kind in row.tokens)
 
     @property
     def newest(self) -> str:
         """When its last row was made, in ISO 8601."""
-        return max(row["created"] for row in self.rows)
+        return max(row.created for row in self.rows)
 
     @cached_property
     def probes(self) -> tuple[Score, ...]:
@@ -225,7 +224,7 @@ class ComparisonGroup:
     def attention(self) -> "LayerAttention | None":
         """The attention of ALF over its tokens, or else of the attentive probe over the most layers; mean over seeds."""
         held = [score for score in self.probes if any(_over_layers(row) for row in score.rows)]
-        best = max(held, key=lambda score: (score.probe == ALF, len(score.rows[0]["layers"])), default=None)
+        best = max(held, key=lambda score: (score.probe == ALF, len(score.rows[0].layers)), default=None)
         return LayerAttention.of(best) if best else None
 
 
@@ -242,11 +241,11 @@ class LayerAttention:
     @classmethod
     def of(cls, score: Score) -> "LayerAttention":
         """Means over seeds; a seed whose tokens differ from those of the first is left out."""
-        kept = [row["attention"] for row in score.rows if row["attention"] and _over_layers(row)]
-        tokens = tuple(zip(kept[0]["layers"], kept[0]["kinds"], strict=True))
-        alike = [held for held in kept if tuple(zip(held["layers"], held["kinds"], strict=True)) == tokens]
-        means = tuple(fmean(values) for values in zip(*(held["mean"] for held in alike), strict=True))
-        deviations = tuple(fmean(values) for values in zip(*(held["sd"] for held in alike), strict=True))
+        kept = [row.attention for row in score.rows if row.attention and _over_layers(row)]
+        tokens = tuple(zip(kept[0].layers, kept[0].kinds, strict=True))
+        alike = [held for held in kept if tuple(zip(held.layers, held.kinds, strict=True)) == tokens]
+        means = tuple(fmean(values) for values in zip(*(held.mean for held in alike), strict=True))
+        deviations = tuple(fmean(values) for values in zip(*(held.sd for held in alike), strict=True))
         return cls(score.probe, tokens, means, deviations, len(alike))
 
     @cached_property
@@ -269,10 +268,10 @@ class LayerAttention:
 
 
 def _over_layers(row: Row) -> bool:
-    held = row["attention"]
-    if held is None or len(set(held["layers"])) < 2:
+    held = row.attention
+    if held is None or len(set(held.layers)) < 2:
         return False
-    return len(set(zip(held["layers"], held["kinds"], strict=True))) == len(held["kinds"])  # one token a layer and kind
+    return len(set(zip(held.layers, held.kinds, strict=True))) == len(held.kinds)  # one token a layer and kind
 
 
 def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
@@ -287,8 +286,8 @@ def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
         raise MlfusionError("no results to report. Make some with `mlfusion probe --dataset digits`")
     grouped: dict[Setting, dict[tuple[str, int], Row]] = {}
     for row in rows:
-        key = setting(row)._replace(protocol=None)  # gains stay comparable within rows of both
-        grouped.setdefault(key, {})[row["probe"], row["seed"]] = row
+        key = setting(row)._replace(protocol=0)  # which the report does not tell apart
+        grouped.setdefault(key, {})[row.probe, row.seed] = row
     models = list(dict.fromkeys(key.model for key in grouped))
     datasets = list(dict.fromkeys(key.dataset for key in grouped))
     keys = sorted(grouped, key=lambda key: (models.index(key.model), datasets.index(key.dataset)))
@@ -309,9 +308,9 @@ def _group_name(key: Setting, keys: Sequence[Setting]) -> str:
 
 def _group(key: Setting, rows: Sequence[Row], name: str) -> ComparisonGroup:
     by_probe: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        by_probe.setdefault(row["probe"], []).append(row)
-    baseline = {row["seed"]: row for row in by_probe.get(BASELINE, [])}
+    for row in sorted(rows, key=lambda row: row.seed):
+        by_probe.setdefault(row.probe, []).append(row)
+    baseline = {row.seed: row for row in by_probe.get(BASELINE, [])}
     scores = tuple(_score(probe, by_probe[probe], baseline) for probe in sorted(by_probe, key=probe_order))
     return ComparisonGroup(
         key.model, key.dataset, key.grid, key.metric, key.features, key.options, name=name, scores=scores
@@ -320,16 +319,16 @@ def _group(key: Setting, rows: Sequence[Row], name: str) -> ComparisonGroup:
 
 def _score(probe: str, rows: Sequence[Row], baseline: dict[int, Row]) -> Score:
     # Paired by seed: what a seed does to both probes alike, such as the split for validation, cancels.
-    pairs = [(row, baseline[row["seed"]]) for row in rows if row["seed"] in baseline]
-    gains = [row["test"] - base["test"] for row, base in pairs]
+    pairs = [(row, baseline[row.seed]) for row in rows if row.seed in baseline]
+    gains = [row.test - base.test for row, base in pairs]
     return Score(
         probe,
         tuple(rows),
-        test=Spread.of(row["test"] for row in rows),
-        val=Spread.of(row["val"] for row in rows),
-        train=Spread.of(row["train"] for row in rows),
+        test=Spread.of(row.test for row in rows),
+        val=Spread.of(row.val for row in rows),
+        train=Spread.of(row.train for row in rows),
         gain=Spread.of(gains) if gains else None,
-        other_code=any(row["code"] != base["code"] for row, base in pairs),
+        other_code=any(row.code != base.code for row, base in pairs),
     )
 
 
@@ -351,11 +350,11 @@ def library_versions(groups: Iterable[ComparisonGroup]) -> dict[str, str]:
     """{library: its version, or all of them where rows differ}."""
     found: dict[str, dict[str, None]] = {}
     for row in (row for group in groups for row in group.rows):
-        for library, version in row["versions"].items():
+        for library, version in row.versions.items():
             found.setdefault(library, {})[version] = None
     return {library: ", ".join(versions) for library, versions in sorted(found.items())}
 
 
 def code_versions(groups: Iterable[ComparisonGroup]) -> list[str]:
     """Versions of mlfusion that made the rows, each once."""
-    return list(dict.fromkeys(row["code"] for group in groups for row in group.rows))
+    return list(dict.fromkeys(row.code for group in groups for row in group.rows))

@@ -4,36 +4,28 @@ SQLite with a rollback journal and full flushes: a commit is whole or not at all
 wait for each other, and finding one row among a hundred thousand takes as long as among ten. Why not another: docs/results.md.
 """
 
-import errno
 import hashlib
 import json
-import logging
-import os
 import sqlite3
-import uuid
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import msgspec
 import numpy as np
 
-from mlfusion import disk
-from mlfusion.errors import ResultsUnusable, UnknownName
-from mlfusion.results.export import frame
-from mlfusion.results.rows import Row, fault
+from mlfusion.errors import MlfusionError, ResultsUnusable, UnknownName
+from mlfusion.results.arrays import ArrayFiles
+from mlfusion.results.export import frame, read_lines
+from mlfusion.results.rows import NotARow, Row, check, decode, encode
 
 if TYPE_CHECKING:
     import pandas
 
-log = logging.getLogger(__name__)
-
 DATABASE = "results.sqlite"
-ARRAYS = "arrays"
-LINES = "rows.jsonl"  # how results were kept before; taken over when met
-FORMAT = 1
+FORMAT = 2
 APPLICATION = 0x6D6C6678  # 'mlfx': tells our files from other SQLite databases
 OLDEST = (3, 38, 0)  # from here on SQLite always knows JSON
 PATIENCE = 60.0  # seconds to wait for other writers; each holds the lock for milliseconds
@@ -72,7 +64,7 @@ _SCHEMA = (
     f"PRAGMA application_id = {APPLICATION}",
     f"PRAGMA user_version = {FORMAT}",
 )
-"""The row itself is `body`, JSON, but for its classes: a thousand names are kept once and not in each of a thousand rows."""
+"""The row itself is `body`, JSON, without its classes: a thousand names are kept once and not in each of a thousand rows."""
 
 
 class Results:
@@ -84,8 +76,9 @@ class Results:
     def __init__(self, root: Path | str) -> None:
         """`root` is the folder, or the database in it. Nothing is created before the first row is saved."""
         root = Path(root)
-        self.root = root.parent if root.name in (DATABASE, LINES) else root
+        self.root = root.parent if root.name == DATABASE else root
         self.path = self.root / DATABASE
+        self._arrays = ArrayFiles(self.root)
 
     def append(self, row: Row, arrays: Mapping[str, np.ndarray] | None = None) -> None:
         """Save a row for good, its arrays first: a row that can be read has its arrays.
@@ -98,38 +91,51 @@ class Results:
             ResultsUnusable: the folder cannot be written (read-only, full, not a folder). Nothing half-written is left.
             ValueError: the row or an array is not one that can be read back.
         """
-        if said := fault(row):
-            raise ValueError(f"not a row: {said}")
-        with self._told("save"):
+        check(row)
+        with self._explained("save"):
             if arrays is not None:
-                self._save_arrays(row["id"], arrays)
+                self._arrays.save(row.id, arrays)
             self.root.mkdir(parents=True, exist_ok=True)
             with self._writing() as connection:
                 _insert(connection, [row])
 
-    def rows(self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None) -> list[Row]:
-        """Every row, or those of a model, data set or probe, oldest first. Empty where nothing was saved yet.
+    def rows(
+        self,
+        *,
+        model: str | None = None,
+        dataset: str | None = None,
+        probe: str | None = None,
+        grid: str | None = None,
+    ) -> list[Row]:
+        """Every row, or those of a model, data set, probe or grid, oldest first. Empty where nothing was saved yet.
 
         Raises:
             ResultsUnusable: the results cannot be read.
         """
-        where, values = _where(model=model, dataset=dataset, probe=probe)
+        where, values = _where(model=model, dataset=dataset, probe=probe, grid=grid)
         with self._reading() as connection:
             if connection is None:
                 return []
             lists = _class_lists(connection)
             found = connection.execute(f"SELECT classes, body FROM results {where} ORDER BY number", values)
-            return [_row(body, lists[classes]) for classes, body in found]
+            return [self._row(body, lists[classes]) for classes, body in found]
 
-    def require(self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None) -> list[Row]:
+    def require(
+        self,
+        *,
+        model: str | None = None,
+        dataset: str | None = None,
+        probe: str | None = None,
+        grid: str | None = None,
+    ) -> list[Row]:
         """Like `rows`, for a reader that has nothing to say without any.
 
         Raises:
             ResultsUnusable: there are none; says how to make some.
         """
-        if rows := self.rows(model=model, dataset=dataset, probe=probe):
+        if rows := self.rows(model=model, dataset=dataset, probe=probe, grid=grid):
             return rows
-        raise self._nothing(model=model, dataset=dataset, probe=probe)
+        raise self._nothing(model=model, dataset=dataset, probe=probe, grid=grid)
 
     def find(self, row_id: str) -> Row | None:
         """The row of that id, None where it was not saved yet."""
@@ -139,7 +145,7 @@ class Results:
             found = connection.execute(
                 "SELECT c.names, r.body FROM results r JOIN classes c ON c.digest = r.classes WHERE r.id = ?", (row_id,)
             ).fetchone()
-        return _row(found[1], json.loads(found[0])) if found else None
+        return self._row(found[1], tuple(json.loads(found[0]))) if found else None
 
     def named(self, beginning: str) -> Row:
         """The one row whose id begins so.
@@ -200,16 +206,7 @@ class Results:
         Raises:
             ResultsUnusable: nothing was, or it cannot be read.
         """
-        path = self.root / ARRAYS / f"{row['id']}.npz"
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-                return {name: held[name] for name in held.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as err:
-            what = "were not kept" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
-            raise ResultsUnusable(
-                f"the arrays of result {row['id']} {what}: {path}. Make them again with `mlfusion results rerun {row['id']} "
-                f"--keep --results {self.root}`"
-            ) from err
+        return self._arrays.read(row.id)
 
     def keep_arrays(self, row: Row, arrays: Mapping[str, np.ndarray]) -> None:
         """Save the arrays of a row that is there, in place of those that were lost or damaged.
@@ -217,8 +214,8 @@ class Results:
         Raises:
             ResultsUnusable: the folder cannot be written.
         """
-        with self._told("save"):
-            self._save_arrays(row["id"], arrays)
+        with self._explained("save"):
+            self._arrays.save(row.id, arrays)
 
     def take(self, rows: Iterable[Row], arrays: Path | None = None) -> int:
         """Take over rows of elsewhere that are not here, or newer than here, in one commit; how many were.
@@ -233,47 +230,45 @@ class Results:
         offered = list(_checked(rows))
         with self._reading() as held:
             wanted = _newer(held, offered) if held else offered
-        with self._told("save"):
+        with self._explained("save"):
             self.root.mkdir(parents=True, exist_ok=True)
-            for row in wanted if arrays else ():
-                source = arrays / ARRAYS / f"{row['id']}.npz"  # type: ignore[operator]
-                if source.is_file():
-                    with self._array_draft(row["id"]) as file:
-                        file.write(source.read_bytes())
+            if arrays is not None:
+                for row in wanted:
+                    self._arrays.copy(row.id, ArrayFiles(arrays))
             with self._writing() as connection:
                 newer = _newer(connection, wanted)
                 _insert(connection, newer)
         return len(newer)
+
+    def take_from(self, source: Path) -> tuple[int, int]:
+        """Take over results of another folder, with their arrays, or of a file of JSON lines.
+
+        Returns:
+            How many rows were taken over, and how many were here already and are not older.
+
+        Raises:
+            ResultsUnusable: the source holds no results, or this folder cannot be written.
+            MlfusionError: the file cannot be read.
+        """
+        folder: Path | None = None
+        if source.suffix == ".jsonl":
+            try:
+                offered = read_lines(source)
+            except OSError as err:
+                raise MlfusionError(
+                    f"cannot read {str(source)!r}: {err.strerror}; allowed: a folder or a .jsonl file"
+                ) from err
+        else:
+            there = Results(source)
+            offered, folder = there.require(), there.root
+        taken = self.take(offered, folder)
+        return taken, len(offered) - taken
 
     def to_pandas(
         self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None
     ) -> "pandas.DataFrame":
         """Rows as a table, one column a field: 'metrics.loss', 'selected.lr'."""
         return frame(self.rows(model=model, dataset=dataset, probe=probe))
-
-    # --- arrays ------------------------------------------------------------------------------------------------------
-
-    def _save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        if pickled := [key for key, array in arrays.items() if np.asarray(array).dtype.hasobject]:
-            raise ValueError(f"arrays of Python objects cannot be read back: {', '.join(pickled)}")
-        with self._array_draft(name) as file:
-            np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
-
-    @contextmanager
-    def _array_draft(self, name: str) -> Iterator[BinaryIO]:
-        """A file that gets its name, flushed, once it is whole."""
-        final = self.root / ARRAYS / f"{name}.npz"
-        final.parent.mkdir(parents=True, exist_ok=True)
-        draft = final.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with draft.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(final)
-        finally:
-            draft.unlink(missing_ok=True)
-        disk.flush(final.parent)
 
     # --- the database ------------------------------------------------------------------------------------------------
 
@@ -286,24 +281,17 @@ class Results:
             try:
                 if _format(connection, self.path) == 0:
                     _create(connection)
-                taken = self._take_over(connection)
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
-        for path in taken:
-            path.rename(_free_name(path.with_name(f"{LINES}.imported")))
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection | None]:
         """One state of the database, whatever others write meanwhile; None where there is nothing."""
-        with self._told("read"):
-            if any(path.is_file() for path in self._lines()):
-                with self._with_lines() as connection:
-                    yield connection
-                return
+        with self._explained("read"):
             if not self.path.exists():
                 if self.root.exists() and not self.root.is_dir():
                     raise NotADirectoryError(f"{self.root} is not a folder")
@@ -313,53 +301,17 @@ class Results:
                 connection.execute("BEGIN")
                 yield connection if _format(connection, self.path) else None
 
-    # --- lines of before ---------------------------------------------------------------------------------------------
-
-    def _lines(self) -> list[Path]:
-        """Files of lines that are still to be taken over."""
-        return [self.root / f"{LINES}.importing", self.root / LINES]
-
-    @contextmanager
-    def _with_lines(self) -> Iterator[sqlite3.Connection]:
-        """The database with the lines taken over; where nothing may be written here, a copy in memory."""
+    def _row(self, body: str, classes: tuple[str, ...]) -> Row:
+        """A stored row, with the classes that are kept apart from it."""
         try:
-            with self._writing():
-                pass
-        except (sqlite3.OperationalError, OSError) as err:
-            if not _read_only(err):
-                raise
-            with closing(sqlite3.connect(":memory:", isolation_level=None)) as memory:
-                if self.path.exists():
-                    with closing(_connect(self.path, "rw")) as held:
-                        _format(held, self.path)
-                        held.backup(memory)
-                if _format(memory, self.path) == 0:
-                    _create(memory)
-                for path in self._lines():
-                    if path.is_file():
-                        _insert(memory, _newer(memory, read_lines(path)))
-                yield memory
-            return
-        with closing(_connect(self.path, "rw")) as connection:
-            connection.execute("BEGIN")
-            yield connection
-
-    def _take_over(self, connection: sqlite3.Connection) -> list[Path]:
-        """Within a transaction, rows of `rows.jsonl`; the files to be renamed once it is committed.
-
-        Renamed before it is read: who still appends to the old name begins a new file, which is taken over in its turn. A
-        kill at any moment leaves a file that will be read again, and rows that are here already are left alone.
-        """
-        before, now = self._lines()
-        if now.is_file() and not before.is_file():
-            read_lines(now)  # a line that is no row is refused before anything is moved
-            now.rename(before)
-        if not before.is_file():
-            return []
-        newer = _newer(connection, read_lines(before))
-        _insert(connection, newer)
-        log.warning("%d rows of %s are taken over into %s; the old file is kept", len(newer), now, self.path.name)
-        return [before]
+            row = decode(body)
+        except ValueError as err:
+            raise ResultsUnusable(
+                f"{self.path} holds what is no result: {err}. Rows are written by `mlfusion probe`; name another folder "
+                "with --results PATH"
+            ) from err
+        msgspec.structs.force_setattr(row, "classes", classes)  # nobody else has this row yet
+        return row
 
     # --- errors ------------------------------------------------------------------------------------------------------
 
@@ -376,7 +328,7 @@ class Results:
         )
 
     @contextmanager
-    def _told(self, doing: str) -> Iterator[None]:
+    def _explained(self, doing: str) -> Iterator[None]:
         """Turn the disk's and the database's refusals into words."""
         try:
             yield
@@ -442,14 +394,19 @@ def _format(connection: sqlite3.Connection, path: Path) -> int:
         raise ResultsUnusable(
             f"{path} has format {number}, this mlfusion reads up to {FORMAT}. Update it: pip install -U mlfusion"
         )
+    if 0 < number < FORMAT:
+        raise ResultsUnusable(
+            f"{path} has format {number}, of a version that was never released; allowed: {FORMAT}. Name another folder with "
+            "--results PATH and make the rows again"
+        )
     return int(number)
 
 
 def _insert(connection: sqlite3.Connection, rows: Iterable[Row]) -> None:
     for row in rows:
-        names = _json(row["classes"])
+        names = json.dumps(row.classes, separators=(",", ":"), ensure_ascii=False)
         digest = hashlib.sha256(names.encode()).hexdigest()[:32]
-        body = _json({name: value for name, value in row.items() if name != "classes"})
+        body = encode(msgspec.structs.replace(row, classes=())).decode()
         connection.execute("INSERT OR IGNORE INTO classes VALUES (?, ?)", (digest, names))
         connection.execute("INSERT OR REPLACE INTO results (classes, body) VALUES (?, ?)", (digest, body))
 
@@ -458,54 +415,22 @@ def _newer(connection: sqlite3.Connection, rows: Iterable[Row]) -> list[Row]:
     """Of rows, those that the database has not, or has an older one of; of those with one id the last."""
     last: dict[str, Row] = {}
     for row in rows:
-        last.pop(row["id"], None)
-        last[row["id"]] = row
+        last.pop(row.id, None)
+        last[row.id] = row
     held = {}
     for row_id in last:
         found = connection.execute("SELECT created FROM results WHERE id = ?", (row_id,)).fetchone()
         held[row_id] = found[0] if found else ""
-    return [row for row_id, row in last.items() if row["created"] > held[row_id]]
+    return [row for row_id, row in last.items() if row.created > held[row_id]]
 
 
 def _checked(rows: Iterable[Row]) -> Iterator[Row]:
     for number, row in enumerate(rows, 1):
-        if said := fault(row):
-            raise ResultsUnusable(f"row {number} is no result: {said}. Nothing was taken over")
-        yield row
-
-
-def read_lines(path: Path) -> list[Row]:
-    """Rows of JSON lines. A line that a kill tore is left out with a warning; one that is whole and no row is refused."""
-    rows: list[Row] = []
-    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not text.strip():
-            continue
         try:
-            row = json.loads(text)
-        except ValueError:  # JSON and UTF-8 errors alike
-            log.warning("%s line %d is torn (a killed run's); it is left out", path, number)
-            continue
-        if said := fault(row):
-            raise ResultsUnusable(
-                f"{path} line {number} is no result: {said}. Rows are written by `mlfusion probe`; move that line out of "
-                "the file, or name another folder of results"
-            )
-        rows.append(row)
-    return rows
-
-
-def _free_name(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
-def _read_only(err: BaseException) -> bool:
-    if isinstance(err, OSError):
-        return err.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-    return getattr(err, "sqlite_errorname", "").startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN"))
+            check(row)
+        except NotARow as err:
+            raise ResultsUnusable(f"row {number} is no result: {err}. Nothing was taken over") from err
+        yield row
 
 
 def _where(**fields: str | None) -> tuple[str, list[str]]:
@@ -514,15 +439,6 @@ def _where(**fields: str | None) -> tuple[str, list[str]]:
     return (f"WHERE {clause}" if given else ""), list(given.values())
 
 
-def _class_lists(connection: sqlite3.Connection) -> dict[str, list[str]]:
-    return {digest: json.loads(names) for digest, names in connection.execute("SELECT digest, names FROM classes")}
-
-
-def _row(body: str, classes: list[str]) -> Row:
-    row: Row = json.loads(body)
-    row["classes"] = list(classes)
-    return row
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+def _class_lists(connection: sqlite3.Connection) -> dict[str, tuple[str, ...]]:
+    found = connection.execute("SELECT digest, names FROM classes")
+    return {digest: tuple(json.loads(names)) for digest, names in found}

@@ -1,17 +1,20 @@
-"""Rows for other programs: a flat table as CSV, Parquet or pandas, or the rows themselves as JSON lines."""
+"""Rows for other programs: a flat table as CSV, Parquet or pandas; or as JSON lines, which are read again too."""
 
 import csv
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlfusion import disk
 from mlfusion.errors import ResultsUnusable, UnknownName
-from mlfusion.results.rows import Row
+from mlfusion.results.rows import NotARow, Row, decode, encode, to_object
 
 if TYPE_CHECKING:
     import pandas
+
+log = logging.getLogger(__name__)
 
 FORMS = ("csv", "parquet", "jsonl")
 
@@ -25,9 +28,9 @@ def flat(row: Row) -> dict[str, Any]:
             for key, item in value.items():
                 lay(item, f"{name}.{key}" if name else key)
         else:
-            found[name] = value
+            found[name] = list(value) if isinstance(value, tuple) else value
 
-    lay(row, "")
+    lay(to_object(row), "")
     return found
 
 
@@ -83,10 +86,34 @@ def _draft(rows: list[Row], path: Path, form: str) -> None:
         return
     with path.open("x", encoding="utf-8", newline="") as file:
         if form == "jsonl":
-            file.writelines(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(encode(row).decode() + "\n" for row in rows)
             return
-        table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in flat(row)), lineterminator="\n")
+        held = [flat(row) for row in rows]
+        table = csv.DictWriter(file, dict.fromkeys(name for one in held for name in one), lineterminator="\n")
         table.writeheader()
-        for row in rows:
-            lists = {k: json.dumps(v, ensure_ascii=False) for k, v in flat(row).items() if isinstance(v, list)}
-            table.writerow(flat(row) | lists)
+        for one in held:
+            lists = {k: json.dumps(v, ensure_ascii=False) for k, v in one.items() if isinstance(v, list)}
+            table.writerow(one | lists)
+
+
+def read_lines(path: Path) -> list[Row]:
+    """Rows of JSON lines. A line that a kill tore is left out with a warning; one that is whole and no row is refused.
+
+    Raises:
+        ResultsUnusable: a line is no row; says which and why.
+        OSError: the file cannot be read.
+    """
+    rows: list[Row] = []
+    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            rows.append(decode(text))
+        except NotARow as err:
+            raise ResultsUnusable(
+                f"{path} line {number} is no result: {err}. Rows are written by `mlfusion results export`; move that line "
+                "out of the file"
+            ) from err
+        except ValueError:  # JSON and UTF-8 errors alike
+            log.warning("%s line %d is torn (a killed run's); it is left out", path, number)
+    return rows

@@ -1,65 +1,96 @@
-"""A row: one probe, trained with one seed and tested once, with all that leads home to how it was made."""
+"""A row: one probe, trained with one seed and tested once, with all that leads home to how it was made.
 
-import math
+Rows are frozen values that `msgspec` reads and checks: numbers are finite, the id can name a file. Fields that no row has
+today are ignored.
+"""
+
+import json
 import re
-import types
-from functools import cache as once
-from typing import Any, Literal, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
 
-_ID = re.compile(r"\w[\w.-]*")  # an id is a file name too: it may not lead out of the folder
+import msgspec
+from msgspec import Meta, Struct
+
+Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""A number that is neither infinite nor NaN."""
+
+Id = Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")]
+"""An id is a file name too: it may not lead out of the folder."""
+
+GridName = Literal["paper", "quick"]
+RowPrecision = Literal["float32", "bfloat16"]
 
 
-class Metrics(TypedDict):
+class Metrics(Struct, frozen=True, kw_only=True, tag_field="kind", tag="class"):
     """Scores on the test split, as fractions, of one class an image."""
 
-    balanced_accuracy: float
-    accuracy: float
-    top5: float
-    macro_f1: float
-    loss: float  # cross-entropy, nats
-    recall: list[float | None]  # one a class, in the order of the row's `classes`; None for one without test images
+    balanced_accuracy: Finite
+    accuracy: Finite
+    top5: Finite
+    macro_f1: Finite
+    loss: Finite  # cross-entropy, nats
+    recall: tuple[Finite | None, ...]  # one a class, in the row's order of `classes`; None for one without test images
 
 
-class LabelMetrics(TypedDict):
-    """The same, of several labels an image."""
+class LabelMetrics(Struct, frozen=True, kw_only=True, tag_field="kind", tag="labels"):
+    """Scores on the test split, as fractions, of several labels an image."""
 
-    mean_average_precision: float
-    average_precision: list[float | None]  # one a label; None for one that no test image has
-    micro_f1: float
-    macro_f1: float
-    loss: float  # binary cross-entropy, nats
-
-
-class NumberMetrics(TypedDict):
-    """The same, of a number an image."""
-
-    r2: float
-    mae: float  # in the labels' unit
-    rmse: float
+    mean_average_precision: Finite
+    average_precision: tuple[Finite | None, ...]  # one a label; None for one that no test image has
+    micro_f1: Finite
+    macro_f1: Finite
+    loss: Finite  # binary cross-entropy, nats
 
 
-class Selected(TypedDict, total=False):
-    """The hyper-parameters chosen on the validation part; which there are depends on the head."""
+class NumberMetrics(Struct, frozen=True, kw_only=True, tag_field="kind", tag="number"):
+    """Scores on the test split, of a number an image."""
 
-    lr: float
-    weight_decay: float
-    steps: int
-    batch_size: int
-    dropout: float
-    heads: int
-    penalty: float  # ridge and logistic
-    neighbours: int
-    temperature: float
+    r2: Finite
+    mae: Finite  # in the labels' unit
+    rmse: Finite
 
 
-class Images(TypedDict):
+AnyMetrics = Metrics | LabelMetrics | NumberMetrics
+
+
+def metrics_of(kind: str, scores: Mapping[str, Any]) -> AnyMetrics:
+    """The metrics of a kind of target ('class', 'labels' or 'number') from scores by name."""
+    return msgspec.convert({"kind": kind, **scores}, AnyMetrics)
+
+
+class Selected(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The hyper-parameters chosen on the validation part; which there are depends on the head, others are None."""
+
+    lr: Finite | None = None
+    weight_decay: Finite | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    dropout: Finite | None = None
+    heads: int | None = None
+    penalty: Finite | None = None  # ridge and logistic
+    neighbours: int | None = None
+    temperature: Finite | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, float | int]) -> "Selected":
+        """From the hyper-parameters of a head, by name."""
+        return msgspec.convert(values, cls)
+
+    def given(self) -> dict[str, float | int]:
+        """Those that the head has, by name."""
+        return {name: value for name, value in fields(self) if value is not None}
+
+
+class ImageCounts(Struct, frozen=True, kw_only=True):
     """How many images each split has."""
 
     train: int
     test: int
 
 
-class Sources(TypedDict):
+class Sources(Struct, frozen=True, kw_only=True):
     """What model and data set were called when they were extracted, such that `mlfusion extract` finds them again."""
 
     model: str  # a catalogue's source, hub id, or folder
@@ -67,119 +98,167 @@ class Sources(TypedDict):
     weights: str  # sha256 of the weight files
     train: str  # digest of the split's images and labels
     test: str
-    extract: NotRequired[str]  # the command that caches what the probe reads
+    extract: str  # the command that caches what the probe reads
 
 
-class Attention(TypedDict):
+class Attention(Struct, frozen=True, kw_only=True):
     """How attentive probes share their attention among T tokens, averaged over heads; four lists of length T."""
 
-    layers: list[int]
-    kinds: list[str]  # "cls", "ap" or "all"
-    mean: list[float]  # over the test images
-    sd: list[float]  # over the test images
+    layers: tuple[int, ...]
+    kinds: tuple[str, ...]  # "cls", "ap" or "all"
+    mean: tuple[Finite, ...]  # over the test images
+    sd: tuple[Finite, ...]  # over the test images
 
 
-class Row(TypedDict):
+class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One probe, trained with one seed on one model's features of one data set, and tested once."""
 
-    id: str
+    id: Id
     model: str
     dataset: str
     probe: str  # "cls+ap-all-layers/attentive"
     seed: int
     metric: str  # what val, test and train are: balanced_accuracy, mean_average_precision or r2
-    val: float  # of the chosen configuration, on the 20 % of train held out for the choice
-    test: float  # looked at once
-    train: float
-    metrics: Metrics | LabelMetrics | NumberMetrics
+    val: Finite  # of the chosen configuration, on the 20 % of train held out for the choice
+    test: Finite  # looked at once
+    train: Finite
+    metrics: AnyMetrics
     selected: Selected
-    grid: Literal["paper", "quick"]
+    grid: GridName
     configurations: int  # tried on the validation part
     parameters: int  # of one probe
-    seconds: float
-    layers: list[int]  # that the probe reads
-    tokens: list[str]  # kinds that the probe reads
+    seconds: Finite
+    layers: tuple[int, ...]  # that the probe reads
+    tokens: tuple[str, ...]  # kinds that the probe reads
     depth: int  # L, the model's blocks
     width: int  # D, channels of a token
-    classes: list[str]
-    images: Images
-    features: list[str]  # cache keys: train, test
+    classes: tuple[str, ...]
+    images: ImageCounts
+    features: tuple[str, str]  # cache keys: train, test
     attention: Attention | None
     versions: dict[str, str]
     code: str
     created: str  # ISO 8601
-    shots: NotRequired[int]  # images of each class trained on, where not all
-    halving: NotRequired[Literal[True]]
-    smoothing: NotRequired[float]
-    streamed: NotRequired[Literal[True]]  # read in shuffled batches, not loaded
-    precision: NotRequired[Literal["bfloat16"]]  # of the matrix products of training, where not float32
-    protocol: NotRequired[int]  # `evaluation.PROTOCOL`: rows of two of them were measured in two ways
-    device: NotRequired[str]  # that the probe was trained on
-    bytes: NotRequired[int]  # that the tokens the probe reads take in the cache before compression, train and test
-    sources: NotRequired[Sources]  # what the names stand for
+    protocol: int  # `evaluation.PROTOCOL`: rows of two of them were measured in two ways
+    device: str  # that the probe was trained on
+    precision: RowPrecision  # of the matrix products of training, as 'auto' was resolved
+    bytes: int  # that the tokens the probe reads take in the cache before compression, train and test
+    sources: Sources  # what the names stand for
+    shots: int | None = None  # images of each class trained on; None: all
+    halving: bool = False  # weak configurations were stopped early
+    smoothing: Finite | None = None  # of the labels; None: they were taken as they are
+    streamed: bool = False  # tokens were read in shuffled batches, not loaded
+
+    def options(self) -> str:
+        """What differs from the protocol as it is, such as '4 shots, halving'; empty where nothing does."""
+        said = [
+            f"{self.shots} shots" if self.shots is not None else "",
+            "halving" if self.halving else "",
+            f"labels smoothed by {self.smoothing:g}" if self.smoothing is not None else "",
+        ]
+        return ", ".join(filter(None, said))
 
 
-def fault(value: Any) -> str | None:
-    """What keeps a JSON value from being a row; None where nothing does. Fields that no row has today are let be."""
-    return _fault(value, Row)
+class NotARow(ValueError):
+    """A value is no row; says which field is wrong and what is allowed."""
 
 
-def _fault(value: Any, hint: Any, where: str = "row") -> str | None:
-    """What keeps a JSON value from being of the hinted type; None where nothing does. Unknown fields are let be."""
-    origin, args = get_origin(hint), get_args(hint)
-    if is_typeddict(hint):
-        if not isinstance(value, dict):
-            return f"{where} is {_shown(value)}, not an object"
-        if missing := sorted(hint.__required_keys__ - value.keys()):
-            return f"{where} lacks {', '.join(missing)}"
-        hints = _hints(hint)
-        inside = "" if hint is Row else f"{where}."
-        faults = (_fault(value[key], hints[key], inside + key) for key in hints if key in value)
-        if hint is Row and isinstance(value["id"], str) and not _ID.fullmatch(value["id"]):
-            return f"id {value['id']!r} cannot name a file; allowed: letters, digits, '_', '-' and '.'"
-        return next((fault for fault in faults if fault), None)
-    if origin in (Union, types.UnionType):
-        return None if any(_fault(value, arg, where) is None for arg in args) else _fault(value, args[0], where)
-    if origin is Literal:
-        return None if value in args else f"{where} is {_shown(value)}; allowed: {', '.join(map(repr, args))}"
-    if origin is list:
-        if not isinstance(value, list):
-            return f"{where} is {_shown(value)}, not a list"
-        if _plain(value, args[0]):
-            return None
-        return next((fault for i, item in enumerate(value) if (fault := _fault(item, args[0], f"{where}[{i}]"))), None)
-    if origin is dict:
-        if not isinstance(value, dict):
-            return f"{where} is {_shown(value)}, not an object"
-        return next((fault for key, item in value.items() if (fault := _fault(item, args[1], f"{where}.{key}"))), None)
-    if hint is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return None if number else f"{where} is {_shown(value)}, not a finite number"
-    exact = isinstance(value, hint) and not isinstance(value, bool)
-    return None if exact else f"{where} is {_shown(value)}, not {'text' if hint is str else 'a whole number'}"
+_DECODER = msgspec.json.Decoder(Row)
+_encode = msgspec.json.Encoder().encode
 
 
-@once
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+def decode(text: bytes | str) -> Row:
+    """A row from its JSON.
+
+    Raises:
+        NotARow: the JSON is that of something else.
+        ValueError: it is no JSON.
+    """
+    try:
+        return _DECODER.decode(text)
+    except msgspec.DecodeError:
+        return from_object(json.loads(text))  # slower, and reads NaN: to say what is wrong
 
 
-_PLAIN: dict[Any, set[type]] = {
-    str: {str},
-    int: {int},
-    float: {float, int},
-    float | None: {float, int, type(None)},
+def from_object(value: Any) -> Row:
+    """A row from the value that its JSON stands for.
+
+    Raises:
+        NotARow: it stands for something else.
+    """
+    try:
+        return msgspec.convert(value, Row)
+    except msgspec.ValidationError as err:
+        raise NotARow(_sentence(str(err), value)) from None
+
+
+def check(row: Row) -> Row:
+    """The row itself, if all its values are such as can be read back.
+
+    Raises:
+        NotARow: one is not.
+    """
+    return from_object(to_object(row))
+
+
+def to_object(row: Row) -> dict[str, Any]:
+    """The object that stands for a row in JSON; options at their default are left out."""
+    value: dict[str, Any] = msgspec.to_builtins(row)
+    return value
+
+
+def encode(row: Row) -> bytes:
+    """The row's JSON, in one line."""
+    return _encode(row)
+
+
+def fields(value: Struct) -> Iterator[tuple[str, Any]]:
+    """Names and values of a row's part, in order."""
+    return ((name, getattr(value, name)) for name in value.__struct_fields__)
+
+
+# --- what is wrong with a value, in words ----------------------------------------------------------------------------
+
+_NOUNS = {
+    "float": "a finite number",
+    "int": "a whole number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
+_ALLOWED = {
+    "grid": get_args(GridName),
+    "precision": get_args(RowPrecision),
+    "metrics.kind": ("class", "labels", "number"),
 }
 
 
-def _plain(values: list[Any], hint: Any) -> bool:
-    """Whether all are plainly of the hinted type; a thousand of them are not worth a thousand calls."""
-    kinds = _PLAIN.get(hint)
-    return (
-        kinds is not None
-        and {type(v) for v in values} <= kinds
-        and (hint in (str, int) or all(math.isfinite(v) for v in values if v is not None))
-    )
+def _sentence(said: str, value: Any) -> str:
+    """What `msgspec` says of a value ('Expected `int`, got `str` - at `$.seed`'), with the value and in our words."""
+    what, _, where = said.partition(" - at `$")
+    where, found = _at(value, where.strip("`."))
+    where = where or "row"
+    if lacking := re.search(r"required field `(\w+)`", what):
+        return f"{where} lacks {lacking[1]}"
+    if "matching regex" in what:
+        return f"{where} {found!r} cannot name a file; allowed: letters, digits, '_', '-' and '.'"
+    if where in _ALLOWED and isinstance(found, str):
+        return f"{where} is {_shown(found)}; allowed: {', '.join(map(repr, _ALLOWED[where]))}"
+    expected = re.match(r"Expected `(\w+)", what)
+    noun = _NOUNS.get(expected[1]) if expected and " of length" not in what else None
+    return f"{where} is {_shown(found)}, not {noun}" if noun else f"{where} is {_shown(found)}: {what}"
+
+
+def _at(value: Any, path: str) -> tuple[str, Any]:
+    """The part of a value at 'metrics.recall[1]'; '[...]', an entry of `versions`, is the first that is no text."""
+    named = ""
+    for part in re.findall(r"\w+|\[\d+\]|\[\.\.\.\]", path):
+        if part == "[...]":
+            part = next((key for key, item in value.items() if not isinstance(item, str)), "")
+        value = value[int(part[1:-1])] if part.startswith("[") else value[part]
+        named += part if part.startswith("[") or not named else f".{part}"
+    return named, value
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,7 @@
 `seeds`       Spread: mean ± deviation over seeds
 `images`      over the test images of one data set: interval, difference (paired bootstrap), mcnemar, calibration, confusion
 `datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, against, ranking (Friedman, critical difference)
-`rows`        of rows: compare, compare_probes, over_datasets, by_dataset, fit (train against test), cost, setting
+`rows`        of rows: compare, compare_probes, over_datasets, by_dataset, rank, certainty, fit (train and test), cost, setting
 `similarity`  of layers: cka, cka_with, layer_cka (centred kernel alignment, linear or by an RBF)
 
 Functions of arrays or rows, each returning a frozen value. Scores are fractions; a gain always stands beside the scores it
@@ -36,16 +36,21 @@ from mlfusion.statistics.images import (
     mcnemar,
 )
 from mlfusion.statistics.rows import (
+    Certainty,
     Comparison,
+    Confused,
     Cost,
     Fit,
+    Rank,
     Setting,
     by_dataset,
+    certainty,
     compare,
     compare_probes,
     cost,
     fit,
     over_datasets,
+    rank,
     setting,
 )
 from mlfusion.statistics.seeds import Spread
@@ -56,13 +61,16 @@ __all__ = [
     "Against",
     "Bin",
     "Calibration",
+    "Certainty",
     "Comparison",
+    "Confused",
     "Cost",
     "Difference",
     "Fit",
     "Interval",
     "McNemar",
     "Pair",
+    "Rank",
     "Ranking",
     "Setting",
     "Signed",
@@ -71,6 +79,7 @@ __all__ = [
     "against",
     "by_dataset",
     "calibration",
+    "certainty",
     "cka",
     "cka_with",
     "compare",
@@ -84,6 +93,7 @@ __all__ = [
     "layer_cka",
     "mcnemar",
     "over_datasets",
+    "rank",
     "ranking",
     "setting",
     "wilcoxon",

@@ -1,16 +1,28 @@
-"""Of rows: which may be compared, and how two probes, their fit and their cost compare. The absolute scores always beside."""
+"""Statistics of rows: which may be compared, how two probes, their fit and their cost compare, how sure one row is."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlfusion.errors import BadData, ResultsUnusable
 from mlfusion.results import Results, Row
-from mlfusion.statistics.datasets import Signed, wilcoxon
-from mlfusion.statistics.images import LEVEL, RESAMPLES, Difference, McNemar, difference, mcnemar
+from mlfusion.statistics.datasets import Against, Ranking, Signed, against, ranking, wilcoxon
+from mlfusion.statistics.images import (
+    LEVEL,
+    RESAMPLES,
+    Calibration,
+    Difference,
+    Interval,
+    McNemar,
+    calibration,
+    confusion,
+    difference,
+    interval,
+    mcnemar,
+)
 from mlfusion.statistics.seeds import Spread
 
 
@@ -23,7 +35,7 @@ class Setting(NamedTuple):
     metric: str
     features: tuple[str, ...]
     options: str  # such as '4 shots'; empty for the protocol as it is
-    protocol: int | None  # None of rows that do not say
+    protocol: int
 
 
 @dataclass(frozen=True)
@@ -59,43 +71,29 @@ class Cost:
 
     parameters: int
     seconds: float
-    bytes: int | None  # of the tokens it reads in the cache; None of rows that do not say
+    bytes: int  # of the tokens it reads in the cache
 
 
 def setting(row: Row) -> Setting:
     """What other rows must share with this one."""
-    options = [
-        f"{row['shots']} shots" if "shots" in row else "",
-        "halving" if "halving" in row else "",
-        f"labels smoothed by {row['smoothing']:g}" if "smoothing" in row else "",
-    ]
-    return Setting(
-        row["model"],
-        row["dataset"],
-        row["grid"],
-        row["metric"],
-        tuple(row["features"]),
-        ", ".join(filter(None, options)),
-        row.get("protocol"),
-    )
+    return Setting(row.model, row.dataset, row.grid, row.metric, row.features, row.options(), row.protocol)
 
 
 def fit(rows: Sequence[Row]) -> Fit:
     """Of one probe's rows, one a seed."""
     return Fit(
-        Spread.of(row["train"] for row in rows),
-        Spread.of(row["test"] for row in rows),
-        Spread.of(row["train"] - row["test"] for row in rows),
+        Spread.of(row.train for row in rows),
+        Spread.of(row.test for row in rows),
+        Spread.of(row.train - row.test for row in rows),
     )
 
 
 def cost(rows: Sequence[Row]) -> Cost:
     """Of one probe's rows, one a seed."""
-    held = [row["bytes"] for row in rows if "bytes" in row]
     return Cost(
-        max(row["parameters"] for row in rows),
-        sum(row["seconds"] for row in rows) / len(rows),
-        max(held) if held else None,
+        max(row.parameters for row in rows),
+        sum(row.seconds for row in rows) / len(rows),
+        max(row.bytes for row in rows),
     )
 
 
@@ -112,7 +110,7 @@ def by_dataset(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
         of = setting(row)
         kinds.add((of.model, of.grid, of.metric, of.options, of.protocol))
         places[of.dataset].add(of.features)
-        held[row["probe"]][row["dataset"]].append(row["test"])
+        held[row.probe][row.dataset].append(row.test)
     if len(kinds) > 1:
         told = ("models", "grids", "metrics", "options", "protocols")
         mixed = [
@@ -151,7 +149,7 @@ def compare(
     Raises:
         BadData: the two cannot be compared: other data, images, metric or protocol.
     """
-    held_a, held_b = _paired([a] if isinstance(a, dict) else list(a), [b] if isinstance(b, dict) else list(b))
+    held_a, held_b = _paired([a] if isinstance(a, Row) else list(a), [b] if isinstance(b, Row) else list(b))
     one, other = held_a[0], held_b[0]
     _comparable(one, other)
     drawn: Difference | None = None
@@ -165,23 +163,23 @@ def compare(
         labels = arrays_a[0]["labels"]
         if not all(np.array_equal(labels, held["labels"]) for held in (*arrays_a, *arrays_b)):
             raise BadData(
-                f"{one['id']} and {other['id']} were tested on other images, or in another order; allowed: the same test "
+                f"{one.id} and {other.id} were tested on other images, or in another order; allowed: the same test "
                 "split. Extract and probe both again from the data set as it is now"
             )
         of_a, of_b = ([held["probabilities"] for held in each] for each in (arrays_a, arrays_b))
-        drawn = difference(labels, of_a, of_b, metric=one["metric"], level=level, resamples=resamples, seed=seed)
+        drawn = difference(labels, of_a, of_b, metric=one.metric, level=level, resamples=resamples, seed=seed)
         if labels.ndim == 1 and labels.dtype.kind != "f":
             tests = tuple(mcnemar(labels, x, y) for x, y in zip(of_a, of_b, strict=True))
     return Comparison(
-        model=one["model"] if one["model"] == other["model"] else f"{one['model']} / {other['model']}",
-        dataset=one["dataset"],
-        metric=one["metric"],
-        a=one["probe"],
-        b=other["probe"],
-        seeds=tuple(dict.fromkeys(row["seed"] for row in (*held_a, *held_b))),
-        score_a=Spread.of(row["test"] for row in held_a),
-        score_b=Spread.of(row["test"] for row in held_b),
-        gain=Spread.of(x["test"] - y["test"] for x, y in zip(held_a, held_b, strict=True)),
+        model=one.model if one.model == other.model else f"{one.model} / {other.model}",
+        dataset=one.dataset,
+        metric=one.metric,
+        a=one.probe,
+        b=other.probe,
+        seeds=tuple(dict.fromkeys(row.seed for row in (*held_a, *held_b))),
+        score_a=Spread.of(row.test for row in held_a),
+        score_b=Spread.of(row.test for row in held_b),
+        gain=Spread.of(x.test - y.test for x, y in zip(held_a, held_b, strict=True)),
         images=drawn,
         mcnemar=tests,
         marks=marks,
@@ -205,15 +203,15 @@ def compare_probes(
     """
     grouped: dict[Setting, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["probe"] in (a, b):
-            grouped[setting(row)][row["probe"]].append(row)
+        if row.probe in (a, b):
+            grouped[setting(row)][row.probe].append(row)
     both = {
         key: held
         for key, held in sorted(grouped.items(), key=lambda each: each[0][:2])
-        if {row["seed"] for row in held[a]} & {row["seed"] for row in held[b]}
+        if {row.seed for row in held[a]} & {row.seed for row in held[b]}
     }
     if not both:
-        there = ", ".join(sorted({row["probe"] for row in rows})[:12])
+        there = ", ".join(sorted({row.probe for row in rows})[:12])
         raise BadData(
             f"no data set has rows of both {a} and {b} with a seed, grid and protocol in common; there are rows of {there}. "
             f"Make them with `mlfusion probe --probe {a},{b}`"
@@ -235,11 +233,96 @@ def over_datasets(compared: Sequence[Comparison]) -> dict[str, Signed | str]:
     return found
 
 
+@dataclass(frozen=True)
+class Rank:
+    """Probes over data sets: their mean ranks, and the gains over one of them."""
+
+    ranking: Ranking
+    against: tuple[Against, ...]  # one a probe but the baseline; empty where there are no rows of the baseline
+    baseline: str
+    left_out: tuple[str, ...]  # probes without rows on every data set
+
+
+def rank(rows: Iterable[Row], *, baseline: str, level: float = LEVEL) -> Rank:
+    """Rank the probes of one model and setting over the data sets that most of them have, by mean test scores.
+
+    Args:
+        rows: of one model, grid and metric; several seeds of a probe are averaged.
+        baseline: the probe that gains are counted from.
+        level: confidence level of the tests: 0.95 means p below 0.05.
+
+    Raises:
+        BadData: the scores do not belong in one table, or the data sets are too few.
+    """
+    table = by_dataset(rows)
+    most = max((frozenset(sets) for sets in table.values()), key=len, default=frozenset())
+    whole = {probe: sets for probe, sets in table.items() if sets.keys() >= most}
+    order = sorted(most)
+    scores = {probe: [sets[name] for name in order] for probe, sets in whole.items()}
+    base = scores.get(baseline, [])
+    gains = {
+        p: [x - y for x, y in zip(held, base, strict=True)] for p, held in scores.items() if base and p != baseline
+    }
+    return Rank(
+        ranking=ranking(scores, level=1 - level),
+        against=tuple(against(gains, level=1 - level)),
+        baseline=baseline,
+        left_out=tuple(sorted(table.keys() - whole.keys())),
+    )
+
+
+@dataclass(frozen=True)
+class Confused:
+    """Test images of one class that were taken for another."""
+
+    name: str
+    taken_for: str
+    images: int
+    of: int  # images of the class
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """How sure a row's score is, by what each test image got; None where the target has no such thing or arrays are gone."""
+
+    interval: Interval | None = None
+    calibration: Calibration | None = None
+    confusions: tuple[Confused, ...] | None = None  # the most frequent
+    missing: str | None = None  # why there is nothing, and what to do
+
+    def to_json(self) -> dict[str, Any]:
+        """As `mlfusion results show --json` prints it."""
+        pairs = self.confusions
+        named = pairs and [
+            {"class": one.name, "taken_for": one.taken_for, "images": one.images, "of": one.of} for one in pairs
+        ]
+        return asdict(self) | {"confusions": named}
+
+
+def certainty(results: Results, row: Row, *, confusions: int = 5) -> Certainty:
+    """The interval of a row's score over test images, its calibration, and its most frequent confusions."""
+    try:
+        held = results.arrays(row)
+    except ResultsUnusable as err:
+        return Certainty(missing=str(err))
+    labels, predictions = held["labels"], held["probabilities"]
+    sure = interval(labels, predictions, metric=row.metric)
+    if labels.ndim != 1 or labels.dtype.kind == "f":
+        return Certainty(sure)
+    counts = confusion(labels, predictions)
+    wrong = [(int(counts[i, j]), i, j) for i, j in zip(*counts.nonzero(), strict=True) if i != j]
+    most = tuple(
+        Confused(row.classes[i], row.classes[j], images, int(counts[i].sum()))
+        for images, i, j in sorted(wrong, reverse=True)[:confusions]
+    )
+    return Certainty(sure, calibration(labels, predictions), most)
+
+
 def _paired(a: list[Row], b: list[Row]) -> tuple[list[Row], list[Row]]:
     """Rows of the same seeds, in the order of the seeds; of one row each, these two."""
     if len(a) == len(b) == 1:
         return a, b
-    by_seed = [{row["seed"]: row for row in rows} for rows in (a, b)]
+    by_seed = [{row.seed: row for row in rows} for rows in (a, b)]
     if shared := sorted(by_seed[0].keys() & by_seed[1].keys()):
         return [by_seed[0][s] for s in shared], [by_seed[1][s] for s in shared]
     raise BadData("the two have no seed in common; probe both with the same --seeds")
@@ -248,22 +331,22 @@ def _paired(a: list[Row], b: list[Row]) -> tuple[list[Row], list[Row]]:
 def _comparable(a: Row, b: Row) -> None:
     """Refuse what would compare two different things."""
     same = "allowed: rows of the same test images, metric and protocol"
-    if a["metric"] != b["metric"]:
-        raise BadData(f"{a['id']} is measured by {a['metric']}, {b['id']} by {b['metric']}; {same}")
-    if a["dataset"] != b["dataset"] or a["images"]["test"] != b["images"]["test"]:
+    if a.metric != b.metric:
+        raise BadData(f"{a.id} is measured by {a.metric}, {b.id} by {b.metric}; {same}")
+    if a.dataset != b.dataset or a.images.test != b.images.test:
         raise BadData(
-            f"{a['id']} was tested on {a['images']['test']} images of {a['dataset']}, {b['id']} on {b['images']['test']} of "
-            f"{b['dataset']}; {same}"
+            f"{a.id} was tested on {a.images.test} images of {a.dataset}, {b.id} on {b.images.test} of "
+            f"{b.dataset}; {same}"
         )
-    if "sources" in a and "sources" in b and a["sources"]["test"] != b["sources"]["test"]:
+    if a.sources.test != b.sources.test:
         raise BadData(
-            f"{a['dataset']} changed between {a['id']} and {b['id']}: they were tested on other images; {same}. Extract and "
+            f"{a.dataset} changed between {a.id} and {b.id}: they were tested on other images; {same}. Extract and "
             "probe both again"
         )
-    if (then := a.get("protocol")) != (now := b.get("protocol")) and None not in (then, now):
+    if a.protocol != b.protocol:
         raise BadData(
-            f"{a['id']} was made by protocol {then}, {b['id']} by protocol {now}, which measure differently; {same}. Make the "
-            "older one again with the same `mlfusion probe`"
+            f"{a.id} was made by protocol {a.protocol}, {b.id} by protocol {b.protocol}, which measure differently; {same}. "
+            "Make the older one again with the same `mlfusion probe`"
         )
 
 
@@ -271,7 +354,12 @@ def _marks(a: Sequence[Row], b: Sequence[Row]) -> tuple[str, ...]:
     """What differs between the two beside the probe, and may be why their scores do."""
     told: list[str] = []
     for name in ("seed", "grid", "code", "protocol", "device", "precision", "shots", "halving", "smoothing"):
-        of_a, of_b = (sorted({str(row.get(name, "not said")) for row in rows}) for rows in (a, b))
+        of_a, of_b = (sorted({_said(getattr(row, name)) for row in rows}) for rows in (a, b))
         if of_a != of_b:
             told.append(f"{name}: {', '.join(of_a)} against {', '.join(of_b)}")
     return tuple(told)
+
+
+def _said(value: object) -> str:
+    """The value of a row's option; 'none' of one that was not used."""
+    return "none" if value is None or value is False else str(value)

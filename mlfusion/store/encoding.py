@@ -34,6 +34,10 @@ class Encoding:
         """Whether stored numbers are the numbers themselves."""
         return self.stored == self.numbers
 
+    def vector_bytes(self, width: int) -> int:
+        """Bytes that a token of so many channels takes in the cache, before compression."""
+        return (width + self.extra) * self.stored.itemsize
+
     def blank(self) -> np.ndarray:
         """The stored value of a row that holds nothing."""
         return np.array(np.nan if self.fill == "NaN" else self.fill, self.stored)

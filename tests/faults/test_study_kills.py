@@ -12,6 +12,7 @@ from workers import Child
 from mlfusion import forward, protocol, study
 from mlfusion.recipe import Recipe
 from mlfusion.results import Results
+from mlfusion.results.rows import fields
 from mlfusion.store.audit import verify
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -38,7 +39,7 @@ def do(recipe: Recipe, root: Path) -> None:
 
 
 def kept(root: Path) -> dict[str, dict]:
-    return {row["id"]: {k: v for k, v in row.items() if k not in VOLATILE} for row in Results(root / "results").rows()}
+    return {row.id: {k: v for k, v in fields(row) if k not in VOLATILE} for row in Results(root / "results").rows()}
 
 
 def test_a_study_killed_ten_times_ends_with_the_same_rows(recipe, tmp_path, many, trial):
