@@ -23,10 +23,12 @@ import mlfusion
 from mlfusion.cli import app
 from mlfusion.errors import BadData, MlfusionError, Unavailable
 from mlfusion.report import Picture, Strip, early_and_late, overlay, page, published, tables, write_figures, write_page
-from mlfusion.report.catalogue import ReportData
+from mlfusion.report.catalogue import GROUP_FIGURES, STUDY_FIGURES, ReportData, figure_files
 from mlfusion.report.figures import classification, cost, gains, ranks, seeds
 from mlfusion.report.figures.attention import attention
+from mlfusion.report.figures.drawing import Record
 from mlfusion.report.figures.layers import by_layer
+from mlfusion.report.sections import sections
 from mlfusion.report.studies import Study, domain, studies
 from mlfusion.report.summary import comparison_groups
 from mlfusion.results import Results, Row, Selected
@@ -520,6 +522,41 @@ def test_differences_from_the_published_scores_are_flagged() -> None:
     assert nothing == [] and published.figure(nothing) is None
     assert published.summarize(nothing).startswith("No score is in common with the published ones")
     assert published.compare(comparison_groups(study({BASE: [0.5]}, model="vit-b16", dataset="dtd", shots=4))) == []
+
+
+# --- one list, two uses ----------------------------------------------------------------------------------------------
+
+
+def test_every_figure_of_the_list_is_on_the_page_and_among_the_files() -> None:
+    rows = drawn_rows()
+    for model, dataset in product(MODELS, SETS):
+        rows += study({"ap-last/linear": [0.5], "cls-layer-1/linear": [0.4]}, model=model, dataset=dataset)
+        for heads in (4, 24):
+            [one] = study({f"{ALF}:h{heads}": [0.9]}, model=model, dataset=dataset)
+            rows.append(replace(one, selected=Selected(lr=0.1, heads=heads)))
+    data = ReportData(rows)
+    on_page = {section.name: [figure.name for figure in section.figures] for section in sections(data, "x.html")}
+    files = [name for name, _ in figure_files(data, paper=False)]
+    [only] = data.studies
+    for one in STUDY_FIGURES:
+        figure = one.draw(only)
+        assert figure is not None and figure.name in on_page[one.section] and figure.name in files
+    for each in GROUP_FIGURES:
+        figure = each.draw(only.select(), data, None)
+        names = only.models if each.one_per == "model" else only.datasets
+        assert figure is not None and {f"{figure.name}-{name}" for name in names} <= set(files)
+        assert each.section is None or each.section in on_page
+
+
+def test_a_record_cannot_be_changed_and_an_absent_value_is_no_number() -> None:
+    record = Record(probe=BASE, test=1, gain=None)
+    assert record.number("test") == 1.0 and record["gain"] is None
+    for name in ("gain", "probe"):
+        with pytest.raises(TypeError, match=f"{name} of a record is .* not a number"):
+            record.number(name)
+    with pytest.raises(TypeError):
+        record["test"] = 2  # type: ignore[index]
+    assert dict(record.extended(test=2).without("gain")) == {"probe": BASE, "test": 2} and record["test"] == 1
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from rows import row, study
 
 from mlfusion.errors import MlfusionError, Unavailable
 from mlfusion.progress import duration
-from mlfusion.report import markdown, table, tables, write_page
+from mlfusion.report import markdown, table, tables, write_markdown, write_page
 from mlfusion.report import page as of_page
 from mlfusion.report.catalogue import ReportData
 from mlfusion.report.figures.accuracy import accuracy
@@ -535,6 +535,13 @@ def test_numbers_read_well() -> None:
         "1 h 0 min",
         "1 h 7 min",
     ]
+
+
+def test_markdown_is_written_whole(tmp_path: Path) -> None:
+    rows = study(SCORES)
+    path = write_markdown(rows, tmp_path / "new" / "tables.md")
+    assert path.read_text(encoding="utf-8") == markdown(rows)
+    assert [each.name for each in path.parent.iterdir()] == ["tables.md"]
 
 
 def test_markdown_says_what_the_terminal_says() -> None:
