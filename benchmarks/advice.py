@@ -16,7 +16,7 @@ from statistics import fmean
 import page
 
 from mlfusion.advice import CANDIDATES, advise
-from mlfusion.report.summary import percent, points
+from mlfusion.report.numbers import percent, points
 from mlfusion.results import Results, Row
 
 FIXED = {

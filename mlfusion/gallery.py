@@ -9,7 +9,7 @@ import numpy as np
 
 from mlfusion.attention import maps, seen
 from mlfusion.errors import BadData, MlfusionError
-from mlfusion.report import Picture, Strip, leaning
+from mlfusion.report import Picture, Strip, early_and_late
 from mlfusion.results import Results, Row
 from mlfusion.store import CachePath
 
@@ -54,13 +54,13 @@ def of_row(
         chosen = examples(labels, count)
         pictures = tuple(Picture(images.picture(n), captions[n], drawn[n]) for n in chosen)
         where = float(drawn.sum((1, 2)).mean())
-        says = (
-            f"{row.probe} of {row.model}, seed {row.seed}: the brighter, the more of its attention goes there. On "
-            f"average {100 * where:.0f} % of it goes to patches, the rest to tokens that are none."
+        description = (
+            f"{row.probe} of {row.model}, seed {row.seed}: brighter patches get more of its attention. On average "
+            f"{100 * where:.0f} % of it goes to patches, the rest to other tokens."
         )
-        strips.append(Strip("Where it looks", says, pictures, name=f"map-{row.model}"))
+        strips.append(Strip("Attention on patches", description, pictures, name=f"map-{row.model}"))
     if layered:
-        strips += leaning(shares, held.layers, lambda n: Picture(images.picture(n), captions[n]), count)
+        strips += early_and_late(shares, held.layers, lambda n: Picture(images.picture(n), captions[n]), count)
     return strips
 
 

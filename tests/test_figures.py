@@ -22,11 +22,15 @@ from typer.testing import CliRunner, Result
 import mlfusion
 from mlfusion.cli import app
 from mlfusion.errors import BadData, MlfusionError, Unavailable
-from mlfusion.report import Picture, Strip, leaning, overlay, page, published, tables, write_figures, write_page
-from mlfusion.report.figures import block as of_block
-from mlfusion.report.figures import gains, images
-from mlfusion.report.figures import study as of_study
-from mlfusion.report.summary import Study, blocks, domain, studies
+from mlfusion.report import Picture, Strip, early_and_late, overlay, page, published, tables, write_figures, write_page
+from mlfusion.report.catalogue import GROUP_FIGURES, STUDY_FIGURES, ReportData, figure_files
+from mlfusion.report.figures import classification, cost, gains, ranks, seeds
+from mlfusion.report.figures.attention import attention
+from mlfusion.report.figures.drawing import Record
+from mlfusion.report.figures.layers import by_layer
+from mlfusion.report.sections import sections
+from mlfusion.report.studies import Study, domain, studies
+from mlfusion.report.summary import comparison_groups
 from mlfusion.results import Results, Row, Selected
 from mlfusion.similarity import to_the_last
 from mlfusion.specs import STUDY
@@ -54,7 +58,7 @@ def drawn_rows(
 
 
 def whole(rows: list[Row]) -> Study:
-    [one] = studies(blocks(rows))
+    [one] = studies(comparison_groups(rows))
     return one
 
 
@@ -103,8 +107,8 @@ def test_a_box_of_few_values_is_its_dots() -> None:
     figure = gains.by_probe(whole(drawn_rows(sets=SETS[:4])))
     assert figure
     kinds = {str(r["what"]) for panel in figure.panels for r in panel.records}
-    assert "box" not in kinds and {"dot", "middle"} <= kinds
-    assert "Nothing is tested: that takes 6 data sets" in figure.note
+    assert "box" not in kinds and {"dot", "median"} <= kinds
+    assert "Nothing is tested: a test needs 6 data sets" in figure.note
 
 
 def test_gains_are_tested_by_wilcoxon_adjusted_by_benjamini_and_hochberg() -> None:
@@ -112,7 +116,7 @@ def test_gains_are_tested_by_wilcoxon_adjusted_by_benjamini_and_hochberg() -> No
     figure = gains.by_probe(whole(rows))
     assert figure
     for model in MODELS:
-        found = {str(t["probe"]): t for t in figure.more["tests"] if t["model"] == model}
+        found = {str(t["probe"]): t for t in figure.more_numbers["tests"] if t["model"] == model}
         p = {}
         for probe in found:
             held = list(gains_of(rows, model, probe).values())
@@ -168,19 +172,19 @@ def test_token_kinds_and_heads_are_compared_where_they_were_run() -> None:
 def test_cost_averages_like_with_like() -> None:
     rows = drawn_rows(MODELS[:1], SETS[:3])
     rows += study({"cls+ap-2-layers/linear": [0.5]}, model=MODELS[0], dataset=SETS[0])  # on one data set alone
-    figure = of_study.cost(whole(rows))
+    figure = cost.cost(whole(rows))
     assert figure
     shown = {r["probe"]: r for r in figure.numbers}
     assert set(shown) == {BASE, LINEAR, ALF, AAT, "cls+ap-2-layers/linear"}
     assert {r["n"] for r in figure.numbers} == {1}  # only there do all of them have a score
     for probe, record in shown.items():
         assert record["test"] == pytest.approx(100 * mean_of(rows, dataset=SETS[0], probe=probe))
-    assert of_study.cost(whole(study({BASE: [0.9]}))) is None
+    assert cost.cost(whole(study({BASE: [0.9]}))) is None
 
 
 def test_deviation_over_seeds_and_train_against_test() -> None:
     rows = drawn_rows()
-    figure = of_study.seeds(whole(rows))
+    figure = seeds.seeds(whole(rows))
     assert figure
     for record in figure.numbers:
         each = []
@@ -191,8 +195,8 @@ def test_deviation_over_seeds_and_train_against_test() -> None:
             each.append(100 * statistics.stdev(tests))
         assert (record["sd"], record["highest"]) == pytest.approx((statistics.mean(each), max(each)))
         assert (record["models"], record["seeds"]) == (2, "3")
-    assert of_study.seeds(whole(drawn_rows(seeds=1))) is None
-    figure = of_study.train_test(whole(rows))
+    assert seeds.seeds(whole(drawn_rows(seeds=1))) is None
+    figure = seeds.train_test(whole(rows))
     assert figure
     for record in figure.numbers:
         place = {"dataset": record["dataset"], "probe": record["probe"]}
@@ -202,7 +206,7 @@ def test_deviation_over_seeds_and_train_against_test() -> None:
 
 def test_ranks_and_the_bars_that_join_them() -> None:
     rows = drawn_rows()
-    figure = of_study.ranks(whole(rows))
+    figure = ranks.ranks(whole(rows))
     assert figure
     probes = [BASE, LINEAR, ALF, AAT]
     means = [[mean_of(rows, dataset=d, probe=p) for p in probes] for d in SETS]
@@ -212,29 +216,29 @@ def test_ranks_and_the_bars_that_join_them() -> None:
     # Demšar's table: q of four classifiers at 0.05 is 2.569
     assert critical == pytest.approx(2.569 * (4 * 5 / (6 * 7)) ** 0.5, abs=0.006)
     for bar in (r for r in figure.panels[0].records if r["what"] == "group"):
-        assert float(bar["end"] or 0) - float(bar["rank"] or 0) <= critical
-    assert of_study.ranks(whole(drawn_rows(sets=SETS[:5]))) is None
+        assert bar.number("end") - bar.number("rank") <= critical
+    assert ranks.ranks(whole(drawn_rows(sets=SETS[:5]))) is None
 
 
 def test_unlike_rows_get_studies_of_their_own() -> None:
     rows = drawn_rows(sets=SETS[:2])
     several = study({BASE: [0.3], ALF: [0.4]}, dataset="voc2007", metric="mean_average_precision")
-    first, second = studies(blocks([*rows, *several]))
+    first, second = studies(comparison_groups([*rows, *several]))
     assert (first.name, second.name) == ("balanced accuracy", "mean average precision")
     assert "voc2007" not in first.datasets
-    text = page.page([*rows, *several])
+    text = page.page(ReportData([*rows, *several]))
     assert "The rows have 2 metrics (balanced accuracy and mean average precision); nothing is compared" in text
     assert "gains-by-probe-mean-average-precision" not in text  # one case has no study to draw
-    shots = studies(blocks([*rows, *study({BASE: [0.3]}, dataset="dtd", shots=4)]))
-    assert [one.name for one in shots] == ["as usual", "4 shots"]
+    shots = studies(comparison_groups([*rows, *study({BASE: [0.3]}, dataset="dtd", shots=4)]))
+    assert [one.name for one in shots] == ["no options", "4 shots"]
 
 
 def test_other_code_than_the_baselines_is_marked() -> None:
     rows = study({BASE: [0.9, 0.91], ALF: [0.95, 0.96], LINEAR: [0.92, 0.93]})
     rows = [replace(row, code="later" if row.probe == ALF else "abc") for row in rows]
-    [block] = blocks(rows)
-    assert [score.probe for score in block.scores if score.other_code] == [ALF]
-    text = page.page(rows)
+    [group] = comparison_groups(rows)
+    assert [score.probe for score in group.scores if score.other_code] == [ALF]
+    text = page.page(ReportData(rows))
     assert "1 score was made by another version of the code" in re.sub("<[^>]+>", "", text)
     assert "(marked \N{DAGGER})" in text
 
@@ -247,8 +251,8 @@ SEVEN = ("vit-s16", "vit-b16", "vit-l16", "clip-vit-b16", "clip-vit-b32", "clip-
 
 def test_bold_is_what_is_not_significantly_worse_than_the_best() -> None:
     rows = drawn_rows(SEVEN, SETS[:3])
-    sheet = tables.by_significance(whole(rows))
-    marks = {(r["dataset"], r["probe"]): r["mark"] for r in sheet.numbers}
+    score_table = tables.by_significance(whole(rows))
+    marks = {(r["dataset"], r["probe"]): r["mark"] for r in score_table.numbers}
     seen = set()
     for dataset in SETS[:3]:
         scores = {
@@ -268,22 +272,22 @@ def test_bold_is_what_is_not_significantly_worse_than_the_best() -> None:
 
 def test_ranks_of_the_table_and_gains_over_models() -> None:
     rows = drawn_rows()
-    sheet = tables.by_rank(whole(rows))
-    assert [name for name, _ in sheet.groups] == sorted(
-        {domain(d) for d in SETS}, key=[n for n, _ in sheet.groups].index
+    score_table = tables.by_rank(whole(rows))
+    assert [name for name, _ in score_table.domains] == sorted(
+        {domain(d) for d in SETS}, key=[n for n, _ in score_table.domains].index
     )
     by_rank: dict[str, list[float]] = {}
     for dataset in SETS:
         means = {p: mean_of(rows, dataset=dataset, probe=p) for p in (BASE, LINEAR, ALF, AAT)}
         for rank, probe in enumerate(sorted(means, key=lambda p: -means[p]), 1):
             by_rank.setdefault(probe, []).append(rank)
-            [held] = [r for r in sheet.numbers if (r["dataset"], r["probe"]) == (dataset, probe)]
+            [held] = [r for r in score_table.numbers if (r["dataset"], r["probe"]) == (dataset, probe)]
             assert held["mark"] == {1: "bold", 2: "underline"}.get(rank, "")
             assert held["test"] == pytest.approx(100 * means[probe])
             if probe != BASE:
                 each = [gains_of(rows, model, probe)[dataset] for model in MODELS]
                 assert (held["gain"], held["gain_sd"]) == pytest.approx((statistics.mean(each), statistics.stdev(each)))
-    last = {r["probe"]: r["rank"] for r in sheet.numbers if r["dataset"] == "mean rank"}
+    last = {r["probe"]: r["rank"] for r in score_table.numbers if r["dataset"] == "mean rank"}
     assert last == pytest.approx({probe: statistics.mean(held) for probe, held in by_rank.items()})
     assert tables.ranks({"a": 1.0, "b": 2.0, "c": 1.0, "d": 0.0}) == {"a": 2.5, "b": 1.0, "c": 2.5, "d": 4.0}
 
@@ -291,30 +295,34 @@ def test_ranks_of_the_table_and_gains_over_models() -> None:
 def test_a_probe_of_fewer_models_is_said_to_be_and_neither_marked_nor_averaged() -> None:
     rows = [r for r in drawn_rows(SEVEN, SETS[:2]) if r.probe != AAT or r.model in MODELS or r.dataset == SETS[1]]
     rows = [replace(r, test=r.test / 2 + 0.5) if r.probe == AAT else r for r in rows]  # by far the best
-    sheet = tables.by_significance(whole(rows))
-    cells = {label: dict(zip(sheet.columns, held, strict=True)) for _, lines in sheet.groups for label, held in lines}
-    assert tables.shown(cells[SETS[0]][AAT])[1].endswith("; n = 2")
+    score_table = tables.by_significance(whole(rows))
+    cells = {
+        label: dict(zip(score_table.columns, held, strict=True))
+        for _, lines in score_table.domains
+        for label, held in lines
+    }
+    assert cells[SETS[0]][AAT].shown[1].endswith("; n = 2")
     assert cells[SETS[0]][AAT].mark == "" and cells[SETS[1]][AAT].mark == "bold"
-    [(_, foot)] = sheet.foot
-    assert [cell.test is None for cell in foot] == [probe == AAT for probe in sheet.columns]
-    assert "What fewer models have (n) is not marked" in sheet.note
+    [(_, foot)] = score_table.foot
+    assert [cell.test is None for cell in foot] == [probe == AAT for probe in score_table.columns]
+    assert "Scores of fewer models (n) are not marked" in score_table.note
 
 
 def test_tables_as_text_are_whole_and_safe() -> None:
     rows = drawn_rows() + study({BASE: [0.9], ALF: [0.95]}, model="vit-b16", dataset="50%_of|it & $x{}\\")
-    for sheet in (
+    for score_table in (
         tables.by_significance(whole(rows)),
         tables.by_rank(whole(rows)),
         tables.of_model(whole(rows), "vit-b16"),
     ):
-        lines = [line for line in tables.markdown(sheet).splitlines() if line.startswith("|")]
-        assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(sheet.columns) + 2}
-        tex = tables.latex(sheet)
+        lines = [line for line in tables.markdown(score_table).splitlines() if line.startswith("|")]
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(score_table.columns) + 2}
+        tex = tables.latex(score_table)
         assert r"50\%\_of|it \& \$x\{\}\textbackslash{}" in tex
         body = tex[tex.index(r"\toprule") : tex.index(r"\bottomrule")]
         for line in body.split(r"\\")[:-1]:
             if "multicolumn" not in line:
-                assert len(re.findall(r"(?<!\\)&", line)) == len(sheet.columns)
+                assert len(re.findall(r"(?<!\\)&", line)) == len(score_table.columns)
         bare = re.sub(r"\\[{}]", "", tex)
         assert bare.count("{") == bare.count("}")
         assert len(re.findall(r"(?<!\\)\$", tex)) % 2 == 0
@@ -325,7 +333,7 @@ def test_tables_as_text_are_whole_and_safe() -> None:
 
 def test_attention_rows_are_grouped_by_domain_on_one_scale() -> None:
     rows = drawn_rows()
-    figure = of_block.attention(of_block.attended(whole(rows)))
+    figure = attention(whole(rows).select())
     domains = [("stl10", "Natural (multi-domain)"), ("gtsrb", "Natural (single-domain)"), ("pets", ""), ("svhn", "")]
     domains += [("eurosat", "Specialized"), ("dtd", "Structured"), ("mine", "Others")]
     ends = set()
@@ -351,7 +359,7 @@ def test_attention_rows_are_grouped_by_domain_on_one_scale() -> None:
 
 def test_every_row_of_attention_is_named_and_another_probe_than_alf_too() -> None:
     rows = study({ALF: [0.9]}, dataset="one") + study({"cls+ap-2-layers/attentive": [0.9]}, dataset="two")
-    [panel] = of_block.attention(of_block.attended(whole(rows))).panels
+    [panel] = attention(whole(rows).select()).panels
     assert [r["name"] for r in panel.records if "name" in r] == ["one", "two, cls+ap-2-layers/attentive"]
     assert [r["top"] for r in panel.records if "top" in r] == ["CLS tokens", "AP tokens"]
 
@@ -387,14 +395,14 @@ def test_similarity_of_layers_is_that_of_the_gram_matrices(tmp_path: Path) -> No
         == {}
     )
     assert "are not in" in said[0]
-    figure = of_block.by_layer(blocks(rows), {("m", "d"): found})
+    figure = by_layer(comparison_groups(rows), {("m", "d"): found})
     drawn = {(r["label"], r["layer"]): r["cka"] for r in figure.panels[0].records if str(r["what"]).startswith("cka")}
     assert len(drawn) == 2 * 2 * depth
     assert drawn["cls, linear CKA", 1] == found["linear"]["cls"][1]
-    assert drawn["ap, CKA by an RBF", 1] == found["rbf"]["ap"][1]
+    assert drawn["ap, RBF CKA", 1] == found["rbf"]["ap"][1]
     kept = {(r.get("kernel"), r.get("label"), r["layer"]) for r in figure.numbers if "cka" in r}
     assert len(kept) == 2 * 2 * depth and {kernel for kernel, *_ in kept} == {"linear", "rbf"}
-    assert [key.shape for key in figure.legend][-2:] == ["dotted", "dash-dot"]
+    assert [entry.symbol for entry in figure.legend][-2:] == ["dotted", "dash-dot"]
 
 
 def grams(*held: np.ndarray, sigma: float | None = None) -> list[np.ndarray]:
@@ -427,17 +435,17 @@ def test_confusions_and_calibration_come_from_what_rows_keep(tmp_path: Path) -> 
     for row in rows:
         if row.probe == ALF:
             results.append(row, {"labels": labels, "probabilities": probabilities})
-    seen = images.seen(blocks(rows), results)
-    assert seen and seen.seeds == 2
-    assert seen.counts.tolist() == [[2, 2, 0], [0, 4, 0], [0, 2, 2]]
-    assert images.confused(seen) == [("ape", "bee", 2, "50.0"), ("cat", "bee", 2, "50.0")]
-    [(name, curve)] = seen.calibrations  # the baseline kept nothing
+    found = classification.predictions(comparison_groups(rows), results)
+    assert found and found.seeds == 2
+    assert found.counts.tolist() == [[2, 2, 0], [0, 4, 0], [0, 2, 2]]
+    assert classification.confusions(found) == [("ape", "bee", 2, "50.0"), ("cat", "bee", 2, "50.0")]
+    [(name, curve)] = found.calibrations  # the baseline kept nothing
     assert name == ALF
     assert curve.ece == pytest.approx(abs(8 / 12 - 0.8), abs=1e-3)  # two thirds right, 0.8 sure
-    matrix, reliability = images.figures(seen)
-    assert {(r["true"], r["taken"]): r["share"] for r in matrix.numbers}["ape", "bee"] == 50
+    matrix, reliability = classification.figures(found)
+    assert {(r["true"], r["predicted"]): r["share"] for r in matrix.numbers}["ape", "bee"] == 50
     assert [r["images"] for r in reliability.numbers] == [12]
-    assert images.seen(blocks(rows), Results(tmp_path / "empty")) is None
+    assert classification.predictions(comparison_groups(rows), Results(tmp_path / "empty")) is None
 
 
 def test_a_map_is_drawn_where_it_points_and_the_image_is_left_elsewhere() -> None:
@@ -464,19 +472,19 @@ def test_the_earliest_and_the_latest_images_are_found() -> None:
         low = int(np.floor(mean))
         attention[i, 2 * (low - 1)], attention[i, 2 * low] = low + 1 - mean, mean - low
     image = Image.new("RGB", (4, 4))
-    early, late = leaning(attention, layers, lambda i: Picture(image, f"image {i}"), 2)
+    early, late = early_and_late(attention, layers, lambda i: Picture(image, f"image {i}"), 2)
     assert [p.caption for p in early.pictures] == ["image 3, layer 1.1", "image 0, layer 1.2"]
     assert [p.caption for p in late.pictures] == ["image 1, layer 2.9", "image 4, layer 2.5"]
-    assert "of 3; the middle image's is 2.0" in early.says
+    assert "(the last layer is 3; the median is 2.0)" in early.description
     with pytest.raises(BadData, match="over 6 tokens"):
-        leaning(attention[:, :5], layers, lambda _: Picture(image))
+        early_and_late(attention[:, :5], layers, lambda _: Picture(image))
 
 
 # --- the published numbers -------------------------------------------------------------------------------------------
 
 
 def test_the_published_numbers_are_those_of_the_papers_table() -> None:
-    known = published.published()
+    known = published.published_scores()
     models, sets = {key[0] for key in known}, {key[1] for key in known}
     assert (len(known), len(models), len(sets), {key[2] for key in known}) == (1290, 9, 19, set(STUDY))
     # Baseline and gains over nine models as the paper's table 1 prints them.
@@ -493,7 +501,7 @@ def test_the_published_numbers_are_those_of_the_papers_table() -> None:
 
 
 def test_differences_from_the_published_scores_are_flagged() -> None:
-    theirs = published.published()["vit-b16", "dtd", BASE], published.published()["vit-b16", "dtd", ALF]
+    theirs = published.published_scores()["vit-b16", "dtd", BASE], published.published_scores()["vit-b16", "dtd", ALF]
     rows = study(
         {BASE: [theirs[0] + 0.03, theirs[0] + 0.031], ALF: [theirs[1] + 0.002, theirs[1] + 0.004]},
         model="vit-b16",
@@ -503,17 +511,52 @@ def test_differences_from_the_published_scores_are_flagged() -> None:
         {AAT: [0.1, 0.9]}, model="vit-b16", dataset="dtd"
     )  # far off, but so are its own seeds from each other
     rows += study({BASE: [0.5]}, model="mine", dataset="dtd")
-    found = published.beside(blocks(rows))
+    found = published.compare(comparison_groups(rows))
     assert [(one.score.probe, one.flagged) for one in found] == [(BASE, True), (ALF, False), (AAT, False)]
     assert found[0].difference == pytest.approx(0.0305)
-    said = published.summed_up(found)
+    said = published.summarize(found)
     assert said.startswith("3 scores are in common with the published ones")
     assert "1 model, 1 data set" in said and "1 is flagged" in said
-    assert "Rows of the quick grid are no fair comparison" in said
-    nothing = published.beside(blocks(study({BASE: [0.5]})))
+    assert "Rows of the quick grid are not a fair comparison" in said
+    nothing = published.compare(comparison_groups(study({BASE: [0.5]})))
     assert nothing == [] and published.figure(nothing) is None
-    assert published.summed_up(nothing).startswith("No score is in common with the published ones")
-    assert published.beside(blocks(study({BASE: [0.5]}, model="vit-b16", dataset="dtd", shots=4))) == []
+    assert published.summarize(nothing).startswith("No score is in common with the published ones")
+    assert published.compare(comparison_groups(study({BASE: [0.5]}, model="vit-b16", dataset="dtd", shots=4))) == []
+
+
+# --- one list, two uses ----------------------------------------------------------------------------------------------
+
+
+def test_every_figure_of_the_list_is_on_the_page_and_among_the_files() -> None:
+    rows = drawn_rows()
+    for model, dataset in product(MODELS, SETS):
+        rows += study({"ap-last/linear": [0.5], "cls-layer-1/linear": [0.4]}, model=model, dataset=dataset)
+        for heads in (4, 24):
+            [one] = study({f"{ALF}:h{heads}": [0.9]}, model=model, dataset=dataset)
+            rows.append(replace(one, selected=Selected(lr=0.1, heads=heads)))
+    data = ReportData(rows)
+    on_page = {section.name: [figure.name for figure in section.figures] for section in sections(data, "x.html")}
+    files = [name for name, _ in figure_files(data, paper=False)]
+    [only] = data.studies
+    for one in STUDY_FIGURES:
+        figure = one.draw(only)
+        assert figure is not None and figure.name in on_page[one.section] and figure.name in files
+    for each in GROUP_FIGURES:
+        figure = each.draw(only.select(), data, None)
+        names = only.models if each.one_per == "model" else only.datasets
+        assert figure is not None and {f"{figure.name}-{name}" for name in names} <= set(files)
+        assert each.section is None or each.section in on_page
+
+
+def test_a_record_cannot_be_changed_and_an_absent_value_is_no_number() -> None:
+    record = Record(probe=BASE, test=1, gain=None)
+    assert record.number("test") == 1.0 and record["gain"] is None
+    for name in ("gain", "probe"):
+        with pytest.raises(TypeError, match=f"{name} of a record is .* not a number"):
+            record.number(name)
+    with pytest.raises(TypeError):
+        record["test"] = 2  # type: ignore[index]
+    assert dict(record.extended(test=2).without("gain")) == {"probe": BASE, "test": 2} and record["test"] == 1
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -572,7 +615,7 @@ def test_where_figures_cannot_be_written_or_drawn_it_is_said(tmp_path: Path, mon
 
 def test_the_command_writes_figures_and_sets_scores_beside_the_published(tmp_path: Path) -> None:
     results = Results(tmp_path / "results")
-    theirs = published.published()["vit-b16", "dtd", BASE]
+    theirs = published.published_scores()["vit-b16", "dtd", BASE]
     for row in study({BASE: [theirs + 0.05, theirs + 0.051]}, model="vit-b16", dataset="dtd"):
         results.append(row)
     said = typed("report", str(tmp_path / "results"), "--figures", str(tmp_path / "figures"), "--against", "paper")
@@ -597,7 +640,7 @@ def typed(*words: str) -> Result:
 def test_the_page_of_a_study_as_large_as_the_papers_stays_small(tmp_path: Path) -> None:
     rows: list[Row] = []
     random = np.random.default_rng(0)
-    known = published.published()
+    known = published.published_scores()
     sets = [*dict.fromkeys(key[1] for key in known), "imagenet1k"]
     for model, dataset in product(dict.fromkeys(key[0] for key in known), sets):
         depth = 24 if "-l1" in model else 12

@@ -8,7 +8,7 @@ import pytest
 from rows import study as rows_of
 from scipy import stats
 
-from mlfusion import findings
+from mlfusion.report import findings
 from mlfusion.results import Results
 
 BASE, ALF = "cls-last/linear", "cls+ap-all-layers/attentive"
@@ -33,7 +33,7 @@ def kept(tmp_path) -> tuple[list, Results]:
 
 def page(kept) -> str:
     rows, results = kept
-    return findings.markdown(rows, results, title="A study", about="Of seven sets.", command="mlfusion run x.toml")
+    return findings.page_text(rows, results, title="A study", about="Of seven sets.", command="mlfusion run x.toml")
 
 
 def test_gains_and_their_test_over_data_sets(kept):

@@ -62,7 +62,11 @@ def test_a_study_has_the_strips_of_each_data_set(probed):
     root, rows = probed
     said: list[str] = []
     found = gallery.of_study(list(rows.values()), Results(root / "results"), cache=root / "cache", say=said.append)
-    assert [strip.title for strip in found["d"]] == ["Where it looks", "Read early", "Read late"]
+    assert [strip.title for strip in found["d"]] == [
+        "Attention on patches",
+        "Attention in early layers",
+        "Attention in late layers",
+    ]
     assert said == []
     assert gallery.of_study(list(rows.values()), Results(root / "results"), cache=root / "no", say=said.append) == {}
     assert len(said) == 2

@@ -101,7 +101,6 @@ DOORS: dict[str, set[str]] = {
         "statistics",
     },
     "attention": {"errors", "specs", "store", "datasets", "models", "results"},
-    "findings": {"errors", "specs", "progress", "results", "report", "statistics"},
     "gallery": {"errors", "store", "results", "report", "attention"},
     "costs": {"specs", "batches", "population", "probes", "protocol", "targets"},
     "study": {

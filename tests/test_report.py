@@ -20,11 +20,14 @@ from rows import row, study
 
 from mlfusion.errors import MlfusionError, Unavailable
 from mlfusion.progress import duration
-from mlfusion.report import markdown, table, tables, write_page
-from mlfusion.report.figures import block as of_block
-from mlfusion.report.page import page
-from mlfusion.report.summary import blocks, percent, points, studies
-from mlfusion.report.words import answer, opening
+from mlfusion.report import markdown, table, tables, write_markdown, write_page
+from mlfusion.report import page as of_page
+from mlfusion.report.catalogue import ReportData
+from mlfusion.report.figures.accuracy import accuracy
+from mlfusion.report.numbers import percent, points
+from mlfusion.report.sentences import answer, opening
+from mlfusion.report.studies import studies
+from mlfusion.report.summary import comparison_groups
 from mlfusion.results import Row
 
 ALF = "cls+ap-all-layers/attentive"
@@ -113,6 +116,11 @@ def _lines(grid: dict) -> list[dict]:
     ]
 
 
+def page(rows: list[Row], **options: str) -> str:
+    """The page's HTML."""
+    return of_page.page(ReportData(rows), **options)
+
+
 def line_of(text: str, probe: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(probe))
 
@@ -145,7 +153,7 @@ def test_terminal_table_shows_means_deviations_and_gains_paired_by_seed() -> Non
 def test_gains_pair_seeds_and_not_places() -> None:
     base = study({BASE: [0.5, 0.7]})
     other = [row("x", probe=ALF, seed=1, test=0.71, features=base[0].features)]
-    score = blocks([*base, *other])[0].scores[-1]
+    score = comparison_groups([*base, *other])[0].scores[-1]
     assert score.gain is not None
     assert (score.gain.mean, score.gain.n, score.gain.sd) == (pytest.approx(0.01), 1, None)
 
@@ -250,7 +258,7 @@ ANSWERS = [
 @pytest.mark.parametrize(("scores", "said"), ANSWERS)
 def test_the_answer_claims_what_the_rows_show(scores: dict[str, list[float]], said: str) -> None:
     rows = study(scores)
-    text = answer(blocks(rows)[0]).replace("\N{NO-BREAK SPACE}", " ")
+    text = answer(comparison_groups(rows)[0]).replace("\N{NO-BREAK SPACE}", " ")
     assert text.startswith("On digits, with a-vit, ")
     assert re.search(said, text), text
     for report in (Page(page(rows)).text, shown(rows)):
@@ -260,30 +268,30 @@ def test_the_answer_claims_what_the_rows_show(scores: dict[str, list[float]], sa
 def test_a_gain_within_what_few_test_images_leave_to_chance_is_not_called_one() -> None:
     scores = {BASE: [0.867, 0.867], ALF: [0.90, 0.90]}
     error = 100 * ((0.867 * 0.133 + 0.9 * 0.1) / 120) ** 0.5
-    text = answer(blocks(study(scores, images={"train": 240, "test": 120}))[0])
+    text = answer(comparison_groups(study(scores, images={"train": 240, "test": 120}))[0])
     assert "make no clear difference" in text
-    assert f"; chance makes about ±{error:.1f} with 120 test images)" in text
-    assert "layers help" in answer(blocks(study(scores, images={"train": 240, "test": 1200}))[0])
+    assert f"; the standard error from 120 test images is {error:.1f})" in text
+    assert "layers help" in answer(comparison_groups(study(scores, images={"train": 240, "test": 1200}))[0])
 
 
 @pytest.mark.parametrize(
     ("metric", "images", "verdict", "said"),
     [
         # 2 R (1 - R²) / √n of each, of R² = 0.41 and 0.45
-        ("r2", 120, "make no clear difference", r"; chance makes about ±9.{3} with 120 test images\)"),
+        ("r2", 120, "make no clear difference", r"; the standard error from 120 test images is 9.{3}\)"),
         ("r2", 4000, "help", r"\(\+4.0 ± 0.0 points, 2 seeds\)"),
         (
             "mean_average_precision",
             120,
             "help",
-            "; how much 120 test images leave to chance, mlfusion results compare tells",
+            "; mlfusion results compare tells the uncertainty from 120 test images",
         ),
     ],
 )
 def test_chance_is_that_of_the_metric(metric: str, images: int, verdict: str, said: str) -> None:
     rows = study({BASE: [0.41, 0.41], ALF: [0.45, 0.45]}, metric=metric, images={"train": 300, "test": images})
-    [block] = blocks(rows)
-    text = answer(block)
+    [group] = comparison_groups(rows)
+    text = answer(group)
     assert f"the intermediate layers {verdict}" in text
     assert re.search(said.replace("9.{3}", "9.6"), text), text
     if metric == "r2":
@@ -295,19 +303,19 @@ def test_chance_is_that_of_the_metric(metric: str, images: int, verdict: str, sa
             x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
             squared = (x * y).sum(1) ** 2 / ((x**2).sum(1) * (y**2).sum(1))
             errors.append(squared.var() * min(images, 1000) / images)
-        assert block.chance == pytest.approx(sum(errors) ** 0.5, rel=0.05)
+        assert group.gain_standard_error == pytest.approx(sum(errors) ** 0.5, rel=0.05)
 
 
 def test_guesses_are_told_of_every_metric() -> None:
     rows = study({BASE: [0.4], ALF: [0.5]}, dataset="ten", classes=list("0123456789"))
     rows += study({BASE: [0.4], ALF: [0.5]}, dataset="four", classes=list("0123"))
     text = Page(page(rows)).text
-    assert "Guessing gives a balanced accuracy of 10.0 to 25.0\N{NO-BREAK SPACE}% (10 to 4 classes)." in text
+    assert "Random guesses get a balanced accuracy of 10.0 to 25.0\N{NO-BREAK SPACE}% (10 to 4 classes)." in text
     assert "Accuracy per probe" in text
     rows += study({BASE: [0.4], ALF: [0.5]}, dataset="ages", metric="r2")
     rows += study({BASE: [0.4], ALF: [0.5]}, dataset="scenes", metric="mean_average_precision")
     text = Page(page(rows)).text
-    assert "an R² of 0, which the mean of all numbers has and a mean average precision as high as the share" in text
+    assert "an R² of 0, which the mean of all numbers has and a mean average precision equal to the share" in text
     assert "Accuracy per probe" not in text and "Score per probe" in text
     assert "help in all 4 cases (a model on a data set); their scores are of several metrics" in text
 
@@ -316,20 +324,22 @@ def test_another_version_of_the_code_is_marked_wherever_a_gain_stands() -> None:
     rows = study({BASE: [0.8], ALF: [0.9], LINEAR: [0.85]}, dataset="one")
     rows = [replace(one, code="later") if one.probe == ALF else one for one in rows]
     said = "† made by another version of the code than the baseline"
-    [block] = blocks(rows)
-    sheet = tables.by_rank(studies([block])[0])
-    texts = {"terminal": shown(rows), "markdown": markdown(rows), "table": tables.markdown(sheet)}
+    [group] = comparison_groups(rows)
+    score_table = tables.by_rank(studies([group])[0])
+    texts = {"terminal": shown(rows), "markdown": markdown(rows), "table": tables.markdown(score_table)}
     for name, text in texts.items():
         marked = [line for line in text.splitlines() if "†" in line]
         assert said in marked[0 if name == "table" else -1], name
         assert sum("+10.0 †" in line for line in marked) == 1, name
-    assert tables.latex(sheet).count(r"+10.0 $\dagger$") == 1 and r"$\dagger$ made by" in tables.latex(sheet)
-    assert {one["probe"]: one["other_code"] for one in sheet.numbers if "test" in one} == {
+    assert tables.latex(score_table).count(r"+10.0 $\dagger$") == 1 and r"$\dagger$ made by" in tables.latex(
+        score_table
+    )
+    assert {one["probe"]: one["other_code"] for one in score_table.numbers if "test" in one} == {
         BASE: "",
         ALF: "yes",
         LINEAR: "",
     }
-    [figure] = [of_block.accuracy([block])]
+    [figure] = [accuracy([group])]
     assert {one["probe"]: one["other_code"] for one in figure.numbers} == {BASE: "", ALF: "yes", LINEAR: ""}
     rows = [replace(one, code="abc") for one in rows]
     assert "†" not in shown(rows) + markdown(rows)
@@ -380,7 +390,7 @@ def test_data_sets_that_no_line_holds_go_on_below(width: int) -> None:
 
 def test_seeds_that_the_baseline_lacks_leave_the_answer_open() -> None:
     rows = [*study({BASE: [0.9]}), row("x", probe=ALF, seed=5, test=0.95, features=study({BASE: [0.9]})[0].features)]
-    assert "share no seed" in answer(blocks(rows)[0])
+    assert "share no seed" in answer(comparison_groups(rows)[0])
     page(rows)
 
 
@@ -388,7 +398,7 @@ def test_several_cases_are_tallied_each_with_its_scores() -> None:
     rows = study({BASE: [0.90, 0.91], ALF: [0.95, 0.96]}, dataset="one")
     rows += study({BASE: [0.80, 0.81], ALF: [0.79, 0.80]}, dataset="two")
     rows += study({BASE: [0.70, 0.71]}, dataset="three")
-    held = blocks(rows)
+    held = comparison_groups(rows)
     text = opening(held).replace("\N{NO-BREAK SPACE}", " ")
     assert text.startswith(
         "Of 2 cases (a model on a data set), the intermediate layers help in 1 and do not help in 1:"
@@ -404,16 +414,16 @@ def test_several_cases_are_tallied_each_with_its_scores() -> None:
 
 def test_only_like_is_compared_with_like() -> None:
     quick, paper = study({BASE: [0.9]}), study({ALF: [0.95]}, grid="paper")
-    held = blocks([*quick, *paper])
-    assert [block.name for block in held] == ["a-vit on digits (quick grid)", "a-vit on digits (paper grid)"]
+    held = comparison_groups([*quick, *paper])
+    assert [group.name for group in held] == ["a-vit on digits (quick grid)", "a-vit on digits (paper grid)"]
     assert held[1].scores[0].gain is None
     other = study({ALF: [0.95]}, features=["elsewhere", "too"])
-    assert [block.name for block in blocks([*quick, *other])][1] == "a-vit on digits (features elsewh+too)"
+    assert [group.name for group in comparison_groups([*quick, *other])][1] == "a-vit on digits (features elsewh+too)"
 
 
 def test_of_one_probe_and_seed_the_last_row_counts_and_the_other_is_told() -> None:
     rows = [*study({BASE: [0.5]}), row("again", test=0.9, features=study({BASE: [0.5]})[0].features, code="later")]
-    held = blocks(rows)
+    held = comparison_groups(rows)
     assert held[0].scores[0].test.mean == 0.9
     assert "1 older row is left out" in Page(page(rows)).text
 
@@ -525,6 +535,13 @@ def test_numbers_read_well() -> None:
         "1 h 0 min",
         "1 h 7 min",
     ]
+
+
+def test_markdown_is_written_whole(tmp_path: Path) -> None:
+    rows = study(SCORES)
+    path = write_markdown(rows, tmp_path / "new" / "tables.md")
+    assert path.read_text(encoding="utf-8") == markdown(rows)
+    assert [each.name for each in path.parent.iterdir()] == ["tables.md"]
 
 
 def test_markdown_says_what_the_terminal_says() -> None:

@@ -24,7 +24,7 @@ def attend(
     """Where a probe looked: on which patches, and which images it reads in early and which in late layers."""
     from mlfusion.attention import maps
     from mlfusion.errors import BadData
-    from mlfusion.report.pictures import depths
+    from mlfusion.report.pictures import mean_layers
     from mlfusion.results import Results
 
     kept = Results(results)
@@ -33,7 +33,7 @@ def attend(
     if held is None:
         raise BadData(f"{one.probe} does not attend; allowed: results of attentive probes, such as alf and aat")
     shares = kept.arrays(one)["attention"]
-    at = depths(shares, held.layers) if len(set(held.layers)) > 1 else None
+    at = mean_layers(shares, held.layers) if len(set(held.layers)) > 1 else None
     over = maps(one, shares) if any(kind not in ("cls", "ap") for kind in held.kinds) else None
     body = {
         "id": one.id,
@@ -57,11 +57,9 @@ def attend(
         )
     if out:
         from mlfusion import gallery
-        from mlfusion.report.figures.drawing import png, svg
-        from mlfusion.report.figures.pictures import strip_figure
-        from mlfusion.report.files import write_whole
+        from mlfusion.report import write_strips
 
-        for strip in gallery.of_row(one, kept, cache=cache, dataset=dataset, count=images):
-            drawn = svg(strip_figure(strip))
-            write_whole(out / f"{strip.name}.svg", drawn)
-            say(f"{write_whole(out / f'{strip.name}.png', png(drawn))}: {strip.says}")
+        strips = gallery.of_row(one, kept, cache=cache, dataset=dataset, count=images)
+        write_strips(strips, out)
+        for strip in strips:
+            say(f"{out / f'{strip.name}.png'}: {strip.description}")

@@ -117,20 +117,19 @@ def _page(rows: "list[Row]", path: Path, kept: "Results", cache: str | None) -> 
 
 def _text(rows: "list[Row]", path: Path, kept: "Results", recipe: Path, command: str) -> None:
     """The page of text, headed by what the recipe says of itself."""
-    from mlfusion import findings
     from mlfusion.recipe import about
-    from mlfusion.report.files import write_whole
+    from mlfusion.report import write_findings
 
     opening, _ = about(recipe)
     title, _, rest = opening.partition(": ")
-    written = findings.markdown(
+    write_findings(
         rows,
-        kept,
+        path,
+        results=kept,
         title=title.rstrip(".") or recipe.stem,
         about=rest[:1].upper() + rest[1:],
         command=command,
     )
-    write_whole(path, written)
 
 
 def _end(failures: "tuple[Failure, ...]") -> None:

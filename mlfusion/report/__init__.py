@@ -1,14 +1,31 @@
-"""The report: rows in, an answer out, in the terminal, as one HTML file, or as the figures and tables of a paper. Pure
-functions of rows; needs no torch.
+"""The report: rows in, an answer out, in the terminal, as one HTML file, or as the figures and tables of a paper.
 
-`summary` sets rows side by side, `words` says what they show, `figures` draws it, `tables` writes it, `published` sets it
-beside the study's own numbers; `terminal`, `page` and `files` present it. `pictures` holds images with maps of attention.
+Functions of rows that need no torch. `summary` and `studies` group rows for comparison, `numbers` and `sentences` write what
+they show, `figures` and `tables` draw it, `published` compares it with the study's own numbers. `catalogue` lists the figures,
+and `sections` those parts of the page that hold them. `terminal`, `page`, `files` and `findings` present the report; `pictures`
+holds images with attention maps, and `commands` what one would type to reproduce the results.
 """
 
-from mlfusion.report.files import write_figures
+from mlfusion.report.files import write_figures, write_markdown, write_strips
+from mlfusion.report.findings import write_findings
 from mlfusion.report.page import write_page
-from mlfusion.report.pictures import Picture, Strip, leaning, overlay
-from mlfusion.report.summary import blocks
+from mlfusion.report.pictures import Picture, Strip, early_and_late, overlay
+from mlfusion.report.published import compare_with_published
+from mlfusion.report.summary import comparison_groups
 from mlfusion.report.terminal import markdown, table
 
-__all__ = ["Picture", "Strip", "blocks", "leaning", "markdown", "overlay", "table", "write_figures", "write_page"]
+__all__ = [
+    "Picture",
+    "Strip",
+    "compare_with_published",
+    "comparison_groups",
+    "early_and_late",
+    "markdown",
+    "overlay",
+    "table",
+    "write_figures",
+    "write_findings",
+    "write_markdown",
+    "write_page",
+    "write_strips",
+]

@@ -1,8 +1,8 @@
 "use strict";
-// What the page does once it is open: draws figures when their place is open, makes tables, follows light and dark.
+// Draws figures and tables when the part that holds them is opened, and follows the light or dark colour scheme.
 (async () => {
   const root = document.documentElement;
-  async function held(name) {  // JSON, compressed by gzip, in base64
+  async function unpacked(name) {  // JSON, compressed by gzip, in base64
     const bytes = Uint8Array.from(atob(document.getElementById(name).textContent), c => c.charCodeAt(0));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   }
@@ -10,14 +10,14 @@
   const state = { drawn: 0, tables: 0 };
   const tell = () => { root.dataset.drawn = state.drawn; root.dataset.tables = state.tables; root.dataset.errors = failures.length; };
 
-  // --- figures: the same specification in the colours of the hour; in a closed part they wait until it is opened
-  const { looks, specs, panels } = await held("figures");
+  // --- figures: one specification for both colour schemes; in a closed part they are drawn once it is opened
+  const { themes, specs, panels } = await unpacked("figures");
   const views = new Map();
   async function draw(place) {
     const { spec, keys, rows } = panels[place.id.replace("figure-", "")];
     const values = rows.map(row => Object.fromEntries(keys.map((key, i) => [key, row[i]]).filter(([, value]) => value !== null)));
     views.get(place)?.finalize();
-    const config = looks[dark.matches ? "dark" : "light"];
+    const config = themes[dark.matches ? "dark" : "light"];
     const whole = { ...specs[spec], datasets: { records: values } };
     const view = await vegaEmbed(place, whole, { actions: false, renderer: "svg", config, tooltip: { theme: "custom" } });
     if (!views.has(place)) state.drawn += 1;
@@ -46,7 +46,7 @@
   const setting = value => value === 0 || (value >= 1e-4 && value < 1e6) ? String(Number(value.toPrecision(4))) : value.toExponential().replace(/e([+-])(\d)$/, "e$10$2");
   const shown = { percent, points, count, duration, setting };
   const escaped = text => String(text).replace(/[&<>"]/g, c => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
-  const tables = await held("tables"), made = new Map();
+  const tables = await unpacked("tables"), made = new Map();
 
   function column({ title, kind, words, hidden }, i) {
     const text = words !== undefined;
@@ -98,7 +98,7 @@
     tell();
   }
   function makeTables() {
-    for (const place of document.querySelectorAll("table.grid-data"))
+    for (const place of document.querySelectorAll(".data-table > table"))
       if (!made.has(place.id) && isOpen(place)) make(place);
   }
 

@@ -1,4 +1,4 @@
-"""Pictures beside numbers: a map of attention drawn on its image, and the images that a probe reads early or late."""
+"""Pictures for a report: an attention map drawn on its image, and the images that a probe reads in early or late layers."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ _RAMP = np.array([[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One image with a few words; with a map of attention, that is drawn on it."""
+    """One image with a caption; an attention map is drawn on it if given."""
 
     image: Image.Image
     caption: str = ""
@@ -30,13 +30,13 @@ class Strip:
     """Pictures in a row under a title, such as a data set's examples."""
 
     title: str
-    says: str  # a sentence on what is seen
+    description: str  # a sentence about what the pictures show
     pictures: tuple[Picture, ...]
-    name: str  # of its file: letters, digits and hyphens
+    name: str  # its file: letters, digits and hyphens
 
 
 def overlay(image: Image.Image, attention: np.ndarray, *, strength: float = 0.75) -> Image.Image:
-    """The image in grey, and over it in colour where the attention goes; the largest share is drawn at full strength.
+    """The image in grey, overlaid with the attention map in colour; the largest share is drawn at full strength.
 
     Args:
         image: any size; the map is stretched over all of it, so hand over what the model saw (its crop).
@@ -59,8 +59,8 @@ def overlay(image: Image.Image, attention: np.ndarray, *, strength: float = 0.75
     return Image.fromarray((grey * (1 - opacity) + colour * opacity).round().astype(np.uint8))
 
 
-def drawn(picture: Picture, longest_px: int = THUMBNAIL_PX) -> Image.Image:
-    """The picture as it is shown, its longer side `longest_px`."""
+def render(picture: Picture, longest_px: int = THUMBNAIL_PX) -> Image.Image:
+    """The picture with its attention map, its longer side `longest_px` pixels."""
     image = picture.image.convert("RGB")
     scale = longest_px / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -70,14 +70,14 @@ def drawn(picture: Picture, longest_px: int = THUMBNAIL_PX) -> Image.Image:
 
 
 def data_url(picture: Picture, longest_px: int = THUMBNAIL_PX, *, kind: str = "webp") -> str:
-    """The picture as it is shown, inside an address: 'data:image/webp;base64,…'."""
+    """The rendered picture as a data URL: 'data:image/webp;base64,…'."""
     held = io.BytesIO()
-    drawn(picture, longest_px).save(held, kind.upper(), quality=75)
+    render(picture, longest_px).save(held, kind.upper(), quality=75)
     return f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}"
 
 
-def depths(attention: np.ndarray, layers: Sequence[int]) -> np.ndarray:
-    """[images, tokens] shares, the layer of each token → [images] the mean layer that each image's attention lies at.
+def mean_layers(attention: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+    """The mean layer of each image's attention: [images, tokens] shares and the layer of each token → [images].
 
     Raises:
         BadData: shapes that do not fit.
@@ -88,32 +88,32 @@ def depths(attention: np.ndarray, layers: Sequence[int]) -> np.ndarray:
     return (held @ at) / held.sum(axis=1)
 
 
-def leaning(
+def early_and_late(
     attention: np.ndarray, layers: Sequence[int], picture: Callable[[int], Picture], count: int = 8
 ) -> tuple[Strip, Strip]:
-    """The images whose attention over layers lies earliest, and those whose lies latest.
+    """The images whose attention has the lowest mean layer, and those with the highest.
 
     Args:
-        attention: [images, tokens] shares, as rows of ALF keep them; means over seeds will do.
-        layers: of each token.
+        attention: [images, tokens] shares, as rows of ALF keep them, or their means over seeds.
+        layers: the layer of each token.
         picture: test image i as a picture; its caption is followed by the mean layer.
-        count: how many of each, at most half of all.
+        count: number of images in each strip, at most half of all.
     """
-    at = depths(attention, layers)
+    at = mean_layers(attention, layers)
     order = np.argsort(at, kind="stable")
     count = min(count, len(order) // 2)
     middle, last = float(np.median(at)), max(layers)
 
-    def strip(name: str, word: str, rows: np.ndarray) -> Strip:
+    def strip(name: str, extreme: str, rows: np.ndarray) -> Strip:
         pictures = []
         for row in rows:
             held = picture(int(row))
-            said = f"{held.caption}, layer {at[row]:.1f}" if held.caption else f"layer {at[row]:.1f}"
-            pictures.append(Picture(held.image, said, held.attention))
-        says = (
-            f"The {len(rows)} of {len(at)} test images whose attention over the layers lies {word}; its mean layer stands "
-            f"under each (of {last}; the middle image's is {middle:.1f})."
+            caption = f"{held.caption}, layer {at[row]:.1f}" if held.caption else f"layer {at[row]:.1f}"
+            pictures.append(Picture(held.image, caption, held.attention))
+        description = (
+            f"The {len(rows)} of {len(at)} test images with the {extreme} mean layer of attention, which stands under each "
+            f"(the last layer is {last}; the median is {middle:.1f})."
         )
-        return Strip(f"Read {name}", says, tuple(pictures), name=f"read-{name}")
+        return Strip(f"Attention in {name} layers", description, tuple(pictures), name=f"read-{name}")
 
-    return strip("early", "earliest", order[:count]), strip("late", "latest", order[::-1][:count])
+    return strip("early", "lowest", order[:count]), strip("late", "highest", order[::-1][:count])

@@ -1,4 +1,4 @@
-"""Our numbers beside the published ones: the same model, data set and probe, with the difference and whether it is large."""
+"""Our scores compared with the published ones: same model, data set and probe, with the difference and whether it is large."""
 
 import csv
 from collections.abc import Sequence
@@ -12,21 +12,23 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlfusion.report.figures.drawing import Figure, Panel, Record, charted, finished, needs_altair
-from mlfusion.report.summary import Block, Score, count, percent, points
+from mlfusion.report.figures.drawing import Figure, Panel, Record, base_chart, require_altair, to_spec
+from mlfusion.report.numbers import count, mean_sd, percent, plural, points
+from mlfusion.report.summary import ComparisonGroup, Score, comparison_groups
+from mlfusion.results import Row
 
 SOURCE = "Ciernik et al., arXiv 2601.09322"
 METRIC = "balanced_accuracy"  # what was published
 
 LARGE = 0.01
-"""A difference is flagged from a point on, if it is also more than twice what seeds make of it (theirs is one seed)."""
+"""A difference is flagged from one point on, if it also exceeds twice its deviation over seeds (theirs is one seed)."""
 
 
 @dataclass(frozen=True)
-class Beside:
+class PublishedComparison:
     """One of our scores and the published one, as fractions."""
 
-    block: Block
+    group: ComparisonGroup
     score: Score
     published: float
 
@@ -37,132 +39,136 @@ class Beside:
 
     @property
     def noise(self) -> float | None:
-        """Deviation of the difference by seeds alone, one of ours taken for theirs; None for one seed."""
+        """Deviation of the difference over seeds, as if theirs had our deviation; None for one seed."""
         sd, n = self.score.test.sd, self.score.test.n
         return None if sd is None else sd * sqrt(1 + 1 / n)
 
     @property
     def flagged(self) -> bool:
-        """Is it large?"""
+        """Whether the difference is large."""
         return abs(self.difference) > max(LARGE, 2 * (self.noise or 0))
 
     def record(self) -> Record:
-        """As its CSV holds it."""
-        return {
-            "model": self.block.model,
-            "dataset": self.block.dataset,
-            "probe": self.score.probe,
-            "grid": self.block.grid,
-            "ours": 100 * self.score.test.mean,
-            "ours_sd": None if self.score.test.sd is None else 100 * self.score.test.sd,
-            "seeds": self.score.test.n,
-            "published": 100 * self.published,
-            "difference": 100 * self.difference,
-            "flagged": "yes" if self.flagged else "",
-        }
+        """The comparison in percent, as its CSV holds it."""
+        return Record(
+            model=self.group.model,
+            dataset=self.group.dataset,
+            probe=self.score.probe,
+            grid=self.group.grid,
+            ours=100 * self.score.test.mean,
+            ours_sd=None if self.score.test.sd is None else 100 * self.score.test.sd,
+            seeds=self.score.test.n,
+            published=100 * self.published,
+            difference=100 * self.difference,
+            flagged="yes" if self.flagged else "",
+        )
 
 
 @cache
-def published() -> dict[tuple[str, str, str], float]:
+def published_scores() -> dict[tuple[str, str, str], float]:
     """{(model, data set, probe): balanced accuracy on test, as a fraction}."""
     text = resources.files(__package__).joinpath("paper_balanced_accuracy.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))
     return {(r["model"], r["dataset"], r["probe"]): float(r["balanced_accuracy"]) / 100 for r in rows}
 
 
-def beside(held: Sequence[Block]) -> list[Beside]:
-    """Every score of ours that was also published, made by the protocol as it is, in the order of the blocks."""
-    known = published()
+def compare_with_published(rows: Sequence[Row]) -> list[PublishedComparison]:
+    """Every score of the rows that was also published.
+
+    Raises:
+        MlfusionError: there are no rows.
+    """
+    return compare(comparison_groups(rows))
+
+
+def compare(groups: Sequence[ComparisonGroup]) -> list[PublishedComparison]:
+    """Every score of ours that was also published and was made without options, in the order of the groups."""
+    known = published_scores()
     return [
-        Beside(block, score, known[key])
-        for block in held
-        if block.metric == METRIC and not block.options
-        for score in block.scores
-        if (key := (block.model, block.dataset, score.probe)) in known
+        PublishedComparison(group, score, known[key])
+        for group in groups
+        if group.metric == METRIC and not group.options
+        for score in group.scores
+        if (key := (group.model, group.dataset, score.probe)) in known
     ]
 
 
-def summed_up(found: Sequence[Beside]) -> str:
-    """The comparison in a sentence or two; says plainly when there is nothing in common."""
-    known = published()
+def summarize(found: Sequence[PublishedComparison]) -> str:
+    """The comparison in a few sentences; says so if no score is in common."""
     if not found:
+        known = published_scores()
         models, sets = (", ".join(dict.fromkeys(key[i] for key in known)) for i in (0, 1))
         return (
-            f"No score is in common with the published ones ({SOURCE}): they are balanced accuracies "
-            f"of {models} on {sets}, by the "
-            "study's ten probes without options."
+            f"No score is in common with the published ones ({SOURCE}): they are balanced accuracies of {models} on {sets}, by "
+            "the study's ten probes without options."
         )
     flagged = sum(one.flagged for one in found)
     mean, size = fmean(one.difference for one in found), fmean(abs(one.difference) for one in found)
-    quick = any(one.block.grid != "paper" for one in found)
-    of = [len({getattr(one.block, which) for one in found}) for which in ("model", "dataset")]
+    models_count = plural(len({one.group.model for one in found}), "model", "models")
+    sets_count = plural(len({one.group.dataset for one in found}), "data set", "data sets")
+    quick = any(one.group.grid != "paper" for one in found)
     return (
-        f"{count(len(found))} {'score is' if len(found) == 1 else 'scores are'} in common with the "
-        f"published ones ({SOURCE}; one "
-        f"seed): {of[0]} {'model' if of[0] == 1 else 'models'}, {of[1]} data "
-        f"{'set' if of[1] == 1 else 'sets'}. Ours are {points(mean)} points above theirs on "
-        f"average, {percent(size)} apart; "
-        f"{flagged or 'none'} {'is' if flagged == 1 else 'are'} flagged as apart by more than "
-        f"{LARGE * 100:g} point and by more than "
-        "twice what seeds make of it." + (" Rows of the quick grid are no fair comparison." if quick else "")
+        f"{count(len(found))} {'score is' if len(found) == 1 else 'scores are'} in common with the published ones ({SOURCE}; "
+        f"one seed): {models_count}, {sets_count}. Ours are {points(mean)} points above theirs on average; the mean absolute "
+        f"difference is {percent(size)} points. {flagged or 'None'} {'is' if flagged == 1 else 'are'} flagged: the difference "
+        f"exceeds {LARGE * 100:g} point and twice its standard deviation over seeds."
+        + (" Rows of the quick grid are not a fair comparison." if quick else "")
     )
 
 
-def table(found: Sequence[Beside], most: int) -> RenderableType:
+def table(found: Sequence[PublishedComparison], most: int) -> RenderableType:
     """For the terminal: all where they are few, else those that are flagged, the largest differences first."""
-    said = Text(summed_up(found))
-    shown = list(found) if len(found) <= most else sorted((one for one in found if one.flagged), key=_size)[:most]
+    flagged = sorted((one for one in found if one.flagged), key=lambda one: -abs(one.difference))
+    shown = list(found) if len(found) <= most else flagged[:most]
+    summary = Text(summarize(found))
     if not shown:
-        return said
-    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        return summary
+    lines = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for head in ("model", "data set", "probe"):
-        drawn.add_column(head, no_wrap=True)
+        lines.add_column(head, no_wrap=True)
     for head in ("ours, %", "published", "difference, points", ""):
-        drawn.add_column(head, justify="right", no_wrap=True)
+        lines.add_column(head, justify="right", no_wrap=True)
     for one in shown:
-        ours = percent(one.score.test.mean) + (
-            f" ± {percent(one.score.test.sd)}" if one.score.test.sd is not None else ""
+        lines.add_row(
+            *(one.group.model, one.group.dataset, one.score.probe),
+            *(mean_sd(one.score.test), percent(one.published), points(one.difference)),
+            "flagged" if one.flagged else "",
+            style="bold" if one.flagged else "",
         )
-        flag = "flagged" if one.flagged else ""
-        place = (one.block.model, one.block.dataset, one.score.probe)
-        drawn.add_row(*place, ours, percent(one.published), points(one.difference), flag, style="bold" if flag else "")
     left = len(found) - len(shown)
     rest = [Text(f"{count(left)} more are in the page (--html) and in the CSV of --figures")] if left else []
-    return Group(drawn, *rest, Text(), said)
+    return Group(lines, *rest, Text(), summary)
 
 
-def _size(one: Beside) -> float:
-    return -abs(one.difference)
-
-
-def figure(found: Sequence[Beside]) -> Figure | None:
-    """Ours against theirs, a dot a score, one panel a model; None where there is nothing in common."""
+def figure(found: Sequence[PublishedComparison]) -> Figure | None:
+    """Ours against theirs, a dot a score, one panel a model; None where no score is in common."""
     if not found:
         return None
-    panels = []
     records = [one.record() for one in found]
-    ends = [float(r[which] or 0) for r in records for which in ("ours", "published")]
+    ends = [100 * value for one in found for value in (one.score.test.mean, one.published)]
     spec = _spec(min(ends), max(max(ends), min(ends) + 1))
-    for model in dict.fromkeys(str(record["model"]) for record in records):
-        panels.append(Panel(model, spec, [record for record in records if record["model"] == model], width=300))
     return Figure(
         "against-paper",
-        "Ours beside the published scores",
-        f"Balanced accuracy on test in percent; on the dashed line they are equal. Filled: flagged. "
-        f"Published: {SOURCE}, one seed.",
-        summed_up(found),
-        panels,
+        "Comparison with the published scores",
+        f"Balanced accuracy on test in percent; on the dashed line both are equal. Filled: flagged. Published: {SOURCE}, one "
+        "seed.",
+        summarize(found),
+        [
+            Panel(model, spec, [record for record in records if record["model"] == model], width=300)
+            for model in dict.fromkeys(one.group.model for one in found)
+        ],
         records,
+        page_width="narrow",
     )
 
 
 def _spec(low: float, high: float) -> dict[str, object]:
-    alt = needs_altair()
-    base = charted()
+    alt = require_altair()
+    base = base_chart()
     scale = alt.Scale(domain=[low, high], zero=False, nice=False, padding=8)
     x = alt.X("published:Q", title="published, %", scale=scale, axis=alt.Axis(tickCount=5))
     y = alt.Y("ours:Q", title="ours, %", scale=scale, axis=alt.Axis(tickCount=5))
-    tip = [
+    tooltip = [
         alt.Tooltip("dataset:N", title="data set"),
         alt.Tooltip("probe:N"),
         alt.Tooltip("ours:Q", format=".2f"),
@@ -170,9 +176,9 @@ def _spec(low: float, high: float) -> dict[str, object]:
         alt.Tooltip("difference:Q", title="difference, points", format="+.2f"),
         alt.Tooltip("seeds:Q"),
     ]
-    even = base.transform_aggregate(n="count()").mark_rule(style="baseline")
-    layers = [even.encode(x=alt.XDatum(low), x2=alt.X2Datum(high), y=alt.YDatum(low), y2=alt.Y2Datum(high))]
+    equal = base.transform_aggregate(n="count()").mark_rule(style="baseline")
+    layers = [equal.encode(x=alt.XDatum(low), x2=alt.X2Datum(high), y=alt.YDatum(low), y2=alt.Y2Datum(high))]
     for flagged, style in (("datum.flagged == ''", "hollow"), ("datum.flagged != ''", "dot")):
         dots = base.transform_filter(flagged).mark_point(style=style, filled=style == "dot")
-        layers.append(dots.encode(x=x, y=y, tooltip=tip))
-    return finished(alt.layer(*layers), 280)
+        layers.append(dots.encode(x=x, y=y, tooltip=tooltip))
+    return to_spec(alt.layer(*layers), 280)

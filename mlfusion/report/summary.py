@@ -1,27 +1,29 @@
-"""What rows say once they are set side by side: the numbers that table, figures and words share, so that they agree.
+"""Results grouped for comparison: the numbers that tables, figures and sentences share, so that they agree.
 
-Scores are fractions here, gains differences of fractions; only what shows them turns them into percent and points.
+Scores are fractions and gains are differences of fractions; `numbers` writes them as percent and points. The rest of the
+report reads rows through the classes of this module.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
 from statistics import fmean
-from typing import NamedTuple
 
-from mlfusion import datasets, models
 from mlfusion.errors import MlfusionError
 from mlfusion.results import Row
 from mlfusion.specs import BASELINE, STUDY
-from mlfusion.statistics import Spread
+from mlfusion.statistics import Setting, Spread, setting
 
 ALF = "cls+ap-all-layers/attentive"
 
+HEADS = ("linear", "attentive")
+"""Heads that keep their colour and symbol in every figure."""
+
 DAGGER = "\N{DAGGER}"
 OTHER_CODE = f"{DAGGER} made by another version of the code than the baseline that its gain is counted from."
-"""What the mark says, wherever a gain stands."""
+"""The footnote of every gain that is marked with a dagger."""
 
 _LAYERWISE = re.compile(r"(?P<kinds>.+)-layer-(?P<layer>\d+)/(?P<head>[\w-]+)")
 _LAST = re.compile(r"(?P<kinds>.+)-last/(?P<head>[\w-]+)")
@@ -30,7 +32,7 @@ _SEVERAL = re.compile(r".+-(?:all|\d+)-layers/[\w-]+")
 
 @dataclass(frozen=True)
 class Score:
-    """One probe on one model's features of one data set, over its seeds."""
+    """The scores of one probe on one model's features of one data set, over its seeds."""
 
     probe: str
     rows: tuple[Row, ...]  # one a seed, by seed
@@ -38,11 +40,11 @@ class Score:
     val: Spread
     train: Spread
     gain: Spread | None  # over the baseline, seed by seed; None without a seed in common
-    other_code: bool = False  # were it and the baseline made by different versions of the code?
+    other_code: bool = False  # the probe and the baseline were made by different versions of the code
 
     @property
     def is_baseline(self) -> bool:
-        """Is it the probe that gains are counted from?"""
+        """Whether gains are counted from this probe."""
         return self.probe == BASELINE
 
     @property
@@ -52,7 +54,7 @@ class Score:
 
     @property
     def reads_several_layers(self) -> bool:
-        """Is it a probe whose gain answers whether intermediate layers help?"""
+        """Whether the gain of this probe answers if intermediate layers help."""
         return bool(_SEVERAL.fullmatch(self.probe))
 
     @cached_property
@@ -63,18 +65,24 @@ class Score:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seeds it was trained with."""
+        """Seeds of its rows."""
         return tuple(row.seed for row in self.rows)
 
     @property
     def seconds(self) -> float:
-        """Mean over seeds."""
+        """Time of probing in seconds, mean over seeds."""
         return fmean(row.seconds for row in self.rows)
 
     @property
     def parameters(self) -> int:
-        """Of one probe; the most of any seed's, as seeds may choose another number of heads."""
+        """Parameters of one probe, the maximum over seeds: seeds may choose different numbers of attention heads."""
         return max(row.parameters for row in self.rows)
+
+    @property
+    def attention_heads(self) -> int | None:
+        """Number of attention heads; None if the probe has none, or if seeds chose different numbers."""
+        numbers = {row.selected.heads for row in self.rows}
+        return numbers.pop() if len(numbers) == 1 else None
 
 
 def metric_name(metric: str) -> str:
@@ -87,17 +95,23 @@ def head_of(probe: str) -> str:
     return probe.rpartition("/")[2].partition(":")[0]
 
 
+def mean_gain(scores: Sequence[Score]) -> float | None:
+    """Mean gain over data sets or models; None if one of the scores has no gain, or is the baseline."""
+    gains = [score.gain.mean for score in scores if score.gain and not score.is_baseline]
+    return fmean(gains) if gains and len(gains) == len(scores) else None
+
+
 @dataclass(frozen=True)
-class Block:
-    """The probes that can be compared with each other: one model's features of one data set, one grid, one metric."""
+class ComparisonGroup:
+    """Probes that can be compared with each other: one model's features of one data set, one grid, one metric."""
 
     model: str
     dataset: str
     grid: str
     metric: str
     features: tuple[str, ...]
-    options: str  # such as '4 shots'; empty for the protocol as it is
-    name: str  # "vit on digits", with what tells it from another block of that model and data set where there is one
+    options: str  # such as '4 shots'; empty for the protocol without options
+    name: str  # "vit on digits", with what distinguishes it from other groups of that model and data set
     scores: tuple[Score, ...]  # the study's order, then the others by name
 
     @cached_property
@@ -107,17 +121,62 @@ class Block:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """Of every probe and seed."""
+        """Rows of every probe and seed."""
         return tuple(row for score in self.scores for row in score.rows)
 
     @property
     def depth(self) -> int:
-        """L, the model's blocks."""
+        """L, the number of the model's layers."""
         return self.rows[0].depth
+
+    @property
+    def width(self) -> int:
+        """D, the width of the model's tokens."""
+        return self.rows[0].width
+
+    @property
+    def train_images(self) -> int:
+        """Number of training images."""
+        return self.rows[0].images.train
+
+    @property
+    def test_images(self) -> int:
+        """Number of test images."""
+        return self.rows[0].images.test
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return tuple(self.rows[0].classes)
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of all rows, sorted."""
+        return tuple(sorted({row.seed for row in self.rows}))
+
+    @property
+    def seconds(self) -> float:
+        """Time of probing in seconds, summed over all rows."""
+        return sum(row.seconds for row in self.rows)
+
+    @property
+    def configurations(self) -> tuple[int, ...]:
+        """Numbers of configurations that the grids of its rows had, sorted."""
+        return tuple(sorted({row.configurations for row in self.rows}))
+
+    @cached_property
+    def tokens(self) -> frozenset[tuple[int, str]]:
+        """(layer, token kind) of every token that its probes read."""
+        return frozenset((layer, kind) for row in self.rows for layer in row.layers for kind in row.tokens)
+
+    @property
+    def newest(self) -> str:
+        """When its last row was made, in ISO 8601."""
+        return max(row.created for row in self.rows)
 
     @cached_property
     def probes(self) -> tuple[Score, ...]:
-        """Those that are not of the layer-by-layer series."""
+        """Scores of the probes that do not belong to a layer-by-layer series."""
         return tuple(score for score in self.scores if score.layerwise is None)
 
     @cached_property
@@ -135,35 +194,35 @@ class Block:
         return {name: dict(sorted(series[name].items())) for name in names}
 
     @cached_property
-    def answer(self) -> Score | None:
+    def main(self) -> Score | None:
         """The probe whose gain answers the question: ALF, or else the one over several layers with the best validation.
 
-        Not the best on test: a choice by the test scores would flatter itself.
+        Not the best on test: a choice by the test scores would be biased upwards.
         """
         several = [score for score in self.scores if score.reads_several_layers]
         named = [score for score in several if score.probe == ALF]
         return max(named or several, key=lambda score: score.val.mean, default=None)
 
     @property
-    def chance(self) -> float | None:
-        """Standard error of the answer's gain from the number of test images, as if the two probes had drawn their own.
+    def gain_standard_error(self) -> float | None:
+        """Standard error of the main probe's gain from the number of test images, as if the probes had different images.
 
-        They share their images, so the true one is smaller; rows alone cannot say by how much. Of an accuracy that of a
-        binomial share; of R² that of a squared correlation, 2 R (1 - R²) / √n (Olkin and Finn 1995); an average precision
-        has none that rows could tell: None.
+        They share their images, so the true one is smaller; rows alone cannot say by how much. For an accuracy it is the
+        standard error of a binomial share; for R² that of a squared correlation, 2 R (1 - R²) / √n (Olkin and Finn 1995);
+        for an average precision rows cannot give one: None.
         """
-        held = [min(1.0, max(0.0, score.test.mean)) for score in (self.answer, self.baseline) if score]
+        means = [min(1.0, max(0.0, score.test.mean)) for score in (self.main, self.baseline) if score]
         if self.metric == "balanced_accuracy":
-            variances = [mean * (1 - mean) for mean in held]
+            variances = [mean * (1 - mean) for mean in means]
         elif self.metric == "r2":
-            variances = [4 * mean * (1 - mean) ** 2 for mean in held]
+            variances = [4 * mean * (1 - mean) ** 2 for mean in means]
         else:
             return None
-        return sqrt(sum(variances) / self.rows[0].images.test)
+        return sqrt(sum(variances) / self.test_images)
 
     @cached_property
     def attention(self) -> "LayerAttention | None":
-        """The attention of ALF over its tokens, or else of the attentive probe over the most layers; seeds averaged."""
+        """The attention of ALF over its tokens, or else of the attentive probe over the most layers; mean over seeds."""
         held = [score for score in self.probes if any(_over_layers(row) for row in score.rows)]
         best = max(held, key=lambda score: (score.probe == ALF, len(score.rows[0].layers)), default=None)
         return LayerAttention.of(best) if best else None
@@ -171,7 +230,7 @@ class Block:
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """Share of the attention that each (layer, kind) token gets; shares sum to one, seeds are averaged."""
+    """Share of the attention that each (layer, kind) token gets; shares sum to one, mean over seeds."""
 
     probe: str
     tokens: tuple[tuple[int, str], ...]  # (layer, kind)
@@ -181,7 +240,7 @@ class LayerAttention:
 
     @classmethod
     def of(cls, score: Score) -> "LayerAttention":
-        """Means over seeds; a seed whose tokens differ from the first one's is left out."""
+        """Means over seeds; a seed whose tokens differ from those of the first is left out."""
         kept = [row.attention for row in score.rows if row.attention and _over_layers(row)]
         tokens = tuple(zip(kept[0].layers, kept[0].kinds, strict=True))
         alike = [held for held in kept if tuple(zip(held.layers, held.kinds, strict=True)) == tokens]
@@ -192,9 +251,10 @@ class LayerAttention:
     @cached_property
     def by_layer(self) -> dict[int, float]:
         """{layer: share of all its tokens}."""
-        layers = sorted({layer for layer, _ in self.tokens})
-        held = list(zip(self.tokens, self.mean, strict=True))
-        return {layer: sum(share for (at, _), share in held if at == layer) for layer in layers}
+        shares: dict[int, float] = dict.fromkeys(sorted({layer for layer, _ in self.tokens}), 0.0)
+        for (layer, _), share in zip(self.tokens, self.mean, strict=True):
+            shares[layer] += share
+        return shares
 
     @property
     def peak(self) -> int:
@@ -214,46 +274,28 @@ def _over_layers(row: Row) -> bool:
     return len(set(zip(held.layers, held.kinds, strict=True))) == len(held.kinds)  # one token a layer and kind
 
 
-class _Comparable(NamedTuple):
-    """What rows must have in common for their scores to be compared."""
+def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
+    """Rows by what must be equal for a comparison, in the order in which models and data sets first came.
 
-    model: str
-    dataset: str
-    grid: str
-    metric: str
-    features: tuple[str, ...]
-    options: str  # such as '4 shots'; empty for the protocol as it is
-
-
-def blocks(rows: Sequence[Row]) -> list[Block]:
-    """Rows side by side, in the order in which models and data sets first came; of the same probe and seed, the last.
+    The last row of the same probe and seed counts.
 
     Raises:
         MlfusionError: there are no rows.
     """
     if not rows:
         raise MlfusionError("no results to report. Make some with `mlfusion probe --dataset digits`")
-    grouped: dict[_Comparable, dict[tuple[str, int], Row]] = {}
+    grouped: dict[Setting, dict[tuple[str, int], Row]] = {}
     for row in rows:
-        key = _Comparable(row.model, row.dataset, row.grid, row.metric, tuple(row.features), _options(row))
+        key = setting(row)._replace(protocol=0)  # which the report does not tell apart
         grouped.setdefault(key, {})[row.probe, row.seed] = row
     models = list(dict.fromkeys(key.model for key in grouped))
     datasets = list(dict.fromkeys(key.dataset for key in grouped))
     keys = sorted(grouped, key=lambda key: (models.index(key.model), datasets.index(key.dataset)))
-    return [_block(key, list(grouped[key].values()), _told_apart(key, keys)) for key in keys]
+    return [_group(key, list(grouped[key].values()), _group_name(key, keys)) for key in keys]
 
 
-def _options(row: Row) -> str:
-    said = [
-        f"{row.shots} shots" if row.shots is not None else "",
-        "halving" if row.halving else "",
-        f"labels smoothed by {row.smoothing:g}" if row.smoothing is not None else "",
-    ]
-    return ", ".join(text for text in said if text)
-
-
-def _told_apart(key: _Comparable, keys: Sequence[_Comparable]) -> str:
-    """'vit on digits', and the grid, metric or features where another block differs in just these."""
+def _group_name(key: Setting, keys: Sequence[Setting]) -> str:
+    """'vit on digits', and the grid, metric or features where another group differs in only these."""
     rivals = [other for other in keys if other[:2] == key[:2]]
     said = [
         (len({other.grid for other in rivals}), f"{key.grid} grid"),
@@ -264,13 +306,15 @@ def _told_apart(key: _Comparable, keys: Sequence[_Comparable]) -> str:
     return f"{key.model} on {key.dataset}" + (f" ({words})" if words else "")
 
 
-def _block(key: _Comparable, rows: Sequence[Row], name: str) -> Block:
+def _group(key: Setting, rows: Sequence[Row], name: str) -> ComparisonGroup:
     by_probe: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.seed):
         by_probe.setdefault(row.probe, []).append(row)
     baseline = {row.seed: row for row in by_probe.get(BASELINE, [])}
-    scores = tuple(_score(probe, by_probe[probe], baseline) for probe in sorted(by_probe, key=_order))
-    return Block(*key, name=name, scores=scores)
+    scores = tuple(_score(probe, by_probe[probe], baseline) for probe in sorted(by_probe, key=probe_order))
+    return ComparisonGroup(
+        key.model, key.dataset, key.grid, key.metric, key.features, key.options, name=name, scores=scores
+    )
 
 
 def _score(probe: str, rows: Sequence[Row], baseline: dict[int, Row]) -> Score:
@@ -288,8 +332,8 @@ def _score(probe: str, rows: Sequence[Row], baseline: dict[int, Row]) -> Score:
     )
 
 
-def _order(probe: str) -> tuple[int, str, int]:
-    """The study's ten as in its tables, others by name, layers by number."""
+def probe_order(probe: str) -> tuple[int, str, int]:
+    """Key for sorting: the study's ten probes as in its tables, others by name, layers by number."""
     if probe in STUDY:
         return STUDY.index(probe), "", 0
     if match := _LAYERWISE.fullmatch(probe):
@@ -297,107 +341,20 @@ def _order(probe: str) -> tuple[int, str, int]:
     return len(STUDY), probe, 0
 
 
-# --- over models and data sets ---------------------------------------------------------------------------------------
+def score_word(groups: Iterable[ComparisonGroup]) -> str:
+    """'Accuracy' if every score is one, else 'Score'."""
+    return "Accuracy" if all(group.metric == "balanced_accuracy" for group in groups) else "Score"
 
 
-@dataclass(frozen=True)
-class Study:
-    """Blocks that figures over models or data sets may set side by side: one grid, one metric, the same options."""
-
-    name: str  # what tells it from the other studies of the same rows, such as 'quick grid'; empty for the only one
-    blocks: tuple[Block, ...]  # one for each model and data set, the one with the newest row
-
-    @property
-    def metric(self) -> str:
-        """In words: 'balanced accuracy'."""
-        return metric_name(self.blocks[0].metric)
-
-    @cached_property
-    def models(self) -> tuple[str, ...]:
-        """Families together and from small to large, as the catalogue has them; others as they first came."""
-        known = list(models.CATALOGUE)
-        names = dict.fromkeys(block.model for block in self.blocks)
-        return tuple(sorted(names, key=lambda name: known.index(name) if name in known else len(known)))
-
-    @cached_property
-    def datasets(self) -> tuple[str, ...]:
-        """By domain, then as the catalogue has them; others as they first came."""
-        known = list(datasets.CATALOGUE)
-        names = dict.fromkeys(block.dataset for block in self.blocks)
-
-        def order(name: str) -> tuple[int, int]:
-            return DOMAINS.index(domain(name)), known.index(name) if name in known else len(known)
-
-        return tuple(sorted(names, key=order))
-
-    @cached_property
-    def probes(self) -> tuple[str, ...]:
-        """Those that are not of a layer-by-layer series, in the study's order."""
-        return tuple(sorted({score.probe for block in self.blocks for score in block.probes}, key=_order))
-
-    @cached_property
-    def _held(self) -> dict[tuple[str, str], tuple[Block, dict[str, Score]]]:
-        return {(b.model, b.dataset): (b, {score.probe: score for score in b.scores}) for b in self.blocks}
-
-    def block(self, model: str, dataset: str) -> Block | None:
-        """That of a model on a data set, where there is one."""
-        found = self._held.get((model, dataset))
-        return found[0] if found else None
-
-    def score(self, model: str, dataset: str, probe: str) -> Score | None:
-        """That of a probe, where it was run."""
-        found = self._held.get((model, dataset))
-        return found[1].get(probe) if found else None
+def library_versions(groups: Iterable[ComparisonGroup]) -> dict[str, str]:
+    """{library: its version, or all of them where rows differ}."""
+    found: dict[str, dict[str, None]] = {}
+    for row in (row for group in groups for row in group.rows):
+        for library, version in row.versions.items():
+            found.setdefault(library, {})[version] = None
+    return {library: ", ".join(versions) for library, versions in sorted(found.items())}
 
 
-DOMAINS = ("Natural (multi-domain)", "Natural (single-domain)", "Specialized", "Structured", "Others")
-"""The study's, and what is in none of them."""
-
-
-def domain(dataset: str) -> str:
-    """That of a data set of the study; 'Others' of any other."""
-    row = datasets.CATALOGUE.get(dataset)
-    return row.domain if row and row.domain in DOMAINS else DOMAINS[-1]
-
-
-def studies(held: Sequence[Block]) -> list[Study]:
-    """Blocks by what they may be compared over, the largest study first: unlike metrics are never set side by side."""
-    grouped: dict[tuple[str, str, str], dict[tuple[str, str], Block]] = {}
-    for block in held:
-        place = grouped.setdefault((block.grid, block.metric, block.options), {})
-        there = place.get((block.model, block.dataset))
-        if there is None or _newest(there) < _newest(block):
-            place[block.model, block.dataset] = block
-    keys = sorted(grouped, key=lambda key: -sum(len(block.scores) for block in grouped[key].values()))
-    said = [(f"{grid} grid", metric_name(metric), options or "as usual") for grid, metric, options in keys]
-    differ = [len(set(words)) > 1 for words in zip(*said, strict=True)]
-    names = [", ".join(word for word, which in zip(words, differ, strict=True) if which) for words in said]
-    return [Study(name, tuple(grouped[key].values())) for name, key in zip(names, keys, strict=True)]
-
-
-def _newest(block: Block) -> str:
-    return max(row.created for row in block.rows)
-
-
-# --- numbers as they are shown ---------------------------------------------------------------------------------------
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """0.9712 → '97.1'."""
-    return f"{100 * value:.{digits}f}"
-
-
-def points(value: float, digits: int = 1) -> str:
-    """A gain in points with its sign, a true minus for losses; what rounds to nothing has none."""
-    text = f"{100 * value:+.{digits}f}"
-    return text[1:] if not float(text) else text.replace("-", "\N{MINUS SIGN}")
-
-
-def count(value: int) -> str:
-    """18447 → '18 447', thin spaces between."""
-    return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def listed(words: Sequence[str]) -> str:
-    """['a', 'b', 'c'] → 'a, b and c'."""
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+def code_versions(groups: Iterable[ComparisonGroup]) -> list[str]:
+    """Versions of mlfusion that made the rows, each once."""
+    return list(dict.fromkeys(row.code for group in groups for row in group.rows))

@@ -3,13 +3,16 @@
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 from mlfusion.errors import BadData
 from mlfusion.report.figures.drawing import Record
-from mlfusion.report.summary import DAGGER, OTHER_CODE, Study, domain, percent, points
+from mlfusion.report.numbers import capitalized, from_to, percent, plus_minus, points
+from mlfusion.report.studies import Study, domain
+from mlfusion.report.summary import DAGGER, OTHER_CODE
 from mlfusion.specs import BASELINE
 from mlfusion.statistics import FEWEST, Spread, wilcoxon
 
@@ -20,79 +23,102 @@ Mark = Literal["", "bold", "underline"]
 
 @dataclass(frozen=True)
 class Cell:
-    """A score as a fraction with its deviation, the gain with its own, and how it is set; all None where nothing was run."""
+    """A score as a fraction with its deviation, its gain, and how it is set; without a score where nothing was run."""
 
     test: float | None = None
     gain: Spread | None = None
-    spread: float | None = None  # of the score, where it has no gain
+    spread: float | None = None  # of the score, shown where it has no gain
     few: int | None = None  # models that it is the mean of, where others of its row are of more
     mark: Mark = ""
     other_code: bool = False  # a gain from a baseline of another version of the code
     text: str = ""  # of a cell that holds something else
 
+    @property
+    def shown(self) -> tuple[str, str]:
+        """'82.3' and '+4.1 ± 2.0': score and gain as text."""
+        if self.text or self.test is None:
+            return self.text, ""
+        if self.gain is None:
+            return percent(self.test) + plus_minus(self.spread), ""
+        gain = points(self.gain.mean) + plus_minus(self.gain.sd)
+        gain += f" {DAGGER}" if self.other_code else ""
+        return percent(self.test), gain + (f"; n = {self.few}" if self.few else "")
+
+
+Line = tuple[str, Sequence[Cell]]
+"""A data set, or the name of a line of the foot, and its cells."""
+
 
 @dataclass(frozen=True)
-class Sheet:
-    """One table: a row a data set under its domain, a column a probe."""
+class ScoreTable:
+    """One table: a line a data set under its domain, a column a probe."""
 
     name: str  # of its files
     title: str
     note: str
     columns: Sequence[str]
-    groups: Sequence[tuple[str, Sequence[tuple[str, Sequence[Cell]]]]]  # (domain, [(data set, cells)])
-    foot: Sequence[tuple[str, Sequence[Cell]]]
+    domains: Sequence[tuple[str, Sequence[Line]]]
+    foot: Sequence[Line]
     numbers: Sequence[Record] = field(repr=False)
 
-    @property
-    def reach(self) -> float:
-        """The largest gain or loss, a point at least: what colours are scaled by."""
-        held = [cell.gain.mean for _, rows in self.groups for _, cells in rows for cell in cells if cell.gain]
-        return max([0.01, *(abs(value) for value in held)])
+    @cached_property
+    def largest_gain(self) -> float:
+        """The largest gain or loss of a cell, a point at least: the end of the scale of colours."""
+        gains = [abs(cell.gain.mean) for _, lines in self.domains for _, cells in lines for cell in cells if cell.gain]
+        return max([0.01, *gains])
 
 
-def by_significance(study: Study) -> Sheet:
+def by_significance(study: Study) -> ScoreTable:
     """Table 1: bold is what is not significantly worse than the best of its row, by one-sided signed-rank tests over models."""
     marks: dict[tuple[str, str], Mark] = {}
     tested = False
     for dataset in study.datasets:
-        held = _over_models(study, dataset)
-        if not held:
+        scores = _over_models(study, dataset)
+        if not scores:
             continue
-        best = max(held, key=lambda probe: fmean(held[probe].values()))
-        marks[dataset, best] = "bold"
-        for probe, scores in held.items():
-            if probe == best or len(scores) < FEWEST:
-                continue
-            tested = True
-            try:
-                worse = wilcoxon([held[best][model] - score for model, score in scores.items()]).p < LEVEL
-            except BadData:  # too few differ at all
-                worse = False
-            if not worse:
-                marks[dataset, probe] = "bold"
+        best = max(scores, key=lambda probe: fmean(scores[probe].values()))
+        tested |= len(scores) > 1 and len(scores[best]) >= FEWEST
+        marks |= {(dataset, p): "bold" for p in scores if p == best or _no_worse(scores[p], scores[best])}
     how = (
-        f"Bold: not significantly worse than the best of the row (one-sided Wilcoxon signed-rank test "
-        f"over models, p < {LEVEL})."
+        "Bold: not significantly worse than the best of the row (one-sided Wilcoxon signed-rank test over models, "
+        f"p < {LEVEL})."
         if tested
         else f"Bold: the best of the row; nothing is tested with fewer than {FEWEST} models."
     )
-    return _sheet(study, "table-1-significance", how, marks, ranks=None)
+    return _table(study, "table-1-significance", how, marks)
 
 
-def by_rank(study: Study) -> Sheet:
+def _no_worse(scores: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Whether a signed-rank test over models does not find scores worse than the best; False where nothing is tested."""
+    if len(scores) < FEWEST:
+        return False
+    try:
+        return wilcoxon([best[model] - score for model, score in scores.items()]).p >= LEVEL
+    except BadData:  # too few differ at all
+        return True
+
+
+def by_rank(study: Study) -> ScoreTable:
     """Table 1 again: bold is the best of its row, underlined the second; the last line is the mean rank."""
     marks: dict[tuple[str, str], Mark] = {}
     each: dict[str, list[float]] = {}
     for dataset in study.datasets:
-        means = {probe: fmean(held.values()) for probe, held in _over_models(study, dataset).items()}
-        ranked = ranks(means)
-        for probe, rank in ranked.items():
+        means = {probe: fmean(scores.values()) for probe, scores in _over_models(study, dataset).items()}
+        for probe, rank in ranks(means).items():
             each.setdefault(probe, []).append(rank)
             if rank < 3:
                 marks[dataset, probe] = "bold" if rank < 2 else "underline"
-    complete = {probe: held for probe, held in each.items() if len(held) == len(study.datasets)}
+    mean_ranks = {probe: fmean(held) for probe, held in each.items() if len(held) == len(study.datasets)}
     how = f"Bold: the best of the row, underlined: the second. Mean rank over {len(study.datasets)} data sets, 1 the best."
-    return _sheet(study, "table-1-ranks", how, marks, ranks={probe: fmean(held) for probe, held in complete.items()})
+    table = _table(study, "table-1-ranks", how, marks)
+    return replace(
+        table,
+        foot=[*table.foot, ("Mean rank", _rank_cells(study.probes, mean_ranks))],
+        numbers=[
+            *table.numbers,
+            *(Record(dataset="mean rank", domain="", probe=p, rank=rank) for p, rank in mean_ranks.items()),
+        ],
+    )
 
 
 def ranks(scores: Mapping[str, float]) -> dict[str, float]:
@@ -105,13 +131,19 @@ def ranks(scores: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def of_model(study: Study, model: str) -> Sheet:
+def _rank_cells(probes: Sequence[str], mean_ranks: Mapping[str, float]) -> list[Cell]:
+    first, second, *_ = [*sorted(mean_ranks.values()), 0.0, 0.0]
+    marks: dict[float, Mark] = {second: "underline", first: "bold"}
+    return [
+        Cell(text=f"{mean_ranks[probe]:.2f}", mark=marks.get(mean_ranks[probe], "")) if probe in mean_ranks else Cell()
+        for probe in probes
+    ]
+
+
+def of_model(study: Study, model: str) -> ScoreTable:
     """Table A4: everything of one model, with ± over seeds."""
-    alone = Study(study.name, tuple(block for block in study.blocks if block.model == model))
-    sheet = _sheet(alone, f"scores-{slug(model)}", "", {}, ranks=None)
-    return Sheet(
-        sheet.name, f"Scores and gains of {model}", sheet.note, sheet.columns, sheet.groups, sheet.foot, sheet.numbers
-    )
+    alone = Study(study.name, tuple(group for group in study.groups if group.model == model))
+    return replace(_table(alone, f"scores-{slug(model)}", "", {}), title=f"Scores and gains of {model}")
 
 
 def slug(name: str) -> str:
@@ -119,140 +151,119 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFKC", name)).strip("-.") or "unnamed"
 
 
+# --- one table -------------------------------------------------------------------------------------------------------
+
+
 def _over_models(study: Study, dataset: str) -> dict[str, dict[str, float]]:
     """{probe: {model: score}} of the probes that every model of the row has: means over other models are no comparison."""
-    mine = [block.model for block in study.blocks if block.dataset == dataset]
-    found: dict[str, dict[str, float]] = {}
-    for probe in study.probes:
-        scores = {model: score.test.mean for model in mine if (score := study.score(model, dataset, probe))}
-        if len(scores) == len(mine):
-            found[probe] = scores
-    return found
+    groups = [group for group in study.groups if group.dataset == dataset]
+    found = {p: {g.model: score.test.mean for g in groups if (score := study.score(g, p))} for p in study.probes}
+    return {probe: scores for probe, scores in found.items() if len(scores) == len(groups)}
 
 
-def _sheet(
-    study: Study, name: str, how: str, marks: dict[tuple[str, str], Mark], ranks: dict[str, float] | None
-) -> Sheet:
-    probes = study.probes
-    several = len(study.models) > 1
-    groups: list[tuple[str, list[tuple[str, list[Cell]]]]] = []
-    numbers: list[Record] = []
-    held: dict[str, list[Cell]] = {}
-    for dataset in study.datasets:
-        cells = [_cell(study, dataset, probe, marks.get((dataset, probe), "")) for probe in probes]
-        if not groups or groups[-1][0] != domain(dataset):
-            groups.append((domain(dataset), []))
-        groups[-1][1].append((dataset, cells))
-        for probe, cell in zip(probes, cells, strict=True):
-            if cell.test is None:
-                continue
-            held.setdefault(probe, []).append(cell)
-            numbers.append(
-                {
-                    "dataset": dataset,
-                    "domain": domain(dataset),
-                    "probe": probe,
-                    "test": 100 * cell.test,
-                    "gain": 100 * cell.gain.mean if cell.gain else None,
-                    "gain_sd": 100 * cell.gain.sd if cell.gain and cell.gain.sd is not None else None,
-                    "n": cell.gain.n if cell.gain else None,
-                    "mark": cell.mark,
-                    "other_code": "yes" if cell.other_code else "",
-                }
-            )
-    foot: list[tuple[str, list[Cell]]] = []
-    if len(study.datasets) > 1:
-        foot.append((f"Mean of {len(study.datasets)}", [_mean(held.get(p, []), len(study.datasets)) for p in probes]))
-    if ranks is not None:
-        best = sorted(ranks.values())[:2]
-        place: dict[float, Mark] = {
-            value: "bold" if i == 0 else "underline" for i, value in reversed([*enumerate(best)])
-        }
-        shown = [(ranks[p], place.get(ranks[p], "")) if p in ranks else None for p in probes]
-        foot.append(("Mean rank", [Cell(text=f"{s[0]:.2f}", mark=s[1]) if s else Cell() for s in shown]))
-        numbers += [
-            {"dataset": "mean rank", "domain": "", "probe": probe, "rank": rank} for probe, rank in ranks.items()
-        ]
-    over = f"models (n = {len(study.models)})" if several else "seeds"
-    counted = sorted({score.test.n for block in study.blocks for score in block.probes})
-    seeds = " to ".join(str(n) for n in dict.fromkeys((counted[0], counted[-1])))
-    note = (
-        f"{study.metric[0].upper()}{study.metric[1:]} on test in percent, with the gain in points over {BASELINE} and "
-        f"± one standard deviation over "
-        f"{over}; {seeds} {'seed' if seeds == '1' else 'seeds'}. {how}"
-    )
-    missing = ""
-    if any(cell.test is None or cell.few for _, rows in groups for _, cells in rows for cell in cells):
-        missing = (
-            " An empty cell was not run. What fewer models have (n) is not marked, and a mean is "
-            "given where all have the probe on "
-            "every data set."
-        )
-    marked = any(cell.other_code for _, rows in groups for _, cells in rows for cell in cells)
-    said = " ".join(part.strip() for part in (note, missing, OTHER_CODE if marked else "") if part.strip())
-    return Sheet(name, "Scores and gains", said, probes, groups, foot, numbers)
+def _table(study: Study, name: str, how: str, marks: Mapping[tuple[str, str], Mark]) -> ScoreTable:
+    """The cells of a study; the note ends in how they are marked."""
+    lines = {
+        dataset: [_cell(study, dataset, probe, marks.get((dataset, probe), "")) for probe in study.probes]
+        for dataset in study.datasets
+    }
+    domains: dict[str, list[Line]] = {}
+    for dataset, cells in lines.items():
+        domains.setdefault(domain(dataset), []).append((dataset, cells))
+    foot = []
+    if len(lines) > 1:
+        foot.append((f"Mean of {len(lines)}", [_mean(column) for column in zip(*lines.values(), strict=True)]))
+    numbers = [
+        _number(dataset, probe, cell)
+        for dataset, cells in lines.items()
+        for probe, cell in zip(study.probes, cells, strict=True)
+        if cell.test is not None
+    ]
+    cells = [cell for held in lines.values() for cell in held]
+    note = _note(study, how, cells)
+    return ScoreTable(name, "Scores and gains", note, study.probes, list(domains.items()), foot, numbers)
 
 
 def _cell(study: Study, dataset: str, probe: str, mark: Mark) -> Cell:
-    scores = [score for model in study.models if (score := study.score(model, dataset, probe))]
+    scores = study.scores(probe, dataset=dataset)
     if not scores:
         return Cell()
-    test = fmean(score.test.mean for score in scores)
+    test = Spread.of(score.test.mean for score in scores)
     gains = [score.gain for score in scores if score.gain and not score.is_baseline]
     other = any(score.other_code for score in scores)
     if len(study.models) == 1:
         gain = gains[0] if gains else None
-        return Cell(test, gain, scores[0].test.sd, mark=mark, other_code=other)
-    spread = Spread.of(score.test.mean for score in scores).sd
-    everyone = sum(block.dataset == dataset for block in study.blocks)
-    few = len(scores) if len(scores) < everyone else None
-    return Cell(test, Spread.of(gain.mean for gain in gains) if gains else None, spread, few, mark, other)
+        return Cell(test.mean, gain, scores[0].test.sd, mark=mark, other_code=other)
+    models = len(study.select(dataset=dataset))
+    few = len(scores) if len(scores) < models else None
+    gain = Spread.of(gain.mean for gain in gains) if gains else None
+    return Cell(test.mean, gain, test.sd, few, mark, other)
 
 
-def _mean(cells: Sequence[Cell], datasets: int) -> Cell:
-    if len(cells) < datasets or any(cell.few for cell in cells):
+def _mean(cells: Sequence[Cell]) -> Cell:
+    """Means over data sets, if all models have the probe on each."""
+    tests = [cell.test for cell in cells if cell.test is not None and not cell.few]
+    if len(tests) < len(cells):
         return Cell()
-    tests = [cell.test for cell in cells if cell.test is not None]
     gains = [cell.gain.mean for cell in cells if cell.gain]
-    return Cell(fmean(tests), Spread(fmean(gains), None, len(gains)) if len(gains) == datasets else None)
+    return Cell(fmean(tests), Spread(fmean(gains), None, len(gains)) if len(gains) == len(cells) else None)
+
+
+def _number(dataset: str, probe: str, cell: Cell) -> Record:
+    gain = cell.gain
+    return Record(
+        dataset=dataset,
+        domain=domain(dataset),
+        probe=probe,
+        test=None if cell.test is None else 100 * cell.test,
+        gain=100 * gain.mean if gain else None,
+        gain_sd=100 * gain.sd if gain and gain.sd is not None else None,
+        n=gain.n if gain else None,
+        mark=cell.mark,
+        other_code="yes" if cell.other_code else "",
+    )
+
+
+def _note(study: Study, how: str, cells: Sequence[Cell]) -> str:
+    over = f"models (n = {len(study.models)})" if len(study.models) > 1 else "seeds"
+    seeds = from_to(score.test.n for group in study.groups for score in group.probes)
+    said = [
+        f"{capitalized(study.metric)} on test in percent, with the gain in points over {BASELINE} and ± one standard deviation "
+        f"over {over}; {seeds} {'seed' if seeds == '1' else 'seeds'}.",
+        how,
+    ]
+    if any(cell.test is None or cell.few for cell in cells):
+        said.append(
+            "An empty cell was not run. Scores of fewer models (n) are not marked, and a mean is given where all models have "
+            "the probe on every data set."
+        )
+    if any(cell.other_code for cell in cells):
+        said.append(OTHER_CODE)
+    return " ".join(filter(None, said))
 
 
 # --- as text ---------------------------------------------------------------------------------------------------------
 
 
-def shown(cell: Cell) -> tuple[str, str]:
-    """'82.3' and '+4.1 ± 2.0': what a cell says, score and gain."""
-    if cell.text or cell.test is None:
-        return cell.text, ""
-    if cell.gain is None:
-        return percent(cell.test) + (f" ± {percent(cell.spread)}" if cell.spread is not None else ""), ""
-    gained = points(cell.gain.mean) + (f" ± {percent(cell.gain.sd)}" if cell.gain.sd is not None else "")
-    gained += f" {DAGGER}" if cell.other_code else ""
-    return percent(cell.test), gained + (f"; n = {cell.few}" if cell.few else "")
-
-
-def markdown(sheet: Sheet) -> str:
-    """A table for a page of text; domains stand as lines of their own."""
-    lines = [f"| data set | {' | '.join(f'`{name}`' for name in sheet.columns)} |"]
-    lines.append("|---|" + "---:|" * len(sheet.columns))
+def markdown(table: ScoreTable) -> str:
+    """The table as Markdown under its title and note; each domain has a line of its own."""
+    lines = [f"| data set | {' | '.join(f'`{name}`' for name in table.columns)} |"]
+    lines.append("|---|" + "---:|" * len(table.columns))
 
     def line(label: str, cells: Sequence[Cell]) -> str:
-        return f"| {_escaped(label)} | " + " | ".join(_marked(cell, "**{}**", "<u>{}</u>") for cell in cells) + " |"
+        escaped = label.replace("|", "\\|")
+        return f"| {escaped} | " + " | ".join(_marked(cell, "**{}**", "<u>{}</u>") for cell in cells) + " |"
 
-    for name, rows in sheet.groups:
-        if len(sheet.groups) > 1:
-            lines.append(f"| *{name}* |" + " |" * len(sheet.columns))
-        lines += [line(label, cells) for label, cells in rows]
-    lines += [line(f"{label}", cells) for label, cells in sheet.foot]
-    return f"### {sheet.title}\n\n{sheet.note}\n\n" + "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    for name, held in table.domains:
+        if len(table.domains) > 1:
+            lines.append(f"| *{name}* |" + " |" * len(table.columns))
+        lines += [line(label, cells) for label, cells in held]
+    lines += [line(label, cells) for label, cells in table.foot]
+    return f"### {table.title}\n\n{table.note}\n\n" + "\n".join(lines) + "\n"
 
 
 def _marked(cell: Cell, bold: str, underline: str) -> str:
-    score, gain = shown(cell)
+    score, gain = cell.shown
     text = f"{score} ({gain})" if gain else score
     return {"bold": bold, "underline": underline}.get(cell.mark, "{}").format(text) if text else ""
 
@@ -261,63 +272,49 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    DAGGER: r"$\dagger$",
+    "\N{MINUS SIGN}": "$-$",
 }
 
 
 def _tex(text: str) -> str:
     """Text as LaTeX shows it."""
-    escaped = "".join(_LATEX.get(c, c) for c in text)
-    return escaped.replace("±", r"$\pm$").replace(DAGGER, r"$\dagger$").replace("\N{MINUS SIGN}", "$-$")
+    return "".join(_LATEX.get(c, c) for c in text)
 
 
-def latex(sheet: Sheet) -> str:
+def latex(table: ScoreTable) -> str:
     r"""A `table*` that needs booktabs, and \resizebox of graphicx to fit the page."""
 
     def line(label: str, cells: Sequence[Cell]) -> str:
         return f"{_tex(label)} & " + " & ".join(_tex_cell(cell) for cell in cells) + r" \\"
 
-    heads = [part.partition("/") for part in sheet.columns]
+    heads = [part.partition("/") for part in table.columns]
     body = [
         r"\begin{table*}",
         r"\centering",
-        rf"\caption{{{_tex(sheet.title)}. {_tex(sheet.note)}}}",
-        rf"\label{{tab:{slug(sheet.name)}}}",
+        rf"\caption{{{_tex(table.title)}. {_tex(table.note)}}}",
+        rf"\label{{tab:{slug(table.name)}}}",
         r"\resizebox{\textwidth}{!}{%",
-        rf"\begin{{tabular}}{{l{'r' * len(sheet.columns)}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
         r"\toprule",
         " & ".join(["", *(_tex(tokens) for tokens, _, _ in heads)]) + r" \\",
         " & ".join(["data set", *(_tex(head) for _, _, head in heads)]) + r" \\",
     ]
-    for name, rows in sheet.groups:
+    for name, lines in table.domains:
         body.append(r"\midrule")
-        if len(sheet.groups) > 1:
-            body.append(rf"\multicolumn{{{1 + len(sheet.columns)}}}{{l}}{{\emph{{{_tex(name)}}}}} \\")
-        body += [line(label, cells) for label, cells in rows]
-    if sheet.foot:
-        body += [r"\midrule", *(line(label, cells) for label, cells in sheet.foot)]
+        if len(table.domains) > 1:
+            body.append(rf"\multicolumn{{{1 + len(table.columns)}}}{{l}}{{\emph{{{_tex(name)}}}}} \\")
+        body += [line(label, cells) for label, cells in lines]
+    if table.foot:
+        body += [r"\midrule", *(line(label, cells) for label, cells in table.foot)]
     return "\n".join([*body, r"\bottomrule", r"\end{tabular}}", r"\end{table*}", ""])
 
 
 def _tex_cell(cell: Cell) -> str:
-    score, gain = shown(cell)
+    score, gain = cell.shown
     if not score:
         return ""
     set_as = {"bold": r"\textbf{{{}}}", "underline": r"\underline{{{}}}"}.get(cell.mark, "{}")
     text = set_as.format(_tex(score))
     return text + (rf" {{\scriptsize({_tex(gain)})}}" if gain else "")
-
-
-def as_any(sheet: Sheet) -> dict[str, Any]:
-    """What the page's template shows of it: cells as (score, gain, mark, strength of the colour from -1 to 1)."""
-
-    def cells(held: Sequence[Cell]) -> list[tuple[str, str, str, float]]:
-        return [(*shown(cell), cell.mark, cell.gain.mean / sheet.reach if cell.gain else 0.0) for cell in held]
-
-    return {
-        "name": sheet.name,
-        "title": sheet.title,
-        "note": sheet.note,
-        "heads": [name.partition("/")[::2] for name in sheet.columns],
-        "groups": [(name, [(label, cells(held)) for label, held in rows]) for name, rows in sheet.groups],
-        "foot": [(label, cells(held)) for label, held in sheet.foot],
-    }

@@ -1,22 +1,60 @@
-"""What a figure is: panels of Vega-Lite without their data, a legend, and the numbers; and how it becomes files.
+"""What a figure is: panels of Vega-Lite without their data, a legend, and its numbers; and how it becomes files.
 
-The page draws each panel over the full width of its place and takes colours from light or dark; a file sets the panels
-side by side on white. No colour, font or size of type is written in a figure: marks name a *style* or take the next
-colour of a range (see `look`). Scores are in percent, gains in points.
+The page draws each panel over the full width of its place and takes colours from the light or the dark palette; a file sets
+the panels side by side on white. No colour, font or font size is written in a figure: marks name a *style* or take the next
+colour of a range (see `theme`). Scores are in percent, gains in points.
 """
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from mlfusion.errors import Unavailable
-from mlfusion.report.look import DASHES, LIGHT, Shape, config
-
-Record = dict[str, str | float | int | None]
+from mlfusion.report.theme import DASHES, LIGHT, SYMBOLS, Symbol, config
 
 DATA = "records"  # the name under which a panel's specification asks for its data
+
+Value = str | float | int | None
+
+
+class Record(Mapping[str, Value]):
+    """The data of one mark: named values that cannot be changed; a value that is absent is None."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, Value] = MappingProxyType({}), /, **more: Value) -> None:
+        self._values = {**values, **more}
+
+    def __getitem__(self, name: str) -> Value:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def number(self, name: str) -> float:
+        """A value that must be a number.
+
+        Raises:
+            TypeError: it is absent or a text.
+        """
+        value = self._values[name]
+        if value is None or isinstance(value, str):
+            raise TypeError(f"{name} of a record is {value!r}, not a number")
+        return float(value)
+
+    def extended(self, **more: Value) -> "Record":
+        """The same with more values, or other ones."""
+        return Record(self._values, **more)
+
+    def without(self, *names: str) -> "Record":
+        """The same without some values."""
+        return Record({name: value for name, value in self._values.items() if name not in names})
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,44 +68,55 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Key:
-    """One entry of a legend; `colour` counts the series' colours from 1, 0 being the quiet one."""
+class LegendEntry:
+    """One entry of a legend; `colour` counts the series' colours from 1, and 0 is the palette's quiet colour."""
 
     label: str
     colour: int
-    shape: Shape
+    symbol: Symbol
 
 
 @dataclass(frozen=True, eq=False)
 class Figure:
-    """One drawing: panels that share a legend. `says` is what a reader who cannot see it is told, `note` how to read it."""
+    """Panels that share a legend."""
 
-    name: str  # of its place on the page and of its files
+    name: str  # its place on the page and its files
     title: str
-    note: str  # what is drawn, of how many, and what an interval means
-    says: str
+    note: str  # the caption: what is drawn, of how many, and what an interval means
+    description: str  # the text for readers who cannot see the figure
     panels: Sequence[Panel]
     numbers: Sequence[Record] = field(repr=False)  # what is drawn, one a mark, as its CSV holds it
-    legend: Sequence[Key] = ()
-    columns: int = 3  # of panels, in a file
-    room: Literal["", "wide", "narrow"] = ""  # that a panel takes on the page
-    more: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)  # other numbers: {name: records}
+    legend: Sequence[LegendEntry] = ()
+    columns: int = 3  # panels beside each other in a file
+    page_width: Literal["", "wide", "narrow"] = ""  # width of a panel on the page
+    more_numbers: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)  # {name: records of a CSV}
 
     def named(self, name: str) -> "Figure":
         """The same under another name."""
         return replace(self, name=name)
 
 
-def needs_altair() -> Any:
-    """Altair, which is imported late: everything but the page and the figures works without.
+def series(position: int) -> tuple[int, Symbol]:
+    """(colour counted from 1, symbol) of the series at a position; after the last they begin again."""
+    turn = position % len(SYMBOLS)
+    return turn + 1, SYMBOLS[turn]
+
+
+def series_legend(names: Sequence[str], shown: Container[str] | None = None) -> tuple[LegendEntry, ...]:
+    """One entry for each series, or for those shown; a series keeps the colour and symbol of its position."""
+    return tuple(LegendEntry(name, *series(i)) for i, name in enumerate(names) if shown is None or name in shown)
+
+
+def require_altair() -> Any:
+    """Altair, imported late: everything but the page and the figures works without it.
 
     Raises:
-        Unavailable: it, or another part of the extra, is not installed.
+        Unavailable: Altair, or another library of the extra, is not installed.
     """
     try:
         import altair
-        import itables  # noqa: F401  the page takes its tables' code from it
-        import vl_convert  # noqa: F401  and the drawing code from this
+        import itables  # noqa: F401  the page reads DataTables from it
+        import vl_convert  # noqa: F401  and Vega from this
     except ImportError as err:
         raise Unavailable(
             f"a page or figures need {err.name}, which is not installed; allowed without it: the table that `mlfusion "
@@ -76,25 +125,30 @@ def needs_altair() -> Any:
     return altair
 
 
-def charted() -> Any:
+def base_chart() -> Any:
     """An Altair chart of the panel's records."""
-    alt = needs_altair()
+    alt = require_altair()
     return alt.Chart(alt.NamedData(DATA))
 
 
-def finished(chart: Any, height: int) -> dict[str, Any]:
+def of_kind(kind: str) -> Any:
+    """An Altair chart of those of the panel's records whose `what` is this."""
+    return base_chart().transform_filter(f"datum.what == '{kind}'")
+
+
+def to_spec(chart: Any, height: int) -> dict[str, Any]:
     """The chart's specification, as wide as its container."""
     spec: dict[str, Any] = chart.properties(width="container", height=height).to_dict()
-    return {**spec, "data": {"name": DATA}, "layer": [_inheriting(layer) for layer in spec["layer"]]}
+    return {**spec, "data": {"name": DATA}, "layer": [_without_data(layer) for layer in spec["layer"]]}
 
 
-def _inheriting(layer: dict[str, Any]) -> dict[str, Any]:
-    """Without the name of the data, which Altair may write into every layer: the panel's are those of all of them."""
+def _without_data(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer without the name of the data, which Altair may write into every layer: the panel's data serve all of them."""
     inner = {key: value for key, value in layer.items() if key != "data"}
-    return inner | ({"layer": [_inheriting(one) for one in inner["layer"]]} if "layer" in inner else {})
+    return inner | ({"layer": [_without_data(one) for one in inner["layer"]]} if "layer" in inner else {})
 
 
-def numbers_csv(records: Sequence[Mapping[str, Any]]) -> str:
+def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
     """Records as CSV; columns in the order in which they first come, an absent value empty."""
     names = list(dict.fromkeys(name for record in records for name in record))
     held = io.StringIO()
@@ -107,9 +161,9 @@ def numbers_csv(records: Sequence[Mapping[str, Any]]) -> str:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def whole(figure: Figure) -> dict[str, Any]:
+def combined_spec(figure: Figure) -> dict[str, Any]:
     """All panels as one specification on white, under the title, with the legend and the note."""
-    datasets = {f"{DATA}-{i}": list(panel.records) for i, panel in enumerate(figure.panels)}
+    datasets = {f"{DATA}-{i}": [dict(record) for record in panel.records] for i, panel in enumerate(figure.panels)}
     views = []
     for i, panel in enumerate(figure.panels):
         view = {key: value for key, value in panel.spec.items() if key not in ("$schema", "config")}
@@ -117,7 +171,7 @@ def whole(figure: Figure) -> dict[str, Any]:
     columns = min(figure.columns, len(views))
     across = columns * (max(panel.width for panel in figure.panels) + 40)
     body = {"concat": views, "columns": columns, "spacing": 36, "resolve": {"scale": {"color": "shared"}}}
-    look = config(LIGHT) | {"background": LIGHT.paper, "padding": 16, "concat": {"spacing": 36}}
+    theme = config(LIGHT) | {"background": LIGHT.paper, "padding": 16, "concat": {"spacing": 36}}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "title": {
@@ -131,12 +185,12 @@ def whole(figure: Figure) -> dict[str, Any]:
         },
         "datasets": datasets,
         "vconcat": [*([_legend(figure.legend, across)] if figure.legend else []), body],
-        "config": look,
+        "config": theme,
     }
 
 
 def _lines(text: str, width: int) -> list[str]:
-    """Text in lines of about so many pixels."""
+    """Text broken into lines of about `width` pixels."""
     lines: list[str] = []
     for word in text.split():
         if lines and len(lines[-1]) + len(word) < width / 6.2:
@@ -146,16 +200,16 @@ def _lines(text: str, width: int) -> list[str]:
     return lines
 
 
-def _legend(keys: Sequence[Key], width: int) -> dict[str, Any]:
-    """The legend as a row of marks and words, in lines where it is too long for one."""
+def _legend(entries: Sequence[LegendEntry], width: int) -> dict[str, Any]:
+    """The legend as a row of symbols and labels, broken into lines of `width` pixels."""
     x, y, layers = 0.0, 6.0, []
-    for key in keys:
-        room = 40 + 6.8 * len(key.label)
+    for entry in entries:
+        room = 40 + 6.8 * len(entry.label)
         if x and x + room > width:
             x, y = 0.0, y + 20
-        colour = LIGHT.series[key.colour - 1] if key.colour else LIGHT.quiet
-        layers += _symbol(key, x, y, colour)
-        layers.append(_fixed({"type": "text", "align": "left", "style": "name", "text": key.label}, x + 24, y))
+        colour = LIGHT.series[entry.colour - 1] if entry.colour else LIGHT.quiet
+        layers += _symbol(entry.symbol, x, y, colour)
+        layers.append(_fixed({"type": "text", "align": "left", "style": "name", "text": entry.label}, x + 24, y))
         x += room
     return {"width": width, "height": y + 8, "layer": layers, "data": {"values": [{}]}}
 
@@ -165,15 +219,15 @@ def _fixed(mark: dict[str, Any], x: float, y: float, **more: float) -> dict[str,
     return {"mark": mark, "encoding": {name: {"value": value} for name, value in at.items()}}
 
 
-def _symbol(key: Key, x: float, y: float, colour: str) -> list[dict[str, Any]]:
-    if key.shape == "line" or key.shape in DASHES:
-        dash = {"strokeDash": DASHES[key.shape]} if key.shape in DASHES else {}
+def _symbol(symbol: Symbol, x: float, y: float, colour: str) -> list[dict[str, Any]]:
+    if symbol == "line" or symbol in DASHES:
+        dash = {"strokeDash": DASHES[symbol]} if symbol in DASHES else {}
         return [_fixed({"type": "rule", "color": colour, "strokeWidth": 2, **dash}, x, y, x2=x + 18)]
-    if key.shape == "box":
+    if symbol == "box":
         mark = {"type": "rect", "color": colour, "fillOpacity": 0.3, "stroke": colour}
         return [_fixed(mark, x + 1, y - 5, x2=x + 17, y2=y + 5)]
-    hollow = key.shape == "hollow"
-    shape = "circle" if hollow else key.shape
+    hollow = symbol == "hollow"
+    shape = "circle" if hollow else symbol
     return [
         _fixed(
             {"type": "point", "shape": shape, "filled": not hollow, "color": colour, "size": 70, "opacity": 1}, x + 9, y
@@ -183,10 +237,10 @@ def _symbol(key: Key, x: float, y: float, colour: str) -> list[dict[str, Any]]:
 
 def svg(figure: Figure) -> str:
     """The figure as SVG on white."""
-    needs_altair()
+    require_altair()
     import vl_convert
 
-    return vl_convert.vegalite_to_svg(whole(figure))
+    return vl_convert.vegalite_to_svg(combined_spec(figure))
 
 
 def png(drawn: str, scale: float = 2) -> bytes:
@@ -196,10 +250,9 @@ def png(drawn: str, scale: float = 2) -> bytes:
     return vl_convert.svg_to_png(drawn, scale=scale)
 
 
-def spread_of(records: Iterable[Record], low: str, high: str, least: float = 2) -> tuple[float, float]:
-    """From the lowest end to the highest, `least` points at least: less would make noise look like news."""
+def extent(records: Iterable[Record], low: str, high: str, least: float = 2) -> tuple[float, float]:
+    """From the lowest to the highest value, at least `least` points wide: a narrower axis would magnify noise."""
     held = list(records)
-    bottom = min(float(r[low]) for r in held if r.get(low) is not None)  # type: ignore[arg-type]
-    top = max(float(r[high]) for r in held if r.get(high) is not None)  # type: ignore[arg-type]
+    bottom, top = min(record.number(low) for record in held), max(record.number(high) for record in held)
     missing = max(0.0, least - (top - bottom)) / 2
     return bottom - missing, top + missing

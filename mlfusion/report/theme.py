@@ -1,9 +1,9 @@
-"""What every figure and the page look like: one palette for light, one for dark, both told apart by colour-blind readers."""
+"""Colours, symbols and styles of every figure and the page: a light and a dark palette, both safe for colour-blind readers."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Shape = Literal[
+Symbol = Literal[
     "square",
     "circle",
     "diamond",
@@ -18,16 +18,17 @@ Shape = Literal[
     "hollow",
 ]
 
-DASHES: dict[Shape, list[float]] = {"dashed": [4, 3], "dotted": [2, 3], "dash-dot": [7, 3, 2, 3]}
-"""Of lines: drawn and left out, in turn."""
+DASHES: dict[Symbol, list[float]] = {"dashed": [4, 3], "dotted": [2, 3], "dash-dot": [7, 3, 2, 3]}
+"""Dash patterns of lines: lengths of dash and gap in turn."""
 
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, DejaVu Sans, sans-serif"
-SHAPES: tuple[Shape, ...] = ("square", "circle", "diamond", "triangle-up", "cross", "triangle-down")
+SYMBOLS: tuple[Symbol, ...] = ("square", "circle", "diamond", "triangle-up", "cross", "triangle-down")
+"""Symbols of the series of a figure, in the order in which they are taken."""
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours by the part that they play."""
+    """Colours by their use."""
 
     paper: str
     panel: str
@@ -35,7 +36,7 @@ class Palette:
     quiet: str
     line: str
     accent: str
-    series: tuple[str, ...]  # of Okabe and Ito, in the order in which they are taken
+    series: tuple[str, ...]  # from Okabe and Ito, in the order in which series take them
     heat: tuple[str, ...]  # from low to high; one hue, so that only lightness carries the value
     gain: str
     loss: str
@@ -69,15 +70,15 @@ DARK = Palette(
 
 def css(palette: Palette) -> str:
     """The palette as custom properties: --paper, …, --series-1, …, --heat-4."""
-    said = []
+    properties = []
     for name, value in asdict(palette).items():
         each = enumerate(value, 1) if isinstance(value, tuple) else ()
-        said += [f"--{name}-{i}: {one};" for i, one in each] or [f"--{name}: {value};"]
-    return " ".join(said)
+        properties += [f"--{name}-{i}: {one};" for i, one in each] or [f"--{name}: {value};"]
+    return " ".join(properties)
 
 
 def config(palette: Palette) -> dict[str, Any]:
-    """Vega-Lite's `config`: figures name styles and take the next colour of a range, and this says what those are."""
+    """Vega-Lite's `config`, which defines the styles and colour ranges that figures name."""
     ink, quiet, line = palette.ink, palette.quiet, palette.line
     words = {"labelColor": quiet, "titleColor": quiet, "titleFontWeight": "normal", "titleFontSize": 12}
     heat = list(palette.heat)
@@ -97,7 +98,7 @@ def config(palette: Palette) -> dict[str, Any]:
             "heatmap": heat,
             "ramp": heat,
             "diverging": [palette.loss, palette.paper, palette.gain],
-            "symbol": list(SHAPES),
+            "symbol": list(SYMBOLS),
         },
         "style": {
             "dot": {"size": 75, "opacity": 1},
@@ -109,9 +110,9 @@ def config(palette: Palette) -> dict[str, Any]:
             "median": {"thickness": 2.5},
             "stem": {"strokeWidth": 1.25, "opacity": 0.6},
             "series": {"strokeWidth": 2},
-            "like-linear": {"strokeWidth": 2, "strokeDash": DASHES["dotted"]},
-            "like-rbf": {"strokeWidth": 1.5, "strokeDash": DASHES["dash-dot"]},
-            "track": {"color": line, "strokeWidth": 1},
+            "similarity-linear": {"strokeWidth": 2, "strokeDash": DASHES["dotted"]},
+            "similarity-rbf": {"strokeWidth": 1.5, "strokeDash": DASHES["dash-dot"]},
+            "guide": {"color": line, "strokeWidth": 1},
             "baseline": {"color": quiet, "strokeWidth": 1.5, "strokeDash": [4, 3]},
             "level": {"color": ink, "strokeWidth": 1.5, "strokeDash": [8, 4]},
             "name": {"color": ink, "fontSize": 12},

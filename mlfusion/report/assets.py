@@ -1,6 +1,6 @@
-"""The code inside the page, taken at report time from installed packages: Vega from vl-convert, DataTables from itables.
+"""JavaScript and CSS inside the page, read from installed packages: Vega from vl-convert, DataTables from itables.
 
-None of it is kept in this project; what a page holds is what the packages' own wheels hold.
+No copy is kept in this project: a page holds what the wheels of these packages hold.
 """
 
 import re
@@ -11,27 +11,27 @@ from mlfusion.errors import Unavailable
 
 
 @dataclass(frozen=True)
-class Library:
-    """Code that can stand in an element of its own, and the styles that it needs."""
+class Assets:
+    """A script that can stand in an element of its own, and the styles that it needs."""
 
     script: str
     style: str
 
 
 @cache
-def drawing() -> str:
-    """Vega, Vega-Lite and Vega-Embed in one script, once for all figures; putting it together takes seconds."""
+def vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script for all figures; bundling takes seconds."""
     import vl_convert
 
-    return _inside(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), "</script")
+    return _embedded(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), "</script")
 
 
 @cache
-def tables() -> Library:
+def data_tables() -> Assets:
     """DataTables with its extensions (sorting, searching, filters in the headings, export) as `window.dataTables`.
 
     Raises:
-        Unavailable: the installed itables does not hold it in the form that is known.
+        Unavailable: the installed itables holds it in another form than is known.
     """
     import itables
     from itables.utils import read_package_file
@@ -48,10 +48,10 @@ def tables() -> Library:
         )
     given = ",".join(f"{name}:{inner}" for inner, name in pairs)
     script = f'(()=>{{"use strict";{head}window.dataTables={{{given}}};{rest.lstrip(";")}\n}})();'
-    return Library(_inside(script, "</script"), _inside(read_package_file("html", "dt_bundle.css"), "</style"))
+    return Assets(_embedded(script, "</script"), _embedded(read_package_file("html", "dt_bundle.css"), "</style"))
 
 
-def _inside(text: str, end: str) -> str:
+def _embedded(text: str, end: str) -> str:
     """Text that an HTML element can hold: nothing in it ends the element or begins a comment.
 
     '<!--' may stand in a string or a regular expression, where '<\\x21--' means the same.

@@ -1,0 +1,159 @@
+"""The figures of a report, in the one list that both the page and the files are drawn from."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from mlfusion.report import published
+from mlfusion.report.figures.accuracy import accuracy
+from mlfusion.report.figures.attention import Attended, attended, attention, top_share
+from mlfusion.report.figures.cost import cost
+from mlfusion.report.figures.drawing import Figure
+from mlfusion.report.figures.gains import by_heads, by_model, by_probe, by_token
+from mlfusion.report.figures.layers import Cka, by_layer
+from mlfusion.report.figures.ranks import ranks
+from mlfusion.report.figures.score_map import score_map
+from mlfusion.report.figures.seeds import seeds, train_test
+from mlfusion.report.figures.strips import strip_figure
+from mlfusion.report.pictures import Strip
+from mlfusion.report.studies import Study, studies
+from mlfusion.report.summary import ComparisonGroup, comparison_groups
+from mlfusion.report.tables import ScoreTable, by_rank, by_significance, of_model, slug
+from mlfusion.results import Results, Row
+
+SectionName = Literal["accuracy", "attention", "layers", "tokens", "heads", "cost", "seeds", "train-test"]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report is made from: rows, and what rows alone do not hold, all of that optional."""
+
+    rows: Sequence[Row]
+    results: Results | None = None  # whose arrays give confusions and calibration
+    cka: Cka | None = None
+    pictures: Mapping[str, Sequence[Strip]] | None = None  # {data set: its strips}
+
+    @cached_property
+    def groups(self) -> list[ComparisonGroup]:
+        """The rows grouped for comparison."""
+        return comparison_groups(self.rows)
+
+    @cached_property
+    def studies(self) -> list[Study]:
+        """The groups by what figures over models and data sets may compare."""
+        return studies(self.groups)
+
+    @cached_property
+    def attended(self) -> list[Attended]:
+        """The groups of all studies that have attention over layers, each with it."""
+        return [pair for study in self.studies for pair in attended(study.select())]
+
+    @cached_property
+    def compared(self) -> list[published.PublishedComparison]:
+        """Our scores beside the published ones."""
+        return published.compare(self.groups)
+
+
+@dataclass(frozen=True)
+class GroupFigure:
+    """A figure of several models on data sets: a panel, or the rows of one, for each group."""
+
+    section: SectionName | None  # of the page; None where the page has a table instead
+    one_per: Literal["model", "data set"]  # file
+    draw: Callable[[Sequence[ComparisonGroup], ReportData, float | None], Figure | None]  # None: nothing to draw
+
+
+GROUP_FIGURES = (
+    GroupFigure("accuracy", "data set", lambda groups, data, top: accuracy(groups)),
+    GroupFigure("attention", "model", lambda groups, data, top: attention(groups, top)),
+    GroupFigure("layers", "data set", lambda groups, data, top: by_layer(groups, data.cka)),
+    GroupFigure(None, "model", lambda groups, data, top: score_map(groups)),
+)
+"""Figures of groups; `top` is the end of the colour scale that figures of attention have in common."""
+
+
+@dataclass(frozen=True)
+class StudyFigure:
+    """A figure over the models and data sets of a study."""
+
+    section: SectionName
+    draw: Callable[[Study], Figure | None]  # None: nothing to draw
+
+
+STUDY_FIGURES = (
+    StudyFigure("accuracy", by_probe),
+    StudyFigure("accuracy", by_model),
+    StudyFigure("accuracy", ranks),
+    StudyFigure("tokens", by_token),
+    StudyFigure("heads", by_heads),
+    StudyFigure("cost", cost),
+    StudyFigure("seeds", seeds),
+    StudyFigure("train-test", train_test),
+)
+
+
+def group_figure(section: SectionName, groups: Sequence[ComparisonGroup], data: ReportData) -> Figure | None:
+    """The groups' figure of one section, on the colour scale of the whole report; None where there is nothing to draw."""
+    top = top_share(data.attended) if data.attended else None
+    [draw] = [one.draw for one in GROUP_FIGURES if one.section == section]
+    return draw(groups, data, top)
+
+
+def group_figures(groups: Sequence[ComparisonGroup], data: ReportData) -> list[Figure]:
+    """The groups' figures of all sections."""
+    sections = [one.section for one in GROUP_FIGURES if one.section]
+    return [figure for section in sections if (figure := group_figure(section, groups, data))]
+
+
+def study_figures(study: Study, section: SectionName) -> list[Figure]:
+    """A study's figures of one section of the page, named apart from those of other studies."""
+    drawn = [figure for one in STUDY_FIGURES if one.section == section and (figure := one.draw(study))]
+    return [figure.named(slug(f"{figure.name}-{study.name}")) if study.name else figure for figure in drawn]
+
+
+def score_tables(study: Study) -> list[ScoreTable]:
+    """Table 1 in its two styles, and one table a model."""
+    if not study.probes:
+        return []
+    alone = [of_model(study, model) for model in study.models] if len(study.models) > 1 else []
+    return [by_significance(study), by_rank(study), *alone]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def figure_files(data: ReportData, *, paper: bool) -> Iterator[tuple[str, Figure]]:
+    """(name of its files, figure) of every figure; `paper` adds the comparison with the published scores."""
+    for study in data.studies:
+        for one in STUDY_FIGURES:
+            if figure := one.draw(study):
+                yield _file_name(figure.name, study), figure
+        yield from _group_files(study, data)
+    for dataset, strips in (data.pictures or {}).items():
+        for strip in strips:
+            yield slug(f"{dataset}-{strip.name}"), strip_figure(strip)
+    if paper and (figure := published.figure(data.compared)):
+        yield figure.name, figure
+
+
+def _group_files(study: Study, data: ReportData) -> Iterator[tuple[str, Figure]]:
+    pairs = attended(study.select())
+    top = top_share(pairs) if pairs else None
+    for one in GROUP_FIGURES:
+        for name in study.models if one.one_per == "model" else study.datasets:
+            groups = study.select(model=name) if one.one_per == "model" else study.select(dataset=name)
+            if figure := one.draw(groups, data, top):
+                yield _file_name(f"{figure.name}-{name}", study), figure
+
+
+def table_files(data: ReportData) -> Iterator[tuple[str, ScoreTable]]:
+    """(name of its files, table) of every table."""
+    for study in data.studies:
+        for table in score_tables(study):
+            yield _file_name(table.name, study), table
+
+
+def _file_name(name: str, study: Study) -> str:
+    """'gains-by-probe', or of one of several studies of the same rows 'gains-by-probe.quick-grid'."""
+    return slug(name) + (f".{slug(study.name)}" if study.name else "")

@@ -1,0 +1,152 @@
+"""Test score per probe, one panel for each model on a data set."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from mlfusion.report.figures.drawing import (
+    Figure,
+    LegendEntry,
+    Panel,
+    Record,
+    base_chart,
+    extent,
+    require_altair,
+    series_legend,
+    to_spec,
+)
+from mlfusion.report.numbers import enumerated, mean_sd, percent, points
+from mlfusion.report.summary import HEADS, ComparisonGroup, Score, metric_name, score_word
+from mlfusion.report.theme import SYMBOLS
+from mlfusion.specs import BASELINE
+
+
+def accuracy(groups: Sequence[ComparisonGroup]) -> Figure | None:
+    """Each probe's test score as a dot on a line of its own, with its gain from the baseline and ± one deviation."""
+    held = [(group, accuracy_records(group)) for group in groups if group.probes]
+    if not held:
+        return None
+    groups = [group for group, _ in held]
+    # Models on the same images stand on the same scale.
+    shared = len({(group.dataset, group.metric) for group in groups}) == 1
+    common = extent([record for _, records in held for record in records], "low", "high")
+    heads = tuple(dict.fromkeys([*HEADS, *sorted({score.head for group in groups for score in group.probes})]))
+    panels = []
+    for group, records in held:
+        spec = _spec(
+            tuple(score.probe for score in group.probes),
+            heads,
+            f"{metric_name(group.metric)} on test, %",
+            common if shared else extent(records, "low", "high"),
+            group.baseline is not None,
+        )
+        panels.append(Panel(group.name, spec, records))
+    described = [
+        f"{group.name}: " + "; ".join(f"{r['probe']} {r['scored']}, {r['gained']}" for r in records)
+        for group, records in held
+    ]
+    return Figure(
+        "accuracy",
+        f"{score_word(groups)} per probe",
+        f"A dot is the mean over seeds; its bar is ± one standard deviation. The dashed line is {BASELINE}. At the right: "
+        "score (gain in points).",
+        f"{metric_name(groups[0].metric)} per probe. {' '.join(described)}",
+        panels,
+        [numbers_of(group, record) for group, records in held for record in records],
+        (
+            *series_legend(heads, shown={score.head for group in groups for score in group.probes}),
+            LegendEntry(BASELINE, 0, "dashed"),
+            LegendEntry("± over seeds", 1, "line"),
+        ),
+        columns=2,
+    )
+
+
+def accuracy_records(group: ComparisonGroup) -> list[Record]:
+    """One record a probe: test score with the ends of its bar, gain, and the texts of label and tooltip."""
+    return [
+        score_record(score).extended(
+            head=score.head,
+            baseline=100 * group.baseline.test.mean if group.baseline else None,
+            gain=100 * score.gain.mean if score.gain else None,
+            label=_label(score),
+            validated=mean_sd(score.val) + " %",
+            parameters=score.parameters,
+            other_code="yes" if score.other_code else "",
+        )
+        for score in group.probes
+    ]
+
+
+def score_record(score: Score) -> Record:
+    """A test score in percent with the ends of its bar, and the texts of its tooltip."""
+    deviation = score.test.sd or 0
+    return Record(
+        probe=score.probe,
+        test=100 * score.test.mean,
+        low=100 * (score.test.mean - deviation),
+        high=100 * (score.test.mean + deviation),
+        scored=mean_sd(score.test) + " %",
+        gained=_gain_text(score),
+        seeds=enumerated([str(seed) for seed in score.seeds]),
+    )
+
+
+def numbers_of(group: ComparisonGroup, record: Record) -> Record:
+    """A record as the CSV holds it: with model and data set, without the texts made of its numbers."""
+    return Record(Record(model=group.model, dataset=group.dataset), **record.without("scored", "gained", "validated"))
+
+
+def _gain_text(score: Score) -> str:
+    if score.is_baseline:
+        return "the baseline"
+    return mean_sd(score.gain, points) + " points" if score.gain else "no baseline to compare with"
+
+
+def _label(score: Score) -> str:
+    if score.is_baseline or score.gain is None:
+        return percent(score.test.mean)
+    return f"{percent(score.test.mean)}  ({points(score.gain.mean)})"
+
+
+@lru_cache(maxsize=1024)
+def _spec(
+    probes: tuple[str, ...], heads: tuple[str, ...], axis: str, reach: tuple[float, float], baseline: bool
+) -> dict[str, Any]:
+    alt = require_altair()
+    base = base_chart()
+
+    def row(at: float) -> Any:
+        return alt.Y("probe:N", sort=list(probes), axis=None, bandPosition=at, scale=alt.Scale(paddingInner=0.1))
+
+    score = alt.X(
+        "test:Q",
+        title=axis,
+        scale=alt.Scale(domain=list(reach), zero=False, padding=14, nice=False),
+        axis=alt.Axis(tickCount=5, grid=False),
+    )
+    colour = alt.Color("head:N", scale=alt.Scale(domain=list(heads)), legend=None)
+    tooltip = [
+        alt.Tooltip("probe:N"),
+        alt.Tooltip("scored:N", title="test"),
+        alt.Tooltip("gained:N", title="gain"),
+        alt.Tooltip("validated:N", title="validation"),
+        alt.Tooltip("seeds:N"),
+        alt.Tooltip("parameters:Q", format=","),
+    ]
+    layers = [base.mark_rule(style="guide").encode(x=alt.value(0), x2=alt.value("width"), y=row(0.68))]
+    if baseline:
+        # One piece a row, so that it does not strike through the names above.
+        piece = alt.Y2("probe:N", bandPosition=0.86)
+        layers.append(base.mark_rule(style="baseline").encode(x="baseline:Q", y=row(0.52), y2=piece))
+        layers.append(base.mark_rule(style="stem").encode(x=score, x2="baseline:Q", y=row(0.68), color=colour))
+    symbols = alt.Scale(domain=list(heads), range=list(SYMBOLS))
+    layers += [
+        base.mark_rule(style="bar").encode(x=alt.X("low:Q"), x2="high:Q", y=row(0.68), color=colour),
+        base.mark_point(style="dot", filled=True).encode(
+            x=score, y=row(0.68), color=colour, shape=alt.Shape("head:N", scale=symbols, legend=None), tooltip=tooltip
+        ),
+        base.mark_text(style="name", align="left").encode(x=alt.value(0), y=row(0.25), text="probe:N"),
+        base.mark_text(style="value", align="right").encode(x=alt.value("width"), y=row(0.25), text="label:N"),
+    ]
+    return to_spec(alt.layer(*layers), 42 * len(probes))

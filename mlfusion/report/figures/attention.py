@@ -1,0 +1,211 @@
+"""Attention over layers and token kinds as a heat map, one panel a model (figures 5, A6 to A8)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from mlfusion.report.figures.drawing import Figure, Panel, Record, base_chart, require_altair, to_spec
+from mlfusion.report.numbers import percent
+from mlfusion.report.studies import domain
+from mlfusion.report.summary import ALF, ComparisonGroup, LayerAttention
+
+Attended = tuple[ComparisonGroup, LayerAttention]
+
+KIND_WORDS = {"cls": "CLS", "ap": "AP"}
+
+
+def attended(groups: Sequence[ComparisonGroup]) -> list[Attended]:
+    """The groups that have attention over layers, each with it."""
+    return [(group, found) for group in groups if (found := group.attention)]
+
+
+def top_share(held: Sequence[Attended]) -> float:
+    """The largest share in percent: the end of a colour scale that several figures have in common."""
+    return max(100 * mean for _, found in held for mean in found.mean)
+
+
+def attention(groups: Sequence[ComparisonGroup], top: float | None = None) -> Figure | None:
+    """A panel a model; rows are data sets grouped by domain, columns CLS layers | AP layers; one colour scale for all.
+
+    Args:
+        groups: those without attention over layers are left out.
+        top: the end of the colour scale in percent; by default the largest share.
+    """
+    held = attended(groups)
+    if not held:
+        return None
+    top = top or top_share(held)
+    models = list(dict.fromkeys(group.model for group, _ in held))
+    panels = [
+        _panel([pair for pair in held if pair[0].model == model], top, alone=len(held) == 1, titled=len(held) > 1)
+        for model in models
+    ]
+    description = "; ".join(
+        f"{group.name}: " + ", ".join(f"layer {layer} {percent(share)} %" for layer, share in found.by_layer.items())
+        for group, found in held
+    )
+    return Figure(
+        "attention",
+        "Attention over layers",
+        "Share of the attention in percent, averaged over heads, test images and seeds; one colour scale for all. CLS is the "
+        "class token, AP the mean of the patch tokens.",
+        f"Share of the attention of each layer. {description}",
+        panels,
+        [number for model in models for pair in held if pair[0].model == model for number in _numbers(*pair)],
+        columns=1,
+        page_width="wide" if len(panels) == 1 else "",
+    )
+
+
+def attention_records(row: str, attention: LayerAttention) -> list[Record]:
+    """One record a token: its share of the attention in percent, the spread over images, and an even share."""
+    return [
+        Record(
+            row=row,
+            probe=attention.probe,
+            layer=layer,
+            kind=KIND_WORDS.get(kind, kind),
+            token=f"{KIND_WORDS.get(kind, kind)} {layer}",
+            share=100 * mean,
+            shown=percent(mean, 0) if mean >= 0.095 else percent(mean),
+            spread=f"{percent(mean, 2)} % ± {percent(sd, 2)} over the test images",
+            even=f"{percent(1 / len(attention.tokens), 2)} %",
+            seeds=attention.seeds,
+        )
+        for (layer, kind), mean, sd in zip(attention.tokens, attention.mean, attention.sd, strict=True)
+    ]
+
+
+def _numbers(group: ComparisonGroup, attention: LayerAttention) -> Iterator[Record]:
+    for (layer, kind), mean, sd in zip(attention.tokens, attention.mean, attention.sd, strict=True):
+        yield Record(
+            model=group.model,
+            dataset=group.dataset,
+            domain=domain(group.dataset),
+            probe=attention.probe,
+            kind=kind,
+            layer=layer,
+            share=100 * mean,
+            sd_over_images=100 * sd,
+            seeds=attention.seeds,
+        )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the specification of a panel depends on."""
+
+    rows: int
+    layers: tuple[int, ...]
+    kinds: tuple[str, ...]
+    top: float
+    grouped: bool  # by domain
+
+    @property
+    def dense(self) -> bool:
+        """Whether cells are too low for a number in each."""
+        return self.rows > 3
+
+    @property
+    def padding(self) -> float:
+        """Share of a row's height above its cells, where its name stands: on a narrow screen cells need the whole width."""
+        return 0.55 if self.dense else 0.45
+
+
+def _panel(held: Sequence[Attended], top: float, *, alone: bool, titled: bool) -> Panel:
+    """One model's data sets, a row each."""
+    model = held[0][0].model
+    usual = held[0][1].probe if len(held) == 1 else ALF
+    domains = [domain(group.dataset) for group, _ in held]
+    grouped = len(set(domains)) > 1
+    records: list[Record] = []
+    for i, (group, found) in enumerate(held):
+        name = group.name if alone else group.name.removeprefix(f"{model} on ")
+        if found.probe != usual:
+            name += f", {found.probe}"
+        begins = i == 0 or domains[i] != domains[i - 1]
+        heading = domains[i] if grouped and begins else ""
+        first, *others = attention_records(name, found)
+        records += [first.extended(name=name, group=heading), *others]  # written once a row
+    layers = tuple(sorted({layer for _, found in held for layer, _ in found.tokens}))
+    kinds = tuple(dict.fromkeys(str(record["kind"]) for record in records))
+    for kind in kinds:  # written once, above the first cell of the kind
+        for i, record in enumerate(records):
+            if record["kind"] == kind and record["layer"] == layers[0]:
+                records[i] = record.extended(top=f"{kind} tokens")
+                break
+    return Panel(model if titled else "", _spec(_Layout(len(held), layers, kinds, top, grouped)), records, width=760)
+
+
+@lru_cache(maxsize=256)
+def _spec(layout: _Layout) -> dict[str, Any]:
+    alt = require_altair()
+    columns: list[str] = []
+    for kind in layout.kinds:
+        columns += ([" "] if columns else []) + [f"{kind} {layer}" for layer in layout.layers]
+    x = alt.X(
+        "token:N",
+        sort=None,
+        scale=alt.Scale(domain=columns, paddingInner=0.06, paddingOuter=0),
+        axis=alt.Axis(
+            labelExpr="split(datum.value, ' ')[1]",
+            labelAngle=0,
+            labelOverlap="greedy",
+            labelSeparation=3,
+            domain=False,
+            ticks=False,
+        ),
+        title="layer",
+    )
+    scale = alt.Scale(paddingInner=layout.padding, paddingOuter=layout.padding)
+    y = alt.Y("row:N", sort=None, axis=None, scale=scale)
+    colour = alt.Color(
+        "share:Q",
+        scale=alt.Scale(domain=[0, layout.top]),
+        title="share of the attention, %",
+        legend=alt.Legend(orient="top", gradientLength=160, tickCount=4),
+    )
+    tooltip = [
+        alt.Tooltip("row:N", title="on"),
+        alt.Tooltip("token:N", title="token"),
+        alt.Tooltip("spread:N", title="attention"),
+        alt.Tooltip("even:N", title="an even share"),
+        alt.Tooltip("seeds:Q"),
+        alt.Tooltip("probe:N"),
+    ]
+    cells = base_chart().mark_rect(style="heat").encode(x=x, y=y, color=colour, tooltip=tooltip)
+    values = [] if layout.dense else _values(x, y, layout.top)
+    height = 34 if layout.dense else 58
+    chart = alt.layer(cells, *values, *_names(layout))
+    return to_spec(chart, round(height * (layout.rows + layout.padding)))
+
+
+def _values(x: Any, y: Any, top: float) -> list[Any]:
+    """The number in each cell, where cells are wide enough."""
+    alt = require_altair()
+    wide = "bandwidth('x') > 24 ? 1 : 0"
+    return [
+        base_chart()
+        .mark_text(style=style, opacity=alt.expr(wide), tooltip=None)
+        .transform_filter(f"datum.share {test} {top / 2}")
+        .encode(x=x, y=y, text="shown:N")
+        for style, test in (("on-weak", "<="), ("on-strong", ">"))
+    ]
+
+
+def _names(layout: _Layout) -> list[Any]:
+    """Names of data sets and domains above their rows, and of token kinds above their columns."""
+    alt = require_altair()
+    base = base_chart()
+    names = base.transform_filter("isValid(datum.name)")
+    above = alt.Y("row:N", sort=None, bandPosition=0)
+    dy = -3 if layout.dense else -7
+    left = names.mark_text(style="name", align="left", baseline="bottom", dy=dy)
+    right = names.mark_text(style="head", align="right", baseline="bottom", dy=dy)
+    top = base.transform_filter("isValid(datum.top)").mark_text(style="head", align="left", baseline="bottom", dy=-8)
+    return [
+        left.encode(x=alt.value(0), y=above, text="name:N"),
+        *([right.encode(x=alt.value("width"), y=above, text="group:N")] if layout.grouped else []),
+        top.encode(x=alt.X("token:N", bandPosition=0), y=alt.value(0), text="top:N"),
+    ]

@@ -1,0 +1,166 @@
+"""Panels of box plots: lines of dots with a box each, in groups under each other."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from mlfusion.report.figures.drawing import Panel, Record, of_kind, require_altair, series, to_spec
+from mlfusion.report.numbers import points
+from mlfusion.report.theme import SYMBOLS
+
+MIN_FOR_BOX = 5
+"""Quartiles of fewer values than these say less than the values do."""
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One value of a line."""
+
+    label: str  # the data set, the model, or both
+    x: float  # in percent or points
+    scored: str  # the absolute score, for the tooltip
+
+
+@dataclass(frozen=True)
+class Line:
+    """The dots of one box."""
+
+    name: str  # above it; empty where the legend names it
+    position: int  # of its series, which decides colour and symbol
+    dots: Sequence[Dot]
+    text: str  # at its right end
+
+    @property
+    def box(self) -> dict[str, float] | None:
+        """Quartiles, and the furthest values within 1.5 times their distance; None for too few values."""
+        values = np.array([dot.x for dot in self.dots])
+        if len(values) < MIN_FOR_BOX:
+            return None
+        q1, median, q3 = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
+        inside = values[(values >= q1 - 1.5 * (q3 - q1)) & (values <= q3 + 1.5 * (q3 - q1))]
+        return {"low": float(inside.min()), "q1": q1, "median": median, "q3": q3, "high": float(inside.max())}
+
+
+@dataclass(frozen=True)
+class LineGroup:
+    """Lines under one name."""
+
+    name: str
+    lines: Sequence[Line]
+
+
+def grouped(lines: Iterable[tuple[str, Line]]) -> list[LineGroup]:
+    """(name of its group, line) → groups in the order in which they first come; lines without dots are left out."""
+    found: dict[str, list[Line]] = {}
+    for name, line in lines:
+        if line.dots:
+            found.setdefault(name, []).append(line)
+    return [LineGroup(name, held) for name, held in found.items()]
+
+
+def describe(groups: Iterable[LineGroup]) -> str:
+    """The groups in words, for readers who cannot see the figure."""
+    return "; ".join(
+        f"{group.name}: " + ", ".join(f"{line.name} {line.text}".strip() for line in group.lines) for group in groups
+    )
+
+
+def box_panels(views: Sequence[tuple[str, Sequence[LineGroup]]], axis: str, *, zero: bool) -> list[Panel]:
+    """One panel for each (title, groups), all on the same scale; `zero` draws a line at 0, from which gains are counted."""
+    values = [dot.x for _, groups in views for group in groups for line in group.lines for dot in line.dots]
+    values += [0.0] * zero
+    if not values:
+        return []
+    missing = max(0.0, 2 - (max(values) - min(values))) / 2  # an axis is two points wide at least
+    domain = (min(values) - missing, max(values) + missing)
+    panels = []
+    for title, groups in views:
+        records, height = _laid_out(groups)
+        panels.append(Panel(title, _spec(height, axis, domain, zero), records))
+    return panels
+
+
+def _laid_out(groups: Sequence[LineGroup]) -> tuple[list[Record], int]:
+    """Records with their places from the top, and the height, all in pixels; a group's name stands above its lines."""
+    records: list[Record] = []
+    at = 0.0
+    for group in groups:
+        at += 14
+        if group.name:
+            records.append(Record(what="name", at=at, text=group.name))
+        for i, line in enumerate(group.lines):
+            # A line's value stands above its right end, beside a name where there is one.
+            if line.name:
+                at += 14 if group.name else 0
+                records.append(Record(what="name", at=at, text=line.name))
+            elif i:
+                at += 9
+            records.append(Record(what="value", at=at, text=line.text))
+            at += 16
+            records += _line_records(line, at)
+            at += 10 if line.name and i < len(group.lines) - 1 else 0
+        at += 12
+    return records, round(at + 4)
+
+
+def _line_records(line: Line, at: float) -> list[Record]:
+    """The guide of a line, its box or median, and its dots."""
+    colour, _ = series(line.position)
+    records = [Record(what="guide", at=at, top=at - 9, bottom=at + 9)]
+    if box := line.box:
+        q1, q2, q3 = (points(box[name] / 100) for name in ("q1", "median", "q3"))
+        quartiles = f"{q1} to {q3}, median {q2}, n = {len(line.dots)}"
+        records.append(Record(box, what="box", at=at, series=colour, label=line.name, quartiles=quartiles))
+    elif line.dots:
+        median = float(np.median([dot.x for dot in line.dots]))
+        records.append(Record(what="median", at=at, series=colour, median=median))
+    for i, dot in enumerate(line.dots):
+        jitter = 4 * ((i * 0.618034) % 1 - 0.5) if len(line.dots) > 1 else 0  # spread evenly, the same every time
+        records.append(Record(what="dot", at=at + jitter, x=dot.x, series=colour, label=dot.label, scored=dot.scored))
+    return records
+
+
+@lru_cache(maxsize=256)
+def _spec(height: int, axis: str, domain: tuple[float, float], zero: bool) -> dict[str, Any]:
+    alt = require_altair()
+    y_scale = alt.Scale(domain=[0, height], range=[0, height], nice=False, zero=False)
+    y = alt.Y("at:Q", scale=y_scale, axis=None)
+    scale = alt.Scale(domain=list(domain), zero=False, nice=False, padding=8)
+
+    def x(field: str) -> Any:
+        return alt.X(f"{field}:Q", title=axis, scale=scale, axis=alt.Axis(tickCount=6, grid=False))
+
+    numbers = list(range(1, len(SYMBOLS) + 1))
+    colour = alt.Color("series:N", scale=alt.Scale(domain=numbers), legend=None)
+    shape = alt.Shape("series:N", scale=alt.Scale(domain=numbers, range=list(SYMBOLS)), legend=None)
+    guide, box, dot = of_kind("guide"), of_kind("box"), of_kind("dot")
+    name, value = of_kind("name"), of_kind("value")
+    of_box = [alt.Tooltip("label:N", title="of"), alt.Tooltip("quartiles:N", title="quartiles")]
+    of_dot = [
+        alt.Tooltip("label:N", title="of"),
+        alt.Tooltip("x:Q", title=axis, format="+.2f" if zero else ".2f"),
+        alt.Tooltip("scored:N", title="scores"),
+    ]
+    layers = [guide.mark_rule(style="guide").encode(x=alt.value(0), x2=alt.value("width"), y=y)]
+    if zero:
+        piece = alt.Y("top:Q", scale=y_scale, axis=None)  # one a line, so that it strikes through no name
+        layers.append(guide.mark_rule(style="baseline").encode(x=alt.XDatum(0), y=piece, y2="bottom:Q"))
+    layers += [
+        box.mark_rule(style="whisker").encode(x=x("low"), x2="high:Q", y=y, color=colour),
+        box.mark_bar(style="box", size=13).encode(
+            x=x("q1"), x2="q3:Q", y=y, color=colour, stroke=colour, tooltip=of_box
+        ),
+        dot.mark_point(style="point", filled=True).encode(x=x("x"), y=y, color=colour, shape=shape, tooltip=of_dot),
+        *(
+            of_kind(kind).mark_tick(style="median", size=15).encode(x=x("median"), y=y, color=colour)
+            for kind in ("box", "median")
+        ),
+        name.mark_text(style="name", align="left", baseline="middle").encode(x=alt.value(0), y=y, text="text:N"),
+        value.mark_text(style="value", align="right", baseline="middle").encode(
+            x=alt.value("width"), y=y, text="text:N"
+        ),
+    ]
+    return to_spec(alt.layer(*layers), height)

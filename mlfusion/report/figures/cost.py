@@ -1,0 +1,174 @@
+"""Test score against the cost of a probe: its parameters, and the time that it takes to train."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import log
+from statistics import fmean
+from typing import Any
+
+from mlfusion.report.figures.drawing import (
+    Figure,
+    Panel,
+    Record,
+    base_chart,
+    extent,
+    require_altair,
+    series_legend,
+    to_spec,
+)
+from mlfusion.report.numbers import percent, points
+from mlfusion.report.studies import Study
+from mlfusion.report.summary import HEADS, Score, head_of, mean_gain
+from mlfusion.report.theme import SYMBOLS
+
+WIDTH, HEIGHT = 460, 340  # of a panel in a file, in pixels
+LETTER = 6.0  # width of a letter of a name in pixels
+LEAST = 1e-3  # the lowest cost that a logarithmic axis shows
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+
+
+def cost(study: Study) -> Figure | None:
+    """Score against parameters and against seconds, a dot a probe, averaged over the cases that all of them share."""
+    scores = _shared(study)
+    if len(scores) < 2:
+        return None
+    cases = len(next(iter(scores.values())))
+    records = [_record(probe, held) for probe, held in scores.items()]
+    heads = tuple(dict.fromkeys([*HEADS, *(head_of(probe) for probe in scores)]))
+    reach = extent(records, "test", "test")
+    axes = {"parameters": "parameters of the probe", "seconds": "seconds of probing (grid and refit)"}
+    panels = []
+    for name, title in axes.items():
+        costs = [max(record.number(name), LEAST) for record in records]
+        axis = _Axis(name, title, (min(costs) / 1.5, max(costs) * 1.5))
+        spec = _spec(axis, f"{study.metric} on test, %", reach, heads)
+        panels.append(Panel(title[0].upper() + title[1:], spec, _placed(records, axis, reach)))
+    over = f", averaged over the {cases} cases (a model on a data set) that have all of these" if cases > 1 else ""
+    return Figure(
+        "cost",
+        "Score against cost",
+        f"A dot is a probe, mean over seeds{over}. Seconds were measured on the machines that made the rows.",
+        "; ".join(
+            f"{r['probe']} {r['scored']}, {r['parameters']:,.0f} parameters, {r['seconds']:.1f} s" for r in records
+        ),
+        panels,
+        [record.without("scored") for record in records],
+        series_legend(heads, shown={head_of(probe) for probe in scores}),
+        columns=2,
+    )
+
+
+def _shared(study: Study) -> dict[str, list[Score]]:
+    """{probe: its scores in the cases that have all of these probes}; probes run in the fewest cases are left out first."""
+    groups = study.groups
+    where = {p: {i for i, group in enumerate(groups) if study.score(group, p)} for p in study.probes}
+    while where and not (cases := set.intersection(*where.values())):
+        del where[min(where, key=lambda probe: len(where[probe]))]
+    return {p: [score for i in sorted(cases) if (score := study.score(groups[i], p))] for p in where}
+
+
+def _record(probe: str, scores: Sequence[Score]) -> Record:
+    test, gain = fmean(score.test.mean for score in scores), mean_gain(scores)
+    return Record(
+        probe=probe,
+        head=head_of(probe),
+        test=100 * test,
+        parameters=fmean(score.parameters for score in scores),
+        seconds=fmean(score.seconds for score in scores),
+        scored=f"{percent(test)} %" + ("" if gain is None else f", {points(gain)} points"),
+        n=len(scores),
+    )
+
+
+# --- names beside dots -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A logarithmic axis of costs."""
+
+    name: str
+    title: str
+    ends: tuple[float, float]
+
+
+def _placed(records: Sequence[Record], axis: _Axis, reach: tuple[float, float]) -> list[Record]:
+    """Each record with the side of its dot on which its name stands."""
+    (first, last), (low, high) = axis.ends, reach
+    dots = [
+        (
+            WIDTH * log(max(record.number(axis.name), LEAST) / first) / log(last / first),
+            HEIGHT * (high - record.number("test")) / (high - low),
+        )
+        for record in records
+    ]
+    sides = label_sides([str(record["probe"]) for record in records], dots)
+    return [record.extended(side=side) for record, side in zip(records, sides, strict=True)]
+
+
+def label_sides(names: Sequence[str], dots: Sequence[tuple[float, float]]) -> list[str]:
+    """The side of its dot on which each name stands: the first that overlaps no name and no dot, and stays in the panel."""
+    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+    sides = []
+    for name, (x, y) in zip(names, dots, strict=True):
+        length = LETTER * len(name)
+        boxes: dict[str, Box] = {
+            "right": (x + 8, y - 6, x + 8 + length, y + 6),
+            "left": (x - 8 - length, y - 6, x - 8, y + 6),
+            "above": (x - length / 2, y - 20, x + length / 2, y - 8),
+            "below": (x - length / 2, y + 8, x + length / 2, y + 20),
+        }
+        overlaps = {side: _overlap(box, taken) for side, box in boxes.items()}
+        side = min(overlaps, key=lambda side: overlaps[side])
+        taken.append(boxes[side])
+        sides.append(side)
+    return sides
+
+
+def _overlap(box: Box, taken: Sequence[Box]) -> float:
+    """Pixels of a box that lie outside the panel or, across, on boxes that are taken."""
+    left, top, right, bottom = box
+    outside = max(0.0, -left) + max(0.0, right - WIDTH) + max(0.0, -top) + max(0.0, bottom - HEIGHT)
+    return outside + sum(
+        max(0.0, min(right, other[2]) - max(left, other[0])) * (min(bottom, other[3]) > max(top, other[1]))
+        for other in taken
+    )
+
+
+@lru_cache(maxsize=64)
+def _spec(axis: _Axis, score: str, reach: tuple[float, float], heads: tuple[str, ...]) -> dict[str, Any]:
+    alt = require_altair()
+    base = base_chart()
+    x = alt.X(
+        f"{axis.name}:Q",
+        title=axis.title,
+        scale=alt.Scale(type="log", domain=list(axis.ends), nice=False),
+        axis=alt.Axis(format="~s", grid=False, tickCount=4, labelOverlap="greedy", labelSeparation=6),
+    )
+    y = alt.Y(
+        "test:Q",
+        title=score,
+        scale=alt.Scale(domain=list(reach), zero=False, padding=14, nice=False),
+        axis=alt.Axis(tickCount=5),
+    )
+    colour = alt.Color("head:N", scale=alt.Scale(domain=list(heads)), legend=None)
+    shape = alt.Shape("head:N", scale=alt.Scale(domain=list(heads), range=list(SYMBOLS)), legend=None)
+    tooltip = [
+        alt.Tooltip("probe:N"),
+        alt.Tooltip("scored:N", title="test"),
+        alt.Tooltip("parameters:Q", format=",.0f"),
+        alt.Tooltip("seconds:Q", format=",.1f"),
+        alt.Tooltip("n:Q", title="cases"),
+    ]
+    sides = {"right": ("left", 8, 0), "left": ("right", -8, 0), "above": ("center", 0, -14), "below": ("center", 0, 14)}
+    names = [
+        base.transform_filter(f"datum.side == '{side}'")
+        .mark_text(style="name", align=align, dx=dx, dy=dy, fontSize=11)
+        .encode(x=x, y=y, text="probe:N")
+        for side, (align, dx, dy) in sides.items()
+    ]
+    dots = base.mark_point(style="dot", filled=True).encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
+    return to_spec(alt.layer(*names, dots), HEIGHT)

@@ -1,0 +1,199 @@
+"""Test score by layer, with the similarity of layers beside it if asked for (figure 4)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isfinite
+from typing import Any, Literal
+
+from mlfusion.report.figures.accuracy import numbers_of, score_record
+from mlfusion.report.figures.drawing import (
+    Figure,
+    LegendEntry,
+    Panel,
+    Record,
+    of_kind,
+    require_altair,
+    series_legend,
+    to_spec,
+)
+from mlfusion.report.numbers import percent
+from mlfusion.report.summary import ComparisonGroup, metric_name, score_word
+from mlfusion.report.theme import SYMBOLS, Symbol
+from mlfusion.specs import BASELINE
+
+Cka = Mapping[tuple[str, str], Mapping[Literal["linear", "rbf"], Mapping[str, Mapping[int, float]]]]
+"""{(model, data set): {kernel: {token kind: {layer: CKA of its tokens with the last layer's}}}}."""
+
+KERNELS: Mapping[str, tuple[str, Symbol]] = {"linear": ("linear CKA", "dotted"), "rbf": ("RBF CKA", "dash-dot")}
+"""Name and line of each kernel."""
+
+
+def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figure | None:
+    """A panel a group: lines of test score by layer, one a token kind and head, dashed levels; CKA with the last layer."""
+    groups = [group for group in groups if group.by_layer]
+    if not groups:
+        return None
+    series = tuple(dict.fromkeys(one for group in groups for one in group.by_layer))
+    panels, numbers = [], []
+    for group in groups:
+        scores, levels, similarity = layer_records(group), level_records(group), cka_records(group, cka or {}, series)
+        layout = _Layout(
+            tuple(sorted({int(record.number("layer")) for record in [*scores, *similarity]})),
+            group.depth,
+            metric_name(group.metric),
+            series,
+            # What a filter leaves empty has no extent, of which Vega warns: only kinds that exist get a layer.
+            tuple(dict.fromkeys(str(record["what"]) for record in [*levels, *similarity])),
+        )
+        records = [*scores, *levels, *similarity]
+        panels.append(Panel(group.name, _spec(layout), records, width=380))
+        numbers += [numbers_of(group, record.without("what")) for record in records]
+    description = " ".join(
+        f"{group.name}: " + "; ".join(f"{r['series']} layer {r['layer']} {r['scored']}" for r in layer_records(group))
+        for group in groups
+    )
+    kinds = {record["what"] for panel in panels for record in panel.records}
+    return Figure(
+        "layers",
+        f"{score_word(groups)} by layer",
+        "One probe on each single layer: mean over seeds ± one standard deviation. The dashed lines are the probe over several "
+        f"layers and {BASELINE}.",
+        f"{score_word(groups)} by layer. {description}",
+        panels,
+        numbers,
+        (
+            *series_legend(series),
+            *(
+                LegendEntry(f"{name} with the last layer, in the colour of its tokens (right axis)", 0, symbol)
+                for kernel, (name, symbol) in KERNELS.items()
+                if f"cka-{kernel}" in kinds
+            ),
+        ),
+    )
+
+
+def layer_records(group: ComparisonGroup) -> list[Record]:
+    """One record a series and layer: test score with the ends of its bar."""
+    return [
+        Record(Record(what="layer", series=name, layer=layer), **score_record(score))
+        for name, layers in group.by_layer.items()
+        for layer, score in layers.items()
+    ]
+
+
+def level_records(group: ComparisonGroup) -> list[Record]:
+    """The levels to compare layers with: the probe over several layers, and the baseline."""
+    held = [score for score in (group.main, group.baseline) if score is not None]
+    highest = max((score.test.mean for score in held), default=0)
+    return [
+        Record(
+            # Close levels would write over each other: the higher one's name stands above its line, the lower one's below.
+            what=f"{'baseline' if score.is_baseline else 'level'}-{'above' if score.test.mean == highest else 'below'}",
+            probe=score.probe,
+            test=100 * score.test.mean,
+            label=f"{score.probe}  {percent(score.test.mean)} %",
+        )
+        for score in held
+    ]
+
+
+def cka_records(group: ComparisonGroup, cka: Cka, series: Sequence[str]) -> list[Record]:
+    """One record a kernel, token kind and layer: CKA with the last layer's tokens, in the colour of the kind's first series.
+
+    CKA of a constant layer is not defined; such layers are left out.
+    """
+    found = cka.get((group.model, group.dataset), {})
+    return [
+        Record(
+            what=f"cka-{kernel}",
+            label=f"{kind}, {KERNELS[kernel][0]}",
+            kernel=kernel,
+            series=next((one for one in series if one.startswith(f"{kind}/")), kind),
+            layer=layer,
+            cka=value,
+        )
+        for kernel, kinds in found.items()
+        for kind, layers in kinds.items()
+        for layer, value in layers.items()
+        if isfinite(value)
+    ]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the specification of a panel depends on."""
+
+    layers: tuple[int, ...]
+    depth: int
+    metric: str
+    series: tuple[str, ...]
+    kinds: tuple[str, ...]  # of records other than scores: levels and CKA
+
+
+@lru_cache(maxsize=256)
+def _spec(layout: _Layout) -> dict[str, Any]:
+    alt = require_altair()
+    first, last = layout.layers[0], layout.layers[-1]
+    x = alt.X(
+        "layer:Q",
+        title=f"layer (of {layout.depth})",
+        scale=alt.Scale(domain=[first, max(last, first + 1)], nice=False, padding=10),
+        axis=alt.Axis(values=list(layout.layers), format="d", grid=False, labelOverlap=True),
+    )
+    y = alt.Y(
+        "test:Q",
+        title=f"{layout.metric}, %",
+        scale=alt.Scale(zero=False, padding=12),
+        axis=alt.Axis(tickCount=5, orient="left"),
+    )
+    domain = list(layout.series)
+    colour = alt.Color("series:N", scale=alt.Scale(domain=domain), legend=None)
+    shape = alt.Shape("series:N", scale=alt.Scale(domain=domain, range=list(SYMBOLS)), legend=None)
+    tooltip = [
+        alt.Tooltip("probe:N"),
+        alt.Tooltip("layer:Q"),
+        alt.Tooltip("scored:N", title="test"),
+        alt.Tooltip("gained:N", title="gain"),
+        alt.Tooltip("seeds:N"),
+    ]
+    scores = of_kind("layer")
+    chart = alt.layer(
+        scores.mark_line(style="series").encode(x=x, y=y, color=colour),
+        scores.mark_rule(style="bar").encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour),
+        scores.mark_point(style="dot", filled=True).encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip),
+        *(mark for kind in layout.kinds if not kind.startswith("cka-") for mark in _level(kind, y)),
+    )
+    if kernels := [kernel for kernel in KERNELS if f"cka-{kernel}" in layout.kinds]:
+        chart = alt.layer(chart, _similarity(kernels, x, colour)).resolve_scale(y="independent")
+    return to_spec(chart, 260)
+
+
+def _level(kind: str, y: Any) -> tuple[Any, Any]:
+    """A horizontal line and its name above or below."""
+    alt = require_altair()
+    style, _, place = kind.partition("-")
+    above = place == "above"
+    level = of_kind(kind)
+    text = level.mark_text(style="name", align="left", baseline="bottom" if above else "top", dy=-4 if above else 5)
+    return (
+        level.mark_rule(style=style).encode(y=y, tooltip=alt.Tooltip("label:N", title="level")),
+        text.encode(x=alt.value(2), y=y, text="label:N"),
+    )
+
+
+def _similarity(kernels: Sequence[str], x: Any, colour: Any) -> Any:
+    """Lines of CKA on an axis at the right."""
+    alt = require_altair()
+    axis = alt.Axis(orient="right", tickCount=5, grid=False)
+    y = alt.Y("cka:Q", title="CKA", scale=alt.Scale(domain=[0, 1]), axis=axis)
+    tooltip = [
+        alt.Tooltip("label:N", title="CKA of"),
+        alt.Tooltip("layer:Q"),
+        alt.Tooltip("cka:Q", title="CKA", format=".3f"),
+    ]
+    lines = [
+        of_kind(f"cka-{kernel}").mark_line(style=f"similarity-{kernel}").encode(x=x, y=y, color=colour, tooltip=tooltip)
+        for kernel in kernels
+    ]
+    return alt.layer(*lines)

@@ -1,0 +1,105 @@
+"""Scores and gains of one model as a heat map of data sets and probes (figure A4)."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from statistics import fmean
+from typing import Any
+
+from mlfusion.report.figures.drawing import Figure, Panel, Record, base_chart, require_altair, to_spec
+from mlfusion.report.numbers import capitalized, percent, points
+from mlfusion.report.studies import Study
+from mlfusion.report.summary import ComparisonGroup, mean_gain
+from mlfusion.specs import BASELINE
+
+
+def score_map(groups: Sequence[ComparisonGroup]) -> Figure | None:
+    """Data sets × probes of one model, coloured by the gain; score and gain in every cell, their means below."""
+    study = Study("", tuple(groups))
+    records = [
+        _cell(group.dataset, probe, score.test.mean, mean_gain([score])).extended(seeds=score.test.n)
+        for group in groups
+        for probe in study.probes
+        if (score := study.score(group, probe))
+    ]
+    if not records:
+        return None
+    model, metric = groups[0].model, study.metric
+    if len(study.datasets) > 1:
+        for probe in study.probes:
+            scores = study.scores(probe)
+            if len(scores) == len(groups):  # a mean over other data sets would not be comparable
+                test = fmean(score.test.mean for score in scores)
+                records.append(_cell(f"mean of {len(groups)}", probe, test, mean_gain(scores)).extended(seeds=None))
+    datasets = tuple(dict.fromkeys(str(record["dataset"]) for record in records))
+    top = max([1.0, *(abs(record.number("gain")) for record in records if record["gain"] is not None)])
+    return Figure(
+        "scores",
+        f"Scores and gains of {model}",
+        f"{capitalized(metric)} on test in percent; below it the gain in points over {BASELINE}, which colours the "
+        "cell; means over seeds.",
+        "; ".join(f"{r['dataset']}, {r['probe']}: {r['shown']} % {r['gained']}" for r in records),
+        [Panel("", _spec(datasets, study.probes, top), records, width=max(300, 92 * len(study.probes)))],
+        [record.without("shown", "gained") for record in records],
+        columns=1,
+    )
+
+
+def _cell(dataset: str, probe: str, test: float, gain: float | None) -> Record:
+    return Record(
+        dataset=dataset,
+        probe=probe,
+        test=100 * test,
+        gain=None if gain is None else 100 * gain,
+        shown=percent(test),
+        gained="" if gain is None else points(gain),
+    )
+
+
+@lru_cache(maxsize=64)
+def _spec(datasets: tuple[str, ...], probes: tuple[str, ...], top: float) -> dict[str, Any]:
+    alt = require_altair()
+    base = base_chart()
+    x = alt.X(
+        "probe:N",
+        sort=list(probes),
+        title=None,
+        scale=alt.Scale(paddingInner=0.03),
+        axis=alt.Axis(
+            orient="top",
+            labelAngle=0,
+            labelExpr="[split(datum.label, '/')[0], split(datum.label, '/')[1]]",
+            domain=False,
+            ticks=False,
+            labelFontSize=10,
+            labelLimit=110,
+            labelPadding=18,
+        ),
+    )
+    y = alt.Y(
+        "dataset:N",
+        sort=list(datasets),
+        title=None,
+        scale=alt.Scale(paddingInner=0.06),
+        axis=alt.Axis(domain=False, ticks=False),
+    )
+    colour = alt.Color(
+        "gain:Q",
+        scale=alt.Scale(domain=[-top, 0, top], range="diverging", interpolate="rgb"),
+        title="gain, points",
+        legend=alt.Legend(orient="bottom", gradientLength=200, tickCount=5),
+    )
+    tooltip = [
+        alt.Tooltip("dataset:N", title="data set"),
+        alt.Tooltip("probe:N"),
+        alt.Tooltip("test:Q", title="test, %", format=".2f"),
+        alt.Tooltip("gain:Q", title="gain, points", format="+.2f"),
+        alt.Tooltip("seeds:Q"),
+    ]
+    return to_spec(
+        alt.layer(
+            base.mark_rect(style="heat").encode(x=x, y=y, color=colour, tooltip=tooltip),
+            base.mark_text(style="value", dy=-6).encode(x=x, y=y, text="shown:N"),
+            base.mark_text(style="on-weak", dy=8).encode(x=x, y=y, text="gained:N"),
+        ),
+        34 * len(datasets),
+    )

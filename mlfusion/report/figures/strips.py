@@ -1,0 +1,48 @@
+"""A strip of pictures as a figure: each image, and below it the image with its attention map."""
+
+from mlfusion.report.figures.drawing import Figure, Panel, Record, of_kind, require_altair, to_spec
+from mlfusion.report.pictures import Picture, Strip, data_url
+
+SIDE_PX = 150  # of a picture in the figure
+PIXELS = 300  # of a picture in its file
+COLUMNS = 6
+
+
+def strip_figure(strip: Strip) -> Figure:
+    """The pictures beside each other, each above itself with its attention map if it has one."""
+    rows = 1 + any(picture.attention is not None for picture in strip.pictures)
+    step, below = SIDE_PX + 14, SIDE_PX + 8
+    records = []
+    for i, picture in enumerate(strip.pictures):
+        x, y = i % COLUMNS * step, i // COLUMNS * (below * rows + 26)
+        records.append(Record(what="image", x=x, y=y, url=data_url(Picture(picture.image), PIXELS, kind="png")))
+        if picture.attention is not None:
+            records.append(Record(what="image", x=x, y=y + below, url=data_url(picture, PIXELS, kind="png")))
+        records.append(Record(what="caption", x=x, y=y + below * rows + 6, text=picture.caption))
+    width = round(max(record.number("x") for record in records)) + SIDE_PX
+    height = round(max(record.number("y") for record in records)) + 14
+    captions = [picture.caption for picture in strip.pictures]
+    return Figure(
+        strip.name,
+        strip.title,
+        strip.description,
+        f"{strip.description} {'; '.join(captions)}",
+        [Panel("", _spec(width, height), records, width=width)],
+        [Record(place=i, caption=caption) for i, caption in enumerate(captions, 1)],
+        columns=1,
+    )
+
+
+def _spec(width: int, height: int) -> dict[str, object]:
+    alt = require_altair()
+    scales = [alt.Scale(domain=[0, end], range=[0, end], nice=False, zero=False) for end in (width, height)]
+    x, y = alt.X("x:Q", axis=None, scale=scales[0]), alt.Y("y:Q", axis=None, scale=scales[1])
+    chart = alt.layer(
+        of_kind("image")
+        .mark_image(width=SIDE_PX, height=SIDE_PX, align="left", baseline="top")
+        .encode(x=x, y=y, url="url:N"),
+        of_kind("caption")
+        .mark_text(style="name", align="left", baseline="middle", limit=SIDE_PX + 10)
+        .encode(x=x, y=y, text="text:N"),
+    )
+    return to_spec(chart, height)

@@ -1,0 +1,65 @@
+"""Numbers as text, written in one way wherever a report shows them: scores in percent, gains in points, p-values, counts."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from mlfusion.statistics import Spread
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """0.9712 → '97.1'."""
+    return f"{100 * value:.{digits}f}"
+
+
+def points(value: float, digits: int = 1) -> str:
+    """A gain in points with its sign, a true minus for losses; a gain that rounds to zero has no sign."""
+    text = f"{100 * value:+.{digits}f}"
+    return text[1:] if not float(text) else text.replace("-", "\N{MINUS SIGN}")
+
+
+def mean_sd(spread: Spread, write: Callable[[float], str] = percent) -> str:
+    """'97.1 ± 0.3'; the mean alone for one seed. `write` is `percent` or `points`."""
+    return write(spread.mean) + plus_minus(spread.sd)
+
+
+def plus_minus(sd: float | None) -> str:
+    """' ± 0.3', or nothing where there is no deviation."""
+    return "" if sd is None else f" ± {percent(sd)}"
+
+
+def p_value(p: float) -> str:
+    """Three decimals, '< 0.001' below that."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def count(value: int) -> str:
+    """18447 → '18 447' with thin spaces."""
+    return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def short_count(value: int) -> str:
+    """18447 → '18.4 k'."""
+    for scale, unit in ((1e6, " M"), (1e3, " k")):
+        if value >= scale:
+            return f"{value / scale:.3g}{unit}"
+    return str(value)
+
+
+def from_to(values: Iterable[int]) -> str:
+    """{3, 5, 4} → '3 to 5', {3} → '3'."""
+    held = sorted(values)
+    return " to ".join(str(value) for value in dict.fromkeys((held[0], held[-1])))
+
+
+def plural(number: int, one: str, several: str) -> str:
+    """'1 seed', '2 seeds'."""
+    return f"{number} {one if number == 1 else several}"
+
+
+def capitalized(text: str) -> str:
+    """'balanced accuracy' → 'Balanced accuracy'."""
+    return text[:1].upper() + text[1:]
+
+
+def enumerated(words: Sequence[str]) -> str:
+    """['a', 'b', 'c'] → 'a, b and c'."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

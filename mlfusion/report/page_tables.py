@@ -1,0 +1,174 @@
+"""The page's tables that sort and filter, as the JSON from which its script makes DataTables."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlfusion.report.numbers import count, from_to
+from mlfusion.report.published import PublishedComparison
+from mlfusion.report.studies import domain
+from mlfusion.report.summary import ComparisonGroup, Score
+from mlfusion.results import Row
+from mlfusion.specs import KINDS, layer_ranges
+from mlfusion.statistics import Spread
+
+MAX_ROWS = 10_000
+"""More rows than these are counted, not listed: the page stays small, and the results hold them anyway."""
+
+DataTable = dict[str, Any]
+"""{"columns": [what the script needs to know of each], "rows": [[cell, …], …]}."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column; each text is sent once, numbers as they are."""
+
+    title: str
+    kind: Literal["text", "code", "percent", "points", "count", "duration", "setting"]
+    cells: Sequence[Any]
+    hidden: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether cells are positions in a list of texts."""
+        return self.kind in ("text", "code")
+
+    def head(self) -> dict[str, Any]:
+        """What the script needs to know of the column."""
+        made: dict[str, Any] = {"title": self.title, "kind": self.kind}
+        if self.is_text:
+            made["words"] = list(dict.fromkeys(self.cells))
+        return made | ({"hidden": True} if self.hidden else {})
+
+    def values(self) -> list[Any]:
+        """Cells as they are sent: a text as its position, a score as (mean, deviation)."""
+        if not self.is_text:
+            return [tuple(map(rounded, cell)) if isinstance(cell, tuple) else rounded(cell) for cell in self.cells]
+        position = {word: i for i, word in enumerate(dict.fromkeys(self.cells))}
+        return [position[cell] for cell in self.cells]
+
+
+def rounded(value: Any) -> Any:
+    """No more digits than a figure can show; None for a number that is not finite."""
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else float(f"{value:.6g}")
+    return value
+
+
+def scores_table(pairs: Sequence[tuple[ComparisonGroup, Score]], *, several: bool) -> DataTable:
+    """One line a score; `several` groups have columns that tell them apart."""
+    groups, scores = [group for group, _ in pairs], [score for _, score in pairs]
+    place = [
+        Column("Model", "text", [group.model for group in groups]),
+        Column("Data set", "text", [group.name.removeprefix(f"{group.model} on ") for group in groups]),
+    ]
+    domains = [domain(group.dataset) for group in groups]
+    grouped = [Column("Domain", "text", domains, hidden=True)] * (len(set(domains)) > 1)
+    gains = ["baseline" if score.is_baseline else _spread(score.gain, score.other_code) for score in scores]
+    return _table(
+        [
+            *(place if several else []),
+            Column("Probe", "code", [score.probe for score in scores]),
+            Column("Test, %", "percent", [_spread(score.test) for score in scores]),
+            Column("Gain, points", "points", gains),
+            Column("Val., %", "percent", [score.val.mean for score in scores]),
+            Column("Train, %", "percent", [score.train.mean for score in scores]),
+            Column("Parameters", "count", [score.parameters for score in scores]),
+            Column("Time", "duration", [score.seconds for score in scores]),
+            Column("Seeds", "count", [score.test.n for score in scores]),
+            Column("Head", "text", [score.head for score in scores], hidden=True),
+            *grouped,
+        ]
+    )
+
+
+def published_table(compared: Sequence[PublishedComparison]) -> DataTable:
+    """One line a score that was also published."""
+    return _table(
+        [
+            Column("Model", "text", [one.group.model for one in compared]),
+            Column("Data set", "text", [one.group.dataset for one in compared]),
+            Column("Probe", "code", [one.score.probe for one in compared]),
+            Column("Ours, %", "percent", [_spread(one.score.test) for one in compared]),
+            Column("Published, %", "percent", [one.published for one in compared]),
+            Column("Difference, points", "points", [one.difference for one in compared]),
+            Column("Flagged", "text", ["yes" if one.flagged else "no" for one in compared]),
+            Column("Grid", "text", [one.group.grid for one in compared], hidden=True),
+        ]
+    )
+
+
+def listed_rows(groups: Sequence[ComparisonGroup]) -> list[Row]:
+    """All rows, or those over more than a single layer, or none, whichever the page has room for."""
+    rows = [row for group in groups for row in group.rows]
+    if len(rows) <= MAX_ROWS:
+        return rows
+    some = [row for row in rows if "-layer-" not in row.probe]
+    return some if len(some) <= MAX_ROWS else []
+
+
+def rows_table(rows: Sequence[Row]) -> DataTable:
+    """One line a row, with its metrics and the chosen hyper-parameters; columns without a value are left out."""
+
+    def metric(name: str) -> list[Any]:
+        return [getattr(row.metrics, name, None) for row in rows]
+
+    def chosen(name: str) -> list[Any]:
+        return [getattr(row.selected, name) for row in rows]
+
+    columns = [
+        Column("Model", "text", [row.model for row in rows]),
+        Column("Data set", "text", [row.dataset for row in rows]),
+        Column("Probe", "code", [row.probe for row in rows]),
+        Column("Seed", "count", [row.seed for row in rows]),
+        Column("Test", "percent", [row.test for row in rows]),
+        Column("Accuracy", "percent", metric("accuracy")),
+        Column("Top-5", "percent", metric("top5")),
+        Column("Macro-F1", "percent", metric("macro_f1")),
+        Column("Validation", "percent", [row.val for row in rows]),
+        Column("Train", "percent", [row.train for row in rows]),
+        Column("Learning rate", "setting", chosen("lr")),
+        Column("Weight decay", "setting", chosen("weight_decay")),
+        Column("Penalty", "setting", chosen("penalty")),
+        Column("Neighbours", "count", chosen("neighbours")),
+        Column("Dropout", "setting", chosen("dropout")),
+        Column("Heads", "count", chosen("heads")),
+        Column("Steps", "count", chosen("steps")),
+        Column("Batch", "count", chosen("batch_size")),
+        Column("Time", "duration", [row.seconds for row in rows]),
+        Column("Grid", "text", [row.grid for row in rows]),
+        Column("Code", "text", [row.code for row in rows]),
+        Column("Row", "code", [row.id for row in rows]),
+    ]
+    return _table([column for column in columns if any(cell is not None for cell in column.cells)])
+
+
+def runs_table(groups: Sequence[ComparisonGroup]) -> DataTable:
+    """One line a group: its images, its model's size, what was read and tried, and for how long."""
+    times = "\N{MULTIPLICATION SIGN}"
+    kinds = [{kind for _, kind in group.tokens} for group in groups]
+    return _table(
+        [
+            Column("Model on data set", "text", [group.name for group in groups]),
+            Column("Images", "text", [f"{count(g.train_images)} + {count(g.test_images)}" for g in groups]),
+            Column("Classes", "count", [len(group.classes) for group in groups]),
+            Column(f"Blocks {times} width", "text", [f"{group.depth} {times} {group.width}" for group in groups]),
+            Column("Layers", "text", [layer_ranges({layer for layer, _ in group.tokens}) for group in groups]),
+            Column("Tokens", "text", [", ".join(kind for kind in KINDS if kind in held) for held in kinds]),
+            Column("Grid", "text", [f"{group.grid}, {from_to(group.configurations)}" for group in groups]),
+            Column("Probes", "count", [len(group.scores) for group in groups]),
+            Column("Seeds", "text", [layer_ranges(group.seeds).replace(",", ", ") for group in groups]),
+            Column("Time", "duration", [group.seconds for group in groups]),
+            Column("Features", "code", [" ".join(group.features) for group in groups]),
+        ]
+    )
+
+
+def _table(columns: Sequence[Column]) -> DataTable:
+    rows = zip(*(column.values() for column in columns), strict=True)
+    return {"columns": [column.head() for column in columns], "rows": [list(row) for row in rows]}
+
+
+def _spread(spread: Spread | None, marked: bool = False) -> tuple[Any, ...] | None:
+    return None if spread is None else (spread.mean, spread.sd, *([1] if marked else []))

@@ -1,0 +1,265 @@
+"""The sections of the page, in the order in which they stand: each takes what it shows from the report's data."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlfusion.report import page_tables, published, sentences
+from mlfusion.report.catalogue import ReportData, SectionName, group_figure, group_figures, score_tables, study_figures
+from mlfusion.report.commands import layerwise_command, reproduction_commands
+from mlfusion.report.figures import classification
+from mlfusion.report.figures.drawing import Figure
+from mlfusion.report.numbers import capitalized, count, enumerated, percent
+from mlfusion.report.page_tables import DataTable
+from mlfusion.report.pictures import Picture, Strip, data_url
+from mlfusion.report.studies import domain
+from mlfusion.report.summary import (
+    OTHER_CODE,
+    ComparisonGroup,
+    code_versions,
+    library_versions,
+    metric_name,
+    score_word,
+)
+from mlfusion.report.tables import ScoreTable, slug
+
+FEW = 4
+"""Up to so many cases (a model on a data set) have their own figures at the top; more have them with their data set."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page."""
+
+    name: str  # its anchor
+    title: str
+    figures: Sequence[Figure] = ()
+    tables: Mapping[str, DataTable] = field(default_factory=dict)  # {id of its element: table}
+    body: Literal["figures", "accuracy", "attention", "layers", "datasets", "runs"] = "figures"  # macro of page.html
+    content: Any = None  # what that macro shows besides figures and tables
+    contents: Sequence[tuple[str, str]] = ()  # (anchor, label) of its entries in the table of contents
+
+
+def sections(data: ReportData, page: str) -> list[Section]:
+    """Every section that there is something for; `page` is the file name that the last command writes."""
+    makers: list[Callable[[ReportData], Section | None]] = [
+        _accuracy,
+        _attention,
+        _layers,
+        lambda data: _over_studies(data, "tokens", "CLS, AP, or both"),
+        lambda data: _over_studies(data, "heads", "Number of attention heads"),
+        lambda data: _over_studies(data, "cost", "Score against cost"),
+        lambda data: _over_studies(data, "seeds", "Variation over seeds"),
+        lambda data: _over_studies(data, "train-test", "Training and test scores"),
+        _published,
+        _datasets,
+        lambda data: _runs(data, page),
+    ]
+    return [section for make in makers if (section := make(data))]
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StudyScores:
+    """Tables and figures over the models and data sets of one study."""
+
+    name: str
+    tables: Sequence[ScoreTable]
+    figures: Sequence[Figure]
+
+
+@dataclass(frozen=True)
+class AccuracyContent:
+    """What the section on scores says."""
+
+    metric: str
+    chance: str
+    own: Sequence[Figure]  # of each case
+    studies: Sequence[StudyScores]
+    footnote: str
+
+
+def _accuracy(data: ReportData) -> Section:
+    groups = data.groups
+    name = score_word(groups)
+    title = f"{name} per probe"
+    pairs = [(group, score) for group in groups for score in group.probes]
+    if not pairs:
+        return Section("accuracy", title, body="accuracy")
+    own = _figures_at_the_top(data, "accuracy")
+    over = [
+        StudyScores(study.name, score_tables(study), study_figures(study, "accuracy"))
+        for study in data.studies
+        if len(study.groups) > 1 and study.probes
+    ]
+    content = AccuracyContent(
+        metric=capitalized(enumerated(list(dict.fromkeys(metric_name(group.metric) for group in groups)))),
+        chance=sentences.chance_level(groups),
+        own=own,
+        studies=over,
+        footnote=OTHER_CODE if any(score.other_code for _, score in pairs) else "",
+    )
+    return Section(
+        "accuracy",
+        title,
+        [*own, *(figure for one in over for figure in one.figures)],
+        {"scores": page_tables.scores_table(pairs, several=len(groups) > 1)},
+        "accuracy",
+        content,
+        [("accuracy", name), ("all-scores", "All scores")],
+    )
+
+
+def _figures_at_the_top(data: ReportData, section: SectionName) -> list[Figure]:
+    """The figure of all cases, where they are few."""
+    figure = group_figure(section, data.groups, data) if len(data.groups) <= FEW else None
+    return [figure] if figure else []
+
+
+def _attention(data: ReportData) -> Section:
+    figure = group_figure("attention", [group for group, _ in data.attended], data)
+    said = [sentences.attention(group, found) for group, found in data.attended]
+    entries = [("attention", "Attention")] if figure else []
+    figures = [figure] if figure else []
+    return Section("attention", "Attention over layers", figures, {}, "attention", said, entries)
+
+
+@dataclass(frozen=True)
+class LayersContent:
+    """What the section on single layers says."""
+
+    best: Sequence[str]  # sentences
+    command: str  # which makes the rows if there are none
+
+
+def _layers(data: ReportData) -> Section:
+    groups = data.groups
+    pairs = [(group, score) for group in groups for score in group.scores if score.layerwise]
+    best = [sentences.best_layers(group) for group in groups if group.by_layer]
+    return Section(
+        "layers",
+        f"{score_word(groups)} by layer",
+        _figures_at_the_top(data, "layers"),
+        {"layer-scores": page_tables.scores_table(pairs, several=len(groups) > 1)} if pairs else {},
+        "layers",
+        LayersContent(best, layerwise_command(groups[0])),
+        [("layers", "By layer")] if pairs else [],
+    )
+
+
+# --- over models and data sets ---------------------------------------------------------------------------------------
+
+
+def _over_studies(data: ReportData, name: SectionName, title: str) -> Section | None:
+    """The figures of one kind, one a study."""
+    figures = [figure for study in data.studies for figure in study_figures(study, name)]
+    return Section(name, title, figures, contents=[(name, title)]) if figures else None
+
+
+def _published(data: ReportData) -> Section | None:
+    figure = published.figure(data.compared)
+    if not figure:
+        return None
+    tables = {"published": page_tables.published_table(data.compared)}
+    text = published.summarize(data.compared)
+    return Section("paper", figure.title, [figure], tables, content=text, contents=[("paper", figure.title)])
+
+
+# --- data set by data set --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DatasetPart:
+    """One data set: its figures where there are too many for the top, its pictures, its confusions."""
+
+    name: str
+    anchor: str
+    about: str
+    figures: Sequence[Figure]
+    strips: Sequence[Mapping[str, Any]]
+    confusions: Sequence[tuple[str, str, int, str]]
+    confusions_note: str
+
+
+def _datasets(data: ReportData) -> Section | None:
+    parts = list(_dataset_parts(data))
+    if not parts:
+        return None
+    figures = [figure for part in parts for figure in part.figures]
+    title = "Data set by data set"
+    return Section("data-sets", title, figures, body="datasets", content=parts, contents=[("data-sets", "Data sets")])
+
+
+def _dataset_parts(data: ReportData) -> Iterator[DatasetPart]:
+    names = dict.fromkeys(name for study in data.studies for name in study.datasets)
+    for i, name in enumerate(dict.fromkeys([*names, *(data.pictures or {})])):
+        groups = [group for study in data.studies for group in study.select(dataset=name)]
+        figures = group_figures(groups, data) if len(data.groups) > FEW else []
+        predictions = classification.predictions(groups, data.results) if data.results else None
+        if predictions:
+            figures += classification.figures(predictions)
+        strips = [_strip(strip) for strip in (data.pictures or {}).get(name, ())]
+        if figures or strips:
+            yield DatasetPart(
+                name,
+                f"dataset-{slug(name)}",
+                _about(name, groups),
+                [figure.named(f"{figure.name}-{i}") for figure in figures],
+                strips,
+                classification.confusions(predictions) if predictions else [],
+                classification.source(predictions) if predictions else "",
+            )
+
+
+def _about(name: str, groups: Sequence[ComparisonGroup]) -> str:
+    """The data set's domain, classes and images, and its best score, in one line."""
+    if not groups:
+        return ""
+    best = max((group.main for group in groups if group.main), key=lambda score: score.val.mean, default=None)
+    facts = [domain(name)] * (domain(name) != "Others")
+    facts.append(f"{count(len(groups[0].classes))} classes")
+    facts.append(f"{count(groups[0].train_images)} + {count(groups[0].test_images)} images")
+    if best:
+        facts.append(f"{best.probe} {percent(best.test.mean)} %")
+    return " · ".join(facts)
+
+
+def _strip(strip: Strip) -> dict[str, Any]:
+    pictures = []
+    for picture in strip.pictures:
+        urls = [data_url(Picture(picture.image))] + ([data_url(picture)] if picture.attention is not None else [])
+        pictures.append({"caption": picture.caption, "urls": urls})
+    return {"title": strip.title, "description": strip.description, "pictures": pictures}
+
+
+# --- what was run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunsContent:
+    """How the results were made."""
+
+    commands: Sequence[str]
+    codes: Sequence[str]
+    libraries: Mapping[str, str]
+    rows: int
+    listed: int  # rows in the table
+    replaced: int  # older rows that are left out
+
+
+def _runs(data: ReportData, page: str) -> Section:
+    groups = data.groups
+    listed = page_tables.listed_rows(groups)
+    rows = sum(len(group.rows) for group in groups)
+    content = RunsContent(
+        commands=reproduction_commands(groups, page),
+        codes=code_versions(groups),
+        libraries=library_versions(groups),
+        rows=rows,
+        listed=len(listed),
+        replaced=len(data.rows) - rows,
+    )
+    tables = {"runs": page_tables.runs_table(groups)} | ({"rows": page_tables.rows_table(listed)} if listed else {})
+    return Section("run", "What was run", (), tables, "runs", content, [("run", "What was run")])

@@ -1,0 +1,176 @@
+"""Results in sentences: an answer that claims no more than the rows show."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from mlfusion.progress import duration
+from mlfusion.report.numbers import count, enumerated, percent, plural, plus_minus, points
+from mlfusion.report.summary import ALF, DAGGER, ComparisonGroup, LayerAttention, metric_name
+from mlfusion.specs import BASELINE
+from mlfusion.statistics import Spread
+
+CASES = "(a model on a data set)"
+
+
+def opening(groups: Sequence[ComparisonGroup]) -> str:
+    """The page's first sentence: the answer for one model and data set, or the counts of several."""
+    if len(groups) == 1:
+        return answer(groups[0])
+    gains = [
+        (group, group.baseline, group.main, group.main.gain)
+        for group in groups
+        if group.baseline and group.main and group.main.gain
+    ]
+    if not gains:
+        return (
+            f"Whether the intermediate layers help is open: in none of the {len(groups)} cases {CASES} were both {BASELINE} "
+            "and a probe over several layers run."
+        )
+    head = _counted([direction(group) for group, *_ in gains])
+    if len({group.metric for group, *_ in gains}) > 1:
+        return f"{head}; their scores are of several metrics, so they have no mean."
+    probes = list(dict.fromkeys(main.probe for _, _, main, _ in gains))
+    verb = "reaches" if len(probes) == 1 else "reach"
+    mean, base = fmean(main.test.mean for _, _, main, _ in gains), fmean(base.test.mean for _, base, *_ in gains)
+    each = [gain.mean for *_, gain in gains]
+    return (
+        f"{head}: on average {enumerated(probes)} {verb} {_whole_percent(mean)} against {_whole_percent(base)} for {BASELINE} "
+        f"({points(fmean(each))} points, from {points(min(each))} to {points(max(each))})."
+    )
+
+
+def _counted(directions: Sequence[int]) -> str:
+    """In how many cases the intermediate layers help."""
+    cases, helped = len(directions), directions.count(1)
+    if helped == cases > 1:
+        return f"The intermediate layers help in all {helped} cases {CASES}"
+    counts = [
+        (helped, "help"),
+        (directions.count(0), "make no clear difference"),
+        (directions.count(-1), "do not help"),
+    ]
+    verdicts = enumerated([f"{verdict} in {number}" for number, verdict in counts if number])
+    return f"Of {cases} cases {CASES}, the intermediate layers {verdicts}"
+
+
+def warnings(groups: Sequence[ComparisonGroup]) -> list[str]:
+    """What a reader must know before comparing: metrics or versions of the code that differ."""
+    found = []
+    metrics = list(dict.fromkeys(metric_name(group.metric) for group in groups))
+    if len(metrics) > 1:
+        found.append(
+            f"The rows have {len(metrics)} metrics ({enumerated(metrics)}); nothing is compared or averaged across them."
+        )
+    if marked := sum(score.other_code for group in groups for score in group.scores):
+        found.append(
+            f"{plural(marked, 'score was', 'scores were')} made by another version of the code than the baseline that the gain "
+            f"is counted from (marked {DAGGER})."
+        )
+    return found
+
+
+def answer(group: ComparisonGroup) -> str:
+    """Do the intermediate layers help, on this data set with this model? With scores, gain and seeds."""
+    place = f"On {group.dataset}, with {group.name.replace(f' on {group.dataset}', '')}"
+    main, baseline = group.main, group.baseline
+    if main is None:
+        return f"{place}, whether the intermediate layers help is open: no probe read several layers. {_best(group)}"
+    reached = f"{main.probe} reaches {_whole_percent(main.test.mean)}"
+    if baseline is None:
+        return f"{place}, {reached}; {BASELINE} was not run, so whether the intermediate layers help is open."
+    against = f"{reached} against {_whole_percent(baseline.test.mean)} for {BASELINE}"
+    if main.gain is None:
+        return f"{place}, {against}; they share no seed, so whether the intermediate layers help is open."
+    verdict = {1: "help", 0: "make no clear difference", -1: "do not help"}[direction(group)]
+    return f"{place}, the intermediate layers {verdict}: {against} ({_gain_text(group, main.gain)})."
+
+
+def short_answer(group: ComparisonGroup) -> str:
+    """The answer as one item of a list under the opening sentence."""
+    main, baseline = group.main, group.baseline
+    if main is None or main.gain is None or baseline is None:
+        return answer(group)
+    verdict = {1: "", 0: ": no clear difference", -1: ": they do not help"}[direction(group)]
+    scores = f"{_whole_percent(main.test.mean)} against {_whole_percent(baseline.test.mean)}"
+    return f"{group.name}: {scores} ({_gain_text(group, main.gain)}){verdict}."
+
+
+def direction(group: ComparisonGroup) -> int:
+    """1 for a gain, -1 for a loss, 0 where it is within its deviation over seeds or its standard error over images."""
+    gain = group.main.gain if group.main else None
+    if gain is None or abs(gain.mean) <= max(gain.sd or 0, group.gain_standard_error or 0):
+        return 0
+    return 1 if gain.mean > 0 else -1
+
+
+def chance_level(groups: Sequence[ComparisonGroup]) -> str:
+    """The score that random guesses would get, for each metric."""
+    classes = sorted({len(group.classes) for group in groups if group.metric == "balanced_accuracy"})
+    ends = list(dict.fromkeys([classes[-1], classes[0]] if classes else []))
+    share = " to ".join(percent(1 / n) for n in ends)
+    levels = {
+        "balanced_accuracy": f"a balanced accuracy of {share}\N{NO-BREAK SPACE}% ({' to '.join(map(str, ends))} classes)",
+        "mean_average_precision": "a mean average precision equal to the share of images that have a label",
+        "r2": "an R² of 0, which the mean of all numbers has",
+    }
+    metrics = dict.fromkeys(group.metric for group in groups)
+    return f"Random guesses get {enumerated([levels[metric] for metric in metrics if metric in levels])}."
+
+
+def attention(group: ComparisonGroup, held: LayerAttention) -> str:
+    """Which layer gets the largest share of the attention, compared with an even share."""
+    shares = held.by_layer
+    at_peak = {kind: share for (layer, kind), share in zip(held.tokens, held.mean, strict=True) if layer == held.peak}
+    even = len(at_peak) / len(held.tokens)
+    kind = max(at_peak, key=lambda kind: at_peak[kind]).upper()
+    place = ", the last" if held.peak == max(shares) else f" of {group.depth}"
+    probe = "" if held.probe == ALF else f", {held.probe}"
+    return (
+        f"{group.name}{probe}: attention peaks at layer {held.peak}{place}, with {_whole_percent(shares[held.peak], 0)} of it, "
+        f"mostly on {kind} (an even share would be {_whole_percent(even)}); layers before the last get "
+        f"{_whole_percent(held.before_last, 0)}."
+    )
+
+
+def best_layers(group: ComparisonGroup) -> str:
+    """For each layer-by-layer series the layer with the best validation score, and its test score."""
+    best = []
+    for name, layers in group.by_layer.items():
+        layer, score = max(layers.items(), key=lambda item: item[1].val.mean)
+        gain = f", {points(score.gain.mean)} points" if score.gain and not score.is_baseline else ""
+        best.append(f"layer {layer} for {name} ({_whole_percent(score.test.mean)} on test{gain})")
+    return f"{group.name}: the best single layer by validation is {enumerated(best)}."
+
+
+def basis(groups: Sequence[ComparisonGroup]) -> str:
+    """How many models, data sets, probes and seeds the answer rests on, and the time of probing."""
+    counts = [
+        plural(len({group.model for group in groups}), "model", "models"),
+        plural(len({group.dataset for group in groups}), "data set", "data sets"),
+        plural(len({score.probe for group in groups for score in group.scores}), "probe", "probes"),
+        plural(len({seed for group in groups for seed in group.seeds}), "seed", "seeds"),
+    ]
+    return f"{', '.join(counts)}; {duration(sum(group.seconds for group in groups))} of probing."
+
+
+def _whole_percent(value: float, digits: int = 1) -> str:
+    """'97.1 %' that no line break splits."""
+    return f"{percent(value, digits)}\N{NO-BREAK SPACE}%"
+
+
+def _gain_text(group: ComparisonGroup, gain: Spread) -> str:
+    seeds = "one seed, so no deviation is known" if gain.sd is None else f"{gain.n} seeds"
+    images, error = count(group.test_images), group.gain_standard_error
+    if error is None:
+        chance = f"; mlfusion results compare tells the uncertainty from {images} test images"
+    else:
+        within = abs(gain.mean) <= error
+        chance = f"; the standard error from {images} test images is {percent(error)}" * within
+    return f"{points(gain.mean)}{plus_minus(gain.sd)} points, {seeds}{chance}"
+
+
+def _best(group: ComparisonGroup) -> str:
+    """The best of what was run, where the question has no answer."""
+    best = max(group.scores, key=lambda score: score.val.mean)
+    which = "the only one" if len(group.scores) == 1 else f"the best of {len(group.scores)} by validation"
+    return f"{best.probe}, {which}, reaches {_whole_percent(best.test.mean)}."

@@ -1,0 +1,92 @@
+"""Comparison groups set side by side over models and data sets, where grid, metric and options are the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from mlfusion import datasets, models
+from mlfusion.report.summary import ComparisonGroup, Score, metric_name, probe_order
+
+
+@dataclass(frozen=True)
+class Study:
+    """Groups that one figure may compare over models or data sets: one grid, one metric, the same options."""
+
+    name: str  # what distinguishes it from the other studies of the same rows, such as 'quick grid'; empty if alone
+    groups: tuple[ComparisonGroup, ...]  # one for each model and data set, the one with the newest row
+
+    @property
+    def metric(self) -> str:
+        """In words: 'balanced accuracy'."""
+        return metric_name(self.groups[0].metric)
+
+    @cached_property
+    def models(self) -> tuple[str, ...]:
+        """Families together and from small to large, as the catalogue has them; others as they first came."""
+        known = list(models.CATALOGUE)
+        names = dict.fromkeys(group.model for group in self.groups)
+        return tuple(sorted(names, key=lambda name: known.index(name) if name in known else len(known)))
+
+    @cached_property
+    def datasets(self) -> tuple[str, ...]:
+        """By domain, then as the catalogue has them; others as they first came."""
+        known = list(datasets.CATALOGUE)
+        names = dict.fromkeys(group.dataset for group in self.groups)
+
+        def order(name: str) -> tuple[int, int]:
+            return DOMAINS.index(domain(name)), known.index(name) if name in known else len(known)
+
+        return tuple(sorted(names, key=order))
+
+    @cached_property
+    def probes(self) -> tuple[str, ...]:
+        """Probes that do not belong to a layer-by-layer series, in the study's order."""
+        return tuple(sorted({score.probe for group in self.groups for score in group.probes}, key=probe_order))
+
+    @cached_property
+    def _by_place(self) -> dict[tuple[str, str], tuple[ComparisonGroup, dict[str, Score]]]:
+        return {(g.model, g.dataset): (g, {score.probe: score for score in g.scores}) for g in self.groups}
+
+    def select(self, *, model: str | None = None, dataset: str | None = None) -> list[ComparisonGroup]:
+        """The groups of a model, of a data set or of both, by model, then by data set."""
+        places = [
+            (one, other)
+            for one in self.models
+            for other in self.datasets
+            if model in (None, one) and dataset in (None, other)
+        ]
+        return [self._by_place[place][0] for place in places if place in self._by_place]
+
+    def score(self, group: ComparisonGroup, probe: str) -> Score | None:
+        """The score of a probe in one of the groups, where it was run."""
+        return self._by_place[group.model, group.dataset][1].get(probe)
+
+    def scores(self, probe: str, *, model: str | None = None, dataset: str | None = None) -> list[Score]:
+        """The scores of a probe, in the order of `select`."""
+        groups = self.select(model=model, dataset=dataset)
+        return [score for group in groups if (score := self.score(group, probe))]
+
+
+DOMAINS = ("Natural (multi-domain)", "Natural (single-domain)", "Specialized", "Structured", "Others")
+"""Domains of the study's data sets; the last is for all other data sets."""
+
+
+def domain(dataset: str) -> str:
+    """The domain of a data set of the study; 'Others' for any other."""
+    row = datasets.CATALOGUE.get(dataset)
+    return row.domain if row and row.domain in DOMAINS else DOMAINS[-1]
+
+
+def studies(groups: Sequence[ComparisonGroup]) -> list[Study]:
+    """Groups by what they may be compared over, the largest study first: different metrics are never set side by side."""
+    found: dict[tuple[str, str, str], dict[tuple[str, str], ComparisonGroup]] = {}
+    for group in groups:
+        places = found.setdefault((group.grid, group.metric, group.options), {})
+        there = places.get((group.model, group.dataset))
+        if there is None or there.newest < group.newest:
+            places[group.model, group.dataset] = group
+    keys = sorted(found, key=lambda key: -sum(len(group.scores) for group in found[key].values()))
+    said = [(f"{grid} grid", metric_name(metric), options or "no options") for grid, metric, options in keys]
+    differ = [len(set(words)) > 1 for words in zip(*said, strict=True)]
+    names = [", ".join(word for word, which in zip(words, differ, strict=True) if which) for words in said]
+    return [Study(name, tuple(found[key].values())) for name, key in zip(names, keys, strict=True)]
