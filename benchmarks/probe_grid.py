@@ -210,8 +210,13 @@ def parts_of_a_step(device: str, bf16: bool) -> list[tuple[str, float]]:
         "AdamW": ("aten::_fused_adamw_", "adamw", "squares"),
         "softmax": ("aten::_softmax", "aten::_softmax_backward_data"),
         "copies": ("aten::copy_",),
-        "own matrix products": ("softmax", "averages", "values", "slopes"),  # the first with the products it is of
-        "passes over weights": ("narrow", "rows", "columns"),
+        "own matrix products": (
+            "softmax",
+            "averages",
+            "values",
+            "attention_gradients",
+        ),  # the first with the products it is of
+        "passes over weights": ("fold_norm", "row_products", "row_sums"),
     }
     threads, steps = torch.get_num_threads(), 10
     torch.set_num_threads(1)

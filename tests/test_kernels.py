@@ -59,36 +59,46 @@ def test_products_of_few_tokens_and_many_heads(size, threads):
     averages = kernels.averages(weights, x)
     assert near(averages, torch.einsum("bth,btd->hbd", weights.bfloat16().double(), x.double()))
 
-    weight, scale, shift, gained = torch.randn(1, h, e, d), torch.rand(1, d), torch.randn(1, d), torch.randn(h, b)
-    project, packed, constant = kernels.fold_norm(weight, scale, shift)
+    weight, scale, shift, excess = torch.randn(1, h, e, d), torch.rand(1, d), torch.randn(1, d), torch.randn(h, b)
+    project, packed, bias = kernels.fold_norm(weight, scale, shift)
     assert torch.equal(project, (weight * scale).bfloat16()[0])
-    assert near(constant, (weight.double() @ shift[0].double())[0], places=0.01)
+    assert near(bias, (weight.double() @ shift[0].double())[0], places=0.01)
 
     exact = torch.einsum("hed,hbd->heb", project.double(), averages.double())
-    plain, more = constant[..., None].double(), 1 + gained[:, None].double()
-    assert near(kernels.values(project, averages, constant, gained), exact + plain * more)
-    assert near(kernels.values(project, averages, constant, None), exact + plain)
+    plain, more = bias[..., None].double(), 1 + excess[:, None].double()
+    assert near(kernels.values(project, averages, bias, excess), exact + plain * more)
+    assert near(kernels.values(project, averages, bias, None), exact + plain)
 
-    given = narrow(h, e, b)
-    back = torch.einsum("heb,hed->hbd", given.double(), project.double()).bfloat16().double()
+    grad_values = narrow(h, e, b)
+    grad_averages = torch.einsum("heb,hed->hbd", grad_values.double(), project.double()).bfloat16().double()
     # The averages' gradient is rounded, of sums in another order: where one falls to the other side, by a last place.
-    assert near(kernels.attention_gradients(x, given, packed), torch.einsum("btd,hbd->bth", x.double(), back), places=2)
+    assert near(
+        kernels.attention_gradients(x, grad_values, packed),
+        torch.einsum("btd,hbd->bth", x.double(), grad_averages),
+        places=2,
+    )
 
 
 def test_what_a_head_gets_does_not_depend_on_the_others():
     torch.manual_seed(0)
-    x, weights, weight, given = narrow(31, 9, 64), torch.rand(31, 9, 12), torch.randn(2, 6, 10, 64), narrow(12, 10, 31)
+    x, weights, weight, grad_values = (
+        narrow(31, 9, 64),
+        torch.rand(31, 9, 12),
+        torch.randn(2, 6, 10, 64),
+        narrow(12, 10, 31),
+    )
     scale, shift = torch.rand(2, 64), torch.randn(2, 64)
-    together, packed, constant = kernels.fold_norm(weight, scale, shift)
-    alone, packed_alone, constant_alone = kernels.fold_norm(weight[1:], scale[1:], shift[1:])
+    together, packed, bias = kernels.fold_norm(weight, scale, shift)
+    alone, packed_alone, bias_alone = kernels.fold_norm(weight[1:], scale[1:], shift[1:])
     assert torch.equal(together[6:], alone)
-    assert torch.equal(constant[6:], constant_alone)
+    assert torch.equal(bias[6:], bias_alone)
     averages = kernels.averages(weights, x)
     assert torch.equal(averages[6:], kernels.averages(weights[:, :, 6:], x))
-    values = kernels.values(together, averages, constant, None)
-    assert torch.equal(values[6:], kernels.values(alone, averages[6:].contiguous(), constant_alone, None))
+    values = kernels.values(together, averages, bias, None)
+    assert torch.equal(values[6:], kernels.values(alone, averages[6:].contiguous(), bias_alone, None))
     assert torch.equal(
-        kernels.attention_gradients(x, given, packed)[:, :, 6:], kernels.attention_gradients(x, given[6:], packed_alone)
+        kernels.attention_gradients(x, grad_values, packed)[:, :, 6:],
+        kernels.attention_gradients(x, grad_values[6:], packed_alone),
     )
 
 
