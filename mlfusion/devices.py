@@ -1,4 +1,4 @@
-"""Where tensors live: the accelerator that is there, or the one that was asked for."""
+"""Chooses the device and the compute type: the best of this machine, or the one asked for."""
 
 import platform
 import re
@@ -11,10 +11,10 @@ from mlfusion.specs import COMPUTES, Compute
 
 
 def pick_device(word: str) -> str:
-    """'auto' → cuda, mps or cpu, whichever is there; anything else must be there.
+    """Resolve a device: 'auto' → the first of cuda, mps and cpu that this machine has; others are checked.
 
     Raises:
-        Unavailable: the device asked for is not there.
+        Unavailable: this machine does not have the device.
     """
     there = [
         *(["cuda"] if torch.cuda.is_available() else []),
@@ -29,13 +29,13 @@ def pick_device(word: str) -> str:
 
 
 def pick_compute(word: str, device: str) -> Compute:
-    """'auto' → bfloat16 where the device has units for its products, else float32; a type by name stays.
+    """Resolve a compute type: 'auto' → bfloat16 if the device has units for bfloat16 products, else float32.
 
-    Units are found by what the device says of itself, not by a measurement: the answer is part of the features' key. float16
-    can overflow in large models, so it is taken only where it is asked for.
+    The units are found by the device's properties, not by a measurement, because the answer is part of the features' key.
+    float16 can overflow in large models, so 'auto' never chooses it.
 
     Raises:
-        UnknownName: it is no type to compute in.
+        UnknownName: it is not a compute type.
     """
     if word in COMPUTES:
         return word
@@ -49,7 +49,7 @@ def pick_compute(word: str, device: str) -> Compute:
 
 
 def device_name(device: str) -> str:
-    """What people call it: 'NVIDIA H200', 'AMD EPYC'."""
+    """The device's product name, such as 'NVIDIA H200' or 'AMD EPYC'."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

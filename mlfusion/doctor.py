@@ -1,8 +1,8 @@
-"""What stands in the way of a run: the machine, the cache, the hub, and a model from its name to its first features."""
+"""Diagnostics: checks libraries, device, kernels, memory, cache, hub, and a model from its name to its first features."""
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,30 +23,30 @@ from mlfusion.store import CachePath, default_root
 State = Literal["ok", "note", "problem"]
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface-hub", "zarr", "h5py", "safetensors", "pillow")
 EXTRAS = {"altair": "pip install 'mlfusion[report]' for the figures of reports"}
-ROOM = 2.0  # of the weights' memory that loading and a batch may take
+LOADING_FACTOR = 2.0  # memory for loading a model and running one batch, by the size of its weights
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
     state: State
     found: str
-    do: str = ""  # what to do about it
+    do: str = ""  # what the user can do about it
 
     def to_json(self) -> dict[str, Any]:
-        """As `mlfusion doctor --json` prints it."""
+        """The JSON object that `mlfusion doctor --json` prints."""
         return vars(self)
 
 
-def examine(model: str | None = None, *, cache: CachePath = None, device: str = "auto") -> Iterator[Finding]:
-    """Look at everything a run needs, one finding after another; nothing is downloaded and nothing is kept.
+def doctor(model: str | None = None, *, cache: CachePath = None, device: str = "auto") -> Iterator[Finding]:
+    """Check everything that a run needs, and yield a finding for each check; nothing is downloaded or stored.
 
     Args:
-        model: a name, hub id or folder; None looks at the machine alone.
-        cache: its root.
-        device: that the model would run on.
+        model: a catalogue name, hub id or folder; None checks the machine only.
+        cache: root of the feature cache.
+        device: the device that the model would run on.
     """
     yield _libraries()
     yield _device(device)
@@ -138,15 +138,20 @@ def _hub() -> Finding:
     return Finding("hub", "ok", f"reached; {who}")
 
 
+def sound(findings: Iterable[Finding]) -> bool:
+    """Whether none of the findings is a problem."""
+    return all(one.state != "problem" for one in findings)
+
+
 # --- a model ---------------------------------------------------------------------------------------------------------
 
 
 def _model(word: str, device: str) -> Iterator[Finding]:
     try:
-        asked = parse_model(word)
-        row = models.CATALOGUE.get(asked.name)
-        local = bool(row and row.embedded) or Path(asked.name).expanduser().is_dir()
-        if not row and not local and "/" not in asked.name:
+        ref = parse_model(word)
+        row = models.CATALOGUE.get(ref.name)
+        local = bool(row and row.embedded) or Path(ref.name).expanduser().is_dir()
+        if not row and not local and "/" not in ref.name:
             models.locate(word)  # which says what names there are
     except UnknownName as err:
         yield Finding("name", "problem", str(err), "mlfusion ls models")
@@ -157,20 +162,18 @@ def _model(word: str, device: str) -> Iterator[Finding]:
         yield Finding("name", "ok", said)
     if not local:
         if not row:
-            said = (
-                f"{asked.name}: an id of the hub; not pinned: its newest state, the commit of which goes into the key"
-            )
+            said = f"{ref.name}: an id of the hub; not pinned: its newest state, the commit of which goes into the key"
             yield Finding("name", "ok", said)
-        source, revision = (row.source, row.revision) if row else (asked.name, None)
+        source, revision = (row.source, row.revision) if row else (ref.name, None)
         copy = hub.find_local(source, revision)
-        yield from _access(source, asked.name, revision, copy)
+        yield from _access(source, ref.name, revision, copy)
         if copy is None:
             return
     yield from _files(word, device)
 
 
 def _access(source: str, word: str, revision: str | None, copy: Path | None) -> Iterator[Finding]:
-    """Whether it is on this machine, and else whether it can be had."""
+    """Check that the model is on this machine, or else that it can be downloaded."""
     if copy is not None:
         yield Finding("copy", "ok", f"on this machine: {copy}")
     if hub.offline():
@@ -211,7 +214,7 @@ def _advice(err: Unavailable) -> str:
 
 
 def _files(word: str, device: str) -> Iterator[Finding]:
-    """Whether what lies here can be read, as far as its first features."""
+    """Check that the model's files can be read, up to the first features."""
     try:
         checkpoint = models.locate(word)
         files = models.weight_files(checkpoint.folder)
@@ -222,7 +225,7 @@ def _files(word: str, device: str) -> Iterator[Finding]:
         yield Finding("configuration", "ok", f"{shape.depth} layers of width {shape.width}")
         steps = preprocessing.read(checkpoint.folder)
         yield Finding("preprocessing", "ok", f"pictures of {steps.pixels[0]} x {steps.pixels[1]} px")
-        needed = int(ROOM * sum(file.stat().st_size for file in files))
+        needed = int(LOADING_FACTOR * sum(file.stat().st_size for file in files))
         if needed > (free := available("cpu")):
             yield Finding(
                 "memory", "problem", f"about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} free", "free some memory"

@@ -15,7 +15,7 @@ from mlfusion import cli, doctor, models
 
 
 def findings(model: str | None = None) -> dict[str, doctor.Finding]:
-    return {one.check: one for one in doctor.examine(model, device="cpu")}
+    return {one.check: one for one in doctor.doctor(model, device="cpu")}
 
 
 def test_the_machine_alone_is_looked_at_offline():

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from mlfusion.errors import UnknownName
 from mlfusion.specs import (
     KINDS,
+    OMIT_IF_DEFAULT,
     STUDY,
     DataSpec,
     FeatureSpec,
     ModelSpec,
+    digest,
     layer_ranges,
     parse_layers,
     parse_model,
@@ -85,6 +87,21 @@ def test_names_change_nothing():
     )
     assert renamed == SPEC
     assert renamed.key == SPEC.key
+
+
+@pytest.mark.parametrize("spec", [MODEL, DATA, SPEC], ids=lambda spec: type(spec).__name__)
+def test_a_new_option_at_its_default_changes_no_key(spec):
+    """The same class with one field more: with the mark it is left out at its default, without the mark it is not."""
+    values = {each.name: getattr(spec, each.name) for each in dataclasses.fields(spec)}
+
+    def with_option(metadata: dict[str, bool] | None) -> type:
+        option = ("option", str, dataclasses.field(default="off", metadata=metadata))
+        return dataclasses.make_dataclass(type(spec).__name__, [option], bases=(type(spec),), frozen=True, kw_only=True)
+
+    marked, unmarked = with_option(OMIT_IF_DEFAULT), with_option(None)
+    assert digest(marked(**values)) == digest(spec)
+    assert digest(marked(**values, option="on")) == digest(unmarked(**values, option="on")) != digest(spec)
+    assert digest(unmarked(**values)) != digest(spec)
 
 
 @given(st.sets(st.integers(0, 40), min_size=1))

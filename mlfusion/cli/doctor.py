@@ -1,4 +1,4 @@
-"""`mlfusion doctor`: what stands in the way of a run, and what to do about it."""
+"""`mlfusion doctor`: prints what would stop a run, and what to do about it."""
 
 from typing import Annotated
 
@@ -11,25 +11,22 @@ MARKS = {"ok": "ok  ", "note": "note", "problem": "FAIL"}
 
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(help="Catalogue name, hub id, or folder; none: the machine alone.")
+        str | None,
+        typer.Argument(help="Catalogue name, hub id or folder of a model; without it, only the machine is checked."),
     ] = None,
     cache: Cache = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Check libraries, device, memory, disk and hub; of a model its access, files, blocks and tokens. Downloads nothing."""
-    from mlfusion.doctor import examine
+    """Check libraries, device, memory, disk and hub, and the access, files, blocks and tokens of a model. Downloads nothing."""
+    from mlfusion import doctor as library
 
     found = []
-    for one in examine(model, cache=cache, device=device):
+    for one in library.doctor(model, cache=cache, device=device):
         found.append(one)
         if not as_json:
             typer.echo(f"{MARKS[one.state]}  {one.check}: {one.found}" + (f"\n      → {one.do}" if one.do else ""))
     if as_json:
-        print_json({"model": model, "sound": _sound(found), "findings": [one.to_json() for one in found]})
-    if not _sound(found):
+        print_json({"model": model, "sound": library.sound(found), "findings": [one.to_json() for one in found]})
+    if not library.sound(found):
         raise typer.Exit(1)
-
-
-def _sound(found: list) -> bool:  # type: ignore[type-arg]
-    return all(one.state != "problem" for one in found)

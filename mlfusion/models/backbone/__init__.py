@@ -22,6 +22,7 @@ from mlfusion.models.backbone.reduction import Reducer, count
 from mlfusion.models.backbone.taps import StopForward, Tap
 from mlfusion.models.backbone.tracing import tensor_of
 from mlfusion.models.preprocessing import Preprocessing, read
+from mlfusion.shapes import Float
 from mlfusion.specs import HOOKS, KINDS, Compute, Hook, Pair, TokenKind, layer_ranges
 
 __all__ = ["Anatomy", "Backbone", "Tap", "dissect"]
@@ -108,11 +109,13 @@ class Backbone:
         return found
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor, pairs: Iterable[Pair]) -> dict[Pair, Tensor]:
+    def __call__(
+        self, pixels: Float[Tensor, "B 3 height width"], pairs: Iterable[Pair]
+    ) -> dict[Pair, Float[Tensor, "B _ _"]]:
         """Run the model as deep as the deepest layer asked for.
 
         Args:
-            pixels: [images, 3, height, width], as `preprocessing` finishes them.
+            pixels: pictures, as `preprocessing` finishes them.
             pairs: the (layer, token kind) pairs to read.
 
         Returns:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlfusion.models.backbone.taps import Special, Tap
+from mlfusion.shapes import Float
 from mlfusion.specs import GRID_SIDES, TokenKind
 
 
@@ -29,8 +30,8 @@ class Reducer:
         self._places = {kind: _places(getattr(special, kind)) for kind in ("cls", "dist", "registers")}
         self._patches = _places(sorted(set(range(tap.tokens)) - set(special.every)))
 
-    def __call__(self, sequence: Tensor, kind: TokenKind) -> Tensor:
-        """[images, sequence, width] → [images, tokens of the kind, width]; a copy, so that the whole layer can be freed."""
+    def __call__(self, sequence: Float[Tensor, "B T D"], kind: TokenKind) -> Float[Tensor, "B tokens D"]:
+        """The tokens of a kind; a copy, so that the whole layer can be freed."""
         if kind == "all":
             return sequence.clone()
         if kind in self._places:
@@ -40,7 +41,7 @@ class Reducer:
             return self._pooled(patches, GRID_SIDES[kind])
         return _STATISTICS[kind](patches)
 
-    def _pooled(self, patches: Tensor, side: int) -> Tensor:
+    def _pooled(self, patches: Float[Tensor, "B patches D"], side: int) -> Float[Tensor, "B {side*side} D"]:
         """Means over a grid of side × side cells, in raster order; a patch at the border of two cells counts in both."""
         assert self._grid is not None
         if self._order is not None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from mlfusion.shapes import Float
+
 Grid = tuple[int, int]
 """Rows and columns of an image's patches."""
 
@@ -42,8 +44,8 @@ class Tap:
         default=None, repr=False
     )  # raster place → patch; None: patches are in raster order
 
-    def sequence(self, output: Tensor) -> Tensor:
-        """What the module gave or got, as [images, tokens, width]; 4-D maps are flattened in raster order."""
+    def sequence(self, output: Float[Tensor, "B ..."]) -> Float[Tensor, "B T D"]:
+        """The module's output or input as a sequence of tokens; 4-D maps are flattened in raster order."""
         if output.ndim == 4:
             output = output.flatten(2).transpose(1, 2) if self.channels_first else output.flatten(1, 2)
         return output if self.norm is None else self.norm(output)

@@ -1,4 +1,4 @@
-"""Which steps a model's pictures go through: read from its own files, whoever wrote them, or from the study's recipe."""
+"""Reads a model's preprocessing from its own files, whichever library wrote them, or from the study's recipe."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 KNOWN: dict[str, dict[str, Any]] = {
-    # What transformers' processors do where their configuration says nothing; `square` is how they take a size that is
+    # Defaults of transformers' processors for what their configuration leaves out; `square`: how they take a size that is
     # one number.
     "CLIP": {"size": 224, "square": False, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "clip"},
     "Bit": {"size": 224, "square": False, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "clip"},

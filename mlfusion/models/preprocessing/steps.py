@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlfusion.errors import BadModel
+from mlfusion.shapes import Float, Num, UInt8
 
 Kernel = Literal["pil", "torch-uint8", "torch-float32"]
 """The resize kernel: PIL on bytes, torch on bytes (the fast path), or torch on floats (as torchvision's processors)."""
@@ -77,8 +78,8 @@ class Steps:
         """Whether JPEG files take the fast path, `from_jpeg`."""
         return self.kernel == "torch-uint8"
 
-    def picture(self, image: Image.Image, name: str = "") -> np.ndarray:
-        """Resize and crop one image → [3, height, width] of `dtype`; bytes are not rescaled yet, floats are.
+    def picture(self, image: Image.Image, name: str = "") -> Num[np.ndarray, "3 height width"]:
+        """Resize and crop one image → an array of `dtype`; bytes are not rescaled yet, floats are.
 
         `name` is the sample's id; a random crop depends on it.
         """
@@ -95,8 +96,10 @@ class Steps:
             resized = self._resize_by_torch(np.array(image), height, width)
         return self._crop_and_mirror(resized, mirrored)
 
-    def from_jpeg(self, data: bytes, name: str = "", max_pixels: int = 2**63) -> np.ndarray | None:
-        """Decode, resize and crop a JPEG file by the fast path → [3, height, width] uint8.
+    def from_jpeg(
+        self, data: bytes, name: str = "", max_pixels: int = 2**63
+    ) -> UInt8[np.ndarray, "3 height width"] | None:
+        """Decode, resize and crop a JPEG file by the fast path.
 
         Returns None for a file that is not a JPEG in grey or YCbCr, is damaged, or has more than `max_pixels` pixels: PIL
         decodes those, or says what is wrong.
@@ -116,8 +119,10 @@ class Steps:
             pixels = np.ascontiguousarray(pixels[top : top + high, left : left + wide])
         return self._crop_and_mirror(self._resize_by_torch(pixels, *target), mirrored)
 
-    def _resize_by_torch(self, pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-        """[h, w, 3] bytes → [3, height, width], with antialiasing as PIL does it."""
+    def _resize_by_torch(
+        self, pixels: UInt8[np.ndarray, "_ _ 3"], height: int, width: int
+    ) -> Num[np.ndarray, "3 {height} {width}"]:
+        """Resize with antialiasing, as PIL does it."""
         whole = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         if self.kernel == "torch-float32":
             whole = whole.float() * (self.rescale_factor or 1)
@@ -145,8 +150,10 @@ class Steps:
         box = int(y * (height - high + 1)), int(x * (width - wide + 1)), high, wide
         return box, bool(hashlib.sha256(digest).digest()[0] & 1)
 
-    def finish(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rescale and normalise [images, 3, height, width] of `dtype` → the same shape in float32, on the same device.
+    def finish(
+        self, pictures: Num[Tensor, "B 3 height width"], out: Float[Tensor, "_ 3 height width"] | None = None
+    ) -> Float[Tensor, "B 3 height width"]:
+        """Rescale and normalise pictures of `dtype` → float32, on the same device.
 
         `out`: a tensor to write into, of that shape or with more images; reused memory is faster than new.
         """
@@ -165,8 +172,8 @@ class Steps:
             made.sub_(mean).div_(std)
         return made
 
-    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Images → the model's input, [images, 3, height, width] float32."""
+    def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "B 3 height width"]:
+        """Images → the model's input."""
         return self.finish(torch.from_numpy(np.stack([self.picture(image) for image in images])))
 
     @cached_property
@@ -206,8 +213,10 @@ class Steps:
         return canonical(body, exif_transpose)
 
 
-def _centre_crop(pixels: np.ndarray, size: tuple[int, int], rounding: Rounding) -> np.ndarray:
-    """[3, height, width] → [3, *size]: the middle, padded with zeros if it is smaller."""
+def _centre_crop(
+    pixels: Num[np.ndarray, "3 _ _"], size: tuple[int, int], rounding: Rounding
+) -> Num[np.ndarray, "3 {size[0]} {size[1]}"]:
+    """The middle of an image, padded with zeros if the image is smaller."""
     offsets, pads = [], []
     for have, want in zip(pixels.shape[1:], size, strict=True):
         margin, lack = max(have - want, 0), max(want - have, 0)
