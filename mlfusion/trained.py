@@ -30,7 +30,7 @@ from mlfusion.specs import DTYPES, HEAD_NAMES, KINDS, Dtype, Head, TokenKind
 from mlfusion.targets import KINDS as TARGETS
 from mlfusion.targets import OneClass, Target
 
-FORMAT = 3
+FORMAT = 2
 CARD, TENSORS, README = "card.json", "probe.safetensors", "README.md"
 
 
