@@ -93,7 +93,7 @@ def probe(
         raise UnknownName("grid", grid, protocol.GRIDS)
     if not 0 <= smoothing < 1:
         raise BadData(f"--smoothing {smoothing:g}; allowed: from 0 to below 1, such as 0.1")
-    store, kept, shown = FeatureStore(cache), Results(Path(results)), open_trackers(track)
+    store, kept, trackers = FeatureStore(cache), Results(Path(results)), open_trackers(track)
     rows: list[Row] = []
     made, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
@@ -109,7 +109,7 @@ def probe(
         if pair.older:
             say(f"{pair.older} other sets of features go by these names; those extracted last are used")
         jobs = jobs_of(chosen, seeds, grid, shots=shots, halving=halving, smoothing=smoothing, precision=precision)
-        held, new = run(pair, jobs, kept, save=save, device=device, memory=memory, trackers=shown, say=say)
+        held, new = run(pair, jobs, kept, save=save, device=device, memory=memory, trackers=trackers, say=say)
         rows, made = rows + held, made + new
     return ProbeResult(rows, made, left_out)
 

@@ -108,7 +108,7 @@ def _as_trained(checkpoint: models.Checkpoint, card: trained.Backbone) -> tuple[
     """How the probe's pictures were prepared, the model with that, and whether images are turned as their EXIF says."""
     compute: Compute = card.compute if card.compute in COMPUTES else "float32"
     rebuilt, upright = preprocessing.rebuilt(card.preparation)
-    steps = rebuilt or preprocessing.read(checkpoint.folder)  # the model's own, where another library prepares pictures
+    steps = rebuilt or preprocessing.read(checkpoint.folder)  # a processor with rules of its own: the model's
     spec = models.identify(checkpoint, steps.key(), compute)
     return steps, spec.upright() if upright else spec, upright
 

@@ -30,7 +30,7 @@ from mlfusion.specs import DTYPES, HEADS, KINDS, Dtype, Head, TokenKind
 from mlfusion.targets import KINDS as TARGETS
 from mlfusion.targets import OneClass, Target
 
-FORMAT = 3
+FORMAT = 2
 CARD, TENSORS, README = "card.json", "probe.safetensors", "README.md"
 
 
@@ -189,13 +189,10 @@ def load(folder: Path) -> tuple[Card, Probe]:
     except (OSError, ValueError) as err:
         raise ResultsUnusable(f"{folder / CARD} cannot be read ({err}); {AGAIN}") from err
     number = body.get("format") if isinstance(body, dict) else None
-    if isinstance(number, int) and number > FORMAT:
-        raise ResultsUnusable(
-            f"{folder} is of format {number}; this version reads up to {FORMAT}. Update mlfusion: pip install -U mlfusion"
-        )
-    if number in range(1, FORMAT):
-        raise ResultsUnusable(f"{folder} is of format {number}, of a version that was never released; {AGAIN}")
-    if number != FORMAT or body.get("tensors") != hashlib.sha256(tensors).hexdigest():
+    if isinstance(number, int) and number != FORMAT:
+        way = "Update mlfusion: pip install -U mlfusion" if number > FORMAT else AGAIN[0].upper() + AGAIN[1:]
+        raise ResultsUnusable(f"{folder} is of format {number}; this version reads format {FORMAT}. {way}")
+    if number is None or body.get("tensors") != hashlib.sha256(tensors).hexdigest():
         raise ResultsUnusable(f"{folder} is damaged: {TENSORS} is not the one that {CARD} names; {AGAIN}")
     try:
         _check_words(body)

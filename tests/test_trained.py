@@ -127,8 +127,8 @@ def change(folder: Path, what: str) -> None:
         (folder / "card.json").write_text(json.dumps(body)[:-20])
     else:
         changes: dict[str, dict[str, Any]] = {
-            "newer": {"format": 4},
-            "older": {"format": 2},
+            "newer": {"format": 3},
+            "older": {"format": 1},
             "shape": {"shape": body["shape"] | {"width": 9}},
             "head": {"head": "magic"},
             "target": {"target": {"kind": "colour"}},
@@ -147,8 +147,8 @@ def change(folder: Path, what: str) -> None:
         ("tensors", "is damaged: probe.safetensors is not the one that card.json names"),
         ("gone", "no probe in .*allowed: a folder with card.json and probe.safetensors"),
         ("torn", "cannot be read .*make it again with `mlfusion probe --save`"),
-        ("newer", "is of format 4; this version reads up to 3. Update"),
-        ("older", "is of format 2, of a version that was never released; make it again"),
+        ("newer", "is of format 3; this version reads format 2. Update"),
+        ("older", "is of format 1; this version reads format 2. Make it again"),
         ("shape", "holds no probe that can be built"),
         ("head", "holds no probe that can be built .*no head named 'magic'"),
         ("target", "holds no probe that can be built"),
