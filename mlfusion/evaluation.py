@@ -21,7 +21,7 @@ from mlfusion.devices import pick_device
 from mlfusion.errors import BadData, NotCached, UnknownName
 from mlfusion.features import SplitPair, extract_command, impossible, require, split_pairs
 from mlfusion.memory import available
-from mlfusion.population import Precision
+from mlfusion.options import Precision, SearchOptions, TrainingOptions
 from mlfusion.progress import track as bar_of
 from mlfusion.results import Results, Row
 from mlfusion.specs import FeatureSpec, Probe, digest, parse_probes, spelt_out
@@ -93,8 +93,8 @@ def probe(
         NotCached: says which `mlfusion extract` to run.
         MlfusionError: any other of its kinds.
     """
-    if grid not in protocol.GRIDS:
-        raise UnknownName("grid", grid, protocol.GRIDS)
+    if grid not in protocol.SEARCH_GRIDS:
+        raise UnknownName("grid", grid, protocol.SEARCH_GRIDS)
     if not 0 <= smoothing < 1:
         raise BadData(f"--smoothing {smoothing:g}; allowed: from 0 to below 1, such as 0.1")
     store, kept, shown = FeatureStore(cache), Results(Path(results)), trackers.opened(track)
@@ -358,13 +358,15 @@ def _fitted(
             train,
             test,
             target=target,
-            heads=heads_of(one),
-            grid=job.grid,
-            seed=job.seed,
-            device=device,
-            halving=job.halving,
-            memory=memory - (0 if streamed else train.nbytes) if device == "cpu" else None,
-            precision=precision,
+            options=protocol.FitOptions(
+                seed=job.seed,
+                heads=heads_of(one),
+                search=SearchOptions(grid=job.grid, halving=job.halving, precision=precision),  # type: ignore[arg-type]
+            ),
+            training=TrainingOptions(
+                device=device,
+                memory=max(1, memory - (0 if streamed else train.nbytes)) if device == "cpu" else None,
+            ),
             progress=bar.to,
         )
     arrays = {

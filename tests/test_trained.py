@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fits import fit_options
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -28,7 +29,7 @@ SHORT = protocol.Grid(learning_rates=(1e-2,), weight_decays=(1e-2,), dropouts=(0
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(protocol.GRIDS, "quick", SHORT)
+    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", SHORT)
 
 
 def tokens(target: Target, images: int = 40, seed: int = 0) -> Tokens:
@@ -76,7 +77,7 @@ def card(head: Head, target: Target, outcome: protocol.Outcome) -> trained.Card:
 def saved(folder: Path, head: Head = "linear", target: Target | None = None) -> tuple[protocol.Outcome, Tokens]:
     goal = target or OneClass(3)
     test = tokens(goal, 20, seed=1)
-    outcome = protocol.fit(head, tokens(goal), lambda: test, target=goal, heads=2, grid="quick", seed=0)
+    outcome = protocol.fit(head, tokens(goal), lambda: test, target=goal, options=fit_options(heads=2))
     trained.save(folder, card(head, goal, outcome), outcome.weights)
     return outcome, test
 
