@@ -27,9 +27,12 @@ from torch import nn
 import mlfusion
 from mlfusion import protocol
 from mlfusion.batches import Schedule, Tokens, batches
+from mlfusion.losses import class_weights, cross_entropy
 from mlfusion.metrics import balanced_accuracy
 from mlfusion.optimizer import cosine
-from mlfusion.population import Configuration, class_weights, losses
+from mlfusion.options import SearchOptions
+from mlfusion.population import Configuration
+from mlfusion.protocol import FitOptions
 from mlfusion.targets import OneClass
 
 GRID = "quick"
@@ -43,7 +46,7 @@ def tokens(model: str, where: str, split: str, cache: str | None) -> tuple[Token
 
 def literal(train: Tokens, rows: np.ndarray, classes: int, one: Configuration, *, seed: int) -> nn.Module:
     """One configuration, trained on these images by a plain loop."""
-    grid = protocol.GRIDS[GRID]
+    grid = protocol.SEARCH_GRIDS[GRID]
     schedule = Schedule.of(len(rows), epochs=grid.epochs, least_steps=grid.least_steps)
     torch.manual_seed(seed)
     model = Usual(train.shape[2], train.shape[1], classes, dropout=one.dropout)
@@ -68,14 +71,14 @@ def outputs(model: nn.Module, held: Tokens, rows: np.ndarray) -> torch.Tensor:
 def by_the_loop(train: Tokens, test: Tokens, classes: int, seed: int) -> float:
     """Balanced accuracy on test of what the loop chooses."""
     fitted, held_out = protocol.split(train.labels, seed=seed)
-    grid = protocol.GRIDS[GRID].configurations("attentive")
+    grid = protocol.SEARCH_GRIDS[GRID].configurations("attentive")
     truth = torch.from_numpy(train.labels[held_out])
     weights = torch.from_numpy(class_weights(train.labels[fitted], classes)).float()
     score, loss = [], []
     for one in grid:
         found = outputs(literal(train, fitted, classes, one, seed=seed), train, held_out)
         score.append(balanced_accuracy(train.labels[held_out], found.argmax(1).numpy()))
-        loss.append(float(losses(found[None], truth, weights)))
+        loss.append(float(cross_entropy(found[None], truth, weights)))
     best = grid[protocol.choose(np.array(score), np.array(loss))]
     model = literal(train, np.arange(len(train)), classes, best, seed=seed)
     return balanced_accuracy(test.labels, outputs(model, test, np.arange(len(test))).argmax(1).numpy())
@@ -88,10 +91,7 @@ def in_lockstep(train: Tokens, test: Tokens, classes: int, seed: int, precision:
         train,
         lambda: test,
         target=OneClass(classes),
-        heads=None,
-        grid=GRID,
-        seed=seed,
-        precision=precision,  # type: ignore[arg-type]
+        options=FitOptions(seed=seed, search=SearchOptions(grid=GRID, precision=precision)),  # type: ignore[arg-type]
     ).test
 
 

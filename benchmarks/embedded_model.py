@@ -28,6 +28,8 @@ from transformers import AutoConfig, AutoModel
 import mlfusion
 from mlfusion import datasets, metrics, models, protocol
 from mlfusion.batches import Tokens
+from mlfusion.options import SearchOptions
+from mlfusion.protocol import FitOptions
 from mlfusion.targets import OneClass
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1e0, 1e1)
@@ -63,9 +65,7 @@ def probes_of(
             Tokens(cut(train.tokens[rows]), train.labels[rows]),
             lambda: Tokens(cut(test.tokens), test.labels),
             target=OneClass(len(train.classes)),
-            heads=None,
-            grid=grids[head],
-            seed=draw,
+            options=FitOptions(seed=draw, search=SearchOptions(grid=grids[head], precision="float32")),
         )
         return outcome.test
 
@@ -149,9 +149,12 @@ def main() -> None:
         "--images", default="10,all", help="training images a class, comma-separated; 'all' is every one"
     )
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--linear-grid", default="paper", choices=sorted(protocol.GRIDS))
+    parser.add_argument("--linear-grid", default="paper", choices=sorted(protocol.SEARCH_GRIDS))
     parser.add_argument(
-        "--attentive-grid", default="quick", choices=sorted(protocol.GRIDS), help="'paper' takes 20 times as long"
+        "--attentive-grid",
+        default="quick",
+        choices=sorted(protocol.SEARCH_GRIDS),
+        help="'paper' takes 20 times as long",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     args = parser.parse_args()

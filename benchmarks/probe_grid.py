@@ -34,9 +34,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens, batches
 from mlfusion.cli.malloc import freed_memory_kept
-from mlfusion.population import Configuration
+from mlfusion.losses import cross_entropy
+from mlfusion.options import Precision
+from mlfusion.population import Configuration, Numerics, Population, TrainingData
 from mlfusion.probes import HeadShape, kernels
-from mlfusion.protocol import GRIDS
+from mlfusion.protocol import SEARCH_GRIDS
 
 IMAGES, TOKENS, WIDTH, CLASSES, HEADS = 1504, 24, 768, 47, 24
 SHAPE = HeadShape(tokens=TOKENS, width=WIDTH, classes=CLASSES, heads=HEADS)
@@ -123,22 +125,16 @@ def usual(tokens: Tokens, device: str) -> Callable[[int], list[float]]:
     return steps
 
 
-def ours(tokens: Tokens, steps: int, device: str, precision: population.Precision) -> list[float]:
+def ours(tokens: Tokens, steps: int, device: str, precision: Precision) -> list[float]:
     """Seconds of each of so many steps of all 63. The first four are not counted: they warm up."""
     times: list[float] = []
-    grid = GRIDS["paper"].configurations("attentive")
+    grid = SEARCH_GRIDS["paper"].configurations("attentive")
+    data = TrainingData(tokens, np.arange(IMAGES), Schedule.of(IMAGES), until=steps + 5)
     for _ in population.train(
-        "attentive",
-        tokens,
-        np.arange(IMAGES),
-        grid,
-        SHAPE,
-        Schedule.of(IMAGES),
-        seed=0,
-        device=device,
-        precision=precision,
+        Population("attentive", SHAPE, grid, seed=0),
+        data,
+        Numerics.of(device, precision),
         progress=lambda _: times.append(wait(device)),
-        until=steps + 5,
     ):
         pass
     return np.diff(times)[4:].tolist()
@@ -170,9 +166,9 @@ def copy_rate(device: str) -> float:
 
 def block(device: str, bf16: bool) -> tuple[Any, Tensor, Tensor]:
     """One configuration, and a batch for it."""
-    loss = partial(population.losses, weights=torch.ones(CLASSES, device=device))
-    by = population.Arithmetic(device, bf16=bf16)
-    one = population._Block("attentive", SHAPE, (Configuration(1e-2, 1e-2, 0.1),), 0, by, loss=loss)
+    loss = partial(cross_entropy, weights=torch.ones(CLASSES, device=device))
+    members = Population("attentive", SHAPE, [Configuration(1e-2, 1e-2, 0.1)], seed=0)
+    one = population._Block(members, Numerics(device, bf16=bf16), loss)
     [(x, y), *_] = batches(features(302), np.arange(302), Schedule(302, 1, 301, 1), seed=0, device=device)
     return one, x, y
 
@@ -264,10 +260,10 @@ def peak(device: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
-def measure(device: str, precision: population.Precision, steps: int, baseline_steps: int) -> dict[str, Any]:
+def measure(device: str, precision: Precision, steps: int, baseline_steps: int) -> dict[str, Any]:
     """All figures."""
     tokens, narrow = features(), population.resolve(precision, device)
-    schedule, count = Schedule.of(IMAGES), len(GRIDS["paper"].configurations("attentive"))
+    schedule, count = Schedule.of(IMAGES), len(SEARCH_GRIDS["paper"].configurations("attentive"))
     loop = usual(tokens, device)
     loop(2)
     theirs = loop(baseline_steps // 2)
@@ -291,9 +287,7 @@ def measure(device: str, precision: population.Precision, steps: int, baseline_s
     parameters = sum(p.numel() for p in one.probe.parameters())
     traffic = 28 * parameters  # parameter, gradient and two moments read, all but the gradient written
     limit = flops / rate + traffic / copies
-    need = population.needs(
-        "attentive", SHAPE, schedule.batch_size, population.Arithmetic(device, bf16=narrow == "bfloat16")
-    )
+    need = population.needs("attentive", SHAPE, schedule.batch_size, Numerics.of(device, narrow))
     low, _, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else (mine[0],) * 3
     return {
         "device": torch.cuda.get_device_name() if device != "cpu" else page.machine(),

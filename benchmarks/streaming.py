@@ -24,6 +24,7 @@ import torch
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens
 from mlfusion.cli.malloc import freed_memory_kept
+from mlfusion.population import Configuration, Population, TrainingData
 from mlfusion.probes import HeadShape
 from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
 from mlfusion.store import FeatureStore, Names, Samples, streams_for
@@ -78,16 +79,9 @@ def train(root: Path, way: str) -> None:
         schedule = Schedule.of(len(tokens), epochs=PASSES, least_steps=1)
         shape = HeadShape(tokens=TOKENS, width=WIDTH, classes=CLASSES, heads=8)
         times = [time.perf_counter()]
-        for _ in population.train(
-            "attentive",
-            tokens,
-            np.arange(len(tokens)),
-            [population.Configuration(1e-3, 1e-2, 0.1)],
-            shape,
-            schedule,
-            seed=0,
-            progress=lambda _: times.append(time.perf_counter()),
-        ):
+        one = Population("attentive", shape, [Configuration(1e-3, 1e-2, 0.1)], seed=0)
+        data = TrainingData(tokens, np.arange(len(tokens)), schedule)
+        for _ in population.train(one, data, progress=lambda _: times.append(time.perf_counter())):
             pass
     took = np.diff(times)[1:]  # the first step waits for the first images
     status = Path("/proc/self/status").read_text().splitlines()

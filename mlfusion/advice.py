@@ -17,7 +17,9 @@ from mlfusion import costs, datasets, extraction, population, protocol
 from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
 from mlfusion.extraction import ComputeOptions, FeatureOptions, Images, Request
+from mlfusion.options import SearchOptions
 from mlfusion.progress import track
+from mlfusion.protocol import FitOptions
 from mlfusion.specs import BASELINE, Pair, Probe, parse_probes
 from mlfusion.statistics.images import Difference, Interval, difference, interval
 from mlfusion.store import CachePath, Entry, FeatureStore
@@ -144,11 +146,8 @@ def advise(
                     extract_seconds=pilot.every * pilot.seconds_each if absent else 0.0,
                     probe_seconds=costs.seconds(
                         probe,
-                        tokens=tokens,
-                        width=width,
-                        classes=target.outputs,
-                        images=pilot.train_images,
-                        grid="paper",
+                        costs.Problem(tokens=tokens, width=width, classes=target.outputs, images=pilot.train_images),
+                        SearchOptions(),
                     ),
                 )
             )
@@ -290,7 +289,7 @@ def folds(strata: np.ndarray, seed: int) -> np.ndarray:
 def _scored(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, tuple[int, ...]]]:
     """Predictions [images, outputs] of each candidate, each by a probe that did not see the image; and its tokens' shape."""
     parts = folds(pilot.target.strata(pilot.labels), seed)
-    precision = population.resolve("auto", "cpu")
+    search = SearchOptions(grid="quick", precision=population.resolve("auto", "cpu"))
     said: dict[Probe, tuple[np.ndarray, tuple[int, ...]]] = {}
     with track(f"pilot of {pilot.model} on {pilot.dataset}", len(pilot.probes) * FOLDS, "fits") as bar:
         for probe in pilot.probes:
@@ -303,10 +302,7 @@ def _scored(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, tuple[int
                     tokens.of(fitted),
                     lambda left_out=left_out, tokens=tokens: tokens.of(left_out),  # type: ignore[misc]
                     target=pilot.target,
-                    heads=probe.attention_heads(),
-                    grid="quick",
-                    seed=seed,
-                    precision=precision,
+                    options=FitOptions(seed=seed, heads=probe.attention_heads(), search=search),
                 )
                 made[left_out] = outcome.predictions
                 bar.advance()

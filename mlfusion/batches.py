@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache as once
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ MIN_RUNS = 8  # of the images that are shuffled together
 _PIECE = 1 << 18  # numbers that are converted, normalised and jittered at a time, so that they stay in a core's cache
 
 
-@runtime_checkable
 class Source(Protocol):
     """Tokens that are read on request, such as a reader of the cache."""
 
@@ -62,7 +61,12 @@ class Tokens:
     def shape(self) -> tuple[int, ...]:
         """(N, T, D)."""
         shape = tuple(self.values.shape)
-        return (shape[0], math.prod(shape[1:-1]), shape[-1]) if isinstance(self.values, Source) else shape
+        return (shape[0], math.prod(shape[1:-1]), shape[-1]) if self.is_streamed else shape
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether they are read on request, and not held in memory."""
+        return not isinstance(self.values, np.ndarray | Tensor)
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +100,7 @@ class Tokens:
         Tokens from the cache are read a group at a time, the next one in a thread. Whoever asks for a batch should hold none
         before it, so that the memory of two groups is enough.
         """
-        if not isinstance(self.values, Source):
+        if not self.is_streamed:
             yield from ((rows, self[rows]) for group in groups for rows in group)
             return
         for group, values in _read_ahead(self, groups):

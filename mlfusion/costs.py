@@ -1,6 +1,7 @@
-"""What training a probe will take, by a trial of a few steps on made-up tokens: for plans and for advice."""
+"""Predicts the time that training a probe takes, from a trial of a few steps on random tokens: for plans and advice."""
 
 import time
+from dataclasses import dataclass
 from functools import cache as once
 
 import numpy as np
@@ -8,50 +9,52 @@ import torch
 
 from mlfusion import population, protocol
 from mlfusion.batches import Schedule, Tokens
-from mlfusion.population import Precision
+from mlfusion.options import SearchOptions
+from mlfusion.population import Configuration, Numerics, Population, TrainingData
 from mlfusion.probes import HEADS, HeadShape
+from mlfusion.protocol import FitOptions
 from mlfusion.specs import Head, Probe
 from mlfusion.targets import OneClass
 
-IMAGES = (32, 64, 128, 256)  # of the trial's batch: the next one below stands for what lies between
-STEPS = 3  # of which the first does not count
-CLASSES = (16, 128, 1024)  # that are tried: the next above stands for what lies between
+IMAGES = (32, 64, 128, 256)  # sizes of the trial's batch; the next smaller one is tried
+STEPS = 3  # of the trial; the first is not counted
+CLASSES = (16, 128, 1024)  # numbers of classes; the next larger one is tried
 
 
-def seconds(
-    probe: Probe,
-    *,
-    tokens: int,
-    width: int,
-    classes: int,
-    images: int,
-    grid: str,
-    halving: bool = False,
-    device: str = "cpu",
-    precision: Precision = "auto",
-) -> float:
-    """That one seed takes to be chosen and refitted, roughly: the shape of the work is exact, its rate is measured here.
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The sizes that decide what training a probe takes."""
+
+    tokens: int  # T, of an image
+    width: int  # D
+    classes: int  # C
+    images: int  # N, of the training split
+
+
+def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: str = "cpu") -> float:
+    """Time to choose and refit one seed's probe, roughly: the number of steps is exact, the rate of a step is measured here.
 
     Args:
         probe: which.
-        tokens: T, those that it reads of an image.
-        width: D.
-        classes: C.
-        images: N, of the training split.
-        grid: as in `protocol.GRIDS`.
-        halving: see `protocol.Training`.
+        problem: its sizes.
+        search: grid, halving and precision.
         device: where it trains.
-        precision: of its matrix products.
     """
-    tried = next((c for c in CLASSES if c >= classes), CLASSES[-1])
-    heads = probe.attention_heads() or min(tokens, width)
     if probe.head in protocol.SOLVERS:
-        return _solving(probe.head, tokens, width, grid) * images / IMAGES[-1]
-    schedule = protocol.GRIDS[grid].schedule(images)
-    configurations = len(protocol.GRIDS[grid].configurations(probe.head))
-    steps = sum(many * until for many, until in protocol.rungs(configurations, schedule.steps, halving=halving))
+        return _solving(probe.head, problem.tokens, problem.width, search) * problem.images / IMAGES[-1]
+    grid = protocol.SEARCH_GRIDS[search.grid]
+    schedule, configurations = grid.schedule(problem.images), len(grid.configurations(probe.head))
+    stages = protocol.rungs(configurations, schedule.steps, halving=search.halving)
+    steps = sum(members * until for members, until in stages)
+    heads = probe.heads or (8 if probe.representation.spatial else min(problem.tokens, problem.width))
+    shape = HeadShape(
+        tokens=problem.tokens,
+        width=problem.width,
+        classes=next((c for c in CLASSES if c >= problem.classes), CLASSES[-1]),
+        heads=heads if HEADS[probe.head].has_attention else 1,
+    )
     batch = max((b for b in IMAGES if b <= schedule.batch_size), default=IMAGES[0])
-    rate = _training(probe.head, heads, tokens, width, tried, batch, device, precision)
+    rate = _training(probe.head, shape, batch, Numerics.of(device, search.precision))
     return rate * (steps + schedule.steps) * schedule.batch_size / batch
 
 
@@ -62,40 +65,32 @@ def _made_up(images: int, tokens: int, width: int, classes: int) -> Tokens:
 
 
 @once
-def _training(
-    head: Head, heads: int, tokens: int, width: int, classes: int, images: int, device: str, precision: Precision
-) -> float:
+def _training(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> float:
     """Seconds of one step of one configuration on a batch."""
     # As many as there are threads: a grid has more, and keeps all of them busy.
     count = torch.get_num_threads()
-    chosen = [population.Configuration(1e-3, 1e-2 + k, 0.1) for k in range(count)]
-    shape = HeadShape(tokens=tokens, width=width, classes=classes, heads=heads if HEADS[head].has_attention else 1)
+    chosen = [Configuration(1e-3, 1e-2 + k, 0.1) for k in range(count)]
+    tokens = _made_up(images, shape.tokens, shape.width, shape.classes)
+    schedule = Schedule(images, steps=100, batch_size=images, batches=1)
     ends: list[float] = []
     trained = population.train(
-        head,
-        _made_up(images, tokens, width, classes),
-        np.arange(images),
-        chosen,
-        shape,
-        Schedule(images, steps=100, batch_size=images, batches=1),
-        seed=0,
-        device=device,
-        precision=precision,
+        Population(head, shape, chosen, seed=0),
+        TrainingData(tokens, np.arange(images), schedule, until=STEPS),
+        numerics,
         progress=lambda _: ends.append(time.perf_counter()),
-        until=STEPS,
     )
     for _ in trained:
         pass
-    if len(ends) > STEPS:  # not all at once: there is little memory
+    if len(ends) > STEPS:  # in several groups, because there is little memory
         count = -(-count * STEPS // len(ends))
         ends = ends[:STEPS]
     return (ends[-1] - ends[0]) / (STEPS - 1) / count
 
 
 @once
-def _solving(head: Head, tokens: int, width: int, grid: str) -> float:
+def _solving(head: Head, tokens: int, width: int, search: SearchOptions) -> float:
     """Seconds of a whole search over a few images of two classes."""
     made_up = _made_up(IMAGES[-1], tokens, width, 2)
     began = time.perf_counter()
-    protocol.fit(head, made_up, lambda: made_up, target=OneClass(2), heads=None, grid=grid, seed=0)
+    protocol.fit(head, made_up, lambda: made_up, target=OneClass(2), options=FitOptions(seed=0, search=search))
     return time.perf_counter() - began

@@ -17,7 +17,7 @@ from mlfusion.devices import pick_device
 from mlfusion.errors import BadData, NotCached, UnknownName
 from mlfusion.features import SplitPair, extract_command, impossible, require, split_pairs
 from mlfusion.memory import available
-from mlfusion.population import Precision
+from mlfusion.options import Precision, SearchOptions, TrainingOptions
 from mlfusion.progress import track as bar_of
 from mlfusion.results import Attention, ImageCounts, Results, Row, Selected, Sources, metrics_of, provenance
 from mlfusion.results.rows import RowPrecision
@@ -89,8 +89,8 @@ def probe(
         NotCached: says which `mlfusion extract` to run.
         MlfusionError: any other of its kinds.
     """
-    if grid not in protocol.GRIDS:
-        raise UnknownName("grid", grid, protocol.GRIDS)
+    if grid not in protocol.SEARCH_GRIDS:
+        raise UnknownName("grid", grid, protocol.SEARCH_GRIDS)
     if not 0 <= smoothing < 1:
         raise BadData(f"--smoothing {smoothing:g}; allowed: from 0 to below 1, such as 0.1")
     store, kept, trackers = FeatureStore(cache), Results(Path(results)), open_trackers(track)
@@ -422,13 +422,14 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
                 train,
                 lambda: _tokens(pair.test, job.probe, replace(resources, streams=None), opened),
                 target=target,
-                heads=job.probe.attention_heads(),
-                grid=job.grid,
-                seed=job.seed,
-                device=resources.device,
-                halving=job.halving,
-                memory=spare if resources.device == "cpu" else None,
-                precision=job.precision,
+                options=protocol.FitOptions(
+                    seed=job.seed,
+                    heads=job.probe.attention_heads(),
+                    search=SearchOptions(grid=job.grid, halving=job.halving, precision=job.precision),  # type: ignore[arg-type]
+                ),
+                training=TrainingOptions(
+                    device=resources.device, memory=max(1, spare) if resources.device == "cpu" else None
+                ),
                 progress=bar.to,
             )
         images = ImageCounts(train=len(train), test=len(pair.test.rows()))

@@ -1,13 +1,14 @@
 """Heads that are solved for, not trained: ridge and logistic regression at their optimum, and nearest neighbours.
 
-All three see the concatenation of an image's tokens, each of length 1, as the linear probe does, and give probes that keep
-`probes.contract.HeadModule`. Arithmetic is in float64: a penalty of 1e-6 beside an eigenvalue of 1e4 is lost in float32.
+All three take the concatenation of an image's tokens, each of length 1, as the linear probe does, and give probes with the
+interface of the trained heads. They compute in float64: float32 loses a penalty of 1e-6 beside an eigenvalue of 1e4.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """How many neighbours vote, each with exp(cosine / temperature)."""
+    """The number of neighbours that vote, each with a weight of exp(cosine / temperature)."""
 
     neighbours: int
     temperature: float
@@ -53,13 +54,13 @@ def penalties(grid: str) -> tuple[Penalty, ...]:
 
 
 def neighbourhoods(grid: str) -> tuple[Neighbourhood, ...]:
-    """21 of them, or 3 for grid 'quick'."""
+    """21 neighbourhoods, or 3 for grid 'quick'."""
     quick = grid == "quick"
     counts, temperatures = ((1, 10, 50), (0.07,)) if quick else ((1, 5, 10, 20, 50, 100, 200), (0.02, 0.07, 0.2))
     return tuple(Neighbourhood(*point) for point in product(counts, temperatures))
 
 
-class Solved(LinearMap):
+class FixedLinear(LinearMap):
     """K linear maps whose weights are given."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -67,27 +68,27 @@ class Solved(LinearMap):
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
-    def last(self) -> "Solved":
-        """The last of the K by itself."""
-        return Solved(self.weight.detach()[-1:], self.bias.detach()[-1:])
+    def last(self) -> "FixedLinear":
+        """The last of the K maps, as a population of one."""
+        return FixedLinear(self.weight.detach()[-1:], self.bias.detach()[-1:])
 
 
 # --- one factorisation -----------------------------------------------------------------------------------------------
 
 
 class Design:
-    """Images as rows x of width F = T·D, turned so that their columns are orthogonal under the images' weights w.
+    """Images as rows x of width F = T·D, rotated so that their columns are orthogonal under the images' weights w.
 
-    With Σ w = N, centre μ = Σ w x / N and (x − μ) = z Vᵀ, Σ w z zᵀ is the diagonal `power`. A penalty on ‖W‖² is one on
-    what W is in these coordinates, so each penalty costs no factorisation of its own. V comes from the smaller of the two
-    products, F × F or N × N.
+    With Σ w = N, centre μ = Σ w x / N and (x − μ) = z Vᵀ, Σ w z zᵀ is diagonal: the `eigenvalues`. A penalty on ‖W‖² is the
+    same penalty in these coordinates, so that no penalty needs a factorisation of its own. V comes from the smaller of the
+    two products, F × F or N × N.
     """
 
     def __init__(self, tokens: Tokens, rows: np.ndarray, target: Target, device: str) -> None:
         self.tokens, self.rows, self.target, self.device = tokens, rows, target, _device(device)
         labels = tokens.labels[rows]
         self.weights = torch.from_numpy(target.weights(labels)).to(self.device, F64)  # [N]
-        self.wanted = torch.from_numpy(target.regressand(labels)).to(self.device, F64)  # [N, C]
+        self.targets = torch.from_numpy(target.regressand(labels)).to(self.device, F64)  # [N, C]
         width = int(np.prod(tokens.shape[1:]))
         total = self.weights.sum()
         self.centre = torch.zeros(width, device=self.device, dtype=F64)
@@ -98,27 +99,27 @@ class Design:
             for some, x in self.blocks():
                 centred = (x - self.centre) * self.weights[some].sqrt()[:, None]
                 gram.addmm_(centred.T, centred)
-            power, basis = torch.linalg.eigh(gram)
+            eigenvalues, basis = torch.linalg.eigh(gram)
         else:
             centred = torch.cat([x - self.centre for _, x in self.blocks()]) * self.weights.sqrt()[:, None]
-            power, left = torch.linalg.eigh(centred @ centred.T)
-            basis = centred.T @ left / power.clamp(min=1e-300).sqrt()
-        sound = power > power.max() * 1e-14  # what is less is rounding; the images span no more
-        self.power, self.basis = power[sound], basis[:, sound]  # [r], [F, r]
-        self.turned = torch.cat([(x - self.centre) @ self.basis for _, x in self.blocks()])  # z [N, r]
+            eigenvalues, left = torch.linalg.eigh(centred @ centred.T)
+            basis = centred.T @ left / eigenvalues.clamp(min=1e-300).sqrt()
+        sound = eigenvalues > eigenvalues.max() * 1e-14  # smaller ones are rounding; the images span no more
+        self.eigenvalues, self.basis = eigenvalues[sound], basis[:, sound]  # [r], [F, r]
+        self.rotated = torch.cat([(x - self.centre) @ self.basis for _, x in self.blocks()])  # z [N, r]
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Images [b, F] in float64, some at a time."""
+        """Images [b, F] in float64, a block at a time, with their places among `rows`."""
         width = int(np.prod(self.tokens.shape[1:]))
         step = max(1, BLOCK // width)
         for start in range(0, len(self.rows), step):
             some = slice(start, min(start + step, len(self.rows)))
             yield some, self.tokens.normalised(self.rows[some], self.device, F64).flatten(1)
 
-    def back(self, turned: Tensor, bias: Tensor) -> Solved:
+    def back(self, rotated: Tensor, bias: Tensor) -> FixedLinear:
         """Maps [K, C, r] of z and biases [K, C] → the same maps of x, in float32."""
-        weight = turned @ self.basis.T
-        return Solved(weight.float(), (bias - weight @ self.centre).float())
+        weight = rotated @ self.basis.T
+        return FixedLinear(weight.float(), (bias - weight @ self.centre).float())
 
 
 # --- ridge -----------------------------------------------------------------------------------------------------------
@@ -136,26 +137,26 @@ class Ridge:
 
     def __init__(self, design: Design) -> None:
         self.design = design
-        self.mean = design.weights @ design.wanted / design.weights.sum()  # [C]
-        self.product = design.turned.T @ (design.weights[:, None] * (design.wanted - self.mean))  # [r, C]
+        self.mean = design.weights @ design.targets / design.weights.sum()  # [C]
+        self.product = design.rotated.T @ (design.weights[:, None] * (design.targets - self.mean))  # [r, C]
 
     def left_out(self, setting: Penalty) -> Tensor:
         """Outputs for every image by the probe fitted to all others [N, C]."""
         scores = self._left_out(setting)
         return self._outputs(scores, self._factor(scores))
 
-    def solve(self, setting: Penalty) -> Solved:
+    def solve(self, setting: Penalty) -> FixedLinear:
         """The probe fitted to all images."""
         factor = self._factor(self._left_out(setting))
-        turned = (self.product / (self.design.power + setting.penalty)[:, None]).T
-        return self.design.back(factor * turned[None], self._outputs(self.mean, factor)[None])
+        rotated = (self.product / (self.design.eigenvalues + setting.penalty)[:, None]).T
+        return self.design.back(factor * rotated[None], self._outputs(self.mean, factor)[None])
 
     def _left_out(self, setting: Penalty) -> Tensor:
         design = self.design
-        share = 1 / (design.power + setting.penalty)
-        fitted = self.mean + design.turned @ (share[:, None] * self.product)
-        leverage = design.weights * (1 / design.weights.sum() + design.turned.square() @ share)
-        return (fitted - leverage[:, None] * design.wanted) / (1 - leverage)[:, None]
+        share = 1 / (design.eigenvalues + setting.penalty)
+        fitted = self.mean + design.rotated @ (share[:, None] * self.product)
+        leverage = design.weights * (1 / design.weights.sum() + design.rotated.square() @ share)
+        return (fitted - leverage[:, None] * design.targets) / (1 - leverage)[:, None]
 
     def _outputs(self, scores: Tensor, factor: float) -> Tensor:
         return scores if self.design.target.kind == "number" else factor * (scores - 0.5)
@@ -183,7 +184,7 @@ class Ridge:
 class Logistic:
     """Σ w · cross-entropy + ½λ‖W‖² at its minimum, the bias free: multinomial for classes, one by one for several labels.
 
-    The linear probe of CLIP (arXiv 2103.00020, A.3). L-BFGS runs in the turned coordinates, where the curvature at W = 0 is
+    The linear probe of CLIP (arXiv 2103.00020, A.3). L-BFGS runs in the rotated coordinates, where the curvature at W = 0 is
     diagonal and is divided out, for `AT_ONCE` penalties together: of the path, from strong to weak, each run starts
     where the one before ended.
     """
@@ -192,15 +193,15 @@ class Logistic:
         if design.target.kind == "number":
             raise BadData("logistic regression has no numbers; allowed: classes or labels. For numbers take ridge")
         self.design = design
-        self.classes = design.wanted.shape[1]
+        self.classes = design.targets.shape[1]
         self.one = isinstance(design.target, OneClass)
 
     def solve(
         self, path: Sequence[Penalty], advance: Callable[[int], None] | None = None
-    ) -> Iterator[tuple[slice, Solved]]:
-        """A run of penalties, strong ones first, and its probe."""
-        r = self.design.turned.shape[1]
-        start = self.design.turned.new_zeros(self.classes, r + 1)
+    ) -> Iterator[tuple[slice, FixedLinear]]:
+        """Slices of the path, strong penalties first, each with its probe."""
+        r = self.design.rotated.shape[1]
+        start = self.design.rotated.new_zeros(self.classes, r + 1)
         for first in range(0, len(path), AT_ONCE):
             run = slice(first, min(first + AT_ONCE, len(path)))
             penalties = torch.tensor([one.penalty for one in path[run]], device=self.design.device, dtype=F64)
@@ -214,9 +215,9 @@ class Logistic:
         """[K] and a start [C, r + 1], the bias last → the minima [K, C, r + 1]."""
         curvature = 1 / self.classes if self.one else 0.25
         ones = penalties.new_ones(len(penalties), 1) * self.design.weights.sum()
-        power = torch.cat([self.design.power.expand(len(penalties), -1), ones], dim=1)
-        penalty = torch.cat([penalties[:, None].expand(-1, power.shape[1] - 1), 0 * ones], dim=1)
-        scale = 1 / (curvature * power + penalty).sqrt()[:, None]  # [K, 1, r + 1]
+        eigenvalues = torch.cat([self.design.eigenvalues.expand(len(penalties), -1), ones], dim=1)
+        penalty = torch.cat([penalties[:, None].expand(-1, eigenvalues.shape[1] - 1), 0 * ones], dim=1)
+        scale = 1 / (curvature * eigenvalues + penalty).sqrt()[:, None]  # [K, 1, r + 1]
         shape = (-1, *start.shape)
 
         def function(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,17 +233,25 @@ class Logistic:
     def _loss(self, map_: Tensor) -> tuple[Tensor, Tensor]:
         """Maps [K, C, r + 1] → the weighted sum of losses [K] and its gradient, the shape of the maps."""
         design, (k, c, _) = self.design, map_.shape
-        z, wanted = design.turned, design.wanted
+        z, targets = design.rotated, design.targets
         logits = torch.matmul(z, map_[..., :-1].flatten(0, 1).T).view(-1, k, c) + map_[..., -1]  # [N, K, C]
         if self.one:
-            each = torch.logsumexp(logits, dim=-1) - (logits * wanted[:, None]).sum(-1)
-            slope = torch.softmax(logits, dim=-1) - wanted[:, None]
+            each = torch.logsumexp(logits, dim=-1) - (logits * targets[:, None]).sum(-1)
+            slope = torch.softmax(logits, dim=-1) - targets[:, None]
         else:
-            each = (F.softplus(logits) - logits * wanted[:, None]).sum(-1)
-            slope = torch.sigmoid(logits) - wanted[:, None]
+            each = (F.softplus(logits) - logits * targets[:, None]).sum(-1)
+            slope = torch.sigmoid(logits) - targets[:, None]
         slope = slope * design.weights[:, None, None]
         gradient = (slope.flatten(1).T @ z).view(k, c, -1)
         return design.weights @ each, torch.cat([gradient, slope.sum(0)[..., None]], dim=-1)
+
+
+class _Point(NamedTuple):
+    """Where k functions are: points [k, P], values [k] and gradients [k, P]."""
+
+    x: Tensor
+    value: Tensor
+    gradient: Tensor
 
 
 def minimise(
@@ -284,19 +293,7 @@ def minimise(
         if not steps:  # no scale is known yet
             shorter = 1 / direction.norm(dim=1).clamp(min=1.0)
             direction, slope = direction * shorter[:, None], slope * shorter
-        new, new_value, new_gradient = x.clone(), value.clone(), gradient.clone()
-        size = torch.ones_like(value)
-        todo = torch.arange(len(x), device=x.device)
-        for _ in range(40):
-            tried = x[todo] + size[todo, None] * direction[todo]
-            there, its = function(tried, which[todo])
-            good = there <= value[todo] + 1e-4 * size[todo] * slope[todo]
-            taken = todo[good]
-            new[taken], new_value[taken], new_gradient[taken] = tried[good], there[good], its[good]
-            todo = todo[~good]
-            if not len(todo):
-                break
-            size[todo] *= 0.5
+        new, new_value, new_gradient = _backtrack(function, which, _Point(x, value, gradient), direction, slope)
         steps, turns = [*steps, new - x][-history:], [*turns, new_gradient - gradient][-history:]
         x, value, gradient = new, new_value, new_gradient
         past = [*past, value][-11:]
@@ -312,6 +309,33 @@ def minimise(
                 return result
     result[which] = x
     return result
+
+
+def _backtrack(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    which: Tensor,
+    at: _Point,
+    direction: Tensor,
+    slope: Tensor,
+) -> _Point:
+    """The point along `direction` [k, P] where each function has fallen enough (Armijo's condition), by halving the step.
+
+    A function that has not after 40 halvings stays where it is.
+    """
+    new = _Point(at.x.clone(), at.value.clone(), at.gradient.clone())
+    size = torch.ones_like(at.value)
+    todo = torch.arange(len(at.x), device=at.x.device)
+    for _ in range(40):
+        tried = at.x[todo] + size[todo, None] * direction[todo]
+        value, gradient = function(tried, which[todo])
+        good = value <= at.value[todo] + 1e-4 * size[todo] * slope[todo]
+        taken = todo[good]
+        new.x[taken], new.value[taken], new.gradient[taken] = tried[good], value[good], gradient[good]
+        todo = todo[~good]
+        if not len(todo):
+            break
+        size[todo] *= 0.5
+    return new
 
 
 def _inverse(gradient: Tensor, steps: list[Tensor], turns: list[Tensor]) -> Tensor:
@@ -391,7 +415,7 @@ class Neighbours(HeadModule):
 def neighbours(
     tokens: Tokens, rows: np.ndarray, chosen: Sequence[Neighbourhood], target: Target, device: str
 ) -> Neighbours:
-    """The vote of images `rows`."""
+    """The probe whose votes are those of images `rows`."""
     device = _device(device)
     bank = tokens.normalised(rows, device).flatten(1)
     values = torch.from_numpy(target.regressand(tokens.labels[rows])).to(device, torch.float32)
@@ -399,5 +423,5 @@ def neighbours(
 
 
 def _device(device: str) -> str:
-    """Where float64 is to be had."""
+    """The device itself, or the processor instead of one without float64."""
     return "cpu" if device == "mps" else device

@@ -1,43 +1,42 @@
-"""Training: a whole grid of configurations in lockstep, on one pass over the tokens.
+"""Training of a whole grid of configurations in lockstep, on one pass over the tokens.
 
-All configurations see the same images, in the same order, with the same jitter. Whatever is a configuration's own
-(start, masks, learning rate, decay, clipping) is a vector over the population, so it ends where it would have alone.
+All configurations see the same images, in the same order, with the same jitter. What belongs to one configuration (start,
+dropout masks, learning rate, weight decay, gradient clipping) is a vector over the population, so each ends where it would
+have ended alone.
 
-A population is trained in blocks of few configurations, each small enough for a core's caches and worked on by one thread:
-a grid has more configurations than a machine has cores, so that products need not be parted among threads that wait for
-each other. How many blocks are alive at once follows from the memory at hand and from what a trial step takes of it.
+A population is trained in blocks of few configurations. A block is small enough for a core's caches, and one thread works on
+it: a grid has more configurations than a machine has cores, so that matrix products need not be split among threads that wait
+for each other. The number of blocks that are alive together follows from the free memory and from what a trial step takes.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as once
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from time import perf_counter
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mlfusion.batches import Schedule, Tokens, batches, stream
 from mlfusion.errors import BadData
+from mlfusion.losses import Loss, class_weights, cross_entropy
 from mlfusion.memory import Footprint, available
 from mlfusion.optimizer import AdamW, cosine
+from mlfusion.options import Precision
 from mlfusion.probes import HEADS, HeadModule, HeadShape
 from mlfusion.specs import Head
 
-SPARE = 0.8  # of the free memory that may be taken
-IN_CACHE = 1 << 26  # bytes that a block's step may touch
-FEW = 3  # configurations, which share their tokens, may be in a block always
-AHEAD = 2  # batches that are at hand where blocks are worked on in lanes
-Precision = Literal["auto", "float32", "bfloat16"]
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Outputs [K, B, C] and labels → [K]."""
+SPARE = 0.8  # share of the free memory that training may take
+IN_CACHE = 1 << 26  # bytes that one step of a block may touch
+FEW = 3  # configurations share their tokens: a block may always have so many
+AHEAD = 2  # batches that are in memory where several workers share the blocks
 
 
 @dataclass(frozen=True)
@@ -49,51 +48,74 @@ class Configuration:
     dropout: float = 0.0
 
     def seed(self, seed: int) -> int:
-        """Start of this configuration's own random streams: the same in every population that it is a part of."""
+        """The seed of this configuration's own random streams: the same in every population that has it."""
         return stream("configuration", seed, self.lr, self.weight_decay, self.dropout)
 
 
 @dataclass(frozen=True)
-class Arithmetic:
-    """Where a population is computed, and in what."""
+class Population:
+    """Configurations of one head that are trained in lockstep."""
+
+    head: Head
+    shape: HeadShape
+    configurations: Sequence[Configuration]
+    seed: int  # of the order of images and the jitter; with a configuration, of its start and dropout masks
+
+    def __len__(self) -> int:
+        """K, the number of configurations."""
+        return len(self.configurations)
+
+    def __getitem__(self, part: slice) -> "Population":
+        """Some of the configurations."""
+        return replace(self, configurations=self.configurations[part])
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images that a population is trained on."""
+
+    tokens: Tokens
+    rows: np.ndarray  # [N], those of `tokens` to train on
+    schedule: Schedule  # made for N images
+    until: int | None = None  # stop after so many steps of the schedule
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The device of a computation, and the types of its numbers."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32  # of parameters, statistics and losses
-    bf16: bool = False  # whether products are narrower
+    bf16: bool = False  # whether matrix products are bfloat16
 
+    @classmethod
+    def of(cls, device: str, precision: Precision) -> "Numerics":
+        """float32 with matrix products of this precision; 'auto' is the one that is faster on the device."""
+        return cls(device, bf16=resolve(precision, device) == "bfloat16")
 
-def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
-    """n / (C · n_c) for every class [C], so that each class weighs the same in the loss; 0 for one without images."""
-    counts = np.bincount(labels, minlength=classes)
-    return np.where(counts > 0, len(labels) / (classes * np.maximum(counts, 1)), 0.0)
-
-
-def losses(logits: Tensor, labels: Tensor, weights: Tensor, *, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with class weights, as `torch.nn.CrossEntropyLoss` averages it: [K, B, C], [B], [C] → [K]."""
-    k, b, _ = logits.shape
-    each = F.cross_entropy(
-        logits.flatten(0, 1), labels.repeat(k), weight=weights, reduction="none", label_smoothing=smoothing
-    )
-    return each.view(k, b).sum(1) / weights[labels].sum()
+    @property
+    def is_accelerated(self) -> bool:
+        """Whether the device works on one block at a time, rather than one on each core."""
+        return torch.device(self.device).type != "cpu"
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What training takes of memory, in bytes."""
+    """Memory that training takes, in bytes."""
 
-    batch: int  # a batch of tokens with what is made from it for all configurations
+    batch: int  # a batch of tokens, with what all configurations share of it
     each: int  # parameters and moments of one configuration
-    step: int  # what a step of one configuration makes and forgets
+    step: int  # temporary tensors of a step of one configuration
 
 
 @once
-def needs(head: Head, shape: HeadShape, images: int, by: Arithmetic = Arithmetic()) -> Needs:
+def needs(head: Head, shape: HeadShape, images: int, numerics: Numerics = Numerics()) -> Needs:
     """Measured by a trial step of one configuration on a batch of `images`."""
     with Footprint() as batch:
-        tokens = torch.ones(images, shape.tokens, shape.width, device=by.device, dtype=by.dtype)
-        labels = torch.zeros(images, dtype=torch.int64, device=by.device)
+        tokens = torch.ones(images, shape.tokens, shape.width, device=numerics.device, dtype=numerics.dtype)
+        labels = torch.zeros(images, dtype=torch.int64, device=numerics.device)
     with Footprint() as kept:
-        block = _Block(head, shape, (Configuration(1e-3, 1e-2, 0.1),), 0, by, loss=_squares)
+        block = _Block(Population(head, shape, (Configuration(1e-3, 1e-2, 0.1),), seed=0), numerics, _squares)
     with Footprint() as step:
         block.step(tokens, labels, 0, 1)
     # What the probes share of a batch, such as standard tokens, is made by the first of them and stays as long as it.
@@ -106,52 +128,46 @@ def _squares(outputs: Tensor, _: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a population is parted: into groups that are alive together, and those into blocks."""
+    """Partition of a population: groups that fit into memory, each split into blocks for the workers."""
 
     together: int  # configurations of a group
     block: int  # configurations of a block
-    lanes: int  # blocks that are worked on at the same time
+    workers: int  # blocks that are worked on at the same time
 
     @classmethod
     def of(cls, count: int, need: Needs, *, memory: int, threads: int, shared: bool) -> "Layout":
-        """As many of `count` together as `memory` bytes hold.
+        """The layout with as many of `count` configurations in a group as `memory` bytes hold.
 
         Args:
             count: K.
-            need: what one configuration takes.
+            need: memory of one configuration.
             memory: bytes.
             threads: cores.
             shared: whether blocks run on a device that works on one at a time, rather than one on each core.
 
         Raises:
-            BadData: not even one fits.
+            BadData: not even one configuration fits.
         """
-        # A block of one small configuration is over before Python has begun the next: fewer lanes, with a few in each.
+        # A block of one small configuration is over before Python has begun the next: fewer workers, with a few in each.
         few = max(1, min(FEW, IN_CACHE // (need.each + need.step)))
-        lanes = 1 if shared else max(1, min(threads, count // few))
-        while lanes > 1 and AHEAD * need.batch + lanes * (need.each + need.step) > memory:
-            lanes -= 1
-        batch = need.batch * (AHEAD if lanes > 1 else 1)
-        room = memory - batch - lanes * need.step
+        workers = 1 if shared else max(1, min(threads, count // few))
+        while workers > 1 and AHEAD * need.batch + workers * (need.each + need.step) > memory:
+            workers -= 1
+        batch = need.batch * (AHEAD if workers > 1 else 1)
+        room = memory - batch - workers * need.step
         if room < need.each:
-            parts = (need.batch + need.step + need.each, need.batch, need.step + need.each, memory)
-            least, tokens, probe, free = (f"{part / 1e6:,.1f} MB" for part in parts)
-            raise BadData(
-                f"not even one configuration can be trained: it needs {least} of memory ({tokens} for a batch of tokens, "
-                f"{probe} for the probe), and {free} may be taken; allowed: a probe that fits. Free memory, raise --memory, or "
-                "choose fewer layers or another head"
-            )
+            raise BadData(_too_little(need, memory))
         together = min(count, room // need.each)
         if shared:
             return cls(max(1, min(together, (memory - need.batch) // (need.each + need.step))), together, 1)
         # More configurations at a time than a core's caches hold wait for memory; fewer wait for Python.
-        most = max(1, min(max(FEW, IN_CACHE // (need.each + need.step)), together // lanes))
-        while most > 1 and batch + together * need.each + lanes * most * need.step > memory:
+        most = max(1, min(max(FEW, IN_CACHE // (need.each + need.step)), together // workers))
+        while most > 1 and batch + together * need.each + workers * most * need.step > memory:
             most -= 1
-        return cls(together, most, lanes)
+        return cls(together, most, workers)
 
     def groups(self, count: int) -> list[list[slice]]:
-        """Blocks of every group, as slices of the population."""
+        """The blocks of every group, as slices of the population."""
         edges = np.linspace(0, count, math.ceil(count / self.together) + 1).round().astype(int)
         return [
             [slice(a + i, min(a + i + self.block, b)) for i in range(0, b - a, self.block)]
@@ -159,43 +175,52 @@ class Layout:
         ]
 
 
+def _too_little(need: Needs, memory: int) -> str:
+    parts = (need.batch + need.step + need.each, need.batch, need.step + need.each, memory)
+    least, tokens, probe, free = (f"{part / 1e6:,.1f} MB" for part in parts)
+    return (
+        f"not even one configuration can be trained: it needs {least} of memory ({tokens} for a batch of tokens, "
+        f"{probe} for the probe), and {free} may be taken; allowed: a probe that fits. Free memory, raise --memory, or "
+        "choose fewer layers or another head"
+    )
+
+
 class _Block:
     """Some configurations with their optimiser."""
 
-    def __init__(
-        self,
-        head: Head,
-        shape: HeadShape,
-        members: Sequence[Configuration],
-        seed: int,
-        by: Arithmetic,
-        *,
-        loss: Loss,
-    ) -> None:
-        self.probe = HEADS[head](shape, seeds=[c.seed(seed) for c in members], dropouts=[c.dropout for c in members])
-        self.probe.to(torch.device(by.device), by.dtype)
+    def __init__(self, population: Population, numerics: Numerics, loss: Loss) -> None:
+        members = population.configurations
+        self.probe = HEADS[population.head](
+            population.shape,
+            seeds=[one.seed(population.seed) for one in members],
+            dropouts=[one.dropout for one in members],
+        )
+        self.probe.to(torch.device(numerics.device), numerics.dtype)
         self.probe.train()
         self._optimizer = AdamW(
-            self.probe.parameters(), lr=[c.lr for c in members], weight_decay=[c.weight_decay for c in members]
+            self.probe.parameters(),
+            lr=[one.lr for one in members],
+            weight_decay=[one.weight_decay for one in members],
         )
-        self._by, self._loss = by, loss
-        self._autocast = partial(torch.autocast, torch.device(by.device).type, torch.bfloat16, enabled=by.bf16)
+        self._dtype, self._loss = numerics.dtype, loss
+        device = torch.device(numerics.device).type
+        self._autocast = partial(torch.autocast, device, torch.bfloat16, enabled=numerics.bf16)
 
     def step(self, tokens: Tensor, labels: Tensor, step: int, steps: int) -> None:
         """One of `steps` steps, on a batch."""
         with self._autocast():
             logits = self.probe(tokens)
         # The sum over the population: no configuration's loss has a gradient for another's parameters.
-        torch.autograd.backward(self._loss(logits.to(self._by.dtype), labels).sum())
+        torch.autograd.backward(self._loss(logits.to(self._dtype), labels).sum())
         if self.probe.max_grad_norm is not None:
             self._optimizer.clip(self.probe.max_grad_norm)
         self._optimizer.step(cosine(self._optimizer.lr, step, steps).tolist())
 
 
-class _Lanes:
-    """Works on blocks, so many at a time, each by one thread; by all threads together if there is one lane.
+class _Workers:
+    """Threads that step blocks, one block a thread; one worker alone uses all of torch's threads for each block.
 
-    No lane waits for the others at the end of a step: it goes on with the next batch, which is prepared meanwhile.
+    No worker waits for the others at the end of a step: it goes on with the next batch, which is prepared meanwhile.
     """
 
     def __init__(self, count: int) -> None:
@@ -215,7 +240,7 @@ class _Lanes:
             torch.set_num_threads(self._threads)
 
     def step(self, work: Callable[[_Block], None], blocks: Sequence[_Block]) -> int:
-        """Begin a step of all blocks; how many steps are done, of the one before and this."""
+        """Begin a step of all blocks; returns how many steps have ended, of the one before and this: 0 or 1."""
         if self._pool is None:
             for block in blocks:
                 work(block)
@@ -228,13 +253,13 @@ class _Lanes:
         return self._wait(before)
 
     def finish(self) -> int:
-        """Wait for what was begun; how many steps that were."""
+        """Wait for the step that was begun; returns how many that were: 0 or 1."""
         return self._wait(self._ahead)
 
     @staticmethod
     def _next(work: Callable[[_Block], None], block: _Block, before: "Future[None] | None") -> None:
         if before:
-            before.result()  # begun earlier, so by another lane if it is not done
+            before.result()  # begun earlier, so by another worker if it has not ended
         work(block)
 
     @staticmethod
@@ -246,7 +271,7 @@ class _Lanes:
 
 @contextmanager
 def _tensor_cores(device: str) -> Iterator[None]:
-    """TF32 for products of float32 on devices that have it."""
+    """Within it, products of float32 use TF32 on devices that have it."""
     before = torch.get_float32_matmul_precision()
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -279,42 +304,25 @@ def resolve(precision: Precision, device: str) -> Precision:
 
 
 def train(
-    head: Head,
-    tokens: Tokens,
-    rows: np.ndarray,
-    configurations: Sequence[Configuration],
-    shape: HeadShape,
-    schedule: Schedule,
+    population: Population,
+    data: TrainingData,
+    numerics: Numerics = Numerics(),
     *,
-    seed: int,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    precision: Precision = "float32",
     memory: int | None = None,
     layout: Layout | None = None,
     progress: Callable[[int], None] | None = None,
     loss: Loss | None = None,
-    until: int | None = None,
 ) -> Iterator[tuple[slice, HeadModule]]:
-    """Train all configurations on images `rows`, as many at once as fit into memory.
+    """Train all configurations, as many at once as fit into memory.
 
     Args:
-        head: which probe.
-        tokens: the split that `rows` points into.
-        rows: images to train on [N].
-        configurations: the population.
-        shape: sizes of the probe.
-        schedule: made for N images.
-        seed: order of the images, jitter, and with a configuration its start and masks.
-        device: where to train.
-        dtype: of parameters, statistics and losses.
-        precision: of matrix products: 'float32' is those of `dtype`, 'bfloat16' narrower ones (parameters, softmax, BatchNorm
-            and loss stay as wide as `dtype`), 'auto' those where they are faster here.
-        memory: bytes that may be taken, by default most of what is free; results do not depend on it.
-        layout: in which parts, by default as fits `memory`; results do not depend on it either.
+        population: the configurations.
+        data: the images to train on.
+        numerics: device and types. With bfloat16 products, parameters, softmax, BatchNorm and loss stay as wide as `dtype`.
+        memory: bytes that training may take, by default most of what is free; results do not depend on it.
+        layout: the partition of the population, by default as fits `memory`; results do not depend on it either.
         progress: called after each step with the number of configurations that took it.
         loss: outputs [K, B, C] and labels → [K]; by default cross-entropy with class weights.
-        until: stop after so many steps of the schedule.
 
     Yields:
         Some of the configurations and their probe, in evaluation mode. A configuration that diverged is not finite.
@@ -322,34 +330,69 @@ def train(
     Raises:
         BadData: not even one configuration fits.
     """
-    if loss is None:
-        weights = torch.from_numpy(class_weights(tokens.labels[rows], shape.classes)).to(device, dtype)
-        loss = partial(losses, weights=weights)
-    by = Arithmetic(device, dtype, resolve(precision, device) == "bfloat16")
-    accelerated = torch.device(device).type != "cpu"
-    if accelerated and not isinstance(tokens.values, Tensor) and tokens.nbytes < available(device) / 2:
-        tokens = tokens.on(device)
-    if layout is None:
-        layout = Layout.of(
-            len(configurations),
-            needs(head, shape, schedule.batch_size, by),
-            memory=int(SPARE * available(device)) if memory is None else memory,
-            threads=torch.get_num_threads(),
-            shared=accelerated,
-        )
-    for group in layout.groups(len(configurations)):
-        blocks = [_Block(head, shape, configurations[part], seed, by, loss=loss) for part in group]
-        with _tensor_cores(device), _Lanes(min(layout.lanes, len(blocks))) as lanes:
-            passing = batches(tokens, rows, schedule, seed=seed, device=device, dtype=dtype)
-            for step, (batch, labels) in enumerate(islice(passing, until)):
-                one = partial(_Block.step, tokens=batch, labels=labels, step=step, steps=schedule.steps)
-                if lanes.step(one, blocks) and progress:
-                    progress(group[-1].stop - group[0].start)
-            if lanes.finish() and progress:
-                progress(group[-1].stop - group[0].start)
+    loss = loss or _class_weighted(data, population.shape.classes, numerics)
+    data = replace(data, tokens=_placed(data.tokens, numerics))
+    layout = layout or _layout(population, data.schedule, numerics, memory)
+    for group in layout.groups(len(population)):
+        blocks = [_Block(population[part], numerics, loss) for part in group]
+        advance = partial(progress or _nothing, group[-1].stop - group[0].start)
+        with _tensor_cores(numerics.device), _Workers(min(layout.workers, len(blocks))) as workers:
+            _run(blocks, workers, _batches(data, population.seed, numerics), data.schedule.steps, advance)
         for part, block in zip(group, blocks, strict=True):
             block.probe.eval()
             yield part, block.probe
+
+
+def _run(
+    blocks: Sequence[_Block],
+    workers: _Workers,
+    passing: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    advance: Callable[[], None],
+) -> None:
+    """Step all blocks on every batch."""
+    for step, (batch, labels) in enumerate(passing):
+        if workers.step(partial(_Block.step, tokens=batch, labels=labels, step=step, steps=steps), blocks):
+            advance()
+    if workers.finish():
+        advance()
+
+
+def _nothing(_: int) -> None:
+    pass
+
+
+def _class_weighted(data: TrainingData, classes: int, numerics: Numerics) -> Loss:
+    weights = torch.from_numpy(class_weights(data.tokens.labels[data.rows], classes))
+    return partial(cross_entropy, weights=weights.to(numerics.device, numerics.dtype))
+
+
+def _placed(tokens: Tokens, numerics: Numerics) -> Tokens:
+    """The tokens on an accelerator, where they take less than half of its memory; as they are elsewhere."""
+    if (
+        numerics.is_accelerated
+        and not isinstance(tokens.values, Tensor)
+        and tokens.nbytes < available(numerics.device) / 2
+    ):
+        return tokens.on(numerics.device)
+    return tokens
+
+
+def _layout(population: Population, schedule: Schedule, numerics: Numerics, memory: int | None) -> Layout:
+    return Layout.of(
+        len(population),
+        needs(population.head, population.shape, schedule.batch_size, numerics),
+        memory=int(SPARE * available(numerics.device)) if memory is None else memory,
+        threads=torch.get_num_threads(),
+        shared=numerics.is_accelerated,
+    )
+
+
+def _batches(data: TrainingData, seed: int, numerics: Numerics) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and labels of every step."""
+    steps = data.schedule.steps if data.until is None else min(data.until, data.schedule.steps)
+    schedule = replace(data.schedule, steps=steps)
+    return batches(data.tokens, data.rows, schedule, seed=seed, device=numerics.device, dtype=numerics.dtype)
 
 
 @torch.no_grad()

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from mlfusion import exact, population
-from mlfusion.batches import LARGEST_BATCH, Schedule, Source, Tokens, stream
-from mlfusion.errors import BadData, UnknownName
-from mlfusion.population import Configuration, Precision
+from mlfusion.batches import LARGEST_BATCH, Schedule, Tokens, stream
+from mlfusion.errors import BadData
+from mlfusion.losses import Loss
+from mlfusion.options import SearchOptions, TrainingOptions
+from mlfusion.population import Configuration, Numerics, Population, TrainingData
 from mlfusion.probes import HEADS, HeadModule, HeadShape
 from mlfusion.specs import Head
-from mlfusion.targets import Loss, Target, kind_of
+from mlfusion.targets import Target, kind_of
 
-VALIDATION = 0.2  # part of train that the choice is made on
-KEPT = 3  # of successive halving: one in three goes on, three times as far
+VALIDATION = 0.2  # share of train that is held out for the choice
+HALVING_FACTOR = 3  # of successive halving: one configuration in three goes on, for three times as many steps
 RUNGS = 3
 
 
@@ -30,21 +32,21 @@ class Grid:
 
     learning_rates: tuple[float, ...]
     weight_decays: tuple[float, ...]
-    dropouts: tuple[float, ...]  # of the attention, so for attentive probes only
+    dropouts: tuple[float, ...]  # of the attention weights, for heads that have dropout
     epochs: int
     least_steps: int
 
     def configurations(self, head: Head) -> tuple[Configuration, ...]:
-        """All of them, always in the same order: of two that do equally well in everything, the first is chosen."""
+        """All configurations, always in the same order: of two with equal scores and losses, the first is chosen."""
         dropouts = self.dropouts if HEADS[head].has_dropout else (0.0,)
         return tuple(Configuration(*point) for point in product(self.learning_rates, self.weight_decays, dropouts))
 
     def schedule(self, images: int) -> Schedule:
-        """Steps and batches for so many images."""
+        """Steps and batches for a number of images."""
         return Schedule.of(images, epochs=self.epochs, least_steps=self.least_steps)
 
 
-GRIDS = {
+SEARCH_GRIDS = {
     "paper": Grid(
         learning_rates=(1e-1, 1e-2, 1e-3),
         weight_decays=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0),
@@ -82,19 +84,26 @@ class Outcome:
     weights: dict[str, np.ndarray]  # parameters and statistics of the refitted probe
 
 
+DEFAULTS = TrainingOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """What decides the numbers of one fit, beside its head, tokens and labels."""
+
+    seed: int  # split, order, jitter, initialisation and dropout follow from it
+    heads: int | None = None  # attention heads; None is one per token, as in ALF
+    search: SearchOptions
+
+
 def fit(
     head: Head,
     train: Tokens,
     test: Callable[[], Tokens],
     *,
     target: Target,
-    heads: int | None,
-    grid: str,
-    seed: int,
-    device: str = "cpu",
-    halving: bool = False,
-    memory: int | None = None,
-    precision: Precision = "float32",
+    options: FitOptions,
+    training: TrainingOptions = DEFAULTS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Choose a configuration on a stratified fifth of train, refit it on all of train, test it once.
@@ -103,58 +112,31 @@ def fit(
         head: the probe.
         train: tokens and labels of the training split.
         test: gives those of the test split; called once, after the choice is made and the probe refitted.
-        target: what the labels are.
-        heads: attention heads; None is one for each token, as in ALF.
-        grid: name in `GRIDS`.
-        seed: split, order, jitter, initialisation and dropout follow from it.
-        device: where to train.
-        halving: stop configurations without hope early, see `Training`.
-        memory: bytes that training may take, see `population.train`.
-        precision: of its matrix products, likewise.
+        target: the kind of the labels.
+        options: seed, attention heads and how to search.
+        training: device and memory.
         progress: called after each step with the steps done and all there are, counted per configuration.
 
     Raises:
         BadData: tokens or labels that no probe can be trained on, or a test split that does not match.
-        UnknownName: no such grid.
     """
     begun = time.perf_counter()
-    if grid not in GRIDS:
-        raise UnknownName("grid", grid, GRIDS)
     _check(train, target, "train")
     target.check_choice(train.labels)
-    search: Search
-    if head in SOLVERS:
-        search = SOLVERS[head](train, target, grid=grid, seed=seed, device=device, progress=progress)
-    else:
-        search = Training(
-            head,
-            train,
-            target,
-            heads=heads,
-            grid=grid,
-            seed=seed,
-            device=device,
-            halving=halving,
-            memory=memory,
-            precision=precision,
-            progress=progress,
-        )
+    search: Search = (
+        SOLVERS[head](train, target, options, training, progress)
+        if head in SOLVERS
+        else Training(head, train, target, options, training, progress)
+    )
     score, loss = search.scores()
     best = choose(score, loss)
     probe = search.refit(best)
-    on_train = target.predictions(_outputs(probe, train, np.arange(len(train)), search.block, device)[0])
-
-    unseen = test()
-    _check(unseen, target, "test")
-    if unseen.shape[1:] != train.shape[1:]:
-        raise BadData(
-            f"test has tokens of shape {unseen.shape[1:]} and train {train.shape[1:]}; "
-            "allowed: the same tokens and width, so extract both splits with the same model, layers and tokens"
-        )
-    predictions, attention = predict(probe, unseen, target, block=search.block, device=device)
+    on_train = target.predictions(_outputs(probe, train, search.everything, search.block, search.device)[0])
+    unseen = _unseen(test, train, target)
+    predictions, attention = predict(probe, unseen, target, block=search.block, device=search.device)
     found = target.scores(unseen.labels, predictions)
     return Outcome(
-        seed=seed,
+        seed=options.seed,
         metric=target.metric,
         val=float(score[best]),
         test=found[target.metric],
@@ -171,24 +153,41 @@ def fit(
     )
 
 
-class Search(ABC):
-    """How the configurations of a head come by their scores, and the chosen one to its weights."""
+def _unseen(test: Callable[[], Tokens], train: Tokens, target: Target) -> Tokens:
+    """The test split, if it matches train."""
+    unseen = test()
+    _check(unseen, target, "test")
+    if unseen.shape[1:] != train.shape[1:]:
+        raise BadData(
+            f"test has tokens of shape {unseen.shape[1:]} and train {train.shape[1:]}; "
+            "allowed: the same tokens and width, so extract both splits with the same model, layers and tokens"
+        )
+    return unseen
 
-    block: int = LARGEST_BATCH  # images that the probe is read with at a time
+
+class Search(ABC):
+    """A search over the configurations of a head: it scores all of them, and refits the chosen one."""
+
+    block: int = LARGEST_BATCH  # images in one forward pass of the probe
 
     def __init__(
-        self, train: Tokens, target: Target, *, seed: int, device: str, progress: Callable[[int, int], None] | None
+        self,
+        train: Tokens,
+        target: Target,
+        options: FitOptions,
+        training: TrainingOptions,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
         """Hold out a part of train."""
-        self.train, self.target, self.device = train, target, device
-        self.fitted, self.held_out = split(target.strata(train.labels), seed=seed)
+        self.train, self.target, self.device = train, target, training.device
+        self.fitted, self.held_out = split(target.strata(train.labels), seed=options.seed)
         self.everything = np.arange(len(train))
         _, t, d = train.shape
         self.shape = HeadShape(tokens=t, width=d, classes=target.outputs)
         self.progress, self.done, self.steps = progress, 0, 0
 
     def advance(self, steps: int = 1) -> None:
-        """So many of `self.steps` more are done."""
+        """Report a number of the `self.steps` as done."""
         self.done += steps
         if self.progress:
             self.progress(self.done, self.steps)
@@ -203,10 +202,10 @@ class Search(ABC):
 
     @abstractmethod
     def selected(self, best: int) -> dict[str, float | int]:
-        """Its hyper-parameters, for a row."""
+        """The hyper-parameters of that configuration, for a row."""
 
     def measure(self, outputs: Tensor, rows: np.ndarray, loss: Loss) -> tuple[np.ndarray, np.ndarray]:
-        """Of outputs [K, n, C] for images `rows` [n]: scores and losses [K]."""
+        """Scores [K] and losses [K] of outputs [K, n, C] for images `rows` [n]."""
         truth = self.train.labels[rows]
         sound = torch.isfinite(outputs).flatten(1).all(1)
         losses = loss(outputs, torch.from_numpy(truth).to(outputs.device)).double().cpu().numpy()
@@ -216,11 +215,11 @@ class Search(ABC):
 
 
 class Training(Search):
-    """Configurations trained in lockstep.
+    """Configurations that are trained in lockstep.
 
-    With `halving`, all are trained for a ninth of the steps, the best third of them for a third, and of those the best third
-    to the end (successive halving, arXiv 1502.07943). Who goes on begins anew, in a schedule that is the whole one every
-    time: a configuration that gets to the end has the score that it would have had anyway.
+    With `halving`, all are trained for a ninth of the steps, the best third of them for a third, and the best third of those
+    to the end (successive halving, arXiv 1502.07943). Each stage starts again, in the schedule of the whole training: a
+    configuration that gets to the end has the score that it would have had without halving.
     """
 
     def __init__(
@@ -228,39 +227,35 @@ class Training(Search):
         head: Head,
         train: Tokens,
         target: Target,
-        *,
-        heads: int | None,
-        grid: str,
-        seed: int,
-        device: str = "cpu",
-        halving: bool = False,
-        memory: int | None = None,
-        precision: Precision = "float32",
+        options: FitOptions,
+        training: TrainingOptions = DEFAULTS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """As `fit`.
+        """Arguments as in `fit`.
 
         Raises:
             BadData: heads that do not fit the tokens.
         """
-        super().__init__(train, target, seed=seed, device=device, progress=progress)
+        super().__init__(train, target, options, training, progress)
         _, t, d = train.shape
-        heads = (t if heads is None else heads) if HEADS[head].has_attention else 1
+        heads = (t if options.heads is None else options.heads) if HEADS[head].has_attention else 1
         if not 1 <= heads <= d:
             raise BadData(
                 f"{heads} attention heads do not fit tokens of width {d}; allowed: 1 to {d}. "
                 f"Pass heads={min(8, d)}, or take fewer tokens where there is a head for each"
             )
-        self.head, self.seed, self.memory, self.precision = head, seed, memory, precision
+        self.head, self.seed, self.memory = head, options.seed, training.memory
+        self.numerics = Numerics.of(training.device, options.search.precision)
         self.shape = HeadShape(tokens=t, width=d, classes=target.outputs, heads=heads)
-        self.configurations = GRIDS[grid].configurations(head)
-        self.choosing, self.refitting = GRIDS[grid].schedule(len(self.fitted)), GRIDS[grid].schedule(len(train))
+        grid = SEARCH_GRIDS[options.search.grid]
+        self.configurations = grid.configurations(head)
+        self.choosing, self.refitting = grid.schedule(len(self.fitted)), grid.schedule(len(train))
         self.block = self.refitting.batch_size
-        self.rungs = rungs(len(self.configurations), self.choosing.steps, halving=halving)
+        self.rungs = rungs(len(self.configurations), self.choosing.steps, halving=options.search.halving)
         self.steps = sum(members * until for members, until in self.rungs) + self.refitting.steps
 
     def scores(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where halving left one behind: -inf and inf."""
+        """As in `Search`; -inf and inf of a configuration that halving stopped."""
         score, loss = np.empty(0), np.empty(0)
         alive = np.arange(len(self.configurations))
         measure = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
@@ -269,16 +264,16 @@ class Training(Search):
                 alive = np.sort(alive[np.lexsort((loss[alive], -score[alive]))[:members]])
             score, loss = (np.full(len(self.configurations), value) for value in (-np.inf, np.inf))
             chosen = [self.configurations[k] for k in alive]
-            for group, probe in self._train(self.fitted, chosen, self.choosing, measure, until):
+            data = TrainingData(self.train, self.fitted, self.choosing, until)
+            for group, probe in self._train(chosen, data, measure):
                 outputs = _outputs(probe, self.train, self.held_out, self.choosing.batch_size, self.device)
                 score[alive[group]], loss[alive[group]] = self.measure(outputs, self.held_out, measure)
         return score, loss
 
     def refit(self, best: int) -> HeadModule:
         measure = self.target.loss(self.train.labels, self.device, torch.float32)
-        [(_, probe)] = self._train(
-            self.everything, [self.configurations[best]], self.refitting, measure, self.refitting.steps
-        )
+        data = TrainingData(self.train, self.everything, self.refitting)
+        [(_, probe)] = self._train([self.configurations[best]], data, measure)
         return probe
 
     def selected(self, best: int) -> dict[str, float | int]:
@@ -291,32 +286,25 @@ class Training(Search):
         return selected | {"steps": self.refitting.steps, "batch_size": self.refitting.batch_size}
 
     def _train(
-        self, rows: np.ndarray, chosen: Sequence[Configuration], schedule: Schedule, loss: Loss, until: int
+        self, chosen: Sequence[Configuration], data: TrainingData, loss: Loss
     ) -> Iterator[tuple[slice, HeadModule]]:
         return population.train(
-            self.head,
-            self.train,
-            rows,
-            chosen,
-            self.shape,
-            schedule,
-            seed=self.seed,
-            device=self.device,
+            Population(self.head, self.shape, chosen, self.seed),
+            data,
+            self.numerics,
             memory=self.memory,
-            precision=self.precision,
             progress=self.advance,
             loss=loss,
-            until=until,
         )
 
 
 class RidgeSearch(Search):
-    """Penalties of ridge regression, chosen by leaving out every image of train in turn: that costs no further fit."""
+    """Penalties of ridge regression, chosen by leave-one-out scores on all of train, which need no further fit."""
 
-    def __init__(self, train: Tokens, target: Target, *, grid: str, **others: Any) -> None:
-        """As `fit`."""
-        super().__init__(train, target, **others)
-        self.path = exact.penalties(grid)
+    def __init__(self, train: Tokens, target: Target, options: FitOptions, *others: Any) -> None:
+        """Arguments as in `Search`."""
+        super().__init__(train, target, options, *others)
+        self.path = exact.penalties(options.search.grid)
         self.steps = len(self.path)
         self.ridge = exact.Ridge(exact.Design(train, self.everything, target, self.device))
 
@@ -339,14 +327,14 @@ class RidgeSearch(Search):
 class LogisticSearch(Search):
     """Penalties of logistic regression, along one path."""
 
-    def __init__(self, train: Tokens, target: Target, *, grid: str, **others: Any) -> None:
-        """As `fit`.
+    def __init__(self, train: Tokens, target: Target, options: FitOptions, *others: Any) -> None:
+        """Arguments as in `Search`.
 
         Raises:
             BadData: the labels are numbers.
         """
-        super().__init__(train, target, **others)
-        self.path = exact.penalties(grid)
+        super().__init__(train, target, options, *others)
+        self.path = exact.penalties(options.search.grid)
         self.steps = len(self.path)
         self.logistic = exact.Logistic(exact.Design(train, self.fitted, target, self.device))
 
@@ -369,12 +357,12 @@ class LogisticSearch(Search):
 
 
 class NeighbourSearch(Search):
-    """Numbers of neighbours and temperatures, all from one search."""
+    """Numbers of neighbours and temperatures, all from one search of the neighbours."""
 
-    def __init__(self, train: Tokens, target: Target, *, grid: str, **others: Any) -> None:
-        """As `fit`."""
-        super().__init__(train, target, **others)
-        self.grid = exact.neighbourhoods(grid)
+    def __init__(self, train: Tokens, target: Target, options: FitOptions, *others: Any) -> None:
+        """Arguments as in `Search`."""
+        super().__init__(train, target, options, *others)
+        self.grid = exact.neighbourhoods(options.search.grid)
         self.steps = 1
 
     def scores(self) -> tuple[np.ndarray, np.ndarray]:
@@ -398,25 +386,25 @@ SOLVERS: dict[Head, Callable[..., Search]] = {
     "logistic": LogisticSearch,
     "knn": NeighbourSearch,
 }
-"""The heads that are not trained."""
+"""Heads that are solved for, rather than trained."""
 
 
 def rungs(configurations: int, steps: int, *, halving: bool) -> list[tuple[int, int]]:
-    """How many configurations are trained for how many steps, one after the other; all for all without halving.
+    """(configurations, steps) of every stage of successive halving; one stage with all of both without halving.
 
-    Of 63 for 1,000 steps: (63, 112), (21, 334), (7, 1000), a third of the work.
+    63 configurations for 1,000 steps give (63, 112), (21, 334), (7, 1000): a third of the work.
     """
     if not halving:
         return [(configurations, steps)]
-    parts = [KEPT**power for power in range(RUNGS)]
+    parts = [HALVING_FACTOR**power for power in range(RUNGS)]
     return [(-(-configurations // part), -(-steps * part // parts[-1])) for part in parts]
 
 
 def split(labels: np.ndarray, *, seed: int, part: float = VALIDATION) -> tuple[np.ndarray, np.ndarray]:
     """Stratified split of the images into (fitted, held out), both ascending.
 
-    Of every class `part` is held out, rounded, but at least one image and never all: scikit-learn's splitters refuse
-    data with fewer images to hold out than classes, which is the few-shot case.
+    The share `part` of every class is held out, rounded, but at least one image and never all: scikit-learn's splitters
+    refuse data with fewer images to hold out than classes, which is the few-shot case.
 
     Args:
         labels: [N]; at least two images of each class that occurs.
@@ -434,7 +422,7 @@ def split(labels: np.ndarray, *, seed: int, part: float = VALIDATION) -> tuple[n
 
 
 def draw(labels: np.ndarray, shots: int, *, classes: int, seed: int) -> np.ndarray:
-    """Rows of `shots` images of each class, ascending: another draw for another seed; of more images, fewer are a part.
+    """Rows of `shots` images of each class, ascending, drawn by the seed; more shots contain fewer shots of the same seed.
 
     Args:
         labels: classes [N].
@@ -483,7 +471,7 @@ def _outputs(probe: HeadModule, tokens: Tokens, rows: np.ndarray, block: int, de
 def predict(
     probe: HeadModule, tokens: Tokens, target: Target, *, block: int = LARGEST_BATCH, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Of a population of one: predictions [N, C], and the attention [N, T] if it has any."""
+    """Predictions [N, C] of a population of one, and its attention [N, T] if it has any."""
     predictions, attention = [], []
     for outputs, batch in population.read(probe, tokens, np.arange(len(tokens)), block=block, device=device):
         predictions.append(target.predictions(outputs[0]).cpu().numpy())
@@ -512,7 +500,7 @@ def _check(tokens: Tokens, target: Target, name: str) -> None:
             "labels of one kind. Extract both splits of one data set"
         )
     target.check(labels, name)
-    if isinstance(tokens.values, Source):  # the cache refuses at writing what is not finite
+    if tokens.is_streamed:  # the cache refuses at writing what is not finite
         return
     block = max(1, 2**24 // (shape[1] * shape[2]))
     for start in range(0, shape[0], block):

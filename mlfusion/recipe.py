@@ -231,9 +231,9 @@ def _probes(key: str, value: Any) -> Told:
 
 
 def _grid(key: str, value: Any) -> Told:
-    from mlfusion.protocol import GRIDS
+    from mlfusion.protocol import SEARCH_GRIDS
 
-    return value, [] if value in GRIDS else [(None, f"grid = {value!r}: allowed are {', '.join(GRIDS)}")]
+    return value, [] if value in SEARCH_GRIDS else [(None, f"grid = {value!r}: allowed are {', '.join(SEARCH_GRIDS)}")]
 
 
 def _seeds(key: str, value: Any) -> Told:

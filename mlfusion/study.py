@@ -17,6 +17,7 @@ from mlfusion.errors import MlfusionError
 from mlfusion.extraction import ComputeOptions, ExtractionResult, FeatureOptions, Images, Making, Request
 from mlfusion.features import SplitPair
 from mlfusion.models.backbone import Backbone
+from mlfusion.options import SearchOptions
 from mlfusion.progress import duration
 from mlfusion.recipe import Recipe
 from mlfusion.results import Results, Row
@@ -257,12 +258,13 @@ class _Planner:
         each = sum(_tokens(kind, asked) for kind in representation.kinds)
         return costs.seconds(
             job.probe,
-            tokens=len(representation.layers(spec.model.depth)) * each,
-            width=spec.model.width,
-            classes=classes,
-            images=job.shots * classes if job.shots else len(split),
-            grid=job.grid,
-            halving=job.halving,
+            costs.Problem(
+                tokens=len(representation.layers(spec.model.depth)) * each,
+                width=spec.model.width,
+                classes=classes,
+                images=job.shots * classes if job.shots else len(split),
+            ),
+            SearchOptions(grid=job.grid, halving=job.halving),  # type: ignore[arg-type]
         )
 
 

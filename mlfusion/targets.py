@@ -1,7 +1,6 @@
-"""What a probe is asked for: one class, several labels, or a number. Loss, choice and scores follow from this alone."""
+"""Targets of a probe: one class, several labels, or a number. Loss, choice and scores follow from the target alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,17 +11,14 @@ from torch.nn import functional as F
 
 from mlfusion import metrics
 from mlfusion.errors import BadData
-from mlfusion.population import class_weights, losses
+from mlfusion.losses import Loss, class_weights, cross_entropy
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Outputs [K, B, C] and labels [B, …] → the mean loss of every configuration [K]."""
-
-LAYER = 5  # images of like number from which one is held out
+LAYER = 5  # images with similar numbers, of which one is held out
 
 
 @dataclass(frozen=True)
 class Target(ABC):
-    """A kind of labels. `outputs` is C, the numbers that a probe gives for an image."""
+    """A kind of labels. `outputs` is C, the number of outputs of a probe for one image."""
 
     outputs: int
 
@@ -31,7 +27,7 @@ class Target(ABC):
 
     @abstractmethod
     def check(self, labels: np.ndarray, name: str) -> None:
-        """Refuse labels that are none of this kind.
+        """Refuse labels that are not of this kind.
 
         Raises:
             BadData: says which row of split `name`.
@@ -39,23 +35,23 @@ class Target(ABC):
 
     @abstractmethod
     def check_choice(self, labels: np.ndarray) -> None:
-        """Refuse training labels of which no part can be held out for the choice.
+        """Refuse training labels from which no part can be held out for the choice.
 
         Raises:
-            BadData: says what is too few.
+            BadData: says which label is too rare.
         """
 
     @abstractmethod
     def strata(self, labels: np.ndarray) -> np.ndarray:
-        """A stratum for every image [N]; of each a like part is held out."""
+        """The stratum of every image [N]; the same share of each stratum is held out."""
 
     @abstractmethod
     def weights(self, labels: np.ndarray) -> np.ndarray:
-        """What every image counts for in training [N], on average one."""
+        """The weight of every image in training [N]; their mean is one."""
 
     @abstractmethod
     def regressand(self, labels: np.ndarray) -> np.ndarray:
-        """Labels as numbers to regress on [N, C] float64."""
+        """Labels as targets of a regression [N, C] float64."""
 
     @abstractmethod
     def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
@@ -63,22 +59,22 @@ class Target(ABC):
 
     @abstractmethod
     def predictions(self, outputs: Tensor) -> Tensor:
-        """Outputs [..., C] → what is kept and scored: probabilities, or the number itself [..., C]."""
+        """Outputs [..., C] → predictions, which are kept and scored: probabilities, or the number itself [..., C]."""
 
     @abstractmethod
     def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
-        """The metric, of predictions [N, C]."""
+        """The metric of predictions [N, C]."""
 
     @abstractmethod
     def scores(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-        """Every metric of a result, the one of `score` among them."""
+        """Every metric of a result, including that of `score`."""
 
 
 @dataclass(frozen=True)
 class OneClass(Target):
-    """One class an image: labels [N] int64 in 0..C-1, cross-entropy with class weights, balanced accuracy."""
+    """One class per image: labels [N] int64 in 0..C-1, cross-entropy with class weights, balanced accuracy."""
 
-    smoothing: float = 0.0  # of the labels, in [0, 1)
+    smoothing: float = 0.0  # label smoothing, in [0, 1)
 
     kind: ClassVar[str] = "class"
     metric: ClassVar[str] = "balanced_accuracy"
@@ -122,7 +118,7 @@ class OneClass(Target):
         weights = torch.from_numpy(class_weights(labels, self.outputs)).to(device, dtype)
 
         def mean(outputs: Tensor, truth: Tensor) -> Tensor:
-            return losses(outputs, truth.to(torch.int64), weights, smoothing=self.smoothing)
+            return cross_entropy(outputs, truth.to(torch.int64), weights, smoothing=self.smoothing)
 
         return mean
 
@@ -138,7 +134,7 @@ class OneClass(Target):
 
 @dataclass(frozen=True)
 class SeveralLabels(Target):
-    """Any number of labels an image: labels [N, C] of 0 and 1, a binary cross-entropy each, mean average precision."""
+    """Any number of labels per image: labels [N, C] of 0 and 1, a binary cross-entropy each, mean average precision."""
 
     kind: ClassVar[str] = "labels"
     metric: ClassVar[str] = "mean_average_precision"
@@ -167,7 +163,7 @@ class SeveralLabels(Target):
             )
 
     def strata(self, labels: np.ndarray) -> np.ndarray:
-        """By the rarest label on the image, so that rare ones are on both sides; C for images without any."""
+        """The rarest label on the image, so that both parts have rare labels; C for images without labels."""
         rarity = np.argsort(np.argsort(labels.sum(0), kind="stable"))
         rarest = np.where(labels > 0, rarity, self.outputs).min(1)
         return rarest.astype(np.int64)
@@ -180,8 +176,8 @@ class SeveralLabels(Target):
 
     def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
         def mean(outputs: Tensor, truth: Tensor) -> Tensor:
-            wanted = truth.to(outputs.dtype).expand_as(outputs)
-            return F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none").mean((1, 2))
+            labels = truth.to(outputs.dtype).expand_as(outputs)
+            return F.binary_cross_entropy_with_logits(outputs, labels, reduction="none").mean((1, 2))
 
         return mean
 
@@ -197,10 +193,10 @@ class SeveralLabels(Target):
 
 @dataclass(frozen=True)
 class Number(Target):
-    """A real number an image: labels [N], squared error on the standardised number, R².
+    """A real number per image: labels [N], squared error on the standardised number, R².
 
-    A probe gives the number less `mean`, over `deviation`: those of the training labels, so that learning rates and
-    penalties mean the same whatever the unit.
+    The outputs of a probe are (number − `mean`) / `deviation`, with those of the training labels, so that learning rates and
+    penalties mean the same in every unit.
     """
 
     mean: float = 0.0
@@ -227,9 +223,9 @@ class Number(Target):
             raise BadData(f"train has {len(labels)} images; allowed: {2 * LAYER} or more to choose by R². Add images")
 
     def strata(self, labels: np.ndarray) -> np.ndarray:
-        """Every five images that follow each other by their number."""
+        """Five images that follow each other in the order of their numbers are a stratum."""
         ranks = np.argsort(np.argsort(labels, kind="stable"))
-        return np.minimum(ranks // LAYER, len(labels) // LAYER - 1)  # what is over goes to the last
+        return np.minimum(ranks // LAYER, len(labels) // LAYER - 1)  # the last stratum takes the rest
 
     def weights(self, labels: np.ndarray) -> np.ndarray:
         return np.ones(len(labels))
@@ -239,8 +235,8 @@ class Number(Target):
 
     def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
         def mean(outputs: Tensor, truth: Tensor) -> Tensor:
-            wanted = ((truth.to(torch.float64) - self.mean) / self.deviation).to(outputs.dtype)
-            return (outputs[..., 0] - wanted).square().mean(1)
+            standardised = ((truth.to(torch.float64) - self.mean) / self.deviation).to(outputs.dtype)
+            return (outputs[..., 0] - standardised).square().mean(1)
 
         return mean
 
@@ -255,12 +251,12 @@ class Number(Target):
 
 
 def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0) -> Target:
-    """The kind of the training labels: [N] of integers, [N, C] of 0 and 1, or [N] of floating-point numbers.
+    """The target that training labels are of: [N] integers, [N, C] of 0 and 1, or [N] floating-point numbers.
 
     Args:
-        labels: of the whole training split.
-        classes: C, the data set's; not used for numbers.
-        smoothing: of the labels, for one class an image.
+        labels: those of the whole training split.
+        classes: C of the data set; not used for numbers.
+        smoothing: label smoothing, for one class per image.
 
     Raises:
         BadData: labels of any other shape, or smoothing where there is nothing to smooth.
@@ -278,10 +274,10 @@ def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0) -> Ta
 
 
 def kind_of(labels: np.ndarray) -> type[Target]:
-    """What labels of this shape and type are.
+    """The kind of target that labels of this shape and type are for.
 
     Raises:
-        BadData: nothing.
+        BadData: they are for none.
     """
     if labels.ndim == 2:
         return SeveralLabels

@@ -23,7 +23,7 @@ from safetensors.numpy import save as save_tensors
 
 from mlfusion import disk
 from mlfusion.errors import ResultsUnusable, UnknownName
-from mlfusion.exact import Neighbourhood, Neighbours, Solved
+from mlfusion.exact import FixedLinear, Neighbourhood, Neighbours
 from mlfusion.probes import HEADS, HeadModule, HeadShape
 from mlfusion.results import Selected
 from mlfusion.specs import DTYPES, HEAD_NAMES, KINDS, Dtype, Head, TokenKind
@@ -236,7 +236,7 @@ def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> HeadModule:
     if card.head in ("ridge", "logistic"):
         if held["weight"].shape != (1, shape.classes, shape.tokens * shape.width):
             raise ValueError(f"weights of shape {tuple(held['weight'].shape[1:])}")
-        return Solved(held["weight"], held["bias"])
+        return FixedLinear(held["weight"], held["bias"])
     if card.head == "knn":
         chosen = Neighbourhood(int(tensors["neighbours"]), float(tensors["temperature"]))
         bank, values = held["bank"][0], held["values"][0]

@@ -31,7 +31,7 @@ def images(tmp_path_factory) -> str:
 @pytest.fixture(autouse=True)
 def short_grid(monkeypatch):
     grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=20)
-    monkeypatch.setitem(protocol.GRIDS, "quick", grid)
+    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
 
 
 @given(counts=st.lists(st.integers(3, 40), min_size=2, max_size=6), images=st.integers(6, 120), seed=st.integers(0, 9))

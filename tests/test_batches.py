@@ -10,9 +10,9 @@ import torch
 from tiny import save_features
 
 from mlfusion import batches, evaluation, population
-from mlfusion.batches import Schedule, Source, Tokens
+from mlfusion.batches import Schedule, Tokens
 from mlfusion.errors import BadData
-from mlfusion.population import Configuration
+from mlfusion.population import Configuration, Population, TrainingData
 from mlfusion.probes import HeadShape
 from mlfusion.results import Results
 from mlfusion.store import Entry
@@ -45,7 +45,7 @@ def test_a_streamed_pass_has_every_image_once_with_its_own_tokens_and_label(tmp_
     schedule = Schedule.of(len(rows), epochs=2, least_steps=1)
     with entry.open([2], ["all"]) as values:
         tokens = Tokens(values, entry.samples.labels)
-        assert isinstance(values, Source) and tokens.shape == (600, TOKENS, WIDTH)
+        assert tokens.is_streamed and tokens.shape == (600, TOKENS, WIDTH)
         whole = values.read().reshape(600, TOKENS, WIDTH)
 
         def passed(seed: int) -> list[np.ndarray]:
@@ -81,21 +81,16 @@ def test_held_and_streamed_tokens_come_in_the_same_batches_and_give_the_same_wei
     with entry.open([2], ["all"]) as values:
         streamed = Tokens(values, entry.samples.labels)
         held = Tokens(values.read().reshape(300, TOKENS, WIDTH), streamed.labels)
+        assert streamed.is_streamed and not held.is_streamed
         assert len(list(schedule.order(held, rows, 0))) > 3 * steps / schedule.batches  # an epoch has several groups
         passes = [list(tokens.iter_batches(schedule.order(tokens, rows, 0))) for tokens in (held, streamed)]
         for (a, x), (b, y) in zip(*passes, strict=True):
             assert np.array_equal(a, b) and torch.equal(x, y)
         ends = []
         for tokens in (held, streamed):
-            [(_, probe)] = population.train(
-                "attentive",
-                tokens,
-                rows,
-                [Configuration(1e-2, 1e-2, 0.1)],
-                HeadShape(tokens=TOKENS, width=WIDTH, classes=3, heads=4),
-                schedule,
-                seed=0,
-            )
+            shape = HeadShape(tokens=TOKENS, width=WIDTH, classes=3, heads=4)
+            one = Population("attentive", shape, [Configuration(1e-2, 1e-2, 0.1)], seed=0)
+            [(_, probe)] = population.train(one, TrainingData(tokens, rows, schedule))
             ends.append(probe.state_dict())
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], msg=name)
@@ -158,8 +153,9 @@ with entry.open([2], ["all"]) as values:
         tokens = Tokens(tokens[:], tokens.labels)
     n, t, d = tokens.shape
     schedule = Schedule(images=n, steps=n // 200, batch_size=200, batches=n // 200)
-    for _ in population.train("attentive", tokens, np.arange(n), [population.Configuration(1e-3, 0.1)],
-                              HeadShape(tokens=t, width=d, classes=3, heads=4), schedule, seed=0):
+    shape = HeadShape(tokens=t, width=d, classes=3, heads=4)
+    one = population.Population("attentive", shape, [population.Configuration(1e-3, 0.1)], seed=0)
+    for _ in population.train(one, population.TrainingData(tokens, np.arange(n), schedule)):
         pass
 [peak] = [line for line in open('/proc/self/status') if line.startswith('VmHWM')]
 print(int(peak.split()[1]) * 1024 // 10**6)

@@ -30,7 +30,7 @@ def images(tmp_path_factory) -> str:
 def short_grid(monkeypatch):
     """The quick grid, cut shorter: these tests are about what is said and kept, not about scores."""
     grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
-    monkeypatch.setitem(protocol.GRIDS, "quick", grid)
+    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
 
 
 class Said:

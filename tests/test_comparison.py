@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     model, images = save_model("vit", root / "tiny-vit"), save_images(root / "colours", {"train": 10, "test": 6})
     grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.1,), epochs=2, least_steps=10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(protocol.GRIDS, "quick", grid)
+        patch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
         mlfusion.extract(str(model), str(images), cache=root / "cache")
         options: dict[str, Any] = {"grid": "quick", "cache": root / "cache", "results": root / "results"}
         mlfusion.probe(str(images), probes=PROBES, seeds=(0, 1), **options)

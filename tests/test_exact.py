@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fits import fit_options
 from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.neighbors import KNeighborsClassifier
@@ -60,11 +61,11 @@ def outputs(probe: Any, tokens: Tokens) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE])
-def test_the_turned_images_are_orthogonal_and_lose_nothing(shape: tuple[int, int, int]) -> None:
+def test_the_rotated_images_are_orthogonal_and_lose_nothing(shape: tuple[int, int, int]) -> None:
     tokens, target = data(shape)
     made, weights = design(tokens, target), target.weights(tokens.labels)
-    z = made.turned.numpy()
-    np.testing.assert_allclose(z.T @ (weights[:, None] * z), np.diag(made.power.numpy()), atol=1e-10)
+    z = made.rotated.numpy()
+    np.testing.assert_allclose(z.T @ (weights[:, None] * z), np.diag(made.eigenvalues.numpy()), atol=1e-10)
     np.testing.assert_allclose(z @ made.basis.numpy().T + made.centre.numpy(), flat(tokens), atol=1e-6)
     np.testing.assert_allclose(made.basis.T @ made.basis, np.eye(z.shape[1]), atol=1e-8)
 
@@ -258,21 +259,21 @@ def test_they_are_chosen_refitted_and_tested(head: Any, kind: str) -> None:
     test, _ = data((60, 3, 8), kind, seed=1)
     seen: list[tuple[int, int]] = []
     outcome = protocol.fit(
-        head, train, lambda: test, target=target, heads=None, grid="quick", seed=0, progress=lambda *at: seen.append(at)
+        head, train, lambda: test, target=target, options=fit_options(), progress=lambda *at: seen.append(at)
     )
     floor = {"class": 0.5, "labels": 0.6, "number": 0.4}[kind]  # by chance: a third, two fifths, none
     assert outcome.test == outcome.metrics[outcome.metric] > floor
     assert seen[-1][0] == seen[-1][1]
     assert outcome.configurations == (3 if head == "knn" else 13)
     assert outcome.selected.keys() == ({"neighbours", "temperature"} if head == "knn" else {"penalty"})
-    again = protocol.fit(head, train, lambda: test, target=target, heads=None, grid="quick", seed=0)
+    again = protocol.fit(head, train, lambda: test, target=target, options=fit_options())
     assert np.array_equal(again.predictions, outcome.predictions)
 
 
 @pytest.mark.parametrize("head", protocol.SOLVERS)
 def test_the_refit_is_the_solution_on_all_of_train(head: Any) -> None:
     train, target = data(TALL)
-    outcome = protocol.fit(head, train, lambda: train, target=target, heads=None, grid="paper", seed=0)
+    outcome = protocol.fit(head, train, lambda: train, target=target, options=fit_options(grid="paper"))
     if head == "knn":
         assert outcome.weights["bank"].shape == (60, 10)
         assert outcome.weights["neighbours"] == outcome.selected["neighbours"]
@@ -290,7 +291,7 @@ def test_the_refit_is_the_solution_on_all_of_train(head: Any) -> None:
 
 def test_ridge_is_chosen_by_leaving_out() -> None:
     train, target = data(WIDE)
-    outcome = protocol.fit("ridge", train, lambda: train, target=target, heads=None, grid="quick", seed=0)
+    outcome = protocol.fit("ridge", train, lambda: train, target=target, options=fit_options())
     ridge = Ridge(design(train, target))
     scores = [
         target.score(train.labels, target.predictions(ridge.left_out(one)).numpy()) for one in exact.penalties("quick")
@@ -307,7 +308,7 @@ def test_shuffled_labels_leave_chance(head: Any) -> None:
 
     target = OneClass(3)
     scores = [
-        protocol.fit(head, noise(90), lambda: noise(300), target=target, heads=None, grid="quick", seed=seed).test
+        protocol.fit(head, noise(90), lambda: noise(300), target=target, options=fit_options(seed)).test
         for seed in range(4)
     ]
     assert np.mean(scores) == pytest.approx(1 / 3, abs=0.06)

@@ -14,8 +14,9 @@ import torch
 
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens, batches
+from mlfusion.losses import cross_entropy
 from mlfusion.optimizer import AdamW
-from mlfusion.population import Configuration
+from mlfusion.population import Configuration, Numerics, Population
 from mlfusion.probes import Attentive, HeadShape, kernels
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"kernels: {kernels.why_unavailable()}")
@@ -192,8 +193,8 @@ def batch(images: int, shape: HeadShape) -> tuple[torch.Tensor, torch.Tensor]:
 def trained(shape: HeadShape, members: list[Configuration], *, bf16: bool = True) -> dict[str, torch.Tensor]:
     """Weights after some steps, all configurations in one block."""
     (x, y), steps = batch(33, shape), 6
-    loss = partial(population.losses, weights=torch.ones(shape.classes))
-    block = population._Block("attentive", shape, members, 0, population.Arithmetic(bf16=bf16), loss=loss)
+    loss = partial(cross_entropy, weights=torch.ones(shape.classes))
+    block = population._Block(Population("attentive", shape, members, seed=0), Numerics(bf16=bf16), loss)
     for step in range(steps):
         block.step(x, y, step, steps)
     return {name: each.detach().clone() for name, each in block.probe.state_dict().items()}
@@ -223,7 +224,7 @@ def test_gradients_by_autograd_are_whole_for_whoever_does_not_take_factored_ones
             probe = Attentive(SHAPE, seeds=[1, 2], dropouts=[0.0, 0.0])
             with torch.autocast("cpu", torch.bfloat16):
                 logits = probe(x)
-            population.losses(logits.float(), y, torch.ones(SHAPE.classes)).sum().backward()
+            cross_entropy(logits.float(), y, torch.ones(SHAPE.classes)).sum().backward()
         found.append({name: each.grad for name, each in probe.named_parameters()})
     for name, theirs in found[1].items():
         mine = found[0][name]

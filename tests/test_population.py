@@ -21,12 +21,12 @@ from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from mlfusion import batches, population
+from mlfusion import batches, losses, population
 from mlfusion.batches import Schedule, Tokens
 from mlfusion.errors import BadData
 from mlfusion.memory import Footprint
 from mlfusion.optimizer import AdamW, cosine
-from mlfusion.population import Configuration, Layout, Needs
+from mlfusion.population import Configuration, Layout, Needs, Numerics, Population, TrainingData
 from mlfusion.probes import HEADS, Attentive, HeadShape, Linear
 from mlfusion.specs import Head
 
@@ -51,6 +51,11 @@ def some(images: int, *, seed: int = 0, tokens: int = 4, width: int = 10, classe
     return Tokens((centres[labels] + rng.normal(size=(images, tokens, width))).astype(np.float32), labels)
 
 
+def on_all(tokens: Tokens, steps: int) -> TrainingData:
+    """All the images, for so many steps."""
+    return TrainingData(tokens, np.arange(len(tokens)), Schedule.of(len(tokens), epochs=1, least_steps=steps))
+
+
 def trained(
     head: Head,
     tokens: Tokens,
@@ -62,11 +67,10 @@ def trained(
     dtype: torch.dtype = F64,
 ) -> list[dict[str, Tensor]]:
     """The state of every configuration after training on all the images."""
-    schedule, rows = Schedule.of(len(tokens), epochs=1, least_steps=steps), np.arange(len(tokens))
     states: list[dict[str, Tensor]] = []
-    layout = Layout(together=at_once, block=block, lanes=2)
+    layout = Layout(together=at_once, block=block, workers=2)
     for group, probe in population.train(
-        head, tokens, rows, configurations, SHAPE, schedule, seed=3, layout=layout, dtype=dtype
+        Population(head, SHAPE, configurations, seed=3), on_all(tokens, steps), Numerics(dtype=dtype), layout=layout
     ):
         assert group.start == len(states) and group.stop - group.start <= min(at_once, block)
         states += [{n: v[k] for n, v in probe.state_dict().items()} for k in range(group.stop - group.start)]
@@ -125,7 +129,7 @@ def test_training_with_dropout_follows_the_literal_loop_given_the_same_masks() -
         copy_into(module, {name: value[i] for name, value in probe.state_dict().items()})
     optimizer = AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     for step in range(steps):
-        population.losses(probe(tokens[step], keep[step]), labels[step], weights).sum().backward()
+        losses.cross_entropy(probe(tokens[step], keep[step]), labels[step], weights).sum().backward()
         optimizer.clip(5.0)
         optimizer.step(cosine(optimizer.lr, step, steps))
     for i, module in enumerate(modules):
@@ -185,11 +189,9 @@ def test_a_gpu_trains_as_a_processor_does(head: Head, monkeypatch: pytest.Monkey
     """Without dropout and jitter, whose streams are a device's own; in float64, so that order of summation hardly matters."""
     monkeypatch.setattr(batches, "JITTER_PROBABILITY", 0.0)
     grid = [Configuration(c.lr, c.weight_decay) for c in SEVEN]
-    schedule, ends = Schedule.of(41, epochs=1, least_steps=30), []
+    ends = []
     for device in ("cpu", "cuda"):
-        trained = population.train(
-            *(head, some(41), np.arange(41), grid, SHAPE, schedule), seed=0, device=device, dtype=F64
-        )
+        trained = population.train(Population(head, SHAPE, grid, seed=0), on_all(some(41), 30), Numerics(device, F64))
         ends.append([{name: value.cpu() for name, value in probe.state_dict().items()} for _, probe in trained])
     for one, other in zip(*ends, strict=True):
         for name, value in one.items():
@@ -290,11 +292,11 @@ def test_tokens_are_normalised_over_their_width(kind: str) -> None:
 def test_class_weights_are_scikit_learns_balanced() -> None:
     labels = np.array([0] * 10 + [1] * 3 + [2])
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    np.testing.assert_allclose(population.class_weights(labels, 3), expected)
+    np.testing.assert_allclose(losses.class_weights(labels, 3), expected)
 
 
 def test_a_class_without_images_weighs_nothing() -> None:
-    assert population.class_weights(np.array([0, 0, 2]), 3).tolist() == pytest.approx([0.5, 0, 1])
+    assert losses.class_weights(np.array([0, 0, 2]), 3).tolist() == pytest.approx([0.5, 0, 1])
 
 
 def test_loss_is_torchs_weighted_cross_entropy_for_each_configuration() -> None:
@@ -303,7 +305,7 @@ def test_loss_is_torchs_weighted_cross_entropy_for_each_configuration() -> None:
     weights = torch.tensor([0.2, 1.0, 5.0])
     criterion = torch.nn.CrossEntropyLoss(weight=weights)
     torch.testing.assert_close(
-        population.losses(logits, labels, weights), torch.stack([criterion(k, labels) for k in logits])
+        losses.cross_entropy(logits, labels, weights), torch.stack([criterion(k, labels) for k in logits])
     )
 
 
@@ -316,16 +318,9 @@ def test_twenty_samples_are_learned_by_heart(head: Head) -> None:
     # Wider than there are images: a mean of tokens, too, can tell all of them apart.
     shape = HeadShape(tokens=4, width=24, classes=3, heads=4)
     tokens = Tokens(rng.normal(size=(20, 4, 24)).astype(np.float16), np.arange(20) % 3)
-    schedule = Schedule.of(20, epochs=1, least_steps=300)
-    [(_, probe)] = population.train(
-        head,
-        tokens,
-        np.arange(20),
-        [Configuration({"linear": 1e-1, "scalar-mix": 1e-1, "v-jepa-4": 1e-3}.get(head, 1e-2), 1e-4)],
-        shape,
-        schedule,
-        seed=0,
-    )
+    lr = {"linear": 1e-1, "scalar-mix": 1e-1, "v-jepa-4": 1e-3}.get(head, 1e-2)
+    one = Population(head, shape, [Configuration(lr, 1e-4)], seed=0)
+    [(_, probe)] = population.train(one, on_all(tokens, 300))
     [(logits, _)] = population.read(probe, tokens, np.arange(20), block=20, device="cpu")
     assert (logits[0].argmax(-1).numpy() == tokens.labels).all()
 
@@ -339,7 +334,7 @@ def test_linear_reaches_the_optimum_that_scikit_learn_finds() -> None:
     probe = Linear(HeadShape(tokens=2, width=2, classes=3), seeds=[0, 1]).double()
     optimizer = AdamW(probe.parameters(), lr=[0.1, 0.03], weight_decay=[0.0, 0.0])
     for step in range(800):
-        population.losses(probe(inputs), truth, torch.ones(3, dtype=F64)).sum().backward()
+        losses.cross_entropy(probe(inputs), truth, torch.ones(3, dtype=F64)).sum().backward()
         optimizer.step(cosine(optimizer.lr, step, 800))
     reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000).fit(x.reshape(240, 4), labels)
     expected = reference.predict_proba(x.reshape(240, 4))
@@ -361,11 +356,10 @@ def test_a_configuration_that_diverges_harms_no_other(head: Head) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_narrow_products_change_scores_little_and_keep_parameters_wide(head: Head) -> None:
-    tokens, schedule = some(40), Schedule.of(40, epochs=1, least_steps=10)
-    logits = {}
+    tokens, logits = some(40), {}
     for precision in ("float32", "bfloat16"):
         [(_, probe)] = population.train(
-            head, tokens, np.arange(40), [SEVEN[2]], SHAPE, schedule, seed=0, precision=precision
+            Population(head, SHAPE, [SEVEN[2]], seed=0), on_all(tokens, 10), Numerics(bf16=precision == "bfloat16")
         )
         assert {value.dtype for value in probe.state_dict().values()} == {torch.float32}
         [(logits[precision], _)] = population.read(probe, tokens, np.arange(40), block=40, device="cpu")
@@ -401,11 +395,11 @@ def test_a_layout_tiles_the_population_and_fits(
     assert all(0 < part.stop - part.start <= layout.block for group in groups for part in group)
     for group in groups:
         members = group[-1].stop - group[0].start
-        lanes = min(layout.lanes, len(group))
+        lanes = min(layout.workers, len(group))
         at_work = sum(sorted((part.stop - part.start for part in group), reverse=True)[:lanes])
         batches = 1 if shared or lanes == 1 else 2  # the next is prepared while lanes work
         assert batches * need.batch + members * need.each + at_work * need.step <= memory
-    assert layout.lanes <= max(1, min(threads, count))
+    assert layout.workers <= max(1, min(threads, count))
 
 
 def test_all_are_trained_together_where_there_is_room() -> None:
@@ -418,7 +412,7 @@ def test_all_are_trained_together_where_there_is_room() -> None:
 def test_small_configurations_share_a_lane_and_large_ones_do_not() -> None:
     small, large = Needs(batch=1, each=1000, step=1000), Needs(batch=1, each=2**26, step=1000)
     for count, lanes in ((1, 1), (3, 1), (5, 1), (6, 2), (63, 4)):
-        assert Layout.of(count, small, memory=2**33, threads=4, shared=False).lanes == lanes
+        assert Layout.of(count, small, memory=2**33, threads=4, shared=False).workers == lanes
     assert Layout.of(3, small, memory=2**33, threads=4, shared=False).groups(3) == [[slice(0, 3)]]
     assert Layout.of(3, large, memory=2**33, threads=4, shared=False) == Layout(3, 1, 3)
 
@@ -429,12 +423,12 @@ import sys
 import numpy as np
 from mlfusion import population
 from mlfusion.batches import Schedule, Tokens
-from mlfusion.population import Configuration
+from mlfusion.population import Configuration, Population, TrainingData
 from mlfusion.probes import HeadShape
 tokens = Tokens(np.random.default_rng(0).random((8, 2, 4), np.float32), np.arange(8) % 2)
 shape = HeadShape(tokens=2, width=4, classes=2, heads=2)
-one = [Configuration(0.1, 0.1, 0.1)]
-[_] = population.train("attentive", tokens, np.arange(8), one, shape, Schedule.of(8), seed=0, until=2)
+one = Population("attentive", shape, [Configuration(0.1, 0.1, 0.1)], seed=0)
+[_] = population.train(one, TrainingData(tokens, np.arange(8), Schedule.of(8), until=2))
 print("torch._dynamo" in sys.modules)
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -478,24 +472,21 @@ def test_lanes_do_the_steps_of_a_block_in_turn_and_pass_on_what_fails() -> None:
         sleep(0.002 * (block == 0))  # one block is slower than the others together
         done[block].append(step)
 
-    with population._Lanes(3) as lanes:
-        count = sum(lanes.step(partial(work, step=step), cast(Any, range(5))) for step in range(6)) + lanes.finish()
+    with population._Workers(3) as workers:
+        count = sum(workers.step(partial(work, step=step), cast(Any, range(5))) for step in range(6)) + workers.finish()
         assert count == 6 and all(steps == list(range(6)) for steps in done.values())
-        lanes.step(partial(work, step=7), cast(Any, range(5)))
+        workers.step(partial(work, step=7), cast(Any, range(5)))
         with pytest.raises(BadData, match="enough"):
-            lanes.finish()
+            workers.finish()
     assert torch.get_num_threads() == 1
 
 
 def test_progress_counts_configurations() -> None:
     counts: list[int] = []
-    schedule = Schedule.of(40, epochs=1, least_steps=3)
-    layout = Layout(together=3, block=2, lanes=2)
-    for _ in population.train(
-        "linear", some(40), np.arange(40), SEVEN, SHAPE, schedule, seed=0, layout=layout, progress=counts.append
-    ):
+    data, layout = on_all(some(40), 3), Layout(together=3, block=2, workers=2)
+    for _ in population.train(Population("linear", SHAPE, SEVEN, seed=0), data, layout=layout, progress=counts.append):
         pass
-    assert sum(counts) == 7 * schedule.steps and len(counts) == 3 * schedule.steps
+    assert sum(counts) == 7 * data.schedule.steps and len(counts) == 3 * data.schedule.steps
 
 
 def test_configurations_have_streams_of_their_own() -> None:

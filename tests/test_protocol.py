@@ -7,26 +7,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fits import fit_options
 from hypothesis import given
 from hypothesis import strategies as st
 from literal import LiteralAttentive, LiteralLinear, copy_into
 
 from mlfusion import metrics, protocol
 from mlfusion.batches import Tokens
-from mlfusion.errors import BadData, UnknownName
-from mlfusion.population import Configuration
+from mlfusion.errors import BadData, BadOption
+from mlfusion.population import Configuration, Population, TrainingData
 from mlfusion.probes import HEADS
-from mlfusion.protocol import GRIDS, Grid, Outcome, choose, draw, fit, split
+from mlfusion.protocol import SEARCH_GRIDS, Grid, Outcome, choose, draw, fit, split
 from mlfusion.specs import Head
 from mlfusion.targets import OneClass
 
 SMALL = Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-4, 1e-1), dropouts=(0.0, 0.1), epochs=1, least_steps=40)
+QUICK = SEARCH_GRIDS["quick"]
 CLASSES = 3
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRIDS, "small", SMALL)
+    monkeypatch.setitem(SEARCH_GRIDS, "quick", SMALL)
 
 
 def tokens(images: int = 90, *, seed: int = 0, signal: float = 1.0, width: int = 12) -> Tokens:
@@ -39,36 +41,36 @@ def tokens(images: int = 90, *, seed: int = 0, signal: float = 1.0, width: int =
 
 
 def fitted(head: Head, train: Tokens, test: Tokens | Callable[[], Tokens], **options: Any) -> Outcome:
-    given_options = {"target": OneClass(CLASSES), "heads": None, "grid": "small", "seed": 0} | options
-    return fit(head, train, test if callable(test) else lambda: test, **given_options)
+    target, progress = options.pop("target", OneClass(CLASSES)), options.pop("progress", None)
+    reading = test if callable(test) else lambda: test
+    return fit(head, train, reading, target=target, options=fit_options(**options), progress=progress)
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------
 
 
 def test_the_papers_grid_has_21_linear_and_63_attentive_configurations() -> None:
-    linear, attentive = (GRIDS["paper"].configurations(head) for head in ("linear", "attentive"))
+    linear, attentive = (SEARCH_GRIDS["paper"].configurations(head) for head in ("linear", "attentive"))
     assert len(set(linear)) == len(linear) == 21
     assert len(set(attentive)) == len(attentive) == 63
     assert {c.dropout for c in linear} == {0.0}
     assert {c.dropout for c in attentive} == {0, 0.1, 0.3}
     assert {c.lr for c in attentive} == {0.1, 0.01, 0.001}
     assert {c.weight_decay for c in attentive} == {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1}
-    assert (GRIDS["paper"].epochs, GRIDS["paper"].least_steps) == (40, 1000)
+    assert (SEARCH_GRIDS["paper"].epochs, SEARCH_GRIDS["paper"].least_steps) == (40, 1000)
 
 
 @pytest.mark.parametrize(("head", "times"), [("linear", 17), ("attentive", 50)])
 @pytest.mark.parametrize("images", [240, 1504, 100_000])
 def test_the_quick_grid_is_many_times_cheaper(images: int, head: str, times: int) -> None:
-    def cost(name: str) -> int:
-        grid = GRIDS[name]
+    def cost(grid: Grid) -> int:
         return len(grid.configurations(head)) * grid.schedule(images * 4 // 5).steps + grid.schedule(images).steps
 
-    assert cost("paper") / cost("quick") > times
+    assert cost(SEARCH_GRIDS["paper"]) / cost(QUICK) > times
 
 
 def test_an_unknown_grid_is_told_with_those_there_are() -> None:
-    with pytest.raises(UnknownName, match=r"no grid named 'papr'. Did you mean paper\?"):
+    with pytest.raises(BadOption, match="--grid papr: allowed are paper, quick"):
         fitted("linear", tokens(), tokens(), grid="papr")
 
 
@@ -119,8 +121,8 @@ def test_a_grid_of_which_nothing_is_left_is_an_error() -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_a_configuration_that_diverges_loses_and_harms_no_other(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     wild = dataclasses.replace(SMALL, learning_rates=(1e30, 1e-2), weight_decays=(0.1,), least_steps=150)
-    monkeypatch.setitem(GRIDS, "wild", wild)
-    outcome = fitted(head, tokens(), tokens(seed=1), grid="wild")
+    monkeypatch.setitem(SEARCH_GRIDS, "quick", wild)
+    outcome = fitted(head, tokens(), tokens(seed=1))
     assert outcome.selected["lr"] == 1e-2
     assert outcome.test > 0.45  # of three classes; some probes learn slowly
 
@@ -134,8 +136,8 @@ def test_the_choice_is_given_accuracy_and_loss_of_every_configuration(monkeypatc
 
     monkeypatch.setattr(protocol, "choose", choosing)
     still = Grid(learning_rates=(1e-6, 1e-1), weight_decays=(0.0,), dropouts=(0.0,), epochs=1, least_steps=60)
-    monkeypatch.setitem(GRIDS, "still", still)
-    outcome = fitted("linear", tokens(), tokens(seed=1), grid="still")
+    monkeypatch.setitem(SEARCH_GRIDS, "quick", still)
+    outcome = fitted("linear", tokens(), tokens(seed=1))
     accuracy, loss = seen
     assert loss[0] == pytest.approx(np.log(CLASSES), abs=0.1)  # it has not moved from its start
     assert loss[1] < loss[0] - 0.3
@@ -226,9 +228,9 @@ def test_the_refit_sees_all_of_train(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[np.ndarray] = []
     original = protocol.population.train
 
-    def train(head: Head, values: Tokens, chosen: np.ndarray, members: Any, *args: Any, **kwargs: Any) -> Any:
-        rows.append(chosen)
-        return original(head, values, chosen, members, *args, **kwargs)
+    def train(members: Population, data: TrainingData, *args: Any, **kwargs: Any) -> Any:
+        rows.append(data.rows)
+        return original(members, data, *args, **kwargs)
 
     monkeypatch.setattr(protocol.population, "train", train)
     data = tokens()
@@ -380,8 +382,11 @@ def test_a_class_without_test_images_has_no_recall_and_counts_nowhere() -> None:
     assert found["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
 
 
-def test_a_configuration_is_what_its_numbers_are() -> None:
-    assert Configuration(0.1, 0.2) == Configuration(0.1, 0.2, 0.0)
+def test_a_configurations_streams_follow_from_its_numbers_and_the_seed() -> None:
+    seeds = [
+        Configuration(*numbers).seed(seed) for numbers in ((0.1, 0.2), (0.1, 0.2, 0.3), (0.2, 0.1)) for seed in (0, 1)
+    ]
+    assert len(set(seeds)) == 6 and Configuration(0.1, 0.2, 0.0).seed(1) == seeds[1]
 
 
 # --- successive halving ----------------------------------------------------------------------------------------------
@@ -403,12 +408,11 @@ def test_a_third_goes_on_three_times_as_far() -> None:
 
 @pytest.mark.parametrize("head", ["linear", "attentive"])
 def test_who_gets_to_the_end_has_the_score_of_a_whole_search(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRIDS, "wide", WIDE)
+    monkeypatch.setitem(SEARCH_GRIDS, "quick", WIDE)
     if head == "attentive":  # with dropout, whose masks are a configuration's own
-        monkeypatch.setitem(GRIDS, "wide", dataclasses.replace(WIDE, dropouts=(0.2,)))
-    options: dict[str, Any] = {"target": OneClass(CLASSES), "heads": 3, "grid": "wide", "seed": 0}
-    whole = protocol.Training(head, tokens(), **options)
-    halved = protocol.Training(head, tokens(), halving=True, **options)
+        monkeypatch.setitem(SEARCH_GRIDS, "quick", dataclasses.replace(WIDE, dropouts=(0.2,)))
+    whole = protocol.Training(head, tokens(), OneClass(CLASSES), fit_options(heads=3))
+    halved = protocol.Training(head, tokens(), OneClass(CLASSES), fit_options(heads=3, halving=True))
     score, loss = whole.scores()
     kept, kept_loss = halved.scores()
     alive = np.isfinite(kept_loss)
@@ -421,15 +425,19 @@ def test_who_gets_to_the_end_has_the_score_of_a_whole_search(head: Head, monkeyp
 
 
 def test_halving_tells_how_far_it_is_and_ends_in_the_same_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRIDS, "wide", WIDE)
+    monkeypatch.setitem(SEARCH_GRIDS, "quick", WIDE)
     seen: list[tuple[int, int]] = []
-    halved = fitted("linear", tokens(), tokens(seed=1), grid="wide", halving=True, progress=lambda *at: seen.append(at))
-    whole = fitted("linear", tokens(), tokens(seed=1), grid="wide")
+    halved = fitted("linear", tokens(), tokens(seed=1), halving=True, progress=lambda *at: seen.append(at))
+    whole = fitted("linear", tokens(), tokens(seed=1))
     assert seen[-1] == (12 * 5 + 4 * 15 + 2 * 45 + 45,) * 2
     assert halved.configurations == whole.configurations == 12
-    if halved.selected == whole.selected:
-        assert np.array_equal(halved.predictions, whole.predictions)
     assert halved.val <= whole.val  # it chooses among fewer
+    chosen = (halved.selected["lr"],), (halved.selected["weight_decay"],)
+    alone = dataclasses.replace(WIDE, learning_rates=chosen[0], weight_decays=chosen[1])
+    monkeypatch.setitem(SEARCH_GRIDS, "quick", alone)
+    np.testing.assert_allclose(
+        halved.predictions, fitted("linear", tokens(), tokens(seed=1)).predictions, rtol=1e-4, atol=1e-5
+    )
 
 
 # --- few-shot --------------------------------------------------------------------------------------------------------

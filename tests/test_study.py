@@ -33,7 +33,7 @@ def data(tmp_path_factory) -> list[str]:
 @pytest.fixture(autouse=True)
 def short_grid(monkeypatch):
     grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
-    monkeypatch.setitem(protocol.GRIDS, "quick", grid)
+    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
     monkeypatch.setattr(study, "TRIAL_SECONDS", 0.01)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fits import fit_options
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
@@ -17,7 +18,7 @@ from mlfusion import evaluation, metrics
 from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
 from mlfusion.probes import HEADS
-from mlfusion.protocol import GRIDS, Grid, fit, split
+from mlfusion.protocol import SEARCH_GRIDS, Grid, fit, split
 from mlfusion.report import write_page
 from mlfusion.results import Results
 from mlfusion.specs import Head
@@ -176,7 +177,7 @@ def test_from_the_cache_to_the_report(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(GRIDS, "quick", SMALL)
+    monkeypatch.setitem(SEARCH_GRIDS, "quick", SMALL)
     data = {name: make(images, seed) for seed, (name, images) in enumerate((("train", 200), ("test", 80)))}
     for name, held in data.items():
         save_features(tmp_path / "cache", name, np.asarray(held.values), held.labels, classes)
@@ -204,29 +205,29 @@ def test_labels_and_numbers_are_learnt(
     floor: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(GRIDS, "small", SMALL)
+    monkeypatch.setitem(SEARCH_GRIDS, "quick", SMALL)
     train, test = make(120), make(300, seed=1)
     target = target_of(train.labels, 3)
-    outcome = fit(head, train, lambda: test, target=target, heads=None, grid="small", seed=0)
+    outcome = fit(head, train, lambda: test, target=target, options=fit_options())
     assert outcome.metric == metric
     assert outcome.test == outcome.metrics[metric] > floor
     assert outcome.predictions.shape == (300, target.outputs)
     assert outcome.test == pytest.approx(target.score(test.labels, outcome.predictions))
     rng = np.random.default_rng(0)
     mixed, other = (Tokens(one.values, rng.permutation(one.labels)) for one in (train, test))
-    without = fit(head, mixed, lambda: other, target=target, heads=None, grid="small", seed=0)
+    without = fit(head, mixed, lambda: other, target=target, options=fit_options())
     assert without.test < chance + 0.1
 
 
 def test_smoothing_is_off_unless_asked_for_and_makes_less_sure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRIDS, "small", SMALL)
+    monkeypatch.setitem(SEARCH_GRIDS, "quick", SMALL)
     rng = np.random.default_rng(0)
     labels = np.arange(90) % 3
     values = rng.normal(size=(90, 2, 12))
     values[:, 0, :3] += 6 * np.eye(3)[labels]
     train = Tokens(values, labels)
     plain, none, much = (
-        fit("linear", train, lambda: train, target=target, heads=None, grid="small", seed=0).predictions.max(1).mean()
+        fit("linear", train, lambda: train, target=target, options=fit_options()).predictions.max(1).mean()
         for target in (target_of(labels, 3), OneClass(3, 0.0), OneClass(3, 0.3))
     )
     assert plain == none > much + 0.05
@@ -235,9 +236,9 @@ def test_smoothing_is_off_unless_asked_for_and_makes_less_sure(monkeypatch: pyte
 @pytest.mark.parametrize("head", HEADS)
 def test_a_probe_of_one_number(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every head may have one output."""
-    monkeypatch.setitem(GRIDS, "small", SMALL)
+    monkeypatch.setitem(SEARCH_GRIDS, "quick", SMALL)
     train = numbers(60)
-    outcome = fit(head, train, lambda: train, target=target_of(train.labels, 0), heads=2, grid="small", seed=0)
+    outcome = fit(head, train, lambda: train, target=target_of(train.labels, 0), options=fit_options(heads=2))
     assert outcome.test > 0.1
 
 
@@ -276,7 +277,7 @@ def spoiled(kind: str) -> tuple[Tokens, Target]:
 def test_labels_that_cannot_be_learnt_are_refused(kind: str, message: str) -> None:
     train, target = spoiled(kind)
     with pytest.raises(BadData, match=message):
-        fit("linear", train, lambda: train, target=target, heads=None, grid="quick", seed=0)
+        fit("linear", train, lambda: train, target=target, options=fit_options())
 
 
 def test_train_and_test_have_labels_of_one_kind() -> None:
@@ -284,13 +285,13 @@ def test_train_and_test_have_labels_of_one_kind() -> None:
     with pytest.raises(
         BadData, match="test has labels of the kind 'number' where 'labels' is asked for; allowed: train"
     ):
-        fit("linear", train, lambda: test, target=SeveralLabels(3), heads=None, grid="quick", seed=0)
+        fit("linear", train, lambda: test, target=SeveralLabels(3), options=fit_options())
 
 
 def test_fewer_images_than_classes() -> None:
     train = Tokens(np.ones((4, 1, 3)), np.arange(4))
     with pytest.raises(BadData, match="train has 4 images of 9 classes; allowed: two images of every class or more"):
-        fit("linear", train, lambda: train, target=OneClass(9), heads=None, grid="quick", seed=0)
+        fit("linear", train, lambda: train, target=OneClass(9), options=fit_options())
 
 
 def test_an_image_whose_token_is_not_finite_is_named() -> None:
@@ -298,11 +299,11 @@ def test_an_image_whose_token_is_not_finite_is_named() -> None:
     data.values[7, 2, 3] = np.inf
     named = Tokens(data.values, data.labels, tuple(f"train/{i}.png" for i in range(30)))
     with pytest.raises(BadData, match=r"train row 7 \(train/7.png\) has a token that is NaN or infinite"):
-        fit("linear", named, lambda: named, target=SeveralLabels(3), heads=None, grid="quick", seed=0)
+        fit("linear", named, lambda: named, target=SeveralLabels(3), options=fit_options())
 
 
 def test_features_of_different_images_are_not_mixed() -> None:
     data = several(30)
     mixed = Tokens(data.values, data.labels, tuple(str(i) for i in range(29)))
     with pytest.raises(BadData, match="tokens of 30 images and ids of 29; allowed: features of the same images"):
-        fit("linear", mixed, lambda: mixed, target=SeveralLabels(3), heads=None, grid="quick", seed=0)
+        fit("linear", mixed, lambda: mixed, target=SeveralLabels(3), options=fit_options())

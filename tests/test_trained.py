@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fits import fit_options
 from huggingface_hub import ModelCard
 from msgspec.structs import replace
 from PIL import Image
@@ -27,7 +28,7 @@ SHORT = protocol.Grid(learning_rates=(1e-2,), weight_decays=(1e-2,), dropouts=(0
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(protocol.GRIDS, "quick", SHORT)
+    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", SHORT)
 
 
 def tokens(target: Target, images: int = 40, seed: int = 0) -> Tokens:
@@ -75,7 +76,7 @@ def card(head: Head, target: Target, outcome: protocol.Outcome) -> trained.Card:
 def saved(folder: Path, head: Head = "linear", target: Target | None = None) -> tuple[protocol.Outcome, Tokens]:
     target = target or OneClass(3)
     test = tokens(target, 20, seed=1)
-    outcome = protocol.fit(head, tokens(target), lambda: test, target=target, heads=2, grid="quick", seed=0)
+    outcome = protocol.fit(head, tokens(target), lambda: test, target=target, options=fit_options(heads=2))
     trained.save(folder, card(head, target, outcome), outcome.weights)
     return outcome, test
 

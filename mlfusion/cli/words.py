@@ -18,7 +18,7 @@ from mlfusion.progress import hush
 from mlfusion.specs import parse_model
 
 if TYPE_CHECKING:
-    from mlfusion.population import Precision
+    from mlfusion.options import Precision
     from mlfusion.results import Row
 
 MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
@@ -316,7 +316,7 @@ def check_precision(word: str) -> "Precision":
     Raises:
         UnknownName: it does not.
     """
-    from mlfusion.population import Precision
+    from mlfusion.options import Precision
 
     if word not in get_args(Precision):
         raise UnknownName("precision", word, get_args(Precision))

@@ -163,14 +163,11 @@ def trained(root: Path, pause: float) -> list[np.ndarray]:
     """A probe trained on tokens that are streamed from the cache, as stage two does where they do not fit into memory."""
     entry = FeatureStore(root).entry(spec())
     with entry.open([3], ["all"]) as reader:
+        shape = HeadShape(tokens=17, width=4, classes=3, heads=2)
+        schedule = Schedule(images=IMAGES, steps=60, batch_size=11, batches=4)
         outcome = population.train(
-            "attentive",
-            Tokens(reader, entry.samples.labels),
-            np.arange(IMAGES),
-            [population.Configuration(1e-2, 0.1)],
-            HeadShape(tokens=17, width=4, classes=3, heads=2),
-            Schedule(images=IMAGES, steps=60, batch_size=11, batches=4),
-            seed=0,
+            population.Population("attentive", shape, [population.Configuration(1e-2, 0.1)], seed=0),
+            population.TrainingData(Tokens(reader, entry.samples.labels), np.arange(IMAGES), schedule),
             progress=lambda _: time.sleep(pause),
         )
         return [weight.numpy() for _, probe in outcome for weight in probe.state_dict().values()]

@@ -24,7 +24,7 @@ VOLATILE = {"seconds", "created"}
 @pytest.fixture
 def recipe(tmp_path, monkeypatch) -> Recipe:
     grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=20)
-    monkeypatch.setitem(protocol.GRIDS, "quick", grid)
+    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
     monkeypatch.setattr(study, "TRIAL_SECONDS", 0.01)
     monkeypatch.setitem(forward.MAX_BATCH_SIZES, "cpu", 4)
     model = str(save_model("vit", tmp_path / "model"))

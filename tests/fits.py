@@ -1,0 +1,12 @@
+"""Options of one fit, for tests: the quick grid, and matrix products of float32, which are the same on every machine."""
+
+from typing import Any
+
+from mlfusion.options import SearchOptions
+from mlfusion.protocol import FitOptions
+
+
+def fit_options(seed: int = 0, *, heads: int | None = None, **search: Any) -> FitOptions:
+    return FitOptions(
+        seed=seed, heads=heads, search=SearchOptions(**{"grid": "quick", "precision": "float32"} | search)
+    )
