@@ -24,7 +24,7 @@ help: ## list the targets
 
 setup: .venv/.ready ## make .venv with everything installed; does nothing when it is up to date
 
-.venv/.ready: pyproject.toml constraints.txt mlfusion/probes/kernels.c
+.venv/.ready: pyproject.toml constraints.txt mlfusion/probing/heads/kernels.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlfusion needs Python 3.11 or newer: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,fast,tensorboard,dev]'

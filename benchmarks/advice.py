@@ -3,7 +3,7 @@
     mlfusion run pipelines/study.toml --data DIR
     python benchmarks/advice.py [--results results] [--cache cache] [--case MODEL/DATASET] [--table]
 
-For every model on every data set of which the results hold all candidates, `mlfusion.advice.advise` is asked, and what it says
+For every model on every data set of which the results hold all candidates, `mlfusion.workflows.advice.advise` is asked, and what it says
 is kept in RESULTS/advice; with --table nothing is asked, and the table shows what there is. Regret is what the best candidate's
 mean test score exceeds the advised one's by.
 """
@@ -15,9 +15,9 @@ from statistics import fmean
 
 import page
 
-from mlfusion.advice import CANDIDATES, advise
 from mlfusion.report.numbers import percent, points
 from mlfusion.results import Results, Row
+from mlfusion.workflows.advice import CANDIDATES, advise
 
 FIXED = {
     "always `cls-last/linear`": "cls-last/linear",

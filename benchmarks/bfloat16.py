@@ -25,15 +25,15 @@ from probe_grid import Usual
 from torch import nn
 
 import mlfusion
-from mlfusion import protocol
-from mlfusion.batches import Schedule, Tokens, batches
-from mlfusion.losses import class_weights, cross_entropy
-from mlfusion.metrics import balanced_accuracy
-from mlfusion.optimizer import cosine
-from mlfusion.options import SearchOptions
-from mlfusion.population import Configuration
-from mlfusion.protocol import FitOptions
-from mlfusion.targets import OneClass
+from mlfusion.probing import grids, protocol, splits
+from mlfusion.probing.losses import class_weights, cross_entropy
+from mlfusion.probing.metrics import balanced_accuracy
+from mlfusion.probing.search import FitOptions
+from mlfusion.probing.targets import OneClass
+from mlfusion.probing.training.batches import Schedule, Tokens, batches
+from mlfusion.probing.training.optimizer import cosine
+from mlfusion.probing.training.population import Configuration
+from mlfusion.specs.options import SearchOptions
 
 GRID = "quick"
 
@@ -46,7 +46,7 @@ def tokens(model: str, where: str, split: str, cache: str | None) -> tuple[Token
 
 def literal(train: Tokens, rows: np.ndarray, classes: int, one: Configuration, *, seed: int) -> nn.Module:
     """One configuration, trained on these images by a plain loop."""
-    grid = protocol.SEARCH_GRIDS[GRID]
+    grid = grids.SEARCH_GRIDS[GRID]
     schedule = Schedule.of(len(rows), epochs=grid.epochs, least_steps=grid.least_steps)
     torch.manual_seed(seed)
     model = Usual(train.shape[2], train.shape[1], classes, dropout=one.dropout)
@@ -70,8 +70,8 @@ def outputs(model: nn.Module, held: Tokens, rows: np.ndarray) -> torch.Tensor:
 
 def by_the_loop(train: Tokens, test: Tokens, classes: int, seed: int) -> float:
     """Balanced accuracy on test of what the loop chooses."""
-    fitted, held_out = protocol.split(train.labels, seed=seed)
-    grid = protocol.SEARCH_GRIDS[GRID].configurations("attentive")
+    fitted, held_out = splits.split(train.labels, seed=seed)
+    grid = grids.SEARCH_GRIDS[GRID].configurations("attentive")
     truth = torch.from_numpy(train.labels[held_out])
     weights = torch.from_numpy(class_weights(train.labels[fitted], classes)).float()
     score, loss = [], []

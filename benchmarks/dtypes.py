@@ -23,7 +23,8 @@ import torch
 
 import mlfusion
 from mlfusion.results import Results, Row
-from mlfusion.specs import DTYPES, HEAD_NAMES, Dtype
+from mlfusion.specs.identity import DTYPES, Dtype
+from mlfusion.specs.names import HEAD_NAMES
 from mlfusion.store import Entry, FeatureStore
 
 REPRESENTATION = "cls+ap-2-layers"

@@ -26,11 +26,13 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoConfig, AutoModel
 
 import mlfusion
-from mlfusion import datasets, metrics, models, protocol
-from mlfusion.batches import Tokens
-from mlfusion.options import SearchOptions
-from mlfusion.protocol import FitOptions
-from mlfusion.targets import OneClass
+from mlfusion import datasets, models
+from mlfusion.probing import metrics, protocol, splits
+from mlfusion.probing.grids import SEARCH_GRIDS
+from mlfusion.probing.search import FitOptions
+from mlfusion.probing.targets import OneClass
+from mlfusion.probing.training.batches import Tokens
+from mlfusion.specs.options import SearchOptions
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1e0, 1e1)
 
@@ -96,7 +98,7 @@ def accuracy_of_pixels(data: datasets.DataSet) -> Callable[[int | None, int], fl
 
     def accuracy(images: int | None, draw: int) -> float:
         rows = drawn(train.labels, images, draw)
-        fit, held = (rows[part] for part in protocol.split(train.labels[rows], seed=draw))
+        fit, held = (rows[part] for part in splits.split(train.labels[rows], seed=draw))
         score = [metrics.balanced_accuracy(train.labels[held], fitted(fit, c).predict(seen[held])) for c in PENALTIES]
         return metrics.balanced_accuracy(test.labels, fitted(rows, PENALTIES[int(np.argmax(score))]).predict(unseen))
 
@@ -149,11 +151,11 @@ def main() -> None:
         "--images", default="10,all", help="training images a class, comma-separated; 'all' is every one"
     )
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--linear-grid", default="paper", choices=sorted(protocol.SEARCH_GRIDS))
+    parser.add_argument("--linear-grid", default="paper", choices=sorted(SEARCH_GRIDS))
     parser.add_argument(
         "--attentive-grid",
         default="quick",
-        choices=sorted(protocol.SEARCH_GRIDS),
+        choices=sorted(SEARCH_GRIDS),
         help="'paper' takes 20 times as long",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")

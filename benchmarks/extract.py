@@ -33,12 +33,15 @@ import transformers
 from PIL import Image
 
 import mlfusion
-from mlfusion import devices, extraction, loader, models
+from mlfusion import models
 from mlfusion.cli.malloc import freed_memory_kept
-from mlfusion.extraction import ComputeOptions, FeatureOptions, Making, Request
-from mlfusion.loader import Loader
+from mlfusion.extraction import loader
+from mlfusion.extraction.loader import Loader
+from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Making, Request
+from mlfusion.extraction.run import fill, load
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
+from mlfusion.system import devices
 
 BATCH = 32
 DEIT = "weights/deit_tiny_patch16_224"
@@ -91,7 +94,7 @@ class Ours:
             "compute": ComputeOptions(device=device, batch_size=batch),
         }
         self.model, self.images = str(model), str(images)
-        self.backbone = extraction.load(Request.of(self.model, self.images, **self.words))
+        self.backbone = load(Request.of(self.model, self.images, **self.words))
         self.limit = ""
 
     def __call__(self) -> float:
@@ -99,7 +102,7 @@ class Ours:
         with tempfile.TemporaryDirectory() as cache:
             began = time.perf_counter()
             asked = Request.of(self.model, self.images, **self.words)
-            [done] = extraction.fill(asked, cache=cache, model=lambda _: self.backbone)
+            [done] = fill(asked, cache=cache, model=lambda _: self.backbone)
             self.limit = done.bottleneck
             return done.images_written / (time.perf_counter() - began)
 

@@ -25,7 +25,7 @@ import zoo
 import mlfusion
 from mlfusion import models
 from mlfusion.models.backbone import Anatomy, Backbone
-from mlfusion.specs import HOOKS, KINDS
+from mlfusion.specs.identity import HOOKS, KINDS
 
 THREE = {"vit": "ViT", "dinov2": "DINOv2", "vit_mae": "MAE"}
 COMPARED = "cls,ap,max,std,grid4"

@@ -27,7 +27,7 @@ import xxhash
 
 from mlfusion import datasets
 from mlfusion.datasets import ReadOptions
-from mlfusion.extraction import Images
+from mlfusion.extraction.request import Images
 
 REPEATS = 25
 

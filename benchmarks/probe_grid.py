@@ -6,7 +6,7 @@ Both train on synthetic features of DTD's size: 1,504 images x 24 tokens x 768 c
 301, the paper's 63 configurations. The baseline is what a researcher would write: one configuration at a time, keys and
 values projected for every token, torch's AdamW, a DataLoader over samples that jitters each of them. Its steps are timed
 before ours and after, 20 at least in all, and the grid's time follows from their median. Ours trains the 63 in lockstep by
-`mlfusion.population.train`, as `mlfusion probe` does. Floating-point operations are those of matrix products, counted by
+`mlfusion.probing.training.population.train`, as `mlfusion probe` does. Floating-point operations are those of matrix products, counted by
 torch's own counter. With --page the tables go into docs/measurements/speed.md.
 """
 
@@ -31,14 +31,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlfusion import population
-from mlfusion.batches import Schedule, Tokens, batches
 from mlfusion.cli.malloc import freed_memory_kept
-from mlfusion.losses import cross_entropy
-from mlfusion.options import Precision
-from mlfusion.population import Configuration, Numerics, Population, TrainingData
-from mlfusion.probes import HeadShape, kernels
-from mlfusion.protocol import SEARCH_GRIDS
+from mlfusion.probing.grids import SEARCH_GRIDS
+from mlfusion.probing.heads import HeadShape, kernels
+from mlfusion.probing.losses import cross_entropy
+from mlfusion.probing.training import population
+from mlfusion.probing.training.batches import Schedule, Tokens, batches
+from mlfusion.probing.training.population import Configuration, Population, TrainingData
+from mlfusion.probing.training.precision import Numerics, resolve
+from mlfusion.specs.options import Precision
 
 IMAGES, TOKENS, WIDTH, CLASSES, HEADS = 1504, 24, 768, 47, 24
 SHAPE = HeadShape(tokens=TOKENS, width=WIDTH, classes=CLASSES, heads=HEADS)
@@ -262,7 +263,7 @@ def peak(device: str) -> int:
 
 def measure(device: str, precision: Precision, steps: int, baseline_steps: int) -> dict[str, Any]:
     """All figures."""
-    tokens, narrow = features(), population.resolve(precision, device)
+    tokens, narrow = features(), resolve(precision, device)
     schedule, count = Schedule.of(IMAGES), len(SEARCH_GRIDS["paper"].configurations("attentive"))
     loop = usual(tokens, device)
     loop(2)

@@ -18,9 +18,9 @@ from typing import Any
 import page
 
 import mlfusion
-from mlfusion.progress import duration
 from mlfusion.results import Results, Row
-from mlfusion.specs import ABOUT_HEADS, BASELINE, HEAD_NAMES
+from mlfusion.specs.names import ABOUT_HEADS, BASELINE, HEAD_NAMES
+from mlfusion.system.progress import duration
 
 SEEDS = (0, 1, 2)
 LAYERS, TOKENS = "cls+ap-all-layers", "all-tokens-last"

@@ -24,7 +24,7 @@ import numpy as np
 
 from mlfusion.results import Results, Row, export
 from mlfusion.results.rows import from_object
-from mlfusion.specs import STUDY
+from mlfusion.specs.names import STUDY
 
 CALLS = 20
 BLOCK = 5_000  # rows taken over in one commit, to fill

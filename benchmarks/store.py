@@ -43,7 +43,7 @@ import page
 import torch
 import xxhash
 
-from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
+from mlfusion.specs.identity import DataSpec, FeatureSpec, ModelSpec
 from mlfusion.store import Check, Entry, FeatureStore, Names, Samples, buffers, streams_for
 
 LAYERS, KINDS, WIDTH = tuple(range(1, 14)), ("cls", "ap"), 768

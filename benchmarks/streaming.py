@@ -21,12 +21,12 @@ import numpy as np
 import page
 import torch
 
-from mlfusion import population
-from mlfusion.batches import Schedule, Tokens
 from mlfusion.cli.malloc import freed_memory_kept
-from mlfusion.population import Configuration, Population, TrainingData
-from mlfusion.probes import HeadShape
-from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
+from mlfusion.probing.heads import HeadShape
+from mlfusion.probing.training import population
+from mlfusion.probing.training.batches import Schedule, Tokens
+from mlfusion.probing.training.population import Configuration, Population, TrainingData
+from mlfusion.specs.identity import DataSpec, FeatureSpec, ModelSpec
 from mlfusion.store import FeatureStore, Names, Samples, streams_for
 
 TOKENS, WIDTH, CLASSES = 197, 192, 10

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlfusion.datasets import ReadOptions, array_dataset
     from mlfusion.errors import MlfusionError
-    from mlfusion.evaluation import probe
-    from mlfusion.extraction import Making, extract
-    from mlfusion.features import Features, load_features, open_features
-    from mlfusion.prediction import predict
+    from mlfusion.extraction.request import Making
+    from mlfusion.extraction.run import extract
+    from mlfusion.probing.evaluation import probe
     from mlfusion.results import Results
     from mlfusion.store import FeatureStore
+    from mlfusion.store.features import Features, load_features, open_features
+    from mlfusion.workflows.prediction import predict
 
 __all__ = [
     "FeatureStore",
@@ -34,17 +35,17 @@ __all__ = [
 
 _HOME = {
     "FeatureStore": "store",
-    "Features": "features",
-    "Making": "extraction",
+    "Features": "store.features",
+    "Making": "extraction.request",
     "MlfusionError": "errors",
     "ReadOptions": "datasets",
     "Results": "results",
     "array_dataset": "datasets",
-    "extract": "extraction",
-    "load_features": "features",
-    "open_features": "features",
-    "predict": "prediction",
-    "probe": "evaluation",
+    "extract": "extraction.run",
+    "load_features": "store.features",
+    "open_features": "store.features",
+    "predict": "workflows.prediction",
+    "probe": "probing.evaluation",
 }
 
 

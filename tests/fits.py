@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from mlfusion.options import SearchOptions
-from mlfusion.protocol import FitOptions
+from mlfusion.probing.search import FitOptions
+from mlfusion.specs.options import SearchOptions
 
 
 def fit_options(seed: int = 0, *, heads: int | None = None, **search: Any) -> FitOptions:

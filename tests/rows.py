@@ -5,7 +5,7 @@ from typing import Any
 
 from mlfusion.results import Row
 from mlfusion.results.rows import from_object
-from mlfusion.specs import parse_probes
+from mlfusion.specs.names import parse_probes
 
 
 def row(row_id: str = "a1", **changes: object) -> Row:

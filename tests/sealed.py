@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlfusion import disk
+from mlfusion.system import disk
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion import advice, protocol
-from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
-from mlfusion.specs import BASELINE
+from mlfusion.probing import grids, protocol
+from mlfusion.probing.training.batches import Tokens
+from mlfusion.specs.names import BASELINE
+from mlfusion.workflows import advice
 
 PROBES = (BASELINE, "cls+ap-all-layers/ridge", "aat:h2")
 
@@ -30,8 +31,8 @@ def images(tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def short_grid(monkeypatch):
-    grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=20)
-    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
+    grid = grids.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=20)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", grid)
 
 
 @given(counts=st.lists(st.integers(3, 40), min_size=2, max_size=6), images=st.integers(6, 120), seed=st.integers(0, 9))

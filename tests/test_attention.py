@@ -10,9 +10,9 @@ from rows import row
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion import attention
+from mlfusion.analysis import attention
 from mlfusion.errors import BadData
-from mlfusion.extraction import Making
+from mlfusion.extraction.request import Making
 from mlfusion.results import Results
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny import save_features
 
-from mlfusion import batches, evaluation, population
-from mlfusion.batches import Schedule, Tokens
 from mlfusion.errors import BadData
-from mlfusion.population import Configuration, Population, TrainingData
-from mlfusion.probes import HeadShape
+from mlfusion.probing import evaluation
+from mlfusion.probing.heads import HeadShape
+from mlfusion.probing.training import batches, population
+from mlfusion.probing.training.batches import Schedule, Tokens
+from mlfusion.probing.training.population import Configuration, Population, TrainingData
 from mlfusion.results import Results
 from mlfusion.store import Entry
 
@@ -141,8 +142,8 @@ GROWS = """
 import sys
 import numpy as np, torch
 from mlfusion import batches, population
-from mlfusion.batches import Schedule, Tokens
-from mlfusion.probes import HeadShape
+from mlfusion.probing.training.batches import Schedule, Tokens
+from mlfusion.probing.heads import HeadShape
 from mlfusion.store import FeatureStore
 torch.set_num_threads(1)
 batches.SHUFFLE_BYTES = 1 << 23

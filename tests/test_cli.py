@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from tiny import save_images, save_model
 
-from mlfusion import cli, evaluation, protocol
+from mlfusion import cli
+from mlfusion.probing import evaluation, grids
 from mlfusion.results import Results
-from mlfusion.specs import HEAD_NAMES
+from mlfusion.specs.names import HEAD_NAMES
 
 BASELINE, ALF = "cls-last/linear", "cls+ap-all-layers/attentive"
 
@@ -29,8 +30,8 @@ def images(tmp_path_factory) -> str:
 @pytest.fixture
 def short_grid(monkeypatch):
     """The quick grid, cut shorter: these tests are about what is said and kept, not about scores."""
-    grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
-    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
+    grid = grids.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", grid)
 
 
 class Said:

@@ -16,8 +16,9 @@ from rows import row, row_object, study
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion import cli, evaluation, protocol, statistics, trained
+from mlfusion import cli, statistics
 from mlfusion.errors import BadData, NotCached
+from mlfusion.probing import fitting, grids, jobs, rerun, saved
 from mlfusion.results import Results, Row
 from mlfusion.results.rows import from_object
 
@@ -29,15 +30,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache and results of two probes with two seeds, as they are really made, by a grid cut short."""
     root = tmp_path_factory.mktemp("made")
     model, images = save_model("vit", root / "tiny-vit"), save_images(root / "colours", {"train": 10, "test": 6})
-    grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.1,), epochs=2, least_steps=10)
+    grid = grids.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.1,), epochs=2, least_steps=10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
+        patch.setitem(grids.SEARCH_GRIDS, "quick", grid)
         mlfusion.extract(str(model), str(images), cache=root / "cache")
         options: dict[str, Any] = {"grid": "quick", "cache": root / "cache", "results": root / "results"}
         mlfusion.probe(str(images), probes=PROBES, seeds=(0, 1), **options)
         mlfusion.probe(str(images), probes="cls-last/linear", seeds=(0,), shots=(4,), smoothing=0.1, **options)
         with pytest.MonkeyPatch.context() as small:  # as on a machine with less memory than these few tokens take
-            small.setattr(evaluation.Resources, "of", partial(evaluation.Resources.of, streams=True))
+            small.setattr(fitting.Resources, "of", partial(fitting.Resources.of, streams=True))
             mlfusion.probe(str(images), probes="ap-last/linear", seeds=(0,), **options)
         yield root
 
@@ -181,11 +182,11 @@ def test_every_row_repeats_from_itself_alone(at: Path) -> None:
         ("ap-last/linear", False, True),
     }
     for one in rows:
-        assert one.protocol == evaluation.PROTOCOL and one.device == "cpu"
+        assert one.protocol == jobs.PROTOCOL and one.device == "cpu"
         width = 32 * np.dtype("float16").itemsize
         tokens = len(one.layers) * len(one.tokens)
         assert one.bytes == (one.images.train + one.images.test) * tokens * width
-        again = evaluation.rerun(one.id)
+        again = rerun.rerun(one.id)
         assert again.same and again.differs == [] and again.row == one
         assert (
             again.again.id == one.id and again.again.attention == one.attention and again.again.metrics == one.metrics
@@ -197,16 +198,16 @@ def test_lost_arrays_and_a_probe_are_made_again(at: Path) -> None:
     one = store.rows(probe="cls+ap-2-layers/attentive")[0]
     before = store.arrays(one)
     (at / "results" / "arrays" / f"{one.id}.npz").unlink()
-    assert evaluation.rerun(one.id[:8], keep=True).same
+    assert rerun.rerun(one.id[:8], keep=True).same
     assert all(np.array_equal(before[name], value) for name, value in store.arrays(one).items())
-    assert trained.load(at / "results" / "probes" / one.id)[0].scores["test"] == one.test
+    assert saved.load(at / "results" / "probes" / one.id)[0].scores["test"] == one.test
 
 
 def test_a_row_whose_features_are_gone_says_how_to_make_them(at: Path, made: Path) -> None:
     one = Results("results").rows(probe="cls+ap-2-layers/attentive")[0]
     command = rf"mlfusion extract --model {made}/tiny-vit --dataset {made}/colours --tokens cls\+ap@2,4"
     with pytest.raises(NotCached, match=rf"not in .*elsewhere.*--cache.*{command}"):
-        evaluation.rerun(one.id, cache="elsewhere")
+        rerun.rerun(one.id, cache="elsewhere")
 
 
 def test_a_row_that_does_not_repeat_says_what_changed(at: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +217,7 @@ def test_a_row_that_does_not_repeat_says_what_changed(at: Path, run: Any, monkey
     code, out, err = run("results", "rerun", one.id, "--keep")
     assert code == 1 and f"test: 0.123 then, {one.test} now" in out
     assert "code before then" in err and "torch 1.0 then" in err and "not the same" in err
-    monkeypatch.setattr(evaluation, "PROTOCOL", 99)
+    monkeypatch.setattr(jobs, "PROTOCOL", 99)
     code, out, err = run("results", "rerun", one.id, "--json")
     assert (
         code == 1 and json.loads(out)["same"] is False and any("99 now" in line for line in json.loads(out)["differs"])

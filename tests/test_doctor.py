@@ -11,7 +11,8 @@ import zoo
 from tiny import save_model
 from typer.testing import CliRunner
 
-from mlfusion import cli, doctor, models
+from mlfusion import cli, models
+from mlfusion.workflows import doctor
 
 
 def findings(model: str | None = None) -> dict[str, doctor.Finding]:

@@ -11,11 +11,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.neighbors import KNeighborsClassifier
 
-from mlfusion import exact, protocol
-from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
-from mlfusion.exact import Design, Logistic, Neighbourhood, Penalty, Ridge, minimise, neighbours
-from mlfusion.targets import Number, OneClass, SeveralLabels, Target
+from mlfusion.probing import protocol
+from mlfusion.probing.search import SOLVERS
+from mlfusion.probing.solvers import design as design_module
+from mlfusion.probing.solvers.design import Design, Penalty, penalties
+from mlfusion.probing.solvers.lbfgs import minimise
+from mlfusion.probing.solvers.logistic import Logistic
+from mlfusion.probing.solvers.neighbours import Neighbourhood, neighbours
+from mlfusion.probing.solvers.ridge import Ridge
+from mlfusion.probing.targets import Number, OneClass, SeveralLabels, Target
+from mlfusion.probing.training.batches import Tokens
 
 F64 = torch.float64
 TALL, WIDE = (60, 2, 5), (24, 3, 16)  # more images than numbers an image, and fewer
@@ -73,7 +79,7 @@ def test_the_rotated_images_are_orthogonal_and_lose_nothing(shape: tuple[int, in
 def test_blocks_of_images_are_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, target = data(TALL)
     whole = Ridge(design(tokens, target)).left_out(Penalty(0.1))
-    monkeypatch.setattr(exact, "BLOCK", 70)  # seven images
+    monkeypatch.setattr(design_module, "BLOCK", 70)  # seven images
     torch.testing.assert_close(Ridge(design(tokens, target)).left_out(Penalty(0.1)), whole)
 
 
@@ -230,7 +236,7 @@ def test_neighbours_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     (train, target), (test, _) = data(TALL), data((17, 2, 5), seed=1)
     probe = neighbours(train, rows(train), [Neighbourhood(3, 0.1), Neighbourhood(9, 0.02)], target, "cpu")
     whole = outputs(probe, test)
-    monkeypatch.setattr(exact, "BLOCK", 120)
+    monkeypatch.setattr(design_module, "BLOCK", 120)
     np.testing.assert_allclose(outputs(probe, test), whole, atol=1e-5)
     assert whole.shape == (2, 17, 3)
 
@@ -252,7 +258,7 @@ def test_neighbours_vote_for_labels_and_numbers(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("head", "kind"),
-    [(h, k) for h in protocol.SOLVERS for k in ("class", "labels", "number") if (h, k) != ("logistic", "number")],
+    [(h, k) for h in SOLVERS for k in ("class", "labels", "number") if (h, k) != ("logistic", "number")],
 )
 def test_they_are_chosen_refitted_and_tested(head: Any, kind: str) -> None:
     train, target = data((90, 3, 8), kind)
@@ -270,7 +276,7 @@ def test_they_are_chosen_refitted_and_tested(head: Any, kind: str) -> None:
     assert np.array_equal(again.predictions, outcome.predictions)
 
 
-@pytest.mark.parametrize("head", protocol.SOLVERS)
+@pytest.mark.parametrize("head", SOLVERS)
 def test_the_refit_is_the_solution_on_all_of_train(head: Any) -> None:
     train, target = data(TALL)
     outcome = protocol.fit(head, train, lambda: train, target=target, options=fit_options(grid="paper"))
@@ -293,13 +299,11 @@ def test_ridge_is_chosen_by_leaving_out() -> None:
     train, target = data(WIDE)
     outcome = protocol.fit("ridge", train, lambda: train, target=target, options=fit_options())
     ridge = Ridge(design(train, target))
-    scores = [
-        target.score(train.labels, target.predictions(ridge.left_out(one)).numpy()) for one in exact.penalties("quick")
-    ]
+    scores = [target.score(train.labels, target.predictions(ridge.left_out(one)).numpy()) for one in penalties("quick")]
     assert outcome.val == max(scores)
 
 
-@pytest.mark.parametrize("head", protocol.SOLVERS)
+@pytest.mark.parametrize("head", SOLVERS)
 def test_shuffled_labels_leave_chance(head: Any) -> None:
     rng = np.random.default_rng(0)
 
@@ -314,7 +318,7 @@ def test_shuffled_labels_leave_chance(head: Any) -> None:
     assert np.mean(scores) == pytest.approx(1 / 3, abs=0.06)
 
 
-@pytest.mark.parametrize("head", protocol.SOLVERS)
+@pytest.mark.parametrize("head", SOLVERS)
 def test_twenty_images_are_learnt_by_heart(head: Any) -> None:
     rng = np.random.default_rng(0)
     train = Tokens(rng.normal(size=(20, 3, 16)), np.arange(20) % 2)

@@ -19,12 +19,12 @@ import zoo
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion import disk
 from mlfusion.errors import BadData, BadModel, CacheUnusable, MlfusionError, NotCached, UnknownName
-from mlfusion.extraction import Making
+from mlfusion.extraction.request import Making
 from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import views
 from mlfusion.store import FeatureStore, differences, stream
+from mlfusion.system import disk
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor
 from mlfusion import models
 from mlfusion.errors import BadModel, UnknownName
 from mlfusion.models.backbone import Backbone
-from mlfusion.specs import KINDS
+from mlfusion.specs.identity import KINDS
 
 NEAR = 5e-6  # largest difference of numbers of size 1, float32 to float64
 

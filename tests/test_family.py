@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from mlfusion.probes import HEADS, HeadModule, HeadShape
-from mlfusion.specs import HEAD_NAMES
+from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
+from mlfusion.specs.names import HEAD_NAMES
 
 F64 = torch.float64
 SHAPE = HeadShape(tokens=5, width=13, classes=4, heads=3)
@@ -218,7 +218,7 @@ def test_attention_sums_to_one(head: str) -> None:
 
 @pytest.mark.parametrize("width", [1, 13, 64, 192, 384, 768, 1000, 1024])
 def test_heads_part_the_width(width: int) -> None:
-    from mlfusion.probes.pooling import head_count
+    from mlfusion.probing.heads.pooling import head_count
 
     count = head_count(width)
     assert width % count == 0 and (count == 1 or width // count >= 64)

@@ -20,6 +20,7 @@ from tiny import save_images, save_model
 from typer.testing import CliRunner, Result
 
 import mlfusion
+from mlfusion.analysis.similarity import to_the_last
 from mlfusion.cli import app
 from mlfusion.errors import BadData, MlfusionError, Unavailable
 from mlfusion.report import Picture, Strip, early_and_late, overlay, page, published, tables, write_figures, write_page
@@ -32,8 +33,7 @@ from mlfusion.report.sections import sections
 from mlfusion.report.studies import Study, domain, studies
 from mlfusion.report.summary import comparison_groups
 from mlfusion.results import Results, Row, Selected
-from mlfusion.similarity import to_the_last
-from mlfusion.specs import STUDY
+from mlfusion.specs.names import STUDY
 
 ALF, BASE, AAT = "cls+ap-all-layers/attentive", "cls-last/linear", "all-tokens-last/attentive"
 LINEAR = "cls+ap-all-layers/linear"

@@ -5,10 +5,12 @@ import torch
 from tiny import noise_images, save_images, save_model
 
 import mlfusion
-from mlfusion import forward, memory, models
+from mlfusion import models
 from mlfusion.errors import MlfusionError, UnknownName
-from mlfusion.forward import Forward
+from mlfusion.extraction import forward
+from mlfusion.extraction.forward import Forward
 from mlfusion.models.backbone import Backbone
+from mlfusion.system import memory
 
 PAIRS = frozenset({(1, "cls"), (4, "ap"), (4, "all")})
 
@@ -114,7 +116,7 @@ def test_narrower_numbers_are_near_and_another_key(compute, shared, tmp_path):
 
 
 def test_types_to_compute_in_are_names():
-    from mlfusion.devices import pick_compute
+    from mlfusion.system.devices import pick_compute
 
     assert pick_compute("float16", "cpu") == "float16"
     assert pick_compute("auto", "cpu") in ("float32", "bfloat16")

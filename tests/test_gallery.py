@@ -8,8 +8,10 @@ from rows import row
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion import cli, gallery, protocol
+from mlfusion import cli
+from mlfusion.analysis import gallery
 from mlfusion.errors import BadData
+from mlfusion.probing import grids
 from mlfusion.results import Results
 
 
@@ -19,15 +21,15 @@ def probed(tmp_path_factory):
     root = tmp_path_factory.mktemp("gallery")
     model, data = save_model("vit", root / "m"), save_images(root / "d", {"train": 4, "test": 5})
     mlfusion.extract(str(model), str(data), tokens="cls,ap,all@last", cache=root / "cache")
-    grid = protocol.SEARCH_GRIDS["quick"]
-    protocol.SEARCH_GRIDS["quick"] = protocol.Grid(
+    grid = grids.SEARCH_GRIDS["quick"]
+    grids.SEARCH_GRIDS["quick"] = grids.Grid(
         learning_rates=(1e-2,), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10
     )
     try:
         words = {"grid": "quick", "seeds": (0,), "cache": root / "cache", "results": root / "results"}
         done = mlfusion.probe(str(data), probes="aat,alf,cls-last/linear", **words)
     finally:
-        protocol.SEARCH_GRIDS["quick"] = grid
+        grids.SEARCH_GRIDS["quick"] = grid
     return root, {one.probe: one for one in done.rows}
 
 

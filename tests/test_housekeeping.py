@@ -13,13 +13,14 @@ import pytest
 from test_store import NAMES, PAIRS, fill, new_entry, small_shards  # noqa: F401 - the fixture makes shards small here too
 from tiny import save_images, save_model
 
-from mlfusion import cli, disk, load_features
+from mlfusion import cli, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.store import FeatureStore, Leases, RunRecord
 from mlfusion.store.inventory import disk_usage, entry_paths, list_entries
 from mlfusion.store.prune import decide, prune, remove_entry
 from mlfusion.store.transfer import copy_entries, copy_entry
 from mlfusion.store.verify import repair_entry, verify, verify_entry
+from mlfusion.system import disk
 
 RUN = RunRecord(
     when="2026-01-01T00:00:00+00:00",

@@ -9,11 +9,14 @@ import pytest
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion import evaluation, population, protocol, study, trained
-from mlfusion.evaluation import OPTIONS, Job
-from mlfusion.recipe import Recipe
+from mlfusion.probing import evaluation, fitting, grids, protocol, saved
+from mlfusion.probing.jobs import OPTIONS, Job
+from mlfusion.probing.training import precision as precision_module
 from mlfusion.results import Results, Row
-from mlfusion.specs import HEADS, parse_probes
+from mlfusion.specs.identity import HEADS
+from mlfusion.specs.names import parse_probes
+from mlfusion.workflows import study
+from mlfusion.workflows.recipe import Recipe
 
 KEYS = ("k" * 16, "t" * 16)
 
@@ -29,13 +32,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
+    grid = grids.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
     monkeypatch.setitem(protocol.GRIDS, "quick", grid)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, fast: bool) -> None:
     """As if 'auto' were bfloat16 on this machine, or float32."""
-    monkeypatch.setattr(population, "has_fast_bfloat16", lambda _: fast)
+    monkeypatch.setattr(precision_module, "has_fast_bfloat16", lambda _: fast)
 
 
 def probed(root: Path, precision: Any = "auto", probe: str = "cls-last/linear", **options: Any) -> tuple[Row, int]:
@@ -145,10 +148,8 @@ def test_a_study_counts_rows_of_either_precision(root: Path, monkeypatch: pytest
 
 def test_memory_is_not_in_the_id(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [pair] = evaluation.split_pairs(evaluation.FeatureStore(root / "cache"), str(root / "colours"), None)
-    resources = evaluation.Resources("cpu", 10**9)
-    held, streamed = (
-        evaluation.train(pair, job(), replace(resources, streams=streams)).row for streams in (False, True)
-    )
+    resources = fitting.Resources("cpu", 10**9)
+    held, streamed = (fitting.train(pair, job(), replace(resources, streams=streams)).row for streams in (False, True))
     assert (held.streamed, streamed.streamed) == (False, True) and held.id == streamed.id
 
 
@@ -163,7 +164,7 @@ def test_a_lost_probe_is_trained_again_at_its_rows_precision(
     again, made = probed(root, save=True, say=said.append)
     assert (again, made) == (row, 0) and len(Results("results").rows()) == 1
     assert any("1 of them are trained again" in line for line in said)
-    card, _ = trained.load(Path("results/probes") / row.id)
+    card, _ = saved.load(Path("results/probes") / row.id)
     assert card.scores == {"val": row.val, "test": row.test, "train": row.train} and card.selected == row.selected
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from mlfusion import population
-from mlfusion.batches import Schedule, Tokens, batches
-from mlfusion.losses import cross_entropy
-from mlfusion.optimizer import AdamW
-from mlfusion.population import Configuration, Numerics, Population
-from mlfusion.probes import Attentive, HeadShape, kernels
+from mlfusion.probing.heads import Attentive, HeadShape, kernels
+from mlfusion.probing.losses import cross_entropy
+from mlfusion.probing.training import population
+from mlfusion.probing.training.batches import Schedule, Tokens, batches
+from mlfusion.probing.training.optimizer import AdamW
+from mlfusion.probing.training.population import Configuration, Population
+from mlfusion.probing.training.precision import Numerics
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"kernels: {kernels.why_unavailable()}")
 NARROW = 2.0**-8  # of a bfloat16's size, half of its last place
@@ -246,7 +247,7 @@ def test_a_user_can_do_without():
         [
             sys.executable,
             "-c",
-            "from mlfusion.probes import kernels; print(kernels.why_unavailable(), kernels.library())",
+            "from mlfusion.probing.heads import kernels; print(kernels.why_unavailable(), kernels.library())",
         ],
         env=os.environ | {"MLFUSION_KERNELS": "0"},
         capture_output=True,
@@ -258,6 +259,6 @@ def test_a_user_can_do_without():
 
 def test_the_library_needs_nothing_of_python():
     """It is loaded as plain C, so that a call lets other threads run."""
-    names = Path(kernels.importlib.util.find_spec("mlfusion.probes._kernels").origin).read_bytes()
+    names = Path(kernels.importlib.util.find_spec("mlfusion.probing.heads._kernels").origin).read_bytes()
     assert b"PyInit" not in names
     assert isinstance(kernels.library(), ctypes.CDLL)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mlfusion import loader
 from mlfusion.datasets import Split
 from mlfusion.errors import BadData, BadImage, MlfusionError
-from mlfusion.loader import Loader
+from mlfusion.extraction import loader
+from mlfusion.extraction.loader import Loader
 from mlfusion.models.preprocessing import Steps
 
 STEPS = Steps(size=(2, 3), crop_size=None, resample="nearest")

@@ -21,14 +21,16 @@ from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from mlfusion import batches, losses, population
-from mlfusion.batches import Schedule, Tokens
 from mlfusion.errors import BadData
-from mlfusion.memory import Footprint
-from mlfusion.optimizer import AdamW, cosine
-from mlfusion.population import Configuration, Layout, Needs, Numerics, Population, TrainingData
-from mlfusion.probes import HEADS, Attentive, HeadShape, Linear
-from mlfusion.specs import Head
+from mlfusion.probing import losses
+from mlfusion.probing.heads import HEADS, Attentive, HeadShape, Linear
+from mlfusion.probing.training import batches, population
+from mlfusion.probing.training.batches import Schedule, Tokens
+from mlfusion.probing.training.optimizer import AdamW, cosine
+from mlfusion.probing.training.population import Configuration, Layout, Needs, Population, TrainingData
+from mlfusion.probing.training.precision import Numerics, has_fast_bfloat16, resolve
+from mlfusion.specs.names import Head
+from mlfusion.system.memory import Footprint
 
 F64 = torch.float64
 SHAPE = HeadShape(tokens=4, width=10, classes=3, heads=4)
@@ -368,8 +370,8 @@ def test_narrow_products_change_scores_little_and_keep_parameters_wide(head: Hea
 
 
 def test_the_faster_precision_is_taken_where_none_is_asked_for() -> None:
-    assert population.resolve("float32", "cpu") == "float32" and population.resolve("bfloat16", "cpu") == "bfloat16"
-    assert population.resolve("auto", "cpu") == ("bfloat16" if population.has_fast_bfloat16("cpu") else "float32")
+    assert resolve("float32", "cpu") == "float32" and resolve("bfloat16", "cpu") == "bfloat16"
+    assert resolve("auto", "cpu") == ("bfloat16" if has_fast_bfloat16("cpu") else "float32")
 
 
 # --- groups and streams ----------------------------------------------------------------------------------------------
@@ -422,9 +424,9 @@ def test_training_loads_no_compiler() -> None:
 import sys
 import numpy as np
 from mlfusion import population
-from mlfusion.batches import Schedule, Tokens
-from mlfusion.population import Configuration, Population, TrainingData
-from mlfusion.probes import HeadShape
+from mlfusion.probing.training.batches import Schedule, Tokens
+from mlfusion.probing.training.population import Configuration, Population, TrainingData
+from mlfusion.probing.heads import HeadShape
 tokens = Tokens(np.random.default_rng(0).random((8, 2, 4), np.float32), np.arange(8) % 2)
 shape = HeadShape(tokens=2, width=4, classes=2, heads=2)
 one = Population("attentive", shape, [Configuration(0.1, 0.1, 0.1)], seed=0)

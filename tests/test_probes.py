@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mlfusion.probes import HEADS, Attentive, HeadModule, HeadShape, Linear
+from mlfusion.probing.heads import HEADS, Attentive, HeadModule, HeadShape, Linear
 
 F64 = torch.float64
 SHAPE = HeadShape(tokens=5, width=13, classes=4, heads=3)  # 13 = 3 · 4 + 1: the head width must be floored

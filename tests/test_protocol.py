@@ -12,14 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from literal import LiteralAttentive, LiteralLinear, copy_into
 
-from mlfusion import metrics, protocol
-from mlfusion.batches import Tokens
 from mlfusion.errors import BadData, BadOption
-from mlfusion.population import Configuration, Population, TrainingData
-from mlfusion.probes import HEADS
-from mlfusion.protocol import SEARCH_GRIDS, Grid, Outcome, choose, draw, fit, split
-from mlfusion.specs import Head
-from mlfusion.targets import OneClass
+from mlfusion.probing import grids, metrics, protocol
+from mlfusion.probing.grids import SEARCH_GRIDS, Grid
+from mlfusion.probing.heads import HEADS
+from mlfusion.probing.protocol import Outcome, choose, fit
+from mlfusion.probing.search import Training
+from mlfusion.probing.splits import draw, split
+from mlfusion.probing.targets import OneClass
+from mlfusion.probing.training.batches import Tokens
+from mlfusion.probing.training.population import Configuration, Population, TrainingData
+from mlfusion.specs.names import Head
 
 SMALL = Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-4, 1e-1), dropouts=(0.0, 0.1), epochs=1, least_steps=40)
 QUICK = SEARCH_GRIDS["quick"]
@@ -398,11 +401,11 @@ WIDE = Grid(
 
 
 def test_a_third_goes_on_three_times_as_far() -> None:
-    assert protocol.rungs(63, 1000, halving=True) == [(63, 112), (21, 334), (7, 1000)]
-    assert protocol.rungs(63, 1000, halving=False) == [(63, 1000)]
-    assert protocol.rungs(1, 5, halving=True)[-1] == (1, 5)
+    assert grids.rungs(63, 1000, halving=True) == [(63, 112), (21, 334), (7, 1000)]
+    assert grids.rungs(63, 1000, halving=False) == [(63, 1000)]
+    assert grids.rungs(1, 5, halving=True)[-1] == (1, 5)
     for configurations in range(1, 80):
-        members = [count for count, _ in protocol.rungs(configurations, 90, halving=True)]
+        members = [count for count, _ in grids.rungs(configurations, 90, halving=True)]
         assert members == sorted(members, reverse=True) and members[0] == configurations and members[-1] >= 1
 
 
@@ -411,8 +414,8 @@ def test_who_gets_to_the_end_has_the_score_of_a_whole_search(head: Head, monkeyp
     monkeypatch.setitem(SEARCH_GRIDS, "quick", WIDE)
     if head == "attentive":  # with dropout, whose masks are a configuration's own
         monkeypatch.setitem(SEARCH_GRIDS, "quick", dataclasses.replace(WIDE, dropouts=(0.2,)))
-    whole = protocol.Training(head, tokens(), OneClass(CLASSES), fit_options(heads=3))
-    halved = protocol.Training(head, tokens(), OneClass(CLASSES), fit_options(heads=3, halving=True))
+    whole = Training(head, tokens(), OneClass(CLASSES), fit_options(heads=3))
+    halved = Training(head, tokens(), OneClass(CLASSES), fit_options(heads=3, halving=True))
     score, loss = whole.scores()
     kept, kept_loss = halved.scores()
     alive = np.isfinite(kept_loss)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mlfusion import cli, datasets, models, recipe, study
+from mlfusion import cli, datasets, models
 from mlfusion.errors import BadRecipe
-from mlfusion.extraction import Making, extract
-from mlfusion.specs import parse_model, parse_tokens
+from mlfusion.extraction.request import Making
+from mlfusion.extraction.run import extract
+from mlfusion.specs.names import parse_model, parse_tokens
+from mlfusion.workflows import recipe, study
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 EVERY = sorted(PIPELINES.rglob("*.toml"))

@@ -19,7 +19,6 @@ from rich.console import Console
 from rows import row, study
 
 from mlfusion.errors import MlfusionError, Unavailable
-from mlfusion.progress import duration
 from mlfusion.report import markdown, table, tables, write_markdown, write_page
 from mlfusion.report import page as of_page
 from mlfusion.report.catalogue import ReportData
@@ -29,6 +28,7 @@ from mlfusion.report.sentences import answer, opening
 from mlfusion.report.studies import studies
 from mlfusion.report.summary import comparison_groups
 from mlfusion.results import Row
+from mlfusion.system.progress import duration
 
 ALF = "cls+ap-all-layers/attentive"
 BASE = "cls-last/linear"

@@ -11,8 +11,8 @@ from mlfusion import datasets
 from mlfusion.datasets import ReadOptions, resplit
 from mlfusion.datasets.split import Split
 from mlfusion.errors import BadData
-from mlfusion.features import split_pairs
 from mlfusion.store import FeatureStore
+from mlfusion.store.features import split_pairs
 
 SHARES = st.sampled_from(["0.8/0.2", "0.8/0.1/0.1", "50/50", "1/98/1", "0.34/0.33/0.33"])
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from axes import modules_with_axes
 
-from mlfusion.probes import HeadShape, Linear
-from mlfusion.probes.pooling import linear
+from mlfusion.probing.heads import HeadShape, Linear
+from mlfusion.probing.heads.pooling import linear
 
 
 def test_axes_that_disagree_are_refused():
@@ -30,7 +30,7 @@ def test_a_head_is_checked_when_it_is_called():
 def test_a_user_needs_neither_library():
     """Every module with axes is imported by a process that refuses both."""
     modules = modules_with_axes()
-    assert "mlfusion.probes.linear" in modules
+    assert "mlfusion.probing.heads.linear" in modules
     code = f"""
 import importlib, sys
 

@@ -12,21 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlfusion.errors import UnknownName
-from mlfusion.specs import (
-    KINDS,
-    OMIT_IF_DEFAULT,
-    STUDY,
-    DataSpec,
-    FeatureSpec,
-    ModelSpec,
-    digest,
-    layer_ranges,
-    parse_layers,
-    parse_model,
-    parse_probes,
-    parse_tokens,
-    token_words,
-)
+from mlfusion.specs.identity import KINDS, OMIT_IF_DEFAULT, DataSpec, FeatureSpec, ModelSpec, digest
+from mlfusion.specs.names import STUDY, layer_ranges, parse_layers, parse_model, parse_probes, parse_tokens, token_words
 
 MODEL = ModelSpec(
     weights="ab" * 32, revision=None, config="cd" * 8, preprocess="{}", name="m", family="vit", depth=12, width=192
@@ -193,7 +180,7 @@ GOLDEN = {
 }
 REAL = """
 from dataclasses import asdict
-from mlfusion.extraction import Request
+from mlfusion.extraction.run import Request
 words = dict(layers="all", tokens="cls,ap", format="zarr", dtype="float16", device="cpu")
 jobs = Request.of("formula-vit", "digits", **words).jobs
 model, keys = asdict(jobs[0].spec.model), [job.spec.key for job in jobs]

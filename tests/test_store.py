@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sealed import read_json, sealed
 
-from mlfusion import disk
 from mlfusion.errors import BadData, CacheUnusable, NotCached
-from mlfusion.specs import DTYPES, DataSpec, FeatureSpec, ModelSpec
+from mlfusion.specs.identity import DTYPES, DataSpec, FeatureSpec, ModelSpec
 from mlfusion.store import Entry, FeatureStore, Names, Samples, Stream, stream, streams_for
 from mlfusion.store.verify import verify_entry
+from mlfusion.system import disk
 
 MODEL = ModelSpec(
     weights="ab" * 32, revision=None, config="cd" * 8, preprocess="{}", name="m", family="vit", depth=3, width=4

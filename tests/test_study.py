@@ -11,9 +11,12 @@ import pytest
 from tiny import save_images, save_model
 from typer.testing import CliRunner
 
-from mlfusion import cli, evaluation, extraction, load_features, protocol, study
-from mlfusion.recipe import Recipe, load
+from mlfusion import cli, load_features
+from mlfusion.extraction import run
+from mlfusion.probing import fitting, grids
 from mlfusion.results import ImageCounts, Results
+from mlfusion.workflows import study
+from mlfusion.workflows.recipe import Recipe, load
 
 PROBES = ("cls-last/linear", "alf:h2", "aat")
 
@@ -32,8 +35,8 @@ def data(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def short_grid(monkeypatch):
-    grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
-    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
+    grid = grids.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", grid)
     monkeypatch.setattr(study, "TRIAL_SECONDS", 0.01)
 
 
@@ -75,8 +78,8 @@ def test_what_is_there_is_not_done_again(recipe, monkeypatch):
     def never(*_, **__):
         raise AssertionError("work that was done already")
 
-    monkeypatch.setattr(evaluation, "train", never)
-    monkeypatch.setattr(extraction, "load", never)
+    monkeypatch.setattr(fitting, "train", never)
+    monkeypatch.setattr(run, "load", never)
     monkeypatch.setattr(study.costs, "seconds", never)
     planned = study.plan(recipe)
     assert planned.is_done

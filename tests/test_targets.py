@@ -14,15 +14,17 @@ from sklearn import metrics as sklearn_metrics
 from tiny import save_features
 from torch.nn import functional as F
 
-from mlfusion import evaluation, metrics
-from mlfusion.batches import Tokens
 from mlfusion.errors import BadData
-from mlfusion.probes import HEADS
-from mlfusion.protocol import SEARCH_GRIDS, Grid, fit, split
+from mlfusion.probing import evaluation, metrics
+from mlfusion.probing.grids import SEARCH_GRIDS, Grid
+from mlfusion.probing.heads import HEADS
+from mlfusion.probing.protocol import fit
+from mlfusion.probing.splits import split
+from mlfusion.probing.targets import Number, OneClass, SeveralLabels, Target, target_of
+from mlfusion.probing.training.batches import Tokens
 from mlfusion.report import write_page
 from mlfusion.results import Results
-from mlfusion.specs import Head
-from mlfusion.targets import Number, OneClass, SeveralLabels, Target, target_of
+from mlfusion.specs.names import Head
 
 F64 = torch.float64
 SMALL = Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-3,), dropouts=(0.0,), epochs=1, least_steps=120)

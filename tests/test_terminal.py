@@ -12,7 +12,8 @@ import pytest
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion import cli, protocol
+from mlfusion import cli
+from mlfusion.probing import grids
 
 MLFUSION = [sys.executable, "-m", "mlfusion"]
 
@@ -28,8 +29,8 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    grid = protocol.Grid(learning_rates=(1e-1,), weight_decays=(1e-2,), dropouts=(0.0,), epochs=1, least_steps=2)
-    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
+    grid = grids.Grid(learning_rates=(1e-1,), weight_decays=(1e-2,), dropouts=(0.0,), epochs=1, least_steps=2)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", grid)
 
     def call(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mlfusion", *words])
@@ -59,8 +60,10 @@ def test_quiet_says_results_and_errors_only(run: Any, cached: Path) -> None:
 
 def test_verbose_says_what_goes_on_and_where_an_error_comes_from(run: Any, cached: Path) -> None:
     _, _, err = run("--verbose", *words(cached))
-    assert re.search(r"\d\d:\d\d:\d\d,\d+ mlfusion.evaluation: cls-last/linear seed 0: val [\d.]+, test [\d.]+", err)
-    assert "mlfusion.evaluation:" not in run(*words(cached), "--results", "other")[2]
+    assert re.search(
+        r"\d\d:\d\d:\d\d,\d+ mlfusion.probing.evaluation: cls-last/linear seed 0: val [\d.]+, test [\d.]+", err
+    )
+    assert "mlfusion.probing.evaluation:" not in run(*words(cached), "--results", "other")[2]
     code, _, err = run("--verbose", "probe", "-d", "nowhere")
     assert code == 1 and "Traceback" in err and err.splitlines()[-1].startswith("error: no features of nowhere")
     assert run("--verbose", "--quiet", "ls", "models")[0] == 2

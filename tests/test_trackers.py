@@ -11,8 +11,9 @@ from rows import row, study
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion import protocol, trackers
 from mlfusion.errors import MlfusionError, Unavailable, UnknownName
+from mlfusion.probing import grids
+from mlfusion.results import trackers
 
 
 def installed(extra: str) -> Any:
@@ -111,8 +112,8 @@ def test_words_for_trackers() -> None:
 
 @installed("tensorboard")
 def test_new_rows_are_shown_as_they_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = protocol.Grid(learning_rates=(1e-1,), weight_decays=(1e-2,), dropouts=(0.0,), epochs=1, least_steps=2)
-    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
+    grid = grids.Grid(learning_rates=(1e-1,), weight_decays=(1e-2,), dropouts=(0.0,), epochs=1, least_steps=2)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", grid)
     model, images = save_model("vit", tmp_path / "tiny-vit"), save_images(tmp_path / "c", {"train": 5, "test": 2})
     mlfusion.extract(str(model), str(images))
     options: dict[str, Any] = {"probes": "cls-last/linear", "grid": "quick", "track": "tensorboard:runs"}

@@ -15,20 +15,22 @@ from safetensors.numpy import load_file, save_file
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion import datasets, protocol, trained
-from mlfusion.batches import Tokens
+from mlfusion import datasets
 from mlfusion.errors import BadData, BadModel, ResultsUnusable
-from mlfusion.extraction import Making
+from mlfusion.extraction.request import Making
+from mlfusion.probing import grids, protocol
+from mlfusion.probing.saved import Backbone, Card, describe, load, readme, save
+from mlfusion.probing.targets import Number, OneClass, SeveralLabels, Target
+from mlfusion.probing.training.batches import Tokens
 from mlfusion.results import Results, Selected
-from mlfusion.specs import HEAD_NAMES, Head
-from mlfusion.targets import Number, OneClass, SeveralLabels, Target
+from mlfusion.specs.names import HEAD_NAMES, Head
 
-SHORT = protocol.Grid(learning_rates=(1e-2,), weight_decays=(1e-2,), dropouts=(0.1,), epochs=1, least_steps=20)
+SHORT = grids.Grid(learning_rates=(1e-2,), weight_decays=(1e-2,), dropouts=(0.1,), epochs=1, least_steps=20)
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", SHORT)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", SHORT)
 
 
 def tokens(target: Target, images: int = 40, seed: int = 0) -> Tokens:
@@ -41,14 +43,14 @@ def tokens(target: Target, images: int = 40, seed: int = 0) -> Tokens:
     return Tokens(rng.normal(size=(images, 4, 8)).astype(np.float32), labels)
 
 
-def card(head: Head, target: Target, outcome: protocol.Outcome) -> trained.Card:
-    return trained.Card(
+def card(head: Head, target: Target, outcome: protocol.Outcome) -> Card:
+    return Card(
         probe=f"cls+ap-2-layers/{head}",
         head=head,
         shape=outcome.shape,
-        target_fields=trained.describe(target),
+        target_fields=describe(target),
         classes=("a", "ß", "c") if target.kind != "number" else (),
-        backbone=trained.Backbone(
+        backbone=Backbone(
             name="m",
             source="/m",
             weights="w",
@@ -77,14 +79,14 @@ def saved(folder: Path, head: Head = "linear", target: Target | None = None) -> 
     target = target or OneClass(3)
     test = tokens(target, 20, seed=1)
     outcome = protocol.fit(head, tokens(target), lambda: test, target=target, options=fit_options(heads=2))
-    trained.save(folder, card(head, target, outcome), outcome.weights)
+    save(folder, card(head, target, outcome), outcome.weights)
     return outcome, test
 
 
 @pytest.mark.parametrize("head", HEAD_NAMES)
 def test_every_probe_is_read_as_it_was_written(head: Head, tmp_path: Path) -> None:
     outcome, test = saved(tmp_path / "deep" / "probe", head)
-    held, probe = trained.load(tmp_path / "deep" / "probe")
+    held, probe = load(tmp_path / "deep" / "probe")
     assert held == card(head, OneClass(3), outcome)
     assert held.target() == OneClass(3)
     predictions, attention = protocol.predict(probe, test, held.target())
@@ -102,7 +104,7 @@ def test_every_probe_is_read_as_it_was_written(head: Head, tmp_path: Path) -> No
 @pytest.mark.parametrize("target", [SeveralLabels(3), Number(1, 50.0, 10.0)], ids=["labels", "number"])
 def test_other_targets_are_kept_too(head: Head, target: Target, tmp_path: Path) -> None:
     outcome, test = saved(tmp_path / "probe", head, target)
-    held, probe = trained.load(tmp_path / "probe")
+    held, probe = load(tmp_path / "probe")
     assert held.target() == target
     np.testing.assert_allclose(
         protocol.predict(probe, test, held.target())[0], outcome.predictions, rtol=1e-5, atol=1e-5
@@ -112,7 +114,7 @@ def test_other_targets_are_kept_too(head: Head, target: Target, tmp_path: Path) 
 def test_saving_twice_keeps_the_first(tmp_path: Path) -> None:
     outcome, _ = saved(tmp_path / "probe")
     before = (tmp_path / "probe" / "card.json").read_bytes()
-    trained.save(tmp_path / "probe", card("linear", OneClass(3), outcome), {"weight": np.zeros(3)})
+    save(tmp_path / "probe", card("linear", OneClass(3), outcome), {"weight": np.zeros(3)})
     assert (tmp_path / "probe" / "card.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["probe"]  # no draft is left
 
@@ -162,7 +164,7 @@ def test_what_was_changed_is_refused(head: Head, what: str, message: str, tmp_pa
     saved(tmp_path / "probe", head)
     change(tmp_path / "probe", what)
     with pytest.raises(ResultsUnusable, match=message):
-        trained.load(tmp_path / "probe")
+        load(tmp_path / "probe")
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -228,7 +230,7 @@ def test_new_images_are_made_as_the_cached_ones_were(
     mlfusion.extract(word, str(images), making=making, reading=reading)
     done = mlfusion.probe(str(images), model=word, probes="ap-all-layers/linear", grid="quick", seeds=(0,), save=True)
     [row] = done.rows
-    card, head = trained.load(Path("results/probes") / row.id)
+    card, head = load(Path("results/probes") / row.id)
     held = mlfusion.load_features(word, str(images), "test", tokens="ap")
     values = held.tokens.reshape(len(held.ids), -1, held.tokens.shape[-1]).astype(np.float32)
     expected, _ = protocol.predict(head, Tokens(values, held.labels), card.target())
@@ -299,7 +301,7 @@ def test_a_probe_that_was_not_kept_is_trained_again_and_the_same(model: Path, im
     assert any("1 of them are trained again" in line for line in said)
     assert second.trained == 0 and second.rows == first.rows
     assert len(Results("results").rows()) == 1
-    held, probe = trained.load(Path("results/probes") / first.rows[0].id)
+    held, probe = load(Path("results/probes") / first.rows[0].id)
     assert held.scores["test"] == first.rows[0].test
     assert sum(p.numel() for p in probe.parameters()) == first.rows[0].parameters
     third = mlfusion.probe(str(images), **options, save=True, say=said.append)
@@ -324,12 +326,12 @@ def test_a_saved_probe_has_a_card_that_the_hub_reads(model: Path, images: Path) 
     assert card.data.library_name == "mlfusion" and card.data.pipeline_tag == "image-classification"
     assert str(model.parent) not in card.content and str(images.parent) not in card.content
     assert card.data.base_model is None  # a folder: there is nothing on the hub to link to
-    held, _ = trained.load(folder)
+    held, _ = load(folder)
     at_hub = replace(held, backbone=replace(held.backbone, source="facebook/dinov2-base"))
-    assert ModelCard(trained.readme(at_hub)).data.base_model == "facebook/dinov2-base"
+    assert ModelCard(readme(at_hub)).data.base_model == "facebook/dinov2-base"
     assert "blue, green, red" in card.text and "mlfusion predict --probe" in card.text
     hostile = replace(held, classes=("---", "a: b", "# c"), dataset="x: [y]\n---")
-    assert ModelCard(trained.readme(hostile)).data.eval_results[0].dataset_name == "x: [y]\n---"
+    assert ModelCard(readme(hostile)).data.eval_results[0].dataset_name == "x: [y]\n---"
 
 
 def test_images_are_turned_as_those_that_the_probe_was_trained_on(model: Path, images: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from PIL import Image
 
-from mlfusion.specs import DataSpec, FeatureSpec, ModelSpec
+from mlfusion.specs.identity import DataSpec, FeatureSpec, ModelSpec
 from mlfusion.store import Entry, FeatureStore, Names, Samples, streams_for
 
 SMALL = {

@@ -16,11 +16,7 @@ from mlfusion.cli.cache import app as cache_app
 from mlfusion.cli.data import data, reads_data
 from mlfusion.cli.doctor import doctor
 from mlfusion.cli.malloc import freed_memory_kept
-from mlfusion.cli.predict import predict
-from mlfusion.cli.report import report
-from mlfusion.cli.results import app as results_app
-from mlfusion.cli.study import run
-from mlfusion.cli.words import (
+from mlfusion.cli.options import (
     DATASET,
     MODEL,
     UNITS,
@@ -28,7 +24,6 @@ from mlfusion.cli.words import (
     AsJson,
     BatchSize,
     Cache,
-    Commands,
     Dataset,
     Device,
     Dtype,
@@ -50,16 +45,14 @@ from mlfusion.cli.words import (
     check_shots,
     complete_probes,
     makes_tokens,
-    print_json,
-    print_rows,
-    print_table,
-    row_json,
-    say,
-    say_extracted,
-    speak,
 )
+from mlfusion.cli.output import Commands, print_json, print_rows, print_table, row_json, say, say_extracted, speak
+from mlfusion.cli.predict import predict
+from mlfusion.cli.report import report
+from mlfusion.cli.results import app as results_app
+from mlfusion.cli.study import run
 from mlfusion.errors import UnknownName
-from mlfusion.specs import STUDY
+from mlfusion.specs.names import STUDY
 
 app = typer.Typer(
     cls=Commands,
@@ -126,7 +119,7 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Stage 1: run a frozen model once and cache its tokens; what is cached is not computed again."""
-    from mlfusion.extraction import extract as run
+    from mlfusion.extraction.run import extract as run
 
     done = run(
         asked_model(model, hook, settings),
@@ -174,8 +167,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What extract with the same words would write, and how long it would take; writes nothing."""
-    from mlfusion.planning import plan as make
-    from mlfusion.progress import duration
+    from mlfusion.extraction.plan import plan as make
+    from mlfusion.system.progress import duration
 
     made = make(
         asked_model(model, hook, settings),
@@ -241,7 +234,7 @@ def probe(
     as_json: AsJson = False,
 ) -> None:
     """Stage 2: train and test probes on cached features, by the study's protocol. Runs no forward pass."""
-    from mlfusion import evaluation
+    from mlfusion.probing import evaluation
 
     done = evaluation.probe(
         dataset,
@@ -295,7 +288,7 @@ def pretrain(
 ) -> None:
     """Make the embedded model again from its seed: a small ViT trained on images drawn by formula."""
     from mlfusion.embedded.pretrain import pretrain as run_pretrain
-    from mlfusion.progress import Bar
+    from mlfusion.system.progress import Bar
 
     bars: list[Bar] = []
 
@@ -352,7 +345,7 @@ def _datasets() -> Iterator[dict[str, Any]]:
 
 
 def _probes() -> Iterator[dict[str, Any]]:
-    from mlfusion.specs import ABOUT_HEADS, ALIASES, BASELINE, HEAD_NAMES, STUDY_HEADS
+    from mlfusion.specs.names import ABOUT_HEADS, ALIASES, BASELINE, HEAD_NAMES, STUDY_HEADS
 
     known = {name: alias.upper() for alias, name in ALIASES.items()} | {BASELINE: "the baseline"}
     for name in STUDY:
@@ -366,13 +359,13 @@ def _probes() -> Iterator[dict[str, Any]]:
 
 
 def _tokens() -> Iterator[dict[str, Any]]:
-    from mlfusion.specs import ABOUT_KINDS
+    from mlfusion.specs.identity import ABOUT_KINDS
 
     yield from ({"name": name, "about": about} for name, about in ABOUT_KINDS.items())
 
 
 def _hooks() -> Iterator[dict[str, Any]]:
-    from mlfusion.specs import ABOUT_HOOKS
+    from mlfusion.specs.identity import ABOUT_HOOKS
 
     yield from ({"name": name, "about": about} for name, about in ABOUT_HOOKS.items())
 

@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mlfusion.cli.words import DATASET, MODEL, AsJson, Cache, Dataset, Device, Model, print_json, print_rows
+from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Device, Model
+from mlfusion.cli.output import print_json, print_rows
 
 
 def advise(
@@ -20,8 +21,8 @@ def advise(
     as_json: AsJson = False,
 ) -> None:
     """Which representation and probe to use, by a pilot on a few hundred images, and what the rest would cost."""
-    from mlfusion import advice
-    from mlfusion.progress import duration
+    from mlfusion.system.progress import duration
+    from mlfusion.workflows import advice
 
     said = advice.advise(
         model,

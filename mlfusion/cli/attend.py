@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mlfusion.cli.words import AsJson, Cache, ResultsPath, print_json, print_rows, say
+from mlfusion.cli.options import AsJson, Cache, ResultsPath
+from mlfusion.cli.output import print_json, print_rows, say
 
 SHOWN = 5  # images at either end
 
@@ -22,7 +23,7 @@ def attend(
     as_json: AsJson = False,
 ) -> None:
     """Where a probe looked: on which patches, and which images it reads in early and which in late layers."""
-    from mlfusion.attention import maps
+    from mlfusion.analysis.attention import maps
     from mlfusion.errors import BadData
     from mlfusion.report.pictures import mean_layers
     from mlfusion.results import Results
@@ -56,7 +57,7 @@ def attend(
             "attention goes to patches"
         )
     if out:
-        from mlfusion import gallery
+        from mlfusion.analysis import gallery
         from mlfusion.report import write_strips
 
         strips = gallery.of_row(one, kept, cache=cache, dataset=dataset, count=images)

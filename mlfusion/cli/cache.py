@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlfusion.cli.data import reads_data
-from mlfusion.cli.words import (
+from mlfusion.cli.options import (
     DATASET,
     MODEL,
     UNITS,
@@ -24,10 +24,8 @@ from mlfusion.cli.words import (
     amount,
     asked_model,
     makes_tokens,
-    print_json,
-    print_rows,
-    say,
 )
+from mlfusion.cli.output import print_json, print_rows, say
 from mlfusion.errors import CacheUnusable
 
 if TYPE_CHECKING:
@@ -101,8 +99,8 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Show which entry extract would use; if there is none, show which fields differ from the nearest entry."""
-    from mlfusion.extraction import FeatureOptions
-    from mlfusion.planning import explain as run
+    from mlfusion.extraction.explain import explain as run
+    from mlfusion.extraction.request import FeatureOptions
 
     found = run(
         asked_model(model, hook, settings),

@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mlfusion.cli.words import AsJson, print_json, print_rows, taking
+from mlfusion.cli.options import AsJson, taking
+from mlfusion.cli.output import print_json, print_rows
 
 READING: dict[str, tuple[Any, Any]] = {  # field of datasets.ReadOptions → the option's annotation and default
     "image_column": (
@@ -97,7 +98,7 @@ def data(
     """Show a data set: splits, images, classes, labels; with --check, the images that cannot be read."""
     from mlfusion.datasets import load
     from mlfusion.datasets.describe import describe
-    from mlfusion.progress import track
+    from mlfusion.system.progress import track
 
     found = load(dataset, reading)
     total = sum(map(len, found.splits.values()))

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from mlfusion.cli.words import AsJson, Cache, Device, print_json
+from mlfusion.cli.options import AsJson, Cache, Device
+from mlfusion.cli.output import print_json
 
 MARKS = {"ok": "ok  ", "note": "note", "problem": "FAIL"}
 
@@ -19,7 +20,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check libraries, device, memory, disk and hub, and the access, files, blocks and tokens of a model. Downloads nothing."""
-    from mlfusion import doctor as library
+    from mlfusion.workflows import doctor as library
 
     found = []
     for one in library.doctor(model, cache=cache, device=device):

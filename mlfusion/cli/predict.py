@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mlfusion.cli.words import AsJson, Device, print_json
+from mlfusion.cli.options import AsJson, Device
+from mlfusion.cli.output import print_json
 
 
 def predict(
@@ -20,7 +21,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Classify images: the probe's own backbone and preprocessing, then its most probable classes."""
-    from mlfusion.prediction import predict as run
+    from mlfusion.workflows.prediction import predict as run
 
     made = run(probe, images, model=model, top=top, device=device, max_pixels=max_pixels)
     if as_json:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mlfusion.cli.words import Cache, print_table, say
+from mlfusion.cli.options import Cache
+from mlfusion.cli.output import print_table, say
 from mlfusion.errors import UnknownName
 
 AGAINST = ("paper",)
@@ -53,7 +54,7 @@ def report(
     rows = store.require()
     cka = None
     if similarity:
-        from mlfusion.similarity import to_the_last
+        from mlfusion.analysis.similarity import to_the_last
 
         cka = to_the_last(rows, cache=cache, say=say)
     if html:

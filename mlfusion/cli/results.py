@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlfusion.cli.words import AsJson, Cache, ResultsPath, print_json, print_rows, say
+from mlfusion.cli.options import AsJson, Cache, ResultsPath
+from mlfusion.cli.output import print_json, print_rows, say
 
 if TYPE_CHECKING:
     from mlfusion.results import Row
@@ -200,7 +201,7 @@ def rerun(
     as_json: AsJson = False,
 ) -> None:
     """Train a result's probe again from the result alone; exit 1 if its scores are not the same."""
-    from mlfusion.evaluation import rerun as run
+    from mlfusion.probing.rerun import rerun as run
 
     done = run(row, keep=keep, cache=cache, results=results, device=device)
     scores = {name: {"then": then, "now": now} for name, then, now in done.scores()}
@@ -231,9 +232,9 @@ def track(
     as_json: AsJson = False,
 ) -> None:
     """Show results that are there already in a tracker, a run each."""
-    from mlfusion.progress import track as bar_of
     from mlfusion.results import Results
-    from mlfusion.trackers import log_rows, open_trackers
+    from mlfusion.results.trackers import log_rows, open_trackers
+    from mlfusion.system.progress import track as bar_of
 
     trackers = open_trackers(where)
     rows = Results(results).require(model=model, dataset=dataset, probe=probe)
@@ -286,7 +287,7 @@ def _ranked(found: "Rank", level: float) -> str:
 
 def _probe_name(word: str) -> str | None:
     """The name of a probe, or None if it is not one: ids have no '/'."""
-    from mlfusion.specs import ALIASES
+    from mlfusion.specs.names import ALIASES
 
     return word if "/" in word else ALIASES.get(word.lower())
 

@@ -7,23 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlfusion.cli.words import (
-    AsJson,
-    Cache,
-    ResultsPath,
-    Track,
-    check_seeds,
-    print_json,
-    print_rows,
-    print_table,
-    row_json,
-    say,
-    say_extracted,
-)
+from mlfusion.cli.options import AsJson, Cache, ResultsPath, Track, check_seeds
+from mlfusion.cli.output import print_json, print_rows, print_table, row_json, say, say_extracted
 
 if TYPE_CHECKING:
     from mlfusion.results import Results, Row
-    from mlfusion.study import Failure
+    from mlfusion.workflows.study import Failure
 
 
 def run(
@@ -44,10 +33,10 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Both stages and the report, as a recipe says. What is cached or done already is not done again."""
-    from mlfusion import study
-    from mlfusion.progress import duration
-    from mlfusion.recipe import load
     from mlfusion.results import Results
+    from mlfusion.system.progress import duration
+    from mlfusion.workflows import study
+    from mlfusion.workflows.recipe import load
 
     asked = load(recipe, data=data)
     if seeds:
@@ -109,7 +98,7 @@ def run(
 
 def _page(rows: "list[Row]", path: Path, kept: "Results", cache: str | None) -> None:
     """The page, with pictures where images are at hand."""
-    from mlfusion import gallery
+    from mlfusion.analysis import gallery
     from mlfusion.report import write_page
 
     write_page(rows, path, results=kept, pictures=gallery.of_study(rows, kept, cache=cache, say=say))
@@ -117,8 +106,8 @@ def _page(rows: "list[Row]", path: Path, kept: "Results", cache: str | None) -> 
 
 def _text(rows: "list[Row]", path: Path, kept: "Results", recipe: Path, command: str) -> None:
     """The page of text, headed by what the recipe says of itself."""
-    from mlfusion.recipe import about
     from mlfusion.report import write_findings
+    from mlfusion.workflows.recipe import about
 
     opening, _ = about(recipe)
     title, _, rest = opening.partition(": ")

@@ -20,13 +20,13 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from mlfusion import disk
 from mlfusion.datasets import tars
 from mlfusion.datasets.columns import SPLITS, require_unique
 from mlfusion.datasets.hub import TableColumns, cell_bytes, choose_columns, reaching
 from mlfusion.datasets.split import RawSplit, ReadOptions, decoder
 from mlfusion.errors import BadData
-from mlfusion.progress import Bar, track
+from mlfusion.system import disk
+from mlfusion.system.progress import Bar, track
 
 VERSION = 1  # of the form of an index on disk
 RUN = 4  # consecutive images that are fetched at once, as many as a worker decodes at a time

@@ -12,7 +12,8 @@ from typing import Any
 from mlfusion.errors import BadModel, UnknownName, first_line
 from mlfusion.models import checkpoints, hub
 from mlfusion.models.catalogue import CATALOGUE, EMBEDDED, CatalogueRow
-from mlfusion.specs import Compute, Hook, ModelSpec, Setting, digest, parse_model
+from mlfusion.specs.identity import Compute, Hook, ModelSpec, digest
+from mlfusion.specs.names import Setting, parse_model
 
 __all__ = [
     "CATALOGUE",

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 from mlfusion.report.summary import ComparisonGroup, Score
-from mlfusion.specs import STUDY, Pair, token_words
+from mlfusion.specs.identity import Pair
+from mlfusion.specs.names import STUDY, token_words
 
 
 def reproduction_commands(groups: Iterable[ComparisonGroup], page: str) -> list[str]:

@@ -8,16 +8,16 @@ from pathlib import Path
 from statistics import fmean
 
 from mlfusion.errors import BadData
-from mlfusion.progress import duration
 from mlfusion.report import tables
 from mlfusion.report.files import write_whole
 from mlfusion.report.numbers import count, p_value, percent, plural, plus_minus, points
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import ALF, ComparisonGroup, code_versions, comparison_groups
 from mlfusion.results import Results, Row
-from mlfusion.specs import BASELINE, layer_ranges
+from mlfusion.specs.names import BASELINE, layer_ranges
 from mlfusion.statistics.datasets import Against, against
 from mlfusion.statistics.rows import Comparison, by_dataset, compare_probes, cost
+from mlfusion.system.progress import duration
 
 PROBES = (ALF, "cls+ap-all-layers/linear", "all-tokens-last/attentive")
 """Probes whose gain over the baseline is given case by case: ALF, all layers without attention, AAT."""

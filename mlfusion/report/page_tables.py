@@ -10,7 +10,8 @@ from mlfusion.report.published import PublishedComparison
 from mlfusion.report.studies import domain
 from mlfusion.report.summary import ComparisonGroup, Score
 from mlfusion.results import Row
-from mlfusion.specs import KINDS, layer_ranges
+from mlfusion.specs.identity import KINDS
+from mlfusion.specs.names import layer_ranges
 from mlfusion.statistics import Spread
 
 MAX_ROWS = 10_000

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from mlfusion.progress import duration
 from mlfusion.report.numbers import count, enumerated, percent, plural, plus_minus, points
 from mlfusion.report.summary import ALF, DAGGER, ComparisonGroup, LayerAttention, metric_name
-from mlfusion.specs import BASELINE
+from mlfusion.specs.names import BASELINE
 from mlfusion.statistics import Spread
+from mlfusion.system.progress import duration
 
 CASES = "(a model on a data set)"
 

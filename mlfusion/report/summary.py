@@ -13,7 +13,7 @@ from statistics import fmean
 
 from mlfusion.errors import MlfusionError
 from mlfusion.results import Row
-from mlfusion.specs import BASELINE, STUDY
+from mlfusion.specs.names import BASELINE, STUDY
 from mlfusion.statistics import Setting, Spread, setting
 
 ALF = "cls+ap-all-layers/attentive"

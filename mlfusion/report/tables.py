@@ -13,7 +13,7 @@ from mlfusion.report.figures.drawing import Record
 from mlfusion.report.numbers import capitalized, from_to, percent, plus_minus, points
 from mlfusion.report.studies import Study, domain
 from mlfusion.report.summary import DAGGER, OTHER_CODE
-from mlfusion.specs import BASELINE
+from mlfusion.specs.names import BASELINE
 from mlfusion.statistics import FEWEST, Spread, wilcoxon
 
 LEVEL = 0.05

@@ -7,7 +7,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlfusion.progress import duration
 from mlfusion.report.numbers import count, from_to, mean_sd, percent, points, short_count
 from mlfusion.report.sentences import answer, opening
 from mlfusion.report.studies import Study, studies
@@ -21,6 +20,7 @@ from mlfusion.report.summary import (
     metric_name,
 )
 from mlfusion.results import Row
+from mlfusion.system.progress import duration
 
 COLUMNS = ("test", "gain, points", "val", "param.", "time", "n")
 

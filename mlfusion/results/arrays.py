@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mlfusion import disk
 from mlfusion.errors import ResultsUnusable
+from mlfusion.system import disk
 
 FOLDER = "arrays"
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlfusion import disk
 from mlfusion.errors import ResultsUnusable, UnknownName
 from mlfusion.results.rows import NotARow, Row, decode, encode, to_object
+from mlfusion.system import disk
 
 if TYPE_CHECKING:
     import pandas

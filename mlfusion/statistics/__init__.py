@@ -11,6 +11,7 @@ is the difference of. Deviation over seeds and interval over test images are two
 training run would differ, the other how much another test set would.
 """
 
+from mlfusion.statistics.cka import cka, cka_with, layer_cka
 from mlfusion.statistics.datasets import (
     FEWEST,
     Against,
@@ -54,7 +55,6 @@ from mlfusion.statistics.rows import (
     setting,
 )
 from mlfusion.statistics.seeds import Spread
-from mlfusion.statistics.similarity import cka, cka_with, layer_cka
 
 __all__ = [
     "FEWEST",

@@ -6,13 +6,13 @@ from typing import Self
 
 import numpy as np
 
-from mlfusion import disk
 from mlfusion.errors import BadData
 from mlfusion.store import records
 from mlfusion.store.formats import FORMATS, ShardWriter
 from mlfusion.store.manifest import commit_record
 from mlfusion.store.samples import Samples
 from mlfusion.store.stream import Stream
+from mlfusion.system import disk
 
 
 class ShardDraft:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlfusion.specs import Dtype
+from mlfusion.specs.identity import Dtype
 
 INT8_MAX = 127  # -128 is left unused so that the range is symmetric
 SCALE_BYTES = 4

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mlfusion import disk
 from mlfusion.errors import CacheUnusable, NotCached
-from mlfusion.specs import FeatureSpec, Pair, TokenKind, digest, layer_ranges
+from mlfusion.specs.identity import FeatureSpec, Pair, TokenKind, digest
+from mlfusion.specs.names import layer_ranges
 from mlfusion.store import leases, records, samples
 from mlfusion.store.draft import ShardDraft
 from mlfusion.store.formats import FORMATS
@@ -31,6 +31,7 @@ from mlfusion.store.records import Names, RunRecord, damaged, removed_message
 from mlfusion.store.samples import Samples
 from mlfusion.store.shard import Check, Source, spans
 from mlfusion.store.stream import Stream
+from mlfusion.system import disk
 
 TOKENS = "tokens"
 FOLDERS = (TOKENS, "names", "runs", "leases", "pins")

@@ -10,14 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
-from mlfusion import disk
 from mlfusion.errors import CacheUnusable
-from mlfusion.specs import FeatureSpec, Pair
+from mlfusion.specs.identity import FeatureSpec, Pair
 from mlfusion.store.draft import ShardDraft
 from mlfusion.store.entry import Entry
 from mlfusion.store.leases import Leases
 from mlfusion.store.records import RunRecord
 from mlfusion.store.stream import FormatName, Stream, streams_for
+from mlfusion.system import disk
 
 WAIT = 0.5  # seconds between looks at what other extractors still hold
 

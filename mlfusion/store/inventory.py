@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mlfusion.errors import CacheUnusable, NotCached
-from mlfusion.specs import FeatureSpec, token_words
+from mlfusion.specs.identity import FeatureSpec
+from mlfusion.specs.names import token_words
 from mlfusion.store.entry import Entry, folder_bytes
 from mlfusion.store.feature_store import QUARANTINE, TRASH, CachePath, FeatureStore
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mlfusion import disk
+from mlfusion.system import disk
 
 TERM = 60.0  # seconds without renewal after which a lease may be taken over
 PIN_TERM = 24 * 3600.0  # seconds after which a pin of a process on another host is ignored

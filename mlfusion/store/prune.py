@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlfusion import disk
 from mlfusion.errors import MlfusionError, NotCached
 from mlfusion.store.entry import Entry
 from mlfusion.store.feature_store import TRASH, CachePath, FeatureStore
 from mlfusion.store.leases import is_leased, is_pinned
+from mlfusion.system import disk
 
 
 @dataclass(frozen=True, kw_only=True)

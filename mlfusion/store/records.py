@@ -6,9 +6,9 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from mlfusion import disk
 from mlfusion.errors import CacheUnusable, NotCached
-from mlfusion.specs import FORMAT, FeatureSpec
+from mlfusion.specs.identity import FORMAT, FeatureSpec
+from mlfusion.system import disk
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from mlfusion.errors import BadData
-from mlfusion.specs import digest
+from mlfusion.specs.identity import digest
 
 FILES = ("ids.json", "labels.npy", "digests.npy")
 

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from mlfusion.specs import KINDS, Dtype, Pair, TokenKind, layer_ranges
+from mlfusion.specs.identity import KINDS, Dtype, Pair, TokenKind
+from mlfusion.specs.names import layer_ranges
 from mlfusion.store.encoding import ENCODINGS, Encoding
 from mlfusion.store.records import Count, Record
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from mlfusion.errors import CacheUnusable, NotCached, UnknownName
-from mlfusion.progress import track
 from mlfusion.store.entry import Entry
 from mlfusion.store.feature_store import CachePath, FeatureStore
 from mlfusion.store.shard import Source, read_stored
 from mlfusion.store.stream import FormatName
+from mlfusion.system.progress import track
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mlfusion import disk
 from mlfusion.errors import MlfusionError
-from mlfusion.progress import track
-from mlfusion.specs import layer_ranges
+from mlfusion.specs.names import layer_ranges
 from mlfusion.store import records
 from mlfusion.store.entry import TOKENS, Entry, zarr_group
 from mlfusion.store.feature_store import QUARANTINE, CachePath, FeatureStore
@@ -31,6 +29,8 @@ from mlfusion.store.records import Names, RunRecord
 from mlfusion.store.samples import FILES
 from mlfusion.store.shard import Source
 from mlfusion.store.stream import Stream
+from mlfusion.system import disk
+from mlfusion.system.progress import track
 
 READ_BYTES = 1 << 24  # read at a time
 

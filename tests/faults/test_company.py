@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from workers import IMAGES, PAIRS, Child, extract, files, litter, numbers, published, right, spec, whole
 
-from mlfusion import disk
 from mlfusion.store import FeatureStore, gap, leases
 from mlfusion.store.gap import lease_name
 from mlfusion.store.prune import remove_entry
+from mlfusion.system import disk
 
 
 def computed_rows(passes) -> list[int]:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from workers import Child, extract, files, published, spec, whole
 
-from mlfusion import disk, extraction
+from mlfusion.extraction import writer
+from mlfusion.system import disk
 
 both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 CHANGES = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.utime", "shutil.rmtree"}
@@ -155,7 +156,7 @@ def test_the_power_fails(many, trial, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
         at_change(step, root, lose)
-        extraction.ThreadPoolExecutor = InTurn  # while the power fails no other thread goes on
+        writer.ThreadPoolExecutor = InTurn  # while the power fails no other thread goes on
         extract(root, images=12)
 
     for number in range(many(8, 100)):

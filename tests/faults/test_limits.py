@@ -15,7 +15,7 @@ import pytest
 from workers import LONG, MODEL, NAMES, Child, extract, samples
 
 from mlfusion.errors import MlfusionError
-from mlfusion.specs import DataSpec, FeatureSpec
+from mlfusion.specs.identity import DataSpec, FeatureSpec
 from mlfusion.store import Entry, FeatureStore, reader, stream, streams_for
 from mlfusion.store.verify import verify_entry
 

@@ -14,9 +14,9 @@ import workers
 from test_kills import at_change
 from workers import IMAGES, PAIRS, UNUSABLE, Child, extract, files, litter, published, spec, whole
 
-from mlfusion import disk
 from mlfusion.store import FeatureStore, leases
 from mlfusion.store.verify import verify_entry
+from mlfusion.system import disk
 
 both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 

@@ -12,12 +12,13 @@ import torch
 from test_company import read_on
 from workers import IMAGES, Child, extract, files, right, spec, whole
 
-from mlfusion import disk, population
-from mlfusion.batches import Schedule, Tokens
 from mlfusion.errors import NotCached
-from mlfusion.probes import HeadShape
+from mlfusion.probing.heads import HeadShape
+from mlfusion.probing.training import population
+from mlfusion.probing.training.batches import Schedule, Tokens
 from mlfusion.store import FeatureStore, feature_store
 from mlfusion.store.prune import TRASH, empty_trash, remove_entry
+from mlfusion.system import disk
 
 
 def prune(root: Path) -> None:

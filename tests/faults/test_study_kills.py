@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from workers import Child
 
-from mlfusion import forward, protocol, study
-from mlfusion.recipe import Recipe
+from mlfusion.extraction import forward
+from mlfusion.probing import grids
 from mlfusion.results import Results
 from mlfusion.results.rows import fields
 from mlfusion.store.verify import verify_entry
+from mlfusion.workflows import study
+from mlfusion.workflows.recipe import Recipe
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny import save_images, save_model
@@ -23,8 +25,8 @@ VOLATILE = {"seconds", "created"}
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch) -> Recipe:
-    grid = protocol.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=20)
-    monkeypatch.setitem(protocol.SEARCH_GRIDS, "quick", grid)
+    grid = grids.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=20)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", grid)
     monkeypatch.setattr(study, "TRIAL_SECONDS", 0.01)
     monkeypatch.setitem(forward.MAX_BATCH_SIZES, "cpu", 4)
     model = str(save_model("vit", tmp_path / "model"))

@@ -19,10 +19,10 @@ import pytest
 from test_prunes import prune
 from workers import UNUSABLE, Child, extract, files, published, read_every_way, right, spec, whole
 
-from mlfusion import disk
 from mlfusion.store import FeatureStore
 from mlfusion.store.transfer import copy_entry
 from mlfusion.store.verify import repair_entry, verify_entry
+from mlfusion.system import disk
 
 both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 CALLS = (

@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mlfusion import disk, extraction
 from mlfusion.errors import MlfusionError
-from mlfusion.specs import DataSpec, Dtype, FeatureSpec, ModelSpec
+from mlfusion.extraction import run
+from mlfusion.extraction.request import ComputeOptions, Job, Request
+from mlfusion.specs.identity import DataSpec, Dtype, FeatureSpec, ModelSpec
 from mlfusion.store import Entry, FeatureStore, Names, Samples
 from mlfusion.store.verify import verify_entry
+from mlfusion.system import disk
 
 LONG = os.environ.get("MLFUSION_FAULTS") == "long"  # here, as there are two conftests and a new process finds the other
 IMAGES = 44
@@ -117,14 +119,14 @@ def extract(
     pause: float = 0.0,
 ) -> Entry:
     """`mlfusion.extract` of the formula."""
-    asked = extraction.Request(
+    asked = Request(
         checkpoint=None,
         names=NAMES,
         pairs=PAIRS,
-        jobs=(extraction.Job(Images(images), samples(images), spec(images, dtype), Steps()),),
-        compute=extraction.ComputeOptions(device="cpu", batch_size=4, format=format),
+        jobs=(Job(Images(images), samples(images), spec(images, dtype), Steps()),),
+        compute=ComputeOptions(device="cpu", batch_size=4, format=format),
     )
-    [done] = extraction.fill(asked, cache=root, model=lambda _: Model(passes, pause))
+    [done] = run.fill(asked, cache=root, model=lambda _: Model(passes, pause))
     return done.entry
 
 

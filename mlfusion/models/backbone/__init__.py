@@ -23,7 +23,8 @@ from mlfusion.models.backbone.taps import StopForward, Tap
 from mlfusion.models.backbone.tracing import tensor_of
 from mlfusion.models.preprocessing import Preprocessing, read
 from mlfusion.shapes import Float
-from mlfusion.specs import HOOKS, KINDS, Compute, Hook, Pair, TokenKind, layer_ranges
+from mlfusion.specs.identity import HOOKS, KINDS, Compute, Hook, Pair, TokenKind
+from mlfusion.specs.names import layer_ranges
 
 __all__ = ["Anatomy", "Backbone", "Tap", "dissect"]
 

@@ -26,7 +26,7 @@ from mlfusion.errors import BadModel, first_line
 from mlfusion.models.backbone.patches import Embedding, ToArguments, TokenLayout, find_layout
 from mlfusion.models.backbone.taps import Special, Tap
 from mlfusion.models.backbone.tracing import Call, Watch
-from mlfusion.specs import Hook
+from mlfusion.specs.identity import Hook
 
 FinalMode = Literal["hook", "apply", "raw"]
 """What becomes of the last layer: the model norms all tokens; we apply its norm to all tokens; or nobody norms them."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mlfusion.models.backbone.taps import Special, Tap
 from mlfusion.shapes import Float
-from mlfusion.specs import GRID_SIDES, TokenKind
+from mlfusion.specs.identity import GRID_SIDES, TokenKind
 
 
 def count(kind: TokenKind, tap: Tap, special: Special) -> int:

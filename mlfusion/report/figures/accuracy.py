@@ -18,7 +18,7 @@ from mlfusion.report.figures.drawing import (
 from mlfusion.report.numbers import enumerated, mean_sd, percent, points
 from mlfusion.report.summary import HEADS, ComparisonGroup, Score, metric_name, score_word
 from mlfusion.report.theme import SYMBOLS
-from mlfusion.specs import BASELINE
+from mlfusion.specs.names import BASELINE
 
 
 def accuracy(groups: Sequence[ComparisonGroup]) -> Figure | None:

@@ -8,7 +8,7 @@ from mlfusion.report.figures.drawing import Figure, Record, series_legend
 from mlfusion.report.numbers import percent, points
 from mlfusion.report.studies import Study
 from mlfusion.report.summary import ALF, HEADS, ComparisonGroup, Score, head_of
-from mlfusion.specs import ALIASES, BASELINE
+from mlfusion.specs.names import ALIASES, BASELINE
 from mlfusion.statistics import FEWEST, Against, against
 
 COMPARED = {ALIASES["aat"]: "AAT", "cls+ap-all-layers/linear": "linear, all layers", ALF: "ALF"}

@@ -20,7 +20,7 @@ from mlfusion.report.figures.drawing import (
 from mlfusion.report.numbers import percent
 from mlfusion.report.summary import ComparisonGroup, metric_name, score_word
 from mlfusion.report.theme import SYMBOLS, Symbol
-from mlfusion.specs import BASELINE
+from mlfusion.specs.names import BASELINE
 
 Cka = Mapping[tuple[str, str], Mapping[Literal["linear", "rbf"], Mapping[str, Mapping[int, float]]]]
 """{(model, data set): {kernel: {token kind: {layer: CKA of its tokens with the last layer's}}}}."""

@@ -9,7 +9,7 @@ from mlfusion.report.figures.drawing import Figure, Panel, Record, base_chart, r
 from mlfusion.report.numbers import capitalized, percent, points
 from mlfusion.report.studies import Study
 from mlfusion.report.summary import ComparisonGroup, mean_gain
-from mlfusion.specs import BASELINE
+from mlfusion.specs.names import BASELINE
 
 
 def score_map(groups: Sequence[ComparisonGroup]) -> Figure | None:

@@ -10,7 +10,7 @@ from mlfusion.report.figures.gains import COMPARED
 from mlfusion.report.numbers import from_to, points
 from mlfusion.report.studies import Study, domain
 from mlfusion.report.summary import Score
-from mlfusion.specs import BASELINE
+from mlfusion.specs.names import BASELINE
 
 
 def _shown(study: Study) -> list[str]:

@@ -1,0 +1,71 @@
+"""How like the last layer's tokens those of each layer are, from cached features: what stands beside accuracy by layer."""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import numpy as np
+
+from mlfusion.results import Row
+from mlfusion.specs.identity import STUDY_KINDS, TokenKind
+from mlfusion.statistics import cka_with
+from mlfusion.store import CachePath, Entry, FeatureStore
+
+MOST_IMAGES = 2_000
+"""Of the test images, evenly spread: the unbiased estimate needs no more, and many would take minutes."""
+
+Measure = Literal["linear", "rbf"]
+Similar = dict[tuple[str, str], dict[Measure, dict[str, dict[int, float]]]]
+"""{(model, data set): {kernel: {token kind: {layer: CKA with the last layer}}}}."""
+
+
+def to_the_last(
+    rows: Iterable[Row], *, cache: CachePath = None, say: Callable[[str], None] = lambda _: None
+) -> Similar:
+    """CKA (unbiased), linear and by an RBF, of every cached layer's CLS and AP tokens with the last one's, on the test images.
+
+    Args:
+        rows: whose models and data sets are meant; their own features are read, by their keys.
+        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
+        say: told of features that are no longer cached.
+
+    Raises:
+        CacheUnusable: a checksum is wrong.
+    """
+    store = FeatureStore(cache)
+    found: Similar = {}
+    wanted = {(row.model, row.dataset): row.features[1] for row in rows if "-layer-" in row.probe}
+    for (model, dataset), key in wanted.items():
+        entry = store.by_key(key)
+        if entry is None:
+            say(f"no similarity for {model} on {dataset}: its test features ({key}) are not in {store.root} any more")
+            continue
+        both: dict[Measure, dict[str, dict[int, float]]] = {"linear": {}, "rbf": {}}
+        for kind in STUDY_KINDS:
+            layers = sorted(layer for layer, held in entry.held() if held == kind)
+            if len(layers) > 1 and layers[-1] == entry.spec.model.depth:
+                for measure, values in _of_kind(entry, kind, layers).items():
+                    both[measure][kind] = values
+        if both["linear"]:
+            found[model, dataset] = both
+    return found
+
+
+def _of_kind(entry: Entry, kind: TokenKind, layers: list[int]) -> dict[Measure, dict[int, float]]:
+    last = _tokens(entry, kind, layers[-1])
+    like: dict[Measure, Callable[[np.ndarray], float]] = {
+        "linear": cka_with(last),
+        "rbf": cka_with(last, kernel="rbf"),
+    }
+    found: dict[Measure, dict[int, float]] = {"linear": {}, "rbf": {}}
+    for layer in layers:
+        tokens = _tokens(entry, kind, layer)
+        for measure, of in like.items():
+            found[measure][layer] = of(tokens)
+    return found
+
+
+def _tokens(entry: Entry, kind: TokenKind, layer: int) -> np.ndarray:
+    """[images, width] float32 of one layer, of at most MOST_IMAGES images."""
+    with entry.open((layer,), (kind,)) as reader:
+        rows = np.linspace(0, len(reader) - 1, min(len(reader), MOST_IMAGES)).astype(np.int64)
+        return np.asarray(reader[rows], np.float32)[:, 0, 0]

@@ -1,0 +1,1 @@
+"""Stage 1: images and a frozen model to tokens in the store."""

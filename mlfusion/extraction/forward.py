@@ -1,0 +1,98 @@
+"""Runs a frozen model on batches that fit into memory: sized by a measured pass, halved when memory runs out."""
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from mlfusion.errors import MlfusionError
+from mlfusion.models.backbone import Backbone
+from mlfusion.models.preprocessing import Preprocessing
+from mlfusion.specs.identity import Pair
+from mlfusion.system import memory
+
+MAX_BATCH_SIZES = {"cpu": 32, "cuda": 256, "mps": 64}
+"""Images in a pass if memory allows; more are no faster (docs/measurements/speed.md)."""
+
+MEMORY_SHARE = 0.6  # of the free memory, for one pass
+TRIAL_IMAGES = 2  # of the pass that is measured
+
+
+class Forward:
+    """A backbone with a batch size that fits into memory."""
+
+    def __init__(
+        self, backbone: Backbone, steps: Preprocessing, pairs: Iterable[Pair], batch_size: int | None = None
+    ) -> None:
+        """Choose a batch size; None: by a measured pass over two images, up to MAX_BATCH_SIZES."""
+        self.backbone, self.steps = backbone, steps
+        self.batch_size = batch_size or self._fitting_batch_size(frozenset(pairs))
+        self.shrunk = False  # whether memory ran out and the batch size was halved
+        self.passes = 0
+        self.seconds = 0.0
+        self.wait_for_copy: Callable[[], None] = lambda: None  # returns when the last pictures are on the device
+        self._buffer: Tensor | None = None  # finished pictures: memory taken anew would be cleared each time
+
+    def __call__(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor]:
+        """Prepared pictures → tokens in float32 on the model's device, which may still be at work on them.
+
+        Raises:
+            MlfusionError: there is no memory even for one image.
+        """
+        began = time.perf_counter()
+        parts: list[dict[Pair, Tensor]] = []
+        at = 0
+        while at < len(pictures):
+            piece = pictures[at : at + self.batch_size]
+            made = self._pass(piece, pairs)
+            if made is not None:
+                parts.append(made)
+                at += len(piece)
+            elif len(piece) == 1:
+                raise MlfusionError(
+                    f"there is no memory on {self.backbone.device} for one image in {self.backbone.name}; allowed: "
+                    "--compute bfloat16, a smaller --size, --device cpu, or a smaller model. What was extracted is kept"
+                )
+            else:
+                self.batch_size, self.shrunk = max(1, len(piece) // 2), True
+        self.seconds += time.perf_counter() - began
+        return parts[0] if len(parts) == 1 else {pair: torch.cat([part[pair] for part in parts]) for pair in parts[0]}
+
+    def _pass(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor] | None:
+        """Run one pass; None if memory ran out. Nothing of a failed pass is held afterwards, so that a smaller one may fit."""
+        try:
+            made = self.backbone(self._to_device(pictures), pairs)
+        except (RuntimeError, MemoryError) as err:
+            if not memory.is_shortage(err):
+                raise
+            self._buffer = None
+        else:
+            self.passes += 1
+            return made
+        memory.give_back(self.backbone.device.type)
+        return None
+
+    def _to_device(self, pictures: Tensor) -> Tensor:
+        there = pictures.to(self.backbone.device, non_blocking=True)
+        if there.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self.wait_for_copy = event.synchronize
+        if self._buffer is None or len(self._buffer) < len(there):
+            self._buffer = torch.empty(there.shape, device=there.device)
+        return self.steps.finish(there, self._buffer)
+
+    def _fitting_batch_size(self, pairs: frozenset[Pair]) -> int:
+        kind = self.backbone.device.type
+        most = MAX_BATCH_SIZES.get(kind, MAX_BATCH_SIZES["cpu"])
+        blank = torch.zeros(TRIAL_IMAGES, 3, *self.steps.pixels, dtype=self.steps.dtype)
+        try:
+            with memory.measured(kind) as taken:
+                self.backbone(self.steps.finish(blank.to(self.backbone.device)), pairs)
+        except (RuntimeError, MemoryError) as err:
+            if not memory.is_shortage(err):
+                raise
+            return 1
+        fits = int(MEMORY_SHARE * memory.available(str(self.backbone.device)) / max(taken() / TRIAL_IMAGES, 1))
+        return max(1, min(most, 1 << max(fits, 1).bit_length() - 1))

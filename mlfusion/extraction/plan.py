@@ -1,0 +1,193 @@
+"""What an extraction would do, before it does it: which entry it uses, why there is none yet, and what filling it costs."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mlfusion import datasets
+from mlfusion.extraction.forward import MAX_BATCH_SIZES, Forward
+from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Job, Making, Request
+from mlfusion.extraction.run import load, loading
+from mlfusion.models.backbone import Backbone
+from mlfusion.specs.identity import Dtype, Pair
+from mlfusion.store import CachePath, Entry, FeatureStore, FormatName, Missing, missing_bytes
+from mlfusion.system import disk
+
+TRIAL_SECONDS = 5.0  # of measuring, after a first batch that does not count
+FILES = {"entry": 7, "stream": 3, "shard": 2}  # files of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSplit:
+    """What the extraction of one split would take."""
+
+    split: str
+    view: str
+    key: str
+    images: int
+    images_to_run: int
+    bytes_held: int
+    bytes_to_write: int
+    files_to_write: int
+    forward_passes: int
+    forward_passes_saved: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an extraction would take, by arithmetic and a short measured trial."""
+
+    model: str
+    dataset: str
+    splits: tuple[PlannedSplit, ...]
+    free_bytes: int
+    images_per_second: float | None  # None where nothing is to be run
+    trial_seconds: float
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes to write for all splits."""
+        return sum(split.bytes_to_write for split in self.splits)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the forward passes would take, by the trial."""
+        images = sum(split.images_to_run for split in self.splits)
+        return images / self.images_per_second if self.images_per_second else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `mlfusion plan --json` prints."""
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "splits": [vars(split) for split in self.splits],
+            "bytes_to_write": self.bytes_to_write,
+            "free_bytes": self.free_bytes,
+            "fits": self.bytes_to_write <= self.free_bytes,
+            "images_per_second": self.images_per_second and round(self.images_per_second, 2),
+            "seconds": round(self.seconds, 1),
+            "trial_seconds": round(self.trial_seconds, 1),
+        }
+
+
+def plan(
+    model: str,
+    dataset: str | datasets.DataSet,
+    *,
+    reading: datasets.ReadOptions | None = None,
+    splits: Sequence[str] | str = ("train", "test"),
+    layers: str = "all",
+    tokens: str = "cls,ap",
+    format: FormatName = "zarr",
+    dtype: Dtype = "float16",
+    device: str = "auto",
+    batch_size: int | None = None,
+    making: Making | None = None,
+    workers: int = 0,
+    cache: CachePath = None,
+    trial: float = TRIAL_SECONDS,
+) -> Plan:
+    """Say what `extract` with the same options would write and how long it would take. Writes nothing.
+
+    `trial` is the number of seconds for which images are prepared and run through the model to measure the rate; the other
+    arguments and the errors are those of `extract`.
+    """
+    asked = Request.of(
+        model,
+        dataset,
+        FeatureOptions(layers=layers, tokens=tokens, dtype=dtype, making=making or Making()),
+        ComputeOptions(device=device, batch_size=batch_size, workers=workers, format=format),
+        reading=reading,
+        splits=splits,
+    )
+    return estimate(asked, cache=cache, trial=trial)
+
+
+def estimate(
+    asked: Request,
+    *,
+    cache: CachePath = None,
+    trial: float | None = TRIAL_SECONDS,
+    model: Callable[[Request], Backbone] = load,
+) -> Plan:
+    """The same as `plan` for a resolved request; without a trial the time is not estimated."""
+    store = FeatureStore(cache)
+    planned: list[PlannedSplit] = []
+    backbone: Backbone | None = None
+    rate, spent = None, 0.0
+    batch = asked.compute.batch_size or MAX_BATCH_SIZES["cpu"]
+    for job in asked.jobs:
+        entry = store.entry(job.spec)
+        missing: Missing = {}
+        if entry is None or not asked.pairs <= entry.held():
+            backbone = backbone or model(asked)
+            missing = store.missing(job.spec, backbone.shapes(asked.pairs), asked.compute.format)
+            if rate is None and trial is not None:
+                wanted = frozenset(pair for stream in missing for pair in stream.pairs)
+                forward = Forward(backbone, job.steps, wanted, asked.compute.batch_size)
+                rate, spent = _trial(forward, job.split, wanted, asked.compute, trial)
+                batch = forward.batch_size
+        planned.append(_planned(job, entry, missing, batch))
+    return Plan(
+        model=asked.names.model,
+        dataset=asked.names.dataset,
+        splits=tuple(planned),
+        free_bytes=disk.free_bytes(store.root),
+        images_per_second=rate,
+        trial_seconds=spent,
+    )
+
+
+def _planned(job: Job, entry: Entry | None, missing: Missing, batch_size: int) -> PlannedSplit:
+    count = job.spec.data.images
+    images = np.zeros(count, bool)
+    files = 0 if entry else FILES["entry"]
+    for stream, shards in missing.items():
+        files += FILES["shard"] * len(shards) + (FILES["stream"] if len(shards) == stream.shards else 0)
+        for shard in shards:
+            rows = stream.rows(shard)
+            images[rows.start : rows.stop] = True
+    # No batch reaches over the end of a shard.
+    cut = missing or (entry.streams() if entry else [])
+    step = min((stream.shard_rows for stream in cut), default=count)
+    steps = [range(at, min(at + step, count)) for at in range(0, count, step)]
+    batches = [-(-len(rows) // batch_size) for rows in steps]
+    passes = sum(count for count, rows in zip(batches, steps, strict=True) if images[rows.start])
+    return PlannedSplit(
+        split=job.split.name,
+        view=job.steps.view,
+        key=job.spec.key,
+        images=count,
+        images_to_run=int(images.sum()),
+        bytes_held=entry.size() if entry else 0,
+        bytes_to_write=missing_bytes(missing),
+        files_to_write=files,
+        forward_passes=passes,
+        forward_passes_saved=sum(batches) - passes,
+    )
+
+
+def _trial(
+    forward: Forward, split: datasets.Split, wanted: frozenset[Pair], compute: ComputeOptions, seconds: float
+) -> tuple[float, float]:
+    """Images per second, decoded and run, and the seconds of the measurement. A short data set is repeated."""
+
+    def rounds() -> Iterator[tuple[range, None]]:
+        while True:
+            for at in range(0, len(split), forward.batch_size):
+                yield range(at, min(at + forward.batch_size, len(split))), None
+
+    images, start = 0, 0.0
+    for one in loading(forward, split, replace(compute, skip_bad=True))(rounds()):
+        for tokens in forward(one.pictures, wanted).values():
+            tokens.cpu()
+        if not start:
+            start = time.monotonic()
+            continue
+        images += len(one.rows)
+        if (spent := time.monotonic() - start) >= seconds:
+            break
+    return images / spent, spent

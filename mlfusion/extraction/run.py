@@ -1,0 +1,309 @@
+"""Stage 1: fill the gaps of the cache. Every image passes through the model once, whatever layers and tokens are missing.
+
+Work is cut by rows, storage by (stream, rows). A block of rows goes through the model when any stream lacks a shard
+there, as deep as the deepest layer missing, and every lacking stream takes its part of that one pass.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from mlfusion import datasets
+from mlfusion.extraction import loader
+from mlfusion.extraction.forward import Forward
+from mlfusion.extraction.loader import Loader
+from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Job, Making, Request
+from mlfusion.extraction.writer import Batch, _take, _Writer
+from mlfusion.models.backbone import Backbone
+from mlfusion.specs.identity import Dtype, TokenKind
+from mlfusion.specs.names import layer_ranges
+from mlfusion.store import (
+    CachePath,
+    Entry,
+    FeatureStore,
+    FormatName,
+    Gap,
+    Piece,
+    RunPart,
+    RunRecord,
+)
+from mlfusion.system.devices import device_name
+from mlfusion.system.progress import Bar, track
+
+BOTTLENECK_SHARE = 0.1  # of the time: a part for which the forward pass waited longer is the bottleneck
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionResult:
+    """What one split's extraction did."""
+
+    entry: Entry
+    layers: tuple[int, ...]  # asked for
+    tokens: tuple[TokenKind, ...]  # asked for
+    images_written: int
+    images_reused: int
+    images_skipped: int
+    forward_passes: int  # number of batches that went through the model
+    seconds: float
+    view: str = "plain"
+    rate: float = 0.0  # images per second, while there were images to run
+    bottleneck: str = ""  # the part that was waited for: 'decoding', 'the forward pass' or 'writing'
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `mlfusion extract --json` prints."""
+        spec = self.entry.spec
+        return {
+            "model": spec.model.name,
+            "dataset": spec.data.name,
+            "split": spec.data.split,
+            "images": spec.data.images,
+            "layers": list(self.layers),
+            "tokens": list(self.tokens),
+            "dtype": spec.dtype,
+            "key": self.entry.key,
+            "path": str(self.entry.path),
+            "bytes": self.entry.size(),
+            "images_written": self.images_written,
+            "images_reused": self.images_reused,
+            "images_skipped": self.images_skipped,
+            "skipped": self.entry.unreadable(),
+            "forward_passes": self.forward_passes,
+            "seconds": round(self.seconds, 3),
+            "view": self.view,
+            "compute": spec.model.compute,
+            "images_per_second": round(self.rate, 2),
+            "limit": self.bottleneck,
+        }
+
+
+def extract(
+    model: str,
+    dataset: str | datasets.DataSet,
+    *,
+    reading: datasets.ReadOptions | None = None,
+    splits: Sequence[str] | str = ("train", "test"),
+    layers: str = "all",
+    tokens: str | Iterable[str] = ("cls", "ap"),
+    format: FormatName = "zarr",
+    dtype: Dtype = "float16",
+    device: str = "auto",
+    batch_size: int | None = None,
+    making: Making | None = None,
+    workers: int = 0,
+    cache: CachePath = None,
+    skip_bad: bool = False,
+    log: Callable[[str], None] = lambda _: None,
+) -> list[ExtractionResult]:
+    """Cache a frozen model's tokens of a data set; what is there already is not computed again.
+
+    Args:
+        model: a catalogue name, an id on the hub, or a folder.
+        dataset: a catalogue name, an id on the hub, a folder or a file; or images in memory, by `mlfusion.array_dataset`.
+        reading: which columns, which kind of labels, how to split it: see `mlfusion.ReadOptions`.
+        splits: names, or a comma-separated list; 'test=validation' takes the validation split for the test.
+        layers: 'all' (1..L), 'last', or a list such as '1-4,12'; L is the final norm.
+        tokens: kinds, each with layers of its own if need be: 'cls,ap,all@last'.
+        format: format of new shards; what is cached in the other format is reused as it is.
+        dtype: storage type: float16, bfloat16, float32, or int8 with a scale per token.
+        device: 'auto', 'cpu', 'cuda' or 'mps'. Never part of the key.
+        batch_size: images in a forward pass; None: as many as memory allows. Never part of the key.
+        making: preprocessing, size of the input, views, compute type: parts of the key, each view an entry of its own.
+        workers: number of decoding workers (threads; processes with a GPU); 0: one per core. Never part of the key.
+        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
+        skip_bad: go on past images that cannot be read; readers leave their rows out.
+        log: called with a message while waiting for another extractor of the same entry.
+
+    Raises:
+        MlfusionError: one of its kinds; see `mlfusion.errors`.
+    """
+    asked = Request.of(
+        model,
+        dataset,
+        FeatureOptions(layers=layers, tokens=tokens, dtype=dtype, making=making or Making()),
+        ComputeOptions(device=device, batch_size=batch_size, workers=workers, format=format, skip_bad=skip_bad),
+        reading=reading,
+        splits=splits,
+    )
+    return fill(asked, cache=cache, log=log)
+
+
+def load(asked: Request) -> Backbone:
+    """Load the model of a request."""
+    first = asked.jobs[0]
+    return Backbone(asked.checkpoint, asked.compute.device, preprocessing=first.steps, compute=first.spec.model.compute)
+
+
+def fill(
+    asked: Request,
+    *,
+    cache: CachePath = None,
+    log: Callable[[str], None] = lambda _: None,
+    model: Callable[[Request], Backbone] = load,
+) -> list[ExtractionResult]:
+    """The same as `extract` for a resolved request. `model` is called if, and only if, something has to be computed."""
+    store = FeatureStore(cache)
+    done: list[ExtractionResult] = []
+    backbone: Backbone | None = None
+    for job in asked.jobs:
+        began = time.monotonic()
+        work = _Work(job, asked.compute)
+        if asked.pairs <= store.held(job.spec):
+            entry = store.reuse(job.spec, job.samples, asked.names)
+        else:
+            backbone = backbone or model(asked)
+            shapes = backbone.shapes(asked.pairs)  # a token that the model lacks is refused before anything is written
+            spec = replace(job.spec, model=replace(job.spec.model, kinds=tuple(backbone.kinds)))
+            filling = store.filling(spec, job.samples, asked.names, shapes, format=asked.compute.format, log=log)
+            with filling as gap:
+                work.run(gap, backbone)
+                if work.written:
+                    gap.commit(_provenance(gap.entry, work, time.monotonic() - began))
+            entry = gap.entry
+        done.append(
+            ExtractionResult(
+                entry=entry,
+                layers=asked.layers,
+                tokens=asked.kinds,
+                images_written=work.written,
+                images_reused=len(job.split) - work.written,
+                images_skipped=len(entry.skipped()),
+                forward_passes=work.passes,
+                seconds=time.monotonic() - began,
+                view=job.steps.view,
+                rate=work.rate,
+                bottleneck=work.bottleneck,
+            )
+        )
+    return done
+
+
+class _Work:
+    """The loop that fills the gaps of one entry, and its figures."""
+
+    def __init__(self, job: Job, compute: ComputeOptions) -> None:
+        self.job, self.split, self.compute = job, job.split, compute
+        self.written = 0  # images
+        self.seconds = 0.0  # that the loop ran
+        self.forward: Forward | None = None
+        self.loaders: list[Loader] = []
+        self.writers: list[_Writer] = []
+
+    @property
+    def passes(self) -> int:
+        """Number of batches that went through the model."""
+        return self.forward.passes if self.forward else 0
+
+    @property
+    def rate(self) -> float:
+        """Images per second."""
+        return self.written / max(self.seconds, 1e-9)
+
+    @property
+    def waited(self) -> dict[str, float]:
+        """Seconds that the loop waited for pictures, and for the writer to take tokens."""
+        return {
+            "decoding": sum(loader.waited for loader in self.loaders),
+            "writing": sum(writer.held for writer in self.writers),
+        }
+
+    @property
+    def bottleneck(self) -> str:
+        """The part that the others waited for; '' if nothing was computed."""
+        if not self.written:
+            return ""
+        waited = self.waited
+        part = max(waited, key=lambda name: waited[name])
+        return part if waited[part] > BOTTLENECK_SHARE * self.seconds else "the forward pass"
+
+    def run(self, gap: Gap, backbone: Backbone) -> None:
+        """Compute and publish every missing shard, or wait for the extractors that make it."""
+        with track(gap.title, len(self.split), "images") as bar:
+            for pieces in gap.rounds():
+                if self.forward is None:
+                    self.forward = Forward(backbone, self.job.steps, gap.pairs, self.compute.batch_size)
+                self._fill(gap, self.forward, pieces, bar)
+
+    def _fill(self, gap: Gap, forward: Forward, pieces: Iterator[Piece], bar: Bar) -> None:
+        began = time.monotonic() - self.seconds
+        feed = loading(forward, self.split, self.compute)
+        self.loaders.append(feed)
+        # A batch is written while the next one is computed and others are decoded, and a shard is flushed while the next
+        # one is filled. Whatever ends the loop, what was complete is published.
+        with _Writer(gap) as writer:
+            self.writers.append(writer)
+            for one in feed(_batches(pieces, forward.batch_size)):
+                writer.put(one, _take(forward, one))
+                gap.renew()
+                self.written += len(one.rows)
+                self.seconds = time.monotonic() - began
+                bar.note = f"limit: {self.bottleneck}"
+                bar.to(one.rows.stop)
+        self.seconds = time.monotonic() - began
+
+
+def _batches(pieces: Iterator[Piece], size: int) -> Iterator[Batch]:
+    """Cut pieces into batches."""
+    for rows, streams in pieces:
+        for at in range(rows.start, rows.stop, size):
+            yield range(at, min(at + size, rows.stop)), streams
+
+
+def loading(forward: Forward, split: datasets.Split, compute: ComputeOptions) -> Loader:
+    """The loader for a forward pass: threads beside it, or processes if it is on a GPU and leaves the processors free."""
+    on_gpu = forward.backbone.device.type == "cuda"
+    return Loader(
+        split,
+        forward.steps,
+        forward.batch_size,
+        skip_bad=compute.skip_bad,
+        workers=compute.workers,
+        processes=on_gpu and loader.can_fork(),
+        pinned=on_gpu,
+    )
+
+
+def _provenance(entry: Entry, work: _Work, seconds: float) -> RunRecord:
+    """The record of a run: versions, device, rates. Never part of the key."""
+    forward, device = work.forward, work.compute.device
+    assert forward is not None
+    libraries = ["mlfusion", "torch", "transformers", "numpy", "pillow", "zarr", "h5py", "simplejpeg"]
+    versions = {"python": platform.python_version()}
+    for name in libraries:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    parts = {  # seconds of all decoding workers, of the device, of the writer
+        "decoding": sum(each.busy for each in work.loaders),
+        "forward": forward.seconds + sum(each.awaited for each in work.writers),
+        "writing": sum(each.busy for each in work.writers),
+    }
+    return RunRecord(
+        when=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions,
+        device=device,
+        device_name=device_name(device),
+        processors=loader.processor_count(),
+        threads=torch.get_num_threads(),
+        compute=entry.spec.model.compute,
+        dtype=entry.spec.dtype,
+        batch_size=forward.batch_size,
+        out_of_memory=forward.shrunk,
+        images=work.written,
+        forward_passes=forward.passes,
+        seconds=round(seconds, 3),
+        images_per_second=round(work.rate, 2),
+        bottleneck=work.bottleneck,
+        waited={name: round(value, 3) for name, value in work.waited.items()},
+        parts={
+            name: RunPart(seconds=round(each, 3), images_per_second=round(work.written / max(each, 1e-9), 2))
+            for name, each in parts.items()
+        },
+        streams=tuple(stream.name for stream in entry.streams()),
+        layers=layer_ranges(layer for stream in entry.streams() for layer in stream.layers),
+    )

@@ -1,0 +1,98 @@
+"""Predicts the time that training a probe takes, from a trial of a few steps on random tokens: for plans and advice."""
+
+import time
+from dataclasses import dataclass
+from functools import cache as once
+
+import numpy as np
+import torch
+
+from mlfusion.probing import grids, protocol
+from mlfusion.probing.heads import HEADS, HeadShape
+from mlfusion.probing.search import SOLVERS, FitOptions
+from mlfusion.probing.targets import OneClass
+from mlfusion.probing.training import population
+from mlfusion.probing.training.batches import Schedule, Tokens
+from mlfusion.probing.training.population import Configuration, Population, TrainingData
+from mlfusion.probing.training.precision import Numerics
+from mlfusion.specs.names import Head, Probe
+from mlfusion.specs.options import SearchOptions
+
+IMAGES = (32, 64, 128, 256)  # sizes of the trial's batch; the next smaller one is tried
+STEPS = 3  # of the trial; the first is not counted
+CLASSES = (16, 128, 1024)  # numbers of classes; the next larger one is tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The sizes that decide what training a probe takes."""
+
+    tokens: int  # T, of an image
+    width: int  # D
+    classes: int  # C
+    images: int  # N, of the training split
+
+
+def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: str = "cpu") -> float:
+    """Time to choose and refit one seed's probe, roughly: the number of steps is exact, the rate of a step is measured here.
+
+    Args:
+        probe: which.
+        problem: its sizes.
+        search: grid, halving and precision.
+        device: where it trains.
+    """
+    if probe.head in SOLVERS:
+        return _solving(probe.head, problem.tokens, problem.width, search) * problem.images / IMAGES[-1]
+    grid = grids.SEARCH_GRIDS[search.grid]
+    schedule, configurations = grid.schedule(problem.images), len(grid.configurations(probe.head))
+    stages = grids.rungs(configurations, schedule.steps, halving=search.halving)
+    steps = sum(members * until for members, until in stages)
+    heads = probe.heads or (8 if probe.representation.spatial else min(problem.tokens, problem.width))
+    shape = HeadShape(
+        tokens=problem.tokens,
+        width=problem.width,
+        classes=next((c for c in CLASSES if c >= problem.classes), CLASSES[-1]),
+        heads=heads if HEADS[probe.head].has_attention else 1,
+    )
+    batch = max((b for b in IMAGES if b <= schedule.batch_size), default=IMAGES[0])
+    rate = _training(probe.head, shape, batch, Numerics.of(device, search.precision))
+    return rate * (steps + schedule.steps) * schedule.batch_size / batch
+
+
+def _made_up(images: int, tokens: int, width: int, classes: int) -> Tokens:
+    random = np.random.default_rng(0)
+    values = random.standard_normal((images, tokens, width), np.float32).astype(np.float16)
+    return Tokens(values, np.arange(images) % classes)
+
+
+@once
+def _training(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> float:
+    """Seconds of one step of one configuration on a batch."""
+    # As many as there are threads: a grid has more, and keeps all of them busy.
+    count = torch.get_num_threads()
+    chosen = [Configuration(1e-3, 1e-2 + k, 0.1) for k in range(count)]
+    tokens = _made_up(images, shape.tokens, shape.width, shape.classes)
+    schedule = Schedule(images, steps=100, batch_size=images, batches=1)
+    ends: list[float] = []
+    trained = population.train(
+        Population(head, shape, chosen, seed=0),
+        TrainingData(tokens, np.arange(images), schedule, until=STEPS),
+        numerics,
+        progress=lambda _: ends.append(time.perf_counter()),
+    )
+    for _ in trained:
+        pass
+    if len(ends) > STEPS:  # in several groups, because there is little memory
+        count = -(-count * STEPS // len(ends))
+        ends = ends[:STEPS]
+    return (ends[-1] - ends[0]) / (STEPS - 1) / count
+
+
+@once
+def _solving(head: Head, tokens: int, width: int, search: SearchOptions) -> float:
+    """Seconds of a whole search over a few images of two classes."""
+    made_up = _made_up(IMAGES[-1], tokens, width, 2)
+    began = time.perf_counter()
+    protocol.fit(head, made_up, lambda: made_up, target=OneClass(2), options=FitOptions(seed=0, search=search))
+    return time.perf_counter() - began

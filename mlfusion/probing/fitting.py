@@ -1,0 +1,99 @@
+"""One job fitted: tokens read, the protocol run, the outcome kept."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mlfusion.probing import protocol, saved, splits
+from mlfusion.probing.jobs import Job
+from mlfusion.probing.rows import Fitted, _arrays, card_of, row_of
+from mlfusion.probing.search import FitOptions
+from mlfusion.probing.targets import target_of
+from mlfusion.probing.training import population
+from mlfusion.probing.training.batches import Tokens
+from mlfusion.results import ImageCounts, Row
+from mlfusion.specs.names import Probe
+from mlfusion.specs.options import SearchOptions, TrainingOptions
+from mlfusion.store import Entry, TokenReader
+from mlfusion.store.features import SplitPair
+from mlfusion.system.memory import available
+from mlfusion.system.progress import track as bar_of
+
+# --- from a job to its row -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What training may take; a result does not depend on it beyond rounding."""
+
+    device: str
+    memory: int  # bytes
+    streams: bool | None = None  # whether training reads tokens in batches; None: if they take over half of the memory
+
+    @classmethod
+    def of(cls, device: str, memory: int | None, *, streams: bool | None = None) -> "Resources":
+        """By default most of the memory that is free."""
+        return cls(device, int(population.SPARE * available("cpu")) if memory is None else memory, streams)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A row that was made, and what is kept beside it."""
+
+    row: Row
+    arrays: dict[str, np.ndarray]
+    card: saved.Card
+    weights: Mapping[str, np.ndarray]
+
+
+def train(pair: SplitPair, job: Job, resources: Resources) -> Trained:
+    """Train and test the probe of a resolved job.
+
+    Raises:
+        MlfusionError: the features cannot be read, or no probe can be trained on them.
+    """
+    fitted = _fit(pair, job, resources)
+    row = row_of(pair, fitted)
+    return Trained(row, _arrays(pair, fitted), card_of(pair, fitted, row), fitted.outcome.weights)
+
+
+def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
+    with ExitStack() as opened:
+        train = _tokens(pair.train, job.probe, resources, opened)
+        streamed = isinstance(train.values, TokenReader)
+        target = target_of(train.labels, len(pair.train.spec.data.classes), smoothing=job.smoothing)
+        if job.shots is not None:
+            train = train.of(splits.draw(train.labels, job.shots, classes=target.outputs, seed=job.seed))
+        spare = resources.memory - (0 if streamed else train.nbytes)
+        with bar_of(f"{job.probe.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
+            outcome = protocol.fit(
+                job.probe.head,
+                train,
+                lambda: _tokens(pair.test, job.probe, replace(resources, streams=None), opened),
+                target=target,
+                options=FitOptions(
+                    seed=job.seed,
+                    heads=job.probe.attention_heads(),
+                    search=SearchOptions(grid=job.grid, halving=job.halving, precision=job.precision),  # type: ignore[arg-type]
+                ),
+                training=TrainingOptions(
+                    device=resources.device, memory=max(1, spare) if resources.device == "cpu" else None
+                ),
+                progress=bar.to,
+            )
+        images = ImageCounts(train=len(train), test=len(pair.test.rows()))
+        return Fitted(job, resources.device, target, outcome, images, train.shape[1], streamed)
+
+
+def _tokens(entry: Entry, one: Probe, resources: Resources, opened: ExitStack) -> Tokens:
+    """[images, tokens, width]: layer by layer, in each layer CLS before AP; in memory, or read as training goes on."""
+    layers = one.representation.layers(entry.spec.model.depth)
+    rows, samples = entry.rows(), entry.samples
+    ids = tuple(samples.ids[row] for row in rows)
+    reader = opened.enter_context(entry.open(layers, one.representation.kinds))
+    tokens = Tokens(reader, samples.labels[rows], ids)
+    if resources.streams if resources.streams is not None else tokens.nbytes > resources.memory / 2:
+        return tokens
+    return Tokens(tokens[:], tokens.labels, ids)

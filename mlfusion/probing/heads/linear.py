@@ -1,0 +1,35 @@
+"""The linear head, the measure that every other head is held against."""
+
+from abc import ABC
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators, uniform
+from mlfusion.shapes import Float
+
+
+class LinearMap(HeadModule, ABC):
+    """K linear maps of the concatenated tokens of an image, through one product; subclasses say where weights come from."""
+
+    weight: nn.Parameter  # [K, C, T·D]
+    bias: nn.Parameter  # [K, C]
+
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
+        """Normalised tokens → logits."""
+        # (B, T·D) × (T·D, K·C): the widest product there is, for all configurations at once.
+        logits = F.linear(tokens.flatten(1), self.weight.flatten(0, 1), self.bias.flatten())
+        return logits.view(len(tokens), *self.bias.shape).transpose(0, 1)
+
+
+class Linear(LinearMap):
+    """K linear classifiers on the concatenated tokens of an image (arXiv 1610.01644), trained."""
+
+    def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
+        """PyTorch's default initialisation, drawn for each configuration from its own seed; `dropouts` are ignored."""
+        super().__init__()
+        inputs = shape.tokens * shape.width
+        streams = generators(seeds)
+        self.weight = uniform(streams, shape.classes, inputs, fan_in=inputs)
+        self.bias = uniform(streams, shape.classes, fan_in=inputs)

@@ -1,0 +1,168 @@
+"""The study's protocol (arXiv 2601.09322): choose on a part of train, refit on all of it, read the test set once."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlfusion.errors import BadData
+from mlfusion.probing.heads import HeadModule, HeadShape
+from mlfusion.probing.search import DEFAULTS, SOLVERS, FitOptions, Search, Training, _outputs
+from mlfusion.probing.targets import Target, kind_of
+from mlfusion.probing.training import population
+from mlfusion.probing.training.batches import LARGEST_BATCH, Tokens
+from mlfusion.specs.names import Head
+from mlfusion.specs.options import TrainingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One probe of one seed, chosen, refitted and tested."""
+
+    seed: int
+    metric: str  # what val, test and train are, as fractions; see `targets`
+    val: float  # of the chosen configuration on images of train that it did not see
+    test: float
+    train: float  # of the refitted probe on what it was fitted to
+    metrics: dict[str, Any]  # of the test set, see `metrics`
+    selected: dict[str, float | int]
+    configurations: int
+    parameters: int
+    shape: HeadShape
+    seconds: float
+    predictions: np.ndarray  # [N_test, C] float32: probabilities, or the number
+    attention: np.ndarray | None  # [N_test, T] float32, mean over heads; None for a head that does not attend
+    weights: dict[str, np.ndarray]  # parameters and statistics of the refitted probe
+
+
+def fit(
+    head: Head,
+    train: Tokens,
+    test: Callable[[], Tokens],
+    *,
+    target: Target,
+    options: FitOptions,
+    training: TrainingOptions = DEFAULTS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Choose a configuration on a stratified fifth of train, refit it on all of train, test it once.
+
+    Args:
+        head: the probe.
+        train: tokens and labels of the training split.
+        test: gives those of the test split; called once, after the choice is made and the probe refitted.
+        target: the kind of the labels.
+        options: seed, attention heads and how to search.
+        training: device and memory.
+        progress: called after each step with the steps done and all there are, counted per configuration.
+
+    Raises:
+        BadData: tokens or labels that no probe can be trained on, or a test split that does not match.
+    """
+    begun = time.perf_counter()
+    _check(train, target, "train")
+    target.check_choice(train.labels)
+    search: Search = (
+        SOLVERS[head](train, target, options, training, progress)
+        if head in SOLVERS
+        else Training(head, train, target, options, training, progress)
+    )
+    score, loss = search.scores()
+    best = choose(score, loss)
+    probe = search.refit(best)
+    on_train = target.predictions(_outputs(probe, train, search.everything, search.block, search.device)[0])
+    unseen = _unseen(test, train, target)
+    predictions, attention = predict(probe, unseen, target, block=search.block, device=search.device)
+    found = target.scores(unseen.labels, predictions)
+    return Outcome(
+        seed=options.seed,
+        metric=target.metric,
+        val=float(score[best]),
+        test=found[target.metric],
+        train=target.score(train.labels, on_train.cpu().numpy()),
+        metrics=found,
+        selected=search.selected(best),
+        configurations=len(score),
+        parameters=sum(p.numel() for p in probe.parameters()),
+        shape=search.shape,
+        seconds=time.perf_counter() - begun,
+        predictions=predictions,
+        attention=attention,
+        weights={name: value[0].detach().cpu().numpy().copy() for name, value in probe.state_dict().items()},
+    )
+
+
+def _unseen(test: Callable[[], Tokens], train: Tokens, target: Target) -> Tokens:
+    """The test split, if it matches train."""
+    unseen = test()
+    _check(unseen, target, "test")
+    if unseen.shape[1:] != train.shape[1:]:
+        raise BadData(
+            f"test has tokens of shape {unseen.shape[1:]} and train {train.shape[1:]}; "
+            "allowed: the same tokens and width, so extract both splits with the same model, layers and tokens"
+        )
+    return unseen
+
+
+def choose(accuracy: np.ndarray, loss: np.ndarray) -> int:
+    """Index of the best configuration: highest accuracy [K], then lowest loss [K], then the first.
+
+    Raises:
+        BadData: every configuration diverged.
+    """
+    sound = np.isfinite(loss)
+    if not sound.any():
+        raise BadData(
+            "every configuration of the grid diverged; allowed: tokens on which at least one trains. "
+            "Extract them again, with --dtype float32, and look at the images if that does not help"
+        )
+    return int(np.lexsort((np.where(sound, loss, np.inf), -np.where(sound, accuracy, -np.inf)))[0])
+
+
+def predict(
+    probe: HeadModule, tokens: Tokens, target: Target, *, block: int = LARGEST_BATCH, device: str = "cpu"
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Predictions [N, C] of a population of one, and its attention [N, T] if it has any."""
+    predictions, attention = [], []
+    for outputs, batch in population.read(probe, tokens, np.arange(len(tokens)), block=block, device=device):
+        predictions.append(target.predictions(outputs[0]).cpu().numpy())
+        if probe.has_attention:
+            with torch.no_grad():
+                attention.append(probe.attention(batch)[0].mean(1).cpu().numpy())
+    return np.concatenate(predictions), np.concatenate(attention) if attention else None
+
+
+def _check(tokens: Tokens, target: Target, name: str) -> None:
+    """Refuse tokens and labels that do not belong together, or are not finite."""
+    shape, labels, ids = tokens.shape, tokens.labels, tokens.ids
+    if len(shape) != 3 or len(labels) != shape[0] or 0 in shape:
+        raise BadData(
+            f"{name} has tokens of shape {shape} and labels of shape {labels.shape}; "
+            "allowed: [N, T, D] and a label for each of the N, none of them 0"
+        )
+    if ids is not None and len(ids) != shape[0]:
+        raise BadData(
+            f"{name} has tokens of {shape[0]} images and ids of {len(ids)}; allowed: features of the same images in the "
+            "same order, so read them from one entry of the cache"
+        )
+    if (kind := kind_of(labels)) is not type(target):
+        raise BadData(
+            f"{name} has labels of the kind {kind.kind!r} where {target.kind!r} is asked for; allowed: train and test with "
+            "labels of one kind. Extract both splits of one data set"
+        )
+    target.check(labels, name)
+    if tokens.is_streamed:  # the cache refuses at writing what is not finite
+        return
+    block = max(1, 2**24 // (shape[1] * shape[2]))
+    for start in range(0, shape[0], block):
+        part = tokens[start : start + block]
+        finite = torch.isfinite(part).flatten(1).all(1)
+        if not finite.all():
+            row = start + int(finite.tolist().index(False))
+            raise BadData(
+                f"{name} row {row}{f' ({ids[row]})' if ids else ''} has a token that is NaN or infinite; allowed: finite "
+                "numbers. Extract that image again, with --dtype float32 if the model's activations overflow float16"
+            )

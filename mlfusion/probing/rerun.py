@@ -1,0 +1,98 @@
+"""Trains a row's probe again from the row alone, and compares."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlfusion.errors import NotCached
+from mlfusion.probing.evaluation import _keep, same_scores
+from mlfusion.probing.fitting import Resources, train
+from mlfusion.probing.jobs import Job
+from mlfusion.results import Results, Row
+from mlfusion.specs.names import Probe, parse_probes
+from mlfusion.store import CachePath, FeatureStore
+from mlfusion.store.features import SplitPair, require
+from mlfusion.system.devices import pick_device
+
+
+@dataclass(frozen=True, eq=False)
+class Rerun:
+    """A row, and what training it again from what it says gave."""
+
+    row: Row
+    again: Row
+    differs: list[str]  # in how the two were made: code, versions, the protocol
+
+    @property
+    def same(self) -> bool:
+        """Scores and choice are the same to the last bit."""
+        return same_scores(self.row, self.again)
+
+    def scores(self) -> list[tuple[str, Any, Any]]:
+        """(name, then, now) of scores and choice."""
+        names = ("val", "test", "train")
+        found = [(name, getattr(self.row, name), getattr(self.again, name)) for name in names]
+        return [*found, ("selected", self.row.selected.given(), self.again.selected.given())]
+
+
+def rerun(
+    row_id: str,
+    *,
+    keep: bool = False,
+    cache: CachePath = None,
+    results: str | os.PathLike[str] = "results",
+    device: str | None = None,
+    memory: int | None = None,
+) -> Rerun:
+    """Train a row's probe again from the row alone: its features by their keys, its probe, seed, grid and options.
+
+    Args:
+        row_id: its id, or the beginning of it.
+        keep: where the scores are the same, put arrays and trained probe beside the row if they are not there.
+        cache: where the features are, as for `probe`.
+        results: where the row is.
+        device: where to train; None is where the row was.
+        memory: as for `probe`; whether tokens are loaded or streamed is as it was.
+
+    Raises:
+        NotCached: the features are gone; says how to make them again.
+        UnknownName: no such row.
+    """
+    store, kept = FeatureStore(cache), Results(Path(results))
+    row = kept.named(row_id)
+    [one] = parse_probes(row.probe, row.depth)
+    pair = _pair_of(store, row, one)
+    job = Job(
+        one,
+        row.seed,
+        row.grid,
+        precision=row.precision,
+        shots=row.shots,
+        halving=row.halving,
+        smoothing=row.smoothing or 0.0,
+    )
+    resources = Resources.of(pick_device(device or row.device), memory, streams=row.streamed)
+    again = train(pair, job, resources)
+    then, now = ({"code": made.code, "device": made.device, **made.versions} for made in (row, again.row))
+    differs = [f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
+    if row.protocol != again.row.protocol:
+        differs.append(f"protocol {row.protocol} then, {again.row.protocol} now")
+    done = Rerun(row, again.row, differs)
+    if keep and done.same:
+        kept.keep_arrays(row, again.arrays)
+        _keep(kept, row, again)
+    return done
+
+
+def _pair_of(store: FeatureStore, row: Row, one: Probe) -> SplitPair:
+    """The features that a row was made from, by their keys."""
+    train, test = (store.by_key(key) for key in row.features)
+    if train is None or test is None:
+        raise NotCached(
+            f"the features of result {row.id} ({', '.join(row.features)}) are not in {store.root}. Name the cache that "
+            f"has them with --cache, or make them again: {row.sources.extract}"
+        )
+    for entry in (train, test):
+        require(entry, one.representation.pairs(row.depth), row.sources.model, row.sources.dataset)
+    return SplitPair(row.model, row.dataset, train, test, older=0)

@@ -1,0 +1,153 @@
+"""What is written down of a fitted job: its row and its card."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlfusion.probing import protocol, saved
+from mlfusion.probing.jobs import PROTOCOL, Job, _narrowed
+from mlfusion.probing.targets import Target
+from mlfusion.results import Attention, ImageCounts, Row, Selected, Sources, metrics_of, provenance
+from mlfusion.specs.identity import digest
+from mlfusion.specs.names import Probe
+from mlfusion.store import Entry
+from mlfusion.store.encoding import ENCODINGS
+from mlfusion.store.features import SplitPair, extract_command
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """What the protocol gave for a job, before it is written down."""
+
+    job: Job  # resolved
+    device: str
+    target: Target
+    outcome: protocol.Outcome
+    images: ImageCounts
+    tokens: int  # T, of an image
+    streamed: bool
+
+
+def row_of(pair: SplitPair, fitted: Fitted) -> Row:
+    """The row of what was fitted on a pair of splits."""
+    job, outcome, spec = fitted.job, fitted.outcome, pair.train.spec
+    names, one, depth = pair.train.names()[0], job.probe, spec.model.depth
+    options = job.options()
+    return Row(
+        id=job.row_id(pair.keys),
+        model=pair.model,
+        dataset=pair.dataset,
+        probe=one.name,
+        seed=job.seed,
+        metric=outcome.metric,
+        val=outcome.val,
+        test=outcome.test,
+        train=outcome.train,
+        metrics=metrics_of(fitted.target.kind, outcome.metrics),
+        selected=Selected.of(outcome.selected),
+        grid=job.grid,  # type: ignore[arg-type]
+        configurations=outcome.configurations,
+        parameters=outcome.parameters,
+        seconds=round(outcome.seconds, 3),
+        layers=tuple(one.representation.layers(depth)),
+        tokens=one.representation.kinds,
+        depth=depth,
+        width=spec.model.width,
+        classes=spec.data.classes,
+        images=fitted.images,
+        features=pair.keys,
+        attention=_attention(one, pair.train, outcome.attention),
+        versions=provenance.versions(),
+        code=provenance.code(),
+        created=provenance.now(),
+        protocol=PROTOCOL,
+        device=fitted.device,
+        precision=_narrowed(job.precision),
+        bytes=(fitted.images.train + fitted.images.test)
+        * fitted.tokens
+        * ENCODINGS[spec.dtype].vector_bytes(spec.model.width),
+        sources=Sources(
+            model=names.model_source,
+            dataset=names.dataset_source,
+            weights=spec.model.weights,
+            train=spec.data.content,
+            test=pair.test.spec.data.content,
+            extract=_command(pair, one),
+        ),
+        shots=options.get("shots"),
+        halving=job.halving,
+        smoothing=options.get("smoothing"),
+        streamed=fitted.streamed,
+    )
+
+
+def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> saved.Card:
+    """What is written beside the weights of a row's probe."""
+    spec, names = pair.train.spec, pair.train.names()[0]
+    return saved.Card(
+        probe=row.probe,
+        head=fitted.job.probe.head,
+        shape=fitted.outcome.shape,
+        target_fields=saved.describe(fitted.target),
+        classes=row.classes,
+        backbone=saved.Backbone(
+            name=names.model,
+            source=names.model_source,
+            weights=spec.model.weights,
+            config=spec.model.config,
+            preprocess=digest(spec.model.preprocess),
+            hook=spec.model.hook,
+            compute=spec.model.compute,
+            preparation=spec.model.preprocess,
+        ),
+        layers=row.layers,
+        kinds=fitted.job.probe.representation.kinds,
+        dtype=spec.dtype,
+        features=row.features,
+        dataset=row.dataset,
+        seed=row.seed,
+        selected=row.selected,
+        metric=row.metric,
+        scores={"val": row.val, "test": row.test, "train": row.train},
+        versions=row.versions,
+        code=row.code,
+        created=row.created,
+    )
+
+
+def _arrays(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
+    """What each test image got."""
+    outcome = fitted.outcome
+    # Probabilities lose nothing that matters in half the bytes; numbers might, and may be larger than float16 holds.
+    kind = np.float32 if fitted.target.kind == "number" else np.float16
+    arrays = {
+        "probabilities": outcome.predictions.astype(kind),
+        "labels": pair.test.samples.labels[pair.test.rows()],
+    }
+    if outcome.attention is not None:
+        arrays["attention"] = outcome.attention.astype(np.float16)
+    return arrays
+
+
+def _command(pair: SplitPair, one: Probe) -> str:
+    """What caches the tokens of this probe from the model and the images themselves."""
+    names, spec = pair.train.names()[0], pair.train.spec
+    command = extract_command(
+        names.model_source, names.dataset_source, one.representation.pairs(spec.model.depth), spec
+    )
+    return command if spec.model.view == "plain" else f"{command} --view {spec.model.view}"
+
+
+def _attention(one: Probe, entry: Entry, attention: np.ndarray | None) -> Attention | None:
+    """Mean and spread over the test images of the attention on each token, [images, tokens]."""
+    if attention is None:
+        return None
+    layers, kinds = one.representation.layers(entry.spec.model.depth), one.representation.kinds
+    homes = entry.sources()
+    tokens = [(layer, kind) for layer in layers for kind in kinds for _ in range(homes[layer, kind].stream.tokens)]
+    return Attention(
+        layers=tuple(layer for layer, _ in tokens),
+        kinds=tuple(kind for _, kind in tokens),
+        mean=tuple(attention.mean(0, dtype=np.float64).tolist()),
+        sd=tuple(attention.std(0, dtype=np.float64).tolist()),
+    )

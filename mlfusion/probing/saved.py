@@ -1,0 +1,254 @@
+"""A trained probe as a folder: its numbers as safetensors, and a card that says what they were made of and how good they are.
+
+Nothing in it is executed when it is read. The card names the backbone by the digests of its weights, architecture and
+preprocessing, so that the probe is never put on top of another. A README.md with the Hub's front matter says the same to
+people: the folder can be uploaded as it is.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Struct
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from mlfusion.errors import ResultsUnusable, UnknownName
+from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
+from mlfusion.probing.solvers.design import FixedLinear
+from mlfusion.probing.solvers.neighbours import Neighbourhood, Neighbours
+from mlfusion.probing.targets import KINDS as TARGETS
+from mlfusion.probing.targets import OneClass, Target
+from mlfusion.results import Selected
+from mlfusion.specs.identity import DTYPES, KINDS, Dtype, TokenKind
+from mlfusion.specs.names import HEAD_NAMES, Head
+from mlfusion.system import disk
+
+FORMAT = 2
+CARD, TENSORS, README = "card.json", "probe.safetensors", "README.md"
+
+
+class Backbone(Struct, frozen=True, kw_only=True):
+    """What a probe was trained on top of; the digests decide, the names are for people."""
+
+    name: str
+    source: str  # hub id, 'embedded:…', or a folder
+    weights: str  # sha256 of the weight files
+    config: str  # digest of the architecture
+    preprocess: str  # digest of what is done to a picture
+    hook: str
+    compute: str
+    preparation: str  # what that is, as the features' key has it
+
+
+class Card(Struct, frozen=True, kw_only=True):
+    """Everything about a probe but its numbers."""
+
+    probe: str  # "cls+ap-all-layers/attentive"
+    head: Head
+    shape: HeadShape
+    target_fields: dict[str, Any] = msgspec.field(name="target")  # kind, and the fields of that kind
+    classes: tuple[str, ...]
+    backbone: Backbone
+    layers: tuple[int, ...]
+    kinds: tuple[TokenKind, ...]
+    dtype: Dtype  # in which the features were kept, and new ones are rounded to
+    features: tuple[str, str]  # cache keys: train, test
+    dataset: str
+    seed: int
+    selected: Selected
+    metric: str
+    scores: dict[str, float]  # val, test, train
+    versions: dict[str, str]
+    code: str
+    created: str
+
+    def target(self) -> Target:
+        """The target that the probe was trained for."""
+        fields = dict(self.target_fields)
+        return TARGETS[fields.pop("kind")](**fields)
+
+
+def describe(target: Target) -> dict[str, Any]:
+    """A target, as a card has it."""
+    return {"kind": target.kind, **asdict(target)}
+
+
+def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
+    """Write a probe, whole or not at all; one that is there already is left alone.
+
+    Args:
+        folder: what is to hold it; folders above are made.
+        card: about it.
+        weights: parameters and statistics of one configuration, by name.
+
+    Raises:
+        ResultsUnusable: the folder cannot be written.
+    """
+    tensors = save_tensors({name: np.array(value, order="C") for name, value in weights.items()})
+    body = {"format": FORMAT, "tensors": hashlib.sha256(tensors).hexdigest(), **msgspec.to_builtins(card)}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = disk.draft_name(folder.parent)
+        draft.mkdir()
+        try:
+            (draft / TENSORS).write_bytes(tensors)
+            disk.flush(draft / TENSORS)
+            disk.write(draft / README, readme(card))
+            disk.write(draft / CARD, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+        except OSError:
+            disk.remove(draft)
+            raise
+        disk.publish_folder(draft, folder)
+    except OSError as err:
+        raise ResultsUnusable(
+            f"cannot save a probe in {str(folder)!r}: {err.strerror or err}. Make room there or allow writing, or name "
+            "another folder with --results PATH, and run it again"
+        ) from err
+
+
+def readme(card: Card) -> str:
+    """A model card: front matter with the scores, as the Hub reads it, and how to use the probe.
+
+    A folder on the disk is named by its last part: where it lies is nobody's business.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    source = card.backbone.source
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+    metric = card.metric.replace("_", " ")
+    task = "image-feature-extraction" if card.target().kind == "number" else "image-classification"
+    data = ModelCardData(
+        library_name="mlfusion",
+        pipeline_tag=task,
+        tags=["mlfusion", "probe", "vision-transformer", card.head],
+        base_model=source if on_hub else None,
+        model_name=f"{card.probe} on {card.backbone.name}",
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type=card.dataset,
+                dataset_name=card.dataset,
+                dataset_split="test",
+                metric_type=card.metric,
+                metric_name=metric,
+                metric_value=card.scores["test"],
+                verified=False,
+            )
+        ],
+    )
+    scores = "".join(f"| {split} | {card.scores[split]:.4f} |\n" for split in ("test", "val", "train"))
+    chosen = ", ".join(f"{name} {value:g}" for name, value in card.selected.given().items())
+    layers = ", ".join(map(str, card.layers))
+    classes = ", ".join(card.classes) if len(card.classes) <= 20 else f"{len(card.classes)}, named in `{CARD}`"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {card.probe} on {card.backbone.name}, trained on {card.dataset}
+
+A probe: a small head on a frozen vision transformer. It reads the {" and ".join(card.kinds)} tokens of layers {layers}; the
+backbone itself is not in this folder. It is meant by the digests of its weights, architecture and preprocessing in
+`{CARD}`, and nothing else is put under the probe.
+
+```
+pip install mlfusion
+mlfusion predict --probe FOLDER image.jpg
+```
+
+`FOLDER` is this one. Nothing in it is executed: `probe.safetensors` holds numbers, `{CARD}` words.
+
+| {metric} | |
+|---|---:|
+{scores}
+Seed {card.seed}; chosen on the validation part: {chosen}. Classes: {classes}. Made {card.created} by mlfusion
+{card.versions.get("mlfusion", "")} ({card.code}).
+"""
+
+
+def load(folder: Path) -> tuple[Card, HeadModule]:
+    """Read a probe, in evaluation mode, as a population of one.
+
+    Raises:
+        ResultsUnusable: there is none, it is damaged, or from a newer version.
+    """
+    try:
+        body = json.loads((folder / CARD).read_bytes())
+        tensors = (folder / TENSORS).read_bytes()
+    except FileNotFoundError as err:
+        raise ResultsUnusable(
+            f"no probe in {str(folder)!r}; allowed: a folder with {CARD} and {TENSORS}. Make one with `mlfusion probe "
+            "--save`, which says where it is"
+        ) from err
+    except (OSError, ValueError) as err:
+        raise ResultsUnusable(f"{folder / CARD} cannot be read ({err}); {AGAIN}") from err
+    number = body.get("format") if isinstance(body, dict) else None
+    if isinstance(number, int) and number != FORMAT:
+        way = "Update mlfusion: pip install -U mlfusion" if number > FORMAT else AGAIN[0].upper() + AGAIN[1:]
+        raise ResultsUnusable(f"{folder} is of format {number}; this version reads format {FORMAT}. {way}")
+    if number is None or body.get("tensors") != hashlib.sha256(tensors).hexdigest():
+        raise ResultsUnusable(f"{folder} is damaged: {TENSORS} is not the one that {CARD} names; {AGAIN}")
+    try:
+        _check_words(body)
+        card = msgspec.convert(body, Card)
+        probe = _build(card, load_tensors(tensors))
+    except (
+        TypeError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        msgspec.ValidationError,
+        UnknownName,
+        SafetensorError,
+    ) as err:
+        raise ResultsUnusable(f"{folder} holds no probe that can be built ({_first_line(err)}); {AGAIN}") from err
+    probe.eval()
+    return card, probe
+
+
+AGAIN = "make it again with `mlfusion probe --save` and a fresh --results PATH"
+
+
+def _check_words(body: dict[str, Any]) -> None:
+    """Refuse a card with names that this version does not know.
+
+    Raises:
+        UnknownName: with those that are allowed.
+    """
+    asked = [("head", body["head"], HEAD_NAMES), ("dtype", body["dtype"], DTYPES)]
+    for what, word, known in [*asked, *(("token kind", kind, KINDS) for kind in body["kinds"])]:
+        if word not in known:
+            raise UnknownName(what, word, known)
+
+
+def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> HeadModule:
+    """The probe that a card describes, with these numbers."""
+    shape, target = card.shape, card.target()
+    if isinstance(target, OneClass) and len(card.classes) != shape.classes:
+        raise ValueError(f"{len(card.classes)} classes for {shape.classes} outputs")
+    held = {name: torch.from_numpy(value)[None] for name, value in tensors.items()}
+    if card.head in ("ridge", "logistic"):
+        if held["weight"].shape != (1, shape.classes, shape.tokens * shape.width):
+            raise ValueError(f"weights of shape {tuple(held['weight'].shape[1:])}")
+        return FixedLinear(held["weight"], held["bias"])
+    if card.head == "knn":
+        chosen = Neighbourhood(int(tensors["neighbours"]), float(tensors["temperature"]))
+        bank, values = held["bank"][0], held["values"][0]
+        if bank.shape != (len(values), shape.tokens * shape.width) or values.shape[1] != shape.classes:
+            raise ValueError(f"{tuple(bank.shape)} neighbours and votes of {tuple(values.shape)}")
+        return Neighbours(bank, values, [chosen], target.kind)
+    probe = HEADS[card.head](shape, seeds=[0], dropouts=[0.0])
+    probe.load_state_dict(held)  # of another shape, or another name: refused
+    return probe
+
+
+def _first_line(err: BaseException) -> str:
+    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]

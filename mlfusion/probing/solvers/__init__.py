@@ -1,0 +1,1 @@
+"""Heads that are solved for, not trained: ridge, logistic regression, nearest neighbours."""

@@ -1,0 +1,102 @@
+"""Heads that are solved for, not trained: ridge and logistic regression at their optimum, and nearest neighbours.
+
+All three take the concatenation of an image's tokens, each of length 1, as the linear probe does, and give probes with the
+interface of the trained heads. They compute in float64: float32 loses a penalty of 1e-6 beside an eigenvalue of 1e4.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mlfusion.probing.heads.linear import LinearMap
+from mlfusion.probing.targets import Target
+from mlfusion.probing.training.batches import Tokens
+
+F64 = torch.float64
+BLOCK = 1 << 24  # numbers of a block of images, neighbours or votes
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """λ of λ‖W‖² (ridge) or ½λ‖W‖² (logistic), added to the sum of the losses over images: scikit-learn's alpha, and 1/C."""
+
+    penalty: float
+
+
+def penalties(grid: str) -> tuple[Penalty, ...]:
+    """λ from 1e6 to 1e-6: eight a decade, or one a decade for grid 'quick'.
+
+    The eight are the values among which CLIP's protocol (arXiv 2103.00020, A.3) searches by halves, looking at fifteen.
+    Here all are solved for, which a path makes cheap.
+    """
+    return tuple(Penalty(float(value)) for value in np.logspace(6, -6, 13 if grid == "quick" else 97))
+
+
+class FixedLinear(LinearMap):
+    """K linear maps whose weights are given."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """Weights [K, C, T·D] and biases [K, C]."""
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def last(self) -> "FixedLinear":
+        """The last of the K maps, as a population of one."""
+        return FixedLinear(self.weight.detach()[-1:], self.bias.detach()[-1:])
+
+
+# --- one factorisation -----------------------------------------------------------------------------------------------
+
+
+class Design:
+    """Images as rows x of width F = T·D, rotated so that their columns are orthogonal under the images' weights w.
+
+    With Σ w = N, centre μ = Σ w x / N and (x − μ) = z Vᵀ, Σ w z zᵀ is diagonal: the `eigenvalues`. A penalty on ‖W‖² is the
+    same penalty in these coordinates, so that no penalty needs a factorisation of its own. V comes from the smaller of the
+    two products, F × F or N × N.
+    """
+
+    def __init__(self, tokens: Tokens, rows: np.ndarray, target: Target, device: str) -> None:
+        self.tokens, self.rows, self.target, self.device = tokens, rows, target, _device(device)
+        labels = tokens.labels[rows]
+        self.weights = torch.from_numpy(target.weights(labels)).to(self.device, F64)  # [N]
+        self.targets = torch.from_numpy(target.regressand(labels)).to(self.device, F64)  # [N, C]
+        width = int(np.prod(tokens.shape[1:]))
+        total = self.weights.sum()
+        self.centre = torch.zeros(width, device=self.device, dtype=F64)
+        for some, x in self.blocks():
+            self.centre += self.weights[some] @ x / total
+        if width <= len(rows):
+            gram = torch.zeros(width, width, device=self.device, dtype=F64)
+            for some, x in self.blocks():
+                centred = (x - self.centre) * self.weights[some].sqrt()[:, None]
+                gram.addmm_(centred.T, centred)
+            eigenvalues, basis = torch.linalg.eigh(gram)
+        else:
+            centred = torch.cat([x - self.centre for _, x in self.blocks()]) * self.weights.sqrt()[:, None]
+            eigenvalues, left = torch.linalg.eigh(centred @ centred.T)
+            basis = centred.T @ left / eigenvalues.clamp(min=1e-300).sqrt()
+        sound = eigenvalues > eigenvalues.max() * 1e-14  # smaller ones are rounding; the images span no more
+        self.eigenvalues, self.basis = eigenvalues[sound], basis[:, sound]  # [r], [F, r]
+        self.rotated = torch.cat([(x - self.centre) @ self.basis for _, x in self.blocks()])  # z [N, r]
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Images [b, F] in float64, a block at a time, with their places among `rows`."""
+        width = int(np.prod(self.tokens.shape[1:]))
+        step = max(1, BLOCK // width)
+        for start in range(0, len(self.rows), step):
+            some = slice(start, min(start + step, len(self.rows)))
+            yield some, self.tokens.normalised(self.rows[some], self.device, F64).flatten(1)
+
+    def back(self, rotated: Tensor, bias: Tensor) -> FixedLinear:
+        """Maps [K, C, r] of z and biases [K, C] → the same maps of x, in float32."""
+        weight = rotated @ self.basis.T
+        return FixedLinear(weight.float(), (bias - weight @ self.centre).float())
+
+
+def _device(device: str) -> str:
+    """The device itself, or the processor instead of one without float64."""
+    return "cpu" if device == "mps" else device

@@ -1,0 +1,82 @@
+"""Logistic regression along a path of penalties, many at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mlfusion.errors import BadData
+from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty
+from mlfusion.probing.solvers.lbfgs import minimise
+from mlfusion.probing.targets import OneClass
+
+AT_ONCE = 8  # penalties that L-BFGS follows together
+
+
+# --- logistic regression ---------------------------------------------------------------------------------------------
+
+
+class Logistic:
+    """Σ w · cross-entropy + ½λ‖W‖² at its minimum, the bias free: multinomial for classes, one by one for several labels.
+
+    The linear probe of CLIP (arXiv 2103.00020, A.3). L-BFGS runs in the rotated coordinates, where the curvature at W = 0 is
+    diagonal and is divided out, for `AT_ONCE` penalties together: of the path, from strong to weak, each run starts
+    where the one before ended.
+    """
+
+    def __init__(self, design: Design) -> None:
+        if design.target.kind == "number":
+            raise BadData("logistic regression has no numbers; allowed: classes or labels. For numbers take ridge")
+        self.design = design
+        self.classes = design.targets.shape[1]
+        self.one = isinstance(design.target, OneClass)
+
+    def solve(
+        self, path: Sequence[Penalty], advance: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[slice, FixedLinear]]:
+        """Slices of the path, strong penalties first, each with its probe."""
+        r = self.design.rotated.shape[1]
+        start = self.design.rotated.new_zeros(self.classes, r + 1)
+        for first in range(0, len(path), AT_ONCE):
+            run = slice(first, min(first + AT_ONCE, len(path)))
+            penalties = torch.tensor([one.penalty for one in path[run]], device=self.design.device, dtype=F64)
+            found = self._minimum(penalties, start)  # [K, C, r + 1]
+            start = found[-1]
+            if advance:
+                advance(len(penalties))
+            yield run, self.design.back(found[..., :r], found[..., r])
+
+    def _minimum(self, penalties: Tensor, start: Tensor) -> Tensor:
+        """[K] and a start [C, r + 1], the bias last → the minima [K, C, r + 1]."""
+        curvature = 1 / self.classes if self.one else 0.25
+        ones = penalties.new_ones(len(penalties), 1) * self.design.weights.sum()
+        eigenvalues = torch.cat([self.design.eigenvalues.expand(len(penalties), -1), ones], dim=1)
+        penalty = torch.cat([penalties[:, None].expand(-1, eigenvalues.shape[1] - 1), 0 * ones], dim=1)
+        scale = 1 / (curvature * eigenvalues + penalty).sqrt()[:, None]  # [K, 1, r + 1]
+        shape = (-1, *start.shape)
+
+        def function(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+            own, paid = scale[which], penalty[which][:, None]
+            map_ = x.view(shape) * own
+            loss, gradient = self._loss(map_)
+            loss = loss + 0.5 * (paid * map_.square()).sum((1, 2))
+            return loss, ((gradient + paid * map_) * own).flatten(1)
+
+        found = minimise(function, (start / scale).flatten(1))
+        return found.view(shape) * scale
+
+    def _loss(self, map_: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps [K, C, r + 1] → the weighted sum of losses [K] and its gradient, the shape of the maps."""
+        design, (k, c, _) = self.design, map_.shape
+        z, targets = design.rotated, design.targets
+        logits = torch.matmul(z, map_[..., :-1].flatten(0, 1).T).view(-1, k, c) + map_[..., -1]  # [N, K, C]
+        if self.one:
+            each = torch.logsumexp(logits, dim=-1) - (logits * targets[:, None]).sum(-1)
+            slope = torch.softmax(logits, dim=-1) - targets[:, None]
+        else:
+            each = (F.softplus(logits) - logits * targets[:, None]).sum(-1)
+            slope = torch.sigmoid(logits) - targets[:, None]
+        slope = slope * design.weights[:, None, None]
+        gradient = (slope.flatten(1).T @ z).view(k, c, -1)
+        return design.weights @ each, torch.cat([gradient, slope.sum(0)[..., None]], dim=-1)

@@ -1,0 +1,97 @@
+"""Weighted votes of the nearest training images."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlfusion.probing.heads.contract import HeadModule
+from mlfusion.probing.solvers.design import BLOCK, _device
+from mlfusion.probing.targets import Target
+from mlfusion.probing.training.batches import Tokens
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """The number of neighbours that vote, each with a weight of exp(cosine / temperature)."""
+
+    neighbours: int
+    temperature: float
+
+
+def neighbourhoods(grid: str) -> tuple[Neighbourhood, ...]:
+    """21 neighbourhoods, or 3 for grid 'quick'."""
+    quick = grid == "quick"
+    counts, temperatures = ((1, 10, 50), (0.07,)) if quick else ((1, 5, 10, 20, 50, 100, 200), (0.02, 0.07, 0.2))
+    return tuple(Neighbourhood(*point) for point in product(counts, temperatures))
+
+
+# --- nearest neighbours ----------------------------------------------------------------------------------------------
+
+
+class Neighbours(HeadModule):
+    """K weighted votes of the nearest training images (arXiv 1805.01978, equation 7): exp(cosine / temperature) each.
+
+    The cosine of two images is the mean over their tokens. All K share one search. A class without any vote has a
+    probability of 0, up to rounding; of numbers the weighted mean is taken.
+    """
+
+    bank: Tensor
+    values: Tensor
+    neighbours: Tensor
+    temperature: Tensor
+
+    def __init__(self, bank: Tensor, values: Tensor, chosen: Sequence[Neighbourhood], kind: str) -> None:
+        """Normalised training tokens [N, T·D], what each votes for [N, C], and the kind of target."""
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("bank", bank[None])
+        self.register_buffer("values", values[None])
+        self.register_buffer("neighbours", torch.tensor([one.neighbours for one in chosen]))
+        self.register_buffer("temperature", torch.tensor([one.temperature for one in chosen]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Normalised tokens [B, T, D] → outputs [K, B, C], whose softmax or sigmoid are the votes."""
+        most = min(int(self.neighbours.max()), self.bank.shape[1])
+        votes = self.values.shape[2] * most
+        parts = tokens.split(max(1, BLOCK // max(votes, 4 * most)))
+        p = torch.cat([self._votes(part, most) for part in parts], dim=1)
+        if self.kind == "class":
+            return (p + torch.finfo(p.dtype).tiny).log()
+        return torch.logit(p, eps=1e-7) if self.kind == "labels" else p
+
+    def _votes(self, tokens: Tensor, most: int) -> Tensor:
+        cosine, where = self._nearest(tokens.flatten(1) / tokens.shape[1], most)
+        values = self.values[0][where]  # [B, most, C]
+        found = []
+        for count, temperature in zip(self.neighbours.tolist(), self.temperature.tolist(), strict=True):
+            weights = torch.softmax(cosine[:, :count] / temperature, dim=1)
+            found.append(torch.einsum("bn,bnc->bc", weights, values[:, :count]))
+        return torch.stack(found)
+
+    def _nearest(self, queries: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Cosines of the nearest images [B, most], in falling order, and which they are."""
+        step = max(most, BLOCK // max(len(queries), self.bank.shape[2]))
+        cosine = queries.new_full((len(queries), 0), -math.inf)
+        where = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
+        for start in range(0, self.bank.shape[1], step):
+            block = self.bank[0, start : start + step].to(queries.dtype)
+            near = queries @ block.T
+            rows = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
+            cosine, rank = torch.cat([cosine, near], dim=1).topk(min(most, cosine.shape[1] + near.shape[1]), dim=1)
+            where = torch.cat([where, rows], dim=1).gather(1, rank)
+        return cosine, where
+
+
+def neighbours(
+    tokens: Tokens, rows: np.ndarray, chosen: Sequence[Neighbourhood], target: Target, device: str
+) -> Neighbours:
+    """The probe whose votes are those of images `rows`."""
+    device = _device(device)
+    bank = tokens.normalised(rows, device).flatten(1)
+    values = torch.from_numpy(target.regressand(tokens.labels[rows])).to(device, torch.float32)
+    return Neighbours(bank, values, chosen, target.kind)

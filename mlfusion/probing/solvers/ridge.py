@@ -1,0 +1,65 @@
+"""Ridge regression for a whole path of penalties from one decomposition, with leave-one-out outputs in closed form."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty
+
+SCALES = tuple(np.geomspace(1e-1, 1e3, 81).tolist())  # of ridge's scores, to choose from
+
+
+# --- ridge -----------------------------------------------------------------------------------------------------------
+
+
+class Ridge:
+    """Σ w ‖y − Wx − b‖² + λ‖W‖² at its minimum (Hoerl & Kennard, 1970), for any number of λ from one factorisation.
+
+    y is the number, or 1 for a class or label and 0 for the others. The score of an image by a probe fitted without it
+    needs no fit: (ŷ − h y) / (1 − h), h being the image's leverage (Allen, 1974). By those scores λ is chosen.
+
+    Scores of classes and labels are no logits: they are taken relative to one half, times the factor that makes the left-out
+    labels most probable, which orders nothing anew.
+    """
+
+    def __init__(self, design: Design) -> None:
+        self.design = design
+        self.mean = design.weights @ design.targets / design.weights.sum()  # [C]
+        self.product = design.rotated.T @ (design.weights[:, None] * (design.targets - self.mean))  # [r, C]
+
+    def left_out(self, setting: Penalty) -> Tensor:
+        """Outputs for every image by the probe fitted to all others [N, C]."""
+        scores = self._left_out(setting)
+        return self._outputs(scores, self._factor(scores))
+
+    def solve(self, setting: Penalty) -> FixedLinear:
+        """The probe fitted to all images."""
+        factor = self._factor(self._left_out(setting))
+        rotated = (self.product / (self.design.eigenvalues + setting.penalty)[:, None]).T
+        return self.design.back(factor * rotated[None], self._outputs(self.mean, factor)[None])
+
+    def _left_out(self, setting: Penalty) -> Tensor:
+        design = self.design
+        share = 1 / (design.eigenvalues + setting.penalty)
+        fitted = self.mean + design.rotated @ (share[:, None] * self.product)
+        leverage = design.weights * (1 / design.weights.sum() + design.rotated.square() @ share)
+        return (fitted - leverage[:, None] * design.targets) / (1 - leverage)[:, None]
+
+    def _outputs(self, scores: Tensor, factor: float) -> Tensor:
+        return scores if self.design.target.kind == "number" else factor * (scores - 0.5)
+
+    def _factor(self, scores: Tensor) -> float:
+        if self.design.target.kind == "number":
+            return 1.0
+        labels = self.design.tokens.labels[self.design.rows]
+        loss, truth = self.design.target.loss(labels, self.design.device, F64), torch.from_numpy(labels)
+        truth = truth.to(self.design.device)
+
+        def at(place: int) -> float:
+            return float(loss(self._outputs(scores, SCALES[place])[None], truth)[0])
+
+        low, high = 0, len(SCALES) - 1
+        while low < high:  # the loss is convex in the factor: it falls, then rises
+            middle = (low + high) // 2
+            low, high = (low, middle) if at(middle) <= at(middle + 1) else (middle + 1, high)
+        return SCALES[low]

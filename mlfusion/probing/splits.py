@@ -1,0 +1,54 @@
+"""The validation part of train, and few-shot draws."""
+
+import numpy as np
+
+from mlfusion.errors import BadData
+from mlfusion.probing.training.batches import stream
+
+VALIDATION = 0.2  # share of train that is held out for the choice
+
+
+def split(labels: np.ndarray, *, seed: int, part: float = VALIDATION) -> tuple[np.ndarray, np.ndarray]:
+    """Stratified split of the images into (fitted, held out), both ascending.
+
+    The share `part` of every class is held out, rounded, but at least one image and never all: scikit-learn's splitters
+    refuse data with fewer images to hold out than classes, which is the few-shot case.
+
+    Args:
+        labels: [N]; at least two images of each class that occurs.
+        seed: names the split.
+        part: fraction to hold out.
+    """
+    random = np.random.default_rng(stream("split", seed))
+    held_out = []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        count = min(max(1, round(part * len(rows))), len(rows) - 1)
+        held_out.append(random.permutation(rows)[:count])
+    chosen = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def draw(labels: np.ndarray, shots: int, *, classes: int, seed: int) -> np.ndarray:
+    """Rows of `shots` images of each class, ascending, drawn by the seed; more shots contain fewer shots of the same seed.
+
+    Args:
+        labels: classes [N].
+        shots: images of each class.
+        classes: C.
+        seed: names the draw.
+
+    Raises:
+        BadData: labels that are no classes, or a class with fewer images.
+    """
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise BadData("few-shot training needs one class an image; leave --shots out for other labels")
+    counts = np.bincount(labels, minlength=classes)
+    if counts.min() < shots:
+        scarce = int(counts.argmin())
+        raise BadData(
+            f"class {scarce} has {counts[scarce]} training image{'' if counts[scarce] == 1 else 's'}; allowed: as many as "
+            f"--shots {shots} asks for, or more. Ask for at most {counts.min()}"
+        )
+    random = np.random.default_rng(stream("shots", seed))
+    return np.sort(np.concatenate([random.permutation(np.flatnonzero(labels == c))[:shots] for c in range(classes)]))

@@ -1,0 +1,294 @@
+"""Targets of a probe: one class, several labels, or a number. Loss, choice and scores follow from the target alone."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mlfusion.errors import BadData
+from mlfusion.probing import metrics
+from mlfusion.probing.losses import Loss, class_weights, cross_entropy
+
+LAYER = 5  # images with similar numbers, of which one is held out
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """A kind of labels. `outputs` is C, the number of outputs of a probe for one image."""
+
+    outputs: int
+
+    kind: ClassVar[str]
+    metric: ClassVar[str]  # what a configuration is chosen by and a row is headed with; larger is better
+
+    @abstractmethod
+    def check(self, labels: np.ndarray, name: str) -> None:
+        """Refuse labels that are not of this kind.
+
+        Raises:
+            BadData: says which row of split `name`.
+        """
+
+    @abstractmethod
+    def check_choice(self, labels: np.ndarray) -> None:
+        """Refuse training labels from which no part can be held out for the choice.
+
+        Raises:
+            BadData: says which label is too rare.
+        """
+
+    @abstractmethod
+    def strata(self, labels: np.ndarray) -> np.ndarray:
+        """The stratum of every image [N]; the same share of each stratum is held out."""
+
+    @abstractmethod
+    def weights(self, labels: np.ndarray) -> np.ndarray:
+        """The weight of every image in training [N]; their mean is one."""
+
+    @abstractmethod
+    def regressand(self, labels: np.ndarray) -> np.ndarray:
+        """Labels as targets of a regression [N, C] float64."""
+
+    @abstractmethod
+    def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
+        """The loss for training on images with these labels."""
+
+    @abstractmethod
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """Outputs [..., C] → predictions, which are kept and scored: probabilities, or the number itself [..., C]."""
+
+    @abstractmethod
+    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+        """The metric of predictions [N, C]."""
+
+    @abstractmethod
+    def scores(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+        """Every metric of a result, including that of `score`."""
+
+
+@dataclass(frozen=True)
+class OneClass(Target):
+    """One class per image: labels [N] int64 in 0..C-1, cross-entropy with class weights, balanced accuracy."""
+
+    smoothing: float = 0.0  # label smoothing, in [0, 1)
+
+    kind: ClassVar[str] = "class"
+    metric: ClassVar[str] = "balanced_accuracy"
+
+    def check(self, labels: np.ndarray, name: str) -> None:
+        wrong = np.flatnonzero((labels < 0) | (labels >= self.outputs))
+        if len(wrong):
+            raise BadData(
+                f"{name} row {wrong[0]} has label {labels[wrong[0]]}; allowed: 0 to {self.outputs - 1}. "
+                "Extract the split again, or pass the number of classes that the labels have"
+            )
+
+    def check_choice(self, labels: np.ndarray) -> None:
+        if self.outputs < 2:
+            raise BadData(
+                f"{self.outputs} class in train; allowed: 2 or more, so choose a data set with at least two classes"
+            )
+        if len(labels) < self.outputs:
+            raise BadData(
+                f"train has {len(labels)} images of {self.outputs} classes; allowed: two images of every class or more. "
+                "Extract more images, or leave classes out"
+            )
+        counts = np.bincount(labels, minlength=self.outputs)
+        if counts.min() < 2:
+            scarce = int(counts.argmin())
+            raise BadData(
+                f"class {scarce} has {counts[scarce]} training image{'' if counts[scarce] == 1 else 's'}; "
+                "allowed: 2 or more, one to fit and one to choose on. Add images of that class or leave it out"
+            )
+
+    def strata(self, labels: np.ndarray) -> np.ndarray:
+        return labels
+
+    def weights(self, labels: np.ndarray) -> np.ndarray:
+        return class_weights(labels, self.outputs)[labels]
+
+    def regressand(self, labels: np.ndarray) -> np.ndarray:
+        return np.eye(self.outputs)[labels]
+
+    def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
+        weights = torch.from_numpy(class_weights(labels, self.outputs)).to(device, dtype)
+
+        def mean(outputs: Tensor, truth: Tensor) -> Tensor:
+            return cross_entropy(outputs, truth.to(torch.int64), weights, smoothing=self.smoothing)
+
+        return mean
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        return torch.softmax(outputs, dim=-1)
+
+    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+        return metrics.balanced_accuracy(labels, predictions.argmax(1))
+
+    def scores(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+        return metrics.scores(labels, predictions)
+
+
+@dataclass(frozen=True)
+class SeveralLabels(Target):
+    """Any number of labels per image: labels [N, C] of 0 and 1, a binary cross-entropy each, mean average precision."""
+
+    kind: ClassVar[str] = "labels"
+    metric: ClassVar[str] = "mean_average_precision"
+
+    def check(self, labels: np.ndarray, name: str) -> None:
+        if labels.shape[1:] != (self.outputs,):
+            raise BadData(
+                f"{name} has labels of shape {labels.shape}; allowed: [N, {self.outputs}], a 0 or 1 for every class. "
+                "Extract both splits from the same data set"
+            )
+        wrong = np.argwhere((labels != 0) & (labels != 1))
+        if len(wrong):
+            row, column = wrong[0]
+            raise BadData(
+                f"{name} row {row} has {labels[row, column]} for label {column}; allowed: 0 or 1. "
+                "Say of every label whether the image has it, and extract the split again"
+            )
+
+    def check_choice(self, labels: np.ndarray) -> None:
+        counts = labels.sum(0)
+        if counts.min() < 2:
+            scarce = int(counts.argmin())
+            raise BadData(
+                f"label {scarce} is on {int(counts[scarce])} training image{'' if counts[scarce] == 1 else 's'}; "
+                "allowed: 2 or more, one to fit and one to choose on. Add images with that label or leave it out"
+            )
+
+    def strata(self, labels: np.ndarray) -> np.ndarray:
+        """The rarest label on the image, so that both parts have rare labels; C for images without labels."""
+        rarity = np.argsort(np.argsort(labels.sum(0), kind="stable"))
+        rarest = np.where(labels > 0, rarity, self.outputs).min(1)
+        return rarest.astype(np.int64)
+
+    def weights(self, labels: np.ndarray) -> np.ndarray:
+        return np.ones(len(labels))
+
+    def regressand(self, labels: np.ndarray) -> np.ndarray:
+        return labels.astype(np.float64)
+
+    def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
+        def mean(outputs: Tensor, truth: Tensor) -> Tensor:
+            labels = truth.to(outputs.dtype).expand_as(outputs)
+            return F.binary_cross_entropy_with_logits(outputs, labels, reduction="none").mean((1, 2))
+
+        return mean
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        return torch.sigmoid(outputs)
+
+    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+        return metrics.mean_average_precision(labels, predictions)
+
+    def scores(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+        return metrics.label_scores(labels, predictions)
+
+
+@dataclass(frozen=True)
+class Number(Target):
+    """A real number per image: labels [N], squared error on the standardised number, R².
+
+    The outputs of a probe are (number − `mean`) / `deviation`, with those of the training labels, so that learning rates and
+    penalties mean the same in every unit.
+    """
+
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    kind: ClassVar[str] = "number"
+    metric: ClassVar[str] = "r2"
+
+    def check(self, labels: np.ndarray, name: str) -> None:
+        wrong = np.flatnonzero(~np.isfinite(labels))
+        if len(wrong):
+            raise BadData(
+                f"{name} row {wrong[0]} has label {labels[wrong[0]]}; allowed: finite numbers. "
+                "Leave that image out, or give it a number"
+            )
+
+    def check_choice(self, labels: np.ndarray) -> None:
+        if len(np.unique(labels)) < 2:
+            raise BadData(
+                f"all {len(labels)} training labels are {labels[0]}; allowed: two different numbers or more. "
+                "Choose labels that differ from image to image"
+            )
+        if len(labels) < 2 * LAYER:
+            raise BadData(f"train has {len(labels)} images; allowed: {2 * LAYER} or more to choose by R². Add images")
+
+    def strata(self, labels: np.ndarray) -> np.ndarray:
+        """Five images that follow each other in the order of their numbers are a stratum."""
+        ranks = np.argsort(np.argsort(labels, kind="stable"))
+        return np.minimum(ranks // LAYER, len(labels) // LAYER - 1)  # the last stratum takes the rest
+
+    def weights(self, labels: np.ndarray) -> np.ndarray:
+        return np.ones(len(labels))
+
+    def regressand(self, labels: np.ndarray) -> np.ndarray:
+        return (labels[:, None].astype(np.float64) - self.mean) / self.deviation
+
+    def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
+        def mean(outputs: Tensor, truth: Tensor) -> Tensor:
+            standardised = ((truth.to(torch.float64) - self.mean) / self.deviation).to(outputs.dtype)
+            return (outputs[..., 0] - standardised).square().mean(1)
+
+        return mean
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        return outputs * self.deviation + self.mean
+
+    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+        return metrics.r2(labels, predictions[:, 0])
+
+    def scores(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+        return metrics.number_scores(labels, predictions[:, 0])
+
+
+def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0) -> Target:
+    """The target that training labels are of: [N] integers, [N, C] of 0 and 1, or [N] floating-point numbers.
+
+    Args:
+        labels: those of the whole training split.
+        classes: C of the data set; not used for numbers.
+        smoothing: label smoothing, for one class per image.
+
+    Raises:
+        BadData: labels of any other shape, or smoothing where there is nothing to smooth.
+    """
+    kind = kind_of(labels)
+    if kind is OneClass:
+        return OneClass(classes, smoothing)
+    if smoothing:
+        raise BadData("labels are smoothed only where an image has one class; leave --smoothing out")
+    if kind is SeveralLabels:
+        return SeveralLabels(classes)
+    sound = labels[np.isfinite(labels)].astype(np.float64)
+    deviation = float(sound.std()) if len(sound) else 0.0
+    return Number(1, float(sound.mean()) if len(sound) else 0.0, deviation or 1.0)
+
+
+def kind_of(labels: np.ndarray) -> type[Target]:
+    """The kind of target that labels of this shape and type are for.
+
+    Raises:
+        BadData: they are for none.
+    """
+    if labels.ndim == 2:
+        return SeveralLabels
+    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+        return OneClass
+    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.floating):
+        return Number
+    raise BadData(
+        f"labels of shape {labels.shape} and type {labels.dtype}; allowed: [N] integers (a class), [N, C] of 0 and 1 "
+        "(several labels) or [N] floating-point numbers"
+    )
+
+
+KINDS: dict[str, type[Target]] = {one.kind: one for one in (OneClass, SeveralLabels, Number)}

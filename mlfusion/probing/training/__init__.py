@@ -1,0 +1,1 @@
+"""Heads that are trained: a grid of configurations in lockstep."""

@@ -1,0 +1,350 @@
+"""Training of a whole grid of configurations in lockstep, on one pass over the tokens.
+
+All configurations see the same images, in the same order, with the same jitter. What belongs to one configuration (start,
+dropout masks, learning rate, weight decay, gradient clipping) is a vector over the population, so each ends where it would
+have ended alone.
+
+A population is trained in blocks of few configurations. A block is small enough for a core's caches, and one thread works on
+it: a grid has more configurations than a machine has cores, so that matrix products need not be split among threads that wait
+for each other. The number of blocks that are alive together follows from the free memory and from what a trial step takes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache as once
+from functools import partial
+from itertools import pairwise
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlfusion.errors import BadData
+from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
+from mlfusion.probing.losses import Loss, class_weights, cross_entropy
+from mlfusion.probing.training.batches import Schedule, Tokens, batches, stream
+from mlfusion.probing.training.optimizer import AdamW, cosine
+from mlfusion.probing.training.precision import Numerics, _tensor_cores
+from mlfusion.specs.names import Head
+from mlfusion.system.memory import Footprint, available
+
+SPARE = 0.8  # share of the free memory that training may take
+IN_CACHE = 1 << 26  # bytes that one step of a block may touch
+FEW = 3  # configurations share their tokens: a block may always have so many
+AHEAD = 2  # batches that are in memory where several workers share the blocks
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One point of the grid."""
+
+    lr: float
+    weight_decay: float
+    dropout: float = 0.0
+
+    def seed(self, seed: int) -> int:
+        """The seed of this configuration's own random streams: the same in every population that has it."""
+        return stream("configuration", seed, self.lr, self.weight_decay, self.dropout)
+
+
+@dataclass(frozen=True)
+class Population:
+    """Configurations of one head that are trained in lockstep."""
+
+    head: Head
+    shape: HeadShape
+    configurations: Sequence[Configuration]
+    seed: int  # of the order of images and the jitter; with a configuration, of its start and dropout masks
+
+    def __len__(self) -> int:
+        """K, the number of configurations."""
+        return len(self.configurations)
+
+    def __getitem__(self, part: slice) -> "Population":
+        """Some of the configurations."""
+        return replace(self, configurations=self.configurations[part])
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images that a population is trained on."""
+
+    tokens: Tokens
+    rows: np.ndarray  # [N], those of `tokens` to train on
+    schedule: Schedule  # made for N images
+    until: int | None = None  # stop after so many steps of the schedule
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Memory that training takes, in bytes."""
+
+    batch: int  # a batch of tokens, with what all configurations share of it
+    each: int  # parameters and moments of one configuration
+    step: int  # temporary tensors of a step of one configuration
+
+
+@once
+def needs(head: Head, shape: HeadShape, images: int, numerics: Numerics = Numerics()) -> Needs:
+    """Measured by a trial step of one configuration on a batch of `images`."""
+    with Footprint() as batch:
+        tokens = torch.ones(images, shape.tokens, shape.width, device=numerics.device, dtype=numerics.dtype)
+        labels = torch.zeros(images, dtype=torch.int64, device=numerics.device)
+    with Footprint() as kept:
+        block = _Block(Population(head, shape, (Configuration(1e-3, 1e-2, 0.1),), seed=0), numerics, _squares)
+    with Footprint() as step:
+        block.step(tokens, labels, 0, 1)
+    # What the probes share of a batch, such as standard tokens, is made by the first of them and stays as long as it.
+    return Needs(batch.most + step.alive, kept.alive, step.most - step.alive)
+
+
+def _squares(outputs: Tensor, _: Tensor) -> Tensor:
+    return outputs.float().square().mean((1, 2))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Partition of a population: groups that fit into memory, each split into blocks for the workers."""
+
+    together: int  # configurations of a group
+    block: int  # configurations of a block
+    workers: int  # blocks that are worked on at the same time
+
+    @classmethod
+    def of(cls, count: int, need: Needs, *, memory: int, threads: int, shared: bool) -> "Layout":
+        """The layout with as many of `count` configurations in a group as `memory` bytes hold.
+
+        Args:
+            count: K.
+            need: memory of one configuration.
+            memory: bytes.
+            threads: cores.
+            shared: whether blocks run on a device that works on one at a time, rather than one on each core.
+
+        Raises:
+            BadData: not even one configuration fits.
+        """
+        # A block of one small configuration is over before Python has begun the next: fewer workers, with a few in each.
+        few = max(1, min(FEW, IN_CACHE // (need.each + need.step)))
+        workers = 1 if shared else max(1, min(threads, count // few))
+        while workers > 1 and AHEAD * need.batch + workers * (need.each + need.step) > memory:
+            workers -= 1
+        batch = need.batch * (AHEAD if workers > 1 else 1)
+        room = memory - batch - workers * need.step
+        if room < need.each:
+            raise BadData(_too_little(need, memory))
+        together = min(count, room // need.each)
+        if shared:
+            return cls(max(1, min(together, (memory - need.batch) // (need.each + need.step))), together, 1)
+        # More configurations at a time than a core's caches hold wait for memory; fewer wait for Python.
+        most = max(1, min(max(FEW, IN_CACHE // (need.each + need.step)), together // workers))
+        while most > 1 and batch + together * need.each + workers * most * need.step > memory:
+            most -= 1
+        return cls(together, most, workers)
+
+    def groups(self, count: int) -> list[list[slice]]:
+        """The blocks of every group, as slices of the population."""
+        edges = np.linspace(0, count, math.ceil(count / self.together) + 1).round().astype(int)
+        return [
+            [slice(a + i, min(a + i + self.block, b)) for i in range(0, b - a, self.block)]
+            for a, b in pairwise(edges.tolist())
+        ]
+
+
+def _too_little(need: Needs, memory: int) -> str:
+    parts = (need.batch + need.step + need.each, need.batch, need.step + need.each, memory)
+    least, tokens, probe, free = (f"{part / 1e6:,.1f} MB" for part in parts)
+    return (
+        f"not even one configuration can be trained: it needs {least} of memory ({tokens} for a batch of tokens, "
+        f"{probe} for the probe), and {free} may be taken; allowed: a probe that fits. Free memory, raise --memory, or "
+        "choose fewer layers or another head"
+    )
+
+
+class _Block:
+    """Some configurations with their optimiser."""
+
+    def __init__(self, population: Population, numerics: Numerics, loss: Loss) -> None:
+        members = population.configurations
+        self.probe = HEADS[population.head](
+            population.shape,
+            seeds=[one.seed(population.seed) for one in members],
+            dropouts=[one.dropout for one in members],
+        )
+        self.probe.to(torch.device(numerics.device), numerics.dtype)
+        self.probe.train()
+        self._optimizer = AdamW(
+            self.probe.parameters(),
+            lr=[one.lr for one in members],
+            weight_decay=[one.weight_decay for one in members],
+        )
+        self._dtype, self._loss = numerics.dtype, loss
+        device = torch.device(numerics.device).type
+        self._autocast = partial(torch.autocast, device, torch.bfloat16, enabled=numerics.bf16)
+
+    def step(self, tokens: Tensor, labels: Tensor, step: int, steps: int) -> None:
+        """One of `steps` steps, on a batch."""
+        with self._autocast():
+            logits = self.probe(tokens)
+        # The sum over the population: no configuration's loss has a gradient for another's parameters.
+        torch.autograd.backward(self._loss(logits.to(self._dtype), labels).sum())
+        if self.probe.max_grad_norm is not None:
+            self._optimizer.clip(self.probe.max_grad_norm)
+        self._optimizer.step(cosine(self._optimizer.lr, step, steps).tolist())
+
+
+class _Workers:
+    """Threads that step blocks, one block a thread; one worker alone uses all of torch's threads for each block.
+
+    No worker waits for the others at the end of a step: it goes on with the next batch, which is prepared meanwhile.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count) if count > 1 else None
+        self._last: dict[_Block, Future[None]] = {}
+        self._ahead: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        self._threads = torch.get_num_threads()
+        if self._pool:
+            torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)
+
+    def step(self, work: Callable[[_Block], None], blocks: Sequence[_Block]) -> int:
+        """Begin a step of all blocks; returns how many steps have ended, of the one before and this: 0 or 1."""
+        if self._pool is None:
+            for block in blocks:
+                work(block)
+            return 1
+        before, self._ahead = (
+            self._ahead,
+            [self._pool.submit(self._next, work, block, self._last.get(block)) for block in blocks],
+        )
+        self._last = dict(zip(blocks, self._ahead, strict=True))
+        return self._wait(before)
+
+    def finish(self) -> int:
+        """Wait for the step that was begun; returns how many that were: 0 or 1."""
+        return self._wait(self._ahead)
+
+    @staticmethod
+    def _next(work: Callable[[_Block], None], block: _Block, before: "Future[None] | None") -> None:
+        if before:
+            before.result()  # begun earlier, so by another worker if it has not ended
+        work(block)
+
+    @staticmethod
+    def _wait(steps: "list[Future[None]]") -> int:
+        for one in steps:
+            one.result()
+        return bool(steps)
+
+
+def train(
+    population: Population,
+    data: TrainingData,
+    numerics: Numerics = Numerics(),
+    *,
+    memory: int | None = None,
+    layout: Layout | None = None,
+    progress: Callable[[int], None] | None = None,
+    loss: Loss | None = None,
+) -> Iterator[tuple[slice, HeadModule]]:
+    """Train all configurations, as many at once as fit into memory.
+
+    Args:
+        population: the configurations.
+        data: the images to train on.
+        numerics: device and types. With bfloat16 products, parameters, softmax, BatchNorm and loss stay as wide as `dtype`.
+        memory: bytes that training may take, by default most of what is free; results do not depend on it.
+        layout: the partition of the population, by default as fits `memory`; results do not depend on it either.
+        progress: called after each step with the number of configurations that took it.
+        loss: outputs [K, B, C] and labels → [K]; by default cross-entropy with class weights.
+
+    Yields:
+        Some of the configurations and their probe, in evaluation mode. A configuration that diverged is not finite.
+
+    Raises:
+        BadData: not even one configuration fits.
+    """
+    loss = loss or _class_weighted(data, population.shape.classes, numerics)
+    data = replace(data, tokens=_placed(data.tokens, numerics))
+    layout = layout or _layout(population, data.schedule, numerics, memory)
+    for group in layout.groups(len(population)):
+        blocks = [_Block(population[part], numerics, loss) for part in group]
+        advance = partial(progress or _nothing, group[-1].stop - group[0].start)
+        with _tensor_cores(numerics.device), _Workers(min(layout.workers, len(blocks))) as workers:
+            _run(blocks, workers, _batches(data, population.seed, numerics), data.schedule.steps, advance)
+        for part, block in zip(group, blocks, strict=True):
+            block.probe.eval()
+            yield part, block.probe
+
+
+def _run(
+    blocks: Sequence[_Block],
+    workers: _Workers,
+    passing: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    advance: Callable[[], None],
+) -> None:
+    """Step all blocks on every batch."""
+    for step, (batch, labels) in enumerate(passing):
+        if workers.step(partial(_Block.step, tokens=batch, labels=labels, step=step, steps=steps), blocks):
+            advance()
+    if workers.finish():
+        advance()
+
+
+def _nothing(_: int) -> None:
+    pass
+
+
+def _class_weighted(data: TrainingData, classes: int, numerics: Numerics) -> Loss:
+    weights = torch.from_numpy(class_weights(data.tokens.labels[data.rows], classes))
+    return partial(cross_entropy, weights=weights.to(numerics.device, numerics.dtype))
+
+
+def _placed(tokens: Tokens, numerics: Numerics) -> Tokens:
+    """The tokens on an accelerator, where they take less than half of its memory; as they are elsewhere."""
+    if (
+        numerics.is_accelerated
+        and not isinstance(tokens.values, Tensor)
+        and tokens.nbytes < available(numerics.device) / 2
+    ):
+        return tokens.on(numerics.device)
+    return tokens
+
+
+def _layout(population: Population, schedule: Schedule, numerics: Numerics, memory: int | None) -> Layout:
+    return Layout.of(
+        len(population),
+        needs(population.head, population.shape, schedule.batch_size, numerics),
+        memory=int(SPARE * available(numerics.device)) if memory is None else memory,
+        threads=torch.get_num_threads(),
+        shared=numerics.is_accelerated,
+    )
+
+
+def _batches(data: TrainingData, seed: int, numerics: Numerics) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and labels of every step."""
+    steps = data.schedule.steps if data.until is None else min(data.until, data.schedule.steps)
+    schedule = replace(data.schedule, steps=steps)
+    return batches(data.tokens, data.rows, schedule, seed=seed, device=numerics.device, dtype=numerics.dtype)
+
+
+@torch.no_grad()
+def read(
+    probe: HeadModule, tokens: Tokens, rows: np.ndarray, *, block: int, device: str, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A probe's logits [K, b, C] for images `rows`, `block` at a time, each with the normalised tokens [b, T, D]."""
+    for start in range(0, len(rows), block):
+        batch = tokens.normalised(rows[start : start + block], device, dtype)
+        yield probe(batch), batch

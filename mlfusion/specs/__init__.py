@@ -1,0 +1,1 @@
+"""What is meant, as frozen values and words."""

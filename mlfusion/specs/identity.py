@@ -1,0 +1,134 @@
+"""The identity of models, data, features and probes, as frozen values, and the words for them. Nothing here does I/O.
+
+Two specs are equal exactly if they stand for the same numbers, and `digest` hashes exactly the fields that `==` compares, so
+that equality and identity on disk agree. Names are for people (`compare=False`): a renamed catalogue row changes no key.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+FORMAT = 2
+"""Version of the key and of the layout on disk; an older reader refuses a newer one."""
+
+Dtype = Literal["float16", "bfloat16", "float32", "int8"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+"""Storage types of the cache; int8 has one scale per token."""
+
+Compute = Literal["float32", "bfloat16", "float16"]
+COMPUTES: tuple[Compute, ...] = get_args(Compute)
+"""Types of the forward pass, its weights and activations; tokens are averaged in float32."""
+
+TokenKind = Literal["cls", "ap", "registers", "dist", "max", "std", "grid2", "grid4", "grid7", "all"]
+KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
+STUDY_KINDS: tuple[TokenKind, ...] = ("cls", "ap")
+"""Kinds that the study (arXiv 2601.09322) fuses over layers."""
+
+REDUCED_KINDS: tuple[TokenKind, ...] = tuple(kind for kind in KINDS if kind != "all")
+"""Kinds that a probe may join by '+'; 'all' stands alone."""
+
+ABOUT_KINDS: dict[TokenKind, str] = {
+    "cls": "the class token",
+    "ap": "the mean of the patch tokens",
+    "registers": "the register tokens",
+    "dist": "DeiT's distillation token",
+    "max": "the maximum over the patch tokens, channel by channel",
+    "std": "the standard deviation over the patch tokens, channel by channel",
+    "grid2": "2 x 2 means of the patch tokens, in raster order",
+    "grid4": "4 x 4 means of the patch tokens, in raster order",
+    "grid7": "7 x 7 means of the patch tokens, in raster order",
+    "all": "every token, in the model's own order",
+}
+"""A short description of each token kind, for lists."""
+
+GRID_SIDES: dict[TokenKind, int] = {"grid2": 2, "grid4": 4, "grid7": 7}
+"""Token kinds that are a grid of pooled patch tokens → the side of the grid."""
+
+Hook = Literal["norm2", "block", "attn", "mlp", "projected"]
+HOOKS: tuple[Hook, ...] = get_args(Hook)
+ABOUT_HOOKS: dict[Hook, str] = {
+    "norm2": "the second norm inside each block, and the final norm: the study's choice and the default",
+    "block": "the output of each block, before any norm",
+    "attn": "the output of each block's attention, before the residual sum",
+    "mlp": "the output of each block's MLP, before the residual sum",
+    "projected": "norm2, with the last layer projected to the space that images share with texts (CLIP)",
+}
+"""A short description of each hook point, for lists."""
+
+Pair = tuple[int, TokenKind]
+"""(layer, token kind): the unit in which features are requested, stored and computed."""
+
+
+OMIT_IF_DEFAULT = {"omit_if_default": True}
+"""Metadata of a field added later: at its default value it is left out of the digest, so that older keys stay the same."""
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """The SHA-256 of a value's canonical JSON, as hex digits; the same on every machine and in every process."""
+    text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _plain(value: Any) -> Any:
+    """JSON of a spec: its type's name and the fields that `==` compares, without later ones at their default."""
+    if isinstance(value, (str, int, float)) or value is None:  # most of what there is: thousands of ids
+        return value
+    if dataclasses.is_dataclass(value):
+        fields = {
+            f.name: _plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.compare and not (f.metadata == OMIT_IF_DEFAULT and getattr(value, f.name) == f.default)
+        }
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [item if type(item) is str else _plain(item) for item in value]
+    raise TypeError(f"a {type(value).__name__} has no place in a spec")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A frozen backbone with its preprocessing, hook point and compute type: all that turns an image into tokens."""
+
+    weights: str  # sha256 of the weight files
+    revision: str | None  # commit on the hub; None for a folder
+    config: str  # digest of the architecture's configuration
+    preprocess: str  # canonical JSON of what is done to an image
+    hook: Hook = "norm2"  # where in each block tokens are read
+    compute: Compute = "float32"  # precision of the forward pass
+    name: str = field(compare=False)
+    family: str = field(compare=False)  # transformers' model_type
+    depth: int = field(compare=False)  # L, the number of blocks: layers are 1..L, L being the final norm
+    width: int = field(compare=False)  # D, the channels of a token
+    view: str = field(default="plain", compare=False)  # the view that `preprocess` says
+    kinds: tuple[TokenKind, ...] = field(default=(), compare=False)  # of its last layer; empty: not known yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """One split of a data set: its images, their order and their labels."""
+
+    content: str  # digest over every row's id, image bytes and label, in order
+    split: str
+    images: int
+    classes: tuple[str, ...]
+    resplit: str = field(default="", metadata=OMIT_IF_DEFAULT)  # ratio and seed if we made the split: '0.8/0.2 seed 0'
+    name: str = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """One entry of the cache. Layers and token kinds are streams inside it, and not part of its key."""
+
+    model: ModelSpec
+    data: DataSpec
+    dtype: Dtype = "float16"
+    format: int = FORMAT
+
+    @property
+    def key(self) -> str:
+        """The entry's name: 16 hex digits, the same on every machine."""
+        return digest(self)

@@ -1,0 +1,368 @@
+"""What a user asks of the two stages, as frozen values. Each option is defined once, here.
+
+The command line's options, the keys of recipes, their checks, the commands that rows and pages print, and
+docs/reference.md are made from these definitions. A value is checked when it is made: whoever holds one need not check it.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+from mlfusion.errors import BadOption
+from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS, Dtype, Hook
+from mlfusion.specs.kinds import (
+    Kind,
+    amount,
+    checked,
+    device_name,
+    flag,
+    numbers,
+    one_of,
+    ratio,
+    settings,
+    share,
+    split_names,
+    text,
+    view_names,
+    whole,
+)
+from mlfusion.specs.names import Setting, parse_layers, parse_tokens
+
+T = TypeVar("T", bound="Options")
+
+Effect = Literal["key", "stream", "id", "bit", "rounding"]
+EFFECTS: dict[Effect, str] = {
+    "key": "in the key of a feature",
+    "stream": "names streams inside an entry",
+    "id": "in the id of a row",
+    "bit": "equal to the bit",
+    "rounding": "equal to rounding",
+}
+"""What another value of an option does to features and rows."""
+
+MAX_DEPTH = 64  # deeper than any model: layers are checked here before the model's depth is known
+MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
+
+Preparation = Literal["exact", "fast", "paper", "paper+fast"]
+PREPARATIONS: tuple[Preparation, ...] = get_args(Preparation)
+"""`exact`: the model's own processor, to the bit. `paper`: as the study prepared images. `fast`: either, by a faster kernel."""
+
+LabelKind = Literal["class", "labels", "number"]
+LABEL_KINDS: tuple[LabelKind, ...] = get_args(LabelKind)
+"""What an image's label is: one class, any number of labels, or a number."""
+
+FormatName = Literal["zarr", "hdf5"]
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
+
+Precision = Literal["float32", "bfloat16", "auto"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+GridName = Literal["paper", "quick"]
+GRID_NAMES: tuple[GridName, ...] = get_args(GridName)
+
+
+@dataclass(frozen=True)
+class Option:
+    """The definition of one field of an options class."""
+
+    kind: Kind
+    help: str  # one sentence
+    effect: Effect
+    name: str = ""  # in recipes, and with dashes on the command line, where it is not the field's
+    former: tuple[str, ...] = ()  # names that it had, which are still understood
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line, without its first dashes."""
+        return self.name.replace("_", "-")
+
+
+def option(default: Any, kind: Kind, help: str, *, effect: Effect, **others: Any) -> Any:
+    """A field of an options class, with its definition as metadata."""
+    return dataclasses.field(default=default, metadata={"option": Option(kind, help, effect, **others)})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every options class does: it reads, checks and writes its fields by their definitions. It has no fields."""
+
+    def __post_init__(self) -> None:
+        for field, one in definitions(type(self)):
+            given = getattr(self, field)
+            value = given if given is None else one.kind.read(given)
+            object.__setattr__(self, field, value)
+            if fault := fault_of(type(self), field, value):
+                raise BadOption(f"--{one.flag} {given}: {fault}")
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that are not at their default, those of an options class inside this one among them."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Options):
+                found |= value.changed()
+            elif value != field.default:
+                found[field.name] = value
+        return found
+
+    def words(self) -> list[str]:
+        """The command-line words of the fields that are not at their default; `Kind.parse` reads them."""
+        known = all_definitions(type(self))
+        words: list[str] = []
+        for field, value in self.changed().items():
+            one = known[field]
+            said = one.kind.words(value)
+            if value is True:
+                words.append(f"--{one.flag}")
+                continue
+            for word in [said] if isinstance(said, str) else said:
+                words += [f"--{one.flag}={word}"] if word.startswith("-") else [f"--{one.flag}", word]
+        return words
+
+
+def definitions(kind: type[Options]) -> Iterator[tuple[str, Option]]:
+    """The fields of an options class itself, in order, with their definitions."""
+    for field in dataclasses.fields(kind):
+        if "option" in field.metadata:
+            one: Option = field.metadata["option"]
+            yield field.name, one if one.name else dataclasses.replace(one, name=field.name)
+
+
+def parts(kind: type[Options]) -> dict[str, type[Options]]:
+    """The fields of an options class that are options classes themselves."""
+    return {each.name: type(each.default) for each in dataclasses.fields(kind) if isinstance(each.default, Options)}
+
+
+def all_definitions(kind: type[Options]) -> dict[str, Option]:
+    """The definitions of a class and of the options classes inside it, by field."""
+    found = dict(definitions(kind))
+    for inner in parts(kind).values():
+        found |= all_definitions(inner)
+    return found
+
+
+def build(kind: type[T], values: Mapping[str, Any]) -> T:
+    """An options class from the values of some of its fields, and of those of the options classes inside it.
+
+    Raises:
+        BadOption: a value that is not allowed.
+    """
+    own = {name: values[name] for name, _ in definitions(kind) if name in values}
+    inner = {name: build(part, values) for name, part in parts(kind).items()}
+    return kind(**own, **inner)
+
+
+def fault_of(kind: type[Options], field: str, value: Any) -> str | None:
+    """What is wrong with a value that was read; None where nothing is. None is allowed where it is the default."""
+    default = next(each.default for each in dataclasses.fields(kind) if each.name == field)
+    if value is None and default is None:
+        return None
+    return all_definitions(kind)[field].kind.fault(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions(Options):
+    """How a data set is read, where that is not plain from the data set. They count through the content that they give."""
+
+    image_column: str | None = option(
+        None, text(), "Column of a table or hub data set that holds the images; guessed if not given.", effect="key"
+    )
+    label_column: str | None = option(None, text(), "Column that holds the labels; guessed if not given.", effect="key")
+    id_column: str | None = option(
+        None, text(), "Column that holds sample ids; default: paths or row numbers.", effect="key"
+    )
+    image_root: str | None = option(
+        None, text(), "Folder that the paths in a table start from; default: the table's own folder.", effect="key"
+    )
+    target: LabelKind | None = option(
+        None, one_of(LABEL_KINDS), "Kind of the labels: class, labels or number; guessed if not given.", effect="key"
+    )
+    split_ratio: str | None = option(
+        None,
+        ratio(),
+        "Split train again, by shares of train/test or train/validation/test, such as 0.8/0.2.",
+        effect="key",
+        former=("carve",),
+    )
+    split_seed: int = option(
+        0, whole(0), "Seed of the split that --split-ratio makes.", effect="key", former=("carve_seed",)
+    )
+    exif_transpose: bool = option(
+        False, flag(), "Rotate images as their EXIF orientation says.", effect="key", former=("upright",)
+    )
+    max_pixels: int = option(
+        MAX_PIXELS, whole(1), "Largest number of pixels of an image; larger images are refused.", effect="bit"
+    )
+    config: str | None = option(None, text(), "Configuration of a hub data set that has several.", effect="key")
+    stream: bool = option(
+        False, flag(), "Read a hub data set from where it is stored, without a local copy.", effect="bit"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions(Options):
+    """What decides the key of a feature, or which streams of an entry are made."""
+
+    read: ReadOptions = ReadOptions()
+    splits: tuple[str, ...] = option(
+        ("train", "test"),
+        split_names(),
+        "Splits, comma-separated; test=validation takes the validation split as the test split.",
+        effect="key",
+        name="split",
+    )
+    layers: str = option(
+        "all",
+        checked(lambda words: parse_layers(words, MAX_DEPTH)),
+        "Layers: all (1..L), last, or a list such as 1-4,12.",
+        effect="stream",
+    )
+    tokens: str = option(
+        "cls,ap",
+        checked(lambda words: parse_tokens(words, "all", MAX_DEPTH)),
+        "Token kinds (mlfusion ls tokens), each with layers of its own if needed: cls,ap,all@last.",
+        effect="stream",
+    )
+    hook: Hook | None = option(
+        None, one_of(HOOKS), "Hook point in each block (mlfusion ls hooks); default: norm2.", effect="key"
+    )
+    settings: tuple[tuple[str, Setting], ...] = option(
+        (),
+        settings(),
+        "Setting of the model's configuration, such as hidden_act=gelu; may be repeated.",
+        effect="key",
+        name="set",
+    )
+    preprocess: Preparation = option(
+        "exact",
+        one_of(PREPARATIONS),
+        "Preprocessing: exact (the model's own, to the bit), fast, paper (the study's) or paper+fast.",
+        effect="key",
+    )
+    size: int | None = option(
+        None, whole(1), "Height and width of the model's input in pixels; default: the model's own.", effect="key"
+    )
+    views: tuple[str, ...] = option(
+        ("plain",),
+        view_names(),
+        "Views of each image: plain, flip, crop1, …, comma-separated, or their number. Each is an entry of its own.",
+        effect="key",
+        former=("view",),
+    )
+    view_seed: int = option(0, whole(0), "Seed of the crops.", effect="key")
+    compute: str = option(
+        "float32",
+        one_of((*COMPUTES, "auto")),
+        "Type of the forward pass: float32, bfloat16, float16, or auto (bfloat16 where the device is fast at it).",
+        effect="key",
+    )
+    dtype: Dtype = option(
+        "float16",
+        one_of(DTYPES),
+        "Storage type in the cache: float16, bfloat16, float32 or int8 (one scale per token).",
+        effect="key",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(Options):
+    """How stage 1 runs. Nothing here is in a key."""
+
+    device: str = option("auto", device_name(), "Device: auto, cpu, cuda or mps.", effect="rounding")
+    batch_size: int | None = option(
+        None, whole(1), "Number of images in one forward pass; default: as many as memory allows.", effect="rounding"
+    )
+    workers: int = option(
+        0,
+        whole(0),
+        "Number of decoding workers (threads; processes with a GPU); 0: one per core.",
+        effect="bit",
+    )
+    format: FormatName = option("zarr", one_of(FORMATS), "File format of new shards: zarr or hdf5.", effect="bit")
+    skip_bad: bool = option(
+        False, flag(), "Skip images that cannot be read; readers leave their rows out.", effect="bit"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(Options):
+    """What decides the numbers of a row, beside its features and its probe."""
+
+    grid: GridName = option(
+        "paper",
+        one_of(GRID_NAMES),
+        "Grid of hyper-parameters: paper (21 configurations, 63 for attentive probes) or quick (3).",
+        effect="id",
+    )
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2), numbers(0, example="0,1,2"), "Seeds, comma-separated; each gives a row.", effect="id"
+    )
+    shots: tuple[int | None, ...] = option(
+        (None,),
+        numbers(2, example="4,16", whole_set=True),
+        "Few-shot training: numbers of training images per class, such as 2,4,8,all.",
+        effect="id",
+    )
+    halving: bool = option(
+        False,
+        flag(),
+        "Successive halving: stop weak configurations early (about a third of the compute).",
+        effect="id",
+    )
+    smoothing: float = option(0.0, share(), "Label smoothing, from 0 to below 1.", effect="id")
+    precision: Precision = option(
+        "auto",
+        one_of(PRECISIONS),
+        "Precision of matrix products in training: float32, bfloat16, or auto (the faster one on this machine).",
+        effect="id",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Options):
+    """How stage 2 runs. Nothing here is in the id of a row."""
+
+    device: str = option("cpu", device_name(), "Device: auto, cpu, cuda or mps.", effect="rounding")
+    memory: int | None = option(
+        None, amount(), "Memory limit for training, such as 4GB; default: most of the free memory.", effect="rounding"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions(Options):
+    """Where features and rows are kept. Nothing here changes a number."""
+
+    cache: str | None = option(
+        None,
+        text(),
+        "Root of the feature cache, or MINE:SHARED to read others too; default: $MLFUSION_CACHE or ./cache.",
+        effect="bit",
+    )
+    results: str = option("results", text(), "Folder of the results.", effect="bit")
+    save: bool = option(False, flag(), "Keep the trained probes, for mlfusion predict.", effect="bit")
+    track: str = option(
+        "",
+        Kind(str, lambda v: None if isinstance(v, str) else "allowed is text in quotes"),
+        "Show new rows in tensorboard:DIR, wandb:PROJECT or mlflow:URI too, comma-separated.",
+        effect="bit",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PilotOptions(Options):
+    """What decides the numbers of a pilot: `mlfusion advise`."""
+
+    images: int = option(300, whole(1), "Number of training images in the pilot, balanced over classes.", effect="id")
+    seed: int = option(0, whole(0), "Seed that selects the images.", effect="id")
+
+
+def command(verb: str, arguments: Iterable[tuple[str, str]], *options: Options) -> str:
+    """The `mlfusion` command that asks for this, quoted for a shell: arguments first, then what is not at its default."""
+    words = ["mlfusion", *verb.split()]
+    for name, value in arguments:
+        words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+    for each in options:
+        words += each.words()
+    return shlex.join(words)

@@ -1,0 +1,249 @@
+"""Cached features by name: finds the entries that a model's and a data set's name mean. Needs neither images nor model."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+
+from mlfusion.errors import BadData, BadModel, NotCached
+from mlfusion.specs.identity import KINDS, FeatureSpec, ModelSpec, Pair, TokenKind
+from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens, token_words
+from mlfusion.store import CachePath, Check, Entry, FeatureStore, Names, TokenReader
+
+if TYPE_CHECKING:
+    import torch
+
+Tokens = TypeVar("Tokens", np.ndarray, TokenReader)
+
+
+@dataclass(frozen=True, eq=False)
+class Features(Generic[Tokens]):
+    """Tokens of one split, with the labels and ids of their rows."""
+
+    tokens: Tokens  # [images, layers, kinds, width]; a kind of many tokens ('all') takes many places of the third axis
+    labels: (
+        np.ndarray
+    )  # [images] int64, an index into classes; or [images, classes] uint8; or [images] float64, numbers
+    ids: tuple[str, ...]  # [images]
+    classes: tuple[str, ...]
+    layers: tuple[int, ...]
+    kinds: tuple[TokenKind, ...]
+    key: str  # of the entry
+
+    def tensors(self: "Features[np.ndarray]") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Tokens and labels as torch tensors on the same memory: nothing is copied."""
+        import torch
+
+        return torch.from_numpy(self.tokens), torch.from_numpy(self.labels)
+
+
+def load_features(
+    model: str,
+    dataset: str,
+    split: str,
+    *,
+    layers: str | Sequence[int] = "all",
+    tokens: Sequence[TokenKind] | str = ("cls", "ap"),
+    view: str = "plain",
+    cache: CachePath = None,
+) -> Features[np.ndarray]:
+    """Cached tokens as NumPy arrays, in their storage type; images skipped at extraction are left out.
+
+        features = mlfusion.load_features("formula-vit", "digits", "train")
+        features.tokens, features.labels        # [1442, 8, 2, 128] float16, [1442] int64
+        tokens, labels = features.tensors()     # the same memory, as torch tensors
+
+    bfloat16 and 8-bit tokens come as float32, which NumPy has.
+
+    Args:
+        model: a name, hub id or folder, as given to `extract`.
+        dataset: a name, hub id, folder or file, as given to `extract`.
+        split: 'train' or 'test'.
+        layers: 'all' (1..L), 'last', '1-4,12', or numbers; their order is kept.
+        tokens: token kinds, in the order wanted.
+        view: of the images, as extracted by --view: 'flip', 'crop1', …
+        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
+
+    Raises:
+        NotCached: says which `mlfusion extract` would make it so.
+        CacheUnusable: a checksum is wrong.
+    """
+    opened = open_features(model, dataset, split, layers=layers, tokens=tokens, view=view, cache=cache)
+    with opened.tokens as reader:
+        return Features(reader.read(), *(getattr(opened, each.name) for each in fields(Features)[1:]))
+
+
+def open_features(
+    model: str,
+    dataset: str,
+    split: str,
+    *,
+    layers: str | Sequence[int] = "all",
+    tokens: Sequence[TokenKind] | str = ("cls", "ap"),
+    view: str = "plain",
+    cache: CachePath = None,
+    check: Check = "once",
+) -> Features[TokenReader]:
+    """Cached tokens that are read on demand: they need not fit into memory.
+
+        features = mlfusion.open_features("formula-vit", "digits", "train", layers="last")
+        features.tokens[[5, 3, 900]], features.labels[[5, 3, 900]]      # these images, in this order
+        for rows, tokens in features.tokens.batches(256, seed=0): ...   # one pass in a shuffled order
+
+    The reader works in threads and in the workers of a torch DataLoader; a prune leaves it what it reads.
+
+    Args:
+        check: 'once' compares a chunk's checksum when it is first read, 'always' at every reading, 'never' not at all.
+
+    The other arguments and the errors are those of `load_features`.
+    """
+    entry = _newest(_of_split(FeatureStore(cache), model, dataset, split, view))
+    depth = entry.spec.model.depth
+    chosen = parse_layers(layers, depth) if isinstance(layers, str) else tuple(layers)
+    kinds = tuple(tokens.split(",")) if isinstance(tokens, str) else tuple(tokens)
+    require(entry, parse_tokens(kinds, layer_ranges(chosen), depth), model, dataset)
+    rows, samples = entry.rows(), entry.samples
+    return Features(
+        tokens=entry.open(chosen, kinds, check=check),  # type: ignore[arg-type]
+        labels=samples.labels[rows],
+        ids=tuple(samples.ids[row] for row in rows),
+        classes=samples.classes,
+        layers=chosen,
+        kinds=kinds,  # type: ignore[arg-type]
+        key=entry.key,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SplitPair:
+    """Train and test features of one model on one data set, extracted with the same options."""
+
+    model: str  # what the user called it
+    dataset: str
+    train: Entry
+    test: Entry
+    older: int  # other pairs that go by the same names
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """Keys of train and test."""
+        return self.train.key, self.test.key
+
+    @property
+    def held(self) -> frozenset[Pair]:
+        """(layer, kind) that both splits hold."""
+        return self.train.held() & self.test.held()
+
+
+def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[SplitPair]:
+    """The newest train and test features of one model, or of every model, on a data set.
+
+    Raises:
+        NotCached: there are none, or one split lacks its partner; says what to run.
+    """
+    found: dict[str, list[tuple[Names, Entry, Entry]]] = {}
+    trains, tests = (
+        [entry for entry in store.find(model=model, dataset=dataset, split=split) if entry.spec.model.view == "plain"]
+        for split in ("train", "test")
+    )
+    for train in trains:
+        for test in tests:
+            if _made_alike(train.spec, test.spec):
+                name = train.names()[0]
+                found.setdefault(model or name.model_source, []).append((name, train, test))
+    if not found:
+        raise NotCached(_not_there(store, model, dataset, [e.spec.data.split for e in (*trains, *tests)]))
+    pairs = []
+    for alike in found.values():
+        # The newest of each, not of both together: a data set that changed leaves old partners for new splits.
+        name, train, test = max(alike, key=lambda each: (each[1].extracted_at_ns(), each[2].extracted_at_ns()))
+        pairs.append(SplitPair(name.model, name.dataset, train, test, older=len(alike) - 1))
+    return pairs
+
+
+def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str) -> None:
+    """Refuse, with the command that mends it, unless the entry wholly holds `pairs`.
+
+    Raises:
+        NotCached: they can be extracted; says how.
+        BadModel: they cannot, since the model has no such token; says which it has.
+    """
+    if absent := pairs - entry.held():
+        if none := impossible(entry.spec.model, absent):
+            raise BadModel(f"{model} {none}")
+        raise NotCached(
+            f"{entry.spec.data.split} features of {model} on {dataset} lack {_words(absent)}; run: "
+            + extract_command(model, dataset, absent, entry.spec)
+        )
+
+
+def impossible(model: ModelSpec, pairs: frozenset[Pair]) -> str | None:
+    """Why no extraction can give `pairs`, with what there is instead; None where one can, or it is not known."""
+    lacking = sorted({kind for _, kind in pairs if kind not in model.kinds}, key=KINDS.index) if model.kinds else []
+    if not lacking:
+        return None
+    return (
+        f"has no {' and no '.join(lacking)} token; allowed: {', '.join(model.kinds)}. So take probes such as ap-last/linear "
+        "or ap-all-layers/attentive"
+    )
+
+
+def extract_command(model: str, dataset: str, pairs: frozenset[Pair], spec: FeatureSpec | None = None) -> str:
+    """The command that caches `pairs`."""
+    dtype = f" --dtype {spec.dtype}" if spec and spec.dtype != "float16" else ""
+    return f"mlfusion extract {_named(model, dataset)} --tokens {token_words(pairs)}{dtype}"
+
+
+def _made_alike(train: FeatureSpec, test: FeatureSpec) -> bool:
+    same = (train.model, train.dtype, train.format) == (test.model, test.dtype, test.format)
+    return same and (train.data.classes, train.data.resplit) == (test.data.classes, test.data.resplit)
+
+
+def _of_split(store: FeatureStore, model: str, dataset: str, split: str, view: str) -> list[Entry]:
+    every = store.find(model=model, dataset=dataset, split=split)
+    entries = [entry for entry in every if entry.spec.model.view == view]
+    if every and not entries:
+        raise NotCached(
+            f"{split} features of {model} on {dataset} are cached of the views "
+            f"{', '.join(sorted({e.spec.model.view for e in every}))}, not of {view}; run: mlfusion extract "
+            f"{_named(model, dataset)} --view {view}"
+        )
+    if not entries:
+        others = [e.spec.data.split for e in store.find(model=model, dataset=dataset)]
+        if others:
+            raise BadData(f"no {split!r} split of {dataset} is cached; cached: {', '.join(sorted(set(others)))}")
+        raise NotCached(_not_there(store, model, dataset, []))
+    return entries
+
+
+def _newest(entries: list[Entry]) -> Entry:
+    """The entry that was extracted last, of those that differ in content, preprocessing or storage type."""
+    return max(entries, key=lambda entry: entry.extracted_at_ns())
+
+
+def _not_there(store: FeatureStore, model: str | None, dataset: str, splits: list[str]) -> str:
+    if splits:
+        absent = "test" if "test" not in splits else "train" if "train" not in splits else None
+        why = f"only {', '.join(sorted(set(splits)))} is cached" if absent else "train and test were made unlike"
+        return (
+            f"a probe needs train and test features made alike; of {dataset}, {why}. Run: mlfusion extract "
+            + _named(model, dataset)
+        )
+    pairs = sorted({(n.model, n.dataset) for entry in store.entries() for n in entry.names()})
+    shown = ", ".join(f"{m} on {d}" for m, d in pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
+    return (
+        f"no features of {dataset}{f' by {model}' if model else ''} in {store.root} (it holds {shown or 'nothing yet'}). "
+        f"Run: mlfusion extract {_named(model, dataset)}"
+    )
+
+
+def _named(model: str | None, dataset: str) -> str:
+    """The options --model and --dataset, quoted for a shell."""
+    return f"--model {shlex.quote(model or 'MODEL')} --dataset {shlex.quote(dataset)}"
+
+
+def _words(pairs: frozenset[Pair]) -> str:
+    kinds = sorted({kind for _, kind in pairs})
+    return "; ".join(f"{kind} of layers {layer_ranges(layer for layer, k in pairs if k == kind)}" for kind in kinds)

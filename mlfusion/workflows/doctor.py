@@ -1,0 +1,263 @@
+"""Diagnostics: checks libraries, device, kernels, memory, cache, hub, and a model from its name to its first features."""
+
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mlfusion import models
+from mlfusion.errors import MlfusionError, Unavailable, UnknownName
+from mlfusion.models import checkpoints, hub, preprocessing
+from mlfusion.models.backbone import Backbone
+from mlfusion.probing.heads import kernels
+from mlfusion.specs.identity import HOOKS
+from mlfusion.specs.names import layer_ranges, parse_model
+from mlfusion.store import CachePath, default_root
+from mlfusion.system import disk
+from mlfusion.system.devices import pick_device
+from mlfusion.system.memory import available
+
+State = Literal["ok", "note", "problem"]
+LIBRARIES = ("torch", "transformers", "datasets", "huggingface-hub", "zarr", "h5py", "safetensors", "pillow")
+EXTRAS = {"altair": "pip install 'mlfusion[report]' for the figures of reports"}
+LOADING_FACTOR = 2.0  # memory for loading a model and running one batch, by the size of its weights
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check."""
+
+    check: str
+    state: State
+    found: str
+    do: str = ""  # what the user can do about it
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `mlfusion doctor --json` prints."""
+        return vars(self)
+
+
+def doctor(model: str | None = None, *, cache: CachePath = None, device: str = "auto") -> Iterator[Finding]:
+    """Check everything that a run needs, and yield a finding for each check; nothing is downloaded or stored.
+
+    Args:
+        model: a catalogue name, hub id or folder; None checks the machine only.
+        cache: root of the feature cache.
+        device: the device that the model would run on.
+    """
+    yield _libraries()
+    yield _device(device)
+    yield _kernels()
+    yield _memory()
+    yield _cache(cache)
+    yield _hub()
+    if model is not None:
+        yield from _model(model, device)
+
+
+def _libraries() -> Finding:
+    found, absent = [f"python {platform.python_version()}"], []
+    for name in LIBRARIES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            absent.append(name)
+    if absent:
+        return Finding("libraries", "problem", f"{', '.join(absent)} not installed", "pip install mlfusion")
+    for name, advice in EXTRAS.items():
+        try:
+            version(name)
+        except PackageNotFoundError:
+            return Finding("libraries", "note", f"{', '.join(found)}; {name} is not installed", advice)
+    return Finding("libraries", "ok", ", ".join(found))
+
+
+def _device(word: str) -> Finding:
+    try:
+        device = pick_device(word)
+    except Unavailable as err:
+        return Finding("device", "problem", str(err), "--device auto")
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(torch.device(device))
+        name = torch.cuda.get_device_name(torch.device(device))
+        return Finding("device", "ok", f"{device}: {name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+    if device == "mps":
+        return Finding("device", "ok", "mps: the graphics of this machine")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Finding(
+        "device",
+        "note",
+        f"cpu: {cores} cores, no accelerator",
+        "mlfusion plan says how long an extraction takes here; large models want a GPU",
+    )
+
+
+def _kernels() -> Finding:
+    if (why := kernels.why_unavailable()) is None:
+        return Finding("kernels", "ok", "attentive probes train by AVX-512 BF16")
+    advice = "install a C compiler, then mlfusion again: with it they train faster" if "compiler" in why else ""
+    return Finding("kernels", "note", f"attentive probes train by PyTorch alone: {why}", advice)
+
+
+def _memory() -> Finding:
+    free = available("cpu")
+    if free < 2e9:
+        return Finding("memory", "problem", f"{free / 1e9:.1f} GB free", "end other programs; models load into memory")
+    return Finding("memory", "ok", f"{free / 1e9:.1f} GB free")
+
+
+def _cache(place: CachePath) -> Finding:
+    root = Path(os.fspath(place) if isinstance(place, (str, os.PathLike)) else default_root()).expanduser().absolute()
+    parent = disk.nearest_existing(root)
+    free = disk.free_bytes(root)
+    said = f"{root}{'' if root.exists() else ' (not there yet)'}, {free / 1e9:.1f} GB free"
+    if not os.access(parent, os.W_OK):
+        return Finding("cache", "problem", f"{said}, not writable", "name another place by --cache or $MLFUSION_CACHE")
+    if free < 1e9:
+        return Finding(
+            "cache", "problem", said, "make room with mlfusion cache prune, or name another place by --cache"
+        )
+    return Finding("cache", "ok", said)
+
+
+def _hub() -> Finding:
+    who = "logged in" if hub.logged_in() else "not logged in, which only gated models need (hf auth login)"
+    if hub.offline():
+        return Finding(
+            "hub", "note", f"not asked, HF_HUB_OFFLINE is set; {who}", "unset HF_HUB_OFFLINE to download models"
+        )
+    try:
+        hub.fetch_info("google/vit-base-patch16-224", "the hub", None)
+    except Unavailable:
+        return Finding(
+            "hub", "note", f"cannot be reached; {who}", "connect to download models; what is here works without"
+        )
+    return Finding("hub", "ok", f"reached; {who}")
+
+
+def sound(findings: Iterable[Finding]) -> bool:
+    """Whether none of the findings is a problem."""
+    return all(one.state != "problem" for one in findings)
+
+
+# --- a model ---------------------------------------------------------------------------------------------------------
+
+
+def _model(word: str, device: str) -> Iterator[Finding]:
+    try:
+        ref = parse_model(word)
+        row = models.CATALOGUE.get(ref.name)
+        local = bool(row and row.embedded) or Path(ref.name).expanduser().is_dir()
+        if not row and not local and "/" not in ref.name:
+            models.locate(word)  # which says what names there are
+    except UnknownName as err:
+        yield Finding("name", "problem", str(err), "mlfusion ls models")
+        return
+    if row:
+        gated = "; gated" if row.gated else ""
+        said = f"{row.family}, {row.depth} layers of width {row.width}, {row.image_px} px; {row.licence}{gated}; {row.source}"
+        yield Finding("name", "ok", said)
+    if not local:
+        if not row:
+            said = f"{ref.name}: an id of the hub; not pinned: its newest state, the commit of which goes into the key"
+            yield Finding("name", "ok", said)
+        source, revision = (row.source, row.revision) if row else (ref.name, None)
+        copy = hub.find_local(source, revision)
+        yield from _access(source, ref.name, revision, copy)
+        if copy is None:
+            return
+    yield from _files(word, device)
+
+
+def _access(source: str, word: str, revision: str | None, copy: Path | None) -> Iterator[Finding]:
+    """Check that the model is on this machine, or else that it can be downloaded."""
+    if copy is not None:
+        yield Finding("copy", "ok", f"on this machine: {copy}")
+    if hub.offline():
+        if copy is None:
+            yield Finding(
+                "copy",
+                "problem",
+                "not on this machine, and HF_HUB_OFFLINE is set",
+                f"unset HF_HUB_OFFLINE; or where there is a network: hf download {source}"
+                + (f" --revision {revision}" if revision else "")
+                + f", and copy its folder below {hub.cache_folder()}",
+            )
+        return
+    try:
+        remote = hub.fetch_info(source, word, revision)
+    except Unavailable as err:
+        yield Finding("access", "note" if copy else "problem", str(err), "" if copy else _advice(err))
+        return
+    free = disk.free_bytes(hub.cache_folder())
+    said = f"may be read{', gated' if remote.gated else ''}; licence {remote.licence or 'not said'}"
+    if copy is not None:
+        yield Finding("access", "ok", said)
+    elif remote.nbytes > free:
+        yield Finding(
+            "access",
+            "problem",
+            f"{said}; a download takes {remote.nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {hub.cache_folder()}",
+            "make room, or set HF_HUB_CACHE to another disk",
+        )
+    else:
+        yield Finding(
+            "access", "ok", f"{said}; a download takes {remote.nbytes / 1e9:.2f} GB", f"mlfusion extract -m {word}"
+        )
+
+
+def _advice(err: Unavailable) -> str:
+    return "ask for access, then: hf auth login" if "gated" in str(err) else "connect, or give a folder with --model"
+
+
+def _files(word: str, device: str) -> Iterator[Finding]:
+    """Check that the model's files can be read, up to the first features."""
+    try:
+        checkpoint = models.locate(word)
+        files = models.weight_files(checkpoint.folder)
+        yield Finding(
+            "files", "ok", f"{checkpoints.layout(checkpoint.folder)} format, {_size(files)}, {checkpoint.folder}"
+        )
+        shape = models.shape(checkpoint)
+        yield Finding("configuration", "ok", f"{shape.depth} layers of width {shape.width}")
+        steps = preprocessing.read(checkpoint.folder)
+        yield Finding("preprocessing", "ok", f"pictures of {steps.pixels[0]} x {steps.pixels[1]} px")
+        needed = int(LOADING_FACTOR * sum(file.stat().st_size for file in files))
+        if needed > (free := available("cpu")):
+            yield Finding(
+                "memory", "problem", f"about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} free", "free some memory"
+            )
+            return
+        yield from _read(Backbone(checkpoint, pick_device(device), preprocessing=steps))
+    except MlfusionError as err:
+        yield Finding("model", "problem", str(err))
+
+
+def _read(backbone: Backbone) -> Iterator[Finding]:
+    anatomy = backbone.anatomy
+    norm = f"the second norm is {anatomy.norm2}" if anatomy.norm2 else "no second norm, so read at their output"
+    final = {
+        "hook": f"the final norm is {anatomy.final}",
+        "apply": f"the final norm {anatomy.final} is applied to all tokens",
+        "raw": "no final norm",
+    }[anatomy.final_mode]
+    yield Finding("blocks", "ok", f"{anatomy.depth} in {anatomy.lists}; {norm}; {final}")
+    yield Finding("tokens", "ok", ", ".join(f"{kind} ({count})" for kind, count in backbone.kinds.items()))
+    hooks = [f"{hook} (layers {layer_ranges(anatomy.taps[hook])})" for hook in HOOKS if hook in anatomy.taps]
+    yield Finding("hook points", "ok", ", ".join(hooks + ["projected"] * backbone.projects))
+    pixels = torch.zeros(1, 3, *backbone.preprocessing.pixels)
+    finite = all(torch.isfinite(one).all() for one in backbone(pixels, [(backbone.depth, "ap")]).values())
+    if finite:
+        yield Finding("features", "ok", "a picture went through")
+    else:
+        yield Finding("features", "problem", "a gray picture gives numbers that are not finite", "look at the weights")
+
+
+def _size(files: list[Path]) -> str:
+    total = sum(file.stat().st_size for file in files)
+    return f"{total / 1e9:.2f} GB" if total >= 1e8 else f"{total / 1e6:.1f} MB"

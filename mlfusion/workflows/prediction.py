@@ -1,0 +1,143 @@
+"""New images through a saved probe: the backbone it was trained on, pictures prepared as then, the same layers, its scores.
+
+The one room that both stages open onto: pictures and a model on one side, a trained head on the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlfusion import datasets, models
+from mlfusion.errors import BadModel
+from mlfusion.extraction import loader
+from mlfusion.models import preprocessing
+from mlfusion.models.backbone import Backbone
+from mlfusion.models.preprocessing import Preprocessing
+from mlfusion.probing import protocol, saved
+from mlfusion.probing.training.batches import Tokens
+from mlfusion.specs.identity import COMPUTES, Compute, ModelSpec, digest
+from mlfusion.specs.names import parse_model
+from mlfusion.store.encoding import ENCODINGS
+from mlfusion.system.devices import pick_device
+
+BATCH = 32
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a probe says of one image."""
+
+    image: str
+    top: tuple[tuple[str, float], ...]  # classes or labels with their probabilities, the likeliest first
+    number: float | None  # of a probe that was trained for one
+
+    def to_json(self) -> dict[str, Any]:
+        """As `mlfusion predict --json` prints it."""
+        if self.number is not None:
+            return {"image": self.image, "number": self.number}
+        return {"image": self.image, "top": [{"class": name, "probability": p} for name, p in self.top]}
+
+
+def identity(spec: ModelSpec) -> dict[str, str]:
+    """What must be the same for features to be: not the names, nor the hub's commit."""
+    return {
+        "weights": spec.weights,
+        "config": spec.config,
+        "preprocess": digest(spec.preprocess),
+        "hook": spec.hook,
+        "compute": spec.compute,
+    }
+
+
+def predict(
+    probe: str | Path,
+    images: Sequence[str | Path],
+    *,
+    model: str | None = None,
+    top: int = TOP,
+    device: str = "cpu",
+    batch_size: int = BATCH,
+    max_pixels: int | None = None,
+) -> list[Prediction]:
+    """Classify images by a saved probe.
+
+    Args:
+        probe: the folder that `mlfusion probe --save` wrote.
+        images: files.
+        model: where the backbone is, if it is not where the card says; its weights must be the same. Pictures are prepared
+            as the card says, whatever that folder's own files do.
+        top: how many classes to give.
+        device: of the forward pass.
+        batch_size: images in a forward pass.
+        max_pixels: larger images are refused; None: of more than 178,956,970.
+
+    Raises:
+        ResultsUnusable: no probe in that folder, or a damaged one.
+        BadModel: the backbone is another than the probe's.
+        BadData: an image cannot be read.
+    """
+    card, head = saved.load(Path(probe))
+    checkpoint = models.locate(_word(model, card.backbone.source))
+    steps, spec, upright = _as_trained(checkpoint, card.backbone)
+    found = identity(spec)
+    if differing := [name for name, value in found.items() if getattr(card.backbone, name) != value]:
+        raise BadModel(
+            f"{checkpoint.name} is not the backbone of this probe, {card.backbone.name} from {card.backbone.source}: "
+            f"{' and '.join(differing)} differ{'s' if len(differing) == 1 else ''}. Allowed: the same weights and "
+            "preprocessing, so give their folder with --model, or train the probe again on this model's features"
+        )
+    pictures = datasets.pictures(
+        [str(image) for image in images], datasets.Decoder(upright, max_pixels or datasets.MAX_PIXELS)
+    )
+    backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps, compute=spec.compute)
+    made: list[Prediction] = []
+    for start in range(0, len(pictures), batch_size):
+        rows = range(start, min(start + batch_size, len(pictures)))
+        pixels = steps.finish(torch.from_numpy(np.stack([loader.picture(pictures, row, steps) for row in rows])))
+        values = _tokens(backbone, pixels, card)
+        # No labels are known; none are looked at.
+        given = Tokens(values, np.zeros(len(values), np.int64))
+        predictions, _ = protocol.predict(head, given, card.target())
+        made += [_said(card, pictures.ids[row], one, top) for row, one in zip(rows, predictions, strict=True)]
+    return made
+
+
+def _as_trained(checkpoint: models.Checkpoint, card: saved.Backbone) -> tuple[Preprocessing, ModelSpec, bool]:
+    """How the probe's pictures were prepared, the model with that, and whether images are turned as their EXIF says."""
+    compute: Compute = card.compute if card.compute in COMPUTES else "float32"
+    rebuilt, upright = preprocessing.from_key(card.preparation)
+    steps = rebuilt or preprocessing.read(checkpoint.folder)  # a processor with rules of its own: the model's
+    return steps, models.identify(checkpoint, steps.key(exif_transpose=upright), compute, steps.view), upright
+
+
+def _tokens(backbone: Backbone, pixels: Tensor, card: saved.Card) -> np.ndarray:
+    """[images, tokens, width] in the order and the precision in which the cache gives them."""
+    pairs = [(layer, kind) for layer in card.layers for kind in card.kinds]
+    read = backbone(pixels, pairs)
+    encoding = ENCODINGS[card.dtype]
+    parts = [encoding.decode(encoding.encode(read[pair].cpu().numpy())) for pair in pairs]
+    width = max(part.shape[-1] for part in parts)
+    padded = [np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[-1]))) for part in parts]
+    return np.concatenate(padded, axis=1)
+
+
+def _said(card: saved.Card, image: str, prediction: np.ndarray, top: int) -> Prediction:
+    if card.target().kind == "number":
+        return Prediction(image, (), float(prediction[0]))
+    best = np.argsort(-prediction, kind="stable")[:top]
+    return Prediction(image, tuple((card.classes[i], float(prediction[i])) for i in best), None)
+
+
+def _word(model: str | None, source: str) -> str:
+    """What `models.locate` understands: what was said, or where the card says, read at the card's hook point and settings."""
+    card = parse_model(source)
+    if model is None:
+        name = next((row.name for row in models.CATALOGUE.values() if row.source == card.name), card.name)
+        return name + card.suffix
+    return model if parse_model(model).suffix else model + card.suffix
