@@ -14,6 +14,7 @@ from mlfusion.errors import BadData, MlfusionError
 from mlfusion.models import preprocessing
 from mlfusion.results import Row
 from mlfusion.specs.identity import GRID_SIDES
+from mlfusion.specs.options import ReadOptions
 from mlfusion.store import CachePath, FeatureStore
 
 MOST_PREFIX = 8  # tokens before the patches: CLS, distillation, registers
@@ -125,7 +126,7 @@ def seen(row: Row, *, cache: CachePath = None, dataset: str | None = None) -> Se
             f"images it was tested on; name the cache that has them with --cache, or extract {word} again"
         )
     steps, upright = _prepared(entry.spec.model.preprocess, row.sources.model)
-    split = datasets.load(word, datasets.ReadOptions(exif_transpose=upright)).split("test")
+    split = datasets.load(word, ReadOptions(exif_transpose=upright)).split("test")
     place = {name: number for number, name in enumerate(split.ids)}
     kept, rows = entry.samples, entry.rows()
     if any(kept.ids[number] not in place for number in rows):

@@ -13,38 +13,19 @@ import typer
 from mlfusion.cli.advise import advise
 from mlfusion.cli.attend import attend
 from mlfusion.cli.cache import app as cache_app
-from mlfusion.cli.data import data, reads_data
+from mlfusion.cli.data import data
 from mlfusion.cli.doctor import doctor
 from mlfusion.cli.malloc import freed_memory_kept
 from mlfusion.cli.options import (
     DATASET,
     MODEL,
-    UNITS,
     AnyModel,
     AsJson,
-    BatchSize,
     Cache,
     Dataset,
-    Device,
-    Dtype,
-    Format,
-    Grid,
-    Hook,
-    Layers,
     Model,
-    ResultsPath,
-    Settings,
-    Split,
-    Tokens,
-    Track,
-    Workers,
-    amount,
-    asked_model,
-    check_precision,
-    check_seeds,
-    check_shots,
     complete_probes,
-    makes_tokens,
+    with_options,
 )
 from mlfusion.cli.output import Commands, print_json, print_rows, print_table, row_json, say, say_extracted, speak
 from mlfusion.cli.predict import predict
@@ -53,6 +34,7 @@ from mlfusion.cli.results import app as results_app
 from mlfusion.cli.study import run
 from mlfusion.errors import UnknownName
 from mlfusion.specs.names import STUDY
+from mlfusion.specs.options import ComputeOptions, FeatureOptions, SearchOptions, StorageOptions, TrainingOptions
 
 app = typer.Typer(
     cls=Commands,
@@ -83,11 +65,11 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def mlfusion(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and go.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say what goes on inside too; errors with their traceback.")
+        bool, typer.Option("--verbose", "-v", help="Print what happens inside too, and errors with their traceback.")
     ] = False,
 ) -> None:
     """Ask a frozen vision transformer what its layers know."""
@@ -97,46 +79,19 @@ def mlfusion(
 
 
 @app.command()
-@reads_data
-@makes_tokens
+@with_options
 def extract(
+    features: FeatureOptions,
+    compute: ComputeOptions,
     model: Model = MODEL,
     dataset: Dataset = DATASET,
-    reading: Any = None,
-    split: Split = "train,test",
-    layers: Layers = "all",
-    tokens: Tokens = "cls,ap",
-    hook: Hook = None,
-    settings: Settings = None,
-    format: Format = "zarr",
-    dtype: Dtype = "float16",
-    device: Device = "auto",
-    making: Any = None,
-    batch_size: BatchSize = None,
-    workers: Workers = 0,
     cache: Cache = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on past images that cannot be read.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Stage 1: run a frozen model once and cache its tokens; what is cached is not computed again."""
+    """Stage 1: run a frozen model once and cache its tokens. What is cached is not computed again."""
     from mlfusion.extraction.run import extract as run
 
-    done = run(
-        asked_model(model, hook, settings),
-        dataset,
-        reading=reading,
-        splits=split,
-        layers=layers,
-        tokens=tokens,
-        format=format,  # type: ignore[arg-type]
-        dtype=dtype,  # type: ignore[arg-type]
-        device=device,
-        batch_size=batch_size,
-        making=making,
-        workers=workers,
-        cache=cache,
-        skip_bad=skip_bad,
-    )
+    done = run(model, dataset, features, compute, cache=cache, log=say)
     if as_json:
         print_json({"features": [one.to_json() for one in done]})
         return
@@ -145,47 +100,21 @@ def extract(
 
 
 @app.command()
-@reads_data
-@makes_tokens
+@with_options
 def plan(
+    features: FeatureOptions,
+    compute: ComputeOptions,
     model: Model = MODEL,
     dataset: Dataset = DATASET,
-    reading: Any = None,
-    split: Split = "train,test",
-    layers: Layers = "all",
-    tokens: Tokens = "cls,ap",
-    hook: Hook = None,
-    settings: Settings = None,
-    format: Format = "zarr",
-    dtype: Dtype = "float16",
-    device: Device = "auto",
-    making: Any = None,
-    batch_size: BatchSize = None,
-    workers: Workers = 0,
     cache: Cache = None,
-    trial: Annotated[float, typer.Option("--trial", help="Seconds to measure the rate for.")] = 5.0,
+    trial: Annotated[float, typer.Option("--trial", help="Seconds for which the rate is measured.")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """What extract with the same words would write, and how long it would take; writes nothing."""
-    from mlfusion.extraction.plan import plan as make
+    """Print what extract with the same options would write, and how long it would take. Writes nothing."""
+    from mlfusion.extraction.plan import plan as run
     from mlfusion.system.progress import duration
 
-    made = make(
-        asked_model(model, hook, settings),
-        dataset,
-        reading=reading,
-        splits=split,
-        layers=layers,
-        tokens=tokens,
-        format=format,  # type: ignore[arg-type]
-        dtype=dtype,  # type: ignore[arg-type]
-        device=device,
-        batch_size=batch_size,
-        making=making,
-        workers=workers,
-        cache=cache,
-        trial=trial,
-    )
+    made = run(model, dataset, features, compute, cache=cache, trial=trial)
     if as_json:
         print_json(made.to_json())
         return
@@ -200,7 +129,11 @@ def plan(
 
 
 @app.command()
+@with_options
 def probe(
+    search: SearchOptions,
+    training: TrainingOptions,
+    storage: StorageOptions,
     dataset: Dataset = DATASET,
     model: AnyModel = None,
     probes: Annotated[
@@ -209,51 +142,12 @@ def probe(
             "--probe", help="Names (mlfusion ls probes), comma-separated, or all.", autocompletion=complete_probes
         ),
     ] = "all",
-    grid: Grid = "paper",
-    seeds: Annotated[str, typer.Option("--seeds", help="Comma-separated; each gives a row.")] = "0,1,2",
-    shots: Annotated[
-        str | None, typer.Option("--shots", help="Few-shot: images of each class to train on, such as 2,4,8.")
-    ] = None,
-    halving: Annotated[
-        bool, typer.Option("--halving", help="Stop configurations without hope early: a third of the work.")
-    ] = False,
-    smoothing: Annotated[float, typer.Option("--smoothing", help="Of the labels, from 0 to below 1.")] = 0.0,
-    save: Annotated[bool, typer.Option("--save", help="Keep the trained probes, for mlfusion predict.")] = False,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", help="That training may take: 500MB, 4GB. By default most of what is free."),
-    ] = None,
-    precision: Annotated[
-        str,
-        typer.Option("--precision", help="Of matrix products: float32, bfloat16, or auto, the faster of them here."),
-    ] = "auto",
-    cache: Cache = None,
-    results: ResultsPath = Path("results"),
-    device: Device = "cpu",
-    track: Track = "",
     as_json: AsJson = False,
 ) -> None:
     """Stage 2: train and test probes on cached features, by the study's protocol. Runs no forward pass."""
     from mlfusion.probing import evaluation
 
-    done = evaluation.probe(
-        dataset,
-        model=model,
-        probes=probes,
-        grid=grid,
-        seeds=check_seeds(seeds),
-        shots=check_shots(shots) if shots else (None,),
-        halving=halving,
-        smoothing=smoothing,
-        save=save,
-        cache=cache,
-        results=results,
-        device=device,
-        memory=amount("memory", memory, UNITS),
-        precision=check_precision(precision),
-        track=track,
-        say=say,
-    )
+    done = evaluation.probe(dataset, model, probes, search, training, storage, say)
     if as_json:
         print_json({"results": [row_json(row) for row in done.rows]})
     else:
@@ -368,9 +262,6 @@ def _hooks() -> Iterator[dict[str, Any]]:
     from mlfusion.specs.identity import ABOUT_HOOKS
 
     yield from ({"name": name, "about": about} for name, about in ABOUT_HOOKS.items())
-
-
-# --- saying ----------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

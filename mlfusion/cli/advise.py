@@ -4,35 +4,29 @@ from typing import Annotated, Any
 
 import typer
 
-from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Device, Model
+from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Device, Model, with_options
 from mlfusion.cli.output import print_json, print_rows
+from mlfusion.specs.options import PilotOptions
 
 
+@with_options
 def advise(
+    pilot: PilotOptions,
     model: Model = MODEL,
     dataset: Dataset = DATASET,
-    images: Annotated[int, typer.Option("--images", help="Of train to look at, alike many of each class.")] = 300,
     probes: Annotated[
-        str | None, typer.Option("--probe", help="Candidates; by default the baseline, its neighbours, ALF and AAT.")
+        str | None,
+        typer.Option("--probe", help="Candidates; default: the baseline, its neighbours, ALF and AAT."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Which images.")] = 0,
     cache: Cache = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Which representation and probe to use, by a pilot on a few hundred images, and what the rest would cost."""
+    """Recommend a representation and a probe, by a pilot on a few hundred images, and estimate what the rest would cost."""
     from mlfusion.system.progress import duration
     from mlfusion.workflows import advice
 
-    said = advice.advise(
-        model,
-        dataset,
-        images=images,
-        probes=probes or advice.CANDIDATES,
-        cache=cache,
-        device=device,
-        seed=seed,
-    )
+    said = advice.advise(model, dataset, pilot, probes=probes or advice.CANDIDATES, cache=cache, device=device)
     if as_json:
         print_json(said.to_json())
         return

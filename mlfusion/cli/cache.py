@@ -1,32 +1,14 @@
 """`mlfusion cache`: lists, measures, verifies, prunes and copies the feature cache."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlfusion.cli.data import reads_data
-from mlfusion.cli.options import (
-    DATASET,
-    MODEL,
-    UNITS,
-    AsJson,
-    Cache,
-    Dataset,
-    Device,
-    Dtype,
-    Hook,
-    Layers,
-    Model,
-    Settings,
-    Split,
-    Tokens,
-    amount,
-    asked_model,
-    makes_tokens,
-)
+from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Model, with_options
 from mlfusion.cli.output import print_json, print_rows, say
 from mlfusion.errors import CacheUnusable
+from mlfusion.specs.options import ComputeOptions, FeatureOptions, PruneOptions
 
 if TYPE_CHECKING:
     from mlfusion.store.transfer import Copied
@@ -39,8 +21,6 @@ SomeSplit = Annotated[str | None, typer.Option("--split", help="Only entries of 
 NewFormat = Annotated[
     str | None, typer.Option("--format", help="Format of the copy: zarr or hdf5; default: unchanged.")
 ]
-
-TIMES = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 @app.command()
@@ -81,36 +61,19 @@ def du(cache: Cache = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-@reads_data
-@makes_tokens
+@with_options
 def explain(
+    features: FeatureOptions,
+    compute: ComputeOptions,
     model: Model = MODEL,
     dataset: Dataset = DATASET,
-    reading: Any = None,
-    split: Split = "train,test",
-    layers: Layers = "all",
-    tokens: Tokens = "cls,ap",
-    hook: Hook = None,
-    settings: Settings = None,
-    dtype: Dtype = "float16",
-    device: Device = "auto",
-    making: Any = None,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which entry extract would use; if there is none, show which fields differ from the nearest entry."""
+    """Print which entry extract would use; if there is none, which fields differ from the nearest one."""
     from mlfusion.extraction.explain import explain as run
-    from mlfusion.extraction.request import FeatureOptions
 
-    found = run(
-        asked_model(model, hook, settings),
-        dataset,
-        FeatureOptions(layers=layers, tokens=tokens, dtype=dtype, making=making),  # type: ignore[arg-type]
-        reading=reading,
-        splits=split,
-        device=device,
-        cache=cache,
-    )
+    found = run(model, dataset, features, compute, cache=cache)
     if as_json:
         print_json({"splits": [one.to_json() for one in found]})
         return
@@ -151,42 +114,30 @@ def verify(
 
 
 @app.command()
-def prune(
-    model: SomeModel = None,
-    dataset: SomeDataset = None,
-    older: Annotated[
-        str | None, typer.Option("--older", help="Only entries that were not used for so long: 12h, 30d, 8w.")
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option("--size", help="Stop when the cache takes no more than this: 500MB, 20GB; longest unused first."),
-    ] = None,
-    unneeded: Annotated[
-        Path | None, typer.Option("--unneeded", help="Keep what the results in this folder were made from.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")] = False,
-    cache: Cache = None,
-    as_json: AsJson = False,
-) -> None:
-    """Remove entries by name, age, size, or because no result needs them; never one that is in use."""
+@with_options
+def prune(options: PruneOptions, cache: Cache = None, as_json: AsJson = False) -> None:
+    """Remove entries by name, age, size, or because no row needs them; an entry in use is never removed."""
     from mlfusion.results import Results
     from mlfusion.store.prune import prune as run
 
+    needed = None
+    if options.unneeded:
+        needed = {key for row in Results(Path(options.unneeded)).require() for key in row.features}
     done = run(
         cache,
-        model=model,
-        dataset=dataset,
-        older=amount("older", older, TIMES),
-        quota=amount("size", size, UNITS),
-        needed={key for row in Results(unneeded).require() for key in row.features} if unneeded else None,
-        dry_run=dry_run,
+        model=options.model,
+        dataset=options.dataset,
+        older=options.older,
+        quota=options.size,
+        needed=needed,
+        dry_run=options.dry_run,
     )
     if as_json:
         print_json(done.to_json())
         return
     print_rows([each.to_json() for each in done.decisions], nothing="no such entries; see: mlfusion cache ls")
     typer.echo(
-        f"{'would remove' if dry_run else 'removed'} {len(done.removed):,} of {done.entries:,} entries, "
+        f"{'would remove' if options.dry_run else 'removed'} {len(done.removed):,} of {done.entries:,} entries, "
         f"{done.bytes_freed:,} bytes"
     )
 

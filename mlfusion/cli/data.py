@@ -1,106 +1,29 @@
 """`mlfusion data`: shows a data set's splits, classes and ids; with --check, whether every image can be read."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mlfusion.cli.options import AsJson, taking
+from mlfusion.cli.options import AsJson, with_options
 from mlfusion.cli.output import print_json, print_rows
-
-READING: dict[str, tuple[Any, Any]] = {  # field of datasets.ReadOptions → the option's annotation and default
-    "image_column": (
-        Annotated[
-            str | None,
-            typer.Option(
-                "--image-column", help="Column of a table or hub data set that holds the images; guessed if not given."
-            ),
-        ],
-        None,
-    ),
-    "label_column": (
-        Annotated[
-            str | None, typer.Option("--label-column", help="Column that holds the labels; guessed if not given.")
-        ],
-        None,
-    ),
-    "id_column": (
-        Annotated[
-            str | None, typer.Option("--id-column", help="Column that holds sample ids; default: paths or row numbers.")
-        ],
-        None,
-    ),
-    "image_root": (
-        Annotated[
-            str | None,
-            typer.Option("--image-root", help="Folder that the paths in a table start from; default: its own."),
-        ],
-        None,
-    ),
-    "target": (
-        Annotated[
-            str | None,
-            typer.Option("--target", help="Kind of the labels: class, labels or number; guessed if not given."),
-        ],
-        None,
-    ),
-    "split_ratio": (
-        Annotated[
-            str | None,
-            typer.Option(
-                "--carve", help="Split train anew, by shares of train/test or train/validation/test, such as 0.8/0.2."
-            ),
-        ],
-        None,
-    ),
-    "split_seed": (Annotated[int, typer.Option("--carve-seed", help="Seed of the split that --carve makes.")], 0),
-    "exif_transpose": (
-        Annotated[bool, typer.Option("--upright", help="Rotate images as their EXIF orientation says.")],
-        False,
-    ),
-    "max_pixels": (
-        Annotated[
-            int | None, typer.Option("--max-pixels", help="Largest number of pixels of an image; default: 178,956,970.")
-        ],
-        None,
-    ),
-    "stream": (
-        Annotated[
-            bool, typer.Option("--stream", help="Read a hub data set from where it is stored, without a local copy.")
-        ],
-        False,
-    ),
-    "config": (
-        Annotated[str | None, typer.Option("--config", help="Configuration of a hub data set that has several.")],
-        None,
-    ),
-}
+from mlfusion.specs.options import ReadOptions
 
 
-def _reading(asked: dict[str, Any]) -> Any:
-    from mlfusion.datasets import ReadOptions
-
-    return ReadOptions(**{name: value for name, value in asked.items() if name != "max_pixels" or value is not None})
-
-
-reads_data = taking("reading", READING, _reading)
-"""Gives a command the options of `datasets.ReadOptions`, and hands them to it as its argument `reading`."""
-
-
-@reads_data
+@with_options
 def data(
+    read: ReadOptions,
     dataset: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or file.")],
-    reading: Any = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Read every image, and name those that cannot be read.")
+        bool, typer.Option("--check", help="Read every image and name those that cannot be read.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a data set: splits, images, classes, labels; with --check, the images that cannot be read."""
+    """Print a data set's splits, images, classes and labels; with --check, which images cannot be read."""
     from mlfusion.datasets import load
     from mlfusion.datasets.describe import describe
     from mlfusion.system.progress import track
 
-    found = load(dataset, reading)
+    found = load(dataset, read)
     total = sum(map(len, found.splits.values()))
     with track(f"reading {found.name}", total if check else 1, "images") as bar:
         splits = describe(found, check=check, progress=lambda *_: bar.advance())

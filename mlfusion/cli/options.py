@@ -1,58 +1,138 @@
-"""What every command shares: its options, how errors end it, and how rows and JSON are printed."""
+"""Options of the commands: made from the definitions in `specs.options`, and completed from the catalogues."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
-from mlfusion.errors import BadData, MlfusionError, UnknownName
-from mlfusion.specs.names import parse_model
-
-if TYPE_CHECKING:
-    from mlfusion.specs.options import Precision
+from mlfusion.errors import BadOption
+from mlfusion.specs.options import (
+    ComputeOptions,
+    Option,
+    Options,
+    StorageOptions,
+    all_definitions,
+    build,
+    defaults_of,
+)
 
 MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
 DATASET = "digits"
-UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def _beginning(words: Iterable[str], typed: str) -> list[str]:
-    """Of a list by commas, completions of its last word."""
+    """Completions of the last word of a comma-separated list."""
     before, comma, last = typed.rpartition(",")
     return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
 
 
 def complete_models(incomplete: str) -> list[str]:
-    """Names of the catalogue."""
+    """Names of models in the catalogue."""
     from mlfusion.models import CATALOGUE
 
     return _beginning(CATALOGUE, incomplete)
 
 
 def complete_datasets(incomplete: str) -> list[str]:
-    """Names of the catalogue."""
+    """Names of data sets in the catalogue."""
     from mlfusion.datasets import CATALOGUE
 
     return _beginning(CATALOGUE, incomplete)
 
 
 def complete_probes(incomplete: str) -> list[str]:
-    """The study's, by name and alias."""
+    """The study's probes, by name and alias."""
     from mlfusion.specs.names import ALIASES, STUDY
 
     return _beginning(["all", *ALIASES, *STUDY], incomplete)
 
 
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn each parameter of a command whose type is an options class into one command-line option per field.
+
+    This is the only place that makes signatures at run time. An option that is not given is not passed on, so defaults are in
+    the classes alone.
+    """
+    own = inspect.signature(command, eval_str=True)
+    classes = {name: each.annotation for name, each in own.parameters.items() if _is_options(each.annotation)}
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        for name, kind in classes.items():
+            given[name] = build(kind, dict(_values(kind, given)))
+        command(**given)
+
+    parameters: list[inspect.Parameter] = []
+    for name, each in own.parameters.items():
+        parameters += _offered(classes[name]) if name in classes else [each.replace(kind=each.KEYWORD_ONLY)]
+    del run.__wrapped__
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def _is_options(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Options)
+
+
+def _offered(kind: type[Options]) -> Iterator[inspect.Parameter]:
+    """One parameter for each field, and a hidden one for each name that the field had before."""
+    defaults = defaults_of(kind)
+    for field, one in all_definitions(kind).items():
+        for name, flag in _spellings(field, one).items():
+            typed = bool if one.kind.typed is bool else one.kind.typed | None
+            text = help_text(one, defaults[field])
+            option = typer.Option(f"--{flag}", help=text, hidden=flag != one.flag, show_default=False)
+            yield inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False if typed is bool else None,
+                annotation=Annotated[typed, option],
+            )
+
+
+def _spellings(field: str, one: Option) -> dict[str, str]:
+    """Python names of the parameters that set a field → the options' names."""
+    return {field: one.flag} | {f"{field}_{old}": old.replace("_", "-") for old in one.former}
+
+
+def help_text(one: Option, default: Any) -> str:
+    """The help of an option, with its default."""
+    shown = one.kind.words(default) if default and default is not True else ""
+    return f"{one.help} [default: {shown}]" if shown else one.help
+
+
+def _values(kind: type[Options], given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Take the fields of a class out of what was given, whatever name each was given by."""
+    for field, one in all_definitions(kind).items():
+        words = {flag: given.pop(name) for name, flag in _spellings(field, one).items()}
+        said = [(flag, word) for flag, word in words.items() if word not in (None, False, [])]
+        if len(said) > 1:
+            raise BadOption(f"--{said[0][0]} and --{said[1][0]} are one option; give one of them")
+        for _, word in said:
+            yield field, one.kind.parse(word)
+
+
+def single(kind: type[Options], field: str) -> Any:
+    """The annotation of one option of a class, for a command that takes no other of them."""
+    one = all_definitions(kind)[field]
+    return Annotated[
+        one.kind.typed if defaults_of(kind)[field] is not None else one.kind.typed | None,
+        typer.Option(f"--{one.flag}", help=one.help),
+    ]
+
+
+Cache = single(StorageOptions, "cache")
+ResultsPath = Annotated[Path, typer.Option("--results", help=all_definitions(StorageOptions)["results"].help)]
+Device = single(ComputeOptions, "device")
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 Model = Annotated[
     str,
     typer.Option(
-        "--model",
-        "-m",
-        help="Catalogue name (mlfusion ls models), hub id, or folder.",
-        autocompletion=complete_models,
+        "--model", "-m", help="Catalogue name (mlfusion ls models), hub id, or folder.", autocompletion=complete_models
     ),
 ]
 AnyModel = Annotated[
@@ -60,7 +140,7 @@ AnyModel = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="As given to extract; default: every model cached for the data set.",
+        help="Model, as given to extract; default: every model cached for the data set.",
         autocompletion=complete_models,
     ),
 ]
@@ -73,177 +153,3 @@ Dataset = Annotated[
         autocompletion=complete_datasets,
     ),
 ]
-Cache = Annotated[
-    str | None,
-    typer.Option(
-        "--cache",
-        help="Root of the feature cache, or MINE:SHARED to read others too; default $MLFUSION_CACHE or ./cache.",
-    ),
-]
-Split = Annotated[
-    str, typer.Option("--split", help="Splits, comma-separated; test=validation takes that one for the test.")
-]
-Layers = Annotated[str, typer.Option("--layers", help="all (1..L), last, or a list such as 1-4,12.")]
-Tokens = Annotated[
-    str,
-    typer.Option(
-        "--tokens", help="cls, ap, max, std, registers, grid4, all, …, each with its own layers: cls,ap,all@last."
-    ),
-]
-Hook = Annotated[
-    str | None, typer.Option("--hook", help="Where blocks are read: norm2 (default), block, attn, mlp or projected.")
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Of the model's configuration, such as hidden_act=gelu; may be repeated."),
-]
-Dtype = Annotated[
-    str, typer.Option("--dtype", help="As kept: float16, bfloat16, float32, or int8 with a scale a vector.")
-]
-Format = Annotated[str, typer.Option("--format", help="zarr or hdf5, for shards that are new.")]
-ResultsPath = Annotated[Path, typer.Option("--results", help="Folder that result rows are kept in.")]
-Track = Annotated[
-    str,
-    typer.Option(
-        "--track", help="Show new results in tensorboard:DIR, wandb:PROJECT or mlflow:URI too, comma-separated."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
-Grid = Annotated[str, typer.Option("--grid", help="paper: 21 configurations, 63 for attentive probes; quick: 3.")]
-
-
-def asked_model(model: str, hook: str | None, settings: list[str] | None) -> str:
-    """The model's name with what --hook and --set add to it: 'clip-vit-b16:block'."""
-    return str(parse_model(model, hook, settings or ()))
-
-
-def taking(
-    argument: str, options: dict[str, tuple[Any, Any]], build: Callable[[dict[str, Any]], Any]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator: the command gets these options (name → annotation and default), and one argument that is built of them."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True)
-
-        @wraps(command)
-        def wrapped(**given: Any) -> None:
-            built = build({name: given.pop(name) for name in options})
-            command(**given, **{argument: built})
-
-        added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, (annotation, default) in options.items()
-        ]
-        kept = [
-            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for each in own.parameters.values()
-            if each.name != argument
-        ]
-        del wrapped.__wrapped__
-        wrapped.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {each.name: each.annotation for each in [*kept, *added]}
-        return wrapped
-
-    return decorate
-
-
-MAKING: dict[str, tuple[Any, Any]] = {  # of extraction.Making → the option's annotation and default
-    "preprocess": (
-        Annotated[
-            str,
-            typer.Option(
-                "--preprocess", help="exact (the model's own, to the bit), fast, paper (the study's), paper+fast."
-            ),
-        ],
-        "exact",
-    ),
-    "size": (Annotated[int | None, typer.Option("--size", help="Pixels of the input, if not the model's own.")], None),
-    "view": (
-        Annotated[
-            str, typer.Option("--view", help="plain, flip, crop1, …, comma-separated; each an entry of its own.")
-        ],
-        "plain",
-    ),
-    "views": (Annotated[int | None, typer.Option("--views", help="The first so many of these views.")], None),
-    "view_seed": (Annotated[int, typer.Option("--view-seed", help="Decides what the crops show.")], 0),
-    "compute": (
-        Annotated[str, typer.Option("--compute", help="Of the forward pass: float32, bfloat16, float16, auto.")],
-        "float32",
-    ),
-}
-
-
-def _making(asked: dict[str, Any]) -> Any:
-    from mlfusion.extraction.request import Making
-    from mlfusion.models.preprocessing import views
-
-    view, count = asked.pop("view"), asked.pop("views")
-    if count is not None and count < 1:
-        raise MlfusionError(f"--views {count}: allowed are 1 and more")
-    return Making(**asked, views=views(count) if count else tuple(word.strip() for word in view.split(",")))
-
-
-makes_tokens = taking("making", MAKING, _making)
-"""Gives a command the options of `extraction.Making`, and hands them to it as its argument `making`."""
-
-BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", help="Images in a forward pass; by default as many as memory allows.")
-]
-Workers = Annotated[
-    int, typer.Option("--workers", help="That decode: threads, or on a GPU processes; 0: one a processor.")
-]
-
-
-def amount(option: str, text: str | None, units: dict[str, int]) -> int | None:
-    """'20GB' → 20 · 10⁹, by the units allowed.
-
-    Raises:
-        MlfusionError: it is no number with one of them.
-    """
-    if text is None:
-        return None
-    for unit, factor in units.items():
-        number = text.removesuffix(unit)
-        if number != text and number.replace(".", "", 1).isdecimal():
-            return int(float(number) * factor)
-    raise MlfusionError(f"--{option} {text!r} is no amount; allowed: a number and one of {', '.join(units)}")
-
-
-def check_seeds(words: str) -> tuple[int, ...]:
-    """'0,1,2' → (0, 1, 2).
-
-    Raises:
-        BadData: not whole numbers from 0, or one twice.
-    """
-    parts = [part.strip() for part in words.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
-        raise BadData(f"--seeds {words!r}; allowed: different whole numbers from 0, such as 0,1,2")
-    return tuple(int(part) for part in parts)
-
-
-def check_shots(words: str) -> tuple[int, ...]:
-    """'2,4,8' → (2, 4, 8).
-
-    Raises:
-        BadData: not whole numbers from 2, or one twice.
-    """
-    parts = [part.strip() for part in words.split(",")]
-    if not all(part.isdecimal() and int(part) > 1 for part in parts) or len(set(parts)) != len(parts):
-        raise BadData(
-            f"--shots {words!r}; allowed: different whole numbers from 2, one image to fit and one to choose on, such as 2,4,8"
-        )
-    return tuple(int(part) for part in parts)
-
-
-def check_precision(word: str) -> "Precision":
-    """The word, if it names a precision.
-
-    Raises:
-        UnknownName: it does not.
-    """
-    from mlfusion.specs.options import Precision
-
-    if word not in get_args(Precision):
-        raise UnknownName("precision", word, get_args(Precision))
-    return word  # type: ignore[return-value]

@@ -193,17 +193,18 @@ def import_(
 def rerun(
     row: RowId,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Where the scores are the same, keep arrays and trained probe too.")
+        bool, typer.Option("--keep", help="Keep arrays and trained probe too, if the scores are the same.")
     ] = False,
-    device: Annotated[str | None, typer.Option("--device", help="Default: where it was trained.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Device; default: the row's own.")] = None,
     cache: Cache = None,
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
     """Train a result's probe again from the result alone; exit 1 if its scores are not the same."""
     from mlfusion.probing.rerun import rerun as run
+    from mlfusion.specs.options import StorageOptions
 
-    done = run(row, keep=keep, cache=cache, results=results, device=device)
+    done = run(row, keep=keep, storage=StorageOptions(cache=cache, results=str(results)), device=device)
     scores = {name: {"then": then, "now": now} for name, then, now in done.scores()}
     if as_json:
         print_json({"id": done.row.id, "same": done.same, "scores": scores, "differs": done.differs})

@@ -1,50 +1,82 @@
 """`mlfusion run`: a recipe's study, planned, done and reported."""
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlfusion.cli.options import AsJson, Cache, ResultsPath, Track, check_seeds
+from mlfusion.cli.options import AsJson, with_options
 from mlfusion.cli.output import print_json, print_rows, print_table, row_json, say, say_extracted
+from mlfusion.specs.options import RunOptions, StorageOptions, command
 
 if TYPE_CHECKING:
     from mlfusion.results import Results, Row
-    from mlfusion.workflows.study import Failure
+    from mlfusion.workflows.study import Failure, Plan
 
 
+@with_options
 def run(
+    asked: RunOptions,
+    storage: StorageOptions,
     recipe: Annotated[Path, typer.Argument(help="A file of pipelines/.")],
-    data: Annotated[Path | None, typer.Option("--data", help="The folder that $DATA means in the recipe.")] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", help="In place of the recipe's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
-    cache: Cache = None,
-    results: ResultsPath = Path("results"),
-    html: Annotated[Path | None, typer.Option("--html", help="The page; default RESULTS/<recipe>.html.")] = None,
-    markdown: Annotated[
-        Path | None, typer.Option("--markdown", help="Write what was found as a page of text here.")
+    html: Annotated[
+        Path | None, typer.Option("--html", help="File of the page; default: RESULTS/<recipe>.html.")
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="Of the forward pass; probes train on the processor.")
-    ] = "auto",
-    track: Track = "",
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the findings as a page of text here.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Both stages and the report, as a recipe says. What is cached or done already is not done again."""
+    """Run both stages and write the report, as a recipe says. What is cached or done already is not done again."""
     from mlfusion.results import Results
-    from mlfusion.system.progress import duration
     from mlfusion.workflows import study
     from mlfusion.workflows.recipe import load
 
-    asked = load(recipe, data=data)
-    if seeds:
-        asked = replace(asked, seeds=check_seeds(seeds))
-    planned = study.plan(asked, cache=cache, results=results, device=device)
+    whole = load(recipe, data=asked.data)
+    if asked.seeds:
+        whole = replace(whole, search=replace(whole.search, seeds=asked.seeds))
+    planned = study.plan(whole, storage, device=asked.device)
+    _print_plan(planned, dry_run=dry_run, as_json=as_json)
+    if dry_run:
+        _end(planned.failures)
+        return
+    done = study.run(planned, log=say)
+    for one in done.extracted:
+        say_extracted(one.to_json(), say=say)
+    page = html or Path(storage.results) / f"{recipe.stem}.html"
+    if done.rows:
+        kept = Results(Path(storage.results))
+        _page(done.rows, page, kept, storage.cache)
+        if markdown:
+            # What is given as --data is a folder of this machine: no page says where it is.
+            words = replace(asked, data="DIR" if asked.data else None, device="auto").words()
+            again = command("run", [str(recipe), *words, "--markdown", str(markdown)])
+            _text(done.rows, markdown, kept, recipe, again)
+    if as_json:
+        print_json(
+            {
+                "features": [one.to_json() for one in done.extracted],
+                "results": [row_json(row) for row in done.rows],
+                "made": done.made,
+                "failures": [vars(failure) for failure in done.failures],
+                "html": str(page) if done.rows else None,
+            }
+        )
+    elif done.rows:
+        print_table(done.rows)
+        typer.echo(f"report: {page}" + (f", {markdown}" if markdown else ""))
+    _end(done.failures)
+
+
+def _print_plan(planned: "Plan", *, dry_run: bool, as_json: bool) -> None:
+    """What is missing, case by case where that was asked for or something is missing."""
+    from mlfusion.system.progress import duration
+
     if dry_run and as_json:
         print_json(planned.to_json())
-    if (dry_run and not as_json) or (not planned.is_done and not as_json):
+    elif not as_json and (dry_run or not planned.is_done):
         lines = [
             {
                 "model": case.asked.names.model,
@@ -65,35 +97,6 @@ def run(
         say(
             "that does not fit; ask for fewer data sets or tokens, make room (mlfusion cache prune), or another --cache"
         )
-    if dry_run:
-        _end(planned.failures)
-        return
-    done = study.run(planned, cache=cache, results=results, track=track, say=say)
-    for one in done.extracted:
-        say_extracted(one.to_json(), say=say)
-    page = html or results / f"{recipe.stem}.html"
-    if done.rows:
-        kept = Results(results)
-        _page(done.rows, page, kept, cache)
-        if markdown:
-            # What is given as --data is a folder of this machine: no page says where it is.
-            words = {"--data": "DIR" if data else None, "--seeds": seeds, "--markdown": str(markdown)}
-            given = "".join(f" {word} {shlex.quote(value)}" for word, value in words.items() if value)
-            _text(done.rows, markdown, kept, recipe, f"mlfusion run {shlex.quote(str(recipe))}{given}")
-    if as_json:
-        print_json(
-            {
-                "features": [one.to_json() for one in done.extracted],
-                "results": [row_json(row) for row in done.rows],
-                "made": done.made,
-                "failures": [vars(failure) for failure in done.failures],
-                "html": str(page) if done.rows else None,
-            }
-        )
-    elif done.rows:
-        print_table(done.rows)
-        typer.echo(f"report: {page}" + (f", {markdown}" if markdown else ""))
-    _end(done.failures)
 
 
 def _page(rows: "list[Row]", path: Path, kept: "Results", cache: str | None) -> None:

@@ -20,22 +20,20 @@ from mlfusion.datasets import remote as _remote
 from mlfusion.datasets import tars as _tars
 from mlfusion.datasets.catalogue import CATALOGUE, CatalogueRow
 from mlfusion.datasets.columns import SPLITS
-from mlfusion.datasets.images import MAX_PIXELS, SUFFIXES, Decoder
+from mlfusion.datasets.images import SUFFIXES, Decoder
 from mlfusion.datasets.labels import encode_labels
-from mlfusion.datasets.resplit import canonical, parse_ratio, split_by_ratio
-from mlfusion.datasets.split import LABEL_KINDS, DataSet, LabelKind, RawSplit, ReadOptions, Split
+from mlfusion.datasets.resplit import canonical, split_by_ratio
+from mlfusion.datasets.split import DataSet, RawSplit, Split
 from mlfusion.errors import BadData, UnknownName
+from mlfusion.specs.kinds import parse_ratio
+from mlfusion.specs.options import LabelKind, ReadOptions
 
 __all__ = [
     "CATALOGUE",
-    "LABEL_KINDS",
-    "MAX_PIXELS",
     "SUFFIXES",
     "CatalogueRow",
     "DataSet",
     "Decoder",
-    "LabelKind",
-    "ReadOptions",
     "Split",
     "array_dataset",
     "load",
@@ -188,7 +186,7 @@ def _source_split(found: Mapping[str, Any]) -> str:
         return "train"
     if len(found) == 1:
         return next(iter(found))
-    raise BadData(f"--carve cuts the split train, or the only one; there are {', '.join(found)}")
+    raise BadData(f"--split-ratio splits the split train, or the only one; there are {', '.join(found)}")
 
 
 def _resplit(data: DataSet, options: ReadOptions) -> DataSet:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from mlfusion.datasets.columns import SPLITS
-from mlfusion.datasets.split import RawSplit, ReadOptions, decoder
+from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.errors import BadData
+from mlfusion.specs.options import ReadOptions
 
 SHAPES = "[N, height, width] or [N, height, width, 3] of uint8, or [N, height, width] of uint16"
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from mlfusion.datasets.columns import IMAGES, LABELS, SPLITS, choose_column, list_columns, require_unique
 from mlfusion.datasets.images import SUFFIXES
-from mlfusion.datasets.split import RawSplit, ReadOptions, decoder
+from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.errors import BadData
+from mlfusion.specs.options import ReadOptions
 
 TABLES = (".csv", ".tsv", ".jsonl")
 BESIDE = ("metadata", "labels")

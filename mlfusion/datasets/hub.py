@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, list_columns, require_unique
-from mlfusion.datasets.split import RawSplit, ReadOptions, decoder
+from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.errors import BadData, Unavailable
+from mlfusion.specs.options import ReadOptions
 
 KEY = "__key__"  # the datasets library's name for a WebDataset sample's
 

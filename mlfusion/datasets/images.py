@@ -12,16 +12,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlfusion.errors import BadImage
+from mlfusion.specs.options import MAX_PIXELS
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 """Suffixes of the files in a folder that count as images."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 """PIL's formats that are opened; others are left out, some because they start programs (EPS)."""
-
-MAX_PIXELS = 2 * 89_478_485
-"""Default limit on width x height; beyond it PIL refuses an image as a decompression bomb."""
-
 
 _pil_limit = threading.Lock()
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mlfusion.datasets.split import LABEL_KINDS, LabelKind, RawSplit
-from mlfusion.errors import BadData, UnknownName
+from mlfusion.datasets.split import RawSplit
+from mlfusion.errors import BadData
+from mlfusion.specs.options import LabelKind
 
 SEVERAL = ";"
 """Separator of the labels of one image in text."""
@@ -30,8 +31,6 @@ def encode_labels(
     Raises:
         BadData: a label is not of that kind; the message names the image.
     """
-    if target is not None and target not in LABEL_KINDS:
-        raise UnknownName("target", target, LABEL_KINDS)
     written = {name: _plain(one.labels) for name, one in found.items()}
     for name, one in found.items():
         if absent := [row for row, label in enumerate(written[name]) if _absent(label, one.names)]:

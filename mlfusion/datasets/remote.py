@@ -23,8 +23,9 @@ import xxhash
 from mlfusion.datasets import tars
 from mlfusion.datasets.columns import SPLITS, require_unique
 from mlfusion.datasets.hub import TableColumns, cell_bytes, choose_columns, reaching
-from mlfusion.datasets.split import RawSplit, ReadOptions, decoder
+from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.errors import BadData
+from mlfusion.specs.options import ReadOptions
 from mlfusion.system import disk
 from mlfusion.system.progress import Bar, track
 

@@ -4,33 +4,12 @@ Within every class the images are sorted by a hash of (seed, id) and assigned by
 are part of the identity.
 """
 
-import math
-import re
-
 import numpy as np
 import xxhash
 
 from mlfusion.datasets.split import Split
 from mlfusion.errors import BadData
-
-PARTS = {2: ("train", "test"), 3: ("train", "validation", "test")}
-
-
-def parse_ratio(text: str) -> tuple[float, ...]:
-    """'0.8/0.1/0.1', '80/20' → shares that sum to 1.
-
-    Raises:
-        BadData: not two or three positive numbers, or their sum is neither 1 nor 100.
-    """
-    parts = text.split("/")
-    if len(parts) in PARTS and all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", part.strip()) for part in parts):
-        shares = [float(part) for part in parts]
-        total = math.fsum(shares)
-        if min(shares) > 0 and any(math.isclose(total, whole, rel_tol=1e-6) for whole in (1, 100)):
-            return tuple(share / total for share in shares)
-    raise BadData(
-        f"--carve {text!r}; allowed: the shares of train/test or train/validation/test, such as 0.8/0.2 or 80/10/10"
-    )
+from mlfusion.specs.kinds import SPLIT_PARTS
 
 
 def canonical(ratio: tuple[float, ...], seed: int) -> str:
@@ -58,7 +37,7 @@ def split_by_ratio(split: Split, ratio: tuple[float, ...], seed: int) -> dict[st
             _fill_empty_parts(counts, split.classes[split.labels[rows[0]]])
         owed = exact - counts
         part[rows] = np.repeat(np.arange(len(ratio)), counts)
-    names = PARTS[len(ratio)]
+    names = SPLIT_PARTS[len(ratio)]
     return {name: split.take(np.flatnonzero(part == i), name) for i, name in enumerate(names)}
 
 

@@ -2,38 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import xxhash
 from PIL import Image
 
-from mlfusion.datasets.images import MAX_PIXELS, Decoder
+from mlfusion.datasets.images import Decoder
 from mlfusion.errors import BadData, BadImage
-
-LabelKind = Literal["class", "labels", "number"]
-LABEL_KINDS: tuple[LabelKind, ...] = get_args(LabelKind)
-"""The kind of an image's label: one class, any number of labels, or a number."""
+from mlfusion.specs.options import LabelKind, ReadOptions
 
 Encoded = Callable[[int], bytes]
 """Row → the bytes of the image's file. It pickles, and works in any process that sees the same files."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-    """How to read a data set, where the set itself does not say."""
-
-    image_column: str | None = None  # column of a table or hub data set that holds the images; guessed if not given
-    label_column: str | None = None  # column that holds the labels; guessed if not given
-    id_column: str | None = None  # column that holds sample ids; default: paths or row numbers
-    image_root: str | None = None  # folder that the paths in a table start from; default: the table's own
-    target: LabelKind | None = None  # kind of the labels; guessed if not given
-    split_ratio: str | None = None  # shares of train/test or train/validation/test, to split train anew: '0.8/0.2'
-    split_seed: int = 0  # seed of that split
-    exif_transpose: bool = False  # rotate images as their EXIF orientation says
-    max_pixels: int = MAX_PIXELS  # largest number of pixels of an image; larger images are refused
-    config: str | None = None  # configuration of a hub data set that has several
-    stream: bool = False  # read a hub data set from where it is stored, without a local copy
 
 
 def decoder(options: ReadOptions) -> Decoder:

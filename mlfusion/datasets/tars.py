@@ -18,8 +18,9 @@ import xxhash
 
 from mlfusion.datasets.columns import SPLITS, choose_column, require_unique
 from mlfusion.datasets.images import SUFFIXES
-from mlfusion.datasets.split import Encoded, RawSplit, ReadOptions, decoder
+from mlfusion.datasets.split import Encoded, RawSplit, decoder
 from mlfusion.errors import BadData
+from mlfusion.specs.options import ReadOptions
 
 CLASS_NAMES = "classnames.txt"
 WORDS = {"cls": "class", "npy": "vector", "json": "object", "txt": "text"}

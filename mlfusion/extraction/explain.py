@@ -1,14 +1,14 @@
 """Explains why an extraction would not reuse what the cache holds."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlfusion import datasets
-from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Request
+from mlfusion.extraction.request import Request
 from mlfusion.specs.identity import FeatureSpec, Pair
 from mlfusion.specs.names import token_words
+from mlfusion.specs.options import ComputeOptions, FeatureOptions
 from mlfusion.store import CachePath, Entry, FeatureStore, Samples, differences
 
 NAMED = 3  # images that a difference names
@@ -43,28 +43,13 @@ class Explained:
 def explain(
     model: str,
     dataset: str | datasets.DataSet,
-    features: FeatureOptions | None = None,
+    features: FeatureOptions = FeatureOptions(),
+    compute: ComputeOptions = ComputeOptions(),
     *,
-    reading: datasets.ReadOptions | None = None,
-    splits: Sequence[str] | str = ("train", "test"),
-    device: str = "auto",
     cache: CachePath = None,
 ) -> list[Explained]:
-    """Say for each split which entry `extract` with the same options would use.
-
-    Args:
-        model: a catalogue name, an id on the hub, or a folder.
-        dataset: a catalogue name, an id on the hub, a folder, a file, or images in memory.
-        features: which tokens, and how they are computed.
-        reading: how the data set is read.
-        splits: names, or a comma-separated list.
-        device: decides what the compute type 'auto' means.
-        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
-
-    Raises:
-        MlfusionError: one of its kinds, as from `extract`.
-    """
-    asked = Request.of(model, dataset, features, ComputeOptions(device=device), reading=reading, splits=splits)
+    """Say for each split which entry `extract` with the same arguments would use; errors as in `extract`."""
+    asked = Request.of(model, dataset, features, compute)
     store = FeatureStore(cache)
     others = list(store.entries())
     explained = []

@@ -1,7 +1,7 @@
 """What an extraction would do, before it does it: which entry it uses, why there is none yet, and what filling it costs."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,11 +9,12 @@ import numpy as np
 
 from mlfusion import datasets
 from mlfusion.extraction.forward import MAX_BATCH_SIZES, Forward
-from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Job, Making, Request
+from mlfusion.extraction.request import Job, Request
 from mlfusion.extraction.run import load, loading
 from mlfusion.models.backbone import Backbone
-from mlfusion.specs.identity import Dtype, Pair
-from mlfusion.store import CachePath, Entry, FeatureStore, FormatName, Missing, missing_bytes
+from mlfusion.specs.identity import Pair
+from mlfusion.specs.options import ComputeOptions, FeatureOptions
+from mlfusion.store import CachePath, Entry, FeatureStore, Missing, missing_bytes
 from mlfusion.system import disk
 
 TRIAL_SECONDS = 5.0  # of measuring, after a first batch that does not count
@@ -76,17 +77,9 @@ class Plan:
 def plan(
     model: str,
     dataset: str | datasets.DataSet,
+    features: FeatureOptions = FeatureOptions(),
+    compute: ComputeOptions = ComputeOptions(),
     *,
-    reading: datasets.ReadOptions | None = None,
-    splits: Sequence[str] | str = ("train", "test"),
-    layers: str = "all",
-    tokens: str = "cls,ap",
-    format: FormatName = "zarr",
-    dtype: Dtype = "float16",
-    device: str = "auto",
-    batch_size: int | None = None,
-    making: Making | None = None,
-    workers: int = 0,
     cache: CachePath = None,
     trial: float = TRIAL_SECONDS,
 ) -> Plan:
@@ -95,15 +88,7 @@ def plan(
     `trial` is the number of seconds for which images are prepared and run through the model to measure the rate; the other
     arguments and the errors are those of `extract`.
     """
-    asked = Request.of(
-        model,
-        dataset,
-        FeatureOptions(layers=layers, tokens=tokens, dtype=dtype, making=making or Making()),
-        ComputeOptions(device=device, batch_size=batch_size, workers=workers, format=format),
-        reading=reading,
-        splits=splits,
-    )
-    return estimate(asked, cache=cache, trial=trial)
+    return estimate(Request.of(model, dataset, features, compute), cache=cache, trial=trial)
 
 
 def estimate(

@@ -6,7 +6,7 @@ there, as deep as the deepest layer missing, and every lacking stream takes its 
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,16 +19,16 @@ from mlfusion import datasets
 from mlfusion.extraction import loader
 from mlfusion.extraction.forward import Forward
 from mlfusion.extraction.loader import Loader
-from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Job, Making, Request
+from mlfusion.extraction.request import Job, Request
 from mlfusion.extraction.writer import Batch, _take, _Writer
 from mlfusion.models.backbone import Backbone
-from mlfusion.specs.identity import Dtype, TokenKind
+from mlfusion.specs.identity import TokenKind
 from mlfusion.specs.names import layer_ranges
+from mlfusion.specs.options import ComputeOptions, FeatureOptions
 from mlfusion.store import (
     CachePath,
     Entry,
     FeatureStore,
-    FormatName,
     Gap,
     Piece,
     RunPart,
@@ -86,19 +86,10 @@ class ExtractionResult:
 def extract(
     model: str,
     dataset: str | datasets.DataSet,
+    features: FeatureOptions = FeatureOptions(),
+    compute: ComputeOptions = ComputeOptions(),
     *,
-    reading: datasets.ReadOptions | None = None,
-    splits: Sequence[str] | str = ("train", "test"),
-    layers: str = "all",
-    tokens: str | Iterable[str] = ("cls", "ap"),
-    format: FormatName = "zarr",
-    dtype: Dtype = "float16",
-    device: str = "auto",
-    batch_size: int | None = None,
-    making: Making | None = None,
-    workers: int = 0,
     cache: CachePath = None,
-    skip_bad: bool = False,
     log: Callable[[str], None] = lambda _: None,
 ) -> list[ExtractionResult]:
     """Cache a frozen model's tokens of a data set; what is there already is not computed again.
@@ -106,32 +97,15 @@ def extract(
     Args:
         model: a catalogue name, an id on the hub, or a folder.
         dataset: a catalogue name, an id on the hub, a folder or a file; or images in memory, by `mlfusion.array_dataset`.
-        reading: which columns, which kind of labels, how to split it: see `mlfusion.ReadOptions`.
-        splits: names, or a comma-separated list; 'test=validation' takes the validation split for the test.
-        layers: 'all' (1..L), 'last', or a list such as '1-4,12'; L is the final norm.
-        tokens: kinds, each with layers of its own if need be: 'cls,ap,all@last'.
-        format: format of new shards; what is cached in the other format is reused as it is.
-        dtype: storage type: float16, bfloat16, float32, or int8 with a scale per token.
-        device: 'auto', 'cpu', 'cuda' or 'mps'. Never part of the key.
-        batch_size: images in a forward pass; None: as many as memory allows. Never part of the key.
-        making: preprocessing, size of the input, views, compute type: parts of the key, each view an entry of its own.
-        workers: number of decoding workers (threads; processes with a GPU); 0: one per core. Never part of the key.
+        features: what decides the key of an entry and its streams.
+        compute: how the extraction runs.
         cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
-        skip_bad: go on past images that cannot be read; readers leave their rows out.
         log: called with a message while waiting for another extractor of the same entry.
 
     Raises:
         MlfusionError: one of its kinds; see `mlfusion.errors`.
     """
-    asked = Request.of(
-        model,
-        dataset,
-        FeatureOptions(layers=layers, tokens=tokens, dtype=dtype, making=making or Making()),
-        ComputeOptions(device=device, batch_size=batch_size, workers=workers, format=format, skip_bad=skip_bad),
-        reading=reading,
-        splits=splits,
-    )
-    return fill(asked, cache=cache, log=log)
+    return fill(Request.of(model, dataset, features, compute), cache=cache, log=log)
 
 
 def load(asked: Request) -> Backbone:
@@ -155,12 +129,12 @@ def fill(
         began = time.monotonic()
         work = _Work(job, asked.compute)
         if asked.pairs <= store.held(job.spec):
-            entry = store.reuse(job.spec, job.samples, asked.names)
+            entry = store.reuse(job.spec, job.samples, job.names)
         else:
             backbone = backbone or model(asked)
             shapes = backbone.shapes(asked.pairs)  # a token that the model lacks is refused before anything is written
             spec = replace(job.spec, model=replace(job.spec.model, kinds=tuple(backbone.kinds)))
-            filling = store.filling(spec, job.samples, asked.names, shapes, format=asked.compute.format, log=log)
+            filling = store.filling(spec, job.samples, job.names, shapes, format=asked.compute.format, log=log)
             with filling as gap:
                 work.run(gap, backbone)
                 if work.written:

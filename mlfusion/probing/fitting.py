@@ -15,13 +15,12 @@ from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.results import ImageCounts, Row
 from mlfusion.specs.names import Probe
-from mlfusion.specs.options import SearchOptions, TrainingOptions
+from mlfusion.specs.options import TrainingOptions
 from mlfusion.store import Entry, TokenReader
 from mlfusion.store.features import SplitPair
+from mlfusion.system.devices import pick_device
 from mlfusion.system.memory import available
 from mlfusion.system.progress import track as bar_of
-
-# --- from a job to its row -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,10 @@ class Resources:
     streams: bool | None = None  # whether training reads tokens in batches; None: if they take over half of the memory
 
     @classmethod
-    def of(cls, device: str, memory: int | None, *, streams: bool | None = None) -> "Resources":
-        """By default most of the memory that is free."""
-        return cls(device, int(population.SPARE * available("cpu")) if memory is None else memory, streams)
+    def of(cls, training: TrainingOptions, *, streams: bool | None = None) -> "Resources":
+        """The device and the memory that are meant: by default most of the memory that is free."""
+        free = int(population.SPARE * available("cpu"))
+        return cls(pick_device(training.device), training.memory or free, streams)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
     with ExitStack() as opened:
         train = _tokens(pair.train, job.probe, resources, opened)
         streamed = isinstance(train.values, TokenReader)
-        target = target_of(train.labels, len(pair.train.spec.data.classes), smoothing=job.smoothing)
+        target = target_of(train.labels, len(pair.train.spec.data.classes), smoothing=job.search.smoothing)
         if job.shots is not None:
             train = train.of(splits.draw(train.labels, job.shots, classes=target.outputs, seed=job.seed))
         spare = resources.memory - (0 if streamed else train.nbytes)
@@ -73,11 +73,7 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
                 train,
                 lambda: _tokens(pair.test, job.probe, replace(resources, streams=None), opened),
                 target=target,
-                options=FitOptions(
-                    seed=job.seed,
-                    heads=job.probe.attention_heads(),
-                    search=SearchOptions(grid=job.grid, halving=job.halving, precision=job.precision),  # type: ignore[arg-type]
-                ),
+                options=FitOptions(seed=job.seed, heads=job.probe.attention_heads(), search=job.search),
                 training=TrainingOptions(
                     device=resources.device, memory=max(1, spare) if resources.device == "cpu" else None
                 ),

@@ -1,6 +1,5 @@
 """Trains a row's probe again from the row alone, and compares."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from mlfusion.probing.fitting import Resources, train
 from mlfusion.probing.jobs import Job
 from mlfusion.results import Results, Row
 from mlfusion.specs.names import Probe, parse_probes
-from mlfusion.store import CachePath, FeatureStore
+from mlfusion.specs.options import StorageOptions, TrainingOptions
+from mlfusion.store import FeatureStore
 from mlfusion.store.features import SplitPair, require
-from mlfusion.system.devices import pick_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +39,7 @@ def rerun(
     row_id: str,
     *,
     keep: bool = False,
-    cache: CachePath = None,
-    results: str | os.PathLike[str] = "results",
+    storage: StorageOptions = StorageOptions(),
     device: str | None = None,
     memory: int | None = None,
 ) -> Rerun:
@@ -49,30 +47,21 @@ def rerun(
 
     Args:
         row_id: its id, or the beginning of it.
-        keep: where the scores are the same, put arrays and trained probe beside the row if they are not there.
-        cache: where the features are, as for `probe`.
-        results: where the row is.
-        device: where to train; None is where the row was.
-        memory: as for `probe`; whether tokens are loaded or streamed is as it was.
+        keep: put arrays and trained probe beside the row if the scores are the same and they are not there.
+        storage: where features and rows are kept.
+        device: device of the training; None is the row's own.
+        memory: memory limit in bytes; tokens are loaded or streamed as they were.
 
     Raises:
         NotCached: the features are gone; says how to make them again.
         UnknownName: no such row.
     """
-    store, kept = FeatureStore(cache), Results(Path(results))
+    store, kept = FeatureStore(storage.cache), Results(Path(storage.results))
     row = kept.named(row_id)
     [one] = parse_probes(row.probe, row.depth)
     pair = _pair_of(store, row, one)
-    job = Job(
-        one,
-        row.seed,
-        row.grid,
-        precision=row.precision,
-        shots=row.shots,
-        halving=row.halving,
-        smoothing=row.smoothing or 0.0,
-    )
-    resources = Resources.of(pick_device(device or row.device), memory, streams=row.streamed)
+    job = Job(one, row.search())
+    resources = Resources.of(TrainingOptions(device=device or row.device, memory=memory), streams=row.streamed)
     again = train(pair, job, resources)
     then, now = ({"code": made.code, "device": made.device, **made.versions} for made in (row, again.row))
     differs = [f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
@@ -91,7 +80,7 @@ def _pair_of(store: FeatureStore, row: Row, one: Probe) -> SplitPair:
     if train is None or test is None:
         raise NotCached(
             f"the features of result {row.id} ({', '.join(row.features)}) are not in {store.root}. Name the cache that "
-            f"has them with --cache, or make them again: {row.sources.extract}"
+            f"has them with --cache, or make them again: {row.extract_command()}"
         )
     for entry in (train, test):
         require(entry, one.representation.pairs(row.depth), row.sources.model, row.sources.dataset)

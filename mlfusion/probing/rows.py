@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlfusion.probing import protocol, saved
-from mlfusion.probing.jobs import PROTOCOL, Job, _narrowed
+from mlfusion.probing.jobs import PROTOCOL, Job
 from mlfusion.probing.targets import Target
 from mlfusion.results import Attention, ImageCounts, Row, Selected, Sources, metrics_of, provenance
 from mlfusion.specs.identity import digest
 from mlfusion.specs.names import Probe
 from mlfusion.store import Entry
 from mlfusion.store.encoding import ENCODINGS
-from mlfusion.store.features import SplitPair, extract_command
+from mlfusion.store.features import SplitPair, words_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,9 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
     """The row of what was fitted on a pair of splits."""
     job, outcome, spec = fitted.job, fitted.outcome, pair.train.spec
     names, one, depth = pair.train.names()[0], job.probe, spec.model.depth
-    options = job.options()
+    search = job.search
+    precision = search.precision
+    assert precision != "auto"  # a resolved job
     return Row(
         id=job.row_id(pair.keys),
         model=pair.model,
@@ -45,7 +47,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         train=outcome.train,
         metrics=metrics_of(fitted.target.kind, outcome.metrics),
         selected=Selected.of(outcome.selected),
-        grid=job.grid,  # type: ignore[arg-type]
+        grid=search.grid,
         configurations=outcome.configurations,
         parameters=outcome.parameters,
         seconds=round(outcome.seconds, 3),
@@ -62,7 +64,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         created=provenance.now(),
         protocol=PROTOCOL,
         device=fitted.device,
-        precision=_narrowed(job.precision),
+        precision=precision,
         bytes=(fitted.images.train + fitted.images.test)
         * fitted.tokens
         * ENCODINGS[spec.dtype].vector_bytes(spec.model.width),
@@ -72,11 +74,11 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
             weights=spec.model.weights,
             train=spec.data.content,
             test=pair.test.spec.data.content,
-            extract=_command(pair, one),
+            options=tuple(words_of(pair.train, pair.test)),
         ),
-        shots=options.get("shots"),
-        halving=job.halving,
-        smoothing=options.get("smoothing"),
+        shots=job.shots,
+        halving=search.halving,
+        smoothing=search.smoothing or None,
         streamed=fitted.streamed,
     )
 
@@ -127,15 +129,6 @@ def _arrays(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
     if outcome.attention is not None:
         arrays["attention"] = outcome.attention.astype(np.float16)
     return arrays
-
-
-def _command(pair: SplitPair, one: Probe) -> str:
-    """What caches the tokens of this probe from the model and the images themselves."""
-    names, spec = pair.train.names()[0], pair.train.spec
-    command = extract_command(
-        names.model_source, names.dataset_source, one.representation.pairs(spec.model.depth), spec
-    )
-    return command if spec.model.view == "plain" else f"{command} --view {spec.model.view}"
 
 
 def _attention(one: Probe, entry: Entry, attention: np.ndarray | None) -> Attention | None:

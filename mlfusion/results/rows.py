@@ -8,10 +8,15 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from itertools import product
+from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
 from msgspec import Meta, Struct
+
+from mlfusion.specs.commands import extract_command
+from mlfusion.specs.identity import Pair
+from mlfusion.specs.options import GridName, SearchOptions
 
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 """A number that is neither infinite nor NaN."""
@@ -19,7 +24,6 @@ Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 Id = Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")]
 """An id is a file name too: it may not lead out of the folder."""
 
-GridName = Literal["paper", "quick"]
 RowPrecision = Literal["float32", "bfloat16"]
 
 
@@ -98,7 +102,7 @@ class Sources(Struct, frozen=True, kw_only=True):
     weights: str  # sha256 of the weight files
     train: str  # digest of the split's images and labels
     test: str
-    extract: str  # the command that caches what the probe reads
+    options: tuple[str, ...]  # further words of the `mlfusion extract` that makes the features again
 
 
 class Attention(Struct, frozen=True, kw_only=True):
@@ -148,6 +152,22 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     halving: bool = False  # weak configurations were stopped early
     smoothing: Finite | None = None  # of the labels; None: they were taken as they are
     streamed: bool = False  # tokens were read in shuffled batches, not loaded
+
+    def search(self) -> SearchOptions:
+        """The options that decided its numbers; they give its id again."""
+        return SearchOptions(
+            grid=self.grid,
+            seeds=(self.seed,),
+            shots=(self.shots,),
+            halving=self.halving,
+            smoothing=self.smoothing or 0.0,
+            precision=self.precision,
+        )
+
+    def extract_command(self) -> str:
+        """The command that caches what the probe reads."""
+        pairs = cast("set[Pair]", set(product(self.layers, self.tokens)))
+        return extract_command(self.sources.model, self.sources.dataset, pairs, self.sources.options)
 
     def options(self) -> str:
         """What differs from the protocol as it is, such as '4 shots, halving'; empty where nothing does."""

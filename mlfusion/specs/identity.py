@@ -79,7 +79,7 @@ def _plain(value: Any) -> Any:
         fields = {
             f.name: _plain(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if f.compare and not (f.metadata == OMIT_IF_DEFAULT and getattr(value, f.name) == f.default)
+            if f.compare and not ("omit_if_default" in f.metadata and getattr(value, f.name) == f.default)
         }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, dict):

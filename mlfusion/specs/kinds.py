@@ -3,7 +3,6 @@
 Every kind reads what it writes: `kind.parse(kind.words(value)) == value`. Nothing here knows which option has which kind.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlfusion.errors import MlfusionError
+from mlfusion.specs.names import setting_text, setting_value
 
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+TIMES = {"h": 3600, "d": 86400, "w": 7 * 86400}
 VIEW_NAMES = "plain, flip, crop1, crop2, …"
 SPLIT_PARTS = {2: ("train", "test"), 3: ("train", "validation", "test")}
 
@@ -70,21 +71,22 @@ def share() -> Kind:
     )
 
 
-def amount(units: Mapping[str, int] = UNITS) -> Kind:
-    """A number of bytes: '4GB' on the command line and in recipes, 4_000_000_000 in Python."""
+def amount(units: Mapping[str, int] = UNITS, *, example: str = "4GB") -> Kind:
+    """An amount with its unit: '4GB' on the command line and in recipes, 4_000_000_000 in Python."""
 
     def parse(given: Any) -> Any:
         for unit, factor in units.items():
             number = given.removesuffix(unit) if isinstance(given, str) else given
             if number != given and re.fullmatch(r"\d+(\.\d+)?", number):
-                return int(float(number) * factor)
+                return round(float(number) * factor)
         return given
 
     def words(value: int) -> str:
-        unit = max((u for u in units if value % units[u] == 0), key=units.__getitem__, default="kB")
+        least = min(units, key=units.__getitem__)
+        unit = max((u for u in units if value % units[u] == 0), key=units.__getitem__, default=least)
         return f"{value // units[unit]}{unit}" if value % units[unit] == 0 else f"{value / units[unit]!r}{unit}"
 
-    said = f"allowed is a number with one of {', '.join(units)}, such as 4GB"
+    said = f"allowed is a number with one of {', '.join(units)}, such as {example}"
     return Kind(str, lambda v: None if type(v) is int and v > 0 else said, parse, parse, words)
 
 
@@ -120,6 +122,11 @@ def repeated(values: Sequence[Any]) -> str | None:
     return next((f"{value!r} comes twice" for value in dict.fromkeys(values) if values.count(value) > 1), None)
 
 
+def is_view(word: str) -> bool:
+    """Whether this is the name of a view: 'plain', 'flip', 'crop1', 'crop2', …"""
+    return re.fullmatch(r"plain|flip|crop[1-9]\d*", word) is not None
+
+
 def view_names() -> Kind:
     """Views, comma-separated, or how many of 'plain', 'flip', 'crop1', 'crop2', …"""
 
@@ -134,7 +141,7 @@ def view_names() -> Kind:
         if not (isinstance(value, tuple) and value and all(isinstance(word, str) for word in value)):
             return f"allowed are view names ({VIEW_NAMES}) or their number"
         for word in value:
-            if not re.fullmatch(r"plain|flip|crop[1-9]\d*", word):
+            if not is_view(word):
                 return f"no view named {word!r}; there are {VIEW_NAMES}"
         return repeated(value)
 
@@ -191,13 +198,7 @@ def settings() -> Kind:
 
     def parse_one(word: str) -> Any:
         key, equals, value = word.partition("=")
-        if not (key and equals):
-            return word
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            return key, value
-        return key, parsed if isinstance(parsed, plain) or parsed is None else value
+        return (key, setting_value(value)) if key and equals else word
 
     def read(given: Any) -> Any:
         if isinstance(given, Mapping):
@@ -216,20 +217,9 @@ def settings() -> Kind:
         return repeated([name for name, _ in value])
 
     def words(value: Any) -> list[str]:
-        return [f"{name}={_setting(each)}" for name, each in value]
+        return [f"{name}={setting_text(each)}" for name, each in value]
 
     return Kind(list[str], fault, lambda given: read(given or []), read, words)
-
-
-def _setting(value: Any) -> str:
-    """A setting as it is typed: text that would be read as a number keeps its quotes."""
-    if not isinstance(value, str):
-        return json.dumps(value)
-    try:
-        json.loads(value)
-    except ValueError:
-        return value
-    return json.dumps(value)
 
 
 def checked(check: Callable[[str], object]) -> Kind:

@@ -67,25 +67,32 @@ class ModelRef:
     def suffix(self) -> str:
         """The part after the name, ':block,hidden_act=gelu'; empty at the defaults."""
         parts: list[str] = [self.hook] if self.hook != "norm2" else []
-        parts += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.settings]
+        parts += [f"{key}={setting_text(value)}" for key, value in self.settings]
         return f":{','.join(parts)}" if parts else ""
 
+    def with_defaults(self, hook: Hook | None, settings: Iterable[tuple[str, Setting]]) -> "ModelRef":
+        """The same model with this hook point and these settings, if its name has none of its own."""
+        merged = dict(settings) | dict(self.settings)
+        return ModelRef(
+            self.name, self.hook if self.hook != "norm2" else hook or "norm2", tuple(sorted(merged.items()))
+        )
 
-def parse_model(word: str, hook: str | None = None, settings: Sequence[str] = ()) -> ModelRef:
-    """Parse 'NAME', 'NAME:HOOK' or 'NAME:key=value,…'; `hook` and `settings` ('key=value') are added.
+
+def parse_model(word: str) -> ModelRef:
+    """Parse 'NAME', 'NAME:HOOK' or 'NAME:key=value,…'.
 
     Raises:
         UnknownName: a part is neither a hook point nor a setting.
     """
     scheme, name = ("embedded:", word.removeprefix("embedded:")) if word.startswith("embedded:") else ("", word)
     name, _, rest = name.partition(":")
-    parts = [part.strip() for part in rest.split(",") if part.strip()] + ([hook] if hook else []) + list(settings)
+    parts = [part.strip() for part in rest.split(",") if part.strip()]
     found: Hook = "norm2"
     changed: dict[str, Setting] = {}
     for part in parts:
         key, equals, value = part.partition("=")
         if equals and key:
-            changed[key] = _value(value)
+            changed[key] = setting_value(value)
         elif part in HOOKS:
             found = part
         else:
@@ -93,7 +100,12 @@ def parse_model(word: str, hook: str | None = None, settings: Sequence[str] = ()
     return ModelRef(scheme + name, found, tuple(sorted(changed.items())))
 
 
-def _value(text: str) -> Setting:
+def setting_text(value: Setting) -> str:
+    """A setting as it is typed: 0.1 → '0.1', 'gelu' → 'gelu'; text that would be read as a number keeps its quotes."""
+    return value if isinstance(value, str) and setting_value(value) == value else json.dumps(value)
+
+
+def setting_value(text: str) -> Setting:
     """'0.1' → 0.1, 'true' → True, 'gelu' → 'gelu'."""
     try:
         value = json.loads(text)

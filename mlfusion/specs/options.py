@@ -8,11 +8,13 @@ import dataclasses
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_args
 
 from mlfusion.errors import BadOption
-from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS, Dtype, Hook
+from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS, OMIT_IF_DEFAULT, Dtype, Hook
 from mlfusion.specs.kinds import (
+    TIMES,
     Kind,
     amount,
     checked,
@@ -79,9 +81,13 @@ class Option:
         return self.name.replace("_", "-")
 
 
-def option(default: Any, kind: Kind, help: str, *, effect: Effect, **others: Any) -> Any:
-    """A field of an options class, with its definition as metadata."""
-    return dataclasses.field(default=default, metadata={"option": Option(kind, help, effect, **others)})
+def option(default: Any, kind: Kind, help: str, *, effect: Effect, added: bool = False, **others: Any) -> Any:
+    """A field of an options class, with its definition as metadata.
+
+    `added` marks an option that came after the first rows: at its default it is left out of digests, so ids stay.
+    """
+    metadata = {"option": Option(kind, help, effect, **others), **(OMIT_IF_DEFAULT if added else {})}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class Options:
                 words.append(f"--{one.flag}")
                 continue
             for word in [said] if isinstance(said, str) else said:
-                words += [f"--{one.flag}={word}"] if word.startswith("-") else [f"--{one.flag}", word]
+                words += spelled(one.flag, word)
         return words
 
 
@@ -358,11 +364,65 @@ class PilotOptions(Options):
     seed: int = option(0, whole(0), "Seed that selects the images.", effect="id")
 
 
-def command(verb: str, arguments: Iterable[tuple[str, str]], *options: Options) -> str:
-    """The `mlfusion` command that asks for this, quoted for a shell: arguments first, then what is not at its default."""
-    words = ["mlfusion", *verb.split()]
-    for name, value in arguments:
-        words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
-    for each in options:
-        words += each.words()
-    return shlex.join(words)
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """What a run of a recipe sets beside the recipe."""
+
+    data: str | None = option(None, text(), "Folder that $DATA means in the recipe.", effect="key")
+    seeds: tuple[int, ...] | None = option(
+        None, numbers(0, example="0,1,2"), "Seeds in place of the recipe's, comma-separated.", effect="id"
+    )
+    device: str = option(
+        "auto", device_name(), "Device of the forward pass; probes train on the CPU.", effect="rounding"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(Options):
+    """Which entries of the cache are removed."""
+
+    model: str | None = option(None, text(), "Only entries of this model.", effect="bit")
+    dataset: str | None = option(None, text(), "Only entries of this data set.", effect="bit")
+    older: int | None = option(
+        None, amount(TIMES, example="30d"), "Entries that nobody has used for this long, such as 30d.", effect="bit"
+    )
+    size: int | None = option(
+        None, amount(), "Entries used longest ago, until the cache has at most this size, such as 20GB.", effect="bit"
+    )
+    unneeded: str | None = option(
+        None, text(), "Entries that no row in this folder of results was computed from.", effect="bit"
+    )
+    dry_run: bool = option(False, flag(), "Print what would be removed and remove nothing.", effect="bit")
+
+
+def command(verb: str, words: Iterable[str] = (), **arguments: str | None) -> str:
+    """The `mlfusion` command with these arguments and words, quoted for a shell. Every printed command is written here."""
+    named = [word for name, value in arguments.items() if value is not None for word in spelled(name, value)]
+    return shlex.join(["mlfusion", *verb.split(), *named, *words])
+
+
+def spelled(name: str, value: str) -> list[str]:
+    """The words of one option; a value that looks like an option is bound to its name."""
+    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+
+
+def distribute(given: Mapping[str, Any], *kinds: type[Options]) -> list[Any]:
+    """Keywords of a public function → one value of each options class.
+
+    Raises:
+        BadOption: a keyword that none of the classes has, or a value that is not allowed.
+    """
+    known = [name for kind in kinds for name in all_definitions(kind)]
+    if unknown := [name for name in given if name not in known]:
+        near = get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise BadOption(f"no option named {unknown[0]!r}.{hint} There are: {', '.join(known)}")
+    return [build(kind, given) for kind in kinds]
+
+
+def defaults_of(kind: type[Options]) -> dict[str, Any]:
+    """The defaults of a class and of the options classes inside it, by field."""
+    found = {field.name: field.default for field in dataclasses.fields(kind) if "option" in field.metadata}
+    for inner in parts(kind).values():
+        found |= defaults_of(inner)
+    return found

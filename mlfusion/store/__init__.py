@@ -4,6 +4,7 @@ The only room that knows a path under the cache's root. Both stages meet here an
 in `cache/README.md`.
 """
 
+from mlfusion.specs.options import FormatName
 from mlfusion.store.draft import ShardDraft
 from mlfusion.store.encoding import ENCODINGS, Encoding
 from mlfusion.store.entry import Entry, folder_bytes
@@ -15,7 +16,7 @@ from mlfusion.store.reader import TokenReader
 from mlfusion.store.records import Names, RunPart, RunRecord
 from mlfusion.store.samples import Samples
 from mlfusion.store.shard import Check
-from mlfusion.store.stream import FormatName, Stream, streams_for
+from mlfusion.store.stream import Stream, streams_for
 
 __all__ = [
     "ENCODINGS",

@@ -17,6 +17,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from mlfusion.errors import CacheUnusable, NotCached
@@ -173,11 +174,7 @@ class Entry:
 
     def add_alias(self, names: Names) -> None:
         """Record one more pair of names."""
-        file = (
-            self.path
-            / "names"
-            / f"{digest([names.model, names.model_source, names.dataset, names.dataset_source])}.json"
-        )
+        file = self.path / "names" / f"{digest(list(msgspec.structs.astuple(names)))}.json"
         if not file.exists():
             disk.publish_text(file, records.encode(names))
 

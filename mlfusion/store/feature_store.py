@@ -12,12 +12,12 @@ from pathlib import Path
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.identity import FORMAT, FeatureSpec, Pair
 from mlfusion.specs.names import ModelRef, parse_model
+from mlfusion.specs.options import FormatName
 from mlfusion.store import records
 from mlfusion.store.entry import Entry, draft_entry, restore_missing_files
 from mlfusion.store.gap import Gap, Missing, check_space, missing_bytes, new_streams
 from mlfusion.store.records import CacheMarker, Names, removed_message
 from mlfusion.store.samples import Samples
-from mlfusion.store.stream import FormatName
 from mlfusion.system import disk
 
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of mlfusion; see README.md beside this file.\n"

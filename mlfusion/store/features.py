@@ -1,6 +1,5 @@
 """Cached features by name: finds the entries that a model's and a data set's name mean. Needs neither images nor model."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -8,8 +7,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 
 from mlfusion.errors import BadData, BadModel, NotCached
+from mlfusion.specs.commands import extract_command, feature_words
 from mlfusion.specs.identity import KINDS, FeatureSpec, ModelSpec, Pair, TokenKind
-from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens, token_words
+from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens
 from mlfusion.store import CachePath, Check, Entry, FeatureStore, Names, TokenReader
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str) -> N
             raise BadModel(f"{model} {none}")
         raise NotCached(
             f"{entry.spec.data.split} features of {model} on {dataset} lack {_words(absent)}; run: "
-            + extract_command(model, dataset, absent, entry.spec)
+            + extract_command(model, dataset, absent, words_of(entry))
         )
 
 
@@ -190,10 +190,10 @@ def impossible(model: ModelSpec, pairs: frozenset[Pair]) -> str | None:
     )
 
 
-def extract_command(model: str, dataset: str, pairs: frozenset[Pair], spec: FeatureSpec | None = None) -> str:
-    """The command that caches `pairs`."""
-    dtype = f" --dtype {spec.dtype}" if spec and spec.dtype != "float16" else ""
-    return f"mlfusion extract {_named(model, dataset)} --tokens {token_words(pairs)}{dtype}"
+def words_of(train: Entry, test: Entry | None = None) -> list[str]:
+    """The words behind `mlfusion extract` that give these entries again, but for their tokens; `feature_words` reads them."""
+    splits = tuple(entry.names()[0].split for entry in (train, test) if entry) if test else ("train", "test")
+    return feature_words(splits, train.spec.model.view, train.names()[0].options)
 
 
 def _made_alike(train: FeatureSpec, test: FeatureSpec) -> bool:
@@ -207,8 +207,10 @@ def _of_split(store: FeatureStore, model: str, dataset: str, split: str, view: s
     if every and not entries:
         raise NotCached(
             f"{split} features of {model} on {dataset} are cached of the views "
-            f"{', '.join(sorted({e.spec.model.view for e in every}))}, not of {view}; run: mlfusion extract "
-            f"{_named(model, dataset)} --view {view}"
+            f"{', '.join(sorted({e.spec.model.view for e in every}))}, not of {view}; run: "
+            + extract_command(
+                model, dataset, options=feature_words(("train", "test"), view, every[0].names()[0].options)
+            )
         )
     if not entries:
         others = [e.spec.data.split for e in store.find(model=model, dataset=dataset)]
@@ -227,21 +229,15 @@ def _not_there(store: FeatureStore, model: str | None, dataset: str, splits: lis
     if splits:
         absent = "test" if "test" not in splits else "train" if "train" not in splits else None
         why = f"only {', '.join(sorted(set(splits)))} is cached" if absent else "train and test were made unlike"
-        return (
-            f"a probe needs train and test features made alike; of {dataset}, {why}. Run: mlfusion extract "
-            + _named(model, dataset)
+        return f"a probe needs train and test features made alike; of {dataset}, {why}. Run: " + extract_command(
+            model, dataset
         )
     pairs = sorted({(n.model, n.dataset) for entry in store.entries() for n in entry.names()})
     shown = ", ".join(f"{m} on {d}" for m, d in pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
     return (
         f"no features of {dataset}{f' by {model}' if model else ''} in {store.root} (it holds {shown or 'nothing yet'}). "
-        f"Run: mlfusion extract {_named(model, dataset)}"
+        f"Run: {extract_command(model, dataset)}"
     )
-
-
-def _named(model: str | None, dataset: str) -> str:
-    """The options --model and --dataset, quoted for a shell."""
-    return f"--model {shlex.quote(model or 'MODEL')} --dataset {shlex.quote(dataset)}"
 
 
 def _words(pairs: frozenset[Pair]) -> str:

@@ -21,7 +21,8 @@ import h5py
 import numpy as np
 import xxhash
 
-from mlfusion.store.stream import FormatName, Stream
+from mlfusion.specs.options import FormatName
+from mlfusion.store.stream import Stream
 
 CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)  # Zarr's mark for a chunk that a shard does not hold

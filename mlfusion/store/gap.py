@@ -12,11 +12,12 @@ from typing import Self
 
 from mlfusion.errors import CacheUnusable
 from mlfusion.specs.identity import FeatureSpec, Pair
+from mlfusion.specs.options import FormatName
 from mlfusion.store.draft import ShardDraft
 from mlfusion.store.entry import Entry
 from mlfusion.store.leases import Leases
 from mlfusion.store.records import RunRecord
-from mlfusion.store.stream import FormatName, Stream, streams_for
+from mlfusion.store.stream import Stream, streams_for
 from mlfusion.system import disk
 
 WAIT = 0.5  # seconds between looks at what other extractors still hold

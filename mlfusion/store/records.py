@@ -26,12 +26,14 @@ class CacheMarker(Record, frozen=True):
 
 
 class Names(Record, frozen=True):
-    """What the user called a model and a data set, and what each resolved to: a hub id or a folder. Never in the key."""
+    """What the user called a model and a data set, what each resolved to, and how they were asked for. Never in the key."""
 
     model: str
-    model_source: str
+    model_source: str  # a catalogue's source, a hub id, or a folder
     dataset: str
     dataset_source: str
+    split: str = ""  # 'test', or 'test=validation' where the validation split stands for it
+    options: tuple[str, ...] = ()  # command-line words of the other options that are not at their default
 
 
 class RunPart(Record, frozen=True):

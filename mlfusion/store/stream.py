@@ -8,18 +8,18 @@ touches that layer's bytes alone. Pure arithmetic; nothing here does I/O.
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
 from mlfusion.specs.identity import KINDS, Dtype, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges
+from mlfusion.specs.options import FormatName
 from mlfusion.store.encoding import ENCODINGS, Encoding
 from mlfusion.store.records import Count, Record
 
 Size = Annotated[int, msgspec.Meta(gt=0)]
 
-FormatName = Literal["zarr", "hdf5"]
 
 CHUNK_BYTES = 768 * 1024  # a chunk is read whole: large enough for one disk request, small enough to buffer
 SHARD_BYTES = 128 * 1024 * 1024

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from mlfusion.errors import CacheUnusable, NotCached, UnknownName
+from mlfusion.specs.options import FormatName
 from mlfusion.store.entry import Entry
 from mlfusion.store.feature_store import CachePath, FeatureStore
 from mlfusion.store.shard import Source, read_stored
-from mlfusion.store.stream import FormatName
 from mlfusion.system.progress import track
 
 

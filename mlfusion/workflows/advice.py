@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from mlfusion import datasets
 from mlfusion.errors import BadData
 from mlfusion.extraction import run
-from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Images, Request
+from mlfusion.extraction.request import Request
 from mlfusion.probing import costs, protocol
 from mlfusion.probing.search import FitOptions
 from mlfusion.probing.targets import Target, target_of
@@ -24,12 +25,11 @@ from mlfusion.probing.training.batches import Tokens
 from mlfusion.probing.training.precision import resolve
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import BASELINE, Probe, parse_probes
-from mlfusion.specs.options import SearchOptions
+from mlfusion.specs.options import ComputeOptions, FeatureOptions, PilotOptions, SearchOptions
 from mlfusion.statistics.images import Difference, Interval, difference, interval
 from mlfusion.store import CachePath, Entry, FeatureStore
 from mlfusion.system.progress import track
 
-IMAGES = 300
 FOLDS = 3
 FEWEST = 4  # images of a class, however many classes there are
 CANDIDATES = (
@@ -102,33 +102,33 @@ class Advice:
 def advise(
     model: str,
     dataset: str,
+    pilot_options: PilotOptions = PilotOptions(),
     *,
-    images: int = IMAGES,
     probes: str | Sequence[str] = CANDIDATES,
     cache: CachePath = None,
     device: str = "auto",
-    seed: int = 0,
 ) -> Advice:
     """Say by a pilot which probe to use on a model's features of a data set. Writes nothing into the cache.
 
     Args:
         model: a catalogue name, an id on the hub, or a folder.
-        dataset: likewise.
-        images: of train to look at, alike many of each class and no fewer than four.
+        dataset: a catalogue name, an id on the hub, a folder or a file.
+        pilot_options: which images of train are looked at: no fewer than four.
         probes: the candidates, as in `mlfusion ls probes`.
         cache: where features are taken from, if they are there.
-        device: of the forward pass, if they are not.
-        seed: which images, and into which parts.
+        device: device of the forward pass, if they are not.
 
     Raises:
         BadData: too few images, or labels that cannot be dealt out.
         MlfusionError: any other of its kinds.
     """
     began = time.perf_counter()
-    if images < 2 * FOLDS:
-        raise BadData(f"--images {images}: allowed are {2 * FOLDS} and more, such as {IMAGES}")
-    with _pilot(model, dataset, images, probes, cache, device, seed) as pilot:
-        said = _scored(pilot, seed)
+    if pilot_options.images < 2 * FOLDS:
+        raise BadData(
+            f"--images {pilot_options.images}: allowed are {2 * FOLDS} and more, such as {PilotOptions().images}"
+        )
+    with _pilot(model, dataset, pilot_options, probes, cache, device) as pilot:
+        said = _scored(pilot, pilot_options.seed)
         labels, target = pilot.labels, pilot.target
         by_name = {probe.name: made for probe, (made, _) in said.items()}
         scores = {name: interval(labels, made, metric=target.metric) for name, made in by_name.items()}
@@ -187,7 +187,7 @@ class _Pilot:
 
 @contextmanager
 def _pilot(
-    model: str, dataset: str, images: int, probes: str | Sequence[str], cache: CachePath, device: str, seed: int
+    model: str, dataset: str, options: PilotOptions, probes: str | Sequence[str], cache: CachePath, device: str
 ) -> Iterator[_Pilot]:
     """From the cache if it has all that the candidates read, else by a few forward passes into a cache that goes away."""
     store = FeatureStore(cache)
@@ -195,63 +195,65 @@ def _pilot(
     newest = max(train, key=lambda entry: entry.extracted_at_ns(), default=None)
     held = newest.held() if newest else frozenset()
     if newest is not None:
-        depth = newest.spec.model.depth
-        asked = parse_probes(probes, depth)
-        wanted = frozenset(pair for probe in asked for pair in probe.representation.pairs(depth))
-        if wanted <= held:
-            labels = newest.samples.labels[newest.rows()]
-            target = target_of(labels, len(newest.spec.data.classes))
-            rows = chosen(target.strata(labels), images, seed)
-            others = [entry for entry in test if entry.spec.model == newest.spec.model]
-            yield _Pilot(
-                model=newest.names()[0].model,
-                dataset=newest.names()[0].dataset,
-                depth=depth,
-                probes=asked,
-                labels=labels[rows],
-                target=target,
-                train_images=len(labels),
-                every=len(labels) + max((entry.spec.data.images for entry in others), default=0),
-                held=held,
-                bytes_of={},
-                seconds_each=0.0,
-                tokens=_reader(newest, rows),
-            )
+        asked = parse_probes(probes, newest.spec.model.depth)
+        if all(probe.representation.pairs(newest.spec.model.depth) <= held for probe in asked):
+            yield _cached_pilot(newest, test, asked, options)
             return
+    with tempfile.TemporaryDirectory() as folder:
+        yield replace(_extracted_pilot(model, dataset, options, probes, Path(folder), device), held=held)
+
+
+def _cached_pilot(newest: Entry, test: Sequence[Entry], probes: tuple[Probe, ...], options: PilotOptions) -> _Pilot:
+    labels = newest.samples.labels[newest.rows()]
+    target = target_of(labels, len(newest.spec.data.classes))
+    rows = chosen(target.strata(labels), options.images, options.seed)
+    others = [entry for entry in test if entry.spec.model == newest.spec.model]
+    return _Pilot(
+        model=newest.names()[0].model,
+        dataset=newest.names()[0].dataset,
+        depth=newest.spec.model.depth,
+        probes=probes,
+        labels=labels[rows],
+        target=target,
+        train_images=len(labels),
+        every=len(labels) + max((entry.spec.data.images for entry in others), default=0),
+        held=newest.held(),
+        bytes_of={},
+        seconds_each=0.0,
+        tokens=_reader(newest, rows),
+    )
+
+
+def _extracted_pilot(
+    model: str, dataset: str, options: PilotOptions, probes: str | Sequence[str], folder: Path, device: str
+) -> _Pilot:
     data = datasets.load(dataset)
     split = data.split("train")
     target = target_of(split.labels, len(split.classes))
-    rows = chosen(target.strata(split.labels), images, seed)
+    rows = chosen(target.strata(split.labels), options.images, options.seed)
     part = replace(data, splits={"train": split.take(rows, "train")})
-    request = Request.of(
-        model,
-        Images.of(part, ("train",)),
-        FeatureOptions(tokens=()),
-        ComputeOptions(device=device),
-    )
+    request = Request.of(model, part, FeatureOptions(splits=("train",)), ComputeOptions(device=device))
     depth = request.jobs[0].spec.model.depth
     asked = parse_probes(probes, depth)
     request = replace(request, pairs=frozenset(pair for probe in asked for pair in probe.representation.pairs(depth)))
     loaded = run.load(request)
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        [made] = run.fill(request, cache=folder, model=lambda _: loaded)
-        seconds = (time.perf_counter() - began) / len(rows)
-        each = {pair: home.stream.tokens * home.stream.width * 2 for pair, home in made.entry.sources().items()}
-        yield _Pilot(
-            model=request.names.model,
-            dataset=request.names.dataset,
-            depth=depth,
-            probes=asked,
-            labels=split.labels[rows],
-            target=target,
-            train_images=len(split),
-            every=sum(len(data.split(name)) for name in ("train", "test")),
-            held=held,
-            bytes_of=each,
-            seconds_each=seconds,
-            tokens=_reader(made.entry, np.arange(len(rows))),
-        )
+    began = time.perf_counter()
+    [made] = run.fill(request, cache=folder, model=lambda _: loaded)
+    seconds = (time.perf_counter() - began) / len(rows)
+    return _Pilot(
+        model=request.names.model,
+        dataset=request.names.dataset,
+        depth=depth,
+        probes=asked,
+        labels=split.labels[rows],
+        target=target,
+        train_images=len(split),
+        every=sum(len(data.split(name)) for name in ("train", "test")),
+        held=frozenset(),
+        bytes_of={pair: home.stream.tokens * home.stream.width * 2 for pair, home in made.entry.sources().items()},
+        seconds_each=seconds,
+        tokens=_reader(made.entry, np.arange(len(rows))),
+    )
 
 
 def _reader(entry: Entry, rows: np.ndarray) -> Callable[[Probe], Tokens]:

@@ -22,6 +22,7 @@ from mlfusion.probing import protocol, saved
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.specs.identity import COMPUTES, Compute, ModelSpec, digest
 from mlfusion.specs.names import parse_model
+from mlfusion.specs.options import MAX_PIXELS
 from mlfusion.store.encoding import ENCODINGS
 from mlfusion.system.devices import pick_device
 
@@ -92,9 +93,7 @@ def predict(
             f"{' and '.join(differing)} differ{'s' if len(differing) == 1 else ''}. Allowed: the same weights and "
             "preprocessing, so give their folder with --model, or train the probe again on this model's features"
         )
-    pictures = datasets.pictures(
-        [str(image) for image in images], datasets.Decoder(upright, max_pixels or datasets.MAX_PIXELS)
-    )
+    pictures = datasets.pictures([str(image) for image in images], datasets.Decoder(upright, max_pixels or MAX_PIXELS))
     backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps, compute=spec.compute)
     made: list[Prediction] = []
     for start in range(0, len(pictures), batch_size):

@@ -8,84 +8,72 @@ seeds = [0, 1, 2]
 size = 448                                                    # and all else that `mlfusion extract` can be told
 """
 
-import dataclasses
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from mlfusion.errors import BadRecipe, MlfusionError, UnknownName
-from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS, Pair
-from mlfusion.specs.names import (
-    ModelRef,
-    Probe,
-    Setting,
-    parse_layers,
-    parse_model,
-    parse_probes,
-    parse_tokens,
-    spelt_out,
+from mlfusion.specs.identity import Pair
+from mlfusion.specs.names import Probe, parse_model, parse_probes, parse_tokens, spelt_out
+from mlfusion.specs.options import (
+    MAX_DEPTH,
+    ComputeOptions,
+    FeatureOptions,
+    Option,
+    SearchOptions,
+    all_definitions,
+    build,
 )
 
-MOST_LAYERS = 64  # deeper than any model: names are checked here before the model's depth is known
 DATA = "$DATA"  # stands for the folder that --data names, at the beginning of a model's or data set's name
 _IN_DATA = re.compile(rf"{re.escape(DATA)}(/|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Models × data sets × probes × shots × seeds."""
+    """Models × data sets × probes × shots × seeds, and the options of both stages."""
 
     models: tuple[str, ...]
     datasets: tuple[str, ...]
     probes: tuple[str, ...] = ("all",)
-    grid: str = "paper"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    shots: tuple[int | None, ...] = (None,)  # images of each class to train on; None is all of them
-    halving: bool = False
-    smoothing: float = 0.0
-    tokens: str | None = None  # to cache; None is what the probes read
-    layers: str = "all"  # of `tokens` that name none
-    # Where features are made otherwise than plainly: names and meanings are those of `mlfusion extract`.
-    hook: str | None = None  # of models that name none
-    set: tuple[tuple[str, Setting], ...] = ()  # likewise, of the models' configuration
-    preprocess: str = "exact"
-    size: int | None = None
-    views: tuple[str, ...] = ("plain",)  # to cache; probes read the plain one
-    view_seed: int = 0
-    compute: str = "float32"
-    dtype: str = "float16"
-    format: str = "zarr"
-    # How data sets are read, all of them.
-    split: str = "train,test"
-    image_column: str | None = None
-    label_column: str | None = None
-    id_column: str | None = None
-    image_root: str | None = None
-    target: str | None = None
-    carve: str | None = None
-    carve_seed: int = 0
-    upright: bool = False
-    max_pixels: int | None = None
-    config: str | None = None
-    stream: bool = False
-    skip_bad: bool = False
+    features: FeatureOptions = FeatureOptions()
+    compute: ComputeOptions = ComputeOptions()
+    search: SearchOptions = SearchOptions()
+    all_tokens: bool = False  # cache the tokens of `features`, whether a probe reads them or not
+
+    @classmethod
+    def of(
+        cls, models: Iterable[str], datasets: Iterable[str], probes: Iterable[str] = ("all",), **keys: Any
+    ) -> "Recipe":
+        """A recipe from the keys of a file, such as grid="quick" or seeds=[0, 1].
+
+        Raises:
+            BadOption: a value that is not allowed.
+        """
+        values = {KEYS[key][0]: value for key, value in keys.items()}
+        return cls(
+            models=tuple(models),
+            datasets=tuple(datasets),
+            probes=tuple(probes),
+            features=build(FeatureOptions, values),
+            compute=build(ComputeOptions, values),
+            search=build(SearchOptions, values),
+            all_tokens="tokens" in values,
+        )
 
     @property
     def asked_models(self) -> tuple[str, ...]:
-        """The models with `hook` and `set` in their names, where they have none of their own."""
-        return tuple(str(self._word(parse_model(word))) for word in self.models)
-
-    def _word(self, said: ModelRef) -> ModelRef:
-        hook = said.hook if said.hook != HOOKS[0] or self.hook is None else parse_model("", self.hook).hook
-        return ModelRef(said.name, hook, tuple(sorted((dict(self.set) | dict(said.settings)).items())))
+        """The models with `hook` and `set` in their names, unless they have their own."""
+        features = self.features
+        return tuple(str(parse_model(word).with_defaults(features.hook, features.settings)) for word in self.models)
 
     def asked(self, depth: int) -> tuple[tuple[Probe, ...], frozenset[Pair]]:
         """Probes for a model of `depth` blocks, and the tokens to cache for them.
 
-        Where `tokens` are given, 'all' is those of the study's ten that they serve.
+        Where the recipe names tokens, 'all' is those of the study's ten that they serve.
 
         Raises:
             UnknownName: a layer that the model does not have.
@@ -93,10 +81,10 @@ class Recipe:
         named = parse_probes([word for word in self.probes if word != "all"], depth)
         several = parse_probes("all", depth) if "all" in self.probes else ()
         wanted = frozenset(pair for probe in named for pair in probe.representation.pairs(depth))
-        if self.tokens is None:
+        if not self.all_tokens:
             wanted |= {pair for probe in several for pair in probe.representation.pairs(depth)}
         else:
-            wanted |= parse_tokens(self.tokens, self.layers, depth)
+            wanted |= parse_tokens(self.features.tokens, self.features.layers, depth)
             several = tuple(probe for probe in several if probe.representation.pairs(depth) <= wanted)
         return tuple(dict.fromkeys([*several, *named])), wanted
 
@@ -123,10 +111,12 @@ def load(path: Path, *, data: Path | str | None = None) -> Recipe:
     faults: list[tuple[int, str]] = []
     values: dict[str, Any] = {}
     for key, value in body.items():
-        if key in PLACED:
-            found, told = PLACED[key](key, value, data)
+        if key in ("models", "datasets"):
+            found, told = _places(key, value, data)
+        elif key == "probes":
+            found, told = _probes(key, value)
         elif key in KEYS:
-            found, told = KEYS[key](key, value)
+            found, told = _option(key, value, data)
         else:
             faults.append((_line(text, key), f"unknown key {key!r}; allowed: {', '.join(NAMES)}"))
             continue
@@ -136,7 +126,7 @@ def load(path: Path, *, data: Path | str | None = None) -> Recipe:
     if faults:
         said = [f"line {line}: {fault}" if line else fault for line, fault in sorted(faults, key=lambda each: each[0])]
         raise BadRecipe(f"{path}: " + "; ".join(said))
-    return Recipe(**values)
+    return Recipe.of(**values)
 
 
 def about(path: Path) -> tuple[str, dict[str, str]]:
@@ -157,7 +147,7 @@ def about(path: Path) -> tuple[str, dict[str, str]]:
 Faults = list[tuple[str | None, str]]
 """Each with the word that it is about, to find its line by; None is the key itself."""
 
-Told = tuple[Any, Faults]
+Parsed = tuple[Any, Faults]
 """What a key's value means, and what is wrong with it."""
 
 
@@ -170,7 +160,7 @@ def _twice(key: str, words: Iterable[Any]) -> Faults:
     return [(str(word), f"{key}: {word!r} twice") for word in dict.fromkeys(held) if held.count(word) > 1]
 
 
-def _places(key: str, value: Any, data: Path | str | None) -> Told:
+def _places(key: str, value: Any, data: Path | str | None) -> Parsed:
     """Names of models or data sets; that a hub has them shows when they are asked for."""
     if not _listed(value, str):
         return value, [(None, f"{key} = {value!r}: allowed is a list of names in quotes")]
@@ -198,12 +188,6 @@ def _placed(word: str, data: Path | str | None) -> tuple[str, Faults]:
     return place, [] if Path(there).exists() else [(word, f"there is no {there}")]
 
 
-def _root(key: str, value: Any, data: Path | str | None) -> Told:
-    """A folder that the paths in a table begin at."""
-    found, faults = _text(key, value)
-    return _placed(found, data) if not faults else (found, faults)
-
-
 def _unknown(kind: str, word: str, known: Iterable[str]) -> str | None:
     """What is wrong with a name, wherever it lies."""
     try:
@@ -215,182 +199,44 @@ def _unknown(kind: str, word: str, known: Iterable[str]) -> str | None:
     return str(UnknownName(kind, name, known, otherwise=f"Or an id on the hub, a folder, or {DATA}/… with --data DIR."))
 
 
-def _probes(key: str, value: Any) -> Told:
+def _probes(key: str, value: Any) -> Parsed:
     if not _listed(value, str):
         return value, [(None, f"{key} = {value!r}: allowed is a list of names in quotes")]
     faults: Faults = []
     for word in value:
         try:
-            parse_probes(spelt_out([word]), MOST_LAYERS)
+            parse_probes(spelt_out([word]), MAX_DEPTH)
         except MlfusionError as err:
             faults.append((word, str(err)))
     return tuple(spelt_out(value)), faults + _twice(key, spelt_out(value))
 
 
-def _grid(key: str, value: Any) -> Told:
-    from mlfusion.probing.grids import SEARCH_GRIDS
+KEYS: dict[str, tuple[str, Option]] = {
+    name: (field, one)
+    for kind in (FeatureOptions, ComputeOptions, SearchOptions)
+    for field, one in all_definitions(kind).items()
+    if kind is not ComputeOptions or field in ("format", "skip_bad")  # the others are for the machine at hand
+    for name in (one.name, *one.former)
+}
+"""Key → the field of an options class that it sets; names that an option had before are understood."""
 
-    return value, [] if value in SEARCH_GRIDS else [(None, f"grid = {value!r}: allowed are {', '.join(SEARCH_GRIDS)}")]
-
-
-def _seeds(key: str, value: Any) -> Told:
-    if not _listed(value, int, lambda each: each >= 0):
-        return value, [(None, f"seeds = {value!r}: allowed is a list of whole numbers from 0, such as [0, 1, 2]")]
-    return tuple(value), _twice(key, value)
-
-
-def _shots(key: str, value: Any) -> Told:
-    if not (isinstance(value, list) and value and all(n == "all" or (type(n) is int and n > 1) for n in value)):
-        return value, [
-            (None, f'shots = {value!r}: allowed is a list of whole numbers from 2 and "all", such as [4, 16]')
-        ]
-    return tuple(None if each == "all" else each for each in value), _twice(key, value)
+NAMES = ("models", "datasets", "probes", *(name for name, (_, one) in KEYS.items() if name == one.name))
 
 
-def _yes_or_no(key: str, value: Any) -> Told:
-    return value, [] if isinstance(value, bool) else [(None, f"{key} = {value!r}: allowed are true and false")]
-
-
-def _whole(least: int) -> Callable[[str, Any], Told]:
-    def number(key: str, value: Any) -> Told:
-        good = type(value) is int and value >= least
-        return value, [] if good else [(None, f"{key} = {value!r}: allowed are whole numbers from {least}")]
-
-    return number
-
-
-def _text(key: str, value: Any) -> Told:
-    good = isinstance(value, str) and bool(value)
-    return value, [] if good else [(None, f"{key} = {value!r}: allowed is text in quotes")]
-
-
-def _one_of(words: Callable[[], Sequence[str]]) -> Callable[[str, Any], Told]:
-    """Of words that may lie in a room that is heavy to enter."""
-
-    def chosen(key: str, value: Any) -> Told:
-        return value, [] if value in words() else [(None, f"{key} = {value!r}: allowed are {', '.join(words())}")]
-
-    return chosen
-
-
-def _preparations() -> Sequence[str]:
-    from mlfusion.models.preprocessing import VARIANTS
-
-    return VARIANTS
-
-
-def _formats() -> Sequence[str]:
-    from mlfusion.store import FormatName
-
-    return get_args(FormatName)
-
-
-def _targets() -> Sequence[str]:
-    from mlfusion.datasets import LABEL_KINDS
-
-    return LABEL_KINDS
-
-
-def _views(key: str, value: Any) -> Told:
-    from mlfusion.models.preprocessing import is_view
-
-    if not _listed(value, str):
-        return value, [(None, f'{key} = {value!r}: allowed is a list of names in quotes, such as ["plain", "flip"]')]
-    faults = _twice(key, value)
-    faults += [
-        (word, f"no view named {word!r}; there are plain, flip, crop1, crop2, …") for word in value if not is_view(word)
-    ]
-    if "plain" not in value:
+def _option(key: str, value: Any, data: Path | str | None) -> Parsed:
+    """The value of an option, checked by the option's own definition."""
+    field, one = KEYS[key]
+    found, faults = one.kind.read(value), []
+    if field == "image_root" and isinstance(found, str):
+        return _placed(found, data)
+    if fault := one.kind.fault(found):
+        quoted = re.findall(r"'([^']+)'", fault)
+        faults.append((next((w for w in quoted if w in str(value)), None), f"{key} = {value!r}: {fault}"))
+    elif field == "splits" and [word.partition("=")[0] for word in found] != ["train", "test"]:
+        faults.append((None, f"{key} = {value!r}: allowed are train,test and, say, train,test=validation"))
+    elif field == "views" and "plain" not in found:
         faults.append((None, f'{key} = {value!r}: "plain" must be among them, which is what probes read'))
-    return tuple(value), faults
-
-
-def _settings(key: str, value: Any) -> Told:
-    if not (isinstance(value, dict) and value):
-        return value, [(None, f'{key} = {value!r}: allowed is a table, such as {{ hidden_act = "gelu" }}')]
-    faults: Faults = [
-        (name, f"{key}: {name} = {each!r}: allowed are text, numbers, true and false")
-        for name, each in value.items()
-        if not isinstance(each, (str, int, float, bool))
-    ]
-    return tuple(sorted(value.items())), faults
-
-
-def _carve(key: str, value: Any) -> Told:
-    from mlfusion.datasets.resplit import parse_ratio
-
-    found, faults = _text(key, value)
-    if not faults:
-        try:
-            parse_ratio(found)
-        except MlfusionError as err:
-            faults.append((None, str(err).removeprefix("--")))
     return found, faults
-
-
-def _split(key: str, value: Any) -> Told:
-    """'train,test', either of them with the split that is taken for it."""
-    found, faults = _text(key, value)
-    called = [part.partition("=")[0].strip() for part in found.split(",")] if not faults else []
-    if not faults and called != ["train", "test"]:
-        faults = [(None, f"{key} = {value!r}: allowed are train,test and, say, train,test=validation")]
-    return found, faults
-
-
-def _smoothing(key: str, value: Any) -> Told:
-    good = type(value) in (int, float) and 0 <= value < 1
-    return value, [] if good else [(None, f"smoothing = {value!r}: allowed is from 0 to below 1, such as 0.1")]
-
-
-def _words(key: str, value: Any) -> Told:
-    """Of layers or tokens."""
-    try:
-        if not isinstance(value, str):
-            return value, [(None, f"{key} = {value!r}: allowed is text in quotes")]
-        parse_tokens(value, "all", MOST_LAYERS) if key == "tokens" else parse_layers(value, MOST_LAYERS)
-    except MlfusionError as err:
-        return value, [(None, str(err))]
-    return value, []
-
-
-PLACED: dict[str, Callable[[str, Any, Path | str | None], Told]] = {
-    "models": _places,
-    "datasets": _places,
-    "image_root": _root,
-}
-KEYS: dict[str, Callable[[str, Any], Told]] = {
-    "probes": _probes,
-    "grid": _grid,
-    "seeds": _seeds,
-    "shots": _shots,
-    "halving": _yes_or_no,
-    "smoothing": _smoothing,
-    "tokens": _words,
-    "layers": _words,
-    "hook": _one_of(lambda: HOOKS),
-    "set": _settings,
-    "preprocess": _one_of(_preparations),
-    "size": _whole(1),
-    "views": _views,
-    "view_seed": _whole(0),
-    "compute": _one_of(lambda: (*COMPUTES, "auto")),
-    "dtype": _one_of(lambda: DTYPES),
-    "format": _one_of(_formats),
-    "split": _split,
-    "image_column": _text,
-    "label_column": _text,
-    "id_column": _text,
-    "target": _one_of(_targets),
-    "carve": _carve,
-    "carve_seed": _whole(0),
-    "upright": _yes_or_no,
-    "max_pixels": _whole(1),
-    "config": _text,
-    "stream": _yes_or_no,
-    "skip_bad": _yes_or_no,
-}
-NAMES = tuple(field.name for field in dataclasses.fields(Recipe))
-assert {*PLACED, *KEYS} == {*NAMES}
 
 
 def _line(text: str, key: str, word: str | None = None) -> int:

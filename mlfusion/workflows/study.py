@@ -4,19 +4,17 @@ What is cached or done is found by its identity, so that a study goes on whereve
 seed or a data set does only that. A model or a data set that fails costs the others nothing.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mlfusion import models
-from mlfusion.datasets import ReadOptions
 from mlfusion.errors import MlfusionError
 from mlfusion.extraction import plan as plan_module
 from mlfusion.extraction.plan import estimate
-from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Images, Making, Request
+from mlfusion.extraction.request import Images, Request
 from mlfusion.extraction.run import ExtractionResult, fill, load
 from mlfusion.models.backbone import Backbone
 from mlfusion.probing import costs, evaluation
@@ -24,17 +22,14 @@ from mlfusion.probing.jobs import Job, jobs_of
 from mlfusion.results import Results, Row
 from mlfusion.results.trackers import open_trackers
 from mlfusion.specs.identity import GRID_SIDES, FeatureSpec, TokenKind
-from mlfusion.specs.options import SearchOptions
-from mlfusion.store import CachePath, FeatureStore
+from mlfusion.specs.options import StorageOptions
+from mlfusion.store import FeatureStore
 from mlfusion.store.features import SplitPair
 from mlfusion.system import disk
 from mlfusion.system.progress import duration
 from mlfusion.workflows.recipe import Recipe
 
 TRIAL_SECONDS = 2.0  # of forward passes of each model; its rate then stands for all data sets
-
-Told = TypeVar("Told")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +105,7 @@ class Plan:
     cases: tuple[Case, ...]
     failures: tuple[Failure, ...]
     free_bytes: int
+    storage: StorageOptions  # where features and rows are kept
 
     @property
     def bytes_to_write(self) -> int:
@@ -160,7 +156,7 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class Done:
+class StudyResult:
     """What a study came to."""
 
     rows: list[Row]  # in the recipe's order, those made earlier too
@@ -169,25 +165,18 @@ class Done:
     failures: tuple[Failure, ...]
 
 
-def plan(
-    recipe: Recipe,
-    *,
-    cache: CachePath = None,
-    results: str | os.PathLike[str] = "results",
-    device: str = "auto",
-) -> Plan:
+def plan(recipe: Recipe, storage: StorageOptions = StorageOptions(), *, device: str = "auto") -> Plan:
     """Say what of a recipe is missing and what that will take. Reads every image's bytes once; writes nothing.
 
     Args:
         recipe: what is asked for.
-        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
-        results: the folder that rows are kept in.
-        device: of the forward pass.
+        storage: where features and rows are kept.
+        device: device of the forward pass.
 
     Raises:
         MlfusionError: the cache or the results cannot be read. What cannot be had of the models and data sets is in the plan.
     """
-    planner = _Planner(recipe, cache, Results(Path(results)), device)
+    planner = _Planner(recipe, storage, device)
     cases: list[Case] = []
     failures: list[Failure] = []
     for model, dataset in product(recipe.asked_models, recipe.datasets):
@@ -195,15 +184,15 @@ def plan(
             cases.append(planner.case(model, dataset))
         except MlfusionError as err:
             failures.append(Failure(model, dataset, str(err)))
-    return Plan(tuple(cases), tuple(failures), disk.free_bytes(FeatureStore(cache).root))
+    return Plan(tuple(cases), tuple(failures), disk.free_bytes(FeatureStore(storage.cache).root), storage)
 
 
 class _Planner:
     """What the cases of a plan share: images are read once for all models, a model and its rates serve all data sets."""
 
-    def __init__(self, recipe: Recipe, cache: CachePath, kept: Results, device: str) -> None:
-        self.recipe, self.cache, self.device = recipe, cache, device
-        self._done = {row.id for row in kept.rows()}
+    def __init__(self, recipe: Recipe, storage: StorageOptions, device: str) -> None:
+        self.recipe, self.cache, self.device = recipe, storage.cache, device
+        self._done = {row.id for row in Results(Path(storage.results)).rows()}
         self._images: dict[str, Images | MlfusionError] = {}
         self._rates: dict[str, float] = {}
         self._model = _Loaded()
@@ -211,22 +200,15 @@ class _Planner:
     def case(self, model: str, dataset: str) -> Case:
         """Raises MlfusionError: the model or the data set cannot be had, or cannot be used so."""
         recipe, images = self.recipe, self._read(dataset)
-        asked = _request(model, images, self.device, recipe)
+        asked = Request.of(model, images, recipe.features, replace(recipe.compute, device=self.device))
         spec, tested = _read_by_probes(asked)
         probes, wanted = recipe.asked(spec.model.depth)
-        jobs = jobs_of(
-            probes,
-            recipe.seeds,
-            recipe.grid,
-            shots=recipe.shots,
-            halving=recipe.halving,
-            smoothing=recipe.smoothing,
-        )
+        jobs = jobs_of(probes, recipe.search)
         keys = spec.key, tested.key
         missing = tuple(job for job in jobs if not any(one.row_id(keys) in self._done for one in job.answers("cpu")))
         pairs = frozenset(pair for job in missing for pair in job.probe.representation.pairs(spec.model.depth))
         # What is named, tokens or views, is cached though no probe reads it.
-        asked = replace(asked, pairs=wanted if recipe.tokens or len(recipe.views) > 1 else pairs)
+        asked = replace(asked, pairs=wanted if recipe.all_tokens or len(recipe.features.views) > 1 else pairs)
         stage_one, seconds = None, 0.0
         if asked.pairs:
             trial = None if model in self._rates else TRIAL_SECONDS
@@ -249,7 +231,7 @@ class _Planner:
     def _read(self, dataset: str) -> Images:
         if dataset not in self._images:
             try:
-                self._images[dataset] = Images.of(dataset, self.recipe.split, _told(ReadOptions, self.recipe))
+                self._images[dataset] = Images.of(dataset, self.recipe.features)
             except MlfusionError as err:
                 self._images[dataset] = err  # the next model need not try again
         found = self._images[dataset]
@@ -270,7 +252,7 @@ class _Planner:
                 classes=classes,
                 images=job.shots * classes if job.shots else len(split),
             ),
-            SearchOptions(grid=job.grid, halving=job.halving),  # type: ignore[arg-type]
+            job.search,
         )
 
 
@@ -281,27 +263,6 @@ def _tokens(kind: TokenKind, asked: Request) -> int:
         patch = models.shape(asked.checkpoint).patch_px or 16
         return (height // patch) * (width // patch) + 1
     return GRID_SIDES.get(kind, 1) ** 2
-
-
-def _request(model: str, images: Images, device: str, recipe: Recipe) -> Request:
-    """Of no token yet."""
-    return Request.of(
-        model,
-        images,
-        FeatureOptions(tokens=(), dtype=recipe.dtype, making=_told(Making, recipe)),  # type: ignore[arg-type]
-        ComputeOptions(device=device, format=recipe.format, skip_bad=recipe.skip_bad),  # type: ignore[arg-type]
-    )
-
-
-RECIPE_NAMES = {"split_ratio": "carve", "split_seed": "carve_seed", "exif_transpose": "upright"}
-"""Field → the key of a recipe, where they differ."""
-
-
-def _told(kind: Callable[..., Told], recipe: Recipe) -> Told:
-    """What of a recipe goes by the names of that dataclass; None is its own default."""
-    names = (each.name for each in fields(kind))  # type: ignore[arg-type]
-    said = {name: getattr(recipe, RECIPE_NAMES.get(name, name)) for name in names}
-    return kind(**{name: value for name, value in said.items() if value is not None})
 
 
 def _read_by_probes(asked: Request) -> tuple[FeatureSpec, FeatureSpec]:
@@ -322,43 +283,31 @@ class _Loaded:
         return self._held[1]
 
 
-def run(
-    planned: Plan,
-    *,
-    cache: CachePath = None,
-    results: str | os.PathLike[str] = "results",
-    track: str | Sequence[str] = (),
-    say: Say = lambda _: None,
-) -> Done:
+def run(planned: Plan, *, log: Callable[[str], None] = lambda _: None) -> StudyResult:
     """Do what a plan says is missing: of each case the tokens first, then the rows.
-
-    Args:
-        planned: made with the same cache and results.
-        cache: its root, or layers of them.
-        results: the folder that rows are kept in.
-        track: where rows are shown as they come, see `trackers`.
-        say: told what is done, a line each.
 
     Returns:
         Every row that there is now, and why others are not: of a case that failed half-way, what was made is kept.
     """
-    kept, model, shown = Results(Path(results)), _Loaded(), open_trackers(track)
+    storage, model = planned.storage, _Loaded()
+    store, results, trackers = FeatureStore(storage.cache), Results(Path(storage.results)), open_trackers(storage.track)
     rows: list[Row] = []
     extracted: list[ExtractionResult] = []
     failures = list(planned.failures)
     made = 0
     for number, case in enumerate(planned.cases, 1):
         if case.missing or case.images_to_run:
-            say(f"{number} of {len(planned.cases)}: {case.name}")
+            log(f"{number} of {len(planned.cases)}: {case.name}")
         try:
             if case.stage_one:
-                extracted += fill(case.asked, cache=cache, log=say, model=model)
+                extracted += fill(case.asked, cache=storage.cache, log=log, model=model)
             if case.missing:
-                made += evaluation.run(_pair(case, FeatureStore(cache)), case.missing, kept, trackers=shown, say=say)[1]
+                pair = _pair(case, store)
+                made += evaluation.run(pair, case.missing, results, save=storage.save, trackers=trackers, log=log)[1]
         except MlfusionError as err:
             failures.append(Failure(case.model, case.dataset, str(err)))
-        rows += [row for job in case.jobs if (row := evaluation.stored(kept, job, case.keys))]
-    return Done(rows, made, extracted, tuple(failures))
+        rows += [row for job in case.jobs if (row := evaluation.stored(results, job, case.keys))]
+    return StudyResult(rows, made, extracted, tuple(failures))
 
 
 def _pair(case: Case, store: FeatureStore) -> SplitPair:

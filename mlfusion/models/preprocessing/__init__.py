@@ -4,7 +4,7 @@
 open_clip, or calls a processor of transformers whose rules are its own.
 """
 
-from mlfusion.models.preprocessing.processors import VARIANTS, Preprocessing, TransformersProcessor, read
-from mlfusion.models.preprocessing.steps import Steps, from_key, is_view, views
+from mlfusion.models.preprocessing.processors import Preprocessing, TransformersProcessor, read
+from mlfusion.models.preprocessing.steps import Steps, from_key
 
-__all__ = ["VARIANTS", "Preprocessing", "Steps", "TransformersProcessor", "from_key", "is_view", "read", "views"]
+__all__ = ["Preprocessing", "Steps", "TransformersProcessor", "from_key", "read"]

@@ -4,23 +4,16 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mlfusion.errors import BadModel, UnknownName, first_line
+from mlfusion.errors import BadModel, first_line
 from mlfusion.models.checkpoints import read_json
-from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges, is_view
-
-Variant = Literal["exact", "fast", "paper", "paper+fast"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
-"""`exact`: the model's own processor, to the bit. `paper`: as the study (arXiv 2601.09322) prepared images for models of
-this family. `fast`, `paper+fast`: the same steps by the faster decoder and resize kernel."""
-
-VIEWS = ("plain", "flip", "crop1, crop2, …")
+from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges
 
 HALF = (0.5, 0.5, 0.5)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -93,19 +86,14 @@ def read(
 
     Args:
         folder: the folder with the model's files.
-        variant: one of VARIANTS.
+        variant: 'exact', 'fast', 'paper' or 'paper+fast'.
         size: height and width of the model's input in pixels, if not its own; the centre crop keeps its share of the image.
         view: 'plain', 'flip', 'crop1', 'crop2', …
         seed: decides where random crops lie.
 
     Raises:
-        UnknownName: `variant` is not one of VARIANTS, or `view` is not a view.
         BadModel: neither this code nor transformers can read the folder, or the study has no recipe for the model's family.
     """
-    if variant not in VARIANTS:
-        raise UnknownName("preprocessing", variant, VARIANTS)
-    if not is_view(view):
-        raise UnknownName("view", view, VIEWS)
     config = read_json(folder / "config.json")
     found = _from_study(folder, config) if variant.startswith("paper") else _from_files(folder, config)
     if isinstance(found, TransformersProcessor):

@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from mlfusion.errors import BadModel
 from mlfusion.shapes import Float, Num, UInt8
+from mlfusion.specs.kinds import is_view
 
 Kernel = Literal["pil", "torch-uint8", "torch-float32"]
 """The resize kernel: PIL on bytes, torch on bytes (the fast path), or torch on floats (as torchvision's processors)."""
@@ -269,16 +269,6 @@ def edges(value: Any) -> tuple[int, int] | int:
     if isinstance(value, Sequence):
         return int(value[0]), int(value[1])
     return int(value)
-
-
-def is_view(name: str) -> bool:
-    """Whether this is the name of a view: 'plain', 'flip', 'crop1', 'crop2', …"""
-    return re.fullmatch(r"plain|flip|crop[1-9][0-9]*", name) is not None
-
-
-def views(count: int) -> tuple[str, ...]:
-    """The first `count` views: 'plain', 'flip', 'crop1', 'crop2', …"""
-    return ("plain", "flip", *(f"crop{n}" for n in range(1, count - 1)))[:count]
 
 
 def _jpeg_scale(source: tuple[int, ...], target: tuple[int, ...]) -> int:
