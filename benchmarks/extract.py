@@ -37,7 +37,7 @@ from mlfusion import models
 from mlfusion.cli.malloc import freed_memory_kept
 from mlfusion.extraction import loader
 from mlfusion.extraction.loader import Loader
-from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Making, Request
+from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Request
 from mlfusion.extraction.run import fill, load
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
@@ -86,11 +86,17 @@ class Ours:
     """`mlfusion extract` with the model loaded before."""
 
     def __init__(
-        self, model: Path, images: Path, making: Making, tokens: str, device: str = "cpu", batch: int | None = BATCH
+        self,
+        model: Path,
+        images: Path,
+        making: dict[str, Any],
+        tokens: str,
+        device: str = "cpu",
+        batch: int | None = BATCH,
     ) -> None:
         self.words: dict[str, Any] = {
             "splits": "train",
-            "features": FeatureOptions(tokens=tokens, making=making),
+            "features": FeatureOptions(tokens=tokens, **making),
             "compute": ComputeOptions(device=device, batch_size=batch),
         }
         self.model, self.images = str(model), str(images)
@@ -140,7 +146,7 @@ def rate(args: argparse.Namespace, root: Path) -> None:
     for which, count, rounds in (("DeiT-Ti", 320, 4), ("ViT-B/16", 32, 3)):
         folder = make_model(args.data, root, which)
         images = make_images(args.data, root / f"images-{count}", count)
-        ours = {word: Ours(folder, images, Making(preprocess=word), "cls,ap") for word in ("exact", "fast")}
+        ours = {word: Ours(folder, images, {"preprocess": word}, "cls,ap") for word in ("exact", "fast")}
         backbone = ours["exact"].backbone
         pixels = torch.randn(BATCH, 3, 224, 224)
         ways: dict[str, Callable[[], float]] = {"forward": lambda b=backbone, p=pixels, n=count: bare(b, p, n)}
@@ -208,7 +214,7 @@ def usual(args: argparse.Namespace, root: Path) -> None:
         folder = make_model(args.data, root, which)
         images = make_images(args.data, root / f"images-{count}", count)
         ways: dict[str, Callable[[], float]] = {
-            word: Ours(folder, images, Making(preprocess=word), "cls,ap,all@last") for word in ("exact", "fast")
+            word: Ours(folder, images, {"preprocess": word}, "cls,ap,all@last") for word in ("exact", "fast")
         }
         ways["usual"] = lambda folder=folder, images=images: usual_script(folder, images, root)
         found = in_turn(ways, rounds)
@@ -352,7 +358,7 @@ def ways(args: argparse.Namespace, root: Path) -> None:
 def gpu(args: argparse.Namespace, root: Path) -> None:
     folder = make_model(args.data, root, "CLIP-B/16")
     images = make_images(args.data, root / "images", args.images * 16)
-    making = Making(preprocess="fast", compute="bfloat16")
+    making = {"preprocess": "fast", "compute": "bfloat16"}
     ours = Ours(folder, images, making, "cls,ap", args.device, None)
     batch = 256
     steps = ours.backbone.preprocessing

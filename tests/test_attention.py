@@ -12,7 +12,6 @@ from tiny import save_images, save_model
 import mlfusion
 from mlfusion.analysis import attention
 from mlfusion.errors import BadData
-from mlfusion.extraction.request import Making
 from mlfusion.results import Results
 
 
@@ -113,7 +112,7 @@ def test_the_images_of_a_row_are_those_it_was_tested_on(tmp_path):
 
 def test_pictures_are_shown_at_the_size_that_the_model_saw(tmp_path):
     model, data = save_model("deit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 4, "test": 1})
-    mlfusion.extract(str(model), str(data), layers="last", tokens="cls", making=Making(size=64))
+    mlfusion.extract(str(model), str(data), layers="last", tokens="cls", size=64)
     [made] = mlfusion.probe(str(data), probes="cls-last/ridge", seeds=(0,)).rows
     assert attention.seen(made).picture(0).size == (64, 64)
     shutil.rmtree(model)  # the features say how their pictures were made

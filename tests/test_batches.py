@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import save_features
 
+import mlfusion
 from mlfusion.errors import BadData
-from mlfusion.probing import evaluation
 from mlfusion.probing.heads import HeadShape
 from mlfusion.probing.training import batches, population
 from mlfusion.probing.training.batches import Schedule, Tokens
@@ -108,7 +108,7 @@ def test_a_probe_streams_what_it_may_not_load(tmp_path: Path) -> None:
         cached(tmp_path, split, images, tokens=20, width=64, seed=len(split))
     rows = {}
     for memory in (6 * 10**6, 10**9):
-        done = evaluation.probe(
+        done = mlfusion.probe(
             "d",
             model="m",
             probes="all-tokens-last/attentive",
@@ -127,7 +127,7 @@ def test_a_probe_streams_what_it_may_not_load(tmp_path: Path) -> None:
     with pytest.raises(
         BadData, match=r"not even one configuration can be trained: it needs .* for a batch .* --memory"
     ):
-        evaluation.probe(
+        mlfusion.probe(
             "d",
             probes="all-tokens-last/attentive",
             grid="quick",

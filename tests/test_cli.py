@@ -184,7 +184,7 @@ def test_of_a_data_set_that_changed_the_features_extracted_last_are_used(run, mo
         shutil.copy(images / split / "red" / "000.png", images / split / "red" / "001.png")
     second, told = keys()
     assert not set(first) & set(second)
-    assert "3 other sets of features go by these names; those extracted last are used" in told
+    assert "3 other sets of features have these names; those extracted last are used" in told
     shutil.rmtree(images)
     shutil.copytree(tmp_path / "as-it-was", images)
     assert keys()[0] == first  # reused, not computed again, and meant again
@@ -248,10 +248,10 @@ def test_a_recipe_runs_both_stages_and_the_report(run, model, images, short_grid
         (("extract", "-d", "dtd"), "hub cannot be reached"),
         (("extract", "-d", "."), "allowed: train/<class>"),
         (("extract", "-m", "."), "no config.json"),
-        (("extract", "--format", "npz"), "Known: hdf5, zarr"),
+        (("extract", "--format", "npz"), "--format npz: allowed are zarr, hdf5"),
         (("probe", "-d", "dtd"), "Run: mlfusion extract --model MODEL --dataset dtd"),
-        (("probe", "--grid", "fast"), "no grid named 'fast'"),
-        (("probe", "--seeds", "0,0"), "allowed: different whole numbers"),
+        (("probe", "--grid", "fast"), "--grid fast: allowed are paper, quick"),
+        (("probe", "--seeds", "0,0"), "--seeds 0,0: 0 comes twice"),
         (("report",), "no results"),
         (("run", "nowhere.toml"), "no recipe can be read"),
         (("ls", "model"), "Did you mean models?"),
@@ -427,9 +427,9 @@ def test_few_shots_halving_and_smoothing_make_rows_of_their_own(run, model, imag
     assert all(held[name].halving for name in rows["--halving",])
     table = run("report", "results").out
     assert "(2 shots)" in table and "(halving)" in table
-    assert run(*probe, "--shots", "1").err.startswith("error: --shots '1'; allowed: different whole numbers from 2")
+    assert run(*probe, "--shots", "1").err.startswith("error: --shots 1: allowed is a list of whole numbers from 2")
     assert "class 0 has 8 training images" in run(*probe, "--shots", "9").err
-    assert "allowed: from 0 to below 1" in run(*probe, "--smoothing", "1").err
+    assert "--smoothing 1.0: allowed is from 0 to below 1" in run(*probe, "--smoothing", "1").err
 
 
 @pytest.mark.parametrize("head", HEAD_NAMES)

@@ -20,9 +20,7 @@ from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion.errors import BadData, BadModel, CacheUnusable, MlfusionError, NotCached, UnknownName
-from mlfusion.extraction.request import Making
 from mlfusion.models.backbone import Backbone
-from mlfusion.models.preprocessing import views
 from mlfusion.store import FeatureStore, differences, stream
 from mlfusion.system import disk
 
@@ -206,9 +204,7 @@ def test_images_of_every_kind_pass_or_are_skipped_with_a_reason(model, images, t
 
 def test_turned_images_are_another_entry(model, images):
     plain, turned = (
-        mlfusion.extract(
-            model, images, splits="test", layers="4", reading=mlfusion.ReadOptions(exif_transpose=upright)
-        )[0].entry
+        mlfusion.extract(model, images, splits="test", layers="4", exif_transpose=upright)[0].entry
         for upright in (False, True)
     )
     assert plain.key != turned.key
@@ -399,20 +395,18 @@ def test_what_needs_a_token_that_the_model_lacks_is_refused_with_the_alternative
 
 
 def test_how_tokens_are_made_is_in_the_key_and_views_are_entries_of_their_own(model, images, tmp_path):
-    done = mlfusion.extract(model, images, splits="train", layers="4", tokens="all", making=Making(views=views(3)))
+    done = mlfusion.extract(model, images, splits="train", layers="4", tokens="all", views="3")
     assert [one.view for one in done] == ["plain", "flip", "crop1"]
     others = [
-        Making(preprocess="fast"),
-        Making(preprocess="paper"),
-        Making(size=40),
-        Making(compute="bfloat16"),
-        Making(views=("crop1",), view_seed=1),
+        {"preprocess": "fast"},
+        {"preprocess": "paper"},
+        {"size": 40},
+        {"compute": "bfloat16"},
+        {"views": ("crop1",), "view_seed": 1},
     ]
-    done += [
-        mlfusion.extract(model, images, splits="train", layers="4", tokens="all", making=each)[0] for each in others
-    ]
+    done += [mlfusion.extract(model, images, splits="train", layers="4", tokens="all", **each)[0] for each in others]
     assert len({one.entry.key for one in done}) == len(done)
-    again = mlfusion.extract(model, images, splits="train", layers="4", tokens="all", making=Making(views=views(3)))
+    again = mlfusion.extract(model, images, splits="train", layers="4", tokens="all", views="3")
     assert total(again, "forward_passes") == 0
     # What is read without a word is what the model's own preprocessing shows, though views were extracted later.
     read = mlfusion.load_features(model, images, "train", layers="last", tokens="all", view="crop1")
@@ -427,8 +421,8 @@ def test_a_flipped_view_is_the_flipped_image(model, images, tmp_path):
     flipped = Path(shutil.copytree(images, tmp_path / "flipped"))
     for path in flipped.glob("train/*/*.png"):
         PIL.ImageOps.mirror(PIL.Image.open(path)).save(path)
-    size = Making(size=32, views=("flip",))
-    [view] = mlfusion.extract(model, images, splits="train", making=size)
+    size = {"size": 32, "views": ("flip",)}
+    [view] = mlfusion.extract(model, images, splits="train", **size)
     [own] = mlfusion.extract(model, str(flipped), splits="train")
     a, b = (one.entry.read([1, 4], ["cls", "ap"]).astype(float) for one in (view, own))
     assert np.abs(a - b).max() < 0.1 * np.abs(b).std()  # a level here and there, where a filter rounds

@@ -60,7 +60,7 @@ def test_the_same_content_by_whatever_form_is_the_same_entry(tmp_path):
     for form in ("class folders", "one csv", "parquet"):
         make, words = FORMS.get(form, (lambda _data, root: root, {}))
         place = str(make(whole, tmp_path / "a"))
-        [one] = mlfusion.extract("formula-vit", place, splits="train", layers="1", reading=ReadOptions(**words))
+        [one] = mlfusion.extract("formula-vit", place, splits="train", layers="1", **words)
         keys.add(one.entry.key)
     assert len(keys) == 1
 

@@ -1,6 +1,6 @@
 """A row's id is complete: another precision is another row, and a lost probe is put beside no row whose scores it lacks."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ import pytest
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion.probing import evaluation, fitting, grids, protocol, saved
-from mlfusion.probing.jobs import OPTIONS, Job
+from mlfusion.probing import evaluation, fitting, grids, saved
+from mlfusion.probing.jobs import Job
 from mlfusion.probing.training import precision as precision_module
 from mlfusion.results import Results, Row
-from mlfusion.specs.identity import HEADS
-from mlfusion.specs.names import parse_probes
+from mlfusion.specs.kinds import share
+from mlfusion.specs.names import HEAD_NAMES, parse_probes
+from mlfusion.specs.options import SearchOptions, StorageOptions, option
 from mlfusion.workflows import study
 from mlfusion.workflows.recipe import Recipe
 
@@ -33,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = grids.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
-    monkeypatch.setitem(protocol.GRIDS, "quick", grid)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", grid)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, fast: bool) -> None:
@@ -57,33 +58,40 @@ def probed(root: Path, precision: Any = "auto", probe: str = "cls-last/linear", 
 
 
 def job(**changes: Any) -> Job:
+    """A job of one seed on all images; `changes` are its probe and fields of its search."""
     [probe] = parse_probes("cls-last/linear", 4)
-    return replace(Job(probe, 0, "quick", "float32"), **changes)
+    probe = changes.pop("probe", probe)
+    return Job(probe, SearchOptions(**{"grid": "quick", "seeds": (0,), "precision": "float32", **changes}))
 
 
 def test_every_part_of_a_job_is_in_the_id() -> None:
     [other] = parse_probes("ap-last/linear", 4)
     changes: dict[str, Any] = {
-        "probe": other,
-        "seed": 1,
+        "seeds": (1,),
         "grid": "paper",
         "precision": "bfloat16",
-        "shots": 4,
+        "shots": (4,),
         "halving": True,
         "smoothing": 0.1,
     }
-    assert changes.keys() == vars(job()).keys()  # a field that is added is to be added here
+    assert changes.keys() == vars(job().search).keys()  # a field that is added is to be added here
+    changes["probe"] = other
     ids = {name: job(**{name: value}).row_id(KEYS) for name, value in changes.items()}
     assert len({*ids.values(), job().row_id(KEYS), job().row_id(KEYS[::-1])}) == len(ids) + 2
 
 
-def test_a_new_option_at_its_default_changes_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = job().row_id(KEYS), job(shots=4).row_id(KEYS)
-    monkeypatch.setitem(OPTIONS, "mixup", None)
-    monkeypatch.setattr(Job, "mixup", None, raising=False)
-    assert (job().row_id(KEYS), job(shots=4).row_id(KEYS)) == before
-    monkeypatch.setattr(Job, "mixup", 0.2)
-    assert job().row_id(KEYS) != before[0]
+def test_a_new_option_at_its_default_changes_no_id() -> None:
+    """A field that is added later and marked so: its default is as if it were not there, any other value is another id."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Later(SearchOptions):
+        mixup: float = option(0.0, share(), "Mixup.", effect="id", added=True)
+
+    Later.__name__ = "SearchOptions"
+    for changes in ({}, {"shots": (4,)}, {"halving": True}):
+        now = job(**changes)
+        assert Job(now.probe, Later(**vars(now.search))).row_id(KEYS) == now.row_id(KEYS)
+        assert Job(now.probe, Later(**vars(now.search), mixup=0.2)).row_id(KEYS) != now.row_id(KEYS)
 
 
 def test_auto_names_no_row() -> None:
@@ -92,18 +100,18 @@ def test_auto_names_no_row() -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", HEAD_NAMES)
 def test_auto_is_resolved_and_either_precision_answers(head: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, fast=fast)
     [probe] = parse_probes(f"cls-last/{head}", 4)
     asked = job(probe=probe, precision="auto")
-    answers = [one.precision for one in asked.answers("cpu")]
+    answers = [one.search.precision for one in asked.answers("cpu")]
     solved = head in ("ridge", "logistic", "knn")  # no matrix product of theirs is ever narrowed
     assert answers == (["float32"] if solved else ["bfloat16", "float32"] if fast else ["float32", "bfloat16"])
-    assert asked.resolved("cpu").precision == answers[0]
+    assert asked.resolved("cpu").search.precision == answers[0]
     for precision in ("float32", "bfloat16"):
         explicit = job(probe=probe, precision=precision).answers("cpu")
-        assert [one.precision for one in explicit] == ["float32" if solved else precision]
+        assert [one.search.precision for one in explicit] == ["float32" if solved else precision]
 
 
 def test_a_precision_that_is_asked_for_is_the_precision_of_the_row(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,18 +140,12 @@ def test_by_default_a_row_of_either_precision_is_done(root: Path, monkeypatch: p
 def test_a_study_counts_rows_of_either_precision(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "TRIAL_SECONDS", 0.01)
     machine(monkeypatch, fast=True)
-    recipe = Recipe(
-        models=(str(root / "tiny-vit"),),
-        datasets=(str(root / "colours"),),
-        probes=("cls-last/linear",),
-        grid="quick",
-        seeds=(0,),
-    )
+    recipe = Recipe.of([str(root / "tiny-vit")], [str(root / "colours")], ["cls-last/linear"], grid="quick", seeds=[0])
     narrow, _ = probed(root)
     machine(monkeypatch, fast=False)
-    planned = study.plan(recipe, cache=root / "cache")
+    planned = study.plan(recipe, StorageOptions(cache=root / "cache"))
     assert planned.is_done
-    assert study.run(planned, cache=root / "cache").rows == [narrow]
+    assert study.run(planned).rows == [narrow]
 
 
 def test_memory_is_not_in_the_id(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +163,7 @@ def test_a_lost_probe_is_trained_again_at_its_rows_precision(
     row, _ = probed(root)
     machine(monkeypatch, fast=not fast)
     said: list[str] = []
-    again, made = probed(root, save=True, say=said.append)
+    again, made = probed(root, save=True, log=said.append)
     assert (again, made) == (row, 0) and len(Results("results").rows()) == 1
     assert any("1 of them are trained again" in line for line in said)
     card, _ = saved.load(Path("results/probes") / row.id)
@@ -174,7 +176,7 @@ def test_a_lost_probe_that_is_another_is_not_put_beside_the_row(root: Path, chan
     results = Results("results")
     results.append(msgspec.structs.replace(row, **changed))  # as if the row had been made in another way
     said: list[str] = []
-    again, made = probed(root, save=True, say=said.append)
+    again, made = probed(root, save=True, log=said.append)
     assert (again, made) == (msgspec.structs.replace(row, **changed), 0)
     folder = Path("results/probes") / row.id
     if "parameters" in changed:  # no score

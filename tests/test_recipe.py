@@ -1,7 +1,5 @@
 """Every recipe that ships is sound and says what it costs; every fault of one that is not is told at once, with its line."""
 
-import dataclasses
-import inspect
 import re
 from pathlib import Path
 
@@ -9,10 +7,9 @@ import pytest
 
 from mlfusion import cli, datasets, models
 from mlfusion.errors import BadRecipe
-from mlfusion.extraction.request import Making
-from mlfusion.extraction.run import extract
 from mlfusion.specs.names import parse_model, parse_tokens
-from mlfusion.workflows import recipe, study
+from mlfusion.specs.options import FeatureOptions, SearchOptions, all_definitions
+from mlfusion.workflows import recipe
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 EVERY = sorted(PIPELINES.rglob("*.toml"))
@@ -74,9 +71,7 @@ def test_the_papers_recipes_cover_its_models_and_data_sets(shared):
 def test_the_recipes_readme_names_every_recipe_and_every_key():
     text = (PIPELINES / "README.md").read_text()
     assert set(re.findall(r"\]\((\w[\w/-]*\.toml)\)", text)) == {named(path) for path in EVERY}
-    assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]+`) \|", text, re.M)))) == {
-        f.name for f in dataclasses.fields(recipe.Recipe)
-    }
+    assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]+`) \|", text, re.M)))) == {*recipe.NAMES}
 
 
 def test_the_default_recipe_is_what_the_commands_default_to():
@@ -92,7 +87,7 @@ def test_what_is_asked_for_follows_from_the_probes(tmp_path):
     (tmp_path / "m").mkdir()
     loaded = recipe.load(file, data=tmp_path)
     assert loaded.models == (str(tmp_path / "m"),)
-    assert loaded.shots == (4, None)
+    assert loaded.search.shots == (4, None)
     probes, pairs = loaded.asked(4)
     assert [probe.name for probe in probes] == [
         "cls-layer-2/linear",
@@ -104,7 +99,7 @@ def test_what_is_asked_for_follows_from_the_probes(tmp_path):
 
 
 def test_of_all_probes_those_are_asked_for_that_named_tokens_serve():
-    asked = recipe.Recipe(models=("m",), datasets=("d",), tokens="cls,ap", layers="last")
+    asked = recipe.Recipe.of(["m"], ["d"], tokens="cls,ap", layers="last")
     assert [probe.name for probe in asked.asked(12)[0]] == [
         "cls-last/linear",
         "cls+ap-last/linear",
@@ -152,7 +147,7 @@ def test_every_fault_is_told_at_once_with_its_line(tmp_path):
         "line 7: no probe named 'cls-lst/linear'. Did you mean cls-last/linear",
         "line 8: no probe named 'cls-last/linear:h8'",
         "line 9: probes: 'ap-last/linear' twice",
-        "line 11: no token kind named 'patch'",
+        "line 11: tokens = 'cls,patch': no token kind named 'patch'",
         "line 12: shots = [1]",
         "line 13: halving = 'yes'",
         "line 15: datasets: 'digits' twice",
@@ -207,8 +202,8 @@ def test_every_fault_of_how_features_are_made_and_data_is_read_is_told_too(tmp_p
         "line 3: hook = 'blok': allowed are norm2, block, attn, mlp, projected",
         "line 4: preprocess = 'slow': allowed are exact, fast, paper, paper+fast",
         "line 5: size = 0: allowed are whole numbers from 1",
-        "line 6: views: 'flip' twice",
-        "line 6: no view named 'crop0'",
+        "line 6: views = ['flip', 'crop0', 'flip']: no view named 'crop0'",
+        "'flip' comes twice",
         "line 6: views = ['flip', 'crop0', 'flip']: \"plain\" must be among them",
         "line 7: view_seed = -1: allowed are whole numbers from 0",
         "line 8: compute = 'int8': allowed are float32, bfloat16, float16, auto",
@@ -218,17 +213,17 @@ def test_every_fault_of_how_features_are_made_and_data_is_read_is_told_too(tmp_p
         "line 12: image_column = 3: allowed is text in quotes",
         f"line 13: there is no {tmp_path / 'nowhere'}",
         "line 14: target = 'colour': allowed are class, labels, number",
-        "line 15: carve '0.9/0.2'; allowed: the shares of train/test or train/validation/test",
+        "line 15: carve = '0.9/0.2': allowed are shares of train/test or train/validation/test",
         "line 16: carve_seed = 1.5",
         "line 17: upright = 1: allowed are true and false",
         "line 18: max_pixels = 0",
         "line 19: config = ''",
         "line 20: stream = 'no'",
         "line 21: skip_bad = 0",
-        "line 25: set: act = ['gelu']: allowed are text, numbers, true and false",
+        "act = ['gelu']: allowed are text, numbers, true and false",
     ):
         assert words in said
-    assert said.count("line ") == 23
+    assert said.count("line ") == 22
 
 
 def test_a_hook_point_and_settings_are_of_every_model_that_says_nothing_else(tmp_path):
@@ -246,20 +241,20 @@ def test_a_hook_point_and_settings_are_of_every_model_that_says_nothing_else(tmp
         f"{tmp_path}/m:mlp,{rest}",
         f"clip-vit-b16:block,{rest.replace('gelu', 'relu')}",
     )
-    assert [parse_model(word).settings for word in loaded.asked_models[:2]] == [loaded.set] * 2
-    assert loaded.image_root == str(tmp_path / "m")
-    plain = recipe.Recipe(models=("formula-vit", "m:block"), datasets=("digits",))
+    assert [parse_model(word).settings for word in loaded.asked_models[:2]] == [loaded.features.settings] * 2
+    assert loaded.features.read.image_root == str(tmp_path / "m")
+    plain = recipe.Recipe.of(["formula-vit", "m:block"], ["digits"])
     assert plain.asked_models == plain.models
 
 
-def test_a_recipe_can_say_whatever_an_extraction_can_be_told():
-    """But how fast: batches and workers are the machine's, and change no number."""
-    options = {each.name for kind in (Making, datasets.ReadOptions) for each in dataclasses.fields(kind)}
-    options = {study.RECIPE_NAMES.get(name, name) for name in options}
-    options |= {*inspect.signature(extract).parameters} - {"making", "reading"}
-    own = {"model", "dataset", "splits", "device", "cache", "log"}  # said otherwise, or to `mlfusion run`
-    machine = {"batch_size", "workers"}
-    assert options - own - machine <= set(recipe.NAMES)
+def test_a_recipe_can_say_whatever_the_two_stages_can_be_told():
+    """But how fast: device, batches and workers are the machine's, and change no number."""
+    decisive = {one.name for kind in (FeatureOptions, SearchOptions) for one in all_definitions(kind).values()}
+    assert decisive | {"models", "datasets", "probes", "format", "skip_bad"} == set(recipe.NAMES)
+    former = {
+        old for kind in (FeatureOptions, SearchOptions) for one in all_definitions(kind).values() for old in one.former
+    }
+    assert former == {"carve", "carve_seed", "upright", "view"} == set(recipe.KEYS) - set(recipe.NAMES)
 
 
 def test_what_is_missing_has_no_line(tmp_path):

@@ -120,7 +120,7 @@ def test_features_of_two_new_splits_are_never_mixed(tmp_path):
     folder = str(save_images(tmp_path / "set", {"train": 10, "test": 2}))
 
     def extract(splits="train,test", **words):
-        return mlfusion.extract(model, folder, splits=splits, layers="1", reading=ReadOptions(**words))
+        return mlfusion.extract(model, folder, splits=splits, layers="1", **words)
 
     keys = {words: [one.entry.key for one in extract(split_ratio=words)] for words in ("0.8/0.2", "0.8/0.1/0.1")}
     assert len({key for pair in keys.values() for key in pair}) == 4

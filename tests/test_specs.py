@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -165,7 +164,8 @@ def test_words_for_models(word, parts):
     asked = parse_model(word)
     assert (asked.name, asked.hook, asked.settings) == parts
     assert parse_model(str(asked)) == asked
-    assert parse_model(asked.name, asked.hook, [f"{k}={json.dumps(v)}" for k, v in asked.settings]) == asked
+    assert parse_model(asked.name).with_defaults(asked.hook, asked.settings) == asked
+    assert asked.with_defaults("block", ()).hook == (asked.hook if asked.hook != "norm2" else "block")
 
 
 # Of the embedded model. Where this changes, every cache misses: only other weights or a new format version may.
@@ -180,9 +180,8 @@ GOLDEN = {
 }
 REAL = """
 from dataclasses import asdict
-from mlfusion.extraction.run import Request
-words = dict(layers="all", tokens="cls,ap", format="zarr", dtype="float16", device="cpu")
-jobs = Request.of("formula-vit", "digits", **words).jobs
+from mlfusion.extraction.request import Request
+jobs = Request.of("formula-vit", "digits").jobs
 model, keys = asdict(jobs[0].spec.model), [job.spec.key for job in jobs]
 """
 

@@ -1,5 +1,6 @@
 """A study does what is missing and nothing else, tells beforehand what that is, and loses nothing to one case that fails."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -42,7 +43,19 @@ def short_grid(monkeypatch):
 
 @pytest.fixture
 def recipe(model, data) -> Recipe:
-    return Recipe(models=(model,), datasets=tuple(data), probes=PROBES, grid="quick", seeds=(0, 1))
+    return Recipe.of((model,), tuple(data), PROBES, grid="quick", seeds=(0, 1))
+
+
+def changed(recipe: Recipe, **fields) -> Recipe:
+    """The same recipe with other values of some options."""
+    parts = {"features": recipe.features, "compute": recipe.compute, "search": recipe.search}
+    for name, value in fields.items():
+        for part, options in parts.items():
+            if name in {field.name for field in dataclasses.fields(options)}:
+                parts[part] = replace(options, **{name: value})
+            elif part == "features" and name in {field.name for field in dataclasses.fields(options.read)}:
+                parts[part] = replace(options, read=replace(options.read, **{name: value}))
+    return replace(recipe, **parts)
 
 
 def names(rows) -> list[tuple[str, str, int]]:
@@ -91,7 +104,7 @@ def test_what_is_there_is_not_done_again(recipe, monkeypatch):
 
 
 def test_a_seed_or_a_data_set_more_is_all_that_is_done(recipe, data, model):
-    small = Recipe(models=(model,), datasets=(data[0],), probes=PROBES[:2], grid="quick", seeds=(0,))
+    small = Recipe.of((model,), (data[0],), PROBES[:2], grid="quick", seeds=(0,))
     study.run(study.plan(small))
     planned = study.plan(recipe)
     assert [len(case.missing) for case in planned.cases] == [4, 6]
@@ -101,13 +114,13 @@ def test_a_seed_or_a_data_set_more_is_all_that_is_done(recipe, data, model):
     assert done.made == 10
     assert len(Results("results").rows()) == 12
 
-    more = study.plan(Recipe(**{**vars(recipe), "seeds": (0, 1, 2)}))
+    more = study.plan(changed(recipe, seeds=(0, 1, 2)))
     assert [len(case.missing) for case in more.cases] == [3, 3]
     assert more.bytes_to_write == more.cases[0].images_to_run == 0
 
 
 def test_tokens_that_are_named_are_cached_though_no_probe_reads_them(recipe, model, data):
-    asked = Recipe(models=(model,), datasets=(data[0],), probes=PROBES[:1], grid="quick", seeds=(0,), tokens="cls,ap@0")
+    asked = Recipe.of((model,), (data[0],), PROBES[:1], grid="quick", seeds=(0,), tokens="cls,ap@0")
     study.run(study.plan(asked))
     planned = study.plan(asked)
     assert planned.is_done
@@ -118,13 +131,13 @@ def test_tokens_that_are_named_are_cached_though_no_probe_reads_them(recipe, mod
 
 CHANGED = {
     "hook": "block",
-    "set": (("hidden_act", "relu"),),
+    "settings": (("hidden_act", "relu"),),
     "preprocess": "fast",
     "size": 48,
     "compute": "bfloat16",
     "dtype": "float32",
-    "carve": "0.5/0.5",
-    "upright": True,
+    "split_ratio": "0.5/0.5",
+    "exif_transpose": True,
 }
 OPTIONS = [
     ("--hook", "block"),
@@ -133,47 +146,41 @@ OPTIONS = [
     ("--size", "48"),
     ("--compute", "bfloat16"),
     ("--dtype", "float32"),
-    ("--carve", "0.5/0.5"),
-    ("--upright",),
+    ("--split-ratio", "0.5/0.5"),
+    ("--upright",),  # its former name
 ]
 
 
 def test_how_features_are_made_is_part_of_the_study(model, data):
     """A key that is changed misses the cache and the rows, and means what the option of `extract` does; the same one hits."""
-    folders = {"carve": str(Path(data[0]) / "train")}  # one split, so that it can be carved
+    folders = {"split_ratio": str(Path(data[0]) / "train")}  # one split, so that it can be carved
     keys = set()
     for (name, value), option in zip(CHANGED.items(), OPTIONS, strict=True):
-        plain = Recipe(
-            models=(model,),
-            datasets=(folders.get(name, data[0]),),
-            probes=PROBES[:1],
-            grid="quick",
-            seeds=(0,),
-            carve="0.8/0.2" if name == "carve" else None,
-        )
+        ratio = {"split_ratio": "0.8/0.2"} if name == "split_ratio" else {}
+        plain = Recipe.of([model], [folders.get(name, data[0])], PROBES[:1], grid="quick", seeds=[0], **ratio)
         if name not in folders:
             study.run(study.plan(plain))
             assert study.plan(plain).is_done
-        changed = replace(plain, **{name: value})
-        [case] = study.plan(changed).cases
-        assert case.images_to_run == (24 if name == "carve" else 36), name
+        other = changed(plain, **{name: value})
+        [case] = study.plan(other).cases
+        assert case.images_to_run == (24 if name == "split_ratio" else 36), name
         assert len(case.missing) == 1, name
         done = CliRunner().invoke(
             cli.app, ["extract", "-m", model, "-d", plain.datasets[0], *option, "--layers", "last", "--tokens", "cls"]
         )
         assert done.exit_code == 0, done.output
-        [case] = study.plan(changed).cases
+        [case] = study.plan(other).cases
         assert (case.images_to_run, len(case.missing)) == (0, 1), name
         keys.add(case.keys)
     assert len(keys) == len(CHANGED)
-    assert study.run(study.plan(changed)).made == 1
-    assert study.plan(changed).is_done
+    assert study.run(study.plan(other)).made == 1
+    assert study.plan(other).is_done
 
 
 def test_views_are_cached_beside_the_plain_one_which_probes_read(model, data):
-    plain = Recipe(models=(model,), datasets=(data[0],), probes=PROBES[:1], grid="quick", seeds=(0,))
+    plain = Recipe.of((model,), (data[0],), PROBES[:1], grid="quick", seeds=(0,))
     [first] = study.run(study.plan(plain)).rows
-    asked = replace(plain, views=("flip", "plain", "crop1"), view_seed=3)
+    asked = changed(plain, views=("flip", "plain", "crop1"), view_seed=3)
     [case] = study.plan(asked).cases
     assert (case.images_to_run, case.missing) == (2 * 36, ())
     done = study.run(study.plan(asked))
@@ -184,7 +191,7 @@ def test_views_are_cached_beside_the_plain_one_which_probes_read(model, data):
     )
     assert flipped.ids == straight.ids
     assert not np.allclose(flipped.tokens, straight.tokens)
-    [case] = study.plan(replace(asked, view_seed=4)).cases
+    [case] = study.plan(changed(asked, view_seed=4)).cases
     assert case.images_to_run == 36  # the crops alone
 
 
@@ -213,15 +220,15 @@ split = "train,test=validation"
     done = study.run(study.plan(asked))
     assert (done.failures, done.rows[0].images) == ((), ImageCounts(train=24, test=12))
     assert done.rows[0].classes == ("blue", "green", "red")
-    [case] = study.plan(replace(asked, label_column="odd")).cases
+    [case] = study.plan(changed(asked, label_column="odd")).cases
     assert len(case.missing) == 1
 
     damaged = tmp_path / "damaged"
     shutil.copytree(data[1], damaged)
     (damaged / "train" / "red" / "000.png").write_bytes(b"no image")
-    plain = Recipe(models=(model,), datasets=(str(damaged),), probes=PROBES[:1], grid="quick", seeds=(0,))
+    plain = Recipe.of((model,), (str(damaged),), PROBES[:1], grid="quick", seeds=(0,))
     assert len(study.run(study.plan(plain)).failures) == 1
-    done = study.run(study.plan(replace(plain, skip_bad=True)))
+    done = study.run(study.plan(changed(plain, skip_bad=True)))
     assert (done.failures, done.made) == ((), 1)
     assert sum(one.images_skipped for one in done.extracted) == 1
 
@@ -229,7 +236,7 @@ split = "train,test=validation"
 def test_images_that_changed_are_another_study(recipe, model, data, tmp_path):
     copy = tmp_path / "changing"
     shutil.copytree(data[0], copy)
-    asked = Recipe(models=(model,), datasets=(str(copy),), probes=PROBES[:1], grid="quick", seeds=(0,))
+    asked = Recipe.of((model,), (str(copy),), PROBES[:1], grid="quick", seeds=(0,))
     study.run(study.plan(asked))
     [one] = (copy / "test" / "red").glob("000.png")
     shutil.copy(copy / "test" / "blue" / "000.png", one)
@@ -243,12 +250,12 @@ def test_a_case_that_fails_costs_the_others_nothing(recipe, model, data, tmp_pat
     damaged = tmp_path / "damaged"
     shutil.copytree(data[1], damaged)
     (damaged / "train" / "red" / "000.png").write_bytes(b"no image")
-    asked = Recipe(
-        models=(str(tmp_path / "no" / "model"), model),
-        datasets=(data[0], "nobody/nothing", str(damaged)),
-        probes=PROBES[:1],
+    asked = Recipe.of(
+        [str(tmp_path / "no" / "model"), model],
+        [data[0], "nobody/nothing", str(damaged)],
+        PROBES[:1],
         grid="quick",
-        seeds=(0,),
+        seeds=[0],
     )
     planned = study.plan(asked)
     assert [(Path(f.model).name, Path(f.dataset).name) for f in planned.failures] == [

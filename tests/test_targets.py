@@ -14,8 +14,9 @@ from sklearn import metrics as sklearn_metrics
 from tiny import save_features
 from torch.nn import functional as F
 
+import mlfusion
 from mlfusion.errors import BadData
-from mlfusion.probing import evaluation, metrics
+from mlfusion.probing import metrics
 from mlfusion.probing.grids import SEARCH_GRIDS, Grid
 from mlfusion.probing.heads import HEADS
 from mlfusion.probing.protocol import fit
@@ -183,7 +184,7 @@ def test_from_the_cache_to_the_report(
     data = {name: make(images, seed) for seed, (name, images) in enumerate((("train", 200), ("test", 80)))}
     for name, held in data.items():
         save_features(tmp_path / "cache", name, np.asarray(held.values), held.labels, classes)
-    done = evaluation.probe(
+    done = mlfusion.probe(
         "d", probes="all-tokens-last/linear", grid="quick", seeds=(0,), cache=tmp_path / "cache", results=tmp_path
     )
     [row] = Results(tmp_path).require()

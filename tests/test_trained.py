@@ -17,7 +17,6 @@ from tiny import save_images, save_model
 import mlfusion
 from mlfusion import datasets
 from mlfusion.errors import BadData, BadModel, ResultsUnusable
-from mlfusion.extraction.request import Making
 from mlfusion.probing import grids, protocol
 from mlfusion.probing.saved import Backbone, Card, describe, load, readme, save
 from mlfusion.probing.targets import Number, OneClass, SeveralLabels, Target
@@ -188,21 +187,23 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def probed(model: Path, images: Path, names: str, **options: Any) -> list[tuple[Any, Path]]:
     """Each row with the folder of its probe."""
-    dtype, making = options.pop("dtype", "float16"), options.pop("making", None)
-    mlfusion.extract(str(model), str(images), tokens="cls,ap,all@last", dtype=dtype, making=making)
+    dtype, making = options.pop("dtype", "float16"), options.pop("making", {})
+    mlfusion.extract(str(model), str(images), tokens="cls,ap,all@last", dtype=dtype, **making)
     done = mlfusion.probe(str(images), model=str(model), probes=names, grid="quick", seeds=(0,), save=True, **options)
     return [(row, Path("results") / "probes" / row.id) for row in done.rows]
 
 
 @pytest.mark.parametrize(
     ("dtype", "making"),
-    [("float16", None), ("int8", None), ("float16", Making(preprocess="fast", compute="bfloat16"))],
+    [("float16", {}), ("int8", {}), ("float16", {"preprocess": "fast", "compute": "bfloat16"})],
 )
-def test_new_images_get_the_scores_of_cached_ones(model: Path, images: Path, dtype: str, making: Making | None) -> None:
+def test_new_images_get_the_scores_of_cached_ones(
+    model: Path, images: Path, dtype: str, making: dict[str, Any]
+) -> None:
     split = datasets.load(str(images)).split("test")
     files = [images / name for name in split.ids]
     names = "cls+ap-2-layers/attentive,all-tokens-last/efficient,ap-layer-1/ridge,cls+ap-all-layers/knn"
-    for row, folder in probed(model, images, names, dtype=dtype, making=making):
+    for row, folder in probed(model, images, names, dtype=dtype, **making):
         made = mlfusion.predict(folder, files, top=3, batch_size=5)
         held = Results("results").arrays(row)["probabilities"]
         assert [one.image for one in made] == [str(file) for file in files]
@@ -215,19 +216,19 @@ def test_new_images_get_the_scores_of_cached_ones(model: Path, images: Path, dty
 @pytest.mark.parametrize(
     ("family", "suffix", "making", "reading"),
     [
-        ("vit", "", Making(size=48), None),
-        ("vit", ":block,hidden_act=relu", Making(preprocess="paper+fast", size=56), None),
-        ("clip", ":projected", Making(preprocess="paper", size=40), None),
-        ("deit", ":mlp", Making(size=64, compute="bfloat16"), mlfusion.ReadOptions(exif_transpose=True)),
-        ("dinov2", ":attn", Making(views=("flip", "plain"), size=44), None),
+        ("vit", "", {"size": 48}, None),
+        ("vit", ":block,hidden_act=relu", {"preprocess": "paper+fast", "size": 56}, None),
+        ("clip", ":projected", {"preprocess": "paper", "size": 40}, None),
+        ("deit", ":mlp", {"size": 64, "compute": "bfloat16"}, mlfusion.ReadOptions(exif_transpose=True)),
+        ("dinov2", ":attn", {"views": ("flip", "plain"), "size": 44}, None),
     ],
 )
 def test_new_images_are_made_as_the_cached_ones_were(
-    family: str, suffix: str, making: Making, reading: Any, images: Path, tmp_path: Path
+    family: str, suffix: str, making: dict[str, Any], reading: Any, images: Path, tmp_path: Path
 ) -> None:
     """At another size, hook point, with other settings, turned: the probe gives new files what it gives cached tokens."""
     word = f"{save_model(family, tmp_path / family)}{suffix}"
-    mlfusion.extract(word, str(images), making=making, reading=reading)
+    mlfusion.extract(word, str(images), **making, read=reading)
     done = mlfusion.probe(str(images), model=word, probes="ap-all-layers/linear", grid="quick", seeds=(0,), save=True)
     [row] = done.rows
     card, head = load(Path("results/probes") / row.id)
@@ -250,7 +251,7 @@ def test_real_weights_at_another_size(shared: Path, tmp_path: Path) -> None:
             (folder / split / each.name).mkdir(parents=True)
             for picture in sorted(each.iterdir())[: 6 if split == "train" else 2]:
                 (folder / split / each.name / picture.name).write_bytes(picture.read_bytes())
-    [(row, probe)] = probed(weights, folder, "cls+ap-last/linear", making=Making(size=288))
+    [(row, probe)] = probed(weights, folder, "cls+ap-last/linear", size=288)
     ids = datasets.load(str(folder)).split("test").ids
     made = mlfusion.predict(probe, [folder / name for name in ids], top=3)
     given = [[dict(one.top)[name] for name in row.classes] for one in made]
@@ -297,14 +298,14 @@ def test_a_probe_that_was_not_kept_is_trained_again_and_the_same(model: Path, im
     first = mlfusion.probe(str(images), **options)
     assert not Path("results/probes").exists()
     said: list[str] = []
-    second = mlfusion.probe(str(images), **options, save=True, say=said.append)
+    second = mlfusion.probe(str(images), **options, save=True, log=said.append)
     assert any("1 of them are trained again" in line for line in said)
     assert second.trained == 0 and second.rows == first.rows
     assert len(Results("results").rows()) == 1
     held, probe = load(Path("results/probes") / first.rows[0].id)
     assert held.scores["test"] == first.rows[0].test
     assert sum(p.numel() for p in probe.parameters()) == first.rows[0].parameters
-    third = mlfusion.probe(str(images), **options, save=True, say=said.append)
+    third = mlfusion.probe(str(images), **options, save=True, log=said.append)
     assert third.rows == first.rows
 
 
@@ -337,7 +338,7 @@ def test_a_saved_probe_has_a_card_that_the_hub_reads(model: Path, images: Path) 
 def test_images_are_turned_as_those_that_the_probe_was_trained_on(model: Path, images: Path, tmp_path: Path) -> None:
     """A photograph held sideways, by a probe of upright images: as the same one without an orientation, turned by hand."""
     reading = mlfusion.ReadOptions(exif_transpose=True)
-    mlfusion.extract(str(model), str(images), reading=reading)
+    mlfusion.extract(str(model), str(images), read=reading)
     mlfusion.probe(str(images), model=str(model), probes="cls-last/linear", grid="quick", seeds=(0,), save=True)
     [folder] = Path("results/probes").iterdir()
     picture = Image.open(next((images / "test").rglob("*.png")))

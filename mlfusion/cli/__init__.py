@@ -4,7 +4,7 @@ Nothing heavy is imported before it is needed: `mlfusion --help` starts neither 
 """
 
 import os
-from collections.abc import Iterator
+
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +32,6 @@ from mlfusion.cli.predict import predict
 from mlfusion.cli.report import report
 from mlfusion.cli.results import app as results_app
 from mlfusion.cli.study import run
-from mlfusion.errors import UnknownName
-from mlfusion.specs.names import STUDY
 from mlfusion.specs.options import ComputeOptions, FeatureOptions, SearchOptions, StorageOptions, TrainingOptions
 
 app = typer.Typer(
@@ -81,10 +79,11 @@ def mlfusion(
 @app.command()
 @with_options
 def extract(
-    features: FeatureOptions,
-    compute: ComputeOptions,
+    *,
     model: Model = MODEL,
     dataset: Dataset = DATASET,
+    features: FeatureOptions,
+    compute: ComputeOptions,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
@@ -102,10 +101,11 @@ def extract(
 @app.command()
 @with_options
 def plan(
-    features: FeatureOptions,
-    compute: ComputeOptions,
+    *,
     model: Model = MODEL,
     dataset: Dataset = DATASET,
+    features: FeatureOptions,
+    compute: ComputeOptions,
     cache: Cache = None,
     trial: Annotated[float, typer.Option("--trial", help="Seconds for which the rate is measured.")] = 5.0,
     as_json: AsJson = False,
@@ -131,9 +131,7 @@ def plan(
 @app.command()
 @with_options
 def probe(
-    search: SearchOptions,
-    training: TrainingOptions,
-    storage: StorageOptions,
+    *,
     dataset: Dataset = DATASET,
     model: AnyModel = None,
     probes: Annotated[
@@ -142,6 +140,9 @@ def probe(
             "--probe", help="Names (mlfusion ls probes), comma-separated, or all.", autocompletion=complete_probes
         ),
     ] = "all",
+    search: SearchOptions,
+    training: TrainingOptions,
+    storage: StorageOptions,
     as_json: AsJson = False,
 ) -> None:
     """Stage 2: train and test probes on cached features, by the study's protocol. Runs no forward pass."""
@@ -156,31 +157,30 @@ def probe(
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="models, datasets, probes, tokens or hooks.")],
+    what: Annotated[str, typer.Argument(help="List: models, datasets, probes, tokens or hooks.")],
     as_json: AsJson = False,
 ) -> None:
-    """What there is to choose from; what is cached: mlfusion cache ls."""
-    listings = {"models": _models, "datasets": _datasets, "probes": _probes, "tokens": _tokens, "hooks": _hooks}
-    if what not in listings:
-        raise UnknownName("listing", what, listings)
-    rows = list(listings[what]())
+    """List what can be chosen. What is cached: mlfusion cache ls."""
+    from mlfusion.workflows.listings import listing
+
+    rows = listing(what)
     if as_json:
         print_json({what: rows})
-    else:  # a commit's first digits are enough to tell it by
+    else:  # the first digits of a commit are enough to recognise it
         short = [{k: v[:8] if k == "revision" else v for k, v in row.items()} for row in rows]
         print_rows(short, nothing="")
 
 
 @app.command()
 def pretrain(
-    recipe: Annotated[Path, typer.Argument(help="How to make the images and train.")] = Path(
-        "pipelines/formula-vit.toml"
-    ),
+    recipe: Annotated[
+        Path, typer.Argument(help="File of pipelines/ that describes the images and the training.")
+    ] = Path("pipelines/formula-vit.toml"),
     out: Annotated[Path, typer.Option("--out", help="Folder for the model, in the hub's format.")] = Path(
         "results/formula-vit"
     ),
 ) -> None:
-    """Make the embedded model again from its seed: a small ViT trained on images drawn by formula."""
+    """Train the embedded model again from its seed: a small ViT, on images drawn by formula."""
     from mlfusion.embedded.pretrain import pretrain as run_pretrain
     from mlfusion.system.progress import Bar
 
@@ -199,69 +199,6 @@ def pretrain(
         for bar in bars:
             bar.close()
     typer.echo(f"{out}: {made['steps']:,} steps, {made['seconds']:,} s")
-
-
-# --- listings --------------------------------------------------------------------------------------------------------
-
-
-def _models() -> Iterator[dict[str, Any]]:
-    from mlfusion.models import CATALOGUE
-
-    for row in CATALOGUE.values():
-        yield {
-            "name": row.name,
-            "family": row.family,
-            "layers": row.depth,
-            "width": row.width,
-            "pixels": row.image_px,
-            "patch": row.patch_px,
-            "licence": row.licence,
-            "gated": "gated" if row.gated else "",
-            "source": row.source,
-            "revision": row.revision or "",
-            "about": f"the study's; {row.about}" if row.study else row.about,
-        }
-
-
-def _datasets() -> Iterator[dict[str, Any]]:
-    from mlfusion.datasets import CATALOGUE
-
-    for row in CATALOGUE.values():
-        yield {
-            "name": row.name,
-            "train_images": row.train_images,
-            "test_images": row.test_images,
-            "classes": row.classes,
-            "domain": row.domain,
-            "terms": row.terms,
-            "source": row.source,
-        }
-
-
-def _probes() -> Iterator[dict[str, Any]]:
-    from mlfusion.specs.names import ABOUT_HEADS, ALIASES, BASELINE, HEAD_NAMES, STUDY_HEADS
-
-    known = {name: alias.upper() for alias, name in ALIASES.items()} | {BASELINE: "the baseline"}
-    for name in STUDY:
-        yield {"name": name, "known_as": known.get(name, "")}
-    for name in ("cls-each-layer/linear", "ap-each-layer/linear"):
-        yield {"name": name, "known_as": "one probe a layer"}
-    yield {"name": "grid4-last/attentive", "known_as": "any kinds of mlfusion ls tokens, joined by +"}
-    for head in HEAD_NAMES:
-        if head not in STUDY_HEADS:
-            yield {"name": f"cls+ap-all-layers/{head}", "known_as": ABOUT_HEADS[head]}
-
-
-def _tokens() -> Iterator[dict[str, Any]]:
-    from mlfusion.specs.identity import ABOUT_KINDS
-
-    yield from ({"name": name, "about": about} for name, about in ABOUT_KINDS.items())
-
-
-def _hooks() -> Iterator[dict[str, Any]]:
-    from mlfusion.specs.identity import ABOUT_HOOKS
-
-    yield from ({"name": name, "about": about} for name, about in ABOUT_HOOKS.items())
 
 
 def main() -> None:

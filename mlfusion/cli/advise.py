@@ -11,13 +11,14 @@ from mlfusion.specs.options import PilotOptions
 
 @with_options
 def advise(
-    pilot: PilotOptions,
+    *,
     model: Model = MODEL,
     dataset: Dataset = DATASET,
     probes: Annotated[
         str | None,
         typer.Option("--probe", help="Candidates; default: the baseline, its neighbours, ALF and AAT."),
     ] = None,
+    pilot: PilotOptions,
     cache: Cache = None,
     device: Device = "auto",
     as_json: AsJson = False,

@@ -22,7 +22,7 @@ def attend(
     results: ResultsPath = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Where a probe looked: on which patches, and which images it reads in early and which in late layers."""
+    """Show the attention of a probe: on which patches, and which images it reads in early or in late layers."""
     from mlfusion.analysis.attention import maps
     from mlfusion.errors import BadData
     from mlfusion.report.pictures import mean_layers

@@ -63,10 +63,11 @@ def du(cache: Cache = None, as_json: AsJson = False) -> None:
 @app.command()
 @with_options
 def explain(
-    features: FeatureOptions,
-    compute: ComputeOptions,
+    *,
     model: Model = MODEL,
     dataset: Dataset = DATASET,
+    features: FeatureOptions,
+    compute: ComputeOptions,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:

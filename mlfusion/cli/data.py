@@ -11,8 +11,9 @@ from mlfusion.specs.options import ReadOptions
 
 @with_options
 def data(
-    read: ReadOptions,
+    *,
     dataset: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or file.")],
+    read: ReadOptions,
     check: Annotated[
         bool, typer.Option("--check", help="Read every image and name those that cannot be read.")
     ] = False,

@@ -85,7 +85,8 @@ def _offered(kind: type[Options]) -> Iterator[inspect.Parameter]:
         for name, flag in _spellings(field, one).items():
             typed = bool if one.kind.typed is bool else one.kind.typed | None
             text = help_text(one, defaults[field])
-            option = typer.Option(f"--{flag}", help=text, hidden=flag != one.flag, show_default=False)
+            letters = [f"-{one.short}"] if one.short and flag == one.flag else []
+            option = typer.Option(f"--{flag}", *letters, help=text, hidden=flag != one.flag, show_default=False)
             yield inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,

@@ -12,10 +12,17 @@ from mlfusion.cli.output import print_json
 def predict(
     images: Annotated[list[str], typer.Argument(help="Image files.")],
     probe: Annotated[Path, typer.Option("--probe", help="Folder of a probe that `mlfusion probe --save` wrote.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Where the same backbone is, if it moved.")] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="Classes to print.")] = 5,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or hub id of the same backbone, if it has moved.")
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Number of classes to print.")] = 5,
     max_pixels: Annotated[
-        int | None, typer.Option("--max-pixels", min=1, help="Refuse larger images; default 178,956,970.")
+        int | None,
+        typer.Option(
+            "--max-pixels",
+            min=1,
+            help="Largest number of pixels of an image; larger images are refused; default: 178,956,970.",
+        ),
     ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,

@@ -225,7 +225,9 @@ def rerun(
 
 @app.command()
 def track(
-    where: Annotated[str, typer.Argument(help="tensorboard:DIR, wandb:PROJECT or mlflow:URI, comma-separated.")],
+    where: Annotated[
+        str, typer.Argument(help="Trackers: tensorboard:DIR, wandb:PROJECT or mlflow:URI, comma-separated.")
+    ],
     model: OfModel = None,
     dataset: OfDataset = None,
     probe: OfProbe = None,

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 @with_options
 def run(
+    *,
+    recipe: Annotated[Path, typer.Argument(help="A file of pipelines/.")],
     asked: RunOptions,
     storage: StorageOptions,
-    recipe: Annotated[Path, typer.Argument(help="A file of pipelines/.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
     html: Annotated[
         Path | None, typer.Option("--html", help="File of the page; default: RESULTS/<recipe>.html.")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from mlfusion.specs.commands import extract_command
+from mlfusion.specs.commands import extract_command, probe_command
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.options import GridName, SearchOptions
 
@@ -168,6 +168,10 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The command that caches what the probe reads."""
         pairs = cast("set[Pair]", set(product(self.layers, self.tokens)))
         return extract_command(self.sources.model, self.sources.dataset, pairs, self.sources.options)
+
+    def probe_command(self) -> str:
+        """The command that trains its probe on the cached features."""
+        return probe_command(self.sources.model, self.sources.dataset, [self.probe], self.search())
 
     def options(self) -> str:
         """What differs from the protocol as it is, such as '4 shots, halving'; empty where nothing does."""

@@ -4,6 +4,7 @@ Every kind reads what it writes: `kind.parse(kind.words(value)) == value`. Nothi
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,17 @@ class Kind:
 def text() -> Kind:
     """Any text but none."""
     return Kind(str, lambda v: None if isinstance(v, str) and v else "allowed is text in quotes")
+
+
+def path() -> Kind:
+    """A path, or several of them separated as in the variable PATH; in Python also `pathlib` paths, and a list of paths."""
+
+    def read(given: Any) -> Any:
+        if isinstance(given, (list, tuple)):
+            return os.pathsep.join(map(os.fspath, given))
+        return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+    return Kind(str, lambda v: None if isinstance(v, str) and v else "allowed is a path", read=read)
 
 
 def flag() -> Kind:
@@ -140,10 +152,8 @@ def view_names() -> Kind:
     def fault(value: Any) -> str | None:
         if not (isinstance(value, tuple) and value and all(isinstance(word, str) for word in value)):
             return f"allowed are view names ({VIEW_NAMES}) or their number"
-        for word in value:
-            if not is_view(word):
-                return f"no view named {word!r}; there are {VIEW_NAMES}"
-        return repeated(value)
+        faults = [f"no view named {word!r}; there are {VIEW_NAMES}" for word in value if not is_view(word)]
+        return "; ".join([*faults, *filter(None, [repeated(value)])]) or None
 
     return Kind(str, fault, read, read, ",".join)
 

@@ -22,6 +22,7 @@ from mlfusion.specs.kinds import (
     flag,
     numbers,
     one_of,
+    path,
     ratio,
     settings,
     share,
@@ -74,6 +75,7 @@ class Option:
     effect: Effect
     name: str = ""  # in recipes, and with dashes on the command line, where it is not the field's
     former: tuple[str, ...] = ()  # names that it had, which are still understood
+    short: str = ""  # a letter for the command line
 
     @property
     def flag(self) -> str:
@@ -100,7 +102,8 @@ class Options:
             value = given if given is None else one.kind.read(given)
             object.__setattr__(self, field, value)
             if fault := fault_of(type(self), field, value):
-                raise BadOption(f"--{one.flag} {given}: {fault}")
+                shown = ",".join(map(str, given)) if isinstance(given, (list, tuple)) else given
+                raise BadOption(f"--{one.flag} {shown}: {fault}")
 
     def changed(self) -> dict[str, Any]:
         """The fields that are not at their default, those of an options class inside this one among them."""
@@ -156,7 +159,7 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
         BadOption: a value that is not allowed.
     """
     own = {name: values[name] for name, _ in definitions(kind) if name in values}
-    inner = {name: build(part, values) for name, part in parts(kind).items()}
+    inner = {name: values.get(name) or build(part, values) for name, part in parts(kind).items()}
     return kind(**own, **inner)
 
 
@@ -180,7 +183,7 @@ class ReadOptions(Options):
         None, text(), "Column that holds sample ids; default: paths or row numbers.", effect="key"
     )
     image_root: str | None = option(
-        None, text(), "Folder that the paths in a table start from; default: the table's own folder.", effect="key"
+        None, path(), "Folder that the paths in a table start from; default: the table's own folder.", effect="key"
     )
     target: LabelKind | None = option(
         None, one_of(LABEL_KINDS), "Kind of the labels: class, labels or number; guessed if not given.", effect="key"
@@ -342,11 +345,11 @@ class StorageOptions(Options):
 
     cache: str | None = option(
         None,
-        text(),
+        path(),
         "Root of the feature cache, or MINE:SHARED to read others too; default: $MLFUSION_CACHE or ./cache.",
         effect="bit",
     )
-    results: str = option("results", text(), "Folder of the results.", effect="bit")
+    results: str = option("results", path(), "Folder of the results.", effect="bit")
     save: bool = option(False, flag(), "Keep the trained probes, for mlfusion predict.", effect="bit")
     track: str = option(
         "",
@@ -368,7 +371,7 @@ class PilotOptions(Options):
 class RunOptions(Options):
     """What a run of a recipe sets beside the recipe."""
 
-    data: str | None = option(None, text(), "Folder that $DATA means in the recipe.", effect="key")
+    data: str | None = option(None, path(), "Folder that $DATA means in the recipe.", effect="key")
     seeds: tuple[int, ...] | None = option(
         None, numbers(0, example="0,1,2"), "Seeds in place of the recipe's, comma-separated.", effect="id"
     )
@@ -381,16 +384,22 @@ class RunOptions(Options):
 class PruneOptions(Options):
     """Which entries of the cache are removed."""
 
-    model: str | None = option(None, text(), "Only entries of this model.", effect="bit")
-    dataset: str | None = option(None, text(), "Only entries of this data set.", effect="bit")
+    model: str | None = option(None, text(), "Only entries of this model.", effect="bit", short="m")
+    dataset: str | None = option(None, text(), "Only entries of this data set.", effect="bit", short="d")
     older: int | None = option(
-        None, amount(TIMES, example="30d"), "Entries that nobody has used for this long, such as 30d.", effect="bit"
+        None,
+        amount(TIMES, example="30d"),
+        "Only entries that nobody has used for this long, such as 30d or 8w.",
+        effect="bit",
     )
     size: int | None = option(
-        None, amount(), "Entries used longest ago, until the cache has at most this size, such as 20GB.", effect="bit"
+        None,
+        amount(),
+        "Remove the entries used longest ago until the cache has at most this size, such as 20GB.",
+        effect="bit",
     )
     unneeded: str | None = option(
-        None, text(), "Entries that no row in this folder of results was computed from.", effect="bit"
+        None, path(), "Only entries that no row in this folder of results needs.", effect="bit"
     )
     dry_run: bool = option(False, flag(), "Print what would be removed and remove nothing.", effect="bit")
 
@@ -412,7 +421,7 @@ def distribute(given: Mapping[str, Any], *kinds: type[Options]) -> list[Any]:
     Raises:
         BadOption: a keyword that none of the classes has, or a value that is not allowed.
     """
-    known = [name for kind in kinds for name in all_definitions(kind)]
+    known = [name for kind in kinds for name in (*parts(kind), *all_definitions(kind))]
     if unknown := [name for name in given if name not in known]:
         near = get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""

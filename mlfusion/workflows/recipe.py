@@ -234,7 +234,7 @@ def _option(key: str, value: Any, data: Path | str | None) -> Parsed:
         faults.append((next((w for w in quoted if w in str(value)), None), f"{key} = {value!r}: {fault}"))
     elif field == "splits" and [word.partition("=")[0] for word in found] != ["train", "test"]:
         faults.append((None, f"{key} = {value!r}: allowed are train,test and, say, train,test=validation"))
-    elif field == "views" and "plain" not in found:
+    if field == "views" and isinstance(found, tuple) and "plain" not in found:
         faults.append((None, f'{key} = {value!r}: "plain" must be among them, which is what probes read'))
     return found, faults
 

@@ -13,6 +13,7 @@ from mlfusion.extraction import forward
 from mlfusion.probing import grids
 from mlfusion.results import Results
 from mlfusion.results.rows import fields
+from mlfusion.specs.options import StorageOptions
 from mlfusion.store.verify import verify_entry
 from mlfusion.workflows import study
 from mlfusion.workflows.recipe import Recipe
@@ -32,12 +33,11 @@ def recipe(tmp_path, monkeypatch) -> Recipe:
     model = str(save_model("vit", tmp_path / "model"))
     data = [str(save_images(tmp_path / f"set {n}", {"train": 6 + n, "test": 4}, seed=n)) for n in range(2)]
     probes = ("cls-last/linear", "cls+ap-all-layers/{ridge,attentive}", "aat:h4")
-    return Recipe(models=(model,), datasets=tuple(data), probes=probes, grid="quick", seeds=(0, 1))
+    return Recipe.of([model], data, probes, grid="quick", seeds=[0, 1])
 
 
 def do(recipe: Recipe, root: Path) -> None:
-    planned = study.plan(recipe, cache=root / "cache", results=root / "results")
-    study.run(planned, cache=root / "cache", results=root / "results")
+    study.run(study.plan(recipe, StorageOptions(cache=root / "cache", results=root / "results")))
 
 
 def kept(root: Path) -> dict[str, dict]:

@@ -123,7 +123,7 @@ def extract(
         checkpoint=None,
         names=NAMES,
         pairs=PAIRS,
-        jobs=(Job(Images(images), samples(images), spec(images, dtype), Steps()),),
+        jobs=(Job(Images(images), samples(images), spec(images, dtype), Steps(), NAMES),),
         compute=ComputeOptions(device="cpu", batch_size=4, format=format),
     )
     [done] = run.fill(asked, cache=root, model=lambda _: Model(passes, pause))

@@ -1,0 +1,117 @@
+"""Writes docs/reference.md: every command with its Python call and its options, and every options class with its fields.
+
+python -m mlfusion.cli.reference > docs/reference.md
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import typer.main
+
+from mlfusion.specs import options
+from mlfusion.specs.options import EFFECTS, Options, all_definitions, defaults_of
+
+CALLS: dict[str, str] = {
+    "extract": "mlfusion.extract",
+    "plan": "mlfusion.plan",
+    "probe": "mlfusion.probe",
+    "run": "mlfusion.run",
+    "report": "mlfusion.report.write_page",
+    "advise": "mlfusion.advise",
+    "attend": "mlfusion.analysis.attention.attend",
+    "predict": "mlfusion.predict",
+    "doctor": "mlfusion.workflows.doctor.doctor",
+    "data": "mlfusion.datasets.describe.describe",
+    "ls": "mlfusion.workflows.listings.listing",
+    "pretrain": "mlfusion.embedded.pretrain.pretrain",
+    "cache ls": "mlfusion.store.inventory.list_entries",
+    "cache du": "mlfusion.store.inventory.disk_usage",
+    "cache explain": "mlfusion.explain",
+    "cache verify": "mlfusion.store.verify.verify",
+    "cache prune": "mlfusion.store.prune.prune",
+    "cache export": "mlfusion.store.transfer.copy_entries",
+    "cache import": "mlfusion.store.transfer.copy_entries",
+    "cache path": "mlfusion.store.inventory.entry_paths",
+    "results ls": "mlfusion.Results.listing",
+    "results show": "mlfusion.statistics.certainty",
+    "results compare": "mlfusion.statistics.compare_probes",
+    "results rank": "mlfusion.statistics.rank",
+    "results export": "mlfusion.results.export.write",
+    "results import": "mlfusion.Results.take_from",
+    "results rerun": "mlfusion.rerun",
+    "results track": "mlfusion.results.trackers.log_rows",
+}
+"""Command → the Python function that does the same; the command only reads its options, calls it, and prints."""
+
+HEAD = """# Which commands and options are there?
+
+`python -m mlfusion.cli.reference` writes this page from the definitions in `mlfusion/specs/options.py` and the commands. Do not edit it
+by hand.
+
+Every command has a Python function that does the same. Functions of `mlfusion` itself take the fields of the options classes as
+keywords, such as `mlfusion.extract("clip-vit-b16", "dtd", layers="last")`; the other functions take the classes themselves.
+"""
+
+
+def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its name as it is typed, 'cache ls', and its parsed form."""
+    from mlfusion.cli import app
+
+    for name, command in (group or typer.main.get_command(app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
+
+
+def option_classes() -> list[type[Options]]:
+    """Every options class, in the order of their definition."""
+    found = [each for each in vars(options).values() if isinstance(each, type) and issubclass(each, Options)]
+    return [each for each in found if each is not Options]
+
+
+def page() -> str:
+    """The page as Markdown."""
+    lines = [HEAD, "## Commands\n"]
+    for name, command in commands():
+        call = CALLS[name]
+        lines.append(f"### `mlfusion {name}`\n\n{' '.join((command.help or '').split())}\n\nIn Python: `{call}`.\n")
+        rows = [_row(param) for param in command.params if not param.hidden and param.name != "help"]
+        lines += ["| option | meaning |", "|---|---|", *rows, ""] if rows else []
+    lines.append("## Options classes\n\nThe last column says what another value of an option does.\n")
+    for kind in option_classes():
+        defaults = defaults_of(kind)
+        own = {
+            name: one for name, one in all_definitions(kind).items() if name in vars(kind).get("__annotations__", {})
+        }
+        lines.append(f"### `{kind.__name__}`\n\n{' '.join((kind.__doc__ or '').split())}\n")
+        lines += ["| field | option | meaning | default | effect |", "|---|---|---|---|---|"]
+        for name, one in own.items():
+            former = "".join(f" (before: `--{old.replace('_', '-')}`)" for old in one.former)
+            default = f"`{defaults[name]!r}`"
+            lines.append(
+                f"| `{name}` | `--{one.flag}`{former} | {_cell(one.help)} | {default} | {EFFECTS[one.effect]} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(param: Any) -> str:
+    names = (
+        f"`{param.name.upper()}`" if param.param_type_name == "argument" else ", ".join(f"`{o}`" for o in param.opts)
+    )
+    shown = (
+        param.default not in (None, False, "", [])
+        and param.param_type_name == "option"
+        and "[default" not in (param.help or "")
+    )
+    default = f" [default: {param.default}]" if shown and not callable(param.default) else ""
+    return f"| {names} | {_cell(param.help or '')}{default} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    typer.echo(page(), nl=False)
