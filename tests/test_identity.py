@@ -9,12 +9,11 @@ import pytest
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion.probing import evaluation, fitting, grids, protocol, saved
+from mlfusion.probing import evaluation, fitting, grids, saved
 from mlfusion.probing.jobs import OPTIONS, Job
 from mlfusion.probing.training import precision as precision_module
 from mlfusion.results import Results, Row
-from mlfusion.specs.identity import HEADS
-from mlfusion.specs.names import parse_probes
+from mlfusion.specs.names import HEAD_NAMES, parse_probes
 from mlfusion.workflows import study
 from mlfusion.workflows.recipe import Recipe
 
@@ -33,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = grids.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
-    monkeypatch.setitem(protocol.GRIDS, "quick", grid)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", grid)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, fast: bool) -> None:
@@ -92,7 +91,7 @@ def test_auto_names_no_row() -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", HEAD_NAMES)
 def test_auto_is_resolved_and_either_precision_answers(head: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, fast=fast)
     [probe] = parse_probes(f"cls-last/{head}", 4)

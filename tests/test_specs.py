@@ -180,9 +180,8 @@ GOLDEN = {
 }
 REAL = """
 from dataclasses import asdict
-from mlfusion.extraction.run import Request
-words = dict(layers="all", tokens="cls,ap", format="zarr", dtype="float16", device="cpu")
-jobs = Request.of("formula-vit", "digits", **words).jobs
+from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Request
+jobs = Request.of("formula-vit", "digits", FeatureOptions(), ComputeOptions(device="cpu")).jobs
 model, keys = asdict(jobs[0].spec.model), [job.spec.key for job in jobs]
 """
 
