@@ -185,7 +185,7 @@ def _making(asked: dict[str, Any]) -> Any:
 
 
 makes_tokens = taking("making", MAKING, _making)
-"""Gives a command the options of `extraction.Making`, and hands them to it as its argument `making`."""
+"""Gives a command the options of `extraction.request.Making`, and hands them to it as its argument `making`."""
 
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", help="Images in a forward pass; by default as many as memory allows.")
