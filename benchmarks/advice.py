@@ -3,9 +3,9 @@
     mlfusion run pipelines/study.toml --data DIR
     python benchmarks/advice.py [--results results] [--cache cache] [--case MODEL/DATASET] [--table]
 
-For every model on every data set of which the results hold all candidates, `mlfusion.workflows.advice.advise` is asked, and what it says
-is kept in RESULTS/advice; with --table nothing is asked, and the table shows what there is. Regret is what the best candidate's
-mean test score exceeds the advised one's by.
+For every model on every data set of which the results hold all candidates, `mlfusion.workflows.advice.advise` is asked,
+and what it says is kept in RESULTS/advice; with --table nothing is asked, and the table shows what there is. Regret is what
+the best candidate's mean test score exceeds the advised one's by.
 """
 
 import argparse

@@ -6,8 +6,8 @@ Both train on synthetic features of DTD's size: 1,504 images x 24 tokens x 768 c
 301, the paper's 63 configurations. The baseline is what a researcher would write: one configuration at a time, keys and
 values projected for every token, torch's AdamW, a DataLoader over samples that jitters each of them. Its steps are timed
 before ours and after, 20 at least in all, and the grid's time follows from their median. Ours trains the 63 in lockstep by
-`mlfusion.probing.training.population.train`, as `mlfusion probe` does. Floating-point operations are those of matrix products, counted by
-torch's own counter. With --page the tables go into docs/measurements/speed.md.
+`mlfusion.probing.training.population.train`, as `mlfusion probe` does. Floating-point operations are those of matrix
+products, counted by torch's own counter. With --page the tables go into docs/measurements/speed.md.
 """
 
 import argparse

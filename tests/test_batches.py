@@ -141,7 +141,7 @@ def test_a_probe_streams_what_it_may_not_load(tmp_path: Path) -> None:
 GROWS = """
 import sys
 import numpy as np, torch
-from mlfusion import batches, population
+from mlfusion.probing.training import batches, population
 from mlfusion.probing.training.batches import Schedule, Tokens
 from mlfusion.probing.heads import HeadShape
 from mlfusion.store import FeatureStore

@@ -217,7 +217,7 @@ def test_a_row_that_does_not_repeat_says_what_changed(at: Path, run: Any, monkey
     code, out, err = run("results", "rerun", one.id, "--keep")
     assert code == 1 and f"test: 0.123 then, {one.test} now" in out
     assert "code before then" in err and "torch 1.0 then" in err and "not the same" in err
-    monkeypatch.setattr(jobs, "PROTOCOL", 99)
+    monkeypatch.setattr("mlfusion.probing.rows.PROTOCOL", 99)
     code, out, err = run("results", "rerun", one.id, "--json")
     assert (
         code == 1 and json.loads(out)["same"] is False and any("99 now" in line for line in json.loads(out)["differs"])

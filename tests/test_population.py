@@ -423,7 +423,7 @@ def test_training_loads_no_compiler() -> None:
     code = """
 import sys
 import numpy as np
-from mlfusion import population
+from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import Schedule, Tokens
 from mlfusion.probing.training.population import Configuration, Population, TrainingData
 from mlfusion.probing.heads import HeadShape

@@ -32,7 +32,7 @@ WRITTEN_OUT = (
 def test_the_key_is_the_same_on_every_machine():
     assert SPEC.key == hashlib.sha256(WRITTEN_OUT.encode()).hexdigest()[:16]
     code = (
-        "from mlfusion.specs import *\n"
+        "from mlfusion.specs.identity import DataSpec, FeatureSpec, ModelSpec\n"
         f"print(FeatureSpec(model=ModelSpec(**{dataclasses.asdict(MODEL)}), data=DataSpec(**{dataclasses.asdict(DATA)})).key)"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7"}

@@ -71,7 +71,7 @@ def test_verbose_says_what_goes_on_and_where_an_error_comes_from(run: Any, cache
 
 BAR = """
 import time
-from mlfusion import progress
+from mlfusion.system import progress
 progress.SILENCE = 0
 with progress.track("work", 3, "steps") as bar:
     for _ in range(3):

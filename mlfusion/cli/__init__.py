@@ -4,7 +4,6 @@ Nothing heavy is imported before it is needed: `mlfusion --help` starts neither 
 """
 
 import os
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -143,7 +143,7 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     versions: dict[str, str]
     code: str
     created: str  # ISO 8601
-    protocol: int  # `evaluation.PROTOCOL`: rows of two of them were measured in two ways
+    protocol: int  # `probing.jobs.PROTOCOL`: rows of two of them were measured in two ways
     device: str  # that the probe was trained on
     precision: RowPrecision  # of the matrix products of training, as 'auto' was resolved
     bytes: int  # that the tokens the probe reads take in the cache before compression, train and test
