@@ -30,7 +30,7 @@ def run(test: Path, kept: Path, minutes: float | None) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", str(test)],
         env=os.environ
-        | {"MLFUSION_FAULTS": "long", "MLFUSION_TALLY": str(tally)}
+        | {"MLFUSION_LONG": "inf", "MLFUSION_TALLY": str(tally)}
         | ({"MLFUSION_SOAK": str(minutes)} if minutes else {}),
         cwd=ROOT,
         check=False,

@@ -1,4 +1,4 @@
-"""Common ground of all tests: one thread (tiny heads on many threads crawl), no network, checked shapes, the real data."""
+"""Common ground of all tests: one thread (tiny heads on many threads crawl), no network, checked shapes, tiers, real data."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,10 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["COLUMNS"] = "160"
 
+import hypothesis
 import jaxtyping
 import pytest
+import tiers
 import torch
 from axes import modules_with_axes
 
@@ -18,6 +20,10 @@ torch.set_num_threads(1)
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 jaxtyping.install_import_hook(modules_with_axes(), "axes.check")  # before anything of mlfusion is imported
+
+hypothesis.settings.register_profile("short", deadline=None)
+hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile("long" if tiers.LONG else "short")
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +40,29 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFUSION_CACHE", raising=False)
     return tmp_path
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests that only the long form has to it; note which tests need the real data."""
+    later = [item for item in items if item.get_closest_marker("long") and not tiers.LONG]
+    items[:] = [item for item in items if item not in later]
+    config.hook.pytest_deselected(items=later)
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.user_properties.append(("needs", "shared"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what depends on the machine: the tests that need the real data, and those for whose long form there was no time."""
+
+    def tests(outcome: str, what: str) -> set[str]:
+        found = terminalreporter.stats.get(outcome, [])
+        return {r.nodeid for r in found if what in dict(getattr(r, "user_properties", ()))}
+
+    ran, skipped = tests("passed", "needs") | tests("failed", "needs"), tests("skipped", "needs")
+    if skipped:
+        terminalreporter.line(f"{len(skipped)} tests need ../shared/data, which is not there: they were skipped")
+    if ran:
+        terminalreporter.line(f"{len(ran)} tests need ../shared/data, and ran")
+    if cut := tests("passed", "cut") | tests("failed", "cut"):
+        terminalreporter.line(f"{len(cut)} tests ran in their short form: the {tiers.MINUTES:g} minutes were over")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiers import examples
 
 from mlfusion.datasets import MAX_PIXELS, Decoder
 from mlfusion.errors import BadImage
@@ -142,7 +143,7 @@ WHOLE = [
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of PIL, about the damage
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.data())
 def test_whatever_bytes_change_it_is_an_image_or_refused(data):
     """Never another exception: that would stop an extraction that was told to skip bad images."""

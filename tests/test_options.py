@@ -12,6 +12,7 @@ import pytest
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 from tiny import save_images, save_model
 from typer.testing import CliRunner
 
@@ -176,14 +177,14 @@ def typed(line: str, **kinds: type[Options]) -> dict[str, Options]:
     return got
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(FEATURES, COMPUTE)
 def test_stage_one_is_read_as_it_is_printed(features: FeatureOptions, compute: ComputeOptions) -> None:
     line = command("extract", [*features.words(), *compute.words()])
     assert typed(line, features=FeatureOptions, compute=ComputeOptions) == {"features": features, "compute": compute}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(SEARCH, TRAINING)
 def test_stage_two_is_read_as_it_is_printed(search: SearchOptions, training: TrainingOptions) -> None:
     line = command("probe", [*search.words(), *training.words()])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from literal import LiteralAttentive, LiteralLinear, copy_into
+from tiers import examples
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -141,7 +142,7 @@ def test_nothing_is_dropped_in_evaluation() -> None:
     torch.testing.assert_close(probe(tokens)[1], literal(probe, 1)(tokens), **TIGHT)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.permutations(range(SHAPE.tokens)))
 def test_tokens_are_a_set_to_the_attentive_probe(order: list[int]) -> None:
     probe, tokens = attentive().eval(), random(IMAGES, SHAPE.tokens, SHAPE.width)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 from sklearn import metrics as reference
+from tiers import examples
 
 from mlfusion import statistics
 from mlfusion.errors import BadData, UnknownName
@@ -224,7 +225,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 
 @given(st.lists(st.integers(1, 1000), min_size=6, max_size=9, unique=True), st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_wilcoxon_by_enumeration(sizes: list[int], data: st.DataObject) -> None:
     """Exactly: of all ways to sign the ranks, how many give a sum as large."""
     signs = data.draw(st.lists(st.sampled_from([-1, 1]), min_size=len(sizes), max_size=len(sizes)))

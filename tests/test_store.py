@@ -17,6 +17,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sealed import read_json, sealed
+from tiers import examples
 
 from mlfusion.errors import BadData, CacheUnusable, NotCached
 from mlfusion.specs.identity import DTYPES, DataSpec, FeatureSpec, ModelSpec
@@ -84,7 +85,7 @@ both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 
 
 @both
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     images=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),
@@ -116,7 +117,7 @@ def kept(tmp_path_factory) -> Callable[[str, int, str], Entry]:
 
 
 @both
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     images=st.sampled_from([1, 8, 33]),
     dtype=st.sampled_from(["float16", "int8"]),

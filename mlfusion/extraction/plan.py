@@ -18,7 +18,7 @@ from mlfusion.store import CachePath, Entry, FeatureStore, Missing, missing_byte
 from mlfusion.system import disk
 
 TRIAL_SECONDS = 5.0  # of measuring, after a first batch that does not count
-FILES = {"entry": 7, "stream": 3, "shard": 2}  # files of each
+FILES = {"entry": 7, "stream": 2, "shard": 2}  # files of each; Zarr adds one that describes the stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def _planned(job: Job, entry: Entry | None, missing: Missing, batch_size: int) -
     images = np.zeros(count, bool)
     files = 0 if entry else FILES["entry"]
     for stream, shards in missing.items():
-        files += FILES["shard"] * len(shards) + (FILES["stream"] if len(shards) == stream.shards else 0)
+        files += FILES["shard"] * len(shards) + ((FILES["stream"] + (stream.format == "zarr")) if len(shards) == stream.shards else 0)
         for shard in shards:
             rows = stream.rows(shard)
             images[rows.start : rows.stop] = True

@@ -1,4 +1,4 @@
-"""Each fault is tried a few times in `make test`, and many times with MLFUSION_FAULTS=long; trials and losses are counted."""
+"""Each fault is tried a few times in `make test`, and many times in the long form; trials and losses are counted."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiers
 
 from mlfusion.store import stream
 
@@ -18,11 +19,11 @@ FIGURES: dict[str, dict[str, Any]] = {}  # what else was counted, by the name of
 
 
 @pytest.fixture
-def many() -> Callable[[int, int], int]:
-    """How often to try: `many(short, long)`."""
-    from workers import LONG  # once it is to be rewritten
-
-    return lambda short, long: long if LONG else short
+def many(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """How often to try: `many(short, long)`; the short number once the minutes of `make test-all` are over."""
+    if tiers.LONG and not (in_time := tiers.in_time()):
+        request.node.user_properties.append(("cut", "yes"))
+    return lambda short, long: long if tiers.LONG and in_time else short
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from workers import IMAGES, LONG, extract, numbers, spec, whole
+from tiers import LONG
+from workers import IMAGES, extract, numbers, spec, whole
 
 import mlfusion
 from mlfusion.store import FeatureStore, TokenReader
@@ -33,7 +34,7 @@ class Opened(torch.utils.data.Dataset):
         return rows, self.reader[rows], os.getpid(), [name for name in FOREIGN if name in sys.modules]
 
 
-# (way, workers, opened in the parent, the parent has read): all in the long form, of which these stand in `make test`.
+# (way, workers, opened in the parent, the parent has read): all in the long form, of which `make test` has these.
 SHORT = [
     ("fork", 2, True, True),
     ("fork", 2, False, True),
@@ -79,9 +80,7 @@ def test_a_dataloader(way, workers, opened, read, trial, tmp_path):
     whole(tmp_path / "cache")
 
 
-@pytest.mark.skipif(
-    not LONG, reason="in the long form; a worker above looks as well, and test_house.py at every import"
-)
+@pytest.mark.long  # a worker above looks as well, and test_house.py at every import
 def test_no_library_that_a_fork_would_hang(trial):
     """Importing every room, extracting, verifying and reading bring in none of them."""
     rooms = [
@@ -108,6 +107,9 @@ print(*sorted(name for name in sys.argv[1:] if name in sys.modules))
             capture_output=True,
             text=True,
             check=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]),
+            },
         )
         assert said.stdout.split() == []

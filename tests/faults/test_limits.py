@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from workers import LONG, MODEL, NAMES, Child, extract, samples
+from tiers import LONG
+from workers import MODEL, NAMES, Child, extract, samples
 
 from mlfusion.errors import MlfusionError
 from mlfusion.specs.identity import DataSpec, FeatureSpec

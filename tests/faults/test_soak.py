@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from test_kills import at_change
-from workers import LONG, PAIRS, UNUSABLE, Child, extract, files, litter, numbers, right, spec, whole
+from tiers import LONG
+from workers import PAIRS, UNUSABLE, Child, extract, files, litter, numbers, right, spec, whole
 
 from mlfusion.errors import MlfusionError
 from mlfusion.store import Entry, FeatureStore, gap, leases

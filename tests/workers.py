@@ -23,7 +23,6 @@ from mlfusion.store import Entry, FeatureStore, Names, Samples
 from mlfusion.store.verify import verify_entry
 from mlfusion.system import disk
 
-LONG = os.environ.get("MLFUSION_FAULTS") == "long"  # here, as there are two conftests and a new process finds the other
 IMAGES = 44
 KINDS = {"cls": 1, "ap": 1, "all": 17}  # tokens of each
 WIDTH = 4
