@@ -81,7 +81,7 @@ class LiteralLinear(nn.Module):
         return {"weight": self.classifier.weight, "bias": self.classifier.bias}
 
 
-Literal = TypeVar("Literal", LiteralAttentive, LiteralLinear)
+Literal = TypeVar("Literal", bound=LiteralAttentive | LiteralLinear)
 
 
 @torch.no_grad()

@@ -212,7 +212,11 @@ def test_minima_are_found_each_for_itself() -> None:
     together = minimise(function, start)
     torch.testing.assert_close(together, centres, rtol=0, atol=1e-4)
     for k in range(4):
-        alone = minimise(lambda x, _, k=k: function(x, torch.tensor([k])), start[k : k + 1])
+
+        def one(x: torch.Tensor, _: torch.Tensor, k: int = k) -> tuple[torch.Tensor, torch.Tensor]:
+            return function(x, torch.tensor([k]))
+
+        alone = minimise(one, start[k : k + 1])
         torch.testing.assert_close(alone[0], together[k], rtol=0, atol=1e-9)
 
 

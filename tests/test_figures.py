@@ -555,7 +555,7 @@ def test_a_record_cannot_be_changed_and_an_absent_value_is_no_number() -> None:
         with pytest.raises(TypeError, match=f"{name} of a record is .* not a number"):
             record.number(name)
     with pytest.raises(TypeError):
-        record["test"] = 2  # type: ignore[index]
+        record["test"] = 2
     assert dict(record.extended(test=2).without("gain")) == {"probe": BASE, "test": 2} and record["test"] == 1
 
 

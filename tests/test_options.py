@@ -59,7 +59,7 @@ def test_every_field_is_defined_and_classified(kind: type[Options]) -> None:
         assert re.match(r"[A-Z]", one.help), f"the help of {name} is a sentence"
         assert not re.match(r"(Of|That|Which|As|Where|Likewise)\b", one.help), name
         assert one.help.endswith("."), name
-    assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert kind.__dataclass_params__.frozen
 
 
 def test_no_name_means_two_options_of_one_stage() -> None:
@@ -169,7 +169,7 @@ def typed(line: str, **kinds: type[Options]) -> dict[str, Options]:
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in kinds.items()
     ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(parameters)
     app = typer.Typer()
     app.command()(with_options(run))
     done = CliRunner().invoke(app, shlex.split(line)[2:])

@@ -24,11 +24,11 @@ from torch import Tensor
 from mlfusion.errors import BadData
 from mlfusion.probing import losses
 from mlfusion.probing.heads import HEADS, Attentive, HeadShape, Linear
-from mlfusion.probing.training import batches, population
+from mlfusion.probing.training import batches, population, precision
 from mlfusion.probing.training.batches import Schedule, Tokens
 from mlfusion.probing.training.optimizer import AdamW, cosine
 from mlfusion.probing.training.population import Configuration, Layout, Needs, Population, TrainingData
-from mlfusion.probing.training.precision import Numerics, has_fast_bfloat16, resolve
+from mlfusion.probing.training.precision import Numerics, resolve
 from mlfusion.specs.names import Head
 from mlfusion.system.memory import Footprint
 
@@ -369,9 +369,16 @@ def test_narrow_products_change_scores_little_and_keep_parameters_wide(head: Hea
     assert 0 < gap < 0.2  # other products, but the same training
 
 
-def test_the_faster_precision_is_taken_where_none_is_asked_for() -> None:
+@pytest.mark.parametrize(("seconds", "auto"), [(0.5, "bfloat16"), (0.8, "float32"), (2.0, "float32")])
+def test_the_faster_precision_is_taken_where_none_is_asked_for(
+    seconds: float, auto: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a product takes one second in float32, and so many in bfloat16."""
+    ticks = itertools.accumulate(at for each in (1.0, seconds) for _ in range(6) for at in (0.0, each))
+    monkeypatch.setattr(precision, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(precision, "has_fast_bfloat16", precision.has_fast_bfloat16.__wrapped__)  # measured once, else
     assert resolve("float32", "cpu") == "float32" and resolve("bfloat16", "cpu") == "bfloat16"
-    assert resolve("auto", "cpu") == ("bfloat16" if has_fast_bfloat16("cpu") else "float32")
+    assert resolve("auto", "cpu") == auto
 
 
 # --- groups and streams ----------------------------------------------------------------------------------------------

@@ -171,8 +171,8 @@ def test_features_of_the_fast_path_are_near(embedded: Path) -> None:
     exact, fast = processors(embedded)
     pairs = [(layer, kind) for layer in range(1, 9) for kind in ("cls", "ap")]
     one = backbone(exact([opened(data) for data in photographs()]), pairs)
-    pixels = [fast.from_jpeg(data) for data in photographs()]
-    other = backbone(fast.finish(torch.from_numpy(np.stack(pixels))), pairs)
+    pixels = [torch.from_numpy(fast.from_jpeg(data)) for data in photographs()]
+    other = backbone(fast.finish(torch.stack(pixels)), pairs)
     assert max(apart(one[pair], other[pair]) for pair in pairs) < 2e-3
 
 

@@ -349,7 +349,10 @@ def test_cka_by_gram_matrices(debiased: bool) -> None:
     tokens = np.stack([x, x**2, np.abs(x)], axis=1).astype(np.float16)
     found = statistics.layer_cka(tokens, debiased=debiased)
     want = [
-        [_by_gram(*(tokens[:, i].astype(float) for i in pair), debiased) for pair in ((i, 0), (i, 1), (i, 2))]
+        [
+            _by_gram(tokens[:, a].astype(float), tokens[:, b].astype(float), debiased)
+            for a, b in ((i, 0), (i, 1), (i, 2))
+        ]
         for i in range(3)
     ]
     np.testing.assert_allclose(found, want, rtol=1e-8)
@@ -422,7 +425,7 @@ def test_representations_that_cannot_be_compared() -> None:
     for kernel in ("linear", "rbf"):
         assert np.isnan(statistics.cka(np.ones((5, 2)), np.arange(10.0).reshape(5, 2), kernel=kernel))
     with pytest.raises(UnknownName, match="no kernel named 'cosine'"):
-        statistics.cka(np.ones((5, 2)), np.ones((5, 2)), kernel="cosine")  # type: ignore[arg-type]
+        statistics.cka(np.ones((5, 2)), np.ones((5, 2)), kernel="cosine")
 
 
 def test_importing_statistics_starts_neither_scipy_nor_torch() -> None:

@@ -131,7 +131,9 @@ def _planned(job: Job, entry: Entry | None, missing: Missing, batch_size: int) -
     images = np.zeros(count, bool)
     files = 0 if entry else FILES["entry"]
     for stream, shards in missing.items():
-        files += FILES["shard"] * len(shards) + ((FILES["stream"] + (stream.format == "zarr")) if len(shards) == stream.shards else 0)
+        files += FILES["shard"] * len(shards)
+        if len(shards) == stream.shards:  # nothing of it is there
+            files += FILES["stream"] + (stream.format == "zarr")
         for shard in shards:
             rows = stream.rows(shard)
             images[rows.start : rows.stop] = True
