@@ -106,7 +106,7 @@ def test_a_number_by_hand(tmp_path: Path) -> None:
         red[split] = np.array([np.asarray(Image.open(file))[..., 0].mean() for file in files[split]])
         lines = [f"{file.relative_to(data)},{number}" for file, number in zip(files[split], red[split], strict=True)]
         (data / f"{split}.csv").write_text("\n".join(["path,redness", *lines]) + "\n")
-    reading = mlfusion.Reading(label_column="redness", target="number")
+    reading = mlfusion.ReadOptions(label_column="redness", target="number")
     mlfusion.extract(str(tmp_path / "vit"), str(data), reading=reading, dtype="float32")
     [row] = mlfusion.probe(str(data), probes="ap-last/ridge", grid="quick", seeds=(0,), save=True).rows
     folder = Path("results/probes") / row.id
