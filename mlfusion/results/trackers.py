@@ -4,15 +4,16 @@ A tracker is given every row when it is saved, and can be given them later; the 
 row, with the row's id, so that a chart leads back to it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from msgspec import to_builtins
+
 from mlfusion.errors import Unavailable, UnknownName
 from mlfusion.results import Row
-from mlfusion.results.rows import fields
 
 
 class Tracker(Protocol):
@@ -34,7 +35,9 @@ def settings(row: Row) -> dict[str, str | int | float]:
 def scores(row: Row) -> dict[str, float]:
     """The numbers that came out, as fractions; and seconds."""
     found = {"test": row.test, "val": row.val, "train": row.train, "seconds": row.seconds}
-    return found | {f"metrics.{name}": value for name, value in fields(row.metrics) if isinstance(value, float)}
+    return found | {
+        f"metrics.{name}": value for name, value in to_builtins(row.metrics).items() if isinstance(value, float)
+    }
 
 
 def layers(row: Row) -> dict[str, dict[int, float]]:
@@ -58,9 +61,8 @@ class TensorBoard:
 
     def __init__(self, where: str) -> None:
         """`where` is the folder; default runs."""
-        with _needs("tensorboard", "TensorBoard"):
-            from torch.utils.tensorboard.writer import SummaryWriter
-        self.folder, self._writer = Path(where or "runs"), SummaryWriter
+        self.folder = Path(where or "runs")
+        self._writer = _imported("torch.utils.tensorboard.writer", "tensorboard", "TensorBoard").SummaryWriter
 
     def log(self, row: Row) -> None:
         from torch.utils.tensorboard.summary import hparams
@@ -84,9 +86,7 @@ class WandB:
 
     def __init__(self, where: str) -> None:
         """`where` is the project; default mlfusion."""
-        with _needs("wandb", "Weights & Biases"):
-            import wandb
-        self.project, self._wandb = where or "mlfusion", wandb
+        self.project, self._wandb = where or "mlfusion", _imported("wandb", "wandb", "Weights & Biases")
 
     def log(self, row: Row) -> None:
         run = self._wandb.init(
@@ -113,10 +113,8 @@ class MLflow:
 
     def __init__(self, where: str) -> None:
         """`where` is the tracking URI; default MLflow's own, such as $MLFLOW_TRACKING_URI."""
-        with _needs("mlflow", "MLflow"):
-            import mlflow
-        self._client = mlflow.MlflowClient(tracking_uri=where or None)
-        self._mlflow, self._experiment = mlflow, ""
+        self._mlflow, self._experiment = _imported("mlflow", "mlflow", "MLflow"), ""
+        self._client = self._mlflow.MlflowClient(tracking_uri=where or None)
 
     def log(self, row: Row) -> None:
         entities, client = self._mlflow.entities, self._client
@@ -136,11 +134,7 @@ class MLflow:
         client.set_terminated(run.info.run_id)
 
 
-TRACKERS: dict[str, type[TensorBoard] | type[WandB] | type[MLflow]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WandB,
-    "mlflow": MLflow,
-}
+TRACKERS: dict[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
 def open_trackers(words: str | Sequence[str]) -> list[Tracker]:
@@ -168,10 +162,9 @@ def log_rows(rows: Iterable[Row], trackers: Sequence[Tracker], done: Callable[[]
         done()
 
 
-@contextmanager
-def _needs(extra: str, product: str) -> Iterator[None]:
+def _imported(module: str, extra: str, product: str) -> Any:
     try:
-        yield
+        return import_module(module)
     except ImportError as err:
         raise Unavailable(
             f"{product} is not installed ({err}). Install it with: pip install 'mlfusion[{extra}]', or leave "

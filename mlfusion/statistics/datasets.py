@@ -73,11 +73,7 @@ def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> S
     """Are differences, one a data set, above 0? One-sided unless told otherwise; exact for up to 50 without ties
     (for up to 9 with), else by the normal approximation.
 
-    Differences of exactly 0 are left out, as Wilcoxon did.
-
-    Args:
-        differences: such as means over seeds of the gains, as fractions.
-        alternative: 'greater', 'less' or 'two-sided'.
+    Differences of exactly 0 are left out, as Wilcoxon did. `alternative` is 'greater', 'less' or 'two-sided'.
 
     Raises:
         BadData: fewer than six that are not 0.
@@ -85,35 +81,26 @@ def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> S
     from scipy.stats import wilcoxon as test
 
     held = np.asarray(differences, np.float64)
-    if reason := _too_few(int(np.count_nonzero(held)), len(held)):
-        raise BadData(reason)
-    given = np.round(
-        held[held != 0], 12
-    )  # differences of what was rounded to the same digits tie only up to the last bit
+    # Differences of what was rounded to the same digits tie only up to the last bit.
+    given = np.round(held[held != 0], 12)
+    if len(given) < FEWEST:
+        equal = f" ({len(held) - len(given)} of {len(held)} are exactly 0)" if len(given) < len(held) else ""
+        raise BadData(
+            f"a signed-rank test of {len(given)} data set{'s' if len(given) != 1 else ''}{equal} is refused: with fewer than "
+            f"{FEWEST} it cannot give a two-sided p below 0.05, whatever they show. Probe more data sets, or look at each with "
+            "`mlfusion results compare`, which tests over images"
+        )
     tied = len(np.unique(np.abs(given))) < len(given)
     # With ties SciPy's exact p-value goes through all 2ⁿ signs, which takes it half a second from twelve on.
     p = float(test(given, alternative=alternative, method="asymptotic" if tied and len(given) > 9 else "auto").pvalue)
     return Signed(len(held), float(held.mean()), float(np.median(held)), p, alternative)
 
 
-def _too_few(differing: int, n: int) -> str | None:
-    if differing >= FEWEST:
-        return None
-    equal = f" ({n - differing} of {n} are exactly 0)" if differing < n else ""
-    return (
-        f"a signed-rank test of {differing} data set{'s' if differing != 1 else ''}{equal} is refused: with fewer than "
-        f"{FEWEST} it cannot give a two-sided p below 0.05, whatever they show. Probe more data sets, or look at each with "
-        "`mlfusion results compare`, which tests over images"
-    )
-
-
 def adjust(p: Sequence[float]) -> np.ndarray:
     """p-values adjusted so that of those below α at most that part is false on average (Benjamini and Hochberg 1995)."""
     from scipy.stats import false_discovery_control
 
-    held = np.asarray(p, np.float64)
-    adjusted: np.ndarray = false_discovery_control(held, method="bh") if len(held) else held
-    return adjusted
+    return false_discovery_control(p, method="bh") if len(p) else np.empty(0)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -129,9 +116,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
 def against(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> list[Against]:
     """Several probes against one baseline: one-sided signed-rank tests, adjusted together.
 
-    Args:
-        gains: of each probe its gains over the baseline, one a data set (means over seeds).
-        level: of the false discoveries.
+    `gains` holds each probe's gains over the baseline, one a data set (means over seeds); `level` is that of false discoveries.
     """
     found: dict[str, float] = {}
     refused: dict[str, str] = {}
@@ -159,9 +144,7 @@ def against(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> li
 def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> Ranking:
     """Mean ranks, and which of them differ.
 
-    Args:
-        scores: of each probe its score on each data set, all on the same ones in the same order; the higher the better.
-        level: of the critical difference.
+    `scores` holds each probe's score on each data set, all on the same ones in the same order; the higher the better.
 
     Raises:
         BadData: fewer than three probes or six data sets, or not every probe on every data set.
