@@ -181,7 +181,7 @@ class Results:
         """What was saved beside the row: probabilities [n_test, C], attention [n_test, T], labels [n_test].
 
         Raises:
-            ResultsUnusable: nothing was, or it cannot be read; says how to make it again.
+            ResultsUnusable: nothing was; says how to make it again.
         """
         path = self._arrays_of(row)
         try:
@@ -213,7 +213,7 @@ class Results:
             arrays: that folder; what lies beside those rows is copied first.
 
         Raises:
-            ResultsUnusable: a row is none.
+            ResultsUnusable: one of them is no row.
         """
         offered = list(rows)
         for number, row in enumerate(offered, 1):
@@ -341,32 +341,34 @@ class Results:
         except (OSError, sqlite3.Error) as err:
             name = getattr(err, "sqlite_errorname", "")
             why = getattr(err, "strerror", None) or str(err)
+            cannot = f"cannot {doing} results in {str(self.root)!r}: {why}"
             if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
-                raise ResultsUnusable(
+                said = (
                     f"{self.path} is damaged ({why}). Keep a copy, and save what can be read with SQLite's own tool: "
                     f"sqlite3 {self.path} .recover | sqlite3 recovered.sqlite; or name another folder with --results PATH"
-                ) from err
-            if name.startswith(("SQLITE_BUSY", "SQLITE_PROTOCOL", "SQLITE_IOERR_LOCK", "SQLITE_IOERR_UNLOCK")):
-                raise ResultsUnusable(
-                    f"cannot {doing} results in {str(self.root)!r}: {why}. Another process holds them for over "
-                    f"{PATIENCE:.0f} s, or this file system has no locks: keep results on a local disk with --results PATH, "
-                    "and bring them together with `mlfusion results import PATH`"
-                ) from err
-            if doing == "read" and name in ("SQLITE_READONLY_ROLLBACK", "SQLITE_READONLY_RECOVERY", "SQLITE_CANTOPEN"):
-                raise ResultsUnusable(
-                    f"cannot read results in {str(self.root)!r}: {why}. A writer was stopped in the middle and what it began "
-                    "must be undone first, for which this folder may not be written: open it once with "
-                    "`mlfusion results ls` where it may, or copy it"
-                ) from err
-            if doing == "save":
-                raise ResultsUnusable(
-                    f"cannot save results in {str(self.root)!r}: {why}. Nothing was lost but this row; "
-                    "make room there or allow writing, or name another folder with --results PATH, and run it again"
-                ) from err
-            raise ResultsUnusable(
-                f"cannot read results in {str(self.root)!r}: {why}; allowed: a folder that `mlfusion probe` wrote "
-                "(results by default)"
-            ) from err
+                )
+            elif name.startswith(("SQLITE_BUSY", "SQLITE_PROTOCOL", "SQLITE_IOERR_LOCK", "SQLITE_IOERR_UNLOCK")):
+                said = (
+                    f"{cannot}. Another process holds them for over {PATIENCE:.0f} s, or this file system has no locks: keep "
+                    "results on a local disk with --results PATH, and bring them together with `mlfusion results import PATH`"
+                )
+            elif doing == "read" and name in (
+                "SQLITE_READONLY_ROLLBACK",
+                "SQLITE_READONLY_RECOVERY",
+                "SQLITE_CANTOPEN",
+            ):
+                said = (
+                    f"{cannot}. A writer was stopped in the middle and what it began must be undone first, for which this "
+                    "folder may not be written: open it once with `mlfusion results ls` where it may, or copy it"
+                )
+            elif doing == "save":
+                said = (
+                    f"{cannot}. Nothing was lost but this row; make room there or allow writing, or name another folder with "
+                    "--results PATH, and run it again"
+                )
+            else:
+                said = f"{cannot}; allowed: a folder that `mlfusion probe` wrote (results by default)"
+            raise ResultsUnusable(said) from err
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -423,11 +425,8 @@ def _newer(connection: sqlite3.Connection, rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         last.pop(row.id, None)
         last[row.id] = row
-    held = {}
-    for row_id in last:
-        found = connection.execute("SELECT created FROM results WHERE id = ?", (row_id,)).fetchone()
-        held[row_id] = found[0] if found else ""
-    return [row for row_id, row in last.items() if row.created > held[row_id]]
+    newest = "SELECT coalesce(max(created), '') FROM results WHERE id = ?"
+    return [row for row in last.values() if row.created > connection.execute(newest, (row.id,)).fetchone()[0]]
 
 
 def _where(

@@ -21,18 +21,14 @@ log = logging.getLogger(__name__)
 FORMS = ("csv", "parquet", "jsonl")
 
 
-def flat(row: Row) -> dict[str, Any]:
-    """A row with no object in it: {"metrics": {"loss": 0.1}} → {"metrics.loss": 0.1}. Lists stay lists."""
+def flat(part: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A row's object with no object in it: {"metrics": {"loss": 0.1}} → {"metrics.loss": 0.1}. Lists stay lists."""
     found: dict[str, Any] = {}
-
-    def lay(part: Mapping[str, Any], prefix: str) -> None:
-        for name, value in part.items():
-            if isinstance(value, Mapping):
-                lay(value, f"{prefix}{name}.")
-            else:
-                found[prefix + name] = list(value) if isinstance(value, tuple) else value
-
-    lay(msgspec.to_builtins(row), "")
+    for name, value in part.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
     return found
 
 
@@ -40,7 +36,7 @@ def frame(rows: Iterable[Row]) -> "pandas.DataFrame":
     """One line a row, one column a field; a field that a row has not is missing there."""
     import pandas
 
-    held = [flat(row) for row in rows]
+    held = [flat(msgspec.to_builtins(row)) for row in rows]
     columns: dict[str, Any] = {name: [one.get(name) for one in held] for name in _columns(held)}
     for name, values in columns.items():
         given = [value for value in values if value is not None]
@@ -84,7 +80,7 @@ def _draft(rows: list[Row], path: Path, form: str) -> None:
         if form == "jsonl":
             file.writelines(encode(row).decode() + "\n" for row in rows)
             return
-        held = [flat(row) for row in rows]
+        held = [flat(msgspec.to_builtins(row)) for row in rows]
         table = csv.DictWriter(file, _columns(held), lineterminator="\n")
         table.writeheader()
         for one in held:

@@ -96,6 +96,14 @@ def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> S
     return Signed(len(held), float(held.mean()), float(np.median(held)), p, alternative)
 
 
+def wilcoxon_or_reason(differences: Sequence[float], alternative: str = "greater") -> Signed | str:
+    """The test, or why it is refused."""
+    try:
+        return wilcoxon(differences, alternative=alternative)
+    except BadData as err:
+        return str(err)
+
+
 def adjust(p: Sequence[float]) -> np.ndarray:
     """p-values adjusted so that of those below α at most that part is false on average (Benjamini and Hochberg 1995)."""
     from scipy.stats import false_discovery_control
@@ -118,13 +126,8 @@ def against(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> li
 
     `gains` holds each probe's gains over the baseline, one a data set (means over seeds); `level` is that of false discoveries.
     """
-    found: dict[str, float] = {}
-    refused: dict[str, str] = {}
-    for name, held in gains.items():
-        try:
-            found[name] = wilcoxon(held).p
-        except BadData as err:
-            refused[name] = str(err)
+    tests = {name: wilcoxon_or_reason(held) for name, held in gains.items()}
+    found = {name: test.p for name, test in tests.items() if isinstance(test, Signed)}
     adjusted = dict(zip(found, adjust(list(found.values())).tolist(), strict=True))
     return [
         Against(
@@ -135,7 +138,7 @@ def against(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> li
             found.get(name),
             adjusted.get(name),
             adjusted.get(name, 1.0) < level,
-            refused.get(name),
+            None if name in found else str(tests[name]),
         )
         for name, held in gains.items()
     ]
@@ -170,7 +173,8 @@ def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> R
     critical = float(studentized_range.ppf(1 - level, k, np.inf)) / sqrt(2) * unit
     order = np.argsort(ranks, kind="stable").tolist()
     two = list(combinations(order, 2))
-    signed = holm([_two_sided(table[a] - table[b]) for a, b in two])
+    tests = [wilcoxon_or_reason((table[a] - table[b]).tolist(), "two-sided") for a, b in two]
+    signed = holm([test.p if isinstance(test, Signed) else 1.0 for test in tests])  # of too few nothing is claimed
     pairs = tuple(
         Pair(names[a], names[b], float(studentized_range.sf(abs(ranks[a] - ranks[b]) / unit * sqrt(2), k, np.inf)), p)
         for (a, b), p in zip(two, signed.tolist(), strict=True)
@@ -186,14 +190,6 @@ def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> R
         tuple(tuple(names[i] for i in order[a:b]) for a, b in _groups(ranks[order], critical)),
         pairs,
     )
-
-
-def _two_sided(differences: np.ndarray) -> float:
-    """Of few that differ, 1: nothing is claimed."""
-    try:
-        return wilcoxon(differences.tolist(), alternative="two-sided").p
-    except BadData:
-        return 1.0
 
 
 def _groups(ranks: np.ndarray, critical: float) -> list[tuple[int, int]]:

@@ -11,7 +11,6 @@ import numpy as np
 
 from mlfusion.errors import BadData, UnknownName
 
-BINS = 15
 TOP = 5
 _BLOCK = 4_000_000  # weights held at a time: 32 MB
 _TINY = 6e-8  # the least that a float16 can be: probabilities are kept as such
@@ -43,8 +42,7 @@ class Bootstrap:
         if images < 2:
             raise BadData(f"{images} test image cannot be resampled; allowed: two or more")
 
-        def statistic(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
-            drawn = np.moveaxis(drawn, axis, -1)
+        def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:  # which SciPy always makes the last
             flat = drawn.reshape(-1, drawn.shape[-1]).astype(np.int64)
             offsets = images * np.arange(len(flat))[:, None]
             weights = np.bincount((flat + offsets).ravel(), minlength=images * len(flat)).reshape(len(flat), images)
@@ -168,7 +166,7 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
     `labels` are classes [N], `a` and `b` probabilities [N, C].
 
     Raises:
-        BadData: they are not, or not of the same images.
+        BadData: they are something else, or not of the same images.
     """
     from scipy.stats import binomtest
 
@@ -182,7 +180,7 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
     return McNemar(both, only_a, only_b, neither, p)
 
 
-def calibration(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = BINS) -> Calibration:
+def calibration(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> Calibration:
     """The expected calibration error in bins of equal width (Guo et al. 2017, arXiv 1706.04599), and the curve behind it.
 
     `labels` are classes [N], `probabilities` [N, C].
@@ -272,10 +270,6 @@ def _own(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     return np.take_along_axis(probabilities, labels[:, None], axis=1)
 
 
-def _loss(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
-    return _average(-np.log(np.maximum(_own(labels, probabilities)[:, 0].astype(np.float64), _TINY)))
-
-
 def _mean_average_precision(labels: np.ndarray, scored: np.ndarray) -> Measure:
     """The area under precision against recall without interpolation; images with the same score count together."""
     orders, ends = [], []
@@ -326,7 +320,7 @@ METRICS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
         "accuracy": lambda labels, probabilities: _average(probabilities.argmax(1) == labels),
         "top5": lambda labels, p: _average((p > _own(labels, p)).sum(1) < TOP),
         "macro_f1": _macro_f1,
-        "loss": _loss,
+        "loss": lambda labels, p: _average(-np.log(np.maximum(_own(labels, p)[:, 0].astype(np.float64), _TINY))),
     },
     "labels": {"mean_average_precision": _mean_average_precision},
     "number": {

@@ -5,16 +5,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import fsum, sqrt
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import msgspec
 import numpy as np
 
 from mlfusion.errors import BadData, ResultsUnusable
 from mlfusion.results import Results, Row
+from mlfusion.results.database import RowFilter
 from mlfusion.specs.names import ALIASES
 from mlfusion.statistics import images
-from mlfusion.statistics.datasets import Against, Ranking, Signed, against, ranking, wilcoxon
+from mlfusion.statistics.datasets import Against, Ranking, Signed, against, ranking, wilcoxon_or_reason
 from mlfusion.statistics.images import BOOTSTRAP, Bootstrap, Calibration, Difference, Interval, McNemar
 
 
@@ -137,11 +138,8 @@ def compare(
 ) -> Comparison:
     """Two probes on the same test images: scores, the paired difference, and how sure it is.
 
-    Args:
-        results: where the rows are, and what each test image got.
-        a: a row, or rows of one probe, one a seed.
-        b: likewise; of several seeds those that both have count.
-        bootstrap: how images are resampled.
+    `a` and `b` are a row each, or rows of one probe, one a seed: of several seeds those that both have count. `results` hold
+    what each test image got.
 
     Raises:
         BadData: the two cannot be compared: other data, images, metric or protocol.
@@ -210,14 +208,7 @@ def compare_probes(
 
 
 def compare_named(
-    results: Results,
-    a: str,
-    b: str,
-    *,
-    model: str | None = None,
-    dataset: str | None = None,
-    grid: str | None = None,
-    bootstrap: Bootstrap = BOOTSTRAP,
+    results: Results, a: str, b: str, *, bootstrap: Bootstrap = BOOTSTRAP, **chosen: Unpack[RowFilter]
 ) -> list[Comparison]:
     """What `mlfusion results compare` shows: probes in every setting of the chosen rows; or, if either is an id, two results.
 
@@ -228,8 +219,7 @@ def compare_named(
     """
     probe_a, probe_b = _probe_name(a), _probe_name(b)
     if probe_a and probe_b:
-        rows = results.require(model=model, dataset=dataset, grid=grid)
-        return compare_probes(results, rows, probe_a, probe_b, bootstrap=bootstrap)
+        return compare_probes(results, results.require(**chosen), probe_a, probe_b, bootstrap=bootstrap)
     return [compare(results, results.named(a), results.named(b), bootstrap=bootstrap)]
 
 
@@ -243,13 +233,7 @@ def over_datasets(compared: Sequence[Comparison]) -> dict[str, Signed | str]:
     gains: dict[str, list[float]] = defaultdict(list)
     for one in compared:
         gains[one.model].append(one.gain.mean)
-    found: dict[str, Signed | str] = {}
-    for model, held in gains.items():
-        try:
-            found[model] = wilcoxon(held)
-        except BadData as err:
-            found[model] = str(err)
-    return found
+    return {model: wilcoxon_or_reason(held) for model, held in gains.items()}
 
 
 @dataclass(frozen=True)
@@ -265,10 +249,8 @@ class Rank:
 def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> Rank:
     """Rank the probes of one model and setting over the data sets that most of them have, by mean test scores.
 
-    Args:
-        rows: of one model, grid and metric; several seeds of a probe are averaged.
-        baseline: the probe that gains are counted from, by its name or alias.
-        level: confidence level of the tests: 0.95 means p below 0.05.
+    Several seeds of a probe are averaged. `baseline` is the name or alias of the probe that gains are counted from, `level` the
+    confidence level of the tests: 0.95 means p below 0.05.
 
     Raises:
         BadData: the scores do not belong in one table, or the data sets are too few.
@@ -279,9 +261,8 @@ def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> Rank:
     order = sorted(most)
     scores = {probe: [sets[name] for name in order] for probe, sets in whole.items()}
     base = scores.get(baseline, [])
-    gains = {
-        p: [x - y for x, y in zip(held, base, strict=True)] for p, held in scores.items() if base and p != baseline
-    }
+    others = {probe: held for probe, held in scores.items() if base and probe != baseline}
+    gains = {probe: np.subtract(held, base).tolist() for probe, held in others.items()}
     return Rank(
         ranking=ranking(scores, level=1 - level),
         against=tuple(against(gains, level=1 - level)),
@@ -361,15 +342,11 @@ def _comparable(a: Row, b: Row) -> None:
 
 
 def _marks(a: Sequence[Row], b: Sequence[Row]) -> tuple[str, ...]:
-    """What differs between the two beside the probe, and may be why their scores do."""
+    """What differs between the two beside the probe, and may be why their scores do; 'none' of options that were not used."""
     told: list[str] = []
+    held = [[msgspec.to_builtins(row) for row in rows] for rows in (a, b)]  # which leave out options at their default
     for name in ("seed", "grid", "code", "protocol", "device", "precision", "shots", "halving", "smoothing"):
-        of_a, of_b = (sorted({_said(getattr(row, name)) for row in rows}) for rows in (a, b))
+        of_a, of_b = (sorted({str(row.get(name, "none")) for row in rows}) for rows in held)
         if of_a != of_b:
             told.append(f"{name}: {', '.join(of_a)} against {', '.join(of_b)}")
     return tuple(told)
-
-
-def _said(value: object) -> str:
-    """The value of a row's option; 'none' of one that was not used."""
-    return "none" if value is None or value is False else str(value)
