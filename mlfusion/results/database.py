@@ -95,9 +95,8 @@ class Results:
     def append(self, row: Row, arrays: Mapping[str, np.ndarray] | None = None) -> None:
         """Save a row for good, its arrays first: a row that can be read has its arrays.
 
-        Args:
-            row: every field of `Row`; a row whose id was saved before takes that one's place.
-            arrays: such as probabilities [n_test, C] float16, attention [n_test, T] float16 and labels [n_test].
+        A row whose id was saved before is replaced. Arrays are such as probabilities [n_test, C] float16, attention
+        [n_test, T] float16 and labels [n_test].
 
         Raises:
             ValueError: the row or an array is not one that can be read back.
@@ -156,10 +155,9 @@ class Results:
             return row
         if found:
             raise UnknownName("result", beginning, found, otherwise="Several begin so: give more of the id.")
-        newest = [one["id"] for one in self.listing(limit=5)]
-        if not newest:
-            raise self._nothing({})
-        raise UnknownName("result", beginning, newest, otherwise="These are the newest; all: mlfusion results ls")
+        if newest := [one["id"] for one in self.listing(limit=5)]:
+            raise UnknownName("result", beginning, newest, otherwise="These are the newest; all: mlfusion results ls")
+        raise self._nothing({})
 
     def listing(self, *, limit: int | None = None, **chosen: Unpack[RowFilter]) -> list[dict[str, Any]]:
         """`COLUMNS` of rows, oldest first; of the newest `limit` only. Takes no row apart: quick for a hundred thousand."""
@@ -208,9 +206,7 @@ class Results:
     def take(self, rows: Iterable[Row], arrays: Path | None = None) -> int:
         """Take over rows of elsewhere that are not here, or newer than here, in one commit; how many were.
 
-        Args:
-            rows: whole ones, such as another folder's.
-            arrays: that folder; what lies beside those rows is copied first.
+        `arrays` is the folder of results that has their arrays, which are copied first.
 
         Raises:
             ResultsUnusable: one of them is no row.
@@ -238,8 +234,7 @@ class Results:
     def take_from(self, source: Path) -> tuple[int, int]:
         """Take over results of another folder, with their arrays, or of a file of JSON lines.
 
-        Returns:
-            How many rows were taken over, and how many were here already and are not older.
+        Returns how many rows were taken over, and how many were here already and are not older.
 
         Raises:
             MlfusionError: the source holds no results, or cannot be read.

@@ -195,11 +195,7 @@ def from_object(value: Any) -> Row:
 
 
 def check(row: Row) -> None:
-    """Refuse a row with a value that could not be read back.
-
-    Raises:
-        NotARow: it has one.
-    """
+    """Raise `NotARow` for a row with a value that could not be read back."""
     from_object(msgspec.to_builtins(row))
 
 
