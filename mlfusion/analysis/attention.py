@@ -38,11 +38,7 @@ def maps(row: Row, attention: np.ndarray) -> np.ndarray:
     """Share of each patch in the attention of a probe over all tokens: [images, side, side].
 
     Layers are summed, as are patches that were pooled (grid4 and such) with the patches that they lie on. What is missing to
-    1 went to tokens that are no patch.
-
-    Args:
-        row: of the probe.
-        attention: as kept beside it, [images, tokens].
+    1 went to tokens that are no patch. `attention` is that kept beside the row, [images, tokens].
 
     Raises:
         BadData: the probe reads no patches, or the shapes do not fit.
@@ -109,10 +105,7 @@ class Seen:
 def seen(row: Row, *, cache: CachePath = None, dataset: str | None = None) -> Seen:
     """Find the images that a row was tested on.
 
-    Args:
-        row: which.
-        cache: holds the row's test features, which say which images those are.
-        dataset: where the data set is, if it has moved.
+    `cache` holds the row's test features, which say which images those are; `dataset` says where the data set is now.
 
     Raises:
         BadData: the features are gone, or the images are others than those tested on.
