@@ -12,12 +12,43 @@ from PIL import Image
 from mlfusion import datasets, models
 from mlfusion.errors import BadData, MlfusionError
 from mlfusion.models import preprocessing
-from mlfusion.results import Row
+from mlfusion.report.pictures import mean_layers
+from mlfusion.results import Results, Row
 from mlfusion.specs.identity import GRID_SIDES
 from mlfusion.specs.options import ReadOptions
 from mlfusion.store import CachePath, FeatureStore
 
 MOST_PREFIX = 8  # tokens before the patches: CLS, distillation, registers
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """What the attention of a row shows."""
+
+    row: Row
+    shares: np.ndarray  # [images, tokens]
+    mean_layer: np.ndarray | None  # [images], the mean of layers by attention; None if one layer is read
+    maps: np.ndarray | None  # [images, side, side], as from `maps`; None if no patches are read
+
+
+def attend(results: Results, row_id: str) -> Attended:
+    """The attention of a result (its id, or the beginning of it) on layers and on patches, image by image.
+
+    Raises:
+        BadData: its probe has no attention.
+        UnknownName: no result has such an id.
+    """
+    row = results.named(row_id)
+    held = row.attention
+    if held is None:
+        raise BadData(f"{row.probe} does not attend; allowed: results of attentive probes, such as alf and aat")
+    shares = results.arrays(row)["attention"]
+    return Attended(
+        row,
+        shares,
+        mean_layers(shares, held.layers) if len(set(held.layers)) > 1 else None,
+        maps(row, shares) if any(kind not in ("cls", "ap") for kind in held.kinds) else None,
+    )
 
 
 def side(tokens: int) -> int:

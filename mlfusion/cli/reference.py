@@ -34,19 +34,19 @@ CALLS: dict[str, str] = {
     "cache path": "mlfusion.store.inventory.entry_paths",
     "results ls": "mlfusion.Results.listing",
     "results show": "mlfusion.statistics.certainty",
-    "results compare": "mlfusion.statistics.compare_probes",
+    "results compare": "mlfusion.statistics.compare_named",
     "results rank": "mlfusion.statistics.rank",
     "results export": "mlfusion.results.export.write",
     "results import": "mlfusion.Results.take_from",
     "results rerun": "mlfusion.rerun",
     "results track": "mlfusion.results.trackers.log_rows",
 }
-"""Command → the Python function that does the same; the command only reads its options, calls it, and prints."""
+"""Command → the Python function that does the same; the command reads its options, calls it, and prints."""
 
 HEAD = """# Which commands and options are there?
 
-`python -m mlfusion.cli.reference` writes this page from the definitions in `mlfusion/specs/options.py` and the commands. Do not edit it
-by hand.
+`python -m mlfusion.cli.reference` writes this page from the definitions in `mlfusion/specs/options.py` and the commands. Do
+not edit it by hand.
 
 Every command has a Python function that does the same. Functions of `mlfusion` itself take the fields of the options classes as
 keywords, such as `mlfusion.extract("clip-vit-b16", "dtd", layers="last")`; the other functions take the classes themselves.
@@ -57,7 +57,8 @@ def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
     """Every command with its name as it is typed, 'cache ls', and its parsed form."""
     from mlfusion.cli import app
 
-    for name, command in (group or typer.main.get_command(app)).commands.items():
+    whole: Any = group or typer.main.get_command(app)
+    for name, command in whole.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{before}{name} ")
         else:

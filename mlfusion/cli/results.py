@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlfusion.cli.options import AsJson, Cache, ResultsPath
+from mlfusion.cli.options import AsJson, Cache, ResultsPath, with_options
 from mlfusion.cli.output import print_json, print_rows, say
+from mlfusion.specs.options import FilterOptions
 
 if TYPE_CHECKING:
     from mlfusion.results import Row
@@ -19,25 +20,25 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at res
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only results of this model.")]
 OfDataset = Annotated[str | None, typer.Option("--dataset", "-d", help="Only results on this data set.")]
 OfProbe = Annotated[str | None, typer.Option("--probe", help="Only results of this probe.")]
-OfGrid = Annotated[str | None, typer.Option("--grid", help="Only results of this grid: paper or quick.")]
 RowId = Annotated[str, typer.Argument(help="A result's id, or the beginning of it (mlfusion results ls).")]
 RESULTS = Path("results")
 
 
 @app.command()
+@with_options
 def ls(
-    model: OfModel = None,
-    dataset: OfDataset = None,
+    *,
+    rows: FilterOptions,
     probe: OfProbe = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many, the newest.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Number of results to list, the newest.")] = None,
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
-    """Every result, the newest last: a line each; the newest 100 unless told otherwise, all with --json."""
+    """List results, the newest last: the newest 100 unless --limit says otherwise, all of them with --json."""
     from mlfusion.results import Results
 
     kept = Results(results)
-    place: RowFilter = {"model": model, "dataset": dataset, "probe": probe}
+    place: RowFilter = {"model": rows.model, "dataset": rows.dataset, "grid": rows.grid, "probe": probe}
     found = kept.listing(**place, limit=limit if limit or as_json else 100)
     if as_json:
         print_json({"results": found})
@@ -53,7 +54,7 @@ def ls(
 
 @app.command()
 def show(row: RowId, results: ResultsPath = RESULTS, as_json: AsJson = False) -> None:
-    """One result: where it comes from, how good and how sure, how calibrated, what it confuses, how to make it again."""
+    """Print one result: its sources, scores with intervals, calibration, confusions, and the command that trains it again."""
     from msgspec import to_builtins
 
     from mlfusion.results import Results
@@ -78,12 +79,12 @@ def show(row: RowId, results: ResultsPath = RESULTS, as_json: AsJson = False) ->
 
 
 @app.command()
+@with_options
 def compare(
-    a: Annotated[str, typer.Argument(help="A probe's name, or a result's id.")],
-    b: Annotated[str, typer.Argument(help="The probe or result that gains are counted from.")],
-    model: OfModel = None,
-    dataset: OfDataset = None,
-    grid: OfGrid = None,
+    *,
+    a: Annotated[str, typer.Argument(help="Name of a probe, or id of a result.")],
+    b: Annotated[str, typer.Argument(help="Probe or result that gains are counted from.")],
+    rows: FilterOptions,
     level: Annotated[
         float, typer.Option("--level", min=0.5, max=0.999, help="Confidence level of the intervals.")
     ] = 0.95,
@@ -91,14 +92,14 @@ def compare(
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
-    """A against B on the same test images: scores, paired difference with interval and p-values; over data sets from six on."""
+    """Compare A with B on the same test images: scores, paired differences, intervals and p-values."""
     from mlfusion import statistics
     from mlfusion.report.numbers import p_value, points
     from mlfusion.results import Results
 
     bootstrap = statistics.Bootstrap(level=level, resamples=resamples)
     compared = statistics.compare_named(
-        Results(results), a, b, model=model, dataset=dataset, grid=grid, bootstrap=bootstrap
+        Results(results), a, b, model=rows.model, dataset=rows.dataset, grid=rows.grid, bootstrap=bootstrap
     )
     over = statistics.over_datasets(compared)
     if as_json:
@@ -122,12 +123,11 @@ def compare(
 
 
 @app.command()
+@with_options
 def rank(
-    model: OfModel = None,
-    grid: OfGrid = None,
-    baseline: Annotated[
-        str, typer.Option("--baseline", help="The probe that gains are counted from.")
-    ] = "cls-last/linear",
+    *,
+    rows: FilterOptions,
+    baseline: Annotated[str, typer.Option("--baseline", help="Probe that gains are counted from.")] = "cls-last/linear",
     level: Annotated[
         float,
         typer.Option("--level", min=0.5, max=0.999, help="Confidence level of the tests: 0.95 means p below 0.05."),
@@ -135,12 +135,14 @@ def rank(
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
-    """Probes over data sets: mean ranks with their critical difference, and gains with q-values (six data sets or more)."""
+    """Rank probes over data sets: mean ranks, critical difference, and gains with q-values (from six data sets)."""
     from mlfusion.report.numbers import p_value, percent, points
     from mlfusion.results import Results
     from mlfusion.statistics import rank as rank_probes
 
-    found = rank_probes(Results(results).require(model=model, grid=grid), baseline=baseline, level=level)
+    found = rank_probes(
+        Results(results).require(model=rows.model, dataset=rows.dataset, grid=rows.grid), baseline=baseline, level=level
+    )
     if as_json:
         print_json(asdict(found))
         return

@@ -404,6 +404,15 @@ class PruneOptions(Options):
     dry_run: bool = option(False, flag(), "Print what would be removed and remove nothing.", effect="bit")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FilterOptions(Options):
+    """Which rows are meant."""
+
+    model: str | None = option(None, text(), "Only rows of this model.", effect="bit", short="m")
+    dataset: str | None = option(None, text(), "Only rows on this data set.", effect="bit", short="d")
+    grid: GridName | None = option(None, one_of(GRID_NAMES), "Only rows of this grid: paper or quick.", effect="bit")
+
+
 def command(verb: str, words: Iterable[str] = (), **arguments: str | None) -> str:
     """The `mlfusion` command with these arguments and words, quoted for a shell. Every printed command is written here."""
     named = [word for name, value in arguments.items() if value is not None for word in spelled(name, value)]
