@@ -17,7 +17,7 @@ def extract_command(model: str | None, dataset: str, pairs: Iterable[Pair] = (),
         options: further words, as `feature_words` gives them.
     """
     tokens = ["--tokens", token_words(pairs)] if pairs else []
-    return command("extract", [*options, *tokens], model=model or "MODEL", dataset=dataset)
+    return command("extract", [*tokens, *options], model=model or "MODEL", dataset=dataset)
 
 
 def probe_command(model: str | None, dataset: str, probes: Sequence[str], search: SearchOptions) -> str:
