@@ -30,6 +30,9 @@ __all__ = [
     "weight_files",
 ]
 
+COSMETIC = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype", "torch_dtype"}
+"""Fields of a configuration that cannot change a feature: paths, versions, class names."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -95,11 +98,7 @@ def weight_files(folder: Path) -> list[Path]:
 def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float32", view: str = "plain") -> ModelSpec:
     """Return the identity of this model's features: weights and architecture, from its files, and the other words as given.
 
-    Args:
-        checkpoint: the model's files.
-        preprocess: the `key` of its preprocessing.
-        compute: type of the forward pass.
-        view: name of the view that `preprocess` says, for people.
+    `preprocess` is the `key` of its preprocessing, and `view` the name of the view that it says, for people.
 
     Raises:
         BadModel: a configuration that transformers cannot read.
@@ -108,7 +107,7 @@ def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float3
     return ModelSpec(
         weights=_sha256(tuple(weight_files(checkpoint.folder))),
         revision=checkpoint.revision,
-        config=digest(_architecture(config)),
+        config=digest(_without_cosmetics(config.to_dict())),
         preprocess=preprocess,
         hook=checkpoint.hook,
         compute=compute,
@@ -128,9 +127,7 @@ def shape(checkpoint: Checkpoint) -> Shape:
     """
     config = configuration(checkpoint)
     vision = getattr(config, "vision_config", config)
-    depths, widths, patch, stride = (
-        getattr(vision, name, None) for name in ("depths", "hidden_sizes", "patch_size", "patch_stride")
-    )
+    depths, widths = getattr(vision, "depths", None), getattr(vision, "hidden_sizes", None)
     depth = sum(depths) if isinstance(depths, (list, tuple)) else getattr(vision, "num_hidden_layers", None)
     width = getattr(vision, "hidden_size", None) or (widths[-1] if widths else None)
     if not depth or not width:
@@ -138,8 +135,8 @@ def shape(checkpoint: Checkpoint) -> Shape:
             f"{checkpoint.name} ({config.model_type}) has no depth and width in its configuration (num_hidden_layers and "
             "hidden_size, or depths and hidden_sizes); allowed: vision transformers and residual networks"
         )
-    if stride:  # the number of overlapping patches follows from their distance
-        patch = stride
+    # The number of overlapping patches follows from their distance.
+    patch = getattr(vision, "patch_stride", None) or getattr(vision, "patch_size", None)
     if isinstance(patch, (list, tuple)):
         patch = patch[-1]
     return Shape(int(depth), int(width), int(patch) if isinstance(patch, int) else None)
@@ -170,11 +167,8 @@ def configuration(checkpoint: Checkpoint) -> Any:
         if key not in (known := vision.to_dict()):
             raise UnknownName("setting", key, known)
         old = known[key]
-        if (
-            old is not None
-            and value is not None
-            and not isinstance(value, (type(old), int if type(old) is float else type(old)))
-        ):
+        allowed = (int, float) if type(old) is float else type(old)
+        if old is not None and value is not None and not isinstance(value, allowed):
             raise BadModel(f"{key}={value} is a {type(value).__name__}; allowed: {type(old).__name__}, such as {old}")
         try:
             setattr(vision, key, value)
@@ -183,25 +177,11 @@ def configuration(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def _architecture(config: Any) -> dict[str, Any]:
-    """The configuration without the fields that cannot change a feature: paths, versions, class names."""
-    cosmetic = {
-        "_name_or_path",
-        "transformers_version",
-        "architectures",
-        "id2label",
-        "label2id",
-        "dtype",
-        "torch_dtype",
-    }
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): clean(v) for k, v in value.items() if k not in cosmetic}
-        return value
-
-    cleaned: dict[str, Any] = clean(config.to_dict())
-    return cleaned
+def _without_cosmetics(config: Any) -> Any:
+    """The configuration without the fields that cannot change a feature."""
+    if not isinstance(config, dict):
+        return config
+    return {str(name): _without_cosmetics(value) for name, value in config.items() if name not in COSMETIC}
 
 
 @lru_cache(maxsize=8)

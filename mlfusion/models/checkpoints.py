@@ -15,9 +15,10 @@ from mlfusion.errors import BadModel, first_line
 
 Layout = Literal["transformers", "timm", "open_clip"]
 
+_HUB = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
 WEIGHTS: dict[Layout, tuple[str, ...]] = {
-    "transformers": ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"),
-    "timm": ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"),
+    "transformers": _HUB,
+    "timm": _HUB,
     "open_clip": ("open_clip*.safetensors", "open_clip*.bin", "*.safetensors", "*.bin", "*.pt"),
 }
 """Patterns of the files that hold the weights; the first one that matches files counts."""

@@ -5,10 +5,10 @@ LayerNorm inside a block* (of block ℓ, counted from 0, for ℓ < L) and layer 
 2601.09322; `blocks.i.norm2` and `norm` in timm's words). Other hook points go by name.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from mlfusion import models
 from mlfusion.errors import BadModel
 from mlfusion.models.backbone.anatomy import Anatomy, dissect
-from mlfusion.models.backbone.inputs import Arguments
-from mlfusion.models.backbone.loading import LoadedTower, load
-from mlfusion.models.backbone.reduction import Reducer, count
-from mlfusion.models.backbone.taps import StopForward, Tap
-from mlfusion.models.backbone.tracing import tensor_of
+from mlfusion.models.backbone.loading import LoadedTower, forward_arguments, load
+from mlfusion.models.backbone.taps import Reducer, StopForward, Tap, count
 from mlfusion.models.preprocessing import Preprocessing, read
 from mlfusion.shapes import Float
 from mlfusion.specs.identity import HOOKS, KINDS, Compute, Hook, Pair, TokenKind
@@ -58,7 +55,7 @@ class Backbone:
         loaded = load(checkpoint)
         self._model = loaded.tower.to(self.device)
         shape = models.shape(checkpoint)
-        self._arguments = Arguments(self._model, patch_px=shape.patch_px)
+        self._arguments = partial(forward_arguments, self._model, shape.patch_px)
         pixels = (3, *self.preprocessing.pixels)
         self.anatomy = dissect(self._model, self._arguments, pixels, depth=shape.depth, name=self.name)
         self._refuse_random(loaded)
@@ -135,36 +132,13 @@ class Backbone:
                 raise StopForward
 
         # A convolution may use TF32 by default, which would make the patch embedding's numbers depend on the device.
-        with self._hooked(wanted, read_layer), torch.backends.cudnn.flags(allow_tf32=False), suppress(StopForward):
+        with ExitStack() as hooks, torch.backends.cudnn.flags(allow_tf32=False), suppress(StopForward):
+            for layer in sorted(wanted):
+                hooks.enter_context(self._taps[layer].hook(partial(read_layer, layer), self.name))
             self._model(**self._arguments(pixels.to(self.device, self._dtype)))
         if absent := {(layer, kind) for layer in wanted for kind in wanted[layer]} - set(read):
             raise BadModel(f"{self.name}: the forward pass never came to {sorted(absent)}")
         return {pair: tokens.float() for pair, tokens in read.items()}
-
-    @contextmanager
-    def _hooked(self, wanted: Iterable[int], read_layer: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Put hooks on the layers asked for; they are removed however the forward pass ends."""
-        handles = []
-
-        def tap(layer: int, where: Tap) -> None:
-            def leaving(_: nn.Module, __: Any, output: Any) -> None:
-                read_layer(layer, tensor_of(output, self.name))
-
-            def entering(_: nn.Module, args: Any, kwargs: Any) -> None:
-                read_layer(layer, tensor_of((*args, *kwargs.values()), self.name))
-
-            if where.entering:
-                handles.append(where.module.register_forward_pre_hook(entering, with_kwargs=True))
-            else:
-                handles.append(where.module.register_forward_hook(leaving))
-
-        try:
-            for layer in sorted(wanted):
-                tap(layer, self._taps[layer])
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _refuse_random(self, loaded: LoadedTower) -> None:
         used = self.anatomy.used

@@ -5,7 +5,7 @@ MLP, without a table of names that change between versions of transformers.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -50,15 +50,11 @@ class Watch:
     @contextmanager
     def on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Watch these modules inside the with statement."""
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for module in modules:
-                handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._end))
+                hooks.enter_context(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(self._end))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call = Call(module, next(self._clock))
