@@ -47,7 +47,6 @@ def load(name: str, source: str, options: ReadOptions) -> Path | dict[str, RawSp
         Unavailable: no such data set, or no network.
         BadData: it cannot be read as images with labels.
     """
-    import datasets as library
     from huggingface_hub import HfApi, constants, snapshot_download
 
     with reaching(name, source):
@@ -56,7 +55,7 @@ def load(name: str, source: str, options: ReadOptions) -> Path | dict[str, RawSp
         if any(file.endswith(".tar") for file in files) or (offline and "/wds_" in source):
             # Read where they lie: the datasets library would unpack them into a second copy, and may take them for text.
             return Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.tar", "*classnames.txt"]))
-        return from_library(name, lambda: library.load_dataset(source, options.config), options, None)
+        return _from_library(name, options, None, source, options.config)
 
 
 @contextmanager
@@ -92,30 +91,22 @@ def has_parquet(root: Path, splits: Sequence[str]) -> bool:
     return next(root.rglob("*.parquet"), None) is not None
 
 
-def in_folder(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
-    """Read a folder with Parquet files, such as a hub data set that was downloaded by other means."""
-    import datasets as library
-
-    return from_library(root.name, lambda: library.load_dataset(str(root), options.config), options, root)
-
-
 def parquet(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
-    """Read one Parquet file."""
-    import datasets as library
-
-    def load() -> Any:
-        return library.load_dataset("parquet", data_files={"train": str(path)})
-
-    return from_library(path.name, load, options, None)
+    """Read a Parquet file, or a folder with such files, such as a hub data set that was downloaded by other means."""
+    if path.is_dir():
+        return _from_library(path.name, options, path, str(path), options.config)
+    return _from_library(path.name, options, None, "parquet", data_files={"train": str(path)})
 
 
-def from_library(name: str, load: Any, options: ReadOptions, root: Path | None) -> dict[str, RawSplit]:
-    """Raw splits of what the datasets library loads."""
+def _from_library(
+    name: str, options: ReadOptions, root: Path | None, source: str, config: str | None = None, data_files: Any = None
+) -> dict[str, RawSplit]:
+    """Raw splits of what the datasets library loads from a source; `root` as in `Cells`."""
     import datasets as library
 
     library.disable_progress_bars()
     try:
-        loaded: Mapping[str, Any] = load()
+        loaded: Mapping[str, Any] = library.load_dataset(source, config, data_files=data_files)
     except (ValueError, library.exceptions.DatasetGenerationError) as err:
         lines = str(err).splitlines() or [type(err).__name__]
         hint = "; choose one with --config" if "onfig name is missing" in lines[0] else ""

@@ -95,14 +95,13 @@ class Split:
 
     def take(self, rows: np.ndarray, name: str) -> "Split":
         """The images of these rows, in that order, as a split of another name."""
-        return Split(
-            name,
-            tuple(self.ids[row] for row in rows),
-            self.labels[rows],
-            self.classes,
-            Subset(self.encoded, rows),
-            self.decode,
-            None if self.digests is None else self.digests[rows],
+        return replace(
+            self,
+            name=name,
+            ids=tuple(self.ids[row] for row in rows),
+            labels=self.labels[rows],
+            encoded=Subset(self.encoded, rows),
+            digests=None if self.digests is None else self.digests[rows],
         )
 
 
