@@ -141,7 +141,7 @@ def _read_path(path: Path, word: str, options: ReadOptions) -> tuple[str, dict[s
         return "WebDataset tars", _tars.webdataset(tars, _tars.names_in(path), options)
     if _hub.has_parquet(path, splits):
         return _remote.in_place(path, options) if options.stream else ("Parquet files", _hub.parquet(path, options))
-    if "train" not in splits and _arrays.npy_in(path):
+    if "train" not in splits and any(path.glob("*.npy")):
         return "arrays", _arrays.npy(path, options)
     if "train" in splits or (options.split_ratio and children):
         return "class folders", _files.class_folders(path, splits, options)

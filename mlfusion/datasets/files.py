@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfusion.datasets.columns import IMAGES, LABELS, SPLITS, choose_column, list_columns, require_unique
+from mlfusion.datasets.columns import IMAGES, LABELS, SPLITS, choose_column, require_unique
 from mlfusion.datasets.images import SUFFIXES
 from mlfusion.datasets.split import RawSplit, ReadOptions, decoder
 from mlfusion.errors import BadData
@@ -110,18 +110,17 @@ def tables(found: dict[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
         columns, rows = read_table(path)
         where = str(path)
         parts: dict[str, list[int]] = {}
+        named = len(found) == 1 and "split" in columns
         for row, cells in enumerate(rows):
-            parts.setdefault(str(cells.get("split")) if len(found) == 1 and "split" in columns else split, []).append(
-                row
-            )
+            parts.setdefault(str(cells.get("split")) if named else split, []).append(row)
         root = Path(options.image_root or path.parent).expanduser().resolve()
         likely = [name for name in columns if _names_an_image(rows[0].get(name))]
         image = choose_column("image", columns, options.image_column, likely, IMAGES, where)
         others = [name for name in columns if name not in (image, options.id_column, "split")]
         usual = [name for name in LABELS if name in others]
         label = choose_column("label", columns, options.label_column, usual or others, LABELS, where)
-        if options.id_column is not None and options.id_column not in columns:
-            raise BadData(f"{where} has no column {options.id_column!r}; --id-column may be: {list_columns(columns)}")
+        if options.id_column is not None:
+            choose_column("id", columns, options.id_column, (), (), where)
         paths = _paths(root, [cells.get(image) for cells in rows], where)
         for name, chosen in parts.items():
             ids = tuple(str(rows[row][options.id_column]) if options.id_column else paths[row] for row in chosen)

@@ -143,8 +143,8 @@ def choose_columns(features: Any, options: ReadOptions, where: str) -> TableColu
     typed = [column for column, kind in columns.items() if kind.startswith("class of")]
     likely = [column for column in usual if column in typed] or typed[:1] or usual
     label = choose_column("label", columns, options.label_column, likely, LABELS, where)
-    if options.id_column is not None and options.id_column not in columns:
-        raise BadData(f"{where} has no column {options.id_column!r}; --id-column may be: {list_columns(columns)}")
+    if options.id_column is not None:
+        choose_column("id", columns, options.id_column, (), (), where)
     inner = getattr(features[label], "feature", features[label])
     names = tuple(inner.names) if isinstance(inner, library.ClassLabel) else None
     return TableColumns(image, label, options.id_column, columns[image] == "image", names)

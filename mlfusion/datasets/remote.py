@@ -97,31 +97,28 @@ def _reaching(path: str) -> AbstractContextManager[None]:
     return reaching(path) if path.startswith(HUB) else nullcontext()
 
 
-@dataclass(frozen=True)
-class Indexes:
-    """The indexes of a commit's files on disk; without a folder none is stored."""
+def _stored_index(folder: Path | None, path: str, key: str, make: Callable[[], tars.Index]) -> tars.Index:
+    """A file's index from an earlier pass, or from `make`; without a folder none is stored.
 
-    folder: Path | None
-
-    def get(self, path: str, key: str, make: Callable[[], tars.Index]) -> tars.Index:
-        """The index of a file from an earlier pass, or from `make`; `key` says what it depends on besides the file."""
-        if self.folder is None:
-            return make()
-        name = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, path, key]).encode())
-        stored = self.folder / f"{name}.npz"
-        if stored.is_file():
-            with np.load(stored, allow_pickle=False) as held:
-                keys, labels = json.loads(held["text"].tobytes())
-                return tars.Index(keys, labels, held["where"], held["digests"])
-        index = make()
-        assert index.digests is not None
-        text = np.frombuffer(json.dumps([index.keys, index.labels]).encode(), np.uint8)
-        np.savez(file := io.BytesIO(), text=text, where=index.where, digests=index.digests)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        disk.sweep(self.folder)
-        with disk.atomic(stored) as draft:
-            draft.write_bytes(file.getvalue())
-        return index
+    `key` says what it depends on besides the file.
+    """
+    if folder is None:
+        return make()
+    name = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, path, key]).encode())
+    stored = folder / f"{name}.npz"
+    if stored.is_file():
+        with np.load(stored, allow_pickle=False) as held:
+            keys, labels = json.loads(held["text"].tobytes())
+            return tars.Index(keys, labels, held["where"], held["digests"])
+    index = make()
+    assert index.digests is not None
+    text = np.frombuffer(json.dumps([index.keys, index.labels]).encode(), np.uint8)
+    np.savez(file := io.BytesIO(), text=text, where=index.where, digests=index.digests)
+    folder.mkdir(parents=True, exist_ok=True)
+    disk.sweep(folder)
+    with disk.atomic(stored) as draft:
+        draft.write_bytes(file.getvalue())
+    return index
 
 
 def opened(path: str, *, whole: bool = False) -> IO[bytes]:
@@ -147,7 +144,7 @@ def streamed(source: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit
         info = HfApi().dataset_info(source, timeout=10)
         base, inside = f"{HUB}{source}@{info.sha}/", f"{options.config}/" if options.config is not None else ""
         names = [file.rfilename for file in info.siblings or () if file.rfilename.startswith(inside)]
-        indexes = Indexes(Path(constants.HF_HOME) / "mlfusion" / "indexes" / str(info.sha))
+        indexes = Path(constants.HF_HOME) / "mlfusion" / "indexes" / str(info.sha)
         text = None
         if tars.CLASS_NAMES in names:
             with opened(base + tars.CLASS_NAMES, whole=True) as file:
@@ -158,7 +155,7 @@ def streamed(source: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit
 def in_place(root: Path, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
     """Index a folder's Parquet files, which are read group by group, without the datasets library's copy."""
     names = [path.relative_to(root).as_posix() for path in root.rglob("*.parquet")]
-    return _read_splits(names, f"{root}/", None, options, Indexes(None), str(root))
+    return _read_splits(names, f"{root}/", None, options, None, str(root))
 
 
 def _read_splits(
@@ -166,7 +163,7 @@ def _read_splits(
     base: str,
     classes: tuple[str, ...] | None,
     options: ReadOptions,
-    indexes: Indexes,
+    indexes: Path | None,
     where: str,
 ) -> tuple[str, dict[str, RawSplit]]:
     found = tars.by_split([name for name in names if name.endswith(".tar")])
@@ -177,7 +174,7 @@ def _read_splits(
     with track(f"looking through {where}", sum(map(len, found.values())), "files") as bar:
 
         def index_tar(path: str, columns: tars.Columns) -> tars.Index:
-            index = indexes.get(path, columns.key, lambda: _index_tar(path, columns))
+            index = _stored_index(indexes, path, columns.key, lambda: _index_tar(path, columns))
             bar.advance()
             return index
 
@@ -210,7 +207,7 @@ def _parquet_splits(names: Sequence[str]) -> dict[str, list[str]]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _table(split: str, paths: list[str], options: ReadOptions, indexes: Indexes, bar: Bar) -> RawSplit:
+def _table(split: str, paths: list[str], options: ReadOptions, indexes: Path | None, bar: Bar) -> RawSplit:
     import datasets as library
 
     schema = _parquet(paths[0]).schema_arrow
@@ -218,7 +215,7 @@ def _table(split: str, paths: list[str], options: ReadOptions, indexes: Indexes,
     key = json.dumps([columns.image, columns.label, columns.id])
     parts = []
     for path in paths:
-        parts.append(indexes.get(path, key, partial(_index_parquet, path, columns)))
+        parts.append(_stored_index(indexes, path, key, partial(_index_parquet, path, columns)))
         bar.advance()
     whole = tars.Index.joined(parts)
     ids = require_unique(whole.keys, paths[0]) if columns.id else [f"{split}/{row}" for row in range(len(whole.labels))]

@@ -16,11 +16,8 @@ def pick_device(word: str) -> str:
     Raises:
         Unavailable: this machine does not have the device.
     """
-    there = [
-        *(["cuda"] if torch.cuda.is_available() else []),
-        *(["mps"] if torch.backends.mps.is_available() else []),
-        "cpu",
-    ]
+    tests = (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available), ("cpu", lambda: True))
+    there = [name for name, is_there in tests if is_there()]
     if word == "auto":
         return there[0]
     if word.split(":")[0] not in there:

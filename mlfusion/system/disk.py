@@ -134,6 +134,7 @@ def age(path: Path) -> float:
 
 def publish_file(draft: Path, final: Path) -> bool:
     """Give a flushed draft its name; False if that name was taken already (the first writer wins)."""
+    won = True
     try:
         os.link(draft, final)  # unlike rename, never replaces what is there
     except FileExistsError:
@@ -145,8 +146,6 @@ def publish_file(draft: Path, final: Path) -> bool:
         won = not final.exists()  # no hard links here: of two writers in the same instant the later one wins
         if won:
             os.rename(draft, final)
-    else:
-        won = True
     draft.unlink(missing_ok=True)
     flush(final.parent)
     return won
@@ -232,10 +231,7 @@ def publish_folder(draft: Path, final: Path) -> bool:
             if final.is_dir():
                 remove(draft)
                 return False
-            if err.errno not in (
-                errno.ENOTEMPTY,
-                errno.EEXIST,
-            ):  # else a prune took away in this instant what stood there
+            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else a prune took away what stood there
                 remove(draft)  # no lost race: a real failure
                 raise
     flush(final.parent)

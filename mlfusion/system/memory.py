@@ -13,6 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+GROUP_FILES = {  # controllers → folder below the root, files of the limit and the use, and the line of idle bytes
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
 
 def available(device: str = "cpu") -> int:
     """Bytes that this process may still take on a device: what is free, within the limits it is under."""
@@ -42,17 +47,10 @@ def _of_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
     except OSError:
         return None
     for _, controllers, path in entries:
-        if controllers == "":
-            base, most, used, idle = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, most, used, idle = (
-                root / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
-        else:
+        if controllers not in GROUP_FILES and "memory" not in controllers.split(","):
             continue
+        inner, most, used, idle = GROUP_FILES[controllers if controllers == "" else "memory"]
+        base = root / inner
         inside = base / path.lstrip("/")
         for folder in (inside, *inside.parents):
             if folder == base.parent:

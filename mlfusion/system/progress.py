@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 SILENCE = 2.0  # seconds before anything is shown
 LOG_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -52,14 +51,15 @@ class Bar:
                     TextColumn("{task.description}"),
                     BarColumn(),
                     TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                    _Rate(self),
+                    TextColumn("{task.fields[rate]}", style="progress.data.speed", markup=False),
                     TimeRemainingColumn(),
                     console=self._console,
                     transient=True,
                 )
-                self._live.add_task(self.title, total=self.total)
+                self._live.add_task(self.title, total=self.total, rate="")
                 self._live.start()
-            self._live.update(self._live.task_ids[0], completed=self.done, total=self.total)
+            rate = f"{self.rate:,.1f} {self.unit}/s{self.note and f', {self.note}'}"
+            self._live.update(self._live.task_ids[0], completed=self.done, total=self.total, rate=rate)
         elif now - self._told >= LOG_EVERY:
             self._told = now
             left = (self.total - self.done) / max(self.rate, 1e-9)
@@ -77,16 +77,6 @@ class Bar:
         """Take the bar away."""
         if self._live is not None:
             self._live.stop()
-
-
-class _Rate(ProgressColumn):
-    def __init__(self, bar: Bar) -> None:
-        super().__init__()
-        self._bar = bar
-
-    def render(self, task: Task) -> Text:
-        note = self._bar.note and f", {self._bar.note}"
-        return Text(f"{self._bar.rate:,.1f} {self._bar.unit}/s{note}", style="progress.data.speed")
 
 
 @contextmanager

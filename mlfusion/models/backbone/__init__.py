@@ -58,7 +58,11 @@ class Backbone:
         self._arguments = partial(forward_arguments, self._model, shape.patch_px)
         pixels = (3, *self.preprocessing.pixels)
         self.anatomy = dissect(self._model, self._arguments, pixels, depth=shape.depth, name=self.name)
-        self._refuse_random(loaded)
+        if lost := sorted(key for key in loaded.missing if key.rpartition(".")[0] in self.anatomy.used):
+            raise BadModel(
+                f"the weights of {self.name} lack {len(lost)} tensors that the forward pass needs, such as {lost[0]}; "
+                "the features would be random. Allowed: a checkpoint of the class its config.json names"
+            )
         for part in (self._model, loaded.projection):
             if part is not None:
                 _convert(part, self._dtype)
@@ -140,14 +144,6 @@ class Backbone:
             raise BadModel(f"{self.name}: the forward pass never came to {sorted(absent)}")
         return {pair: tokens.float() for pair, tokens in read.items()}
 
-    def _refuse_random(self, loaded: LoadedTower) -> None:
-        used = self.anatomy.used
-        if lost := sorted(key for key in loaded.missing if key.rpartition(".")[0] in used):
-            raise BadModel(
-                f"the weights of {self.name} lack {len(lost)} tensors that the forward pass needs, such as {lost[0]}; "
-                "the features would be random. Allowed: a checkpoint of the class its config.json names"
-            )
-
     def _taps_at(self, hook: Hook, loaded: LoadedTower) -> dict[int, Tap]:
         """The place where each layer is read at this hook point."""
         taps = dict(self.anatomy.taps.get("norm2" if hook == "projected" else hook, {}))
@@ -157,7 +153,9 @@ class Backbone:
                     f"{self.name} has no projection to an embedding shared with texts, so no hook point 'projected'; "
                     f"allowed: {', '.join(self.anatomy.taps)}"
                 )
-            taps[self.depth] = _projected(taps[self.depth], loaded.projection.to(self.device))
+            last, projection = taps[self.depth], loaded.projection.to(self.device)
+            norm = projection if last.norm is None else nn.Sequential(last.norm, projection)
+            taps[self.depth] = replace(last, norm=norm, width=next(projection.parameters()).shape[0])
         if not taps:
             raise BadModel(
                 f"the blocks of {self.name} have no hook point {hook!r}; allowed: "
@@ -173,10 +171,3 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
         for tensor in [*module._parameters.values(), *(module._buffers[name] for name in saved)]:
             if tensor is not None and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
-
-
-def _projected(tap: Tap, projection: nn.Module) -> Tap:
-    """The last layer's tap, with the projection applied to all of its tokens."""
-    width = next(projection.parameters()).shape[0]
-    norm = projection if tap.norm is None else nn.Sequential(tap.norm, projection)
-    return replace(tap, norm=norm, width=width)
