@@ -50,11 +50,7 @@ FORMS = (
 
 
 def load(word: str, options: ReadOptions | None = None) -> DataSet:
-    """Find a data set, download it if needed, and check its splits against each other.
-
-    Args:
-        word: a catalogue name, an id on the hub, or the path of a folder or file.
-        options: how to read it, where the set does not say.
+    """Find a data set by catalogue name, hub id or path, download it if needed, and check its splits against each other.
 
     Raises:
         UnknownName, Unavailable: there is no such data set, or it cannot be downloaded.

@@ -44,11 +44,7 @@ def encode_netpbm(pixels: np.ndarray) -> bytes:
 
 
 def arrays(given: Mapping[str, tuple[Any, Any]], options: ReadOptions, where: str) -> dict[str, RawSplit]:
-    """Raw splits of (images, labels).
-
-    Raises:
-        BadData: images of another shape or type, or a different number of labels.
-    """
+    """Raw splits of (images, labels); raises BadData for images of another shape or type, or other numbers of labels."""
     splits = {}
     for name, pair in given.items():
         if not isinstance(pair, tuple) or len(pair) != 2:
@@ -74,8 +70,7 @@ def _check(images: np.ndarray, labels: int, where: str) -> None:
 def npz(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
     """Read a .npz file with images and labels, or train_images, train_labels, test_images … (or x_train, y_train, …).
 
-    Raises:
-        BadData: it has no such arrays, or one that would need pickle.
+    Raises BadData if it has no such arrays, or one that would need pickle.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -87,11 +82,7 @@ def npz(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
 
 
 def npy(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
-    """Read a folder with train_images.npy, train_labels.npy, …; images are memory-mapped.
-
-    Raises:
-        BadData: as `npz`.
-    """
+    """Read a folder with train_images.npy, train_labels.npy, …, as `npz`; images are memory-mapped."""
     names = _array_names([path.stem for path in sorted(root.glob("*.npy"))], str(root), options)
     files = {split: (root / f"{images}.npy", root / f"{labels}.npy") for split, (images, labels) in names.items()}
     try:

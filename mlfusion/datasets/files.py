@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,7 @@ class Files:
 
 
 def class_folders(root: Path, splits: Sequence[str], options: ReadOptions) -> dict[str, RawSplit]:
-    """<split>/<class>/…/<image>, or with no splits <class>/…/<image>; in the order of the paths.
-
-    Raises:
-        BadData: a link that leads out of the folder, or no images.
-    """
+    """<split>/<class>/…/<image>, or with no splits <class>/…/<image>, in the order of the paths; no link may lead out."""
     files = {name: _class_files(root, name) for name in splits or ("",)}
     classes = tuple(sorted({label for found in files.values() for label, _ in found}))
     return {
@@ -136,8 +133,7 @@ def tables(found: dict[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
 def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Read a CSV (comma, semicolon or tab) or JSON Lines file → its columns with their types in words, and its rows.
 
-    Raises:
-        BadData: the file is empty or not of that form; the message names the line.
+    Raises BadData, which names the line, if the file is empty or not of that form.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -184,11 +180,9 @@ def _cell_type(value: Any) -> str:
     """The type of a cell, in words; text that reads as a number counts as a number."""
     if isinstance(value, str):
         for kind, read in (("whole number", int), ("number", float)):
-            try:
+            with suppress(ValueError):
                 read(value)
                 return kind
-            except ValueError:
-                continue
         return "text"
     names = {bool: "true or false", int: "whole number", float: "number", list: "list", dict: "object"}
     return names.get(type(value), "nothing")

@@ -60,11 +60,7 @@ def load(name: str, source: str, options: ReadOptions) -> Path | dict[str, RawSp
 
 @contextmanager
 def reaching(name: str, source: str | None = None) -> Iterator[None]:
-    """Translate the errors of the hub and of the network, inside the with statement.
-
-    Raises:
-        Unavailable: no such data set, or no network.
-    """
+    """Translate the errors of the hub and of the network to `Unavailable`, inside the with statement."""
     import datasets as library
     from huggingface_hub import errors
 
@@ -126,11 +122,7 @@ class TableColumns:
 
 
 def choose_columns(features: Any, options: ReadOptions, where: str) -> TableColumns:
-    """Choose the columns of a table, as the user says or by their types and names.
-
-    Raises:
-        BadData: no column fits; the message lists them.
-    """
+    """Choose a table's columns, as the user says or by type and name; raises BadData, which lists them, if none fits."""
     import datasets as library
 
     columns = {column: _type(feature) for column, feature in features.items()}

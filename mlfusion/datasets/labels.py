@@ -16,16 +16,11 @@ SEVERAL = ";"
 def encode_labels(
     found: Mapping[str, RawSplit], target: LabelKind | None, where: str
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """Return the classes of all splits together, and each split's labels as numbers.
+    """The classes of all splits together, and each split's labels as numbers; without `target`, their kind is guessed.
 
     One class is encoded as its index, [N] int64. Several labels are encoded as rows of 0 and 1, [N, C] uint8; they may be
     written as a list of names or of class numbers, as text separated by ';', or as a vector of 0 and 1 for each image.
     Numbers are [N] float64, and have no classes.
-
-    Args:
-        found: the raw splits.
-        target: the kind of the labels; guessed if None.
-        where: the data set's name, for messages.
 
     Raises:
         BadData: a label is not of that kind; the message names the image.
@@ -164,6 +159,7 @@ def _several(
 
 def _numbers(labels: list[Any], one: RawSplit, where: str) -> np.ndarray:
     values = np.array([_number(label) for label in labels])
-    for row in np.flatnonzero(~np.isfinite(values)):
+    if not np.isfinite(values).all():
+        row = int(np.isfinite(values).argmin())
         raise BadData(f"{where}: {one.ids[row]} has label {labels[row]!r}, which is no finite number")
     return values

@@ -17,11 +17,7 @@ PARTS = {2: ("train", "test"), 3: ("train", "validation", "test")}
 
 
 def parse_ratio(text: str) -> tuple[float, ...]:
-    """'0.8/0.1/0.1', '80/20' → shares that sum to 1.
-
-    Raises:
-        BadData: not two or three positive numbers, or their sum is neither 1 nor 100.
-    """
+    """'0.8/0.1/0.1', '80/20' → shares that sum to 1; raises BadData unless two or three positive ones sum to 1 or 100."""
     parts = text.split("/")
     if len(parts) in PARTS and all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", part.strip()) for part in parts):
         shares = [float(part) for part in parts]

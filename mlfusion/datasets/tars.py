@@ -117,11 +117,7 @@ def names_in(root: Path) -> tuple[str, ...] | None:
 def webdataset(
     found: Mapping[str, list[str]], names: tuple[str, ...] | None, options: ReadOptions
 ) -> dict[str, RawSplit]:
-    """Read the tars of every split, in their order.
-
-    Raises:
-        BadData: a tar that cannot be read, or samples without an image or a label.
-    """
+    """Read the tars of every split, in their order; raises BadData if one is damaged, or a sample has no image or label."""
     return {split: join(split, paths, names, options, index_file, Members) for split, paths in found.items()}
 
 
@@ -202,11 +198,7 @@ class Columns:
         return f"{self.options.image_column} {self.options.label_column}"
 
     def decide(self, first: Sample, path: str) -> None:
-        """Choose the label's extension; refuse several images.
-
-        Raises:
-            BadData: the choice is not clear; the message lists the extensions.
-        """
+        """Choose the label's extension; raises BadData, which lists them, if that is not clear or images are several."""
         where = f"{path}, sample {first.key}"
         kinds = {name: WORDS.get(name) or ("image" if _is_image(name) else "bytes") for name in first.where}
         asked, _, self.inner = (self.options.label_column or "").partition(".")

@@ -80,11 +80,7 @@ class Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe; every field must be there, and nothing else may be.
-
-    Raises:
-        BadRecipe: the file cannot be read, lacks a field, or has a wrong one.
-    """
+    """Read a recipe; raises BadRecipe unless every field is there and right, and nothing else is."""
     try:
         body = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as err:

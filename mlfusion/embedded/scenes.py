@@ -71,11 +71,7 @@ def warp(ink: Tensor, zoom: Tensor, turn: Tensor, shift: Tensor, flip: Tensor, p
 
 
 def view(what: Scene, px: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Render scenes once.
-
-    Returns:
-        Pictures `[b, 3, px, px]` in −1 … 1, and the targets `layout` and `grain` of the undisturbed pictures.
-    """
+    """Render scenes once → pictures `[b, 3, px, px]` in −1 … 1, and `layout` and `grain` of the undisturbed pictures."""
     b = len(what.ink)
 
     def uniform(low: float, high: float, *size: int) -> Tensor:

@@ -10,25 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mlfusion.errors import BadModel, UnknownName, first_line
-from mlfusion.models import checkpoints, hub
-from mlfusion.models.catalogue import CATALOGUE, EMBEDDED, CatalogueRow
+from mlfusion.models import checkpoints as checkpoints
+from mlfusion.models import hub as hub
+from mlfusion.models.catalogue import CATALOGUE as CATALOGUE
+from mlfusion.models.catalogue import EMBEDDED as EMBEDDED
 from mlfusion.specs.identity import Compute, Hook, ModelSpec, digest
 from mlfusion.specs.names import Setting, parse_model
-
-__all__ = [
-    "CATALOGUE",
-    "EMBEDDED",
-    "CatalogueRow",
-    "Checkpoint",
-    "Shape",
-    "checkpoints",
-    "configuration",
-    "hub",
-    "identify",
-    "locate",
-    "shape",
-    "weight_files",
-]
 
 COSMETIC = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype", "torch_dtype"}
 """Fields of a configuration that cannot change a feature: paths, versions, class names."""
@@ -99,9 +86,6 @@ def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float3
     """Return the identity of this model's features: weights and architecture, from its files, and the other words as given.
 
     `preprocess` is the `key` of its preprocessing, and `view` the name of the view that it says, for people.
-
-    Raises:
-        BadModel: a configuration that transformers cannot read.
     """
     config, dimensions = configuration(checkpoint), shape(checkpoint)
     return ModelSpec(
@@ -120,11 +104,7 @@ def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float3
 
 
 def shape(checkpoint: Checkpoint) -> Shape:
-    """Depth, width and patch size, as the configuration says; the depth of a model of stages is the sum of theirs.
-
-    Raises:
-        BadModel: the configuration says no depth or width.
-    """
+    """Depth, which sums over stages, width and patch size; raises BadModel if the configuration says no depth or width."""
     config = configuration(checkpoint)
     vision = getattr(config, "vision_config", config)
     depths, widths = getattr(vision, "depths", None), getattr(vision, "hidden_sizes", None)

@@ -1,4 +1,4 @@
-"""How long work shows itself: nothing for two seconds, then a bar with rate and time left, on standard error.
+"""Shows the progress of long work on standard error: nothing for two seconds, then a bar with rate and time left.
 
 On a terminal the bar is live; in a log it is a line every ten seconds.
 """
@@ -18,7 +18,7 @@ _quiet = False
 
 
 def hush(quiet: bool) -> None:
-    """From here on show no bars and no lines, or show them again."""
+    """Show no bars and no lines from here on, or show them again."""
     global _quiet
     _quiet = quiet
 
@@ -29,18 +29,18 @@ class Bar:
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
-        self.note = ""  # said behind the rate
+        self.note = ""  # shown behind the rate
         self._start = time.monotonic()
         self._told = self._start + SILENCE - LOG_EVERY
         self._live: Progress | None = None
         self._console = Console(stderr=True)
 
     def advance(self, count: int = 1) -> None:
-        """`count` more units are done."""
+        """Report `count` more units as done."""
         self.to(self.done + count)
 
     def to(self, done: int, total: int | None = None) -> None:
-        """So many units are done, of so many."""
+        """Report `done` units as done, of `total`."""
         self.done, self.total = done, total or self.total
         now = time.monotonic()
         if _quiet or now - self._start < SILENCE:
@@ -74,7 +74,7 @@ class Bar:
         return self.done / max(time.monotonic() - self._start, 1e-9)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._live is not None:
             self._live.stop()
 

@@ -37,13 +37,7 @@ class Backbone:
         preprocessing: Preprocessing | None = None,
         compute: Compute = "float32",
     ) -> None:
-        """Load the weights and find the layers.
-
-        Args:
-            checkpoint: the model's files and its hook point.
-            device: where the model runs.
-            preprocessing: by default the model's own.
-            compute: type of weights and activations.
+        """Load the weights and find the layers; without `preprocessing` it is the model's own.
 
         Raises:
             BadModel: weights that the forward pass needs are missing, no blocks are found, or they have no such hook point.
@@ -114,15 +108,7 @@ class Backbone:
     def __call__(
         self, pixels: Float[Tensor, "B 3 height width"], pairs: Iterable[Pair]
     ) -> dict[Pair, Float[Tensor, "B _ _"]]:
-        """Run the model as deep as the deepest layer asked for.
-
-        Args:
-            pixels: pictures, as `preprocessing` finishes them.
-            pairs: the (layer, token kind) pairs to read.
-
-        Returns:
-            (layer, kind) → [images, tokens, width] float32, on the model's device.
-        """
+        """Run the model on finished pictures as deep as the deepest layer asked for → float32 tokens, on its device."""
         wanted: dict[int, list[TokenKind]] = {}
         for layer, kind in self.shapes(pairs):
             wanted.setdefault(layer, []).append(kind)

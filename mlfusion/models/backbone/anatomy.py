@@ -68,11 +68,7 @@ class Trace:
         return Tap(self.blocks[0], entering=True, channels_first=self.channels_first[0])
 
     def sized(self, tap: Tap, shape: tuple[int, ...]) -> Tap:
-        """The tap with its number of tokens and their width, by the shape of its tensor.
-
-        Raises:
-            BadModel: the tensor has neither three nor four dimensions.
-        """
+        """The tap with its number of tokens and their width; raises BadModel if `shape` has neither 3 nor 4 dimensions."""
         if len(shape) == 4:
             places, width = (shape[2:], shape[1]) if tap.channels_first else (shape[1:3], shape[3])
             return replace(tap, tokens=math.prod(places), width=width)
@@ -87,12 +83,7 @@ class Trace:
 def dissect(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], *, depth: int, name: str) -> Anatomy:
     """Find blocks, norms and tokens from one trial pass, and the tokens' order from a few embeddings.
 
-    Args:
-        model: the model, in evaluation mode.
-        to_arguments: pictures [images, channels, height, width] → arguments of its forward.
-        pixels: channels, height and width of a prepared picture.
-        depth: L by the configuration.
-        name: the model's name, for messages.
+    `pixels`: channels, height and width of a prepared picture; `depth`: L by the configuration; `name`: for messages.
 
     Raises:
         BadModel: no blocks are found, or the model does not run on pictures of that size.

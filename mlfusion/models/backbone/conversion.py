@@ -125,19 +125,19 @@ def _embedded(held: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     return made
 
 
-def _vit(held: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    blocks = _blocks(held, VIT, "encoder.layer", ("query", "key", "value"))
+def _vit(held: dict[str, Tensor], config: Any, words: dict[str, str] = VIT) -> dict[str, Tensor]:
+    blocks = _blocks(held, words, "encoder.layer", ("query", "key", "value"))
     return _embedded(held, config) | blocks | _final(held, "layernorm")
 
 
 def _dinov2(held: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     words = DINOV2 | ({"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"} if config.use_swiglu_ffn else {})
-    made = _embedded(held, config) | _blocks(held, words, "encoder.layer", ("query", "key", "value"))
+    made = _vit(held, config, words)
     made["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)  # of no use here
     for number in range(config.num_hidden_layers):
         for half in (1, 2):  # without LayerScale: times one
             made.setdefault(f"encoder.layer.{number}.layer_scale{half}.lambda1", torch.ones(config.hidden_size))
-    return made | _final(held, "layernorm")
+    return made
 
 
 def _clip(held: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -26,11 +26,7 @@ class LoadedTower:
 
 
 def load(checkpoint: models.Checkpoint) -> LoadedTower:
-    """Load the part that reads images: the vision tower of a model of images and texts.
-
-    Raises:
-        BadModel: transformers cannot load the folder.
-    """
+    """Load the part that reads images: the vision tower of a model of images and texts; raises BadModel if that fails."""
     config = models.configuration(checkpoint)
     whole, lost = _read(checkpoint.folder, config)
     tower = _tower(whole)

@@ -63,11 +63,7 @@ class TokenLayout:
 def find_layout(
     model: nn.Module, to_arguments: ToArguments, entry: Tap, pixels: tuple[int, ...], name: str
 ) -> TokenLayout:
-    """Find special tokens and the order of the patches from a few embeddings, which are read where they enter a block.
-
-    Args:
-        model, to_arguments, pixels, name: as in `anatomy.dissect`.
-        entry: the first block, read at its input.
+    """Find special tokens and the order of the patches from a few embeddings, which are read at `entry`.
 
     Raises:
         BadModel: no token depends on the image.
@@ -135,10 +131,7 @@ def _decode(embed: Callable[[Tensor], Tensor], numbers: Tensor, zeros: Tensor, o
 
 
 def _special(model: nn.Module, still: Sequence[int]) -> Special:
-    """Name the tokens that do not depend on the image, by the parameters that they come from: CLS, then the others.
-
-    `still` holds their positions, in order.
-    """
+    """Name the tokens at the positions `still`, in order, by the parameters that they come from: CLS, then the others."""
     counts: dict[str, int] = {}
     for path, parameter in model.named_parameters():
         for kind, pattern in SPECIAL_NAMES:

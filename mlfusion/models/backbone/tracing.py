@@ -91,11 +91,7 @@ def main_output(output: Any) -> Tensor | None:
 
 
 def tensor_of(output: Any, name: str) -> Tensor:
-    """A module's main output; `name` is the model's, for the message.
-
-    Raises:
-        BadModel: it is not a tensor.
-    """
+    """A module's main output; raises BadModel, with the model's name, if it is not a tensor."""
     found = main_output(output)
     if found is None:
         raise BadModel(f"{name}: a block gives {type(output).__name__}, not a tensor")

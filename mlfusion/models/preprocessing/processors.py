@@ -93,9 +93,8 @@ def read(
 
     Args:
         folder: the folder with the model's files.
-        variant: one of VARIANTS.
+        variant, view: names, see VARIANTS and VIEWS.
         size: height and width of the model's input in pixels, if not its own; the centre crop keeps its share of the image.
-        view: 'plain', 'flip', 'crop1', 'crop2', …
         seed: decides where random crops lie.
 
     Raises:

@@ -79,10 +79,7 @@ class Steps:
         return self.kernel == "torch-uint8"
 
     def picture(self, image: Image.Image, name: str = "") -> Num[np.ndarray, "3 height width"]:
-        """Resize and crop one image → an array of `dtype`; bytes are not rescaled yet, floats are.
-
-        `name` is the sample's id; a random crop depends on it.
-        """
+        """Resize and crop one image → an array of `dtype`, bytes not rescaled yet; random crops depend on the id `name`."""
         image = image if image.mode == "RGB" else image.convert("RGB")
         box, mirrored = self.region(image.height, image.width, name)
         if box:
@@ -250,11 +247,7 @@ def from_key(key: str) -> tuple[Steps | None, bool]:
 
 
 def edges(value: Any) -> tuple[int, int] | int:
-    """(height, width), or the shortest edge, from one of the forms in which transformers writes a size.
-
-    Raises:
-        BadModel: another form.
-    """
+    """(height, width), or the shortest edge, from a size as transformers writes it; raises BadModel for other forms."""
     if isinstance(value, Mapping):
         if value.get("height") and value.get("width"):
             return int(value["height"]), int(value["width"])
