@@ -65,9 +65,8 @@ def strata(split: Split, seed: int) -> list[np.ndarray]:
     if split.label_kind == "number":
         ranked = shuffled[np.argsort(split.labels[shuffled], kind="stable")]
         # Neighbours by size go to different parts; within twenty of them the seed decides which.
-        return [
-            some[np.argsort(hashes[some], kind="stable")] for some in np.array_split(ranked, max(1, len(ranked) // 20))
-        ]
+        chunks = np.array_split(ranked, max(1, len(ranked) // 20))
+        return [some[np.argsort(hashes[some], kind="stable")] for some in chunks]
     keys = split.labels if split.label_kind == "class" else _rarest(split.labels)
     return [shuffled[keys[shuffled] == key] for key in np.unique(keys)]
 
