@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from mlfusion.errors import ResultsUnusable, UnknownName
+from mlfusion.errors import ResultsUnusable, UnknownName, first_line
 from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
 from mlfusion.probing.solvers.design import FixedLinear
 from mlfusion.probing.solvers.neighbours import Neighbourhood, Neighbours
@@ -209,7 +209,7 @@ def load(folder: Path) -> tuple[Card, HeadModule]:
         UnknownName,
         SafetensorError,
     ) as err:
-        raise ResultsUnusable(f"{folder} holds no probe that can be built ({_first_line(err)}); {AGAIN}") from err
+        raise ResultsUnusable(f"{folder} holds no probe that can be built ({first_line(err)}); {AGAIN}") from err
     probe.eval()
     return card, probe
 
@@ -248,7 +248,3 @@ def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> HeadModule:
     probe = HEADS[card.head](shape, seeds=[0], dropouts=[0.0])
     probe.load_state_dict(held)  # of another shape, or another name: refused
     return probe
-
-
-def _first_line(err: BaseException) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
