@@ -22,7 +22,7 @@ def group_commands(group: ComparisonGroup) -> list[str]:
         by_seeds.setdefault(score.seeds, []).append(score)
     return [
         _extract(group),
-        *(_probe(group, _probe_names(scores, group.depth), seeds) for seeds, scores in by_seeds.items()),
+        *(_probe(group, _probe_names(scores, group.first.depth), seeds) for seeds, scores in by_seeds.items()),
     ]
 
 
@@ -38,7 +38,7 @@ def _place(group: ComparisonGroup) -> str:
 def _extract(group: ComparisonGroup) -> str:
     tokens = cast(set[Pair], set(group.tokens))
     kinds = {kind for _, kind in tokens}
-    default: set[Pair] = {(layer, kind) for layer in range(1, group.depth + 1) for kind in ("cls", "ap")}
+    default: set[Pair] = {(layer, kind) for layer in range(1, group.first.depth + 1) for kind in ("cls", "ap")}
     if kinds & {"cls", "ap"}:  # as the command does by default; what is cached is one stream
         tokens |= {(layer, kind) for layer, kind in default if kind in kinds}
     option = f" --tokens {token_words(tokens)}" if tokens - default else ""

@@ -61,7 +61,9 @@ def _made(groups: Sequence[ComparisonGroup], command: str) -> str:
     """The command, the models and the data sets that the results come from."""
     datasets = {group.dataset: group for group in groups}
     models = {group.model: group for group in groups}
-    architectures = ", ".join(f"{name} ({one.depth} layers of width {one.width})" for name, one in models.items())
+    architectures = ", ".join(
+        f"{name} ({one.first.depth} layers of width {one.first.width})" for name, one in models.items()
+    )
     seeds = layer_ranges(seed for group in groups for seed in group.seeds)
     dates = sorted(row.created[:10] for group in groups for row in group.rows)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
@@ -78,7 +80,7 @@ def _made(groups: Sequence[ComparisonGroup], command: str) -> str:
         "|---|---:|---:|---:|",
     ]
     lines += [
-        f"| {name} | {count(one.train_images)} | {count(one.test_images)} | {len(one.classes)} |"
+        f"| {name} | {count(one.first.images.train)} | {count(one.first.images.test)} | {len(one.first.classes)} |"
         for name, one in datasets.items()
     ]
     return "\n".join(lines)

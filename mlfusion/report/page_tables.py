@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mlfusion.report.numbers import count, from_to
 from mlfusion.report.published import PublishedComparison
 from mlfusion.report.studies import domain
-from mlfusion.report.summary import ComparisonGroup, Score
+from mlfusion.report.summary import ComparisonGroup, Score, head_of
 from mlfusion.results import Row
 from mlfusion.specs.identity import KINDS
 from mlfusion.specs.names import layer_ranges
@@ -78,7 +78,7 @@ def scores_table(pairs: Sequence[tuple[ComparisonGroup, Score]], *, several: boo
             Column("Parameters", "count", [score.parameters for score in scores]),
             Column("Time", "duration", [score.seconds for score in scores]),
             Column("Seeds", "count", [score.test.n for score in scores]),
-            Column("Head", "text", [score.head for score in scores], hidden=True),
+            Column("Head", "text", [head_of(score.probe) for score in scores], hidden=True),
             *grouped,
         ]
     )
@@ -152,12 +152,20 @@ def runs_table(groups: Sequence[ComparisonGroup]) -> DataTable:
     return _table(
         [
             Column("Model on data set", "text", [group.name for group in groups]),
-            Column("Images", "text", [f"{count(g.train_images)} + {count(g.test_images)}" for g in groups]),
-            Column("Classes", "count", [len(group.classes) for group in groups]),
-            Column(f"Blocks {times} width", "text", [f"{group.depth} {times} {group.width}" for group in groups]),
+            Column("Images", "text", [f"{count(g.first.images.train)} + {count(g.first.images.test)}" for g in groups]),
+            Column("Classes", "count", [len(group.first.classes) for group in groups]),
+            Column(
+                f"Blocks {times} width",
+                "text",
+                [f"{group.first.depth} {times} {group.first.width}" for group in groups],
+            ),
             Column("Layers", "text", [layer_ranges({layer for layer, _ in group.tokens}) for group in groups]),
             Column("Tokens", "text", [", ".join(kind for kind in KINDS if kind in held) for held in kinds]),
-            Column("Grid", "text", [f"{group.grid}, {from_to(group.configurations)}" for group in groups]),
+            Column(
+                "Grid",
+                "text",
+                [f"{group.grid}, {from_to(row.configurations for row in group.rows)}" for group in groups],
+            ),
             Column("Probes", "count", [len(group.scores) for group in groups]),
             Column("Seeds", "text", [layer_ranges(group.seeds).replace(",", ", ") for group in groups]),
             Column("Time", "duration", [group.seconds for group in groups]),

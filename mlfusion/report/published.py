@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlfusion.report.figures.drawing import Figure, Panel, Record, base_chart, require_altair, to_spec
+from mlfusion.report.figures import charts
+from mlfusion.report.figures.drawing import Figure, Panel, Record
 from mlfusion.report.numbers import count, mean_sd, percent, plural, points
 from mlfusion.report.summary import ComparisonGroup, Score, comparison_groups
 from mlfusion.results import Row
@@ -163,22 +164,15 @@ def figure(found: Sequence[PublishedComparison]) -> Figure | None:
 
 
 def _spec(low: float, high: float) -> dict[str, object]:
-    alt = require_altair()
-    base = base_chart()
-    scale = alt.Scale(domain=[low, high], zero=False, nice=False, padding=8)
-    x = alt.X("published:Q", title="published, %", scale=scale, axis=alt.Axis(tickCount=5))
-    y = alt.Y("ours:Q", title="ours, %", scale=scale, axis=alt.Axis(tickCount=5))
-    tooltip = [
-        alt.Tooltip("dataset:N", title="data set"),
-        alt.Tooltip("probe:N"),
-        alt.Tooltip("ours:Q", format=".2f"),
-        alt.Tooltip("published:Q", format=".2f"),
-        alt.Tooltip("difference:Q", title="difference, points", format="+.2f"),
-        alt.Tooltip("seeds:Q"),
-    ]
+    alt, base = charts.base_chart()
+    scale, axis = charts.exact_scale((low, high), 8), alt.Axis(tickCount=5)
+    x = alt.X("published:Q", title="published, %", scale=scale, axis=axis)
+    y = alt.Y("ours:Q", title="ours, %", scale=scale, axis=axis)
+    numbers = [("ours:Q", "", ".2f"), ("published:Q", "", ".2f"), ("difference:Q", "difference, points", "+.2f")]
+    tooltip = charts.tooltip(("dataset:N", "data set"), "probe:N", *numbers, "seeds:Q")
     equal = base.transform_aggregate(n="count()").mark_rule(style="baseline")
     layers = [equal.encode(x=alt.XDatum(low), x2=alt.X2Datum(high), y=alt.YDatum(low), y2=alt.Y2Datum(high))]
     for flagged, style in (("datum.flagged == ''", "hollow"), ("datum.flagged != ''", "dot")):
         dots = base.transform_filter(flagged).mark_point(style=style, filled=style == "dot")
         layers.append(dots.encode(x=x, y=y, tooltip=tooltip))
-    return to_spec(alt.layer(*layers), 280)
+    return charts.to_spec(alt.layer(*layers), 280)

@@ -184,7 +184,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _sizes(group: ComparisonGroup) -> str:
-    return f"{count(group.train_images)} train, {count(group.test_images)} test images, {group.grid} grid"
+    return f"{count(group.first.images.train)} train, {count(group.first.images.test)} test images, {group.grid} grid"
 
 
 def _table(group: ComparisonGroup) -> Table:

@@ -5,7 +5,8 @@ from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
-from mlfusion.report.figures.drawing import Figure, Panel, Record, base_chart, require_altair, to_spec
+from mlfusion.report.figures import charts
+from mlfusion.report.figures.drawing import Figure, Panel, Record
 from mlfusion.report.numbers import capitalized, percent, points
 from mlfusion.report.studies import Study
 from mlfusion.report.summary import ComparisonGroup, mean_gain
@@ -57,49 +58,20 @@ def _cell(dataset: str, probe: str, test: float, gain: float | None) -> Record:
 
 @lru_cache(maxsize=64)
 def _spec(datasets: tuple[str, ...], probes: tuple[str, ...], top: float) -> dict[str, Any]:
-    alt = require_altair()
-    base = base_chart()
-    x = alt.X(
-        "probe:N",
-        sort=list(probes),
-        title=None,
-        scale=alt.Scale(paddingInner=0.03),
-        axis=alt.Axis(
-            orient="top",
-            labelAngle=0,
-            labelExpr="[split(datum.label, '/')[0], split(datum.label, '/')[1]]",
-            domain=False,
-            ticks=False,
-            labelFontSize=10,
-            labelLimit=110,
-            labelPadding=18,
-        ),
-    )
-    y = alt.Y(
-        "dataset:N",
-        sort=list(datasets),
-        title=None,
-        scale=alt.Scale(paddingInner=0.06),
-        axis=alt.Axis(domain=False, ticks=False),
-    )
-    colour = alt.Color(
-        "gain:Q",
-        scale=alt.Scale(domain=[-top, 0, top], range="diverging", interpolate="rgb"),
-        title="gain, points",
-        legend=alt.Legend(orient="bottom", gradientLength=200, tickCount=5),
-    )
-    tooltip = [
-        alt.Tooltip("dataset:N", title="data set"),
-        alt.Tooltip("probe:N"),
-        alt.Tooltip("test:Q", title="test, %", format=".2f"),
-        alt.Tooltip("gain:Q", title="gain, points", format="+.2f"),
-        alt.Tooltip("seeds:Q"),
+    alt, base = charts.base_chart()
+    above = {"orient": "top", "labelAngle": 0, "labelFontSize": 10, "labelLimit": 110, "labelPadding": 18}
+    lines = "[split(datum.label, '/')[0], split(datum.label, '/')[1]]"
+    axis = alt.Axis(**above, labelExpr=lines, domain=False, ticks=False)
+    x = alt.X("probe:N", sort=list(probes), title=None, scale=alt.Scale(paddingInner=0.03), axis=axis)
+    y = charts.dataset_rows(datasets, 0.06)
+    scale = alt.Scale(domain=[-top, 0, top], range="diverging", interpolate="rgb")
+    legend = alt.Legend(orient="bottom", gradientLength=200, tickCount=5)
+    colour = alt.Color("gain:Q", scale=scale, title="gain, points", legend=legend)
+    numbers = [("test:Q", "test, %", ".2f"), ("gain:Q", "gain, points", "+.2f")]
+    tooltip = charts.tooltip(("dataset:N", "data set"), "probe:N", *numbers, "seeds:Q")
+    layers = [
+        base.mark_rect(style="heat").encode(x=x, y=y, color=colour, tooltip=tooltip),
+        base.mark_text(style="value", dy=-6).encode(x=x, y=y, text="shown:N"),
+        base.mark_text(style="on-weak", dy=8).encode(x=x, y=y, text="gained:N"),
     ]
-    return to_spec(
-        alt.layer(
-            base.mark_rect(style="heat").encode(x=x, y=y, color=colour, tooltip=tooltip),
-            base.mark_text(style="value", dy=-6).encode(x=x, y=y, text="shown:N"),
-            base.mark_text(style="on-weak", dy=8).encode(x=x, y=y, text="gained:N"),
-        ),
-        34 * len(datasets),
-    )
+    return charts.to_spec(alt.layer(*layers), 34 * len(datasets))
