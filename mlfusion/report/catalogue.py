@@ -147,11 +147,9 @@ def _group_files(study: Study, data: ReportData) -> Iterator[tuple[str, Figure]]
                 yield _file_name(f"{figure.name}-{name}", study), figure
 
 
-def table_files(data: ReportData) -> Iterator[tuple[str, ScoreTable]]:
+def table_files(data: ReportData) -> list[tuple[str, ScoreTable]]:
     """(name of its files, table) of every table."""
-    for study in data.studies:
-        for table in score_tables(study):
-            yield _file_name(table.name, study), table
+    return [(_file_name(table.name, study), table) for study in data.studies for table in score_tables(study)]
 
 
 def _file_name(name: str, study: Study) -> str:

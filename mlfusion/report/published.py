@@ -9,13 +9,13 @@ from math import sqrt
 from statistics import fmean
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record
 from mlfusion.report.numbers import count, mean_sd, percent, plural, points
 from mlfusion.report.summary import ComparisonGroup, Score, comparison_groups
+from mlfusion.report.terminal import bare_table
 from mlfusion.results import Row
 
 SOURCE = "Ciernik et al., arXiv 2601.09322"
@@ -124,18 +124,14 @@ def table(found: Sequence[PublishedComparison], most: int) -> RenderableType:
     summary = Text(summarize(found))
     if not shown:
         return summary
-    lines = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for head in ("model", "data set", "probe"):
-        lines.add_column(head, no_wrap=True)
-    for head in ("ours, %", "published", "difference, points", ""):
-        lines.add_column(head, justify="right", no_wrap=True)
+    lines = bare_table(None, ["model", "data set", "probe"], ["ours, %", "published", "difference, points", ""])
     for one in shown:
-        lines.add_row(
-            *(one.group.model, one.group.dataset, one.score.probe),
-            *(mean_sd(one.score.test), percent(one.published), points(one.difference)),
-            "flagged" if one.flagged else "",
-            style="bold" if one.flagged else "",
+        place, scores = (
+            (one.group.model, one.group.dataset, one.score.probe),
+            (mean_sd(one.score.test), percent(one.published)),
         )
+        flag, style = ("flagged", "bold") if one.flagged else ("", "")
+        lines.add_row(*place, *scores, points(one.difference), flag, style=style)
     left = len(found) - len(shown)
     rest = [Text(f"{count(left)} more are in the page (--html) and in the CSV of --figures")] if left else []
     return Group(lines, *rest, Text(), summary)

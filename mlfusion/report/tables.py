@@ -2,9 +2,10 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from statistics import fmean
 from typing import Literal
 
@@ -111,14 +112,9 @@ def by_rank(study: Study) -> ScoreTable:
     mean_ranks = {probe: fmean(held) for probe, held in each.items() if len(held) == len(study.datasets)}
     how = f"Bold: the best of the row, underlined: the second. Mean rank over {len(study.datasets)} data sets, 1 the best."
     table = _table(study, "table-1-ranks", how, marks)
-    return replace(
-        table,
-        foot=[*table.foot, ("Mean rank", _rank_cells(study.probes, mean_ranks))],
-        numbers=[
-            *table.numbers,
-            *(Record(dataset="mean rank", domain="", probe=p, rank=rank) for p, rank in mean_ranks.items()),
-        ],
-    )
+    foot = [*table.foot, ("Mean rank", _rank_cells(study.probes, mean_ranks))]
+    added = [Record(dataset="mean rank", domain="", probe=p, rank=rank) for p, rank in mean_ranks.items()]
+    return replace(table, foot=foot, numbers=[*table.numbers, *added])
 
 
 def ranks(scores: Mapping[str, float]) -> dict[str, float]:
@@ -163,24 +159,17 @@ def _over_models(study: Study, dataset: str) -> dict[str, dict[str, float]]:
 
 def _table(study: Study, name: str, how: str, marks: Mapping[tuple[str, str], Mark]) -> ScoreTable:
     """The cells of a study; the note ends in how they are marked."""
-    lines = {
-        dataset: [_cell(study, dataset, probe, marks.get((dataset, probe), "")) for probe in study.probes]
-        for dataset in study.datasets
-    }
+    places = list(product(study.datasets, study.probes))
+    cells = {place: _cell(study, *place, marks.get(place, "")) for place in places}
     domains: dict[str, list[Line]] = {}
-    for dataset, cells in lines.items():
-        domains.setdefault(domain(dataset), []).append((dataset, cells))
-    foot = []
-    if len(lines) > 1:
-        foot.append((f"Mean of {len(lines)}", [_mean(column) for column in zip(*lines.values(), strict=True)]))
-    numbers = [
-        _number(dataset, probe, cell)
-        for dataset, cells in lines.items()
-        for probe, cell in zip(study.probes, cells, strict=True)
-        if cell.test is not None
-    ]
-    cells = [cell for held in lines.values() for cell in held]
-    note = _note(study, how, cells)
+    for dataset in study.datasets:
+        domains.setdefault(domain(dataset), []).append((dataset, [cells[dataset, probe] for probe in study.probes]))
+    foot, sets = [], study.datasets
+    if len(sets) > 1:
+        means = [_mean([cells[dataset, probe] for dataset in sets]) for probe in study.probes]
+        foot.append((f"Mean of {len(sets)}", means))
+    numbers = [_number(*place, cell) for place, cell in cells.items() if cell.test is not None]
+    note = _note(study, how, list(cells.values()))
     return ScoreTable(name, "Scores and gains", note, study.probes, list(domains.items()), foot, numbers)
 
 
@@ -247,40 +236,35 @@ def _note(study: Study, how: str, cells: Sequence[Cell]) -> str:
 
 def markdown(table: ScoreTable) -> str:
     """The table as Markdown under its title and note; each domain has a line of its own."""
-    lines = [f"| data set | {' | '.join(f'`{name}`' for name in table.columns)} |"]
-    lines.append("|---|" + "---:|" * len(table.columns))
-
-    def line(label: str, cells: Sequence[Cell]) -> str:
-        escaped = label.replace("|", "\\|")
-        return f"| {escaped} | " + " | ".join(_marked(cell, "**{}**", "<u>{}</u>") for cell in cells) + " |"
-
+    lines: list[Sequence[str]] = []
     for name, held in table.domains:
         if len(table.domains) > 1:
-            lines.append(f"| *{name}* |" + " |" * len(table.columns))
-        lines += [line(label, cells) for label, cells in held]
-    lines += [line(label, cells) for label, cells in table.foot]
-    return f"### {table.title}\n\n{table.note}\n\n" + "\n".join(lines) + "\n"
+            lines.append([f"*{name}* |" + " |" * (len(table.columns) - 1)])
+        lines += [(label.replace("|", "\\|"), *map(_marked, cells)) for label, cells in held]
+    lines += [(label, *map(_marked, cells)) for label, cells in table.foot]
+    heads = ["data set", *(f"`{name}`" for name in table.columns)]
+    return f"### {table.title}\n\n{table.note}\n\n" + "\n".join(markdown_lines(heads, lines)) + "\n"
 
 
-def _marked(cell: Cell, bold: str, underline: str) -> str:
+def markdown_lines(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> list[str]:
+    """The lines of a Markdown table: so many columns of texts, then columns of numbers."""
+    rule = "|" + "---|" * texts + "---:|" * (len(heads) - texts)
+    return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _marked(cell: Cell) -> str:
     score, gain = cell.shown
     text = f"{score} ({gain})" if gain else score
-    return {"bold": bold, "underline": underline}.get(cell.mark, "{}").format(text) if text else ""
+    return {"bold": "**{}**", "underline": "<u>{}</u>"}.get(cell.mark, "{}").format(text) if text else ""
 
 
-_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    DAGGER: r"$\dagger$",
-    "\N{MINUS SIGN}": "$-$",
-}
+_LATEX: dict[str, str | int | None] = {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+_LATEX |= {"±": r"$\pm$", DAGGER: r"$\dagger$", "\N{MINUS SIGN}": "$-$"} | {c: f"\\{c}" for c in "&%$#_{}"}
 
 
 def _tex(text: str) -> str:
     """Text as LaTeX shows it."""
-    return "".join(_LATEX.get(c, c) for c in text)
+    return text.translate(str.maketrans(_LATEX))
 
 
 def latex(table: ScoreTable) -> str:

@@ -19,6 +19,7 @@ from mlfusion.report.summary import (
     mean_gain,
     metric_name,
 )
+from mlfusion.report.tables import markdown_lines
 from mlfusion.results import Row
 from mlfusion.system.progress import duration
 
@@ -81,10 +82,7 @@ def _side_by_side(study: Study, model: str, width: int) -> Iterator[RenderableTy
     title: Text | None = Text.assemble((model, "bold"), (about, "dim"))
     while columns:
         taken = _fitting(columns, width - left - 2)
-        table = _bare(title)
-        table.add_column("", no_wrap=True)
-        for column in columns[:taken]:
-            table.add_column(column.head, justify="right", no_wrap=True)
+        table = bare_table(title, [""], [column.head for column in columns[:taken]])
         for number, probe in enumerate(probes):
             table.add_row(probe, *(column.cells[number] for column in columns[:taken]))
         yield table
@@ -146,16 +144,15 @@ def _seeds(groups: Sequence[ComparisonGroup]) -> str:
     return from_to(numbers) + (" seed" if numbers == {1} else " seeds")
 
 
-def _bare(title: Text | None) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-        header_style="dim",
-        title_style="",
-    )
+def bare_table(title: Text | None, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table without lines; the heads of its columns of texts, then of those of numbers."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", title_style="")
+    made.title, made.title_justify = title, "left"
+    for head in texts:
+        made.add_column(head, no_wrap=True)
+    for head in numbers:
+        made.add_column(head, justify="right", no_wrap=True)
+    return made
 
 
 # --- one at a time ---------------------------------------------------------------------------------------------------
@@ -169,17 +166,16 @@ def markdown(rows: Sequence[Row]) -> str:
     """
     parts = []
     for group in comparison_groups(rows):
-        lines = [
+        lines = [(f"`{score.probe}`", *_cells(score)) for score in group.scores]
+        text = [
             f"### {group.name}",
             "",
             f"{_sizes(group)}. {answer(group)}",
             "",
-            f"| {metric_name(group.metric)}, % | " + " | ".join(COLUMNS) + " |",
-            "|---|" + "---:|" * len(COLUMNS),
-            *("| " + " | ".join([f"`{score.probe}`", *_cells(score)]) + " |" for score in group.scores),
+            *markdown_lines([f"{metric_name(group.metric)}, %", *COLUMNS], lines),
             *(["", OTHER_CODE] if any(score.other_code for score in group.scores) else []),
         ]
-        parts.append("\n".join(lines))
+        parts.append("\n".join(text))
     return "\n\n".join(parts) + "\n"
 
 
@@ -188,10 +184,8 @@ def _sizes(group: ComparisonGroup) -> str:
 
 
 def _table(group: ComparisonGroup) -> Table:
-    table = _bare(Text.assemble((group.name, "bold"), ("   " + _sizes(group), "dim")))
-    table.add_column(metric_name(group.metric) + ", %", no_wrap=True)
-    for head in COLUMNS:
-        table.add_column(head, justify="right", no_wrap=True)
+    title = Text.assemble((group.name, "bold"), ("   " + _sizes(group), "dim"))
+    table = bare_table(title, [f"{metric_name(group.metric)}, %"], COLUMNS)
     best = max((score for score in group.scores if score.gain), key=lambda score: score.test.mean, default=None)
     for score in group.scores:
         style = "bold" if score is best and not score.is_baseline else ""

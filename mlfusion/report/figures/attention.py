@@ -29,19 +29,16 @@ def top_share(held: Sequence[Attended]) -> float:
 def attention(groups: Sequence[ComparisonGroup], top: float | None = None) -> Figure | None:
     """A panel a model; rows are data sets grouped by domain, columns CLS layers | AP layers; one colour scale for all.
 
-    Args:
-        groups: those without attention over layers are left out.
-        top: the end of the colour scale in percent; by default the largest share.
+    `top` is the end of the colour scale in percent, by default the largest share.
     """
     held = attended(groups)
     if not held:
         return None
     top = top or top_share(held)
-    models = list(dict.fromkeys(group.model for group, _ in held))
-    panels = [
-        _panel([pair for pair in held if pair[0].model == model], top, alone=len(held) == 1, titled=len(held) > 1)
-        for model in models
-    ]
+    by_model: dict[str, list[Attended]] = {}
+    for pair in held:
+        by_model.setdefault(pair[0].model, []).append(pair)
+    panels = [_panel(pairs, top, alone=len(held) == 1) for pairs in by_model.values()]
     description = "; ".join(
         f"{group.name}: " + ", ".join(f"layer {layer} {percent(share)} %" for layer, share in found.by_layer.items())
         for group, found in held
@@ -53,7 +50,7 @@ def attention(groups: Sequence[ComparisonGroup], top: float | None = None) -> Fi
         "class token, AP the mean of the patch tokens.",
         f"Share of the attention of each layer. {description}",
         panels,
-        [number for model in models for pair in held if pair[0].model == model for number in _numbers(*pair)],
+        [number for pairs in by_model.values() for pair in pairs for number in _numbers(*pair)],
         columns=1,
         page_width="wide" if len(panels) == 1 else "",
     )
@@ -114,7 +111,7 @@ class _Layout:
         return 0.55 if self.dense else 0.45
 
 
-def _panel(held: Sequence[Attended], top: float, *, alone: bool, titled: bool) -> Panel:
+def _panel(held: Sequence[Attended], top: float, *, alone: bool) -> Panel:
     """One model's data sets, a row each."""
     model = held[0][0].model
     usual = held[0][1].probe if len(held) == 1 else ALF
@@ -132,11 +129,9 @@ def _panel(held: Sequence[Attended], top: float, *, alone: bool, titled: bool) -
     layers = tuple(sorted({layer for _, found in held for layer, _ in found.tokens}))
     kinds = tuple(dict.fromkeys(str(record["kind"]) for record in records))
     for kind in kinds:  # written once, above the first cell of the kind
-        for i, record in enumerate(records):
-            if record["kind"] == kind and record["layer"] == layers[0]:
-                records[i] = record.extended(top=f"{kind} tokens")
-                break
-    return Panel(model if titled else "", _spec(_Layout(len(held), layers, kinds, top, grouped)), records, width=760)
+        i = next(i for i, one in enumerate(records) if one["kind"] == kind and one["layer"] == layers[0])
+        records[i] = records[i].extended(top=f"{kind} tokens")
+    return Panel("" if alone else model, _spec(_Layout(len(held), layers, kinds, top, grouped)), records, width=760)
 
 
 @lru_cache(maxsize=256)

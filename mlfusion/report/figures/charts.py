@@ -77,7 +77,7 @@ def series_channels(field: str, names: Sequence[Any]) -> tuple[Any, Any]:
     return colour, alt.Shape(f"{field}:N", scale=shapes, legend=None)
 
 
-def tooltip(*fields: str | tuple[str, str] | tuple[str, str, str]) -> list[Any]:
+def tooltip(*fields: str | tuple[str, ...]) -> list[Any]:
     """A line a field: the field alone, with a title, or with a title ('': its name) and a format."""
     alt, lines = require_altair(), []
     for one in fields:

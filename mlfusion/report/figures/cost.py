@@ -1,11 +1,10 @@
 """Test score against the cost of a probe: its parameters, and the time that it takes to train."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import log
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record, extent, series_legend
@@ -77,8 +76,7 @@ def _record(probe: str, scores: Sequence[Score]) -> Record:
 # --- names beside dots -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Axis:
+class _Axis(NamedTuple):
     """A logarithmic axis of costs."""
 
     name: str
@@ -118,7 +116,7 @@ def label_sides(names: Sequence[str], dots: Sequence[tuple[float, float]]) -> li
 def _overlap(box: Box, taken: Sequence[Box]) -> float:
     """Pixels of a box that lie outside the panel or, across, on boxes that are taken."""
     left, top, right, bottom = box
-    outside = max(0.0, -left) + max(0.0, right - WIDTH) + max(0.0, -top) + max(0.0, bottom - HEIGHT)
+    outside = sum(max(0.0, beyond) for beyond in (-left, right - WIDTH, -top, bottom - HEIGHT))
     return outside + sum(
         max(0.0, min(right, other[2]) - max(left, other[0])) * (min(bottom, other[3]) > max(top, other[1]))
         for other in taken

@@ -10,6 +10,8 @@ import io
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from math import ceil
+from textwrap import wrap
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -124,33 +126,16 @@ def combined_spec(figure: Figure) -> dict[str, Any]:
     columns = min(figure.columns, len(views))
     across = columns * (max(panel.width for panel in figure.panels) + 40)
     body = {"concat": views, "columns": columns, "spacing": 36, "resolve": {"scale": {"color": "shared"}}}
+    note = wrap(figure.note, ceil(across / 6.2), break_long_words=False, break_on_hyphens=False)
+    look = {"fontSize": 16, "subtitleFontSize": 12, "subtitleColor": LIGHT.quiet, "subtitlePadding": 6, "offset": 18}
     theme = config(LIGHT) | {"background": LIGHT.paper, "padding": 16, "concat": {"spacing": 36}}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "title": {
-            "text": figure.title,
-            "subtitle": _lines(figure.note, across),
-            "fontSize": 16,
-            "subtitleFontSize": 12,
-            "subtitleColor": LIGHT.quiet,
-            "subtitlePadding": 6,
-            "offset": 18,
-        },
+        "title": look | {"text": figure.title, "subtitle": note},
         "datasets": datasets,
         "vconcat": [*([_legend(figure.legend, across)] if figure.legend else []), body],
         "config": theme,
     }
-
-
-def _lines(text: str, width: int) -> list[str]:
-    """Text broken into lines of about `width` pixels."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and len(lines[-1]) + len(word) < width / 6.2:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
 
 
 def _legend(entries: Sequence[LegendEntry], width: int) -> dict[str, Any]:

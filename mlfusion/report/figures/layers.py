@@ -79,16 +79,14 @@ def level_records(group: ComparisonGroup) -> list[Record]:
     """The levels to compare layers with: the probe over several layers, and the baseline."""
     held = [score for score in (group.main, group.baseline) if score is not None]
     highest = max((score.test.mean for score in held), default=0)
-    return [
-        Record(
-            # Close levels would write over each other: the higher one's name stands above its line, the lower one's below.
-            what=f"{'baseline' if score.is_baseline else 'level'}-{'above' if score.test.mean == highest else 'below'}",
-            probe=score.probe,
-            test=100 * score.test.mean,
-            label=f"{score.probe}  {percent(score.test.mean)} %",
-        )
-        for score in held
-    ]
+    records = []
+    for score in held:
+        mean = score.test.mean
+        # Close levels would write over each other: the higher one's name stands above its line, the lower one's below.
+        what = f"{'baseline' if score.is_baseline else 'level'}-{'above' if mean == highest else 'below'}"
+        label = f"{score.probe}  {percent(mean)} %"
+        records.append(Record(what=what, probe=score.probe, test=100 * mean, label=label))
+    return records
 
 
 def cka_records(group: ComparisonGroup, cka: Cka, series: Sequence[str]) -> list[Record]:

@@ -9,7 +9,7 @@ from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record
 from mlfusion.report.numbers import capitalized, percent, points
 from mlfusion.report.studies import Study
-from mlfusion.report.summary import ComparisonGroup, mean_gain
+from mlfusion.report.summary import ComparisonGroup, Score, mean_gain
 from mlfusion.specs.names import BASELINE
 
 
@@ -17,7 +17,7 @@ def score_map(groups: Sequence[ComparisonGroup]) -> Figure | None:
     """Data sets × probes of one model, coloured by the gain; score and gain in every cell, their means below."""
     study = Study("", tuple(groups))
     records = [
-        _cell(group.dataset, probe, score.test.mean, mean_gain([score])).extended(seeds=score.test.n)
+        _cell(group.dataset, probe, [score], score.test.n)
         for group in groups
         for probe in study.probes
         if (score := study.score(group, probe))
@@ -29,8 +29,7 @@ def score_map(groups: Sequence[ComparisonGroup]) -> Figure | None:
         for probe in study.probes:
             scores = study.scores(probe)
             if len(scores) == len(groups):  # a mean over other data sets would not be comparable
-                test = fmean(score.test.mean for score in scores)
-                records.append(_cell(f"mean of {len(groups)}", probe, test, mean_gain(scores)).extended(seeds=None))
+                records.append(_cell(f"mean of {len(groups)}", probe, scores, None))
     datasets = tuple(dict.fromkeys(str(record["dataset"]) for record in records))
     top = max([1.0, *(abs(record.number("gain")) for record in records if record["gain"] is not None)])
     return Figure(
@@ -45,15 +44,11 @@ def score_map(groups: Sequence[ComparisonGroup]) -> Figure | None:
     )
 
 
-def _cell(dataset: str, probe: str, test: float, gain: float | None) -> Record:
-    return Record(
-        dataset=dataset,
-        probe=probe,
-        test=100 * test,
-        gain=None if gain is None else 100 * gain,
-        shown=percent(test),
-        gained="" if gain is None else points(gain),
-    )
+def _cell(dataset: str, probe: str, scores: Sequence[Score], seeds: int | None) -> Record:
+    test, gain = fmean(score.test.mean for score in scores), mean_gain(scores)
+    shown, gained = percent(test), "" if gain is None else points(gain)
+    place = Record(dataset=dataset, probe=probe, test=100 * test, gain=None if gain is None else 100 * gain)
+    return place.extended(shown=shown, gained=gained, seeds=seeds)
 
 
 @lru_cache(maxsize=64)

@@ -114,8 +114,8 @@ def _train_records(study: Study, probe: str) -> list[Record]:
     for dataset in study.datasets:
         if scores := study.scores(probe, dataset=dataset):
             train, test = fmean(score.train.mean for score in scores), fmean(score.test.mean for score in scores)
-            numbers = {"models": len(scores), "train": 100 * train, "test": 100 * test, "gap": points(train - test)}
-            records.append(Record(Record(dataset=dataset, domain=domain(dataset), probe=probe), **numbers))
+            place = Record(dataset=dataset, domain=domain(dataset), probe=probe, models=len(scores))
+            records.append(place.extended(train=100 * train, test=100 * test, gap=points(train - test)))
     return records
 
 
