@@ -120,9 +120,6 @@ def score_tables(study: Study) -> list[ScoreTable]:
     return [by_significance(study), by_rank(study), *alone]
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def figure_files(data: ReportData, *, paper: bool) -> Iterator[tuple[str, Figure]]:
     """(name of its files, figure) of every figure; `paper` adds the comparison with the published scores."""
     for study in data.studies:

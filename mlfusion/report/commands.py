@@ -10,20 +10,17 @@ from mlfusion.specs.names import STUDY, token_words
 
 
 def reproduction_commands(groups: Iterable[ComparisonGroup], page: str) -> list[str]:
-    """Every command that the rows of the groups and the page of this name take, each once."""
-    commands = [command for group in groups for command in group_commands(group)]
+    """An `extract` and a `probe` for each set of seeds that make each group's rows, each once, and the page's `report`."""
+    commands = []
+    for group in groups:
+        by_seeds: dict[tuple[int, ...], list[Score]] = {}
+        for score in group.scores:
+            by_seeds.setdefault(score.seeds, []).append(score)
+        commands.append(_extract(group))
+        commands += [
+            _probe(group, _probe_names(scores, group.first.depth), seeds) for seeds, scores in by_seeds.items()
+        ]
     return [*dict.fromkeys(commands), f"mlfusion report --html {shlex.quote(page)}"]
-
-
-def group_commands(group: ComparisonGroup) -> list[str]:
-    """The `extract`, and one `probe` for each set of seeds, that make a group's rows."""
-    by_seeds: dict[tuple[int, ...], list[Score]] = {}
-    for score in group.scores:
-        by_seeds.setdefault(score.seeds, []).append(score)
-    return [
-        _extract(group),
-        *(_probe(group, _probe_names(scores, group.first.depth), seeds) for seeds, scores in by_seeds.items()),
-    ]
 
 
 def layerwise_command(group: ComparisonGroup) -> str:

@@ -32,7 +32,6 @@ def write_findings(
 
     Args:
         rows: rows of the study.
-        path: the file.
         results: where the rows come from; their arrays give the intervals.
         title: heading of the page.
         about: a sentence or two under the heading.
@@ -80,9 +79,6 @@ def _provenance(groups: Sequence[ComparisonGroup]) -> str:
 def _under(text: str, lines: Sequence[str], *after: str) -> str:
     """A table under a sentence, and what follows it."""
     return "\n\n".join([text, "\n".join(lines), *after])
-
-
-# --- uncertainty -----------------------------------------------------------------------------------------------------
 
 
 def _cases(study: Study, results: Results) -> list[str]:
@@ -143,9 +139,6 @@ def _tests(study: Study) -> list[str]:
         if lines:
             parts.append(_under(text, tables.markdown_lines(["probe", "mean gain, points", "p", "adjusted"], lines)))
     return parts
-
-
-# --- cost ------------------------------------------------------------------------------------------------------------
 
 
 def _costs(study: Study) -> str:

@@ -46,7 +46,6 @@ def write_page(
 
     Args:
         rows: of any models and data sets.
-        path: the file.
         title: heading of the page.
         results: where the rows come from; their arrays give confusions and calibration.
         cka: similarity of layers with the last, drawn beside accuracy by layer.

@@ -39,30 +39,18 @@ class PublishedComparison:
         return self.score.test.mean - self.published
 
     @property
-    def noise(self) -> float | None:
-        """Deviation of the difference over seeds, as if theirs had our deviation; None for one seed."""
-        sd, n = self.score.test.sd, self.score.test.n
-        return None if sd is None else sd * sqrt(1 + 1 / n)
-
-    @property
     def flagged(self) -> bool:
-        """Whether the difference is large."""
-        return abs(self.difference) > max(LARGE, 2 * (self.noise or 0))
+        """Whether the difference is large; its deviation over seeds is estimated as if theirs had the deviation of ours."""
+        test = self.score.test
+        return abs(self.difference) > max(LARGE, 2 * (test.sd or 0) * sqrt(1 + 1 / test.n))
 
     def record(self) -> Record:
         """The comparison in percent, as its CSV holds it."""
-        return Record(
-            model=self.group.model,
-            dataset=self.group.dataset,
-            probe=self.score.probe,
-            grid=self.group.grid,
-            ours=100 * self.score.test.mean,
-            ours_sd=None if self.score.test.sd is None else 100 * self.score.test.sd,
-            seeds=self.score.test.n,
-            published=100 * self.published,
-            difference=100 * self.difference,
-            flagged="yes" if self.flagged else "",
-        )
+        group, test, difference = self.group, self.score.test, 100 * self.difference
+        sd = None if test.sd is None else 100 * test.sd
+        place = Record(model=group.model, dataset=group.dataset, probe=self.score.probe, grid=group.grid)
+        ours = place.extended(ours=100 * test.mean, ours_sd=sd, seeds=test.n, published=100 * self.published)
+        return ours.extended(difference=difference, flagged="yes" if self.flagged else "")
 
 
 @cache

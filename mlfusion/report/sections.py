@@ -64,9 +64,6 @@ def sections(data: ReportData, page: str) -> list[Section]:
     return [*(section for make in makers if (section := make(data))), _runs(data, page)]
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
 def _accuracy(data: ReportData) -> Section:
     groups = data.groups
     name = score_word(groups)
@@ -118,9 +115,6 @@ def _layers(data: ReportData) -> Section:
     return Section("layers", title, own, tables, "layers", content, [("layers", "By layer")] if pairs else [])
 
 
-# --- over models and data sets ---------------------------------------------------------------------------------------
-
-
 def _over_studies(data: ReportData, name: SectionName, title: str) -> Section | None:
     figures = [figure for study in data.studies for figure in study_figures(study, name)]
     return Section(name, title, figures, contents=[(name, title)]) if figures else None
@@ -133,9 +127,6 @@ def _published(data: ReportData) -> Section | None:
     tables = {"published": page_tables.published_table(data.compared)}
     text = published.summarize(data.compared)
     return Section("paper", figure.title, [figure], tables, content=text, contents=[("paper", figure.title)])
-
-
-# --- data set by data set --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -200,9 +191,6 @@ def _strip(strip: Strip) -> dict[str, Any]:
         urls = [data_url(Picture(picture.image))] + ([data_url(picture)] if picture.attention is not None else [])
         pictures.append({"caption": picture.caption, "urls": urls})
     return {"title": strip.title, "description": strip.description, "pictures": pictures}
-
-
-# --- what was run ----------------------------------------------------------------------------------------------------
 
 
 def _runs(data: ReportData, page: str) -> Section:

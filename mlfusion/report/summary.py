@@ -246,10 +246,7 @@ def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
     models = list(dict.fromkeys(key.model for key in grouped))
     datasets = list(dict.fromkeys(key.dataset for key in grouped))
     keys = sorted(grouped, key=lambda key: (models.index(key.model), datasets.index(key.dataset)))
-    return [
-        ComparisonGroup(*key[:6], name=_group_name(key, keys), scores=_scores(list(grouped[key].values())))
-        for key in keys
-    ]
+    return [ComparisonGroup(*key[:6], _group_name(key, keys), _scores([*grouped[key].values()])) for key in keys]
 
 
 def _group_name(key: Setting, keys: Sequence[Setting]) -> str:
@@ -276,15 +273,9 @@ def _score(probe: str, rows: Sequence[Row], baseline: dict[int, Row]) -> Score:
     # Paired by seed: what a seed does to both probes alike, such as the split for validation, cancels.
     pairs = [(row, baseline[row.seed]) for row in rows if row.seed in baseline]
     gains = [row.test - base.test for row, base in pairs]
-    return Score(
-        probe,
-        tuple(rows),
-        test=Spread.of(row.test for row in rows),
-        val=Spread.of(row.val for row in rows),
-        train=Spread.of(row.train for row in rows),
-        gain=Spread.of(gains) if gains else None,
-        other_code=any(row.code != base.code for row, base in pairs),
-    )
+    test, val, train = (Spread.of(getattr(row, part) for row in rows) for part in ("test", "val", "train"))
+    other_code = any(row.code != base.code for row, base in pairs)
+    return Score(probe, tuple(rows), test, val, train, Spread.of(gains) if gains else None, other_code)
 
 
 def probe_order(probe: str) -> tuple[int, str, int]:
@@ -303,11 +294,10 @@ def score_word(groups: Iterable[ComparisonGroup]) -> str:
 
 def library_versions(groups: Iterable[ComparisonGroup]) -> dict[str, str]:
     """{library: its version, or all of them where rows differ}."""
-    found: dict[str, dict[str, None]] = {}
-    for row in (row for group in groups for row in group.rows):
-        for library, version in row.versions.items():
-            found.setdefault(library, {})[version] = None
-    return {library: ", ".join(versions) for library, versions in sorted(found.items())}
+    pairs = dict.fromkeys(pair for group in groups for row in group.rows for pair in row.versions.items())
+    return {
+        library: ", ".join(v for name, v in pairs if name == library) for library in sorted({name for name, _ in pairs})
+    }
 
 
 def code_versions(groups: Iterable[ComparisonGroup]) -> list[str]:

@@ -80,12 +80,10 @@ def by_significance(study: Study) -> ScoreTable:
         best = max(scores, key=lambda probe: fmean(scores[probe].values()))
         tested |= len(scores) > 1 and len(scores[best]) >= FEWEST
         marks |= {(dataset, p): "bold" for p in scores if p == best or _no_worse(scores[p], scores[best])}
-    how = (
-        "Bold: not significantly worse than the best of the row (one-sided Wilcoxon signed-rank test over models, "
-        f"p < {LEVEL})."
-        if tested
-        else f"Bold: the best of the row; nothing is tested with fewer than {FEWEST} models."
-    )
+    how = f"Bold: the best of the row; nothing is tested with fewer than {FEWEST} models."
+    if tested:
+        test = f"(one-sided Wilcoxon signed-rank test over models, p < {LEVEL})"
+        how = f"Bold: not significantly worse than the best of the row {test}."
     return _table(study, "table-1-significance", how, marks)
 
 
@@ -147,9 +145,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFKC", name)).strip("-.") or "unnamed"
 
 
-# --- one table -------------------------------------------------------------------------------------------------------
-
-
 def _over_models(study: Study, dataset: str) -> dict[str, dict[str, float]]:
     """{probe: {model: score}} of the probes that every model of the row has: means over other models are no comparison."""
     groups = [group for group in study.groups if group.dataset == dataset]
@@ -199,18 +194,13 @@ def _mean(cells: Sequence[Cell]) -> Cell:
 
 
 def _number(dataset: str, probe: str, cell: Cell) -> Record:
-    gain = cell.gain
-    return Record(
-        dataset=dataset,
-        domain=domain(dataset),
-        probe=probe,
-        test=None if cell.test is None else 100 * cell.test,
-        gain=100 * gain.mean if gain else None,
-        gain_sd=100 * gain.sd if gain and gain.sd is not None else None,
-        n=gain.n if gain else None,
-        mark=cell.mark,
-        other_code="yes" if cell.other_code else "",
+    gain, test = cell.gain, None if cell.test is None else 100 * cell.test
+    sd = 100 * gain.sd if gain and gain.sd is not None else None
+    held = Record(
+        dataset=dataset, domain=domain(dataset), probe=probe, test=test, gain=100 * gain.mean if gain else None
     )
+    other = "yes" if cell.other_code else ""
+    return held.extended(gain_sd=sd, n=gain.n if gain else None, mark=cell.mark, other_code=other)
 
 
 def _note(study: Study, how: str, cells: Sequence[Cell]) -> str:
@@ -229,9 +219,6 @@ def _note(study: Study, how: str, cells: Sequence[Cell]) -> str:
     if any(cell.other_code for cell in cells):
         said.append(OTHER_CODE)
     return " ".join(filter(None, said))
-
-
-# --- as text ---------------------------------------------------------------------------------------------------------
 
 
 def markdown(table: ScoreTable) -> str:

@@ -65,18 +65,15 @@ def _footnote(scores: Sequence[Score]) -> list[RenderableType]:
     return [Text(OTHER_CODE, style="dim")] if any(score.other_code for score in scores) else []
 
 
-# --- data sets beside each other -------------------------------------------------------------------------------------
-
-
 def _side_by_side(study: Study, model: str, width: int) -> Iterator[RenderableType]:
     """One model's probes on all of its data sets, in as many tables as the width asks for."""
     groups = [group for group in study.select(model=model) if group.probes]
     probes = [probe for probe in study.probes if study.scores(probe, model=model)]
     if not probes:
         return
-    columns = [_column(study, group, probes) for group in groups]
+    columns = [_column(study, group.dataset, [group], probes) for group in groups]
     if len(groups) > 1:
-        columns.append(_mean_column(study, groups, probes))
+        columns.append(_column(study, "mean", groups, probes))
     left = max(map(len, probes))
     about = f"   {study.metric}, %, and gain in points, {_seeds(groups)}" + f", {study.name}" * bool(study.name)
     title: Text | None = Text.assemble((model, "bold"), (about, "dim"))
@@ -119,24 +116,19 @@ class _Column:
         ]
 
 
-def _column(study: Study, group: ComparisonGroup, probes: Sequence[str]) -> _Column:
-    scores = [study.score(group, probe) for probe in probes]
-    return _Column(group.dataset, [(score.test.mean, _gain_text([score])) if score else None for score in scores])
-
-
-def _gain_text(scores: Sequence[Score]) -> str:
-    gain = mean_gain(scores)
-    return "" if gain is None else points(gain) + DAGGER * any(score.other_code for score in scores)
-
-
-def _mean_column(study: Study, groups: Sequence[ComparisonGroup], probes: Sequence[str]) -> _Column:
-    """Means over the data sets, of the probes that all of them have."""
+def _column(study: Study, head: str, groups: Sequence[ComparisonGroup], probes: Sequence[str]) -> _Column:
+    """One data set, or means over several, of the probes that all of them have."""
     cells: list[tuple[float, str] | None] = []
     for probe in probes:
         scores = [score for group in groups if (score := study.score(group, probe))]
         whole = len(scores) == len(groups)
         cells.append((fmean(score.test.mean for score in scores), _gain_text(scores)) if whole else None)
-    return _Column("mean", cells)
+    return _Column(head, cells)
+
+
+def _gain_text(scores: Sequence[Score]) -> str:
+    gain = mean_gain(scores)
+    return "" if gain is None else points(gain) + DAGGER * any(score.other_code for score in scores)
 
 
 def _seeds(groups: Sequence[ComparisonGroup]) -> str:
@@ -153,9 +145,6 @@ def bare_table(title: Text | None, texts: Sequence[str], numbers: Sequence[str])
     for head in numbers:
         made.add_column(head, justify="right", no_wrap=True)
     return made
-
-
-# --- one at a time ---------------------------------------------------------------------------------------------------
 
 
 def markdown(rows: Sequence[Row]) -> str:

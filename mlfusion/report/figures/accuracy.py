@@ -38,11 +38,7 @@ def accuracy(groups: Sequence[ComparisonGroup]) -> Figure | None:
         f"{metric_name(held[0][0].metric)} per probe. {' '.join(described)}",
         panels,
         [numbers_of(group, record) for group, records in held for record in records],
-        (
-            *series_legend(heads, shown),
-            LegendEntry(BASELINE, 0, "dashed"),
-            LegendEntry("± over seeds", 1, "line"),
-        ),
+        [*series_legend(heads, shown), LegendEntry(BASELINE, 0, "dashed"), LegendEntry("± over seeds", 1, "line")],
         columns=2,
     )
 

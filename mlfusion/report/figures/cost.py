@@ -73,9 +73,6 @@ def _record(probe: str, scores: Sequence[Score]) -> Record:
     )
 
 
-# --- names beside dots -----------------------------------------------------------------------------------------------
-
-
 class _Axis(NamedTuple):
     """A logarithmic axis of costs."""
 

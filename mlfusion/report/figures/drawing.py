@@ -113,9 +113,6 @@ def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
     return held.getvalue()
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def combined_spec(figure: Figure) -> dict[str, Any]:
     """All panels as one specification on white, under the title, with the legend and the note."""
     datasets = {f"{DATA}-{i}": [dict(record) for record in panel.records] for i, panel in enumerate(figure.panels)}

@@ -142,9 +142,6 @@ def by_heads(study: Study) -> Figure | None:
     )
 
 
-# --- dots ------------------------------------------------------------------------------------------------------------
-
-
 def _dot(label: str, score: Score, group: ComparisonGroup) -> Dot:
     gain = 100 * score.gain.mean if score.gain else 0.0
     compared = f" against {percent(group.baseline.test.mean, 2)} %" if group.baseline and not score.is_baseline else ""
@@ -199,9 +196,6 @@ def _comparable(counts: dict[int, dict[str, Dot]]) -> list[int]:
         for heads, cases in counts.items()
         if any(other != heads and set(cases) & set(counts[other]) for other in counts)
     )
-
-
-# --- texts and numbers -----------------------------------------------------------------------------------------------
 
 
 def _caption(dot: str) -> str:

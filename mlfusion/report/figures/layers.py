@@ -31,14 +31,10 @@ def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figur
     panels, numbers = [], []
     for group in groups:
         scores, levels, similarity = layer_records(group), level_records(group), cka_records(group, cka or {}, series)
-        layout = _Layout(
-            tuple(sorted({int(record.number("layer")) for record in [*scores, *similarity]})),
-            group.first.depth,
-            metric_name(group.metric),
-            series,
-            # What a filter leaves empty has no extent, of which Vega warns: only kinds that exist get a layer.
-            tuple(dict.fromkeys(str(record["what"]) for record in [*levels, *similarity])),
-        )
+        layers = tuple(sorted({int(record.number("layer")) for record in [*scores, *similarity]}))
+        # What a filter leaves empty has no extent, of which Vega warns: only kinds that exist get a layer.
+        present = tuple(dict.fromkeys(str(record["what"]) for record in [*levels, *similarity]))
+        layout = _Layout(layers, group.first.depth, metric_name(group.metric), series, present)
         records = [*scores, *levels, *similarity]
         panels.append(Panel(group.name, _spec(layout), records, width=380))
         numbers += [numbers_of(group, record.without("what")) for record in records]
@@ -47,6 +43,8 @@ def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figur
         for group in groups
     )
     kinds = {record["what"] for panel in panels for record in panel.records}
+    lines = [KERNELS[kernel] for kernel in KERNELS if f"cka-{kernel}" in kinds]
+    where = "with the last layer, in the colour of its tokens (right axis)"
     return Figure(
         "layers",
         f"{score_word(groups)} by layer",
@@ -55,14 +53,7 @@ def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figur
         f"{score_word(groups)} by layer. {description}",
         panels,
         numbers,
-        (
-            *series_legend(series),
-            *(
-                LegendEntry(f"{name} with the last layer, in the colour of its tokens (right axis)", 0, symbol)
-                for kernel, (name, symbol) in KERNELS.items()
-                if f"cka-{kernel}" in kinds
-            ),
-        ),
+        [*series_legend(series), *(LegendEntry(f"{name} {where}", 0, symbol) for name, symbol in lines)],
     )
 
 

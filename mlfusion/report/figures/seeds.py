@@ -20,9 +20,6 @@ def _shown(study: Study) -> list[str]:
     return named if len(named) > 1 else list(study.probes[:4])
 
 
-# --- variation over seeds --------------------------------------------------------------------------------------------
-
-
 def seeds(study: Study) -> Figure | None:
     """Figure A15: the deviation over seeds of the test score, data set by data set; None where nothing has two seeds."""
     probes = _shown(study)
@@ -78,9 +75,6 @@ def _bars(datasets: tuple[str, ...], probes: tuple[str, ...], ticks: bool) -> di
         tick = base.mark_tick(style="median")
         layers.append(tick.encode(x="highest:Q", y=y, yOffset=offset, color=colour, tooltip=tooltip))
     return charts.to_spec(alt.layer(*layers), max(60, len(datasets) * (9 * len(probes) + 8)))
-
-
-# --- training against test -------------------------------------------------------------------------------------------
 
 
 def train_test(study: Study) -> Figure | None:
