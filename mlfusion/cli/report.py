@@ -15,20 +15,14 @@ MAX_SHOWN = 40  # lines of the comparison in the terminal; its CSV and the page 
 
 def report(
     results: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write one self-contained HTML page to this file.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page to this file.")] = None,
     figures: Annotated[
         Path | None,
-        typer.Option(
-            "--figures", help="Write every figure (SVG, PNG, CSV) and table (Markdown, LaTeX, CSV) to this folder."
-        ),
+        typer.Option(help="Write every figure (SVG, PNG, CSV) and table (Markdown, LaTeX, CSV) to this folder."),
     ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option("--markdown", help="Write the tables as Markdown to this file.")
-    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown to this file.")] = None,
     against: Annotated[
-        str | None, typer.Option("--against", help="Compare the scores with published ones; the only choice is paper.")
+        str | None, typer.Option(help="Compare the scores with published ones; the only choice is paper.")
     ] = None,
     similarity: Annotated[
         bool,

@@ -10,20 +10,17 @@ from mlfusion.specs.names import STUDY, token_words
 
 
 def reproduction_commands(groups: Iterable[ComparisonGroup], page: str) -> list[str]:
-    """Every command that the rows of the groups and the page of this name take, each once."""
-    commands = [command for group in groups for command in group_commands(group)]
+    """An `extract` and a `probe` for each set of seeds that make each group's rows, each once, and the page's `report`."""
+    commands = []
+    for group in groups:
+        by_seeds: dict[tuple[int, ...], list[Score]] = {}
+        for score in group.scores:
+            by_seeds.setdefault(score.seeds, []).append(score)
+        commands.append(_extract(group))
+        commands += [
+            _probe(group, _probe_names(scores, group.first.depth), seeds) for seeds, scores in by_seeds.items()
+        ]
     return [*dict.fromkeys(commands), f"mlfusion report --html {shlex.quote(page)}"]
-
-
-def group_commands(group: ComparisonGroup) -> list[str]:
-    """The `extract`, and one `probe` for each set of seeds, that make a group's rows."""
-    by_seeds: dict[tuple[int, ...], list[Score]] = {}
-    for score in group.scores:
-        by_seeds.setdefault(score.seeds, []).append(score)
-    return [
-        _extract(group),
-        *(_probe(group, _probe_names(scores, group.depth), seeds) for seeds, scores in by_seeds.items()),
-    ]
 
 
 def layerwise_command(group: ComparisonGroup) -> str:
@@ -38,7 +35,7 @@ def _place(group: ComparisonGroup) -> str:
 def _extract(group: ComparisonGroup) -> str:
     tokens = cast(set[Pair], set(group.tokens))
     kinds = {kind for _, kind in tokens}
-    default: set[Pair] = {(layer, kind) for layer in range(1, group.depth + 1) for kind in ("cls", "ap")}
+    default: set[Pair] = {(layer, kind) for layer in range(1, group.first.depth + 1) for kind in ("cls", "ap")}
     if kinds & {"cls", "ap"}:  # as the command does by default; what is cached is one stream
         tokens |= {(layer, kind) for layer, kind in default if kind in kinds}
     option = f" --tokens {token_words(tokens)}" if tokens - default else ""
