@@ -10,7 +10,7 @@ import torch
 
 from mlfusion.errors import BadData
 from mlfusion.probing.heads import HeadModule, HeadShape
-from mlfusion.probing.search import DEFAULTS, SOLVERS, FitOptions, Search, Training, _outputs
+from mlfusion.probing.search import DEFAULTS, SOLVERS, FitOptions, Training
 from mlfusion.probing.targets import Target, kind_of
 from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import LARGEST_BATCH, Tokens
@@ -65,15 +65,11 @@ def fit(
     begun = time.perf_counter()
     _check(train, target, "train")
     target.check_choice(train.labels)
-    search: Search = (
-        SOLVERS[head](train, target, options, training, progress)
-        if head in SOLVERS
-        else Training(head, train, target, options, training, progress)
-    )
+    search = SOLVERS.get(head, Training)(head, train, target, options, training, progress)
     score, loss = search.scores()
     best = choose(score, loss)
     probe = search.refit(best)
-    on_train = target.predictions(_outputs(probe, train, search.everything, search.block, search.device)[0])
+    on_train = target.predictions(search.outputs(probe, search.everything, search.block)[0])
     unseen = _unseen(test, train, target)
     predictions, attention = predict(probe, unseen, target, block=search.block, device=search.device)
     found = target.scores(unseen.labels, predictions)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,9 +30,6 @@ class Aim(HeadModule):
     folds as well: its divisor goes into the folded keys and the average, its mean adds one constant to all scores of a head.
     """
 
-    max_grad_norm: ClassVar[float | None] = 5.0
-    has_attention: ClassVar[bool] = True
-
     running_mean: Tensor
     running_var: Tensor
 
@@ -49,7 +45,6 @@ class Aim(HeadModule):
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → logits."""
         k, h, _, d = self.to_value.shape
         if self.training:
             mean, variance = self._batch_statistics(tokens)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,9 +31,6 @@ class Efficient(HeadModule):
     what it would per token. Tokens get a LayerNorm without scale and shift, since they come of length 1.
     """
 
-    max_grad_norm: ClassVar[float | None] = 5.0
-    has_attention: ClassVar[bool] = True
-
     running_mean: Tensor
     running_var: Tensor
 
@@ -50,7 +46,6 @@ class Efficient(HeadModule):
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, m * (d // m))
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → logits."""
         x = standardize(tokens)
         averages = weighted_sums(self._weights(x), x)  # [K·M, B, D]
         pooled = concat_heads(torch.bmm(averages, self.to_value.flatten(0, 1).mT), len(self.queries))

@@ -6,9 +6,8 @@ precision, PyTorch computes the same, up to the order of summation.
 
 import ctypes
 import importlib.util
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,30 +201,25 @@ class FactoredGradient:
         return type(self)(self.shape, self.dense, scale, left, self.right)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdamWStep:
-    """The numbers of one step of AdamW; rates and decays are those of each configuration."""
-
-    step: int  # counted from 1
-    lr: Sequence[float]
-    weight_decay: Sequence[float]
-    betas: tuple[float, float]
-    eps: float
-
-
 def adamw(
     value: Float[Tensor, "K ..."],
     moment: Float[Tensor, "K ..."],
     square: Float[Tensor, "K ..."],
     gradient: FactoredGradient,
-    by: AdamWStep,
+    rates: Float[Tensor, "K 2"],
+    constants: Float[Tensor, " 4"],
 ) -> None:
-    """A step of `torch.optim.AdamW` (arXiv 1711.05101) on weights and their moments, in place."""
+    """A step of `torch.optim.AdamW` (arXiv 1711.05101) on weights and their moments, in place.
+
+    Args:
+        value: weights.
+        moment: first moment.
+        square: second moment.
+        gradient: of the weights.
+        rates: learning rate over the bias correction of the first moment, and 1 - learning rate · weight decay.
+        constants: beta1, beta2, eps, and the root of the bias correction of the second moment.
+    """
     k, rows, width = gradient.shape
-    first, second = (1 - beta**by.step for beta in by.betas)
-    pairs = [(lr / first, 1 - lr * decay) for lr, decay in zip(by.lr, by.weight_decay, strict=True)]
-    rates = torch.tensor(pairs, dtype=torch.float32)
-    constants = torch.tensor([*by.betas, by.eps, math.sqrt(second)], dtype=torch.float32)
     tensors = value, moment, square, *gradient.parts, rates, constants
     _run("adamw", k * rows, tensors, (rows, gradient.rows_per_right, width), numbers=width)
 
@@ -271,7 +265,10 @@ def _run(name: str, count: int, tensors: tuple[Tensor | None, ...], sizes: tuple
     """Call a kernel on `count` items of work of `numbers` each, parted among as many threads as PyTorch would take."""
     threads = max(1, min(torch.get_num_threads(), count, count * numbers // NUMBERS_PER_THREAD))
     edges = [count * n // threads for n in range(threads + 1)]
-    kernel = partial(getattr(library(), f"mlfusion_{name}"), *map(_pointer, tensors))
+    kernel = partial(
+        getattr(library(), f"mlfusion_{name}"),
+        *(ctypes.c_void_p(each if each is None else each.data_ptr()) for each in tensors),
+    )
     ranges = [tuple(map(ctypes.c_long, (*edges[n : n + 2], *sizes))) for n in range(threads)]
     if threads == 1:
         codes = [kernel(*ranges[0])]
@@ -280,7 +277,3 @@ def _run(name: str, count: int, tensors: tuple[Tensor | None, ...], sizes: tuple
             codes = list(pool.map(lambda longs: kernel(*longs), ranges))
     if any(codes):
         raise MemoryError(f"no memory for {name} of {sizes}")
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())

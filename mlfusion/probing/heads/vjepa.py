@@ -36,8 +36,6 @@ class AttentivePooler(HeadModule, ABC):
     the keys, which adds the same to every score of a head, is not among the parameters. Subclasses say how deep it is.
     """
 
-    max_grad_norm: ClassVar[float | None] = 5.0
-    has_attention: ClassVar[bool] = True
     depth: ClassVar[int]  # number of blocks, with the pooling block
 
     def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
@@ -56,7 +54,6 @@ class AttentivePooler(HeadModule, ABC):
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → logits."""
         k, h = self.to_key.shape[:2]
         if self.blocks:
             x = self._through_blocks(tokens)
