@@ -180,7 +180,6 @@ class SolvedSearch(Search):
         return penalties(name)
 
     def __init__(self, *given: Any) -> None:
-        """Arguments as in `Search`."""
         super().__init__(*given)
         self.settings = self.grid(self.options.search.grid)
         self.steps = len(self.settings)
@@ -206,7 +205,6 @@ class RidgeSearch(SolvedSearch):
     """Penalties of ridge regression, chosen by leave-one-out scores on all of train, which need no further fit."""
 
     def __init__(self, *given: Any) -> None:
-        """Arguments as in `Search`."""
         super().__init__(*given)
         self.fitted = self.held_out = self.everything
         self.ridge = Ridge(Design(self.train, self.everything, self.target, self.device))

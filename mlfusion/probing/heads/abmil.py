@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators, uniform
-from mlfusion.probing.heads.pooling import by_configuration, classifier, linear, standardize, weighted_sums
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, uniform
+from mlfusion.probing.heads.pooling import by_configuration, linear, standardize, weighted_sums
 from mlfusion.shapes import Float
 
 HIDDEN = 128  # the paper's L

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators, uniform
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, normal, uniform
 from mlfusion.probing.heads.pooling import (
     by_configuration,
-    classifier,
     concat_heads,
     folded_attention,
     head_count,
     linear,
-    normal,
     weighted_sums,
 )
 from mlfusion.shapes import Float

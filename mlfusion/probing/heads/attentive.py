@@ -17,8 +17,18 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mlfusion.probing.heads import kernels
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, dropout_mask, generators, uniform
-from mlfusion.probing.heads.pooling import NORM_EPS, classifier, normal, ones, standardize, zeros
+from mlfusion.probing.heads.contract import (
+    HeadModule,
+    HeadShape,
+    classifier,
+    dropout_mask,
+    generators,
+    normal,
+    ones,
+    uniform,
+    zeros,
+)
+from mlfusion.probing.heads.pooling import NORM_EPS, standardize
 from mlfusion.shapes import Float
 
 BATCH_NORM_EPS = 1e-5
@@ -95,7 +105,7 @@ class Attentive(HeadModule):
 
     def attention(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B H T"]:
         k, h = self.to_key.shape[:2]
-        weights = _softmax(standardize(tokens), self._folded())  # [B, T, K·H]
+        weights = kernels.softmax(standardize(tokens), self._folded())  # [B, T, K·H]
         return weights.unflatten(2, (k, h)).permute(2, 0, 3, 1)
 
     def _folded(self) -> Float[Tensor, "KH D"]:
@@ -129,9 +139,9 @@ class Fold(torch.autograd.Function):
         """Normalised queries and both projections → u."""
         k, h, e, d = to_key.shape
         ctx.parameters = to_query, to_key
-        q = _row_products(to_query.flatten(1, 2), query).view(k, h, e) / math.sqrt(e)
+        q = kernels.row_products(to_query.flatten(1, 2), query).view(k, h, e) / math.sqrt(e)
         ctx.save_for_backward(query, to_query, to_key, q)
-        return _row_sums(to_key.flatten(0, 1), q.view(k * h, e)).view(k, h, d)
+        return kernels.row_sums(to_key.flatten(0, 1), q.view(k * h, e))[0].view(k, h, d)
 
     @staticmethod
     @once_differentiable
@@ -139,8 +149,8 @@ class Fold(torch.autograd.Function):
         """Gradients by query, to_query and to_key."""
         query, to_query, to_key, q = ctx.saved_tensors
         k, h, e, d = to_key.shape
-        grad_q = _row_products(to_key.flatten(0, 1), grad_folded.reshape(k * h, d)).view(k, h, e) / math.sqrt(e)
-        grad_query = _row_sums(to_query.flatten(1, 2), grad_q.view(k, h * e))
+        grad_q = kernels.row_products(to_key.flatten(0, 1), grad_folded.reshape(k * h, d)).view(k, h, e) / math.sqrt(e)
+        grad_query = kernels.row_sums(to_query.flatten(1, 2), grad_q.view(k, h * e))[0]
         if kernels.is_registered(*ctx.parameters):
             shape = k, h * e, d
             factors = (grad_q, query[:, None]), (q, grad_folded)
@@ -203,8 +213,8 @@ class Pool(torch.autograd.Function):
             projections, packed, bias = kernels.fold_norm(to_value, scale, shift)
         else:
             projections, packed = (to_value * scale[:, None, None]).to(x.dtype).flatten(0, 1), None
-            bias = _row_products(to_value.flatten(1, 2), shift).view(k * h, e)
-        attention = masked = _softmax(x, folded)
+            bias = kernels.row_products(to_value.flatten(1, 2), shift).view(k * h, e)
+        attention = masked = kernels.softmax(x, folded)
         excess = None
         if mask is not None:
             # The shift follows the sum of the weights, which dropping moves away from one; by exactly 0 at a rate of 0.
@@ -321,7 +331,7 @@ def _dense_gradients(
     if grad_bias is None:
         return grad_to_value, grad_scale, None
     grad_to_value.addcmul_(grad_bias.view(k, h, e, 1), saved.shift[:, None, None])
-    return grad_to_value, grad_scale, _row_sums(saved.to_value.flatten(1, 2), grad_bias)
+    return grad_to_value, grad_scale, kernels.row_sums(saved.to_value.flatten(1, 2), grad_bias)[0]
 
 
 # --- Products, by the kernels where these can be used -----------------------------------------------------------------
@@ -373,25 +383,3 @@ def _attention_gradients(
         torch.bmm(grad_values[:, :, images].mT, projections, out=grad_averages.transpose(0, 1))
         torch.bmm(x[images], grad_averages.mT, out=grad_attention[images])
     return grad_attention
-
-
-def _row_products(weight: Float[Tensor, "G R D"], vectors: Float[Tensor, "G D"]) -> Float[Tensor, "G R"]:
-    """The product of every row with the vector of its group."""
-    if kernels.supports_weight(weight):
-        return kernels.row_products(weight, vectors)
-    return torch.bmm(vectors[:, None], weight.mT)[:, 0]
-
-
-def _row_sums(weight: Float[Tensor, "G R D"], factors: Float[Tensor, "G R"]) -> Float[Tensor, "G D"]:
-    """Rows summed by their factors."""
-    if kernels.supports_weight(weight):
-        return kernels.row_sums(weight, factors)[0]
-    return torch.bmm(factors[:, None], weight)[:, 0]
-
-
-def _softmax(x: Float[Tensor, "B T D"], folded: Float[Tensor, "KH D"]) -> Float[Tensor, "B T KH"]:
-    """Softmax over T of the products of standardised tokens and u."""
-    if kernels.supports_inputs(x, folded):
-        return kernels.softmax(x, folded.to(x.dtype))
-    scores = x.flatten(0, 1) @ folded.to(x.dtype).T
-    return torch.softmax(scores.view(*x.shape[:2], -1).to(folded.dtype), dim=1)

@@ -59,6 +59,32 @@ def uniform(streams: Sequence[torch.Generator], *size: int, fan_in: int) -> nn.P
     return nn.Parameter(torch.stack([torch.empty(size).uniform_(-bound, bound, generator=g) for g in streams]))
 
 
+def truncated_normal(streams: Sequence[torch.Generator], *size: int, std: float = 0.02) -> nn.Parameter:
+    """[K, *size] from N(0, std²) cut at ±2, as transformers are initialised."""
+    members = [nn.init.trunc_normal_(torch.empty(size), std=std, generator=stream) for stream in streams]
+    return nn.Parameter(torch.stack(members))
+
+
+def normal(streams: Sequence[torch.Generator], *size: int, std: float = 0.02) -> nn.Parameter:
+    """[K, *size] from N(0, std²)."""
+    return nn.Parameter(torch.stack([torch.randn(size, generator=stream) for stream in streams]) * std)
+
+
+def zeros(k: int, *size: int) -> nn.Parameter:
+    """[K, *size] of zeros."""
+    return nn.Parameter(torch.zeros(k, *size))
+
+
+def ones(k: int, *size: int) -> nn.Parameter:
+    """[K, *size] of ones."""
+    return nn.Parameter(torch.ones(k, *size))
+
+
+def classifier(streams: Sequence[torch.Generator], classes: int, width: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight [K, C, D] and bias [K, C], as PyTorch's Linear."""
+    return uniform(streams, classes, width, fan_in=width), uniform(streams, classes, fan_in=width)
+
+
 def dropout_mask(
     rate: float, size: tuple[int, ...], stream: torch.Generator, device: torch.device
 ) -> Float[Tensor, "..."]:

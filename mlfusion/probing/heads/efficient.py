@@ -5,16 +5,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators, uniform
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, normal, uniform
 from mlfusion.probing.heads.pooling import (
-    batch_norm,
     by_configuration,
-    classifier,
     concat_heads,
     folded_attention,
     linear,
-    normal,
     standardize,
     weighted_sums,
 )
@@ -49,7 +47,8 @@ class Efficient(HeadModule):
         x = standardize(tokens)
         averages = weighted_sums(self._weights(x), x)  # [K·M, B, D]
         pooled = concat_heads(torch.bmm(averages, self.to_value.flatten(0, 1).mT), len(self.queries))
-        normed = batch_norm(pooled, self.running_mean, self.running_var, training=self.training)
+        flat, statistics = pooled.transpose(0, 1), (self.running_mean.view(-1), self.running_var.view(-1))
+        normed = F.batch_norm(flat.flatten(1), *statistics, training=self.training).view(flat.shape).transpose(0, 1)
         return linear(normed, self.classifier, self.classifier_bias)
 
     def attention(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B M T"]:

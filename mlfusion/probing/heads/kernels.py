@@ -1,7 +1,8 @@
 """Optional AVX-512 BF16 kernels for the attentive head; PyTorch is the fallback.
 
 `kernels.c` says what they compute. Without a compiler at installation, on another processor or device, or in another
-precision, PyTorch computes the same, up to the order of summation.
+precision, PyTorch computes the same, up to the order of summation: here, or in `attentive` for the functions that need
+packed projections.
 """
 
 import ctypes
@@ -88,10 +89,13 @@ def supports_inputs(x: Float[Tensor, "B T D"], weight: Float[Tensor, "... D"]) -
 
 
 def softmax(x: Float[Tensor, "B T D"], folded: Float[Tensor, "KH D"]) -> Float[Tensor, "B T KH"]:
-    """Softmax over T of the products of tokens and folded keys, both bfloat16; the result is float32."""
+    """Softmax over T of the products of tokens and folded keys, in the type of the keys; products are in that of the tokens."""
     (b, t, d), heads = x.shape, len(folded)
+    if not supports_inputs(x, folded):
+        scores = x.flatten(0, 1) @ folded.to(x.dtype).T
+        return torch.softmax(scores.view(b, t, heads).to(folded.dtype), dim=1)
     out = torch.empty(b, t, heads)
-    _run("softmax", b, (x, folded.contiguous(), out), (t, heads, d), numbers=heads * d)
+    _run("softmax", b, (x, folded.to(x.dtype), out), (t, heads, d), numbers=heads * d)
     return out
 
 
@@ -146,7 +150,9 @@ def fold_norm(
 
 
 def row_products(weight: Float[Tensor, "G R D"], vectors: Float[Tensor, "G D"]) -> Float[Tensor, "G R"]:
-    """The product of every row with the vector of its group, in float32."""
+    """The product of every row with the vector of its group."""
+    if not supports_weight(weight):
+        return torch.bmm(vectors[:, None], weight.mT)[:, 0]
     g, r, d = weight.shape
     out = weight.new_empty(g, r)
     _run("row_products", g, (weight, vectors.contiguous(), out), (r, d), numbers=r * d)
@@ -157,6 +163,8 @@ def row_sums(
     weight: Float[Tensor, "G R D"], factors: Float[Tensor, "G R"], other: Float[Tensor, "G R D"] | None = None
 ) -> tuple[Float[Tensor, "G D"], Float[Tensor, "G D"] | None]:
     """Rows summed by their factors; and rows times those of `other` (bfloat16), number by number, summed."""
+    if not supports_weight(weight):
+        return torch.bmm(factors[:, None], weight)[:, 0], None if other is None else (weight * other).sum(1)
     g, r, d = weight.shape
     out, product = weight.new_empty(g, d), None if other is None else weight.new_empty(g, d)
     _run("row_sums", g, (weight, factors.contiguous(), other, out, product), (r, d), numbers=r * d)
@@ -211,13 +219,8 @@ def adamw(
 ) -> None:
     """A step of `torch.optim.AdamW` (arXiv 1711.05101) on weights and their moments, in place.
 
-    Args:
-        value: weights.
-        moment: first moment.
-        square: second moment.
-        gradient: of the weights.
-        rates: learning rate over the bias correction of the first moment, and 1 - learning rate · weight decay.
-        constants: beta1, beta2, eps, and the root of the bias correction of the second moment.
+    `rates` are the learning rate over the bias correction of the first moment, and 1 - learning rate · weight decay;
+    `constants` are beta1, beta2, eps and the root of the bias correction of the second moment.
     """
     k, rows, width = gradient.shape
     tensors = value, moment, square, *gradient.parts, rates, constants

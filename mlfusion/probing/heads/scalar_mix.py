@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators
-from mlfusion.probing.heads.pooling import classifier, linear, ones, zeros
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, ones, zeros
+from mlfusion.probing.heads.pooling import linear
 from mlfusion.shapes import Float
 
 

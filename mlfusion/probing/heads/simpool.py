@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators, uniform
-from mlfusion.probing.heads.pooling import classifier, linear, standardize
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, uniform
+from mlfusion.probing.heads.pooling import linear, standardize
 from mlfusion.shapes import Float
 
 EXPONENT = 1.25  # the paper's γ for vision transformers

@@ -9,20 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, ones, truncated_normal, zeros
 from mlfusion.probing.heads.pooling import (
     by_configuration,
-    classifier,
     concat_heads,
     folded_attention,
     head_count,
     layer_norm,
     linear,
-    ones,
     standardize,
-    truncated_normal,
     weighted_sums,
-    zeros,
 )
 from mlfusion.shapes import Float
 

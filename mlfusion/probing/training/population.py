@@ -117,12 +117,7 @@ class Layout:
     def of(cls, count: int, need: Needs, *, memory: int, threads: int, shared: bool) -> "Layout":
         """The layout with as many of `count` configurations in a group as `memory` bytes hold.
 
-        Args:
-            count: K.
-            need: memory of one configuration.
-            memory: bytes.
-            threads: cores.
-            shared: whether blocks run on a device that works on one at a time, rather than one on each core.
+        `shared`: blocks run on a device that works on one at a time, rather than one on each of `threads` cores.
 
         Raises:
             BadData: not even one configuration fits.
@@ -205,7 +200,6 @@ class _Workers:
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count) if count > 1 else None
         self._last: dict[_Block, Future[None]] = {}
-        self._ahead: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
@@ -224,14 +218,13 @@ class _Workers:
             for block in blocks:
                 work(block)
             return 1
-        before = self._ahead
-        self._ahead = [self._pool.submit(self._next, work, block, self._last.get(block)) for block in blocks]
-        self._last = dict(zip(blocks, self._ahead, strict=True))
+        before = self._last
+        self._last = {block: self._pool.submit(self._next, work, block, before.get(block)) for block in blocks}
         return self._wait(before)
 
     def finish(self) -> int:
         """Wait for the step that was begun; returns how many that were: 0 or 1."""
-        return self._wait(self._ahead)
+        return self._wait(self._last)
 
     @staticmethod
     def _next(work: Callable[[_Block], None], block: _Block, before: "Future[None] | None") -> None:
@@ -240,8 +233,8 @@ class _Workers:
         work(block)
 
     @staticmethod
-    def _wait(steps: "list[Future[None]]") -> int:
-        for one in steps:
+    def _wait(steps: "dict[_Block, Future[None]]") -> int:
+        for one in steps.values():
             one.result()
         return bool(steps)
 
