@@ -83,12 +83,9 @@ def describe(target: Target) -> dict[str, Any]:
 
 
 def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
-    """Write a probe, whole or not at all; one that is there already is left alone.
+    """Write a probe, whole or not at all, with the folders above it; one that is there already is left alone.
 
-    Args:
-        folder: what is to hold it; folders above are made.
-        card: about it.
-        weights: parameters and statistics of one configuration, by name.
+    `weights` are parameters and statistics of one configuration, by name.
 
     Raises:
         ResultsUnusable: the folder cannot be written.
@@ -97,16 +94,12 @@ def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
     body = {"format": FORMAT, "tensors": hashlib.sha256(tensors).hexdigest(), **msgspec.to_builtins(card)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = disk.draft_name(folder.parent)
-        draft.mkdir()
-        try:
+        with disk.drafted(disk.draft_name(folder.parent)) as draft:
+            draft.mkdir()
             (draft / TENSORS).write_bytes(tensors)
             disk.flush(draft / TENSORS)
             disk.write(draft / README, readme(card))
             disk.write(draft / CARD, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-        except OSError:
-            disk.remove(draft)
-            raise
         disk.publish_folder(draft, folder)
     except OSError as err:
         raise ResultsUnusable(
