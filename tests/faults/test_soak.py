@@ -18,8 +18,8 @@ from test_kills import at_change
 from workers import LONG, PAIRS, UNUSABLE, Child, extract, files, litter, numbers, right, spec, whole
 
 from mlfusion.errors import MlfusionError
-from mlfusion.store import Entry, FeatureStore, gap, leases
-from mlfusion.store.prune import TRASH, empty_trash, remove_entry
+from mlfusion.store import Entry, FeatureStore, feature_store, leases
+from mlfusion.store.housekeeping import TRASH, empty_trash, remove_entry
 
 SECONDS = 60 * float(os.environ.get("MLFUSION_SOAK", "1" if LONG else "0.04"))
 SIZES = (20, 28, 36, 44)  # images of the entries that users ask for
@@ -159,7 +159,7 @@ class Visitor:
 def test_everything_at_once(trial, figures, capfd, tmp_path, monkeypatch):
     """Eight users read, others extract and are killed, stopped, starved of space, one prunes; at the end all is as ever."""
     monkeypatch.setattr(leases, "TERM", TERM)
-    monkeypatch.setattr(gap, "WAIT", 0.1)
+    monkeypatch.setattr(feature_store, "WAIT", 0.1)
     root, passes = tmp_path / "cache", tmp_path / "readings, every number compared"
     want = {images: files(extract(tmp_path / f"{images}", images=images).path) for images in SIZES}
     random, did, visitors = np.random.default_rng(5), Counter(), []
@@ -202,8 +202,10 @@ def test_everything_at_once(trial, figures, capfd, tmp_path, monkeypatch):
             extract(root, images=images)
         for images in SIZES:
             assert files(whole(root, images).path) == want[images]
-        assert not list((root / TRASH).iterdir())
         assert litter(root) == []
+        for entry in list(FeatureStore(root).own_entries()):
+            assert remove_entry(root, entry.path) == ""  # nobody is left who reads or extracts
+        assert not list((root / TRASH).iterdir())
         assert did["readings, every number compared"] > SWEEPS
     worst = max((use.grown() for use in uses), key=lambda pair: pair[1] - pair[0])
     figures["soak"] = {
