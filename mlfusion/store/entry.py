@@ -221,9 +221,9 @@ class Entry:
             found |= source.manifest.skipped
         return dict(sorted(found.items()))
 
-    def unreadable(self, skipped: Mapping[int, str] | None = None) -> dict[str, str]:
-        """Sample id → why its image could not be read. Pass `skipped` if it was read already."""
-        skipped = self.skipped() if skipped is None else skipped
+    def unreadable(self, sources: Mapping[Pair, Source] | None = None) -> dict[str, str]:
+        """Sample id → why its image could not be read. Pass `sources` if they were read already."""
+        skipped = self.skipped(sources)
         ids = self.samples.ids if skipped else ()
         return {ids[row]: why.removeprefix(f"{ids[row]} cannot be read: ") for row, why in skipped.items()}
 

@@ -203,10 +203,10 @@ class FeatureStore:
             if entry := sound(partial(self.by_key, key), on_damage):
                 yield entry
 
-    def own_entries(self, on_damage: OnDamage | None = None) -> Iterator[Entry]:
-        """Entries of the uppermost layer alone, without those below."""
+    def own_entries(self) -> Iterator[Entry]:
+        """Entries of the uppermost layer alone, without those below; damaged ones are reported to the log."""
         for path in disk.finished(self.folder, "entry.json"):
-            if entry := sound(partial(Entry, path), on_damage):
+            if entry := sound(partial(Entry, path), None):
                 yield entry
 
     def find(

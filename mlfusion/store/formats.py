@@ -165,10 +165,10 @@ class ZarrWriter(ShardWriter):
             chunk = block[start : start + size + CRC_BYTES]
             rows, whole = chunk[:held], chunk[:size]
             whole[held:] = 0  # chunks keep their full shape; rows past the last image are padding
-            checksum = crc32c.crc32c(whole)
+            checksum = crc32c.crc32c(whole.data)
             chunk[size:] = np.frombuffer(checksum.to_bytes(CRC_BYTES, "little"), np.uint8)
-            self._crc32c[self._blocks, *place] = checksum if held == size else crc32c.crc32c(rows)
-            self._xxh3[self._blocks, *place] = xxhash.xxh3_64_intdigest(rows)
+            self._crc32c[self._blocks, *place] = checksum if held == size else crc32c.crc32c(rows.data)
+            self._xxh3[self._blocks, *place] = xxhash.xxh3_64_intdigest(rows.data)
             self._digest.update(chunk.data)
             self._index[self._blocks, *place, 0] = self._blocks * len(block) + start, len(chunk)
         write_all(self._file, block.data)
@@ -243,8 +243,8 @@ class Hdf5Writer(ShardWriter):
         for block, layer, kind in np.ndindex(shape):
             at = self._data.id.get_chunk_info_by_coord((starts[block], layer, kind * tokens, 0)).byte_offset
             rows = image[at : at + min(step, len(self._rows) - starts[block]) * self._stream.row_bytes]
-            offsets[block, layer, kind], crc32cs[block, layer, kind] = at, crc32c.crc32c(rows)
-            xxh3s[block, layer, kind] = xxhash.xxh3_64_intdigest(rows)
+            offsets[block, layer, kind], crc32cs[block, layer, kind] = at, crc32c.crc32c(rows.data)
+            xxh3s[block, layer, kind] = xxhash.xxh3_64_intdigest(rows.data)
         self._image.close()
         with open(self._path, "xb", buffering=0) as file:
             write_all(file, image.data)

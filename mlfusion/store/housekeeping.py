@@ -69,18 +69,17 @@ def list_entries(
 def _summary(entry: Entry, reasons: bool) -> EntrySummary:
     spec, sources = entry.spec, entry.sources()
     own = [source for source in dict.fromkeys(sources.values()) if source.folder.is_relative_to(entry.path)]
-    skipped = entry.skipped(sources)
     return EntrySummary(
         model=spec.model.name,
         dataset=spec.data.name,
         split=spec.data.split,
         images=spec.data.images,
-        skipped=len(skipped),
+        skipped=len(entry.skipped(sources)),
         tokens=token_words(frozenset(sources)) or "(not complete)",
         dtype=spec.dtype,
         bytes=sum(source.stream.nbytes for source in own),
         key=entry.key,
-        unreadable=entry.unreadable(skipped) if reasons else {},
+        unreadable=entry.unreadable(sources) if reasons else {},
     )
 
 
@@ -315,7 +314,7 @@ def copy_entry(
         into.begin([stream])
         # What stands there may have been begun by somebody else with another cutting.
         stream = next(one for one in into.streams() if one.name == stream.name)
-        step = min(stream.chunk_rows, source.stream.chunk_rows)  # powers of two: a step never leaves a shard
+        step = min(stream.chunk_rows, source.stream.chunk_rows)  # powers of two: a step never leaves a block
         skipped = source.manifest.skipped
         for shard in into.missing_shards(stream):
             rows = stream.rows(shard)

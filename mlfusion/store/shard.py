@@ -152,7 +152,7 @@ class Shard:
 
     def _compare(self, data: np.ndarray, block: int, layer: int, kind: int, check: Check) -> None:
         if check == "always" or (check == "once" and not self._compared[block, layer, kind]):
-            if xxhash.xxh3_64_intdigest(data) != self._checksums[block, layer, kind]:
+            if xxhash.xxh3_64_intdigest(data.data) != self._checksums[block, layer, kind]:
                 raise damaged(self._path, f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
             self._compared[block, layer, kind] = True  # of two threads at once each compares for itself
 
@@ -204,10 +204,9 @@ class Shard:
         if hasattr(os, "RWF_NOWAIT"):
             byte = [bytearray(1)]
             for chunk in np.flatnonzero(absent).tolist():
+                last = int(self._starts.flat[chunk]) + self._row_bytes - 1
                 try:
-                    os.preadv(
-                        self._descriptor, byte, int(self._starts.flat[chunk]) + self._row_bytes - 1, os.RWF_NOWAIT
-                    )
+                    os.preadv(self._descriptor, byte, last, os.RWF_NOWAIT)
                 except BlockingIOError:
                     continue
                 except OSError:  # of a file system that cannot tell: all are asked for
@@ -272,7 +271,7 @@ def _whole(tokens: np.ndarray) -> np.ndarray | None:
 
 
 def read_stored(source: Source, rows: range) -> np.ndarray:
-    """Rows of one shard as stored, [rows, layers, kinds x tokens, columns]; every chunk is checked.
+    """Rows of one block as stored, [rows, layers, kinds x tokens, columns]; every chunk is checked.
 
     Raises:
         CacheUnusable: a chunk is damaged.
@@ -286,11 +285,7 @@ def read_stored(source: Source, rows: range) -> np.ndarray:
         raise CacheUnusable(f"{path} cannot be read ({err.strerror}); run `mlfusion cache verify`") from err
     shard = Shard(source, number, descriptor)
     out = np.empty((len(rows), len(stream.layers), len(stream.kinds)), f"V{stream.row_bytes}")
-    first = rows.start - stream.rows(number).start
-    for block in range(first // stream.chunk_rows, -(-(first + len(rows)) // stream.chunk_rows)):
-        start = block * stream.chunk_rows
-        at = max(start - first, 0)
-        for layer, kind in np.ndindex(out.shape[1:]):
-            some = shard.chunk(block, layer, kind)[max(first - start, 0) : first + len(rows) - start]
-            out[at : at + len(some), layer, kind] = some
+    block, first = divmod(rows.start - stream.rows(number).start, stream.chunk_rows)
+    for layer, kind in np.ndindex(out.shape[1:]):
+        out[:, layer, kind] = shard.chunk(block, layer, kind)[first : first + len(rows)]
     return out.view(stream.encoding.stored).reshape(len(rows), *stream.shape[1:])

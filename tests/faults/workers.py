@@ -52,7 +52,7 @@ def numbers(rows, layer: int, kind: str) -> np.ndarray:
 class Steps:
     """Stands where preprocessing stands: a picture of one pixel, its row number."""
 
-    pixels, dtype, quick, view = (1, 1), torch.float32, False, "plain"
+    pixels, dtype, decodes_jpeg, view = (1, 1), torch.float32, False, "plain"
 
     def picture(self, image: int, name: str) -> np.ndarray:
         return np.full((3, 1, 1), image, np.float32)
