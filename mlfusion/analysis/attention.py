@@ -143,7 +143,7 @@ def seen(row: Row, *, cache: CachePath = None, dataset: str | None = None) -> Se
         UnknownName, Unavailable: the data set is not to be had.
     """
     entry = FeatureStore(cache).by_key(row.features[1])
-    word = dataset or (row.sources.dataset if row.sources.dataset != "embedded" else row.dataset)
+    word = dataset or row.sources.dataset
     if entry is None:
         raise BadData(
             f"the test features of row {row.id} ({row.features[1]}) are not in the cache, so that nothing says which "

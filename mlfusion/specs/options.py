@@ -413,6 +413,32 @@ class FilterOptions(Options):
     grid: GridName | None = option(None, one_of(GRID_NAMES), "Only rows of this grid: paper or quick.", effect="bit")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """What a report is made of, beside the table in the terminal."""
+
+    html: str | None = option(None, path(), "Write one self-contained HTML page to this file.", effect="bit")
+    figures: str | None = option(
+        None,
+        path(),
+        "Write every figure (SVG, PNG, CSV) and table (Markdown, LaTeX, CSV) to this folder.",
+        effect="bit",
+    )
+    markdown: str | None = option(None, path(), "Write the tables as Markdown to this file.", effect="bit")
+    against: Literal["paper"] | None = option(
+        None, one_of(("paper",)), "Compare the scores with published ones; the only choice is paper.", effect="bit"
+    )
+    cka: bool = option(
+        False,
+        flag(),
+        "Draw the similarity of each layer with the last (linear and RBF CKA), from cached features.",
+        effect="bit",
+    )
+    long: bool = option(
+        False, flag(), "Print one table for each model and data set, with parameters and times.", effect="bit"
+    )
+
+
 def command(verb: str, words: Iterable[str] = (), **arguments: str | None) -> str:
     """The `mlfusion` command with these arguments and words, quoted for a shell. Every printed command is written here."""
     named = [word for name, value in arguments.items() if value is not None for word in spelled(name, value)]

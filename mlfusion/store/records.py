@@ -50,6 +50,8 @@ class Names(Record, frozen=True):
     model_source: str  # a catalogue's source, a hub id, or a folder
     dataset: str
     dataset_source: str
+    model_argument: str = ""  # what `mlfusion extract` finds them by again: a catalogue's name, a hub id, or a path
+    dataset_argument: str = ""
     split: str = ""  # 'test', or 'test=validation' where the validation split stands for it
     options: tuple[str, ...] = ()  # command-line words of the other options that are not at their default
 

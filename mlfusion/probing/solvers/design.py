@@ -27,13 +27,13 @@ class Penalty:
     penalty: float
 
 
-def penalties(grid: str) -> tuple[Penalty, ...]:
+def penalties(name: str) -> tuple[Penalty, ...]:
     """λ from 1e6 to 1e-6: eight a decade, or one a decade for grid 'quick'.
 
     The eight are the values among which CLIP's protocol (arXiv 2103.00020, A.3) searches by halves, looking at fifteen.
     Here all are solved for, which a path makes cheap.
     """
-    return tuple(Penalty(float(value)) for value in np.logspace(6, -6, 13 if grid == "quick" else 97))
+    return tuple(Penalty(float(value)) for value in np.logspace(6, -6, 13 if name == "quick" else 97))
 
 
 class FixedLinear(LinearMap):
