@@ -15,8 +15,10 @@ from tiny import save_images, save_model
 
 from mlfusion import cli, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
+from mlfusion.specs.options import PruneOptions
 from mlfusion.store import FeatureStore, Leases, RunRecord
 from mlfusion.store.housekeeping import (
+    PruneResult,
     copy_entries,
     copy_entry,
     disk_usage,
@@ -155,10 +157,14 @@ def test_a_damaged_chunk_is_not_copied(tmp_path):
     assert not list(there.path.rglob(f"{disk.DRAFT}*"))
 
 
+def pruned(cache, *, needed=None, **criteria) -> PruneResult:
+    return prune(PruneOptions(**criteria), cache, needed=needed)
+
+
 def decisions(store: FeatureStore, **criteria) -> dict[int, bool]:
     """Whether it goes, by the number of images that tells the entries of these tests apart."""
     images = {entry.key: entry.spec.data.images for entry in store.own_entries()}
-    return {images[each.key]: each.removed for each in prune([store.root], dry_run=True, **criteria).decisions}
+    return {images[each.key]: each.removed for each in pruned([store.root], dry_run=True, **criteria).decisions}
 
 
 def test_what_the_commands_do_is_done_by_functions(tmp_path):
@@ -180,10 +186,10 @@ def test_what_the_commands_do_is_done_by_functions(tmp_path):
     assert [damage.path for damage in verify(two).damaged] == [shard.parent]
     assert len(verify(two, repair=True).quarantined) == 2  # the shard with its record, and the manifest
     with pytest.raises(MlfusionError, match="name at least one of --model"):
-        prune(two)
-    assert [each.removed for each in prune(two, quota=0, needed={entry.key}).decisions] == [False]
-    assert prune(two, quota=0, dry_run=True).bytes_freed > 0
-    assert [each.removed for each in prune(two, quota=0).decisions] == [True]
+        pruned(two)
+    assert [each.removed for each in pruned(two, size=0, needed={entry.key}).decisions] == [False]
+    assert pruned(two, size=0, dry_run=True).bytes_freed > 0
+    assert [each.removed for each in pruned(two, size=0).decisions] == [True]
     assert list_entries(two).entries == ()
     with pytest.raises(CacheUnusable, match="there is no cache at"):
         copy_entries(tmp_path / "three", two)
@@ -199,9 +205,9 @@ def test_what_goes_by_age_size_and_need(tmp_path):
             os.utime(entry.path / name, (then, then))
     assert decisions(store, older=3 * 86400) == {9: True, 17: True, 25: False}
     sizes = {entry.spec.data.images: entry.size() for entry in store.own_entries()}
-    assert decisions(store, quota=sizes[25] + sizes[17]) == {9: True, 17: False, 25: False}
-    assert decisions(store, quota=sizes[25]) == {9: True, 17: True, 25: False}
-    assert decisions(store, quota=sum(sizes.values())) == dict.fromkeys(sizes, False)
+    assert decisions(store, size=sizes[25] + sizes[17]) == {9: True, 17: False, 25: False}
+    assert decisions(store, size=sizes[25]) == {9: True, 17: True, 25: False}
+    assert decisions(store, size=sum(sizes.values())) == dict.fromkeys(sizes, False)
     assert decisions(store, needed={new_entry(tmp_path, 9).key}) == {9: False, 17: True, 25: True}
     new_entry(tmp_path, 9).read([1], ["cls"])  # reading is use
     assert decisions(store, older=3 * 86400) == {9: False, 17: True, 25: False}

@@ -128,15 +128,7 @@ def prune(options: PruneOptions, cache: Cache = None, as_json: AsJson = False) -
     needed = None
     if options.unneeded:
         needed = {key for row in Results(Path(options.unneeded)).require() for key in row.features}
-    done = run(
-        cache,
-        model=options.model,
-        dataset=options.dataset,
-        older=options.older,
-        quota=options.size,
-        needed=needed,
-        dry_run=options.dry_run,
-    )
+    done = run(options, cache, needed=needed)
     body = done.to_json()
     if as_json:
         print_json(body)

@@ -9,7 +9,7 @@ from typing import Any
 import typer.main
 
 from mlfusion.specs import options
-from mlfusion.specs.options import EFFECTS, Options, all_definitions, defaults_of
+from mlfusion.specs.definitions import EFFECTS, Options, all_definitions, defaults_of
 
 CALLS: dict[str, str] = {
     "extract": "mlfusion.extract",

@@ -114,7 +114,6 @@ def pretrain(
     work = work or Path(tempfile.gettempdir()) / f"mlfusion-pretrain-{plan.digest}"
     work.mkdir(parents=True, exist_ok=True)
     report_progress = progress or (lambda event: None)
-
     bank = pattern_bank(plan, work, report_progress)
     model = PretrainingModel(plan).bfloat16()
     optimizer = MuonAdamW(model, plan.schedule)

@@ -6,9 +6,10 @@ from typing import cast
 
 from mlfusion.report.summary import ComparisonGroup, Score
 from mlfusion.specs.commands import extract_command, probe_command
+from mlfusion.specs.definitions import command
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import STUDY
-from mlfusion.specs.options import SearchOptions, command
+from mlfusion.specs.options import SearchOptions
 
 
 def reproduction_commands(groups: Iterable[ComparisonGroup], page: str) -> list[str]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+from mlfusion.specs.definitions import command
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import token_words
-from mlfusion.specs.options import FeatureOptions, SearchOptions, command
+from mlfusion.specs.options import FeatureOptions, SearchOptions
 
 
 def extract_command(model: str | None, dataset: str, pairs: Iterable[Pair] = (), options: Sequence[str] = ()) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached, UnknownName
 from mlfusion.specs.names import token_words
-from mlfusion.specs.options import FormatName
+from mlfusion.specs.options import FormatName, PruneOptions
 from mlfusion.store.entry import Entry, folder_bytes
 from mlfusion.store.feature_store import QUARANTINE, TRASH, CachePath, FeatureStore, sound
 from mlfusion.store.leases import in_use
@@ -158,31 +158,19 @@ class PruneResult:
         return {"dry_run": self.dry_run, "entries": decisions, "bytes_freed": self.bytes_freed}
 
 
-def prune(
-    cache: CachePath = None,
-    *,
-    model: str | None = None,
-    dataset: str | None = None,
-    older: float | None = None,
-    quota: int | None = None,
-    needed: Collection[str] | None = None,
-    dry_run: bool = False,
-) -> PruneResult:
+def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[str] | None = None) -> PruneResult:
     """Remove entries of a cache's uppermost layer by name, age or size, or because nothing needs them.
 
     Args:
+        options: which entries are removed; `older` in seconds, `size` in bytes.
         cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
-        model: only entries of this model; default any.
-        dataset: only entries of this data set; default any.
-        older: only entries that were not used for so many seconds.
-        quota: only as many entries, the longest unused first, as it takes to get the cache down to so many bytes.
-        needed: keys of entries that stay, such as those that results were made from.
-        dry_run: decide, but remove nothing.
+        needed: keys of entries that stay, those that the results `options.unneeded` were made from.
 
     Raises:
         MlfusionError: there is no criterion: everything would be removed.
         CacheUnusable: the cache cannot be written.
     """
+    model, dataset, older, quota = options.model, options.dataset, options.older, options.size
     if all(value is None for value in (model, dataset, older, quota, needed)):
         raise MlfusionError(
             "what may go? name at least one of --model, --dataset, --older, --size, --unneeded; with --dry-run nothing is "
@@ -197,7 +185,7 @@ def prune(
         with suppress(NotCached):  # another prune was faster
             read_at |= {entry: entry.read_at()} if entry.key in named else {}
     now, decisions = disk.clock(store.root), []  # by the clock of the cache's file system
-    if not dry_run:
+    if not options.dry_run:
         empty_trash(store.root)
     for entry in sorted(read_at, key=lambda entry: read_at[entry]):
         idle, spec, why = max(now - read_at[entry], 0.0), entry.spec, ""
@@ -207,7 +195,7 @@ def prune(
             why = "used lately"
         elif quota is not None and over <= 0:
             why = "the rest fits"
-        why = why or in_use(entry.path) or ("" if dry_run else remove_entry(store.root, entry.path))
+        why = why or in_use(entry.path) or ("" if options.dry_run else remove_entry(store.root, entry.path))
         if not why:
             over -= sizes[entry]
         decisions.append(
@@ -222,7 +210,7 @@ def prune(
                 key=entry.key,
             )
         )
-    return PruneResult(decisions=tuple(decisions), entries=len(sizes), dry_run=dry_run)
+    return PruneResult(decisions=tuple(decisions), entries=len(sizes), dry_run=options.dry_run)
 
 
 def remove_entry(root: Path, folder: Path) -> str:

@@ -138,6 +138,11 @@ def _verify_stream(entry: Entry, folder: Path) -> Iterator[Damage]:
     for name, text in FORMATS[stream.format].describe(stream).items():
         if not _reads(folder / name, text):
             yield Damage(folder / name, "it is not what describes this stream", (folder / name,), remade=True)
+    yield from _verify_shards(entry, stream, folder)
+
+
+def _verify_shards(entry: Entry, stream: Stream, folder: Path) -> Iterator[Damage]:
+    sealed = folder / "manifest.json"
     manifest: StreamManifest | None = None
     try:
         manifest = entry.manifest(stream)
