@@ -44,7 +44,8 @@ import torch
 import xxhash
 
 from mlfusion.specs.identity import DataSpec, FeatureSpec, ModelSpec
-from mlfusion.store import Check, Entry, FeatureStore, Names, Samples, buffers, streams_for
+from mlfusion.store import Check, Entry, FeatureStore, Names, Samples, streams_for
+from mlfusion.store import reader as readers
 
 LAYERS, KINDS, WIDTH = tuple(range(1, 14)), ("cls", "ap"), 768
 MODEL = ModelSpec(
@@ -247,14 +248,14 @@ def measure(folder: Path, images: int, repeats: int, rival_images: int) -> list[
     table.pair("shuffled", shuffled, shuffled_flat, tokens.nbytes)
     table.pair("shuffled unchecked", lambda: shuffled("never"), shuffled_flat, tokens.nbytes)
     table.pair("shuffled against in order", shuffled, in_order, tokens.nbytes)
-    idle = buffers.IDLE_BYTES
+    idle = readers.IDLE_BYTES
 
     def forget() -> None:
-        buffers.IDLE_BYTES = 0
-        buffers.BufferPool.idle.clear()
+        readers.IDLE_BYTES = 0
+        readers.BufferPool.idle.clear()
 
     def keep() -> None:
-        buffers.IDLE_BYTES = idle
+        readers.IDLE_BYTES = idle
 
     for name, ours, theirs, nbytes in (
         ("whole", lambda: read(LAYERS), lambda: np.array(mapped(flat, shape)), tokens.nbytes),

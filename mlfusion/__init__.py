@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlfusion.specs.definitions import distribute
 from mlfusion.specs.options import (
     ComputeOptions,
     FeatureOptions,
@@ -21,10 +22,11 @@ from mlfusion.specs.options import (
     SearchOptions,
     StorageOptions,
     TrainingOptions,
-    distribute,
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mlfusion.datasets import DataSet, array_dataset
     from mlfusion.errors import MlfusionError
     from mlfusion.extraction.explain import Explained
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
     from mlfusion.probing.rerun import Rerun
     from mlfusion.report import write_page
     from mlfusion.results import Results
-    from mlfusion.store import CachePath, FeatureStore
-    from mlfusion.store.features import Features, load_features, open_features
+    from mlfusion.specs.identity import TokenKind
+    from mlfusion.store import CachePath, Check, FeatureStore, TokenReader
+    from mlfusion.store.features import Features
     from mlfusion.workflows.advice import Advice
     from mlfusion.workflows.prediction import predict
     from mlfusion.workflows.study import StudyResult
@@ -73,8 +76,6 @@ _HOME = {
     "MlfusionError": "errors",
     "Results": "results",
     "array_dataset": "datasets",
-    "load_features": "store.features",
-    "open_features": "store.features",
     "predict": "workflows.prediction",
     "write_page": "report",
 }
@@ -119,6 +120,71 @@ def explain(model: str, dataset: "str | DataSet", *, cache: "CachePath" = None, 
     from mlfusion.extraction.explain import explain as explain_with
 
     return explain_with(model, dataset, *distribute(options, FeatureOptions, ComputeOptions), cache=cache)
+
+
+def load_features(
+    model: str,
+    dataset: str,
+    split: str,
+    *,
+    layers: str | Sequence[int] = "all",
+    tokens: "str | Sequence[TokenKind]" = ("cls", "ap"),
+    view: str = "plain",
+    cache: "CachePath" = None,
+) -> "Features[np.ndarray]":
+    """Cached tokens as NumPy arrays, in their storage type; images skipped at extraction are left out.
+
+        features = mlfusion.load_features("formula-vit", "digits", "train")
+        features.tokens, features.labels        # [1442, 8, 2, 128] float16, [1442] int64
+        tokens, labels = features.tensors()     # the same memory, as torch tensors
+
+    bfloat16 and 8-bit tokens come as float32, which NumPy has.
+
+    Args:
+        model: a name, hub id or folder, as given to `extract`.
+        dataset: a name, hub id, folder or file, as given to `extract`.
+        split: 'train' or 'test'.
+        layers: 'all' (1..L), 'last', '1-4,12', or numbers; their order is kept.
+        tokens: token kinds, in the order wanted.
+        view: view of the images, as extracted by --views: 'flip', 'crop1', …
+        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
+
+    Raises:
+        NotCached: says which `mlfusion extract` would make it so.
+        CacheUnusable: a checksum is wrong.
+    """
+    from mlfusion.store.features import Selection
+    from mlfusion.store.features import load_features as load
+
+    return load(model, dataset, split, Selection(layers=layers, tokens=tokens, view=view), cache=cache)
+
+
+def open_features(
+    model: str,
+    dataset: str,
+    split: str,
+    *,
+    layers: str | Sequence[int] = "all",
+    tokens: "str | Sequence[TokenKind]" = ("cls", "ap"),
+    view: str = "plain",
+    cache: "CachePath" = None,
+    check: "Check" = "once",
+) -> "Features[TokenReader]":
+    """Cached tokens that are read on demand: they need not fit into memory.
+
+        features = mlfusion.open_features("formula-vit", "digits", "train", layers="last")
+        features.tokens[[5, 3, 900]], features.labels[[5, 3, 900]]      # these images, in this order
+        for rows, tokens in features.tokens.batches(256, seed=0): ...   # one pass in a shuffled order
+
+    The reader works in threads and in the workers of a torch DataLoader; a prune leaves it what it reads. With `check`
+    'once' a chunk's checksum is compared when it is first read, with 'always' at every reading, with 'never' not at all. The
+    other arguments and the errors are those of `load_features`.
+    """
+    from mlfusion.store.features import Selection
+    from mlfusion.store.features import open_features as open_with
+
+    wanted = Selection(layers=layers, tokens=tokens, view=view)
+    return open_with(model, dataset, split, wanted, cache=cache, check=check)
 
 
 def probe(

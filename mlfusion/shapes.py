@@ -4,7 +4,7 @@
 jaxtyping's own type, and every call of an annotated function is checked by beartype; everywhere else it is plain `Tensor`.
 An axis of one name has a space before it, `" K"`, so that ruff does not take it for the name of a type. Letters mean the
 same everywhere: K configurations (of a population), B images (of a batch), T tokens (of an image), D width (of a token),
-H attention heads, E width of a head, C classes, N rows (of a data set), KH or KHE those axes flattened into one.
+H attention heads, E width of a head, C classes, N rows (of a data set), L layers, KH or KHE those axes flattened into one.
 """
 
 import sys

@@ -81,16 +81,18 @@ def test_probes_are_compared_seed_by_seed_and_image_by_image(tmp_path: Path) -> 
     rows = study({"cls-last/linear": [0.5, 0.6, 0.7], "alf/linear".replace("alf", "ap-last"): [0.6, 0.8]})
     store = kept(tmp_path, rows)
     a, b = [one for one in rows if one.probe == "ap-last/linear"], rows[:3]
-    found = statistics.compare(store, a, b, resamples=300)
+    found = statistics.compare(store, a, b, bootstrap=statistics.Bootstrap(resamples=300))
     assert found.seeds == (0, 1)
     assert (found.score_a.mean, found.score_b.mean) == (pytest.approx(0.7), pytest.approx(0.55))
     assert (found.gain.mean, found.gain.sd) == (pytest.approx(0.15), pytest.approx(np.std([0.1, 0.2], ddof=1)))
     [first, second] = found.mcnemar
     assert (first.only_a, first.only_b, second.only_a, second.both) == (4, 0, 8, 24)
     assert found.images and found.images.low > 0 and found.images.p < 0.05 and found.marks == ()
-    turned = statistics.compare(store, b, a, resamples=300)
+    turned = statistics.compare(store, b, a, bootstrap=statistics.Bootstrap(resamples=300))
     assert turned.gain.mean == -found.gain.mean and turned.images and turned.images.high < 0
-    [again] = statistics.compare_probes(store, rows, "ap-last/linear", "cls-last/linear", resamples=300)
+    [again] = statistics.compare_probes(
+        store, rows, "ap-last/linear", "cls-last/linear", bootstrap=statistics.Bootstrap(resamples=300)
+    )
     assert again == found
 
 
@@ -114,7 +116,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, changes: dict[str, A
 def test_what_else_differs_is_marked(tmp_path: Path) -> None:
     one, other = row("a", code="abc"), row("b", code="def", seed=3, shots=2)
     store = kept(tmp_path, [one, other])
-    marks = statistics.compare(store, one, other, resamples=100).marks
+    marks = statistics.compare(store, one, other, bootstrap=statistics.Bootstrap(resamples=100)).marks
     assert marks == ("seed: 0 against 3", "code: abc against def", "shots: none against 2")
 
 
@@ -149,7 +151,9 @@ def test_over_data_sets(tmp_path: Path) -> None:
         )
     ]
     store = kept(tmp_path, rows)
-    compared = statistics.compare_probes(store, rows, "ap-last/linear", "cls-last/linear", resamples=100)
+    compared = statistics.compare_probes(
+        store, rows, "ap-last/linear", "cls-last/linear", bootstrap=statistics.Bootstrap(resamples=100)
+    )
     assert [one.dataset for one in compared] == [f"set-{number}" for number in range(6)]
     test = statistics.over_datasets(compared)["a-vit"]
     assert isinstance(test, statistics.Signed) and test.p == 2**-6 and test.mean == pytest.approx(0.045)

@@ -240,7 +240,7 @@ def test_neighbours_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     (train, target), (test, _) = data(TALL), data((17, 2, 5), seed=1)
     probe = neighbours(train, rows(train), [Neighbourhood(3, 0.1), Neighbourhood(9, 0.02)], target, "cpu")
     whole = outputs(probe, test)
-    monkeypatch.setattr(design_module, "BLOCK", 120)
+    monkeypatch.setattr("mlfusion.probing.solvers.neighbours.BLOCK", 120)
     np.testing.assert_allclose(outputs(probe, test), whole, atol=1e-5)
     assert whole.shape == (2, 17, 3)
 

@@ -19,7 +19,7 @@ import zoo
 from tiny import save_images, save_model
 
 import mlfusion
-from mlfusion.errors import BadData, BadModel, CacheUnusable, MlfusionError, NotCached, UnknownName
+from mlfusion.errors import BadData, BadModel, BadOption, CacheUnusable, MlfusionError, NotCached, UnknownName
 from mlfusion.models.backbone import Backbone
 from mlfusion.store import FeatureStore, differences, stream
 from mlfusion.system import disk
@@ -326,11 +326,11 @@ def test_a_read_only_cache_is_said_and_still_read(model, images, tmp_path):
     ("words", "error", "message"),
     [
         ({"layers": "5"}, UnknownName, "no layer named '5'"),
-        ({"tokens": "patch"}, UnknownName, "no token kind named 'patch'"),
-        ({"dtype": "int4"}, UnknownName, "float16"),
-        ({"batch_size": 0}, MlfusionError, "--batch-size"),
+        ({"tokens": "patch"}, BadOption, "no token kind named 'patch'"),
+        ({"dtype": "int4"}, BadOption, "--dtype int4: allowed are float16"),
+        ({"batch_size": 0}, MlfusionError, "--batch-size 0: allowed are whole numbers from 1"),
         ({"splits": "valid"}, BadData, "it has test, train|it has train, test"),
-        ({"device": "tpu"}, MlfusionError, "allowed: auto"),
+        ({"device": "tpu"}, MlfusionError, "--device tpu: allowed are auto"),
     ],
 )
 def test_words_that_mean_nothing_are_refused_before_any_work(words, error, message, model, images):
@@ -413,7 +413,7 @@ def test_how_tokens_are_made_is_in_the_key_and_views_are_entries_of_their_own(mo
     assert read.key in (done[2].entry.key, done[-1].entry.key)
     plain = {one.entry.key for one in done if one.entry.spec.model.view == "plain"}
     assert mlfusion.load_features(model, images, "train", layers="last", tokens="all").key in plain
-    with pytest.raises(NotCached, match=r"cached of the views crop1, flip, plain, not of crop9; run: .* --view crop9"):
+    with pytest.raises(NotCached, match=r"cached of the views crop1, flip, plain, not of crop9; run: .* --views crop9"):
         mlfusion.load_features(model, images, "train", view="crop9")
 
 

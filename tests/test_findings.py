@@ -54,7 +54,7 @@ def test_scores_and_time_are_the_rows_own(kept):
     [line] = [line for line in text.splitlines() if line.startswith("| set6 |") and "(" in line]
     assert re.findall(r"[\d.]+", line)[1:3] == ["71.0", "1.4"]
     assert "75.8" in line  # 71.0 + 4.8
-    assert "In all 28 rows, 42 s of probing." in text
+    assert "28 rows in total, 42 s of probing." in text
     assert "| vit | `cls-last/linear` | 1\N{NARROW NO-BREAK SPACE}000 | 1.5 s |" in text
 
 

@@ -15,10 +15,18 @@ from tiny import save_images, save_model
 
 from mlfusion import cli, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
+from mlfusion.specs.options import PruneOptions
 from mlfusion.store import FeatureStore, Leases, RunRecord
-from mlfusion.store.inventory import disk_usage, entry_paths, list_entries
-from mlfusion.store.prune import decide, prune, remove_entry
-from mlfusion.store.transfer import copy_entries, copy_entry
+from mlfusion.store.housekeeping import (
+    PruneResult,
+    copy_entries,
+    copy_entry,
+    disk_usage,
+    entry_paths,
+    list_entries,
+    prune,
+    remove_entry,
+)
 from mlfusion.store.verify import repair_entry, verify, verify_entry
 from mlfusion.system import disk
 
@@ -149,11 +157,14 @@ def test_a_damaged_chunk_is_not_copied(tmp_path):
     assert not list(there.path.rglob(f"{disk.DRAFT}*"))
 
 
+def pruned(cache, *, needed=None, **criteria) -> PruneResult:
+    return prune(PruneOptions(**criteria), cache, needed=needed)
+
+
 def decisions(store: FeatureStore, **criteria) -> dict[int, bool]:
     """Whether it goes, by the number of images that tells the entries of these tests apart."""
-    every = list(store.own_entries())
-    decided = decide(every, every=every, now=disk.clock(store.root), **criteria)
-    return {each.entry.spec.data.images: each.remove for each in decided}
+    images = {entry.key: entry.spec.data.images for entry in store.own_entries()}
+    return {images[each.key]: each.removed for each in pruned([store.root], dry_run=True, **criteria).decisions}
 
 
 def test_what_the_commands_do_is_done_by_functions(tmp_path):
@@ -161,12 +172,12 @@ def test_what_the_commands_do_is_done_by_functions(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     entry = new_entry(one)
     fill(entry, "zarr")
-    [copied] = copy_entries(one, two, model="m", format="hdf5")
-    assert (copied.entry.key, copied.bytes) == (entry.key, entry.nbytes())
+    [(copied, nbytes)] = copy_entries(one, two, model="m", format="hdf5")
+    assert (copied.key, nbytes) == (entry.key, entry.nbytes())
     [listed] = list_entries(two).entries
     assert (listed.tokens, listed.bytes, listed.skipped) == ("cls+ap@1-3", entry.nbytes(), 0)
     assert entry_paths(two) == [two]
-    assert entry_paths(two, dataset="d") == [copied.entry.path]
+    assert entry_paths(two, dataset="d") == [copied.path]
     files = tree(two / "v2")
     assert disk_usage(two).entries == {("m", "d"): sum(map(len, files.values()))}
     assert verify(two).to_json() == {"entries": 1, "damaged": [], "quarantined": []}
@@ -175,10 +186,10 @@ def test_what_the_commands_do_is_done_by_functions(tmp_path):
     assert [damage.path for damage in verify(two).damaged] == [shard.parent]
     assert len(verify(two, repair=True).quarantined) == 2  # the shard with its record, and the manifest
     with pytest.raises(MlfusionError, match="name at least one of --model"):
-        prune(two)
-    assert [each.remove for each in prune(two, quota=0, needed={entry.key}).decisions] == [False]
-    assert prune(two, quota=0, dry_run=True).bytes_freed > 0
-    assert len(prune(two, quota=0).removed) == 1
+        pruned(two)
+    assert [each.removed for each in pruned(two, size=0, needed={entry.key}).decisions] == [False]
+    assert pruned(two, size=0, dry_run=True).bytes_freed > 0
+    assert [each.removed for each in pruned(two, size=0).decisions] == [True]
     assert list_entries(two).entries == ()
     with pytest.raises(CacheUnusable, match="there is no cache at"):
         copy_entries(tmp_path / "three", two)
@@ -194,9 +205,9 @@ def test_what_goes_by_age_size_and_need(tmp_path):
             os.utime(entry.path / name, (then, then))
     assert decisions(store, older=3 * 86400) == {9: True, 17: True, 25: False}
     sizes = {entry.spec.data.images: entry.size() for entry in store.own_entries()}
-    assert decisions(store, quota=sizes[25] + sizes[17]) == {9: True, 17: False, 25: False}
-    assert decisions(store, quota=sizes[25]) == {9: True, 17: True, 25: False}
-    assert decisions(store, quota=sum(sizes.values())) == dict.fromkeys(sizes, False)
+    assert decisions(store, size=sizes[25] + sizes[17]) == {9: True, 17: False, 25: False}
+    assert decisions(store, size=sizes[25]) == {9: True, 17: True, 25: False}
+    assert decisions(store, size=sum(sizes.values())) == dict.fromkeys(sizes, False)
     assert decisions(store, needed={new_entry(tmp_path, 9).key}) == {9: False, 17: True, 25: True}
     new_entry(tmp_path, 9).read([1], ["cls"])  # reading is use
     assert decisions(store, older=3 * 86400) == {9: False, 17: True, 25: False}

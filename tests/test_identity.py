@@ -13,9 +13,10 @@ from mlfusion.probing import evaluation, fitting, grids, saved
 from mlfusion.probing.jobs import Job
 from mlfusion.probing.training import precision as precision_module
 from mlfusion.results import Results, Row
+from mlfusion.specs.definitions import option
 from mlfusion.specs.kinds import share
 from mlfusion.specs.names import HEAD_NAMES, parse_probes
-from mlfusion.specs.options import SearchOptions, StorageOptions, option
+from mlfusion.specs.options import SearchOptions, StorageOptions
 from mlfusion.workflows import study
 from mlfusion.workflows.recipe import Recipe
 

@@ -22,9 +22,9 @@ from mlfusion.cli import reference
 from mlfusion.cli.options import with_options
 from mlfusion.errors import BadOption
 from mlfusion.probing import grids
+from mlfusion.specs.definitions import EFFECTS, Options, all_definitions, command, definitions, parts
 from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS
 from mlfusion.specs.options import (
-    EFFECTS,
     FORMATS,
     GRID_NAMES,
     LABEL_KINDS,
@@ -32,17 +32,12 @@ from mlfusion.specs.options import (
     PREPARATIONS,
     ComputeOptions,
     FeatureOptions,
-    Options,
     PruneOptions,
     ReadOptions,
     RunOptions,
     SearchOptions,
     StorageOptions,
     TrainingOptions,
-    all_definitions,
-    command,
-    definitions,
-    parts,
 )
 
 ROOT = Path(__file__).parent.parent

@@ -7,8 +7,9 @@ import pytest
 
 from mlfusion import cli, datasets, models
 from mlfusion.errors import BadRecipe
+from mlfusion.specs.definitions import all_definitions
 from mlfusion.specs.names import parse_model, parse_tokens
-from mlfusion.specs.options import FeatureOptions, SearchOptions, all_definitions
+from mlfusion.specs.options import FeatureOptions, SearchOptions
 from mlfusion.workflows import recipe
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"

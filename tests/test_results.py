@@ -26,7 +26,7 @@ from rows import row, row_object
 from mlfusion import statistics
 from mlfusion.errors import MlfusionError, UnknownName
 from mlfusion.results import Results, Row, database, export
-from mlfusion.results.rows import decode, encode, to_object
+from mlfusion.results.rows import decode, encode
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -430,12 +430,12 @@ def test_what_is_missing_stays_none_and_is_not_written(tmp_path: Path) -> None:
     one = row()
     assert (one.shots, one.smoothing, one.attention, one.selected.dropout) == (None, None, None, None)
     assert one.halving is one.streamed is False
-    assert to_object(one) == row_object() | {"classes": ("null", "µ-ein")} | {
-        name: to_object(one)[name] for name in ("layers", "tokens", "features", "metrics")
+    assert msgspec.to_builtins(one) == row_object() | {"classes": ("null", "µ-ein")} | {
+        name: msgspec.to_builtins(one)[name] for name in ("layers", "tokens", "features", "metrics")
     }
     assert decode(encode(one)) == one
     given = row(shots=2, halving=True, smoothing=0.1)
-    assert to_object(given).items() >= {"shots": 2, "halving": True, "smoothing": 0.1}.items()
+    assert msgspec.to_builtins(given).items() >= {"shots": 2, "halving": True, "smoothing": 0.1}.items()
     assert (given.options(), one.options()) == ("2 shots, halving, labels smoothed by 0.1", "")
 
 

@@ -17,6 +17,7 @@ from tiers import examples
 
 from mlfusion import statistics
 from mlfusion.errors import BadData, UnknownName
+from mlfusion.statistics import Bootstrap
 from mlfusion.statistics import images as over_images
 
 
@@ -105,7 +106,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say(metric: str) -> None:
         labels = random.choice(2, n, p=share)
         right = random.random(n) < chance[labels]
         probabilities = np.eye(2)[np.where(right, labels, 1 - labels)]
-        found = statistics.interval(labels, probabilities, metric=metric, resamples=400, seed=number)
+        found = statistics.interval(
+            labels, probabilities, metric=metric, bootstrap=Bootstrap(resamples=400, seed=number)
+        )
         held += found.low <= truth <= found.high
         assert found.low <= found.value <= found.high
     # Percentile intervals of 150 images are a little narrow: within what 93 and 97 % would give once in a thousand runs.
@@ -118,7 +121,10 @@ def test_the_p_value_of_a_difference_is_below_a_tenth_in_a_tenth_of_the_worlds_w
     for number in range(worlds):
         labels = random.integers(0, 3, 120)
         a, b = (softmax(random.normal(size=(120, 3)) + 1.5 * np.eye(3)[labels]) for _ in range(2))
-        below += statistics.difference(labels, a, b, metric="accuracy", resamples=300, seed=number).p < 0.1
+        below += (
+            statistics.difference(labels, a, b, metric="accuracy", bootstrap=Bootstrap(resamples=300, seed=number)).p
+            < 0.1
+        )
     assert binom.ppf(0.0005, worlds, 0.08) <= below <= binom.ppf(0.9995, worlds, 0.13), below / worlds
 
 
@@ -140,21 +146,23 @@ def test_a_difference_is_paired() -> None:
 def test_several_seeds_are_resampled_together() -> None:
     labels, a = world(6)
     _, b = world(7, labels=labels)
-    found = statistics.interval(labels, [a, b], resamples=200)
-    one, other = (statistics.interval(labels, each, resamples=200) for each in (a, b))
+    found = statistics.interval(labels, [a, b], bootstrap=Bootstrap(resamples=200))
+    one, other = (statistics.interval(labels, each, bootstrap=Bootstrap(resamples=200)) for each in (a, b))
     assert found.value == pytest.approx((one.value + other.value) / 2)
-    assert statistics.interval(labels, [a, a], resamples=200) == one  # the same images for both
+    assert statistics.interval(labels, [a, a], bootstrap=Bootstrap(resamples=200)) == one  # the same images for both
     assert (
-        statistics.interval(labels, a, resamples=200, seed=1) != one == statistics.interval(labels, [a], resamples=200)
+        statistics.interval(labels, a, bootstrap=Bootstrap(resamples=200, seed=1))
+        != one
+        == statistics.interval(labels, [a], bootstrap=Bootstrap(resamples=200))
     )
 
 
 def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     labels, a = world(8)
-    whole = statistics.interval(labels, a, resamples=100)
+    whole = statistics.interval(labels, a, bootstrap=Bootstrap(resamples=100))
     monkeypatch.setattr(over_images, "_BLOCK", 7 * len(labels))
-    assert statistics.interval(labels, a, resamples=100) == whole
-    corrected = statistics.interval(labels, a, resamples=300, method="BCa")
+    assert statistics.interval(labels, a, bootstrap=Bootstrap(resamples=100)) == whole
+    corrected = statistics.interval(labels, a, bootstrap=Bootstrap(resamples=300, method="BCa"))
     assert corrected.low < corrected.value < corrected.high
 
 

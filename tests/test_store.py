@@ -21,7 +21,7 @@ from tiers import examples
 
 from mlfusion.errors import BadData, CacheUnusable, NotCached
 from mlfusion.specs.identity import DTYPES, DataSpec, FeatureSpec, ModelSpec
-from mlfusion.store import Entry, FeatureStore, Names, Samples, Stream, stream, streams_for
+from mlfusion.store import Entry, FeatureStore, Names, Samples, stream, streams_for
 from mlfusion.store.verify import verify_entry
 from mlfusion.system import disk
 
@@ -131,7 +131,7 @@ def test_every_way_to_read_gives_the_same(format, kept, images, dtype, sizes, mi
     entry = kept(format, images, dtype)
     with pytest.MonkeyPatch.context() as patch, entry.open([3, 1], ["ap", "cls"]) as reader:
         patch.setattr("mlfusion.store.reader.SHUFFLE_BYTES", mixed)
-        patch.setattr("mlfusion.store.buffers.SMALL_RESULT_BYTES", small)  # below which no threads are started
+        patch.setattr("mlfusion.store.reader.SMALL_RESULT_BYTES", small)  # below which no threads are started
         whole = reader.read()
         rows = np.array(data.draw(st.lists(st.integers(-images, images - 1), max_size=60)), np.int64)
         twice = np.arange(images) // 2
@@ -188,8 +188,8 @@ def test_a_sound_shard_that_is_not_the_one_published_is_refused(tmp_path):
 
 def test_memory_of_results_is_lent_again_once_nobody_holds_it(kept, monkeypatch):
     """What is in hand stays as it was, to its last view; what was let go of is written over."""
-    monkeypatch.setattr("mlfusion.store.buffers.SMALL_RESULT_BYTES", 1)
-    monkeypatch.setattr("mlfusion.store.buffers.BufferPool.idle", deque())
+    monkeypatch.setattr("mlfusion.store.reader.SMALL_RESULT_BYTES", 1)
+    monkeypatch.setattr("mlfusion.store.reader.BufferPool.idle", deque())
     with kept("zarr", 33, "float16").open([3, 1], ["ap", "cls"]) as reader:
         whole = reader.read().copy()
         first, second = reader[:16], reader[16:32]
@@ -414,14 +414,8 @@ def test_features_are_found_by_any_name_they_were_given(tmp_path):
     images=st.integers(1, 3_000_000), layers=st.integers(1, 40), width=st.integers(1, 4096), tokens=st.integers(1, 600)
 )
 def test_shards_tile_the_images_once_and_are_cut_in_powers_of_two(images, layers, width, tokens):
-    one = Stream.cut(
-        [(layer, "all") for layer in range(layers)],
-        tokens=tokens,
-        width=width,
-        images=images,
-        dtype="float16",
-        format="zarr",
-    )
+    shapes = {(layer, "all"): (tokens, width) for layer in range(layers)}
+    [one] = streams_for(shapes, images=images, dtype="float16", format="zarr")
     assert one.shard_rows & (one.shard_rows - 1) == 0
     assert one.shard_rows % one.chunk_rows == 0
     edges = [one.rows(0), one.rows(one.shards // 2), one.rows(one.shards - 1)]

@@ -12,12 +12,43 @@ from PIL import Image
 from mlfusion import datasets, models
 from mlfusion.errors import BadData, MlfusionError
 from mlfusion.models import preprocessing
-from mlfusion.results import Row
+from mlfusion.report.pictures import mean_layers
+from mlfusion.results import Results, Row
 from mlfusion.specs.identity import GRID_SIDES
 from mlfusion.specs.options import ReadOptions
 from mlfusion.store import CachePath, FeatureStore
 
 MOST_PREFIX = 8  # tokens before the patches: CLS, distillation, registers
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """What the attention of a row shows."""
+
+    row: Row
+    shares: np.ndarray  # [images, tokens]
+    mean_layer: np.ndarray | None  # [images], the mean of layers by attention; None if one layer is read
+    maps: np.ndarray | None  # [images, side, side], as from `maps`; None if no patches are read
+
+
+def attend(results: Results, row_id: str) -> Attended:
+    """The attention of a result (its id, or the beginning of it) on layers and on patches, image by image.
+
+    Raises:
+        BadData: its probe has no attention.
+        UnknownName: no result has such an id.
+    """
+    row = results.named(row_id)
+    held = row.attention
+    if held is None:
+        raise BadData(f"{row.probe} does not attend; allowed: results of attentive probes, such as alf and aat")
+    shares = results.arrays(row)["attention"]
+    return Attended(
+        row,
+        shares,
+        mean_layers(shares, held.layers) if len(set(held.layers)) > 1 else None,
+        maps(row, shares) if any(kind not in ("cls", "ap") for kind in held.kinds) else None,
+    )
 
 
 def side(tokens: int) -> int:
@@ -38,11 +69,7 @@ def maps(row: Row, attention: np.ndarray) -> np.ndarray:
     """Share of each patch in the attention of a probe over all tokens: [images, side, side].
 
     Layers are summed, as are patches that were pooled (grid4 and such) with the patches that they lie on. What is missing to
-    1 went to tokens that are no patch.
-
-    Args:
-        row: of the probe.
-        attention: as kept beside it, [images, tokens].
+    1 went to tokens that are no patch. `attention` is that kept beside the row, [images, tokens].
 
     Raises:
         BadData: the probe reads no patches, or the shapes do not fit.
@@ -109,17 +136,14 @@ class Seen:
 def seen(row: Row, *, cache: CachePath = None, dataset: str | None = None) -> Seen:
     """Find the images that a row was tested on.
 
-    Args:
-        row: which.
-        cache: holds the row's test features, which say which images those are.
-        dataset: where the data set is, if it has moved.
+    `cache` holds the row's test features, which say which images those are; `dataset` says where the data set is now.
 
     Raises:
         BadData: the features are gone, or the images are others than those tested on.
         UnknownName, Unavailable: the data set is not to be had.
     """
     entry = FeatureStore(cache).by_key(row.features[1])
-    word = dataset or (row.sources.dataset if row.sources.dataset != "embedded" else row.dataset)
+    word = dataset or row.sources.dataset
     if entry is None:
         raise BadData(
             f"the test features of row {row.id} ({row.features[1]}) are not in the cache, so that nothing says which "

@@ -24,8 +24,8 @@ def of_row(
 
     Args:
         row: of a probe that attends.
-        results: where its arrays are.
-        cache: where its test features are, which say which images they are.
+        results: they hold its arrays.
+        cache: holds its test features, which say which images they are.
         dataset: where the data set is, if it has moved.
         count: pictures of a strip.
 
@@ -51,12 +51,10 @@ def of_row(
     strips = []
     if spatial:
         drawn = maps(row, shares)
-        chosen = examples(labels, count)
-        pictures = tuple(Picture(images.picture(n), captions[n], drawn[n]) for n in chosen)
-        where = float(drawn.sum((1, 2)).mean())
+        pictures = tuple(Picture(images.picture(n), captions[n], drawn[n]) for n in examples(labels, count))
         description = (
             f"{row.probe} of {row.model}, seed {row.seed}: brighter patches get more of its attention. On average "
-            f"{100 * where:.0f} % of it goes to patches, the rest to other tokens."
+            f"{100 * float(drawn.sum((1, 2)).mean()):.0f} % of it goes to patches, the rest to other tokens."
         )
         strips.append(Strip("Attention on patches", description, pictures, name=f"map-{row.model}"))
     if layered:
@@ -74,9 +72,8 @@ def of_study(
     found: dict[str, list[Strip]] = {}
     for dataset in dict.fromkeys(row.dataset for row in rows):
         mine = [row for row in rows if row.dataset == dataset and row.attention is not None]
-        model = next((row.model for row in mine), None)
         for probe in ("all-tokens-last/attentive", "cls+ap-all-layers/attentive"):
-            one = next((row for row in mine if row.probe == probe and row.model == model), None)
+            one = next((row for row in mine if row.probe == probe and row.model == mine[0].model), None)
             if one is None:
                 continue
             try:
@@ -102,8 +99,7 @@ def _captions(row: Row, arrays: dict[str, np.ndarray]) -> list[str]:
     labels, predicted, names = arrays["labels"], arrays["probabilities"], row.classes
     if labels.ndim != 1 or labels.dtype.kind == "f" or not names:
         return [""] * len(labels)
-    said = predicted.argmax(1)
     return [
         names[true] if true == taken else f"{names[true]}, taken for {names[taken]}"
-        for true, taken in zip(labels, said, strict=True)
+        for true, taken in zip(labels, predicted.argmax(1), strict=True)
     ]

@@ -1,20 +1,18 @@
 """How like the last layer's tokens those of each layer are, from cached features: what stands beside accuracy by layer."""
 
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 import numpy as np
 
 from mlfusion.results import Row
 from mlfusion.specs.identity import STUDY_KINDS, TokenKind
-from mlfusion.statistics import cka_with
+from mlfusion.statistics.cka import Kernel, cka_with
 from mlfusion.store import CachePath, Entry, FeatureStore
 
 MOST_IMAGES = 2_000
 """Of the test images, evenly spread: the unbiased estimate needs no more, and many would take minutes."""
 
-Measure = Literal["linear", "rbf"]
-Similar = dict[tuple[str, str], dict[Measure, dict[str, dict[int, float]]]]
+Similar = dict[tuple[str, str], dict[Kernel, dict[str, dict[int, float]]]]
 """{(model, data set): {kernel: {token kind: {layer: CKA with the last layer}}}}."""
 
 
@@ -23,10 +21,7 @@ def to_the_last(
 ) -> Similar:
     """CKA (unbiased), linear and by an RBF, of every cached layer's CLS and AP tokens with the last one's, on the test images.
 
-    Args:
-        rows: whose models and data sets are meant; their own features are read, by their keys.
-        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
-        say: told of features that are no longer cached.
+    The features of `rows` are read by their keys; `say` is told of those that are no longer cached.
 
     Raises:
         CacheUnusable: a checksum is wrong.
@@ -39,28 +34,19 @@ def to_the_last(
         if entry is None:
             say(f"no similarity for {model} on {dataset}: its test features ({key}) are not in {store.root} any more")
             continue
-        both: dict[Measure, dict[str, dict[int, float]]] = {"linear": {}, "rbf": {}}
+        both: dict[Kernel, dict[str, dict[int, float]]] = {"linear": {}, "rbf": {}}
         for kind in STUDY_KINDS:
             layers = sorted(layer for layer, held in entry.held() if held == kind)
-            if len(layers) > 1 and layers[-1] == entry.spec.model.depth:
-                for measure, values in _of_kind(entry, kind, layers).items():
-                    both[measure][kind] = values
+            if len(layers) < 2 or layers[-1] != entry.spec.model.depth:
+                continue
+            last = _tokens(entry, kind, layers[-1])
+            like = {kernel: cka_with(last, kernel=kernel) for kernel in both}
+            for layer in layers:
+                tokens = _tokens(entry, kind, layer)
+                for kernel, of in like.items():
+                    both[kernel].setdefault(kind, {})[layer] = of(tokens)
         if both["linear"]:
             found[model, dataset] = both
-    return found
-
-
-def _of_kind(entry: Entry, kind: TokenKind, layers: list[int]) -> dict[Measure, dict[int, float]]:
-    last = _tokens(entry, kind, layers[-1])
-    like: dict[Measure, Callable[[np.ndarray], float]] = {
-        "linear": cka_with(last),
-        "rbf": cka_with(last, kernel="rbf"),
-    }
-    found: dict[Measure, dict[int, float]] = {"linear": {}, "rbf": {}}
-    for layer in layers:
-        tokens = _tokens(entry, kind, layer)
-        for measure, of in like.items():
-            found[measure][layer] = of(tokens)
     return found
 
 

@@ -1,5 +1,6 @@
 """`mlfusion cache`: lists, measures, verifies, prunes and copies the feature cache."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ from mlfusion.errors import CacheUnusable
 from mlfusion.specs.options import ComputeOptions, FeatureOptions, PruneOptions
 
 if TYPE_CHECKING:
-    from mlfusion.store.transfer import Copied
+    from mlfusion.store import Entry
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the feature cache.")
 
@@ -32,14 +33,16 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """List cached entries: model, data set, split, tokens, size."""
-    from mlfusion.store.inventory import list_entries
+    from mlfusion.store.housekeeping import list_entries
 
     found = list_entries(cache, model=model, dataset=dataset, split=split, reasons=as_json)
+    listed = asdict(found)
     if as_json:
-        print_json(found.to_json())
+        print_json(listed)
         return
-    if found.entries or not found.damaged:
-        print_rows([entry.row() for entry in found.entries], nothing="no features yet; run: mlfusion extract")
+    rows = [{name: value for name, value in row.items() if name != "unreadable"} for row in listed["entries"]]
+    if rows or not found.damaged:
+        print_rows(rows, nothing="no features yet; run: mlfusion extract")
     for why in found.damaged:
         say(f"not listed: {why}")
 
@@ -47,17 +50,18 @@ def ls(
 @app.command()
 def du(cache: Cache = None, as_json: AsJson = False) -> None:
     """Show the bytes on disk by model and data set, measured file by file, and of other folders in the cache."""
-    from mlfusion.store.inventory import disk_usage
+    from mlfusion.store.housekeeping import disk_usage
 
     usage = disk_usage(cache)
+    body = usage.to_json()
     if as_json:
-        print_json(usage.to_json())
+        print_json(body)
         return
-    print_rows(usage.rows(), nothing="no features yet; run: mlfusion extract")
+    print_rows(body["entries"], nothing="no features yet; run: mlfusion extract")
     for name, nbytes in usage.beside.items():
         if nbytes:
             typer.echo(f"{usage.root / name}: {nbytes:,} bytes; may be deleted")
-    typer.echo(f"in all: {usage.bytes:,} bytes in {usage.root}")
+    typer.echo(f"in all: {body['bytes']:,} bytes in {usage.root}")
 
 
 @app.command()
@@ -119,28 +123,20 @@ def verify(
 def prune(options: PruneOptions, cache: Cache = None, as_json: AsJson = False) -> None:
     """Remove entries by name, age, size, or because no row needs them; an entry in use is never removed."""
     from mlfusion.results import Results
-    from mlfusion.store.prune import prune as run
+    from mlfusion.store.housekeeping import prune as run
 
     needed = None
     if options.unneeded:
         needed = {key for row in Results(Path(options.unneeded)).require() for key in row.features}
-    done = run(
-        cache,
-        model=options.model,
-        dataset=options.dataset,
-        older=options.older,
-        quota=options.size,
-        needed=needed,
-        dry_run=options.dry_run,
-    )
+    done = run(options, cache, needed=needed)
+    body = done.to_json()
     if as_json:
-        print_json(done.to_json())
+        print_json(body)
         return
-    print_rows([each.to_json() for each in done.decisions], nothing="no such entries; see: mlfusion cache ls")
-    typer.echo(
-        f"{'would remove' if options.dry_run else 'removed'} {len(done.removed):,} of {done.entries:,} entries, "
-        f"{done.bytes_freed:,} bytes"
-    )
+    print_rows(body["entries"], nothing="no such entries; see: mlfusion cache ls")
+    removed = sum(each.removed for each in done.decisions)
+    verb = "would remove" if options.dry_run else "removed"
+    typer.echo(f"{verb} {removed:,} of {done.entries:,} entries, {done.bytes_freed:,} bytes")
 
 
 @app.command()
@@ -154,7 +150,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Copy entries to another cache, in another format if asked; every chunk is checked on the way."""
-    from mlfusion.store.transfer import copy_entries
+    from mlfusion.store.housekeeping import copy_entries
 
     names = {"model": model, "dataset": dataset, "split": split}
     _print_copied(copy_entries(cache, [to], **names, format=format), as_json)  # type: ignore[arg-type]
@@ -171,18 +167,19 @@ def bring(
     as_json: AsJson = False,
 ) -> None:
     """Copy entries of another cache into this one; every chunk is checked on the way."""
-    from mlfusion.store.transfer import copy_entries
+    from mlfusion.store.housekeeping import copy_entries
 
     names = {"model": model, "dataset": dataset, "split": split}
     _print_copied(copy_entries([source], cache, **names, format=format), as_json)  # type: ignore[arg-type]
 
 
-def _print_copied(copied: "list[Copied]", as_json: bool) -> None:
+def _print_copied(copied: "list[tuple[Entry, int]]", as_json: bool) -> None:
     if as_json:
-        print_json({"entries": [one.to_json() for one in copied]})
+        entries = [{"key": entry.key, "path": str(entry.path), "bytes": nbytes} for entry, nbytes in copied]
+        print_json({"entries": entries})
         return
-    for one in copied:
-        typer.echo(f"{one.entry.path}: {one.bytes:,} bytes written")
+    for entry, nbytes in copied:
+        typer.echo(f"{entry.path}: {nbytes:,} bytes written")
 
 
 @app.command()
@@ -194,7 +191,7 @@ def path(
     as_json: AsJson = False,
 ) -> None:
     """Show where the cache lies; with names, the folders of its entries."""
-    from mlfusion.store.inventory import entry_paths
+    from mlfusion.store.housekeeping import entry_paths
 
     paths = [str(one) for one in entry_paths(cache, model=model, dataset=dataset, split=split)]
     if as_json:

@@ -9,15 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from mlfusion.errors import BadOption
-from mlfusion.specs.options import (
-    ComputeOptions,
-    Option,
-    Options,
-    StorageOptions,
-    all_definitions,
-    build,
-    defaults_of,
-)
+from mlfusion.specs.definitions import Option, Options, all_definitions, build, defaults_of
+from mlfusion.specs.options import ComputeOptions, StorageOptions
 
 MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
 DATASET = "digits"

@@ -99,9 +99,9 @@ def row_json(row: "Row") -> dict[str, Any]:
         "parameters",
         "seconds",
     )
-    from mlfusion.results.rows import to_object
+    from msgspec import to_builtins
 
-    whole = to_object(row)
+    whole = to_builtins(row)
     return {name: whole[name] for name in (*names, "features", "id")}
 
 

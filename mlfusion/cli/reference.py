@@ -9,7 +9,7 @@ from typing import Any
 import typer.main
 
 from mlfusion.specs import options
-from mlfusion.specs.options import EFFECTS, Options, all_definitions, defaults_of
+from mlfusion.specs.definitions import EFFECTS, Options, all_definitions, defaults_of
 
 CALLS: dict[str, str] = {
     "extract": "mlfusion.extract",
@@ -24,29 +24,29 @@ CALLS: dict[str, str] = {
     "data": "mlfusion.datasets.describe.describe",
     "ls": "mlfusion.workflows.listings.listing",
     "pretrain": "mlfusion.embedded.pretrain.pretrain",
-    "cache ls": "mlfusion.store.inventory.list_entries",
-    "cache du": "mlfusion.store.inventory.disk_usage",
+    "cache ls": "mlfusion.store.housekeeping.list_entries",
+    "cache du": "mlfusion.store.housekeeping.disk_usage",
     "cache explain": "mlfusion.explain",
     "cache verify": "mlfusion.store.verify.verify",
-    "cache prune": "mlfusion.store.prune.prune",
-    "cache export": "mlfusion.store.transfer.copy_entries",
-    "cache import": "mlfusion.store.transfer.copy_entries",
-    "cache path": "mlfusion.store.inventory.entry_paths",
+    "cache prune": "mlfusion.store.housekeeping.prune",
+    "cache export": "mlfusion.store.housekeeping.copy_entries",
+    "cache import": "mlfusion.store.housekeeping.copy_entries",
+    "cache path": "mlfusion.store.housekeeping.entry_paths",
     "results ls": "mlfusion.Results.listing",
     "results show": "mlfusion.statistics.certainty",
-    "results compare": "mlfusion.statistics.compare_probes",
+    "results compare": "mlfusion.statistics.compare_named",
     "results rank": "mlfusion.statistics.rank",
     "results export": "mlfusion.results.export.write",
     "results import": "mlfusion.Results.take_from",
     "results rerun": "mlfusion.rerun",
     "results track": "mlfusion.results.trackers.log_rows",
 }
-"""Command → the Python function that does the same; the command only reads its options, calls it, and prints."""
+"""Command → the Python function that does the same; the command reads its options, calls it, and prints."""
 
 HEAD = """# Which commands and options are there?
 
-`python -m mlfusion.cli.reference` writes this page from the definitions in `mlfusion/specs/options.py` and the commands. Do not edit it
-by hand.
+`python -m mlfusion.cli.reference` writes this page from the definitions in `mlfusion/specs/options.py` and the commands. Do
+not edit it by hand.
 
 Every command has a Python function that does the same. Functions of `mlfusion` itself take the fields of the options classes as
 keywords, such as `mlfusion.extract("clip-vit-b16", "dtd", layers="last")`; the other functions take the classes themselves.
@@ -57,7 +57,8 @@ def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
     """Every command with its name as it is typed, 'cache ls', and its parsed form."""
     from mlfusion.cli import app
 
-    for name, command in (group or typer.main.get_command(app)).commands.items():
+    whole: Any = group or typer.main.get_command(app)
+    for name, command in whole.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{before}{name} ")
         else:

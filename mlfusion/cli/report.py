@@ -5,41 +5,18 @@ from typing import Annotated
 
 import typer
 
-from mlfusion.cli.options import Cache
+from mlfusion.cli.options import Cache, with_options
 from mlfusion.cli.output import print_table, say
-from mlfusion.errors import UnknownName
+from mlfusion.specs.options import ReportOptions
 
-AGAINST = ("paper",)
 MAX_SHOWN = 40  # lines of the comparison in the terminal; its CSV and the page have all
 
 
+@with_options
 def report(
+    *,
     results: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write one self-contained HTML page to this file.")
-    ] = None,
-    figures: Annotated[
-        Path | None,
-        typer.Option(
-            "--figures", help="Write every figure (SVG, PNG, CSV) and table (Markdown, LaTeX, CSV) to this folder."
-        ),
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option("--markdown", help="Write the tables as Markdown to this file.")
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option("--against", help="Compare the scores with published ones; the only choice is paper.")
-    ] = None,
-    similarity: Annotated[
-        bool,
-        typer.Option(
-            "--cka", help="Draw the similarity of each layer with the last (linear and RBF CKA), from cached features."
-        ),
-    ] = False,
-    long: Annotated[
-        bool,
-        typer.Option("--long", help="Print one table for each model and data set, with parameters and times."),
-    ] = False,
+    asked: ReportOptions,
     cache: Cache = None,
 ) -> None:
     """Print a table of results; write a page, figures or tables, or compare with published scores, if asked for."""
@@ -48,26 +25,24 @@ def report(
     from mlfusion.report import compare_with_published, published, write_figures, write_markdown, write_page
     from mlfusion.results import Results
 
-    if against not in (None, *AGAINST):
-        raise UnknownName("comparison", against or "", AGAINST)
     store = Results(results)
     rows = store.require()
     cka = None
-    if similarity:
+    if asked.cka:
         from mlfusion.analysis.similarity import to_the_last
 
         cka = to_the_last(rows, cache=cache, say=say)
-    if html:
-        write_page(rows, html, results=store, cka=cka)
-    if figures:
-        files = write_figures(rows, figures, cka=cka, paper=against == "paper")
-    if markdown:
-        write_markdown(rows, markdown)
-    if against:
+    if asked.html:
+        write_page(rows, Path(asked.html), results=store, cka=cka)
+    if asked.figures:
+        files = write_figures(rows, Path(asked.figures), cka=cka, paper=asked.against == "paper")
+    if asked.markdown:
+        write_markdown(rows, Path(asked.markdown))
+    if asked.against:
         Console().print(published.table(compare_with_published(rows), most=MAX_SHOWN))
     else:
-        print_table(rows, long=long)
-    if html:
-        typer.echo(f"report: {html}")
-    if figures:
-        typer.echo(f"figures: {len(files)} files in {figures}")
+        print_table(rows, long=asked.long)
+    if asked.html:
+        typer.echo(f"report: {asked.html}")
+    if asked.figures:
+        typer.echo(f"figures: {len(files)} files in {asked.figures}")

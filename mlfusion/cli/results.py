@@ -6,37 +6,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlfusion.cli.options import AsJson, Cache, ResultsPath
+from mlfusion.cli.options import AsJson, Cache, ResultsPath, with_options
 from mlfusion.cli.output import print_json, print_rows, say
+from mlfusion.specs.options import FilterOptions
 
 if TYPE_CHECKING:
     from mlfusion.results import Row
-    from mlfusion.statistics import Certainty, Comparison, Rank
+    from mlfusion.results.database import RowFilter
+    from mlfusion.statistics.rows import Certainty, Comparison
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at results, compare them, make them again.")
 
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only results of this model.")]
 OfDataset = Annotated[str | None, typer.Option("--dataset", "-d", help="Only results on this data set.")]
 OfProbe = Annotated[str | None, typer.Option("--probe", help="Only results of this probe.")]
-OfGrid = Annotated[str | None, typer.Option("--grid", help="Only results of this grid: paper or quick.")]
 RowId = Annotated[str, typer.Argument(help="A result's id, or the beginning of it (mlfusion results ls).")]
 RESULTS = Path("results")
 
 
 @app.command()
+@with_options
 def ls(
-    model: OfModel = None,
-    dataset: OfDataset = None,
+    *,
+    rows: FilterOptions,
     probe: OfProbe = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many, the newest.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Number of results to list, the newest.")] = None,
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
-    """Every result, the newest last: a line each; the newest 100 unless told otherwise, all with --json."""
+    """List results, the newest last: the newest 100 unless --limit says otherwise, all of them with --json."""
     from mlfusion.results import Results
 
     kept = Results(results)
-    place = {"model": model, "dataset": dataset, "probe": probe}
+    place: RowFilter = {"model": rows.model, "dataset": rows.dataset, "grid": rows.grid, "probe": probe}
     found = kept.listing(**place, limit=limit if limit or as_json else 100)
     if as_json:
         print_json({"results": found})
@@ -44,40 +46,45 @@ def ls(
     if not found:
         kept.require(**place)  # says what to do
     names = ("id", "model", "dataset", "probe", "seed", "grid", "metric", "val", "test", "seconds", "created")
-    print_rows([{name: _short(name, one[name]) for name in names} for one in found], nothing="")
+    short = {"val": "{:.4f}", "test": "{:.4f}", "seconds": "{:.1f}", "seed": "{}"}
+    print_rows([{name: short.get(name, "{}").format(one[name]) for name in names} for one in found], nothing="")
     if len(found) < (there := kept.count(**place)):
         say(f"the newest {len(found):,} of {there:,}; more with --limit")
 
 
 @app.command()
 def show(row: RowId, results: ResultsPath = RESULTS, as_json: AsJson = False) -> None:
-    """One result: where it comes from, how good and how sure, how calibrated, what it confuses, how to make it again."""
+    """Print one result: its sources, scores with intervals, calibration, confusions, and the command that trains it again."""
+    from msgspec import to_builtins
+
     from mlfusion.results import Results
-    from mlfusion.results.rows import to_object
     from mlfusion.statistics import certainty
 
     kept = Results(results)
     one = kept.named(row)
-    sure = certainty(kept, one)
+    sure, whole = certainty(kept, one), to_builtins(one)
     again = f"mlfusion results rerun {one.id} --results {results}"
     if as_json:
-        print_json({"result": to_object(one), **sure.to_json(), "rerun": again})
+        print_json({"result": whole, **to_builtins(sure), "rerun": again})
         return
-    lines = _listed(one)
+    metrics = whole.pop("metrics")
+    del whole["attention"]
+    lines = whole | {"classes": len(one.classes)}
+    lines |= {f"metrics.{name}": value for name, value in metrics.items() if isinstance(value, float)}
     width = max(map(len, lines))
     for name, value in lines.items():
-        typer.echo(f"{name.ljust(width)}  {value}")
+        typer.echo(f"{name.ljust(width)}  {_said(value)}")
     _print_certainty(one, sure)
     typer.echo(f"\nagain: {again}")
 
 
 @app.command()
+@with_options
 def compare(
-    a: Annotated[str, typer.Argument(help="A probe's name, or a result's id.")],
-    b: Annotated[str, typer.Argument(help="The probe or result that gains are counted from.")],
-    model: OfModel = None,
-    dataset: OfDataset = None,
-    grid: OfGrid = None,
+    *,
+    a: Annotated[str, typer.Argument(help="Name of a probe, or id of a result.")],
+    b: Annotated[str, typer.Argument(help="Probe or result that gains are counted from.")],
+    rows: FilterOptions,
     level: Annotated[
         float, typer.Option("--level", min=0.5, max=0.999, help="Confidence level of the intervals.")
     ] = 0.95,
@@ -85,17 +92,15 @@ def compare(
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
-    """A against B on the same test images: scores, paired difference with interval and p-values; over data sets from six on."""
+    """Compare A with B on the same test images: scores, paired differences, intervals and p-values."""
     from mlfusion import statistics
+    from mlfusion.report.numbers import p_value, points
     from mlfusion.results import Results
 
-    kept, how = Results(results), {"level": level, "resamples": resamples}
-    names = [_probe_name(word) for word in (a, b)]
-    if None not in names:
-        rows = kept.require(model=model, dataset=dataset, grid=grid)
-        compared = statistics.compare_probes(kept, rows, str(names[0]), str(names[1]), **how)  # type: ignore[arg-type]
-    else:
-        compared = [statistics.compare(kept, kept.named(a), kept.named(b), **how)]  # type: ignore[arg-type]
+    bootstrap = statistics.Bootstrap(level=level, resamples=resamples)
+    compared = statistics.compare_named(
+        Results(results), a, b, model=rows.model, dataset=rows.dataset, grid=rows.grid, bootstrap=bootstrap
+    )
     over = statistics.over_datasets(compared)
     if as_json:
         tests = {name: {"refused": one} if isinstance(one, str) else asdict(one) for name, one in over.items()}
@@ -112,18 +117,17 @@ def compare(
             say(f"{name}: {test}")
         else:
             typer.echo(
-                f"{name}, over {test.n} data sets: gain {_points(test.mean)} points on average, {_points(test.median)} in the "
-                f"median; Wilcoxon signed-rank, one-sided, p = {_p(test.p)}"
+                f"{name}, over {test.n} data sets: gain {points(test.mean)} points on average, {points(test.median)} in the "
+                f"median; Wilcoxon signed-rank, one-sided, p-value {p_value(test.p)}"
             )
 
 
 @app.command()
+@with_options
 def rank(
-    model: OfModel = None,
-    grid: OfGrid = None,
-    baseline: Annotated[
-        str, typer.Option("--baseline", help="The probe that gains are counted from.")
-    ] = "cls-last/linear",
+    *,
+    rows: FilterOptions,
+    baseline: Annotated[str, typer.Option("--baseline", help="Probe that gains are counted from.")] = "cls-last/linear",
     level: Annotated[
         float,
         typer.Option("--level", min=0.5, max=0.999, help="Confidence level of the tests: 0.95 means p below 0.05."),
@@ -131,25 +135,33 @@ def rank(
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
-    """Probes over data sets: mean ranks with their critical difference, and gains with q-values (six data sets or more)."""
+    """Rank probes over data sets: mean ranks, critical difference, and gains with q-values (from six data sets)."""
+    from mlfusion.report.numbers import p_value, percent, points
     from mlfusion.results import Results
     from mlfusion.statistics import rank as rank_probes
 
-    rows = Results(results).require(model=model, grid=grid)
-    found = rank_probes(rows, baseline=_probe_name(baseline) or baseline, level=level)
+    found = rank_probes(
+        Results(results).require(model=rows.model, dataset=rows.dataset, grid=rows.grid), baseline=baseline, level=level
+    )
     if as_json:
         print_json(asdict(found))
         return
-    tested = {one.name: one for one in found.against}
-    lines = [
-        {"probe": probe, "mean rank": f"{place:.2f}", "mean score": _percent(mean), "gain": "", "p": "", "q": ""}
-        | ({"gain": _points(one.mean), "p": _p(one.p), "q": _p(one.q)} if (one := tested.get(probe)) else {})
-        for probe, place, mean in zip(found.ranking.names, found.ranking.ranks, found.ranking.means, strict=True)
-    ]
+    ranking, tested = found.ranking, {one.name: one for one in found.against}
+    lines = []
+    for probe, place, mean in zip(ranking.names, ranking.ranks, ranking.means, strict=True):
+        one = tested.get(probe)
+        p, q = (p_value(value) if value is not None else "too few" for value in (one.p, one.q)) if one else ("", "")
+        gain = points(one.mean) if one else ""
+        line = {"probe": probe, "mean rank": f"{place:.2f}", "mean score": percent(mean), "gain": gain, "p": p, "q": q}
+        lines.append(line)
     print_rows(lines, nothing="")
-    typer.echo(_ranked(found, level))
+    typer.echo(
+        f"{ranking.datasets} data sets; Friedman p-value {p_value(ranking.friedman)}; mean ranks that differ by more than "
+        f"{ranking.critical_difference:.2f} differ at {100 * level:.0f} % (Nemenyi). Not told apart: "
+        + ("; ".join(" = ".join(group) for group in ranking.groups) or "none")
+    )
     if found.left_out:
-        say(f"not on all {found.ranking.datasets} data sets, left out: {', '.join(found.left_out)}")
+        say(f"not on all {ranking.datasets} data sets, left out: {', '.join(found.left_out)}")
 
 
 @app.command()
@@ -252,91 +264,43 @@ def track(
 # --- saying ----------------------------------------------------------------------------------------------------------
 
 
-def _listed(row: "Row") -> dict[str, str]:
-    """The fields of a row as text, without those that are lists of numbers."""
-    from mlfusion.results.rows import to_object
-
-    held = to_object(row) | {"classes": len(row.classes)}
-    metrics = held.pop("metrics")
-    del held["attention"]
-    held |= {f"metrics.{name}": value for name, value in metrics.items() if isinstance(value, float)}
-    return {name: _said(value) for name, value in held.items()}
-
-
 def _print_certainty(row: "Row", sure: "Certainty") -> None:
+    from mlfusion.report.numbers import percent
+
     if sure.interval:
         one = sure.interval
         typer.echo(
-            f"\n{row.metric.replace('_', ' ')} {_percent(one.value)}, {100 * one.level:.0f} % interval over test images "
-            f"{_percent(one.low)} to {_percent(one.high)}"
+            f"\n{row.metric.replace('_', ' ')} {percent(one.value)}, {100 * one.level:.0f} % interval over test images "
+            f"{percent(one.low)} to {percent(one.high)}"
         )
     if sure.calibration:
-        typer.echo(f"expected calibration error {_percent(sure.calibration.ece)}")
+        typer.echo(f"expected calibration error {percent(sure.calibration.ece)}")
     for pair in sure.confusions or ():
         typer.echo(f"{pair.images} of {pair.of} {pair.name} taken for {pair.taken_for}")
     if sure.missing:
         say(sure.missing)
 
 
-def _ranked(found: "Rank", level: float) -> str:
-    """Which probes differ, in a sentence."""
-    ranking = found.ranking
-    return (
-        f"{ranking.datasets} data sets; Friedman p = {_p(ranking.friedman)}; mean ranks that differ by more than "
-        f"{ranking.critical_difference:.2f} differ at {100 * level:.0f} % (Nemenyi). Not told apart: "
-        + ("; ".join(" = ".join(group) for group in ranking.groups) or "none")
-    )
-
-
-def _probe_name(word: str) -> str | None:
-    """The name of a probe, or None if it is not one: ids have no '/'."""
-    from mlfusion.specs.names import ALIASES
-
-    return word if "/" in word else ALIASES.get(word.lower())
-
-
 def _compared(one: "Comparison") -> dict[str, Any]:
+    from mlfusion.report.numbers import mean_sd, p_value, points
+
     drawn = one.images
     return {
         "model": one.model,
         "dataset": one.dataset,
-        f"A: {one.a}": _spread(one.score_a.mean, one.score_a.sd),
-        f"B: {one.b}": _spread(one.score_b.mean, one.score_b.sd),
-        "gain, points": _points(one.gain.mean) + (f" ± {_percent(one.gain.sd)}" if one.gain.sd is not None else ""),
+        f"A: {one.a}": mean_sd(one.score_a),
+        f"B: {one.b}": mean_sd(one.score_b),
+        "gain, points": mean_sd(one.gain, points),
         "seeds": one.gain.n,
         f"{100 * drawn.level:.0f} % over images"
         if drawn
-        else "over images": f"{_points(drawn.low)} to {_points(drawn.high)}" if drawn else "no arrays",
-        "p, bootstrap": _p(drawn.p) if drawn else "",
-        "p, McNemar": " ".join(_p(test.p) for test in one.mcnemar),
+        else "over images": f"{points(drawn.low)} to {points(drawn.high)}" if drawn else "no arrays",
+        "p, bootstrap": p_value(drawn.p) if drawn else "",
+        "p, McNemar": " ".join(p_value(test.p) for test in one.mcnemar),
     }
-
-
-def _short(name: str, value: Any) -> Any:
-    if name in ("val", "test"):
-        return f"{value:.4f}"
-    return f"{value:.1f}" if name == "seconds" else str(value) if name == "seed" else value
 
 
 def _said(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {item}" for name, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
-def _spread(mean: float, sd: float | None) -> str:
-    return _percent(mean) + (f" ± {_percent(sd)}" if sd is not None else "")
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return "too few"
-    return f"{value:.1e}" if value < 0.001 else f"{value:.3f}"

@@ -8,7 +8,8 @@ import typer
 
 from mlfusion.cli.options import AsJson, with_options
 from mlfusion.cli.output import print_json, print_rows, print_table, row_json, say, say_extracted
-from mlfusion.specs.options import RunOptions, StorageOptions, command
+from mlfusion.specs.definitions import command
+from mlfusion.specs.options import RunOptions, StorageOptions
 
 if TYPE_CHECKING:
     from mlfusion.results import Results, Row

@@ -6,7 +6,8 @@ their labels as numbers, and one splits them anew where that is asked for. Image
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,7 @@ FORMS = (
 
 
 def load(word: str, options: ReadOptions | None = None) -> DataSet:
-    """Find a data set, download it if needed, and check its splits against each other.
-
-    Args:
-        word: a catalogue name, an id on the hub, or the path of a folder or file.
-        options: how to read it, where the set does not say.
+    """Find a data set by catalogue name, hub id or path, download it if needed, and check its splits against each other.
 
     Raises:
         UnknownName, Unavailable: there is no such data set, or it cannot be downloaded.
@@ -110,8 +107,7 @@ def array_dataset(
     options = ReadOptions(target=target, split_ratio=split_ratio, split_seed=split_seed)
     found = _arrays.arrays(splits, options, name)
     names = None if classes is None else tuple(classes)
-    named = {key: RawSplit(one.ids, one.labels, one.encoded, one.decode, names) for key, one in found.items()}
-    return _build(name, "arrays", "arrays", named, options)
+    return _build(name, "arrays", "arrays", {key: replace(one, names=names) for key, one in found.items()}, options)
 
 
 def pictures(files: Sequence[str], decode: Decoder | None = None) -> Split:
@@ -137,11 +133,9 @@ def _read_path(path: Path, word: str, options: ReadOptions) -> tuple[str, dict[s
         return "tables of paths", _files.tables(tables, options)
     if tars := _tars.tars_in(path):
         return "WebDataset tars", _tars.webdataset(tars, _tars.names_in(path), options)
-    if options.stream and _hub.has_parquet(path, splits):
-        return _remote.in_place(path, options)
     if _hub.has_parquet(path, splits):
-        return "Parquet files", _hub.in_folder(path, options)
-    if "train" not in splits and _arrays.npy_in(path):
+        return _remote.in_place(path, options) if options.stream else ("Parquet files", _hub.parquet(path, options))
+    if "train" not in splits and any(path.glob("*.npy")):
         return "arrays", _arrays.npy(path, options)
     if "train" in splits or (options.split_ratio and children):
         return "class folders", _files.class_folders(path, splits, options)
@@ -200,16 +194,12 @@ def _resplit(data: DataSet, options: ReadOptions) -> DataSet:
 
 
 def _checked(data: DataSet) -> DataSet:
-    if data.label_kind == "number":
-        for name, split in data.splits.items():
-            if len(np.unique(split.labels)) < 2:
-                raise BadData(
-                    f"{data.name}, split {name}: every label is {split.labels[0]:g}; a probe needs two or more"
-                )
-        return data
-    if data.label_kind == "labels":
-        if not data.classes:
-            raise BadData(f"{data.name}: no image has a label")
+    for name, split in data.splits.items() if data.label_kind == "number" else ():
+        if len(np.unique(split.labels)) < 2:
+            raise BadData(f"{data.name}, split {name}: every label is {split.labels[0]:g}; a probe needs two or more")
+    if data.label_kind == "labels" and not data.classes:
+        raise BadData(f"{data.name}: no image has a label")
+    if data.label_kind != "class":
         return data
     present = {name: {s.classes[label] for label in np.unique(s.labels)} for name, s in data.splits.items()}
     everything = set().union(*present.values())
@@ -234,14 +224,8 @@ def _decode_digit(data: bytes) -> Image.Image:
     return Image.frombytes("L", (8, 8), data).convert("RGB")
 
 
-class _Digits:
-    """Images of scikit-learn's digits, as bytes."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels  # [images, 8, 8] uint8
-
-    def __call__(self, row: int) -> bytes:
-        return self.pixels[row].tobytes()
+def _encoded_digit(pixels: np.ndarray, row: int) -> bytes:
+    return pixels[row].tobytes()
 
 
 @lru_cache(maxsize=1)
@@ -263,10 +247,10 @@ def _digits() -> DataSet:
             ids=tuple(f"digits/{row:04d}" for row in rows),
             labels=labels[rows],
             classes=classes,
-            encoded=_Digits(pixels[rows]),
+            encoded=partial(_encoded_digit, pixels[rows]),
             decode=_decode_digit,
         )
 
     test = turn % 5 == 4  # every fifth of a class
-    train, rest = split("train", np.flatnonzero(~test)), split("test", np.flatnonzero(test))
-    return DataSet("digits", "embedded", "embedded", {"train": train, "test": rest})
+    splits = {name: split(name, np.flatnonzero(rows)) for name, rows in (("train", ~test), ("test", test))}
+    return DataSet("digits", "embedded", "embedded", splits)

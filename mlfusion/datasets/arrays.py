@@ -2,7 +2,7 @@
 
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +45,16 @@ def encode_netpbm(pixels: np.ndarray) -> bytes:
 
 
 def arrays(given: Mapping[str, tuple[Any, Any]], options: ReadOptions, where: str) -> dict[str, RawSplit]:
-    """Raw splits of (images, labels).
-
-    Raises:
-        BadData: images of another shape or type, or a different number of labels.
-    """
+    """Raw splits of (images, labels); raises BadData for images of another shape or type, or other numbers of labels."""
     splits = {}
     for name, pair in given.items():
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise BadData(f"{where}, split {name}: allowed is a pair (images, labels)")
         images, labels = np.asarray(pair[0]), pair[1]
         _check(images, len(labels), f"{where}, split {name}")
-        splits[name] = _raw_split(name, len(images), labels, Pixels(images), options)
+        ids = tuple(f"{name}/{row}" for row in range(len(images)))
+        splits[name] = RawSplit(ids, labels, Pixels(images), decoder(options))
     return splits
-
-
-def _raw_split(name: str, count: int, labels: Any, rows: Any, options: ReadOptions) -> RawSplit:
-    return RawSplit(
-        ids=tuple(f"{name}/{row}" for row in range(count)), labels=labels, encoded=rows, decode=decoder(options)
-    )
 
 
 def _check(images: np.ndarray, labels: int, where: str) -> None:
@@ -80,8 +71,7 @@ def _check(images: np.ndarray, labels: int, where: str) -> None:
 def npz(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
     """Read a .npz file with images and labels, or train_images, train_labels, test_images … (or x_train, y_train, …).
 
-    Raises:
-        BadData: it has no such arrays, or one that would need pickle.
+    Raises BadData if it has no such arrays, or one that would need pickle.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -92,29 +82,19 @@ def npz(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
     return arrays(given, options, str(path))
 
 
-def npy_in(root: Path) -> list[Path]:
-    """A folder's .npy files."""
-    return sorted(root.glob("*.npy"))
-
-
 def npy(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
-    """Read a folder with train_images.npy, train_labels.npy, …; images are memory-mapped.
-
-    Raises:
-        BadData: as `npz`.
-    """
-    names = _array_names([path.stem for path in npy_in(root)], str(root), options)
-    splits = {}
-    for split, (images, labels) in names.items():
-        file = root / f"{images}.npy"
-        try:
-            mapped = np.load(file, mmap_mode="r", allow_pickle=False)
-            values = np.load(root / f"{labels}.npy", allow_pickle=False)
-        except (ValueError, OSError) as err:
-            raise BadData(f"{root}: {err}; allowed: arrays of numbers, written by numpy.save") from err
-        _check(mapped, len(values), f"{root}, split {split}")
-        splits[split] = _raw_split(split, len(mapped), values, PixelFile(str(file)), options)
-    return splits
+    """Read a folder with train_images.npy, train_labels.npy, …, as `npz`; images are memory-mapped."""
+    names = _array_names([path.stem for path in sorted(root.glob("*.npy"))], str(root), options)
+    files = {split: (root / f"{images}.npy", root / f"{labels}.npy") for split, (images, labels) in names.items()}
+    try:
+        given = {
+            split: (np.load(images, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False))
+            for split, (images, labels) in files.items()
+        }
+    except (ValueError, OSError) as err:
+        raise BadData(f"{root}: {err}; allowed: arrays of numbers, written by numpy.save") from err
+    found = arrays(given, options, str(root))
+    return {split: replace(one, encoded=PixelFile(str(files[split][0]))) for split, one in found.items()}
 
 
 def _array_names(there: list[str], where: str, options: ReadOptions) -> dict[str, tuple[str, str]]:

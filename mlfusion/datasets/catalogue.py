@@ -7,8 +7,9 @@ empty if they state none; look there before you use a set.
 
 import csv
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
+
+import msgspec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,27 +20,11 @@ class CatalogueRow:
     source: str  # hub id, or "embedded"
     domain: str
     train_images: int
-    test_images: int | None  # not known for all
+    test_images: int | None = None  # not known for all
     classes: int
-    terms: str
+    terms: str = ""
 
 
-@lru_cache(maxsize=1)
-def catalogue() -> dict[str, CatalogueRow]:
-    """Name → row, in the order of the file."""
-    text = (files("mlfusion.datasets") / "catalogue.csv").read_text(encoding="utf-8")
-    return {
-        cells["name"]: CatalogueRow(
-            name=cells["name"],
-            source=cells["source"],
-            domain=cells["domain"],
-            train_images=int(cells["train_images"]),
-            test_images=int(cells["test_images"]) if cells["test_images"] else None,
-            classes=int(cells["classes"]),
-            terms=cells["terms"],
-        )
-        for cells in csv.DictReader(text.splitlines())
-    }
-
-
-CATALOGUE = catalogue()
+with open(Path(__file__).with_name("catalogue.csv"), encoding="utf-8", newline="") as _file:
+    _cells = [{name: cell for name, cell in line.items() if cell} for line in csv.DictReader(_file)]
+CATALOGUE = {row.name: row for row in msgspec.convert(_cells, list[CatalogueRow], strict=False)}

@@ -12,16 +12,14 @@ SPLITS = ("train", "test", "validation", "val")
 def choose_column(
     what: str, columns: Mapping[str, str], asked: str | None, likely: Sequence[str], usual: Sequence[str], where: str
 ) -> str:
-    """Return the column asked for, or choose one by type and name.
+    """Return the column that the user asked for, or choose one by type and name.
 
     Args:
-        what: 'image' or 'label', for the message.
+        what: 'image', 'label' or 'id', for the message.
         columns: name → type in words.
-        asked: the column that the user named, if any.
         likely: columns whose type fits.
         usual: usual names, the best first. The first that is likely is chosen, or the only likely column; if none is
             likely, the first usual name that is a column.
-        where: the table, for the message.
 
     Raises:
         BadData: lists the columns and their types.
@@ -46,11 +44,7 @@ def list_columns(columns: Mapping[str, str]) -> str:
 
 
 def require_unique(ids: Sequence[str], where: str) -> tuple[str, ...]:
-    """Return the ids.
-
-    Raises:
-        BadData: two of them are equal.
-    """
+    """Return the ids; raises BadData if two of them are equal."""
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         again = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]

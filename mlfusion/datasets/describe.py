@@ -30,9 +30,7 @@ class SplitSummary:
 
     split: str
     images: int
-    labels: dict[
-        str, float
-    ]  # fewest and most images of a class or label, labels per image; or the range of the numbers
+    labels: dict[str, float]  # fewest and most images of a class or label, labels per image; or the numbers' range
     first_ids: tuple[str, ...]
     checked: ReadCheck | None
 

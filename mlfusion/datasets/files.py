@@ -4,11 +4,12 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfusion.datasets.columns import IMAGES, LABELS, SPLITS, choose_column, list_columns, require_unique
+from mlfusion.datasets.columns import IMAGES, LABELS, SPLITS, choose_column, require_unique
 from mlfusion.datasets.images import SUFFIXES
 from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.errors import BadData
@@ -35,11 +36,7 @@ class Files:
 
 
 def class_folders(root: Path, splits: Sequence[str], options: ReadOptions) -> dict[str, RawSplit]:
-    """<split>/<class>/…/<image>, or with no splits <class>/…/<image>; in the order of the paths.
-
-    Raises:
-        BadData: a link that leads out of the folder, or no images.
-    """
+    """<split>/<class>/…/<image>, or with no splits <class>/…/<image>, in the order of the paths; no link may lead out."""
     files = {name: _class_files(root, name) for name in splits or ("",)}
     classes = tuple(sorted({label for found in files.values() for label, _ in found}))
     return {
@@ -111,18 +108,17 @@ def tables(found: dict[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
         columns, rows = read_table(path)
         where = str(path)
         parts: dict[str, list[int]] = {}
+        named = len(found) == 1 and "split" in columns
         for row, cells in enumerate(rows):
-            parts.setdefault(str(cells.get("split")) if len(found) == 1 and "split" in columns else split, []).append(
-                row
-            )
+            parts.setdefault(str(cells.get("split")) if named else split, []).append(row)
         root = Path(options.image_root or path.parent).expanduser().resolve()
         likely = [name for name in columns if _names_an_image(rows[0].get(name))]
         image = choose_column("image", columns, options.image_column, likely, IMAGES, where)
         others = [name for name in columns if name not in (image, options.id_column, "split")]
         usual = [name for name in LABELS if name in others]
         label = choose_column("label", columns, options.label_column, usual or others, LABELS, where)
-        if options.id_column is not None and options.id_column not in columns:
-            raise BadData(f"{where} has no column {options.id_column!r}; --id-column may be: {list_columns(columns)}")
+        if options.id_column is not None:
+            choose_column("id", columns, options.id_column, (), (), where)
         paths = _paths(root, [cells.get(image) for cells in rows], where)
         for name, chosen in parts.items():
             ids = tuple(str(rows[row][options.id_column]) if options.id_column else paths[row] for row in chosen)
@@ -138,8 +134,7 @@ def tables(found: dict[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
 def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Read a CSV (comma, semicolon or tab) or JSON Lines file → its columns with their types in words, and its rows.
 
-    Raises:
-        BadData: the file is empty or not of that form; the message names the line.
+    Raises BadData, which names the line, if the file is empty or not of that form.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -186,11 +181,9 @@ def _cell_type(value: Any) -> str:
     """The type of a cell, in words; text that reads as a number counts as a number."""
     if isinstance(value, str):
         for kind, read in (("whole number", int), ("number", float)):
-            try:
+            with suppress(ValueError):
                 read(value)
                 return kind
-            except ValueError:
-                continue
         return "text"
     names = {bool: "true or false", int: "whole number", float: "number", list: "list", dict: "object"}
     return names.get(type(value), "nothing")

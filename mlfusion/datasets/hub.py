@@ -48,7 +48,6 @@ def load(name: str, source: str, options: ReadOptions) -> Path | dict[str, RawSp
         Unavailable: no such data set, or no network.
         BadData: it cannot be read as images with labels.
     """
-    import datasets as library
     from huggingface_hub import HfApi, constants, snapshot_download
 
     with reaching(name, source):
@@ -57,16 +56,12 @@ def load(name: str, source: str, options: ReadOptions) -> Path | dict[str, RawSp
         if any(file.endswith(".tar") for file in files) or (offline and "/wds_" in source):
             # Read where they lie: the datasets library would unpack them into a second copy, and may take them for text.
             return Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.tar", "*classnames.txt"]))
-        return from_library(name, lambda: library.load_dataset(source, options.config), options, None)
+        return _from_library(name, options, None, source, options.config)
 
 
 @contextmanager
 def reaching(name: str, source: str | None = None) -> Iterator[None]:
-    """Translate the errors of the hub and of the network, inside the with statement.
-
-    Raises:
-        Unavailable: no such data set, or no network.
-    """
+    """Translate the errors of the hub and of the network to `Unavailable`, inside the with statement."""
     import datasets as library
     from huggingface_hub import errors
 
@@ -93,30 +88,22 @@ def has_parquet(root: Path, splits: Sequence[str]) -> bool:
     return next(root.rglob("*.parquet"), None) is not None
 
 
-def in_folder(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
-    """Read a folder with Parquet files, such as a hub data set that was downloaded by other means."""
-    import datasets as library
-
-    return from_library(root.name, lambda: library.load_dataset(str(root), options.config), options, root)
-
-
 def parquet(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
-    """Read one Parquet file."""
-    import datasets as library
-
-    def load() -> Any:
-        return library.load_dataset("parquet", data_files={"train": str(path)})
-
-    return from_library(path.name, load, options, None)
+    """Read a Parquet file, or a folder with such files, such as a hub data set that was downloaded by other means."""
+    if path.is_dir():
+        return _from_library(path.name, options, path, str(path), options.config)
+    return _from_library(path.name, options, None, "parquet", data_files={"train": str(path)})
 
 
-def from_library(name: str, load: Any, options: ReadOptions, root: Path | None) -> dict[str, RawSplit]:
-    """Raw splits of what the datasets library loads."""
+def _from_library(
+    name: str, options: ReadOptions, root: Path | None, source: str, config: str | None = None, data_files: Any = None
+) -> dict[str, RawSplit]:
+    """Raw splits of what the datasets library loads from a source; `root` as in `Cells`."""
     import datasets as library
 
     library.disable_progress_bars()
     try:
-        loaded: Mapping[str, Any] = load()
+        loaded: Mapping[str, Any] = library.load_dataset(source, config, data_files=data_files)
     except (ValueError, library.exceptions.DatasetGenerationError) as err:
         lines = str(err).splitlines() or [type(err).__name__]
         hint = "; choose one with --config" if "onfig name is missing" in lines[0] else ""
@@ -136,11 +123,7 @@ class TableColumns:
 
 
 def choose_columns(features: Any, options: ReadOptions, where: str) -> TableColumns:
-    """Choose the columns of a table, as the user says or by their types and names.
-
-    Raises:
-        BadData: no column fits; the message lists them.
-    """
+    """Choose a table's columns, as the user says or by type and name; raises BadData, which lists them, if none fits."""
     import datasets as library
 
     columns = {column: _type(feature) for column, feature in features.items()}
@@ -153,8 +136,8 @@ def choose_columns(features: Any, options: ReadOptions, where: str) -> TableColu
     typed = [column for column, kind in columns.items() if kind.startswith("class of")]
     likely = [column for column in usual if column in typed] or typed[:1] or usual
     label = choose_column("label", columns, options.label_column, likely, LABELS, where)
-    if options.id_column is not None and options.id_column not in columns:
-        raise BadData(f"{where} has no column {options.id_column!r}; --id-column may be: {list_columns(columns)}")
+    if options.id_column is not None:
+        choose_column("id", columns, options.id_column, (), (), where)
     inner = getattr(features[label], "feature", features[label])
     names = tuple(inner.names) if isinstance(inner, library.ClassLabel) else None
     return TableColumns(image, label, options.id_column, columns[image] == "image", names)

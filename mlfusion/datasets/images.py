@@ -57,11 +57,7 @@ class Decoder:
     max_pixels: int = MAX_PIXELS
 
     def __call__(self, data: bytes) -> Image.Image:
-        """Decode one image.
-
-        Raises:
-            BadImage: the bytes are not an image that can be read; says why.
-        """
+        """Decode one image; raises BadImage, which says why, if the bytes are not an image that can be read."""
         if not data:
             raise BadImage("the file is empty")
         try:

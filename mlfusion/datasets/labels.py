@@ -17,16 +17,11 @@ SEVERAL = ";"
 def encode_labels(
     found: Mapping[str, RawSplit], target: LabelKind | None, where: str
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """Return the classes of all splits together, and each split's labels as numbers.
+    """The classes of all splits together, and each split's labels as numbers; without `target`, their kind is guessed.
 
     One class is encoded as its index, [N] int64. Several labels are encoded as rows of 0 and 1, [N, C] uint8; they may be
     written as a list of names or of class numbers, as text separated by ';', or as a vector of 0 and 1 for each image.
     Numbers are [N] float64, and have no classes.
-
-    Args:
-        found: the raw splits.
-        target: the kind of the labels; guessed if None.
-        where: the data set's name, for messages.
 
     Raises:
         BadData: a label is not of that kind; the message names the image.
@@ -71,23 +66,19 @@ def _guess(labels: list[Any]) -> LabelKind:
     texts = [label for label in labels if isinstance(label, str)]
     if any(SEVERAL in text for text in texts):
         return "labels"
-    if len(texts) == len(labels) and all(map(_is_number, texts)) and not all(map(_is_whole, texts)):
-        return "number"
-    return "class"
+    numbers = len(texts) == len(labels) and all(math.isfinite(_number(text)) for text in texts)
+    return "number" if numbers and not all(text.removeprefix("-").isdecimal() for text in texts) else "class"
 
 
-def _is_number(text: str) -> bool:
+def _number(label: Any) -> float:
+    """The number that a label is or reads as; NaN if it is none."""
     try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+        return float(label)
+    except (TypeError, ValueError):
+        return math.nan
 
 
-def _is_whole(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
-
-
-def natural(text: str) -> tuple[int, str]:
+def _natural(text: str) -> tuple[int, str]:
     """Sort key of names: numbers by size, then words."""
     return (int(text), "") if text.isdecimal() else (2**62, text)
 
@@ -125,12 +116,14 @@ def _name(label: Any, one: RawSplit, row: int, where: str) -> str:
     )
 
 
+def _agreed_names(found: Mapping[str, RawSplit]) -> tuple[str, ...] | None:
+    lists = {one.names for one in found.values()}
+    return lists.pop() if len(lists) == 1 else None
+
+
 def _list(found: Mapping[str, RawSplit], present: set[str]) -> tuple[str, ...]:
     """All class names: the splits' list if they agree on one, else those present, in natural order."""
-    lists = {one.names for one in found.values()}
-    if len(lists) == 1 and (only := lists.pop()) is not None:
-        return only
-    return tuple(sorted(present, key=natural))
+    return _agreed_names(found) or tuple(sorted(present, key=_natural))
 
 
 def _several(
@@ -140,7 +133,10 @@ def _several(
     if all(isinstance(label, list) and all(isinstance(x, (bool, int, float)) for x in label) for label in vectors):
         sizes = {len(label) for label in vectors}
         if len(sizes) == 1 and sizes != {0} and all(x in (0, 1) for label in vectors for x in label):
-            return _vectors(found, written, sizes.pop())
+            size = sizes.pop()
+            names = _agreed_names(found) or ()
+            classes = names if len(names) == size else tuple(map(str, range(size)))
+            return classes, {name: np.array(labels, np.uint8).reshape(-1, size) for name, labels in written.items()}
     named: dict[str, list[list[str]]] = {}
     for name, one in found.items():
         named[name] = []
@@ -160,22 +156,9 @@ def _several(
     return classes, tables
 
 
-def _vectors(
-    found: Mapping[str, RawSplit], written: Mapping[str, list[Any]], size: int
-) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    lists = {one.names for one in found.values()}
-    names = lists.pop() if len(lists) == 1 else None
-    classes = names if names is not None and len(names) == size else tuple(map(str, range(size)))
-    return classes, {name: np.array(labels, np.uint8).reshape(-1, size) for name, labels in written.items()}
-
-
 def _numbers(labels: list[Any], one: RawSplit, where: str) -> np.ndarray:
-    values = np.empty(len(labels))
-    for row, label in enumerate(labels):
-        try:
-            values[row] = float(label)
-        except (TypeError, ValueError):
-            values[row] = math.nan
-        if not math.isfinite(values[row]):
-            raise BadData(f"{where}: {one.ids[row]} has label {label!r}, which is no finite number")
+    values = np.array([_number(label) for label in labels])
+    if not np.isfinite(values).all():
+        row = int(np.isfinite(values).argmin())
+        raise BadData(f"{where}: {one.ids[row]} has label {labels[row]!r}, which is no finite number")
     return values

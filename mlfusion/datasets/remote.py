@@ -98,31 +98,28 @@ def _reaching(path: str) -> AbstractContextManager[None]:
     return reaching(path) if path.startswith(HUB) else nullcontext()
 
 
-@dataclass(frozen=True)
-class Indexes:
-    """The indexes of a commit's files on disk; without a folder none is stored."""
+def _stored_index(folder: Path | None, path: str, key: str, make: Callable[[], tars.Index]) -> tars.Index:
+    """A file's index from an earlier pass, or from `make`; without a folder none is stored.
 
-    folder: Path | None
-
-    def get(self, path: str, key: str, make: Callable[[], tars.Index]) -> tars.Index:
-        """The index of a file from an earlier pass, or from `make`; `key` says what it depends on besides the file."""
-        if self.folder is None:
-            return make()
-        name = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, path, key]).encode())
-        stored = self.folder / f"{name}.npz"
-        if stored.is_file():
-            with np.load(stored, allow_pickle=False) as held:
-                keys, labels = json.loads(held["text"].tobytes())
-                return tars.Index(keys, labels, held["where"], held["digests"])
-        index = make()
-        assert index.digests is not None
-        text = np.frombuffer(json.dumps([index.keys, index.labels]).encode(), np.uint8)
-        np.savez(file := io.BytesIO(), text=text, where=index.where, digests=index.digests)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        disk.sweep(self.folder)
-        with disk.atomic(stored) as draft:
-            draft.write_bytes(file.getvalue())
-        return index
+    `key` says what it depends on besides the file.
+    """
+    if folder is None:
+        return make()
+    name = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, path, key]).encode())
+    stored = folder / f"{name}.npz"
+    if stored.is_file():
+        with np.load(stored, allow_pickle=False) as held:
+            keys, labels = json.loads(held["text"].tobytes())
+            return tars.Index(keys, labels, held["where"], held["digests"])
+    index = make()
+    assert index.digests is not None
+    text = np.frombuffer(json.dumps([index.keys, index.labels]).encode(), np.uint8)
+    np.savez(file := io.BytesIO(), text=text, where=index.where, digests=index.digests)
+    folder.mkdir(parents=True, exist_ok=True)
+    disk.sweep(folder)
+    with disk.atomic(stored) as draft:
+        draft.write_bytes(file.getvalue())
+    return index
 
 
 def opened(path: str, *, whole: bool = False) -> IO[bytes]:
@@ -131,10 +128,8 @@ def opened(path: str, *, whole: bool = False) -> IO[bytes]:
         return open(path, "rb")
     from huggingface_hub import HfFileSystem
 
-    files = HfFileSystem()
-    return (
-        files.open(path, "rb", block_size=0) if whole else files.open(path, "rb", block_size=1 << 20, cache_type="none")
-    )
+    how: dict[str, Any] = {"block_size": 0} if whole else {"block_size": 1 << 20, "cache_type": "none"}
+    return HfFileSystem().open(path, "rb", **how)
 
 
 def streamed(source: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
@@ -148,11 +143,9 @@ def streamed(source: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit
 
     with reaching(source):
         info = HfApi().dataset_info(source, timeout=10)
-        base = f"{HUB}{source}@{info.sha}/"
-        names = [file.rfilename for file in info.siblings or ()]
-        if options.config is not None:
-            names = [name for name in names if name.startswith(f"{options.config}/")]
-        indexes = Indexes(Path(constants.HF_HOME) / "mlfusion" / "indexes" / str(info.sha))
+        base, inside = f"{HUB}{source}@{info.sha}/", f"{options.config}/" if options.config is not None else ""
+        names = [file.rfilename for file in info.siblings or () if file.rfilename.startswith(inside)]
+        indexes = Path(constants.HF_HOME) / "mlfusion" / "indexes" / str(info.sha)
         text = None
         if tars.CLASS_NAMES in names:
             with opened(base + tars.CLASS_NAMES, whole=True) as file:
@@ -163,7 +156,7 @@ def streamed(source: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit
 def in_place(root: Path, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
     """Index a folder's Parquet files, which are read group by group, without the datasets library's copy."""
     names = [path.relative_to(root).as_posix() for path in root.rglob("*.parquet")]
-    return _read_splits(names, f"{root}/", None, options, Indexes(None), str(root))
+    return _read_splits(names, f"{root}/", None, options, None, str(root))
 
 
 def _read_splits(
@@ -171,28 +164,29 @@ def _read_splits(
     base: str,
     classes: tuple[str, ...] | None,
     options: ReadOptions,
-    indexes: Indexes,
+    indexes: Path | None,
     where: str,
 ) -> tuple[str, dict[str, RawSplit]]:
-    if found := tars.by_split([name for name in names if name.endswith(".tar")]):
-        with track(f"looking through {where}", sum(map(len, found.values())), "files") as bar:
+    found = tars.by_split([name for name in names if name.endswith(".tar")])
+    form = "WebDataset tars" if found else "Parquet files"
+    found = found or _parquet_splits([name for name in names if name.endswith(".parquet")])
+    if not found:
+        raise BadData(f"{where} holds neither tars nor Parquet files; leave --stream out, so that it is downloaded")
+    with track(f"looking through {where}", sum(map(len, found.values())), "files") as bar:
 
-            def index_tar(path: str, columns: tars.Columns) -> tars.Index:
-                index = indexes.get(path, columns.key, lambda: _index_tar(path, columns))
-                bar.advance()
-                return index
+        def index_tar(path: str, columns: tars.Columns) -> tars.Index:
+            index = _stored_index(indexes, path, columns.key, lambda: _index_tar(path, columns))
+            bar.advance()
+            return index
 
-            return "WebDataset tars, read in place", {
-                split: tars.join(split, [base + name for name in some], classes, options, index_tar, Ranges)
-                for split, some in found.items()
-            }
-    if found := _parquet_splits([name for name in names if name.endswith(".parquet")]):
-        with track(f"looking through {where}", sum(map(len, found.values())), "files") as bar:
-            return "Parquet files, read in place", {
-                split: _table(split, [base + name for name in some], options, indexes, bar)
-                for split, some in found.items()
-            }
-    raise BadData(f"{where} holds neither tars nor Parquet files; leave --stream out, so that it is downloaded")
+        splits = {}
+        for split, some in found.items():
+            paths = [base + name for name in some]
+            if form == "WebDataset tars":
+                splits[split] = tars.join(split, paths, classes, options, index_tar, Ranges)
+            else:
+                splits[split] = _table(split, paths, options, indexes, bar)
+    return f"{form}, read in place", splits
 
 
 def _index_tar(path: str, columns: tars.Columns) -> tars.Index:
@@ -214,7 +208,7 @@ def _parquet_splits(names: Sequence[str]) -> dict[str, list[str]]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _table(split: str, paths: list[str], options: ReadOptions, indexes: Indexes, bar: Bar) -> RawSplit:
+def _table(split: str, paths: list[str], options: ReadOptions, indexes: Path | None, bar: Bar) -> RawSplit:
     import datasets as library
 
     schema = _parquet(paths[0]).schema_arrow
@@ -222,20 +216,17 @@ def _table(split: str, paths: list[str], options: ReadOptions, indexes: Indexes,
     key = json.dumps([columns.image, columns.label, columns.id])
     parts = []
     for path in paths:
-        parts.append(indexes.get(path, key, partial(_index_parquet, path, columns)))
+        parts.append(_stored_index(indexes, path, key, partial(_index_parquet, path, columns)))
         bar.advance()
-    count = sum(len(part.labels) for part in parts)
-    files = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
-    keys = [key for part in parts for key in part.keys]
+    whole = tars.Index.joined(parts)
+    ids = require_unique(whole.keys, paths[0]) if columns.id else [f"{split}/{row}" for row in range(len(whole.labels))]
     return RawSplit(
-        ids=require_unique(keys, paths[0]) if columns.id else tuple(f"{split}/{row}" for row in range(count)),
-        labels=[label for part in parts for label in part.labels],
-        encoded=Groups(
-            tuple(paths), np.column_stack([files, np.concatenate([part.where for part in parts])]), columns.image
-        ),
+        ids=ids,
+        labels=whole.labels,
+        encoded=Groups(tuple(paths), whole.where, columns.image),
         decode=decoder(options),
         names=columns.names,
-        digests=np.concatenate([part.digests for part in parts if part.digests is not None]),
+        digests=whole.digests,
     )
 
 
@@ -254,5 +245,4 @@ def _index_parquet(path: str, columns: TableColumns) -> tars.Index:
         for row, cell in enumerate(table.column(columns.image)):
             digests += xxhash.xxh3_128_digest(cell_bytes(cell.as_py(), None))
             where.append((group, row))
-    hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16)
-    return tars.Index(keys, labels, np.array(where, np.int64).reshape(-1, 2), hashes)
+    return tars.Index.of(keys, labels, where, digests)

@@ -48,13 +48,10 @@ def strata(split: Split, seed: int) -> list[np.ndarray]:
     if split.label_kind == "number":
         ranked = shuffled[np.argsort(split.labels[shuffled], kind="stable")]
         # Neighbours by size go to different parts; within twenty of them the seed decides which.
-        return [np.array(sorted(some, key=lambda row: hashes[row])) for some in _chunks(ranked, 20)]
+        chunks = np.array_split(ranked, max(1, len(ranked) // 20))
+        return [some[np.argsort(hashes[some], kind="stable")] for some in chunks]
     keys = split.labels if split.label_kind == "class" else _rarest(split.labels)
     return [shuffled[keys[shuffled] == key] for key in np.unique(keys)]
-
-
-def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    return np.array_split(rows, max(1, len(rows) // size)) if len(rows) else []
 
 
 def _rarest(labels: np.ndarray) -> np.ndarray:

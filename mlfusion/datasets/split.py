@@ -42,31 +42,18 @@ class Split:
         return "labels" if self.labels.ndim == 2 else "class" if self.labels.dtype.kind == "i" else "number"
 
     def digest(self, row: int) -> bytes:
-        """The digest of the image's encoded bytes (xxh3-128, 16 bytes).
-
-        Raises:
-            BadData: the bytes cannot be read.
-        """
+        """The digest of the image's encoded bytes (xxh3-128, 16 bytes); raises BadData if they cannot be read."""
         return xxhash.xxh3_128_digest(self.read(row)) if self.digests is None else self.digests[row].tobytes()
 
     def read(self, row: int) -> bytes:
-        """The image's bytes.
-
-        Raises:
-            BadData: they cannot be read, for a reason that lies outside the image.
-        """
+        """The image's bytes; raises BadData if they cannot be read, for a reason that lies outside the image."""
         try:
             return self.encoded(row)
         except OSError as err:
             raise BadData(f"{self.ids[row]} cannot be read: {err.strerror or err}; mend that, or remove it") from err
 
     def image(self, row: int) -> Image.Image:
-        """The image, in RGB.
-
-        Raises:
-            BadImage: its bytes are no image that can be read; says which and why.
-            BadData: see `read`.
-        """
+        """The image, in RGB; raises BadImage, which says which and why, if its bytes are none, and BadData as `read`."""
         data = self.read(row)
         try:
             return self.decode(data)
@@ -75,14 +62,13 @@ class Split:
 
     def take(self, rows: np.ndarray, name: str) -> "Split":
         """The images of these rows, in that order, as a split of another name."""
-        return Split(
-            name,
-            tuple(self.ids[row] for row in rows),
-            self.labels[rows],
-            self.classes,
-            Subset(self.encoded, rows),
-            self.decode,
-            None if self.digests is None else self.digests[rows],
+        return replace(
+            self,
+            name=name,
+            ids=tuple(self.ids[row] for row in rows),
+            labels=self.labels[rows],
+            encoded=Subset(self.encoded, rows),
+            digests=None if self.digests is None else self.digests[rows],
         )
 
 
@@ -131,11 +117,7 @@ class DataSet:
         return next(iter(self.splits.values())).classes
 
     def split(self, name: str) -> Split:
-        """Return one split; 'test=validation' returns the split validation under the name test.
-
-        Raises:
-            BadData: there is none of that name.
-        """
+        """Return one split; 'test=validation' returns the split validation as test. Raises BadData if there is none."""
         new_name, _, stored = name.partition("=")
         stored = stored or new_name
         if stored not in self.splits:

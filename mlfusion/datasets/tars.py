@@ -55,12 +55,31 @@ class Sample:
 
 @dataclass(frozen=True)
 class Index:
-    """The samples of one tar, in its order."""
+    """The samples of one file, in its order, in compact arrays, since there may be millions."""
 
     keys: list[str]
     labels: list[Any]
-    where: np.ndarray  # [images, 2] int64: first byte, bytes
+    where: np.ndarray  # [images, 2] int64: a tar's first byte and bytes, or a Parquet file's group and row
     digests: np.ndarray | None  # [images, 16] uint8
+
+    @staticmethod
+    def of(keys: list[str], labels: list[Any], where: list[tuple[int, int]], digests: bytearray) -> "Index":
+        """The index of samples that were seen one after another; an image without a digest leaves them all out."""
+        hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16)
+        table = np.array(where, np.int64).reshape(-1, 2)
+        return Index(keys, labels, table, hashes if len(hashes) == len(table) else None)
+
+    @staticmethod
+    def joined(parts: "Sequence[Index]") -> "Index":
+        """The index of several files; each row of `where` begins with the number of its file."""
+        files = np.repeat(np.arange(len(parts)), [len(part.where) for part in parts])
+        digests = [part.digests for part in parts if part.digests is not None]
+        return Index(
+            keys=[key for part in parts for key in part.keys],
+            labels=[label for part in parts for label in part.labels],
+            where=np.column_stack([files, np.concatenate([part.where for part in parts])]),
+            digests=np.concatenate(digests) if len(digests) == len(parts) else None,
+        )
 
 
 def by_split(names: Sequence[str]) -> dict[str, list[str]]:
@@ -99,11 +118,7 @@ def names_in(root: Path) -> tuple[str, ...] | None:
 def webdataset(
     found: Mapping[str, list[str]], names: tuple[str, ...] | None, options: ReadOptions
 ) -> dict[str, RawSplit]:
-    """Read the tars of every split, in their order.
-
-    Raises:
-        BadData: a tar that cannot be read, or samples without an image or a label.
-    """
+    """Read the tars of every split, in their order; raises BadData if one is damaged, or a sample has no image or label."""
     return {split: join(split, paths, names, options, index_file, Members) for split, paths in found.items()}
 
 
@@ -116,23 +131,22 @@ def join(
     encoded: Callable[[tuple[str, ...], np.ndarray], Encoded],
 ) -> RawSplit:
     """Join the indexes of a split's tars → the raw split."""
-    columns = Columns(options, split)
+    columns, where = Columns(options, split), f"{os.path.dirname(paths[0])}, split {split}"
     parts = [index_tar(path, columns) for path in paths]
-    if not (count := sum(len(part.keys) for part in parts)):
-        raise BadData(f"{os.path.dirname(paths[0])}, split {split}: no samples; allowed: tars with s01.jpg, s01.cls, …")
-    keys = [key for part in parts for key in part.keys]
-    if len(set(keys)) < count:  # names begin again in every tar
+    whole = Index.joined(parts)
+    keys = whole.keys
+    if not keys:
+        raise BadData(f"{where}: no samples; allowed: tars with s01.jpg, s01.cls, …")
+    if len(set(keys)) < len(keys):  # names begin again in every tar
         stems = [os.path.basename(path).removesuffix(".tar") for path in paths]
         keys = [f"{stem}/{key}" for stem, part in zip(stems, parts, strict=True) for key in part.keys]
-    files = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])
-    digests = [part.digests for part in parts if part.digests is not None]
     return RawSplit(
-        ids=require_unique([f"{split}/{key}" for key in keys], f"{os.path.dirname(paths[0])}, split {split}"),
-        labels=[label for part in parts for label in part.labels],
-        encoded=encoded(tuple(paths), np.column_stack([files, np.concatenate([part.where for part in parts])])),
+        ids=require_unique([f"{split}/{key}" for key in keys], where),
+        labels=whole.labels,
+        encoded=encoded(tuple(paths), whole.where),
         decode=decoder(options),
         names=names,
-        digests=np.concatenate(digests) if len(digests) == len(parts) else None,
+        digests=whole.digests,
     )
 
 
@@ -185,11 +199,7 @@ class Columns:
         return f"{self.options.image_column} {self.options.label_column}"
 
     def decide(self, first: Sample, path: str) -> None:
-        """Choose the label's extension; refuse several images.
-
-        Raises:
-            BadData: the choice is not clear; the message lists the extensions.
-        """
+        """Choose the label's extension; raises BadData, which lists them, if that is not clear or images are several."""
         where = f"{path}, sample {first.key}"
         kinds = {name: WORDS.get(name) or ("image" if _is_image(name) else "bytes") for name in first.where}
         asked, _, self.inner = (self.options.label_column or "").partition(".")
@@ -227,7 +237,7 @@ class Columns:
 
 
 def index(every: Iterator[Sample], path: str, columns: Columns) -> Index:
-    """The index of one tar's samples, in compact arrays, since there may be millions."""
+    """The index of one tar's samples."""
     keys: list[str] = []
     labels: list[Any] = []
     where: list[tuple[int, int]] = []
@@ -240,9 +250,7 @@ def index(every: Iterator[Sample], path: str, columns: Columns) -> Index:
         labels.append(columns.read_label(sample, path))
         where.append(sample.where[image])
         digests += sample.digests.get(image, b"")
-    table = np.array(where, np.int64).reshape(-1, 2)
-    hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16)
-    return Index(keys, labels, table, hashes if len(hashes) == len(keys) else None)
+    return Index.of(keys, labels, where, digests)
 
 
 def _is_image(extension: str) -> bool:

@@ -22,11 +22,10 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from mlfusion.embedded.optimizer import MuonAdamW
 from mlfusion.embedded.plane import stream
 from mlfusion.embedded.recipe import Network, Recipe, Schedule, load_recipe
 from mlfusion.embedded.scenes import Pair, pair
+from mlfusion.system import disk
 
 PATTERNS = "patterns.npy"
 OBJECTIVES = ("formula", "fill", "contrast", "layout", "grain")
@@ -70,16 +70,14 @@ def losses_of(
     def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
 
+    of_cls = cross_entropy(heads.formula_of_cls(cls), batch.labels)
+    of_patches = cross_entropy(heads.formula_of_patches(mean), batch.labels)
     shown = batch.fill_shows
     codes = F.normalize(heads.contrast(torch.cat([cls, mean], 1)).float(), dim=1)
     alike = (codes @ codes.T / recipe.weights.temperature).fill_diagonal_(-torch.inf)
     partner = torch.arange(len(codes)).roll(len(codes) // 2)
     return {
-        "formula": (
-            cross_entropy(heads.formula_of_cls(cls), batch.labels)
-            + cross_entropy(heads.formula_of_patches(mean), batch.labels)
-        )
-        / 2,
+        "formula": (of_cls + of_patches) / 2,
         "fill": cross_entropy(heads.fill(mean[shown]), batch.fill_labels[shown]) if shown.any() else mean.sum() * 0,
         "contrast": F.cross_entropy(alike, partner),
         "layout": F.smooth_l1_loss(heads.layout(cls).float(), batch.layout),
@@ -116,7 +114,6 @@ def pretrain(
     work = work or Path(tempfile.gettempdir()) / f"mlfusion-pretrain-{plan.digest}"
     work.mkdir(parents=True, exist_ok=True)
     report_progress = progress or (lambda event: None)
-
     bank = pattern_bank(plan, work, report_progress)
     model = PretrainingModel(plan).bfloat16()
     optimizer = MuonAdamW(model, plan.schedule)
@@ -129,17 +126,20 @@ def pretrain(
 
     # Crews are the parallelism. Threads inside each operation would mostly wait: these are too small to share.
     with (
-        single_threaded(),
         ThreadPoolExecutor(plan.schedule.crews, initializer=torch.set_num_threads, initargs=(1,)) as crews,
+        ExitStack() as end,
     ):
+        end.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         while step < plan.schedule.steps:
             began = time.perf_counter()
             losses = train_step(model, optimizer, bank, plan, step, crews)
             step, seconds = step + 1, seconds + time.perf_counter() - began
             history.append([round(losses[name], 4) for name in OBJECTIVES])
             if step % plan.schedule.checkpoint_every == 0 or step == plan.schedule.steps:
-                save = {"step": step, "seconds": seconds, "history": history, "optimizer": optimizer.state()}
-                write_whole(checkpoint, partial(torch.save, save))
+                with disk.atomic(checkpoint, replace=True) as draft:
+                    saved = {"step": step, "seconds": seconds, "history": history, "optimizer": optimizer.state()}
+                    torch.save(saved, draft)
             report_progress({"stage": "train", "done": step, "of": plan.schedule.steps, "seconds": seconds, **losses})
     report = {
         "recipe": plan.digest,
@@ -155,17 +155,6 @@ def pretrain(
     with suppress(OSError):  # the caller keeps something of his own there
         work.rmdir()
     return report | {"out": str(out)}
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Use one thread in each of torch's operations, inside the with statement."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def train_step(
@@ -201,24 +190,12 @@ def pattern_bank(plan: Recipe, work: Path, progress: Callable[[dict[str, Any]], 
     path = work / PATTERNS
     shape = (len(images.families) * images.classes * images.instances, images.pattern_px, images.pattern_px)
 
-    def fill(draft: Path) -> None:
-        ink = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
-        draw_into(ink, images.families, images.classes, images.instances, seed, progress)
-        ink.flush()
-
     if not path.exists():
-        write_whole(path, fill)
+        with disk.atomic(path) as draft:
+            ink = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
+            draw_into(ink, images.families, images.classes, images.instances, seed, progress)
+            ink.flush()
     return label_bank(np.load(path, mmap_mode="r"), images.families, images.classes, images.instances)
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name and rename, so that a file of this name is complete."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def write_folder(plan: Recipe, master: dict[str, Tensor], report: dict[str, Any], out: Path) -> None:
@@ -229,10 +206,8 @@ def write_folder(plan: Recipe, master: dict[str, Tensor], report: dict[str, Any]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as draft:
         vit.half().save_pretrained(draft)
-        (Path(draft) / "preprocessor_config.json").write_text(
-            json.dumps(preprocessing(net), indent=2) + "\n", encoding="utf-8"
-        )
-        (Path(draft) / "pretraining.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        for name, body in (("preprocessor_config", preprocessing(net)), ("pretraining", report)):
+            (Path(draft) / f"{name}.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
         out.mkdir(exist_ok=True)
         for file in sorted(Path(draft).iterdir()):
             file.chmod(0o644)  # safetensors writes for the owner alone

@@ -80,11 +80,7 @@ class Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe; every field must be there, and nothing else may be.
-
-    Raises:
-        BadRecipe: the file cannot be read, lacks a field, or has a wrong one.
-    """
+    """Read a recipe; raises BadRecipe unless every field is there and right, and nothing else is."""
     try:
         body = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as err:
@@ -102,10 +98,8 @@ def load_recipe(path: Path) -> Recipe:
 
 def check_keys(path: Path, what: str, given: Iterable[str], allowed: Iterable[str]) -> None:
     """Refuse unknown and missing keys."""
-    unknown, missing = sorted(set(given) - set(allowed)), sorted(set(allowed) - set(given))
-    if unknown or missing:
-        found = (("unknown", unknown), ("missing", missing))
-        wrong = [f"{word}: {', '.join(names)}" for word, names in found if names]
+    found = {"unknown": sorted(set(given) - set(allowed)), "missing": sorted(set(allowed) - set(given))}
+    if wrong := [f"{word}: {', '.join(names)}" for word, names in found.items() if names]:
         raise BadRecipe(
             f"{path}: {what} {'; '.join(wrong)}. Exactly these are allowed and needed: {', '.join(sorted(allowed))}."
         )
@@ -125,9 +119,7 @@ def parse_section(path: Path, name: str, kind: Any, body: Any) -> Any:
         if wanted == tuple[str, ...] and isinstance(value, list) and all(isinstance(v, str) for v in value):
             value = tuple(value)
         elif type(value) is not wanted:
-            expected = (
-                "a list of names" if wanted == tuple[str, ...] else "a whole number" if wanted is int else "a number"
-            )
+            expected = {int: "a whole number", float: "a number"}.get(wanted, "a list of names")
             raise BadRecipe(f"{path}: {key} in [{name}] is {body[key]!r}; it must be {expected}.")
         values[key] = value
     return kind(**values)

@@ -20,7 +20,6 @@ class Scene:
     colours: Tensor  # float32 [b, 4, 3]: two of the ground, two of the figure
     ground: Tensor  # int64 [b]: 0 plain, 1 shaded, 2 textured by `fill`
     figure: Tensor  # int64 [b]: 0 plain, 1 coloured by its own ink, 2 textured by `fill`
-
     tinted: Tensor  # bool [b]: has colours other than grays
 
     @property
@@ -72,11 +71,7 @@ def warp(ink: Tensor, zoom: Tensor, turn: Tensor, shift: Tensor, flip: Tensor, p
 
 
 def view(what: Scene, px: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Render scenes once.
-
-    Returns:
-        Pictures `[b, 3, px, px]` in −1 … 1, and the targets `layout` and `grain` of the undisturbed pictures.
-    """
+    """Render scenes once → pictures `[b, 3, px, px]` in −1 … 1, and `layout` and `grain` of the undisturbed pictures."""
     b = len(what.ink)
 
     def uniform(low: float, high: float, *size: int) -> Tensor:
@@ -84,9 +79,8 @@ def view(what: Scene, px: int, draw: torch.Generator) -> tuple[Tensor, Tensor, T
 
     flip = torch.rand(b, generator=draw) < 0.5
     # A shape stays mostly in the picture, a texture is looked at from near or far.
-    shape_ink = warp(
-        what.ink, uniform(0.75, 1.45), uniform(-0.3, 0.3), uniform(-0.3, 0.3, 2), flip & False, px, "zeros"
-    )
+    still = torch.zeros_like(flip)
+    shape_ink = warp(what.ink, uniform(0.75, 1.45), uniform(-0.3, 0.3), uniform(-0.3, 0.3, 2), still, px, "zeros")
     zoom = uniform(0.4, 1.0)
     whole = warp(what.ink, zoom, uniform(-0.3, 0.3), (1 - zoom)[:, None] * uniform(-1, 1, 2), flip, px, "reflection")
     ink = torch.where(what.shape[:, None, None, None], shape_ink, whole)
@@ -111,19 +105,17 @@ def view(what: Scene, px: int, draw: torch.Generator) -> tuple[Tensor, Tensor, T
     seen = clean
     # Something in the way: a plain rectangle over a fifth of the pictures.
     corner, size = uniform(-1, 0.6, 2), uniform(0.3, 0.8, 2)
-    hidden = (((axis - corner[:, :1]) > 0) & ((axis - corner[:, :1]) < size[:, :1]))[:, None, None, :] & (
-        ((axis - corner[:, 1:]) > 0) & ((axis - corner[:, 1:]) < size[:, 1:])
-    )[:, None, :, None]
-    hidden = hidden & (uniform(0, 1) < 0.2)[:, None, None, None]
+    offset = axis - corner[:, :, None]  # [b, 2, px]
+    within = (offset > 0) & (offset < size[:, :, None])
+    hidden = within[:, None, None, 0] & within[:, None, 1, :, None] & (uniform(0, 1) < 0.2)[:, None, None, None]
     seen = torch.where(hidden, uniform(0, 1, 3, 1, 1), seen)
     # Pictures come in all sizes: some were small before they were scaled up. Rows come in random order: slices will do.
     parts, at = [], 0
     for side in (8, 12, 16, 24, 32):
         n = b // 14
         small = F.interpolate(seen[at : at + n], size=(side, side), mode="area")
-        parts.append(
-            F.interpolate(small, size=(px, px), mode="bilinear" if side % 3 else "bicubic", align_corners=False)
-        )
+        mode = "bilinear" if side % 3 else "bicubic"
+        parts.append(F.interpolate(small, size=(px, px), mode=mode, align_corners=False))
         at += n
     seen = torch.cat([*parts, seen[at:]])
     noise = torch.randn(seen.shape, generator=draw) * (uniform(0, 0.08, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.4))
@@ -164,10 +156,9 @@ def layout(clean: Tensor, ink: Tensor, edge: Edges) -> Tensor:
 
 def grain(clean: Tensor, edge: Edges) -> Tensor:
     """Mean and standard deviation of the colours, and edges by size and direction (log); `[b, GRAIN]`."""
+    mean, spread = clean.mean((2, 3)), clean.std((2, 3))
     strength = torch.cat([e.mean((2, 3)) for e in edge], 1)
-    return torch.cat(
-        [(clean.mean((2, 3)) - 0.5) / 0.25, clean.std((2, 3)) / 0.15 - 1, torch.log(strength + 1e-3) + 5.3], 1
-    )
+    return torch.cat([(mean - 0.5) / 0.25, spread / 0.15 - 1, torch.log(strength + 1e-3) + 5.3], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +177,8 @@ def pair(bank: Bank, rows: np.ndarray, fills: np.ndarray, px: int, draw: torch.G
     """Compose scenes of the patterns `rows` and textures `fills` of a bank, and render each twice."""
     shape = torch.from_numpy(np.isin(rows, bank.shapes))
     what = scene(torch.from_numpy(bank.ink[rows]), torch.from_numpy(bank.ink[fills]), shape, draw)
-    pictures, where, surface = (
-        torch.cat(both) for both in zip(view(what, px, draw), view(what, px, draw), strict=True)
-    )
+    both = view(what, px, draw), view(what, px, draw)
+    pictures, where, surface = map(torch.cat, zip(*both, strict=True))
     return Pair(
         pictures=pictures,
         layout=where,

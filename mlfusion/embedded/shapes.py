@@ -65,30 +65,22 @@ def atom(klass: Rng, rng: Rng, px: int) -> Gray:
         edge = edge * (1 + np.float32(d) * np.sin(np.float32(m) * bend + np.float32(p)))
     if corners:
         step = 2 * math.pi / corners
-        edge = (
-            edge
-            * np.float32(math.cos(step / 2))
-            / np.cos(np.mod(bend + np.float32(phases[0]), step) - np.float32(step / 2))
-        )
+        towards = np.mod(bend + np.float32(phases[0]), step) - np.float32(step / 2)
+        edge = edge * np.float32(math.cos(step / 2)) / np.cos(towards)
     inside = (radius - edge) / (1 + np.float32(depths.max() * counts.max() * 0.3))
     if hollow:
         inside = np.abs(inside) - np.float32(rng.uniform(0.03, 0.1))
     ink = coverage(inside, px)
     for ring in range(1, rings):
         inner = coverage(radius - edge * np.float32(1 - ring / rings), px)
-        ink = (
-            ink * (1 - inner * np.float32(0.75 if ring % 2 else 0.25))
-            if ring % 2
-            else np.maximum(ink, inner * np.float32(0.8))
-        )
+        ink = ink * (1 - inner * np.float32(0.75)) if ring % 2 else np.maximum(ink, inner * np.float32(0.8))
     return ink
 
 
 def stroke(klass: Rng, rng: Rng, px: int) -> Gray:
     """A written sign: one to three polylines, arcs or loops from a pen of some width. A class is its control points."""
-    lines = [
-        klass.uniform(-0.75, 0.75, (int(klass.integers(2, 6)), 2)) for _ in range(int(klass.choice([1, 1, 2, 2, 3])))
-    ]
+    count = int(klass.choice([1, 1, 2, 2, 3]))
+    lines = [klass.uniform(-0.75, 0.75, (int(klass.integers(2, 6)), 2)) for _ in range(count)]
     curved = klass.random(len(lines)) < 0.65
     closed = klass.random(len(lines)) < 0.25
 
@@ -161,10 +153,5 @@ def solid(klass: Rng, rng: Rng, px: int) -> Gray:
     return ink
 
 
-SHAPES: dict[str, Callable[[Rng, Rng, int], Gray]] = {
-    "fractal": fractal,
-    "atom": atom,
-    "stroke": stroke,
-    "solid": solid,
-}
+SHAPES: dict[str, Callable[[Rng, Rng, int], Gray]] = {draw.__name__: draw for draw in (fractal, atom, stroke, solid)}
 """Family → draws an instance: stream of the class, stream of the instance, side in pixels → [px, px] float32."""

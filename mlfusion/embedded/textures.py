@@ -22,16 +22,14 @@ def band(klass: Rng, rng: Rng, px: int) -> Gray:
     gain = np.zeros_like(f)
     for c, w, d, k in zip(centre * zoom, spread, towards + tilt, sharp, strict=True):
         gain += np.exp(-((np.log(np.maximum(f, 0.5) / c) / w) ** 2) / 2) * np.exp(k * (np.cos(2 * (a - d)) - 1)) / c
-    values = filtered_noise(rng, gain, px)
-    if curve == 1:
-        values = np.abs(values)
-    elif curve == 2:
-        values = np.tanh(4 * values)
-    elif curve == 3:
-        values = np.maximum(values, 0.3)
-    elif curve == 4:
-        values = -np.sqrt(np.abs(values))
-    return stretch_contrast(values)
+    curves: tuple[Callable[[Gray], Gray], ...] = (
+        lambda v: v,
+        np.abs,
+        lambda v: np.tanh(4 * v),
+        lambda v: np.maximum(v, 0.3),
+        lambda v: -np.sqrt(np.abs(v)),
+    )
+    return stretch_contrast(curves[curve](filtered_noise(rng, gain, px)))
 
 
 def cloud(klass: Rng, rng: Rng, px: int) -> Gray:
@@ -54,26 +52,22 @@ def cloud(klass: Rng, rng: Rng, px: int) -> Gray:
         i = (np.arange(px)[:, None] + (dy * np.float32(warp * px / 2)).astype(np.int32)) % px
         j = (np.arange(px)[None] + (dx * np.float32(warp * px / 2)).astype(np.int32)) % px
         values = values[i, j]
-    if curve == 1:
-        values = -np.abs(values)
-    elif curve == 2:
-        values = np.sin(np.float32(lines) * values + np.float32(rng.uniform(0, 6.3)))
-    elif curve == 3:
-        values = np.floor(values * np.float32(lines / 2))
-    elif curve == 4:
-        values = np.tanh(6 * values)
-    return stretch_contrast(values)
+    curves: tuple[Callable[[Gray], Gray], ...] = (
+        lambda v: v,
+        lambda v: -np.abs(v),
+        lambda v: np.sin(np.float32(lines) * v + np.float32(rng.uniform(0, 6.3))),
+        lambda v: np.floor(v * np.float32(lines / 2)),
+        lambda v: np.tanh(6 * v),
+    )
+    return stretch_contrast(curves[curve](values))
 
 
 def weave(klass: Rng, rng: Rng, px: int) -> Gray:
     """Up to three periodic profiles across the plane, added, multiplied or the larger taken: stripes, checks, rings."""
     n = int(klass.choice([1, 2, 2, 3]))
     cycles = np.exp(klass.uniform(math.log(1.5), math.log(10), n))
-    towards = (
-        klass.choice([0, math.pi / 2, math.pi / 4, -math.pi / 4], n, replace=False)
-        + klass.normal(0, 0.25)
-        + klass.normal(0, 0.1, n)
-    )
+    towards = klass.choice([0, math.pi / 2, math.pi / 4, -math.pi / 4], n, replace=False)
+    towards = towards + klass.normal(0, 0.25) + klass.normal(0, 0.1, n)
     if klass.random() < 0.5 and n > 1:
         cycles[:] = cycles[0]
     shape = klass.integers(0, 4, n)
@@ -143,14 +137,11 @@ def cell(klass: Rng, rng: Rng, px: int) -> Gray:
         near = d < first
         second = np.where(near, first, np.minimum(second, d))
         first, lot = np.where(near, d, first), np.where(near, seat, lot)
-    if reading == 0:
-        return stretch_contrast(first)
-    if reading == 1:
-        return stretch_contrast(second - first)
-    if reading == 2:
-        return np.clip((second - first) / np.float32(cut), 0, 1)
-    if reading == 3:
-        return lot * np.clip((second - first) / np.float32(cut), 0, 1)
+    if reading < 2:
+        return stretch_contrast(second - first if reading else first)
+    if reading < 4:
+        inside = np.clip((second - first) / np.float32(cut), 0, 1)
+        return lot * inside if reading == 3 else inside
     return 1 - np.clip((first - np.float32(cut)) * np.float32(px / cells / 2) + 0.5, 0, 1)
 
 
@@ -187,10 +178,6 @@ def scatter(klass: Rng, rng: Rng, px: int) -> Gray:
 
 
 TEXTURES: dict[str, Callable[[Rng, Rng, int], Gray]] = {
-    "band": band,
-    "cloud": cloud,
-    "weave": weave,
-    "cell": cell,
-    "scatter": scatter,
+    draw.__name__: draw for draw in (band, cloud, weave, cell, scatter)
 }
 """Family → draws an instance, as in `shapes.SHAPES`."""

@@ -1,7 +1,9 @@
 """A request resolved: which entries of the cache hold which tokens of which images."""
 
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -24,6 +26,7 @@ class Images:
 
     data: datasets.DataSet
     splits: tuple[tuple[datasets.Split, Samples, DataSpec], ...]
+    argument: str  # what finds the data set again
 
     @classmethod
     def of(cls, dataset: str | datasets.DataSet, features: FeatureOptions = FeatureOptions()) -> "Images":
@@ -42,7 +45,9 @@ class Images:
                 name=data.name,
             )
             found.append((split, samples, spec))
-        return cls(data, tuple(found))
+        return cls(
+            data, tuple(found), _argument(dataset, datasets.CATALOGUE) if isinstance(dataset, str) else data.name
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +82,8 @@ class Request:
         """Resolve names; arguments and errors as in `extract`, and `Images` that were read already."""
         device = pick_device(compute.device)
         precision = pick_compute(features.compute, device)
-        checkpoint = models.locate(str(parse_model(model).with_defaults(features.hook, features.settings)))
+        ref = parse_model(model).with_defaults(features.hook, features.settings)
+        checkpoint = models.locate(str(ref))
         images = dataset if isinstance(dataset, Images) else Images.of(dataset, features)
         data = images.data
         views = [
@@ -99,6 +105,8 @@ class Request:
             model_source=checkpoint.source,
             dataset=data.name,
             dataset_source=data.source,
+            model_argument=_argument(ref.name, models.CATALOGUE) + ref.suffix,
+            dataset_argument=images.argument,
             options=tuple(replace(remembered, compute=precision).words()),
         )
         jobs = tuple(
@@ -124,6 +132,12 @@ class Request:
     def kinds(self) -> tuple[TokenKind, ...]:
         """All token kinds that are asked for."""
         return tuple(kind for kind in KINDS if any(k == kind for _, k in self.pairs))
+
+
+def _argument(word: str, catalogue: Container[str]) -> str:
+    """What finds a model or a data set from every working directory: the path of a folder or file, else the name."""
+    path = Path(word).expanduser()
+    return str(path.resolve()) if word not in catalogue and path.exists() else word
 
 
 def _samples(name: str, split: datasets.Split) -> Samples:

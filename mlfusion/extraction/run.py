@@ -138,7 +138,7 @@ def fill(
             with filling as gap:
                 work.run(gap, backbone)
                 if work.written:
-                    gap.commit(_provenance(gap.entry, work, time.monotonic() - began))
+                    gap.entry.record_run(_provenance(gap.entry, work, time.monotonic() - began))
             entry = gap.entry
         done.append(
             ExtractionResult(

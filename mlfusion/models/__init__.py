@@ -10,25 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mlfusion.errors import BadModel, UnknownName, first_line
-from mlfusion.models import checkpoints, hub
-from mlfusion.models.catalogue import CATALOGUE, EMBEDDED, CatalogueRow
+from mlfusion.models import checkpoints as checkpoints
+from mlfusion.models import hub as hub
+from mlfusion.models.catalogue import CATALOGUE as CATALOGUE
+from mlfusion.models.catalogue import EMBEDDED as EMBEDDED
 from mlfusion.specs.identity import Compute, Hook, ModelSpec, digest
 from mlfusion.specs.names import Setting, parse_model
 
-__all__ = [
-    "CATALOGUE",
-    "EMBEDDED",
-    "CatalogueRow",
-    "Checkpoint",
-    "Shape",
-    "checkpoints",
-    "configuration",
-    "hub",
-    "identify",
-    "locate",
-    "shape",
-    "weight_files",
-]
+COSMETIC = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype", "torch_dtype"}
+"""Fields of a configuration that cannot change a feature: paths, versions, class names."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +85,13 @@ def weight_files(folder: Path) -> list[Path]:
 def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float32", view: str = "plain") -> ModelSpec:
     """Return the identity of this model's features: weights and architecture, from its files, and the other words as given.
 
-    Args:
-        checkpoint: the model's files.
-        preprocess: the `key` of its preprocessing.
-        compute: type of the forward pass.
-        view: name of the view that `preprocess` says, for people.
-
-    Raises:
-        BadModel: a configuration that transformers cannot read.
+    `preprocess` is the `key` of its preprocessing, and `view` the name of the view that it says, for people.
     """
     config, dimensions = configuration(checkpoint), shape(checkpoint)
     return ModelSpec(
         weights=_sha256(tuple(weight_files(checkpoint.folder))),
         revision=checkpoint.revision,
-        config=digest(_architecture(config)),
+        config=digest(_without_cosmetics(config.to_dict())),
         preprocess=preprocess,
         hook=checkpoint.hook,
         compute=compute,
@@ -121,16 +104,10 @@ def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float3
 
 
 def shape(checkpoint: Checkpoint) -> Shape:
-    """Depth, width and patch size, as the configuration says; the depth of a model of stages is the sum of theirs.
-
-    Raises:
-        BadModel: the configuration says no depth or width.
-    """
+    """Depth, which sums over stages, width and patch size; raises BadModel if the configuration says no depth or width."""
     config = configuration(checkpoint)
     vision = getattr(config, "vision_config", config)
-    depths, widths, patch, stride = (
-        getattr(vision, name, None) for name in ("depths", "hidden_sizes", "patch_size", "patch_stride")
-    )
+    depths, widths = getattr(vision, "depths", None), getattr(vision, "hidden_sizes", None)
     depth = sum(depths) if isinstance(depths, (list, tuple)) else getattr(vision, "num_hidden_layers", None)
     width = getattr(vision, "hidden_size", None) or (widths[-1] if widths else None)
     if not depth or not width:
@@ -138,8 +115,8 @@ def shape(checkpoint: Checkpoint) -> Shape:
             f"{checkpoint.name} ({config.model_type}) has no depth and width in its configuration (num_hidden_layers and "
             "hidden_size, or depths and hidden_sizes); allowed: vision transformers and residual networks"
         )
-    if stride:  # the number of overlapping patches follows from their distance
-        patch = stride
+    # The number of overlapping patches follows from their distance.
+    patch = getattr(vision, "patch_stride", None) or getattr(vision, "patch_size", None)
     if isinstance(patch, (list, tuple)):
         patch = patch[-1]
     return Shape(int(depth), int(width), int(patch) if isinstance(patch, int) else None)
@@ -170,11 +147,8 @@ def configuration(checkpoint: Checkpoint) -> Any:
         if key not in (known := vision.to_dict()):
             raise UnknownName("setting", key, known)
         old = known[key]
-        if (
-            old is not None
-            and value is not None
-            and not isinstance(value, (type(old), int if type(old) is float else type(old)))
-        ):
+        allowed = (int, float) if type(old) is float else type(old)
+        if old is not None and value is not None and not isinstance(value, allowed):
             raise BadModel(f"{key}={value} is a {type(value).__name__}; allowed: {type(old).__name__}, such as {old}")
         try:
             setattr(vision, key, value)
@@ -183,25 +157,11 @@ def configuration(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def _architecture(config: Any) -> dict[str, Any]:
-    """The configuration without the fields that cannot change a feature: paths, versions, class names."""
-    cosmetic = {
-        "_name_or_path",
-        "transformers_version",
-        "architectures",
-        "id2label",
-        "label2id",
-        "dtype",
-        "torch_dtype",
-    }
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): clean(v) for k, v in value.items() if k not in cosmetic}
-        return value
-
-    cleaned: dict[str, Any] = clean(config.to_dict())
-    return cleaned
+def _without_cosmetics(config: Any) -> Any:
+    """The configuration without the fields that cannot change a feature."""
+    if not isinstance(config, dict):
+        return config
+    return {str(name): _without_cosmetics(value) for name, value in config.items() if name not in COSMETIC}
 
 
 @lru_cache(maxsize=8)

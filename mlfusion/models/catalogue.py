@@ -9,8 +9,9 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 EMBEDDED = "formula-vit"
-NUMBERS = ("image_px", "depth", "width", "patch_px")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class CatalogueRow:
 
     name: str
     source: str  # hub id, or "embedded:<folder>" for what ships with the package
-    revision: str | None  # commit on the hub; none for what ships with the package
+    revision: str | None = None  # commit on the hub; none for what ships with the package
     family: str
     image_px: int  # height and width of the input
     depth: int  # L, the number of blocks of all stages together
@@ -38,14 +39,6 @@ class CatalogueRow:
         return Path(__file__).parent.parent / "embedded" / self.source.removeprefix("embedded:")
 
 
-def _read(path: Path) -> dict[str, CatalogueRow]:
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = {}
-        for line in csv.DictReader(file):
-            values = {name: int(value) if name in NUMBERS else value for name, value in line.items()}
-            marks = {"revision": line["revision"] or None} | {name: line[name] == "yes" for name in ("gated", "study")}
-            rows[line["name"]] = CatalogueRow(**{**values, **marks})
-    return rows
-
-
-CATALOGUE: dict[str, CatalogueRow] = _read(Path(__file__).with_name("catalogue.csv"))
+with open(Path(__file__).with_name("catalogue.csv"), encoding="utf-8", newline="") as _file:
+    _cells = [{name: cell for name, cell in line.items() if cell} for line in csv.DictReader(_file)]
+CATALOGUE = {row.name: row for row in msgspec.convert(_cells, list[CatalogueRow], strict=False)}

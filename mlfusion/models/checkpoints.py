@@ -15,9 +15,10 @@ from mlfusion.errors import BadModel, first_line
 
 Layout = Literal["transformers", "timm", "open_clip"]
 
+_HUB = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
 WEIGHTS: dict[Layout, tuple[str, ...]] = {
-    "transformers": ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"),
-    "timm": ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"),
+    "transformers": _HUB,
+    "timm": _HUB,
     "open_clip": ("open_clip*.safetensors", "open_clip*.bin", "*.safetensors", "*.bin", "*.pt"),
 }
 """Patterns of the files that hold the weights; the first one that matches files counts."""
@@ -52,8 +53,7 @@ def layout(folder: Path) -> Layout:
 def configuration(folder: Path, files: tuple[Path, ...]) -> Any:
     """The configuration of the class of transformers that computes the same as this checkpoint.
 
-    Raises:
-        BadModel: no class has a place for every tensor; the message names one.
+    Raises BadModel, which names a tensor, if no class has a place for every tensor.
     """
     return _from_timm(folder, files) if layout(folder) == "timm" else _from_open_clip(folder, files)
 
@@ -90,11 +90,9 @@ def _from_timm(folder: Path, files: tuple[Path, ...]) -> Any:
         "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
     }
     if "norm_pre.weight" in shapes:
-        act = "quick_gelu" if "quickgelu" in name else "gelu"
         del common["qkv_bias"]
-        return transformers.CLIPVisionConfig(
-            **{**common, "layer_norm_eps": 1e-5}, intermediate_size=inner, hidden_act=act
-        )
+        common |= {"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu" if "quickgelu" in name else "gelu"}
+        return transformers.CLIPVisionConfig(**common, intermediate_size=inner)
     if "reg_token" in shapes or "blocks.0.ls1.gamma" in shapes:
         swiglu = inner == 2 * hidden
         ratio = round(1.5 * hidden / width if swiglu else inner / width)
@@ -143,11 +141,7 @@ def _from_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
 
 @lru_cache(maxsize=8)
 def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape; of safetensors, only the headers are read.
-
-    Raises:
-        BadModel: a file holds no tensors, or something else besides.
-    """
+    """Tensor name → shape, of safetensors by the headers alone; raises BadModel if a file holds anything but tensors."""
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
@@ -165,11 +159,7 @@ def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def unpickled(file: Path) -> dict[str, Any]:
-    """The tensors of a .bin or .pt file, memory-mapped; nothing but tensors is loaded.
-
-    Raises:
-        BadModel: the file holds something else.
-    """
+    """The tensors of a .bin or .pt file, memory-mapped; raises BadModel, and loads nothing, if it holds anything else."""
     import pickle
 
     import torch
@@ -189,11 +179,7 @@ def unpickled(file: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object, or an empty one if there is no such file.
-
-    Raises:
-        BadModel: the file holds something else.
-    """
+    """A file's JSON object, or an empty one if there is no such file; raises BadModel if it holds something else."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

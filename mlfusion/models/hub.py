@@ -73,14 +73,8 @@ def fetch_info(hub_id: str, word: str, revision: str | None) -> RepositoryInfo:
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or []}
     names = [name for name in sizes if "/" not in name]
     layout: checkpoints.Layout = "open_clip" if "config.json" not in names else "transformers"
-    weights = next(
-        (
-            found
-            for pattern in checkpoints.WEIGHTS[layout]
-            if (found := [name for name in names if fnmatch(name, pattern)])
-        ),
-        [],
-    )
+    by_pattern = ([name for name in names if fnmatch(name, pattern)] for pattern in checkpoints.WEIGHTS[layout])
+    weights = next(filter(None, by_pattern), [])
     licence = info.card_data.get("license") if info.card_data else None
     return RepositoryInfo(
         revision=info.sha or "",

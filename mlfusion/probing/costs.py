@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from functools import cache as once
+from functools import cache
 
 import numpy as np
 import torch
@@ -34,14 +34,7 @@ class Problem:
 
 
 def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: str = "cpu") -> float:
-    """Time to choose and refit one seed's probe, roughly: the number of steps is exact, the rate of a step is measured here.
-
-    Args:
-        probe: which.
-        problem: its sizes.
-        search: grid, halving and precision.
-        device: where it trains.
-    """
+    """Time to choose and refit one seed's probe, roughly: the number of steps is exact, the rate of a step is measured here."""
     if probe.head in SOLVERS:
         return _solving(probe.head, problem.tokens, problem.width, search) * problem.images / IMAGES[-1]
     grid = grids.SEARCH_GRIDS[search.grid]
@@ -66,7 +59,7 @@ def _made_up(images: int, tokens: int, width: int, classes: int) -> Tokens:
     return Tokens(values, np.arange(images) % classes)
 
 
-@once
+@cache
 def _training(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> float:
     """Seconds of one step of one configuration on a batch."""
     # As many as there are threads: a grid has more, and keeps all of them busy.
@@ -75,13 +68,12 @@ def _training(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> 
     tokens = _made_up(images, shape.tokens, shape.width, shape.classes)
     schedule = Schedule(images, steps=100, batch_size=images, batches=1)
     ends: list[float] = []
-    trained = population.train(
+    for _ in population.train(
         Population(head, shape, chosen, seed=0),
         TrainingData(tokens, np.arange(images), schedule, until=STEPS),
         numerics,
         progress=lambda _: ends.append(time.perf_counter()),
-    )
-    for _ in trained:
+    ):
         pass
     if len(ends) > STEPS:  # in several groups, because there is little memory
         count = -(-count * STEPS // len(ends))
@@ -89,7 +81,7 @@ def _training(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> 
     return (ends[-1] - ends[0]) / (STEPS - 1) / count
 
 
-@once
+@cache
 def _solving(head: Head, tokens: int, width: int, search: SearchOptions) -> float:
     """Seconds of a whole search over a few images of two classes."""
     made_up = _made_up(IMAGES[-1], tokens, width, 2)

@@ -58,7 +58,7 @@ def probe(
     rows: list[Row] = []
     made, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
-        chosen, lacking = _servable(pair, probes, model or pair.train.names()[0].model_source, dataset)
+        chosen, lacking = _servable(pair, probes, model or pair.train.names()[0].model_argument, dataset)
         left_out += lacking
         for line in lacking:
             log(line)

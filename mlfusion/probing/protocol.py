@@ -10,10 +10,11 @@ import torch
 
 from mlfusion.errors import BadData
 from mlfusion.probing.heads import HeadModule, HeadShape
-from mlfusion.probing.search import DEFAULTS, SOLVERS, FitOptions, Search, Training, _outputs
+from mlfusion.probing.search import DEFAULTS, SOLVERS, FitOptions, Training
 from mlfusion.probing.targets import Target, kind_of
 from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import LARGEST_BATCH, Tokens
+from mlfusion.shapes import Float, Num
 from mlfusion.specs.names import Head
 from mlfusion.specs.options import TrainingOptions
 
@@ -33,8 +34,8 @@ class Outcome:
     parameters: int
     shape: HeadShape
     seconds: float
-    predictions: np.ndarray  # [N_test, C] float32: probabilities, or the number
-    attention: np.ndarray | None  # [N_test, T] float32, mean over heads; None for a head that does not attend
+    predictions: Float[np.ndarray, "N C"]  # of the test images, float32: probabilities, or the number
+    attention: Float[np.ndarray, "N T"] | None  # mean over heads, float32; None for a head that does not attend
     weights: dict[str, np.ndarray]  # parameters and statistics of the refitted probe
 
 
@@ -65,15 +66,11 @@ def fit(
     begun = time.perf_counter()
     _check(train, target, "train")
     target.check_choice(train.labels)
-    search: Search = (
-        SOLVERS[head](train, target, options, training, progress)
-        if head in SOLVERS
-        else Training(head, train, target, options, training, progress)
-    )
+    search = SOLVERS.get(head, Training)(head, train, target, options, training, progress)
     score, loss = search.scores()
     best = choose(score, loss)
     probe = search.refit(best)
-    on_train = target.predictions(_outputs(probe, train, search.everything, search.block, search.device)[0])
+    on_train = target.predictions(search.outputs(probe, search.everything, search.block)[0])
     unseen = _unseen(test, train, target)
     predictions, attention = predict(probe, unseen, target, block=search.block, device=search.device)
     found = target.scores(unseen.labels, predictions)
@@ -107,8 +104,8 @@ def _unseen(test: Callable[[], Tokens], train: Tokens, target: Target) -> Tokens
     return unseen
 
 
-def choose(accuracy: np.ndarray, loss: np.ndarray) -> int:
-    """Index of the best configuration: highest accuracy [K], then lowest loss [K], then the first.
+def choose(accuracy: Num[np.ndarray, " K"], loss: Num[np.ndarray, " K"]) -> int:
+    """Index of the best configuration: highest accuracy, then lowest loss, then the first.
 
     Raises:
         BadData: every configuration diverged.
@@ -124,8 +121,8 @@ def choose(accuracy: np.ndarray, loss: np.ndarray) -> int:
 
 def predict(
     probe: HeadModule, tokens: Tokens, target: Target, *, block: int = LARGEST_BATCH, device: str = "cpu"
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Predictions [N, C] of a population of one, and its attention [N, T] if it has any."""
+) -> tuple[Float[np.ndarray, "N C"], Float[np.ndarray, "N T"] | None]:
+    """Predictions of a population of one, and its attention, the mean over heads, if it has any."""
     predictions, attention = [], []
     for outputs, batch in population.read(probe, tokens, np.arange(len(tokens)), block=block, device=device):
         predictions.append(target.predictions(outputs[0]).cpu().numpy())

@@ -69,8 +69,8 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         * fitted.tokens
         * ENCODINGS[spec.dtype].vector_bytes(spec.model.width),
         sources=Sources(
-            model=names.model_source,
-            dataset=names.dataset_source,
+            model=names.model_argument or names.model_source,
+            dataset=names.dataset_argument or names.dataset_source,
             weights=spec.model.weights,
             train=spec.data.content,
             test=pair.test.spec.data.content,

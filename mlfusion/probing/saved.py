@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from mlfusion.errors import ResultsUnusable, UnknownName
+from mlfusion.errors import ResultsUnusable, UnknownName, first_line
 from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
 from mlfusion.probing.solvers.design import FixedLinear
 from mlfusion.probing.solvers.neighbours import Neighbourhood, Neighbours
@@ -83,12 +83,9 @@ def describe(target: Target) -> dict[str, Any]:
 
 
 def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
-    """Write a probe, whole or not at all; one that is there already is left alone.
+    """Write a probe, whole or not at all, with the folders above it; one that is there already is left alone.
 
-    Args:
-        folder: what is to hold it; folders above are made.
-        card: about it.
-        weights: parameters and statistics of one configuration, by name.
+    `weights` are parameters and statistics of one configuration, by name.
 
     Raises:
         ResultsUnusable: the folder cannot be written.
@@ -97,16 +94,12 @@ def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
     body = {"format": FORMAT, "tensors": hashlib.sha256(tensors).hexdigest(), **msgspec.to_builtins(card)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = disk.draft_name(folder.parent)
-        draft.mkdir()
-        try:
+        with disk.drafted(disk.draft_name(folder.parent)) as draft:
+            draft.mkdir()
             (draft / TENSORS).write_bytes(tensors)
             disk.flush(draft / TENSORS)
             disk.write(draft / README, readme(card))
             disk.write(draft / CARD, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-        except OSError:
-            disk.remove(draft)
-            raise
         disk.publish_folder(draft, folder)
     except OSError as err:
         raise ResultsUnusable(
@@ -209,7 +202,7 @@ def load(folder: Path) -> tuple[Card, HeadModule]:
         UnknownName,
         SafetensorError,
     ) as err:
-        raise ResultsUnusable(f"{folder} holds no probe that can be built ({_first_line(err)}); {AGAIN}") from err
+        raise ResultsUnusable(f"{folder} holds no probe that can be built ({first_line(err)}); {AGAIN}") from err
     probe.eval()
     return card, probe
 
@@ -248,7 +241,3 @@ def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> HeadModule:
     probe = HEADS[card.head](shape, seeds=[0], dropouts=[0.0])
     probe.load_state_dict(held)  # of another shape, or another name: refused
     return probe
-
-
-def _first_line(err: BaseException) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]

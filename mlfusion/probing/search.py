@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,19 +13,22 @@ from mlfusion.errors import BadData
 from mlfusion.probing.grids import SEARCH_GRIDS, rungs
 from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
 from mlfusion.probing.losses import Loss
-from mlfusion.probing.solvers import neighbours, ridge
 from mlfusion.probing.solvers.design import Design, penalties
 from mlfusion.probing.solvers.logistic import AT_ONCE, Logistic
+from mlfusion.probing.solvers.neighbours import Neighbourhood, neighbourhoods, neighbours
+from mlfusion.probing.solvers.ridge import Ridge
 from mlfusion.probing.splits import split
 from mlfusion.probing.targets import Target
 from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import LARGEST_BATCH, Tokens
 from mlfusion.probing.training.population import Configuration, Population, TrainingData
 from mlfusion.probing.training.precision import Numerics
+from mlfusion.shapes import Float, Int
 from mlfusion.specs.names import Head
 from mlfusion.specs.options import SearchOptions, TrainingOptions
 
 DEFAULTS = TrainingOptions()
+Scores = tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +47,16 @@ class Search(ABC):
 
     def __init__(
         self,
+        head: Head,
         train: Tokens,
         target: Target,
         options: FitOptions,
-        training: TrainingOptions,
-        progress: Callable[[int, int], None] | None,
+        training: TrainingOptions = DEFAULTS,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Hold out a part of train."""
-        self.train, self.target, self.device = train, target, training.device
+        self.head, self.train, self.target, self.options = head, train, target, options
+        self.device, self.memory = training.device, training.memory
         self.fitted, self.held_out = split(target.strata(train.labels), seed=options.seed)
         self.everything = np.arange(len(train))
         _, t, d = train.shape
@@ -65,8 +70,8 @@ class Search(ABC):
             self.progress(self.done, self.steps)
 
     @abstractmethod
-    def scores(self) -> tuple[np.ndarray, np.ndarray]:
-        """Score and loss of every configuration [K] on images it was not fitted to; -inf and inf of one that diverged."""
+    def scores(self) -> Scores:
+        """Score and loss of every configuration on images it was not fitted to; -inf and inf of one that diverged."""
 
     @abstractmethod
     def refit(self, best: int) -> HeadModule:
@@ -76,8 +81,13 @@ class Search(ABC):
     def selected(self, best: int) -> dict[str, float | int]:
         """The hyper-parameters of that configuration, for a row."""
 
-    def measure(self, outputs: Tensor, rows: np.ndarray, loss: Loss) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [K] and losses [K] of outputs [K, n, C] for images `rows` [n]."""
+    def outputs(self, probe: HeadModule, rows: Int[np.ndarray, " n"], block: int) -> Float[Tensor, "K n C"]:
+        """Outputs of a probe for some images of train, `block` at a time."""
+        read = population.read(probe, self.train, rows, block=block, device=self.device)
+        return torch.cat([outputs for outputs, _ in read], dim=1)
+
+    def measure(self, outputs: Float[Tensor, "K n C"], rows: Int[np.ndarray, " n"], loss: Loss) -> Scores:
+        """Scores and losses of outputs for these images."""
         truth = self.train.labels[rows]
         sound = torch.isfinite(outputs).flatten(1).all(1)
         losses = loss(outputs, torch.from_numpy(truth).to(outputs.device)).double().cpu().numpy()
@@ -94,39 +104,30 @@ class Training(Search):
     configuration that gets to the end has the score that it would have had without halving.
     """
 
-    def __init__(
-        self,
-        head: Head,
-        train: Tokens,
-        target: Target,
-        options: FitOptions,
-        training: TrainingOptions = DEFAULTS,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Arguments as in `fit`.
+    def __init__(self, *given: Any) -> None:
+        """Arguments as in `Search`.
 
         Raises:
             BadData: heads that do not fit the tokens.
         """
-        super().__init__(train, target, options, training, progress)
-        _, t, d = train.shape
+        super().__init__(*given)
+        head, options, t, d = self.head, self.options, self.shape.tokens, self.shape.width
         heads = (t if options.heads is None else options.heads) if HEADS[head].has_attention else 1
         if not 1 <= heads <= d:
             raise BadData(
                 f"{heads} attention heads do not fit tokens of width {d}; allowed: 1 to {d}. "
                 f"Pass heads={min(8, d)}, or take fewer tokens where there is a head for each"
             )
-        self.head, self.seed, self.memory = head, options.seed, training.memory
-        self.numerics = Numerics.of(training.device, options.search.precision)
-        self.shape = HeadShape(tokens=t, width=d, classes=target.outputs, heads=heads)
+        self.numerics = Numerics.of(self.device, options.search.precision)
+        self.shape = replace(self.shape, heads=heads)
         grid = SEARCH_GRIDS[options.search.grid]
         self.configurations = grid.configurations(head)
-        self.choosing, self.refitting = grid.schedule(len(self.fitted)), grid.schedule(len(train))
+        self.choosing, self.refitting = grid.schedule(len(self.fitted)), grid.schedule(len(self.train))
         self.block = self.refitting.batch_size
         self.rungs = rungs(len(self.configurations), self.choosing.steps, halving=options.search.halving)
         self.steps = sum(members * until for members, until in self.rungs) + self.refitting.steps
 
-    def scores(self) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self) -> Scores:
         """As in `Search`; -inf and inf of a configuration that halving stopped."""
         score, loss = np.empty(0), np.empty(0)
         alive = np.arange(len(self.configurations))
@@ -138,7 +139,7 @@ class Training(Search):
             chosen = [self.configurations[k] for k in alive]
             data = TrainingData(self.train, self.fitted, self.choosing, until)
             for group, probe in self._train(chosen, data, measure):
-                outputs = _outputs(probe, self.train, self.held_out, self.choosing.batch_size, self.device)
+                outputs = self.outputs(probe, self.held_out, self.choosing.batch_size)
                 score[alive[group]], loss[alive[group]] = self.measure(outputs, self.held_out, measure)
         return score, loss
 
@@ -161,7 +162,7 @@ class Training(Search):
         self, chosen: Sequence[Configuration], data: TrainingData, loss: Loss
     ) -> Iterator[tuple[slice, HeadModule]]:
         return population.train(
-            Population(self.head, self.shape, chosen, self.seed),
+            Population(self.head, self.shape, chosen, self.options.seed),
             data,
             self.numerics,
             memory=self.memory,
@@ -170,99 +171,78 @@ class Training(Search):
         )
 
 
-class RidgeSearch(Search):
-    """Penalties of ridge regression, chosen by leave-one-out scores on all of train, which need no further fit."""
+class SolvedSearch(Search):
+    """Settings whose probes are solved for."""
 
-    def __init__(self, train: Tokens, target: Target, options: FitOptions, *others: Any) -> None:
-        """Arguments as in `Search`."""
-        super().__init__(train, target, options, *others)
-        self.path = penalties(options.search.grid)
-        self.steps = len(self.path)
-        self.ridge = ridge.Ridge(Design(train, self.everything, target, self.device))
+    @staticmethod
+    def grid(name: str) -> Sequence[Any]:
+        """The settings of a grid, dataclasses."""
+        return penalties(name)
 
-    def scores(self) -> tuple[np.ndarray, np.ndarray]:
-        score, loss = np.empty(len(self.path)), np.empty(len(self.path))
-        for k, penalty in enumerate(self.path):
-            outputs = self.ridge.left_out(penalty)[None]
-            measure = self.target.loss(self.train.labels, str(outputs.device), outputs.dtype)
-            score[k : k + 1], loss[k : k + 1] = self.measure(outputs, self.everything, measure)
-            self.advance()
-        return score, loss
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.settings = self.grid(self.options.search.grid)
+        self.steps = len(self.settings)
 
-    def refit(self, best: int) -> HeadModule:
-        return self.ridge.solve(self.path[best])
+    @abstractmethod
+    def solve(self) -> Iterator[Float[Tensor, "k n C"]]:
+        """Outputs of the probes of all settings, in order, for the n images held out."""
+
+    def scores(self) -> Scores:
+        found = []
+        for outputs in self.solve():
+            loss = self.target.loss(self.train.labels[self.fitted], str(outputs.device), outputs.dtype)
+            found.append(self.measure(outputs, self.held_out, loss))
+            self.advance(len(outputs))
+        scores, losses = zip(*found, strict=True)
+        return np.concatenate(scores), np.concatenate(losses)
 
     def selected(self, best: int) -> dict[str, float | int]:
-        return asdict(self.path[best])
+        return asdict(self.settings[best])
 
 
-class LogisticSearch(Search):
+class RidgeSearch(SolvedSearch):
+    """Penalties of ridge regression, chosen by leave-one-out scores on all of train, which need no further fit."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.fitted = self.held_out = self.everything
+        self.ridge = Ridge(Design(self.train, self.everything, self.target, self.device))
+
+    def solve(self) -> Iterator[Float[Tensor, "1 n C"]]:
+        return (self.ridge.left_out(penalty)[None] for penalty in self.settings)
+
+    def refit(self, best: int) -> HeadModule:
+        return self.ridge.solve(self.settings[best])
+
+
+class LogisticSearch(SolvedSearch):
     """Penalties of logistic regression, along one path."""
 
-    def __init__(self, train: Tokens, target: Target, options: FitOptions, *others: Any) -> None:
-        """Arguments as in `Search`.
-
-        Raises:
-            BadData: the labels are numbers.
-        """
-        super().__init__(train, target, options, *others)
-        self.path = penalties(options.search.grid)
-        self.steps = len(self.path)
-        self.logistic = Logistic(Design(train, self.fitted, target, self.device))
-
-    def scores(self) -> tuple[np.ndarray, np.ndarray]:
-        score, loss = np.empty(len(self.path)), np.empty(len(self.path))
-        measure = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
-        for group, probe in self.logistic.solve(self.path):
-            outputs = _outputs(probe, self.train, self.held_out, self.block, self.device)
-            score[group], loss[group] = self.measure(outputs, self.held_out, measure)
-            self.advance(group.stop - group.start)
-        return score, loss
+    def solve(self) -> Iterator[Float[Tensor, "k n C"]]:
+        logistic = Logistic(Design(self.train, self.fitted, self.target, self.device))
+        return (self.outputs(probe, self.held_out, self.block) for _, probe in logistic.solve(self.settings))
 
     def refit(self, best: int) -> HeadModule:
         logistic = Logistic(Design(self.train, self.everything, self.target, self.device))
-        [*_, (_, probe)] = logistic.solve([*self.path[:best:AT_ONCE], self.path[best]])
+        [*_, (_, probe)] = logistic.solve([*self.settings[:best:AT_ONCE], self.settings[best]])
         return probe.last()
 
-    def selected(self, best: int) -> dict[str, float | int]:
-        return asdict(self.path[best])
 
-
-class NeighbourSearch(Search):
+class NeighbourSearch(SolvedSearch):
     """Numbers of neighbours and temperatures, all from one search of the neighbours."""
 
-    def __init__(self, train: Tokens, target: Target, options: FitOptions, *others: Any) -> None:
-        """Arguments as in `Search`."""
-        super().__init__(train, target, options, *others)
-        self.grid = neighbours.neighbourhoods(options.search.grid)
-        self.steps = 1
+    grid = staticmethod(neighbourhoods)
 
-    def scores(self) -> tuple[np.ndarray, np.ndarray]:
-        measure = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
-        outputs = _outputs(self._of(self.fitted, self.grid), self.train, self.held_out, self.block, self.device)
-        return self.measure(outputs, self.held_out, measure)
+    def solve(self) -> Iterator[Float[Tensor, "K n C"]]:
+        yield self.outputs(self._of(self.fitted, self.settings), self.held_out, self.block)
 
     def refit(self, best: int) -> HeadModule:
-        self.advance()
-        return self._of(self.everything, [self.grid[best]])
+        return self._of(self.everything, [self.settings[best]])
 
-    def selected(self, best: int) -> dict[str, float | int]:
-        return asdict(self.grid[best])
-
-    def _of(self, rows: np.ndarray, chosen: Sequence[neighbours.Neighbourhood]) -> HeadModule:
-        return neighbours.neighbours(self.train, rows, chosen, self.target, self.device)
+    def _of(self, rows: Int[np.ndarray, " N"], chosen: Sequence[Neighbourhood]) -> HeadModule:
+        return neighbours(self.train, rows, chosen, self.target, self.device)
 
 
-SOLVERS: dict[Head, Callable[..., Search]] = {
-    "ridge": RidgeSearch,
-    "logistic": LogisticSearch,
-    "knn": NeighbourSearch,
-}
+SOLVERS: dict[Head, Callable[..., Search]] = {"ridge": RidgeSearch, "logistic": LogisticSearch, "knn": NeighbourSearch}
 """Heads that are solved for, rather than trained."""
-
-
-def _outputs(probe: HeadModule, tokens: Tokens, rows: np.ndarray, block: int, device: str) -> Tensor:
-    """[K, rows, C]."""
-    return torch.cat(
-        [outputs for outputs, _ in population.read(probe, tokens, rows, block=block, device=device)], dim=1
-    )

@@ -4,39 +4,32 @@ import numpy as np
 
 from mlfusion.errors import BadData
 from mlfusion.probing.training.batches import stream
+from mlfusion.shapes import Int, Shaped
 
 VALIDATION = 0.2  # share of train that is held out for the choice
 
 
-def split(labels: np.ndarray, *, seed: int, part: float = VALIDATION) -> tuple[np.ndarray, np.ndarray]:
+def split(
+    labels: Shaped[np.ndarray, " N"], *, seed: int
+) -> tuple[Int[np.ndarray, " fitted"], Int[np.ndarray, " held"]]:
     """Stratified split of the images into (fitted, held out), both ascending.
 
-    The share `part` of every class is held out, rounded, but at least one image and never all: scikit-learn's splitters
-    refuse data with fewer images to hold out than classes, which is the few-shot case.
-
-    Args:
-        labels: [N]; at least two images of each class that occurs.
-        seed: names the split.
-        part: fraction to hold out.
+    The share `VALIDATION` of every class is held out, rounded, but at least one image and never all: scikit-learn's
+    splitters refuse data with fewer images to hold out than classes, which is the few-shot case. Each class that occurs needs
+    two images.
     """
     random = np.random.default_rng(stream("split", seed))
     held_out = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        count = min(max(1, round(part * len(rows))), len(rows) - 1)
+        count = min(max(1, round(VALIDATION * len(rows))), len(rows) - 1)
         held_out.append(random.permutation(rows)[:count])
     chosen = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
-def draw(labels: np.ndarray, shots: int, *, classes: int, seed: int) -> np.ndarray:
+def draw(labels: Shaped[np.ndarray, "N ..."], shots: int, *, classes: int, seed: int) -> Int[np.ndarray, " rows"]:
     """Rows of `shots` images of each class, ascending, drawn by the seed; more shots contain fewer shots of the same seed.
-
-    Args:
-        labels: classes [N].
-        shots: images of each class.
-        classes: C.
-        seed: names the draw.
 
     Raises:
         BadData: labels that are no classes, or a class with fewer images.

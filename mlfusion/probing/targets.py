@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from mlfusion.errors import BadData
 from mlfusion.probing import metrics
 from mlfusion.probing.losses import Loss, class_weights, cross_entropy
+from mlfusion.shapes import Float, Int, Num, Shaped
 
 LAYER = 5  # images with similar numbers, of which one is held out
 
@@ -26,7 +28,7 @@ class Target(ABC):
     metric: ClassVar[str]  # what a configuration is chosen by and a row is headed with; larger is better
 
     @abstractmethod
-    def check(self, labels: np.ndarray, name: str) -> None:
+    def check(self, labels: Num[np.ndarray, "N ..."], name: str) -> None:
         """Refuse labels that are not of this kind.
 
         Raises:
@@ -34,7 +36,7 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def check_choice(self, labels: np.ndarray) -> None:
+    def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
         """Refuse training labels from which no part can be held out for the choice.
 
         Raises:
@@ -42,31 +44,31 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def strata(self, labels: np.ndarray) -> np.ndarray:
-        """The stratum of every image [N]; the same share of each stratum is held out."""
+    def strata(self, labels: Num[np.ndarray, "N ..."]) -> Int[np.ndarray, " N"]:
+        """The stratum of every image; the same share of each stratum is held out."""
+
+    def weights(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, " N"]:
+        """The weight of every image in training; their mean is one."""
+        return np.ones(len(labels))
 
     @abstractmethod
-    def weights(self, labels: np.ndarray) -> np.ndarray:
-        """The weight of every image in training [N]; their mean is one."""
+    def regressand(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, "N C"]:
+        """Labels as targets of a regression, float64."""
 
     @abstractmethod
-    def regressand(self, labels: np.ndarray) -> np.ndarray:
-        """Labels as targets of a regression [N, C] float64."""
-
-    @abstractmethod
-    def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
+    def loss(self, labels: Num[np.ndarray, "N ..."], device: str, dtype: torch.dtype) -> Loss:
         """The loss for training on images with these labels."""
 
     @abstractmethod
-    def predictions(self, outputs: Tensor) -> Tensor:
-        """Outputs [..., C] → predictions, which are kept and scored: probabilities, or the number itself [..., C]."""
+    def predictions(self, outputs: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """Outputs → predictions, which are kept and scored: probabilities, or the number itself."""
 
     @abstractmethod
-    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
-        """The metric of predictions [N, C]."""
+    def score(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> float:
+        """The metric of predictions."""
 
     @abstractmethod
-    def scores(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+    def scores(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> dict[str, Any]:
         """Every metric of a result, including that of `score`."""
 
 
@@ -79,7 +81,7 @@ class OneClass(Target):
     kind: ClassVar[str] = "class"
     metric: ClassVar[str] = "balanced_accuracy"
 
-    def check(self, labels: np.ndarray, name: str) -> None:
+    def check(self, labels: Num[np.ndarray, "N ..."], name: str) -> None:
         wrong = np.flatnonzero((labels < 0) | (labels >= self.outputs))
         if len(wrong):
             raise BadData(
@@ -87,7 +89,7 @@ class OneClass(Target):
                 "Extract the split again, or pass the number of classes that the labels have"
             )
 
-    def check_choice(self, labels: np.ndarray) -> None:
+    def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
         if self.outputs < 2:
             raise BadData(
                 f"{self.outputs} class in train; allowed: 2 or more, so choose a data set with at least two classes"
@@ -105,30 +107,26 @@ class OneClass(Target):
                 "allowed: 2 or more, one to fit and one to choose on. Add images of that class or leave it out"
             )
 
-    def strata(self, labels: np.ndarray) -> np.ndarray:
+    def strata(self, labels: Num[np.ndarray, "N ..."]) -> Int[np.ndarray, " N"]:
         return labels
 
-    def weights(self, labels: np.ndarray) -> np.ndarray:
+    def weights(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, " N"]:
         return class_weights(labels, self.outputs)[labels]
 
-    def regressand(self, labels: np.ndarray) -> np.ndarray:
+    def regressand(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, "N {self.outputs}"]:
         return np.eye(self.outputs)[labels]
 
-    def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
+    def loss(self, labels: Num[np.ndarray, "N ..."], device: str, dtype: torch.dtype) -> Loss:
         weights = torch.from_numpy(class_weights(labels, self.outputs)).to(device, dtype)
+        return partial(cross_entropy, weights=weights, smoothing=self.smoothing)
 
-        def mean(outputs: Tensor, truth: Tensor) -> Tensor:
-            return cross_entropy(outputs, truth.to(torch.int64), weights, smoothing=self.smoothing)
-
-        return mean
-
-    def predictions(self, outputs: Tensor) -> Tensor:
+    def predictions(self, outputs: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         return torch.softmax(outputs, dim=-1)
 
-    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+    def score(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> float:
         return metrics.balanced_accuracy(labels, predictions.argmax(1))
 
-    def scores(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+    def scores(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> dict[str, Any]:
         return metrics.scores(labels, predictions)
 
 
@@ -139,7 +137,7 @@ class SeveralLabels(Target):
     kind: ClassVar[str] = "labels"
     metric: ClassVar[str] = "mean_average_precision"
 
-    def check(self, labels: np.ndarray, name: str) -> None:
+    def check(self, labels: Num[np.ndarray, "N ..."], name: str) -> None:
         if labels.shape[1:] != (self.outputs,):
             raise BadData(
                 f"{name} has labels of shape {labels.shape}; allowed: [N, {self.outputs}], a 0 or 1 for every class. "
@@ -153,7 +151,7 @@ class SeveralLabels(Target):
                 "Say of every label whether the image has it, and extract the split again"
             )
 
-    def check_choice(self, labels: np.ndarray) -> None:
+    def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
         counts = labels.sum(0)
         if counts.min() < 2:
             scarce = int(counts.argmin())
@@ -162,32 +160,29 @@ class SeveralLabels(Target):
                 "allowed: 2 or more, one to fit and one to choose on. Add images with that label or leave it out"
             )
 
-    def strata(self, labels: np.ndarray) -> np.ndarray:
+    def strata(self, labels: Num[np.ndarray, "N ..."]) -> Int[np.ndarray, " N"]:
         """The rarest label on the image, so that both parts have rare labels; C for images without labels."""
         rarity = np.argsort(np.argsort(labels.sum(0), kind="stable"))
         rarest = np.where(labels > 0, rarity, self.outputs).min(1)
         return rarest.astype(np.int64)
 
-    def weights(self, labels: np.ndarray) -> np.ndarray:
-        return np.ones(len(labels))
-
-    def regressand(self, labels: np.ndarray) -> np.ndarray:
+    def regressand(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, "N {self.outputs}"]:
         return labels.astype(np.float64)
 
-    def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
-        def mean(outputs: Tensor, truth: Tensor) -> Tensor:
+    def loss(self, labels: Num[np.ndarray, "N ..."], device: str, dtype: torch.dtype) -> Loss:
+        def mean(outputs: Float[Tensor, "K B C"], truth: Shaped[Tensor, "B ..."]) -> Float[Tensor, " K"]:
             labels = truth.to(outputs.dtype).expand_as(outputs)
             return F.binary_cross_entropy_with_logits(outputs, labels, reduction="none").mean((1, 2))
 
         return mean
 
-    def predictions(self, outputs: Tensor) -> Tensor:
+    def predictions(self, outputs: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         return torch.sigmoid(outputs)
 
-    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+    def score(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> float:
         return metrics.mean_average_precision(labels, predictions)
 
-    def scores(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+    def scores(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> dict[str, Any]:
         return metrics.label_scores(labels, predictions)
 
 
@@ -205,7 +200,7 @@ class Number(Target):
     kind: ClassVar[str] = "number"
     metric: ClassVar[str] = "r2"
 
-    def check(self, labels: np.ndarray, name: str) -> None:
+    def check(self, labels: Num[np.ndarray, "N ..."], name: str) -> None:
         wrong = np.flatnonzero(~np.isfinite(labels))
         if len(wrong):
             raise BadData(
@@ -213,7 +208,7 @@ class Number(Target):
                 "Leave that image out, or give it a number"
             )
 
-    def check_choice(self, labels: np.ndarray) -> None:
+    def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
         if len(np.unique(labels)) < 2:
             raise BadData(
                 f"all {len(labels)} training labels are {labels[0]}; allowed: two different numbers or more. "
@@ -222,41 +217,35 @@ class Number(Target):
         if len(labels) < 2 * LAYER:
             raise BadData(f"train has {len(labels)} images; allowed: {2 * LAYER} or more to choose by R². Add images")
 
-    def strata(self, labels: np.ndarray) -> np.ndarray:
+    def strata(self, labels: Num[np.ndarray, "N ..."]) -> Int[np.ndarray, " N"]:
         """Five images that follow each other in the order of their numbers are a stratum."""
         ranks = np.argsort(np.argsort(labels, kind="stable"))
         return np.minimum(ranks // LAYER, len(labels) // LAYER - 1)  # the last stratum takes the rest
 
-    def weights(self, labels: np.ndarray) -> np.ndarray:
-        return np.ones(len(labels))
-
-    def regressand(self, labels: np.ndarray) -> np.ndarray:
+    def regressand(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, "N {self.outputs}"]:
         return (labels[:, None].astype(np.float64) - self.mean) / self.deviation
 
-    def loss(self, labels: np.ndarray, device: str, dtype: torch.dtype) -> Loss:
-        def mean(outputs: Tensor, truth: Tensor) -> Tensor:
+    def loss(self, labels: Num[np.ndarray, "N ..."], device: str, dtype: torch.dtype) -> Loss:
+        def mean(outputs: Float[Tensor, "K B C"], truth: Shaped[Tensor, "B ..."]) -> Float[Tensor, " K"]:
             standardised = ((truth.to(torch.float64) - self.mean) / self.deviation).to(outputs.dtype)
             return (outputs[..., 0] - standardised).square().mean(1)
 
         return mean
 
-    def predictions(self, outputs: Tensor) -> Tensor:
+    def predictions(self, outputs: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         return outputs * self.deviation + self.mean
 
-    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+    def score(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> float:
         return metrics.r2(labels, predictions[:, 0])
 
-    def scores(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+    def scores(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> dict[str, Any]:
         return metrics.number_scores(labels, predictions[:, 0])
 
 
 def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0) -> Target:
     """The target that training labels are of: [N] integers, [N, C] of 0 and 1, or [N] floating-point numbers.
 
-    Args:
-        labels: those of the whole training split.
-        classes: C of the data set; not used for numbers.
-        smoothing: label smoothing, for one class per image.
+    `classes` is the C of the data set, which numbers do not use; `smoothing` of labels is for one class per image.
 
     Raises:
         BadData: labels of any other shape, or smoothing where there is nothing to smooth.

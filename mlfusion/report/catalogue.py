@@ -1,7 +1,7 @@
 """The figures of a report, in the one list that both the page and the files are drawn from."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -109,7 +109,7 @@ def group_figures(groups: Sequence[ComparisonGroup], data: ReportData) -> list[F
 def study_figures(study: Study, section: SectionName) -> list[Figure]:
     """A study's figures of one section of the page, named apart from those of other studies."""
     drawn = [figure for one in STUDY_FIGURES if one.section == section and (figure := one.draw(study))]
-    return [figure.named(slug(f"{figure.name}-{study.name}")) if study.name else figure for figure in drawn]
+    return [replace(one, name=slug(f"{one.name}-{study.name}")) if study.name else one for one in drawn]
 
 
 def score_tables(study: Study) -> list[ScoreTable]:
@@ -118,9 +118,6 @@ def score_tables(study: Study) -> list[ScoreTable]:
         return []
     alone = [of_model(study, model) for model in study.models] if len(study.models) > 1 else []
     return [by_significance(study), by_rank(study), *alone]
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def figure_files(data: ReportData, *, paper: bool) -> Iterator[tuple[str, Figure]]:
@@ -147,11 +144,9 @@ def _group_files(study: Study, data: ReportData) -> Iterator[tuple[str, Figure]]
                 yield _file_name(f"{figure.name}-{name}", study), figure
 
 
-def table_files(data: ReportData) -> Iterator[tuple[str, ScoreTable]]:
+def table_files(data: ReportData) -> list[tuple[str, ScoreTable]]:
     """(name of its files, table) of every table."""
-    for study in data.studies:
-        for table in score_tables(study):
-            yield _file_name(table.name, study), table
+    return [(_file_name(table.name, study), table) for study in data.studies for table in score_tables(study)]
 
 
 def _file_name(name: str, study: Study) -> str:

@@ -1,53 +1,54 @@
-"""The commands that reproduce a report's results: `extract`, `probe` and `report` as one would type them."""
+"""The commands that reproduce a report's results, written from the options that its rows keep."""
 
-import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import cast
 
 from mlfusion.report.summary import ComparisonGroup, Score
+from mlfusion.specs.commands import extract_command, probe_command
+from mlfusion.specs.definitions import command
 from mlfusion.specs.identity import Pair
-from mlfusion.specs.names import STUDY, token_words
+from mlfusion.specs.names import STUDY
+from mlfusion.specs.options import SearchOptions
 
 
 def reproduction_commands(groups: Iterable[ComparisonGroup], page: str) -> list[str]:
-    """Every command that the rows of the groups and the page of this name take, each once."""
-    commands = [command for group in groups for command in group_commands(group)]
-    return [*dict.fromkeys(commands), f"mlfusion report --html {shlex.quote(page)}"]
-
-
-def group_commands(group: ComparisonGroup) -> list[str]:
-    """The `extract`, and one `probe` for each set of seeds, that make a group's rows."""
-    by_seeds: dict[tuple[int, ...], list[Score]] = {}
-    for score in group.scores:
-        by_seeds.setdefault(score.seeds, []).append(score)
-    return [
-        _extract(group),
-        *(_probe(group, _probe_names(scores, group.depth), seeds) for seeds, scores in by_seeds.items()),
-    ]
+    """An `extract`, a `probe` for each search that makes the rows of a group, each once, and the page's `report`."""
+    commands = []
+    for group in groups:
+        by_search: dict[SearchOptions, list[Score]] = {}
+        for score in group.scores:
+            by_search.setdefault(_search(score), []).append(score)
+        commands.append(_extract(group))
+        commands += [
+            _probe(group, _probe_names(scores, group.first.depth), search) for search, scores in by_search.items()
+        ]
+    return [*dict.fromkeys(commands), command("report", ["--html", page])]
 
 
 def layerwise_command(group: ComparisonGroup) -> str:
     """The `probe` of single layers that a group has no rows of."""
-    return _probe(group, ["cls-each-layer/linear", "ap-each-layer/linear"], group.seeds)
+    search = replace(group.first.search(), seeds=group.seeds)
+    return _probe(group, ["cls-each-layer/linear", "ap-each-layer/linear"], search)
 
 
-def _place(group: ComparisonGroup) -> str:
-    return f"--model {shlex.quote(group.model)} --dataset {shlex.quote(group.dataset)}"
+def _search(score: Score) -> SearchOptions:
+    """The search of a score's rows; each of them is one seed of it."""
+    return replace(score.rows[0].search(), seeds=score.seeds)
 
 
 def _extract(group: ComparisonGroup) -> str:
     tokens = cast(set[Pair], set(group.tokens))
     kinds = {kind for _, kind in tokens}
-    default: set[Pair] = {(layer, kind) for layer in range(1, group.depth + 1) for kind in ("cls", "ap")}
+    default: set[Pair] = {(layer, kind) for layer in range(1, group.first.depth + 1) for kind in ("cls", "ap")}
     if kinds & {"cls", "ap"}:  # as the command does by default; what is cached is one stream
         tokens |= {(layer, kind) for layer, kind in default if kind in kinds}
-    option = f" --tokens {token_words(tokens)}" if tokens - default else ""
-    return f"mlfusion extract {_place(group)}{option}"
+    sources = group.first.sources
+    return extract_command(sources.model, sources.dataset, tokens if tokens - default else (), sources.options)
 
 
-def _probe(group: ComparisonGroup, names: Sequence[str], seeds: Sequence[int]) -> str:
-    numbers = ",".join(str(seed) for seed in seeds)
-    return f"mlfusion probe {_place(group)} --probe {','.join(names)} --grid {group.grid} --seeds {numbers}"
+def _probe(group: ComparisonGroup, names: Sequence[str], search: SearchOptions) -> str:
+    return probe_command(group.first.sources.model, group.first.sources.dataset, names, search)
 
 
 def _probe_names(scores: Sequence[Score], depth: int) -> list[str]:

@@ -1,17 +1,18 @@
 """A report as files: the tables as Markdown; every figure as SVG, PNG and CSV; every table as Markdown, LaTeX and CSV."""
 
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlfusion.errors import MlfusionError
 from mlfusion.report import tables, terminal
 from mlfusion.report.catalogue import ReportData, figure_files, table_files
-from mlfusion.report.figures.drawing import Figure, png, require_altair, svg, to_csv
+from mlfusion.report.figures.charts import require_altair
+from mlfusion.report.figures.drawing import Figure, png, svg, to_csv
 from mlfusion.report.figures.layers import Cka
 from mlfusion.report.figures.strips import strip_figure
 from mlfusion.report.pictures import Strip
 from mlfusion.results import Row
+from mlfusion.system import disk
 
 
 def write_figures(
@@ -31,14 +32,14 @@ def write_figures(
         folder: made if need be; files of the same names are replaced, each whole.
         cka: similarity of layers, drawn beside accuracy by layer.
         pictures: {data set: its strips}.
-        paper: also the comparison with the published scores, where there is one.
+        paper: also draw the comparison with the published scores, where there is one.
 
     Raises:
         MlfusionError: there are no rows, or the folder cannot be written.
         Unavailable: Altair is not installed; says what to install.
     """
     require_altair()
-    data, folder = ReportData(rows, cka=cka, pictures=pictures), Path(folder)
+    data = ReportData(rows, cka=cka, pictures=pictures)
     written: list[Path] = []
     for name, figure in figure_files(data, paper=paper):
         written += _write(folder, name, _drawn(figure) | {".csv": to_csv(figure.numbers)})
@@ -57,7 +58,7 @@ def write_strips(strips: Sequence[Strip], folder: Path | str) -> list[Path]:
         MlfusionError: the folder cannot be written.
         Unavailable: Altair is not installed; says what to install.
     """
-    return [path for strip in strips for path in _write(Path(folder), strip.name, _drawn(strip_figure(strip)))]
+    return [path for strip in strips for path in _write(folder, strip.name, _drawn(strip_figure(strip)))]
 
 
 def write_markdown(rows: Sequence[Row], path: Path | str) -> Path:
@@ -70,12 +71,11 @@ def write_markdown(rows: Sequence[Row], path: Path | str) -> Path:
 
 
 def _drawn(figure: Figure) -> dict[str, str | bytes]:
-    drawing = svg(figure)
-    return {".svg": drawing, ".png": png(drawing)}
+    return {".svg": (drawing := svg(figure)), ".png": png(drawing)}
 
 
-def _write(folder: Path, name: str, bodies: Mapping[str, str | bytes]) -> list[Path]:
-    return [write_whole(folder / f"{name}{ending}", body) for ending, body in bodies.items()]
+def _write(folder: Path | str, name: str, bodies: Mapping[str, str | bytes]) -> list[Path]:
+    return [write_whole(Path(folder, f"{name}{ending}"), body) for ending, body in bodies.items()]
 
 
 def write_whole(path: Path, body: str | bytes) -> Path:
@@ -84,17 +84,13 @@ def write_whole(path: Path, body: str | bytes) -> Path:
     Raises:
         MlfusionError: it cannot be written there.
     """
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(body.encode() if isinstance(body, str) else body)
-        draft.replace(path)
+        with disk.atomic(path, replace=True) as draft:
+            draft.write_bytes(body.encode() if isinstance(body, str) else body)
     except OSError as err:
         raise MlfusionError(
             f"cannot write the report to {str(path)!r}: {err.strerror or err}; allowed: a file in a folder that can be "
             "written to. Type: mlfusion report --html report.html"
         ) from err
-    finally:
-        if draft.exists():
-            draft.unlink()
     return path

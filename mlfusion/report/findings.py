@@ -4,6 +4,8 @@ Every number comes from the rows and from the arrays beside them.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -15,7 +17,7 @@ from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import ALF, ComparisonGroup, code_versions, comparison_groups
 from mlfusion.results import Results, Row
 from mlfusion.specs.names import BASELINE, layer_ranges
-from mlfusion.statistics.datasets import Against, against
+from mlfusion.statistics.datasets import against
 from mlfusion.statistics.rows import Comparison, by_dataset, compare_probes, cost
 from mlfusion.system.progress import duration
 
@@ -30,7 +32,6 @@ def write_findings(
 
     Args:
         rows: rows of the study.
-        path: the file.
         results: where the rows come from; their arrays give the intervals.
         title: heading of the page.
         about: a sentence or two under the heading.
@@ -45,46 +46,39 @@ def write_findings(
 def page_text(rows: Sequence[Row], results: Results, *, title: str, about: str, command: str) -> str:
     """What `write_findings` writes."""
     groups = comparison_groups(rows)
-    parts = [f"# {title}", about, _made(groups, command)]
+    parts = [f"# {title}", about, f"```\n{command}\n```", _provenance(groups)]
     for study in studies(groups):
         name = f" ({study.name})" if study.name else ""
-        parts += [
-            tables.markdown(tables.of_model(study, model)).strip().replace("### ", "## ", 1) for model in study.models
-        ]
+        each = [tables.markdown(tables.of_model(study, model)) for model in study.models if study.probes]
+        parts += [text.strip().replace("### ", "## ", 1) for text in each]
         if uncertainty := [*_cases(study, results), *_tests(study)]:
-            parts += [f"## Uncertainty of the gains{name}", *uncertainty]
+            parts += [f"## Uncertainty{name}", *uncertainty]
         parts += [f"## Cost{name}", _costs(study)]
     return "\n\n".join(parts) + "\n"
 
 
-def _made(groups: Sequence[ComparisonGroup], command: str) -> str:
-    """The command, the models and the data sets that the results come from."""
-    datasets = {group.dataset: group for group in groups}
-    models = {group.model: group for group in groups}
+def _provenance(groups: Sequence[ComparisonGroup]) -> str:
+    """The models and the data sets that the results come from, and when and by what they were made."""
+    datasets = {group.dataset: group.first for group in groups}
+    models = {group.model: group.first for group in groups}
     architectures = ", ".join(f"{name} ({one.depth} layers of width {one.width})" for name, one in models.items())
     seeds = layer_ranges(seed for group in groups for seed in group.seeds)
     dates = sorted(row.created[:10] for group in groups for row in group.rows)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    lines = [
-        "```",
-        command,
-        "```",
-        "",
-        f"This page is written by that command. Its rows were made on {when} by mlfusion at "
+    sizes = [
+        (name, count(one.images.train), count(one.images.test), str(len(one.classes))) for name, one in datasets.items()
+    ]
+    return _under(
+        f"This command writes this page. Its rows were computed on {when} by mlfusion at "
         f"{', '.join(code_versions(groups))}. Models: {architectures}. Grid: "
         f"{', '.join(dict.fromkeys(group.grid for group in groups))}; seeds {seeds}.",
-        "",
-        "| data set | train images | test images | classes |",
-        "|---|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {name} | {count(one.train_images)} | {count(one.test_images)} | {len(one.classes)} |"
-        for name, one in datasets.items()
-    ]
-    return "\n".join(lines)
+        tables.markdown_lines(["data set", "train images", "test images", "classes"], sizes),
+    )
 
 
-# --- uncertainty -----------------------------------------------------------------------------------------------------
+def _under(text: str, lines: Sequence[str], *after: str) -> str:
+    """A table under a sentence, and what follows it."""
+    return "\n\n".join([text, "\n".join(lines), *after])
 
 
 def _cases(study: Study, results: Results) -> list[str]:
@@ -92,37 +86,28 @@ def _cases(study: Study, results: Results) -> list[str]:
     rows = [row for group in study.groups for row in group.rows]
     parts = []
     for probe in PROBES:
-        try:
-            compared = compare_probes(results, rows, probe, BASELINE)
-        except BadData:  # this study does not have both
-            continue
-        parts.append(_case_table(probe, compared))
+        with suppress(BadData):  # this study does not have both
+            parts.append(_case_table(probe, compare_probes(results, rows, probe, BASELINE)))
     return parts
 
 
 def _case_table(probe: str, compared: Sequence[Comparison]) -> str:
-    lines = [
-        f"`{probe}` against `{BASELINE}`: the 95 % interval and p are over draws of the test images, the same for both (paired "
-        "bootstrap of the mean over seeds).",
-        "",
-        f"| model | data set | `{BASELINE}` | `{probe}` | gain, points | over seeds | over images | p |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads = ["model", "data set", f"`{BASELINE}`", f"`{probe}`", "gain, points", "over seeds", "over images", "p"]
+    lines = []
     for one in compared:
-        images = one.images
-        interval = f"{points(images.low)} to {points(images.high)} | {p_value(images.p)} |" if images else "| |"
-        lines.append(
-            f"| {one.model} | {one.dataset} | {percent(one.score_b.mean)} | {percent(one.score_a.mean)} | "
-            f"{points(one.gain.mean)} | {plus_minus(one.gain.sd).strip()} | {interval}"
-        )
+        images, gain = one.images, plus_minus(one.gain.sd).strip()
+        interval = f"{points(images.low)} to {points(images.high)} | {p_value(images.p)}" if images else "|"
+        scores = percent(one.score_b.mean), percent(one.score_a.mean)
+        lines.append((one.model, one.dataset, *scores, points(one.gain.mean), gain, interval))
     above = sum(one.images.low > 0 for one in compared if one.images)
     below = sum(one.images.high < 0 for one in compared if one.images)
-    lines += [
-        "",
+    return _under(
+        f"`{probe}` against `{BASELINE}`: 95 % interval and p from a paired bootstrap of the mean over seeds; both probes get "
+        "the same resampled test images.",
+        tables.markdown_lines(heads, lines, texts=2),
         f"On average {points(fmean(one.gain.mean for one in compared))} points over {plural(len(compared), 'case', 'cases')}; "
         f"the interval lies above 0 in {above} and below it in {below}.",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def _tests(study: Study) -> list[str]:
@@ -130,11 +115,11 @@ def _tests(study: Study) -> list[str]:
     parts = []
     for model in study.models:
         scores = by_dataset(row for group in study.select(model=model) for row in group.rows)
-        base = scores.get(BASELINE, {})
+        base = scores.pop(BASELINE, {})
         gains = {
             probe: [held[name] - base[name] for name in base]
             for probe, held in scores.items()
-            if probe != BASELINE and held.keys() == base.keys()
+            if held.keys() == base.keys()
         }
         if len(base) < 2 or not gains:
             continue
@@ -142,48 +127,31 @@ def _tests(study: Study) -> list[str]:
         place = f"Over the {len(base)} data sets of {model}"
         if refused := next((one.refused for one in tested if one.refused), None):
             parts.append(f"{place}: {refused}.")
-        if lines := [_test_line(one) for one in tested if one.p is not None and one.q is not None]:
-            parts.append("\n".join([_tests_head(place), *lines]))
+        lines = [
+            (f"`{one.name}`", points(one.mean), p_value(one.p), p_value(one.q))
+            for one in tested
+            if one.p is not None and one.q is not None
+        ]
+        text = (
+            f"{place}: mean gain over `{BASELINE}`; p of the one-sided Wilcoxon signed-rank test that the gain is above 0, and "
+            "p adjusted over these probes by Benjamini and Hochberg."
+        )
+        if lines:
+            parts.append(_under(text, tables.markdown_lines(["probe", "mean gain, points", "p", "adjusted"], lines)))
     return parts
 
 
-def _tests_head(place: str) -> str:
-    return "\n".join(
-        [
-            f"{place}: mean gain over `{BASELINE}`; p of the one-sided Wilcoxon signed-rank test that it is above 0, "
-            "unadjusted and adjusted for all of these by Benjamini and Hochberg.",
-            "",
-            "| probe | mean gain, points | p | adjusted |",
-            "|---|---:|---:|---:|",
-        ]
-    )
-
-
-def _test_line(one: Against) -> str:
-    p, q = (p_value(value) if value is not None else "" for value in (one.p, one.q))
-    return f"| `{one.name}` | {points(one.mean)} | {p} | {q} |"
-
-
-# --- cost ------------------------------------------------------------------------------------------------------------
-
-
 def _costs(study: Study) -> str:
-    lines = [
-        "Cost of one probe with its grid and refit, mean over seeds and data sets. Times are wall-clock times, whatever else "
-        "the machine was doing.",
-        "",
-        "| model | probe | parameters | time | tokens in the cache |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for model in study.models:
-        for probe in study.probes:
-            each = [cost(score.rows) for score in study.scores(probe, model=model)]
-            if not each:
-                continue
-            lines.append(
-                f"| {model} | `{probe}` | {count(max(one.parameters for one in each))} | "
-                f"{duration(fmean(one.seconds for one in each))} | {sum(one.bytes for one in each) / 1e6:,.1f} MB |"
-            )
+    lines = []
+    for model, probe in product(study.models, study.probes):
+        if each := [cost(score.rows) for score in study.scores(probe, model=model)]:
+            parameters = count(max(one.parameters for one in each))
+            time, size = duration(fmean(one.seconds for one in each)), sum(one.bytes for one in each)
+            lines.append((model, f"`{probe}`", parameters, time, f"{size / 1e6:,.1f} MB"))
     rows, seconds = sum(len(group.rows) for group in study.groups), sum(group.seconds for group in study.groups)
-    lines += ["", f"In all {rows:,} rows, {duration(seconds)} of probing."]
-    return "\n".join(lines)
+    return _under(
+        "Cost of one probe, with its grid and refit; means over seeds and data sets. Times are wall-clock times, which include "
+        "other load on the machine.",
+        tables.markdown_lines(["model", "probe", "parameters", "time", "tokens in the cache"], lines, texts=2),
+        f"{rows:,} rows in total, {duration(seconds)} of probing.",
+    )

@@ -11,14 +11,14 @@ from typing import Any
 
 from mlfusion.report import assets, sentences, theme
 from mlfusion.report.catalogue import ReportData
-from mlfusion.report.figures.drawing import Figure, Panel, require_altair
+from mlfusion.report.figures.charts import require_altair
+from mlfusion.report.figures.drawing import Figure
 from mlfusion.report.figures.layers import Cka
 from mlfusion.report.files import write_whole
 from mlfusion.report.numbers import count
 from mlfusion.report.page_tables import rounded
 from mlfusion.report.pictures import Strip
 from mlfusion.report.sections import sections
-from mlfusion.report.tables import Cell, ScoreTable
 from mlfusion.results import Results, Row
 
 TITLE = "Do the intermediate layers help?"
@@ -46,7 +46,6 @@ def write_page(
 
     Args:
         rows: of any models and data sets.
-        path: the file.
         title: heading of the page.
         results: where the rows come from; their arrays give confusions and calibration.
         cka: similarity of layers with the last, drawn beside accuracy by layer.
@@ -67,12 +66,9 @@ def page(data: ReportData, *, title: str = TITLE, name: str = "report.html") -> 
     import jinja2
 
     parts = sections(data, name)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    whole = _unbroken({row.probe for row in data.rows})
-    environment.filters |= {"count": count, "whole": whole, "packed": _packed, "strength": _strength}
-    return environment.from_string(_file("page.html")).render(
+    env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env.filters |= {"count": count, "whole": _unbroken({row.probe for row in data.rows}), "packed": _packed}
+    return env.from_string(_file("page.html")).render(
         title=title,
         opening=sentences.opening(groups),
         answers=[sentences.short_answer(group) for group in groups] if len(groups) > 1 else [],
@@ -108,11 +104,6 @@ def _unbroken(probes: set[str]) -> Any:
     return whole
 
 
-def _strength(cell: Cell, table: ScoreTable) -> float:
-    """How strongly a cell is coloured, from -1 for the largest loss to 1 for the largest gain of its table."""
-    return cell.gain.mean / table.largest_gain if cell.gain else 0.0
-
-
 def _packed(value: Any) -> str:
     """JSON, compressed by gzip (the same bytes every time), in base64."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -125,20 +116,13 @@ def _file(name: str) -> str:
 
 def _figures_json(figures: Sequence[Figure]) -> dict[str, Any]:
     """Each specification once; for every panel the number of its specification, and its records as rows of a table."""
-    specs: list[Any] = []
-    position: dict[int, int] = {}
+    every = {id(panel.spec): panel.spec for figure in figures for panel in figure.panels}
+    position = {key: i for i, key in enumerate(every)}
     panels: dict[str, Any] = {}
     for figure in figures:
         for i, panel in enumerate(figure.panels):
-            if id(panel.spec) not in position:
-                position[id(panel.spec)] = len(specs)
-                specs.append(panel.spec)
-            panels[f"{figure.name}-{i}"] = {"spec": position[id(panel.spec)], **_columns(panel)}
+            keys = list(dict.fromkeys(key for record in panel.records for key in record))
+            rows = [[rounded(record.get(key)) for key in keys] for record in panel.records]
+            panels[f"{figure.name}-{i}"] = {"spec": position[id(panel.spec)], "keys": keys, "rows": rows}
     themes = {"light": theme.config(theme.LIGHT), "dark": theme.config(theme.DARK)}
-    return {"themes": themes, "specs": specs, "panels": panels}
-
-
-def _columns(panel: Panel) -> dict[str, Any]:
-    keys = list(dict.fromkeys(key for record in panel.records for key in record))
-    rows = [[rounded(record.get(key)) for key in keys] for record in panel.records]
-    return {"keys": keys, "rows": rows}
+    return {"themes": themes, "specs": list(every.values()), "panels": panels}

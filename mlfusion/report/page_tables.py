@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mlfusion.report.numbers import count, from_to
 from mlfusion.report.published import PublishedComparison
 from mlfusion.report.studies import domain
-from mlfusion.report.summary import ComparisonGroup, Score
+from mlfusion.report.summary import ComparisonGroup, Score, head_of
 from mlfusion.results import Row
 from mlfusion.specs.identity import KINDS
 from mlfusion.specs.names import layer_ranges
@@ -30,24 +30,13 @@ class Column:
     cells: Sequence[Any]
     hidden: bool = False
 
-    @property
-    def is_text(self) -> bool:
-        """Whether cells are positions in a list of texts."""
-        return self.kind in ("text", "code")
-
-    def head(self) -> dict[str, Any]:
-        """What the script needs to know of the column."""
-        made: dict[str, Any] = {"title": self.title, "kind": self.kind}
-        if self.is_text:
-            made["words"] = list(dict.fromkeys(self.cells))
-        return made | ({"hidden": True} if self.hidden else {})
-
-    def values(self) -> list[Any]:
-        """Cells as they are sent: a text as its position, a score as (mean, deviation)."""
-        if not self.is_text:
-            return [tuple(map(rounded, cell)) if isinstance(cell, tuple) else rounded(cell) for cell in self.cells]
+    def sent(self) -> tuple[dict[str, Any], list[Any]]:
+        """(what the script needs to know of it, cells: a text as its position among `words`, a score as (mean, deviation))."""
+        head = {"title": self.title, "kind": self.kind} | ({"hidden": True} if self.hidden else {})
+        if self.kind not in ("text", "code"):
+            return head, [tuple(map(rounded, one)) if isinstance(one, tuple) else rounded(one) for one in self.cells]
         position = {word: i for i, word in enumerate(dict.fromkeys(self.cells))}
-        return [position[cell] for cell in self.cells]
+        return head | {"words": list(position)}, [position[cell] for cell in self.cells]
 
 
 def rounded(value: Any) -> Any:
@@ -78,7 +67,7 @@ def scores_table(pairs: Sequence[tuple[ComparisonGroup, Score]], *, several: boo
             Column("Parameters", "count", [score.parameters for score in scores]),
             Column("Time", "duration", [score.seconds for score in scores]),
             Column("Seeds", "count", [score.test.n for score in scores]),
-            Column("Head", "text", [score.head for score in scores], hidden=True),
+            Column("Head", "text", [head_of(score.probe) for score in scores], hidden=True),
             *grouped,
         ]
     )
@@ -103,10 +92,8 @@ def published_table(compared: Sequence[PublishedComparison]) -> DataTable:
 def listed_rows(groups: Sequence[ComparisonGroup]) -> list[Row]:
     """All rows, or those over more than a single layer, or none, whichever the page has room for."""
     rows = [row for group in groups for row in group.rows]
-    if len(rows) <= MAX_ROWS:
-        return rows
     some = [row for row in rows if "-layer-" not in row.probe]
-    return some if len(some) <= MAX_ROWS else []
+    return next((held for held in (rows, some) if len(held) <= MAX_ROWS), [])
 
 
 def rows_table(rows: Sequence[Row]) -> DataTable:
@@ -152,12 +139,20 @@ def runs_table(groups: Sequence[ComparisonGroup]) -> DataTable:
     return _table(
         [
             Column("Model on data set", "text", [group.name for group in groups]),
-            Column("Images", "text", [f"{count(g.train_images)} + {count(g.test_images)}" for g in groups]),
-            Column("Classes", "count", [len(group.classes) for group in groups]),
-            Column(f"Blocks {times} width", "text", [f"{group.depth} {times} {group.width}" for group in groups]),
+            Column("Images", "text", [f"{count(g.first.images.train)} + {count(g.first.images.test)}" for g in groups]),
+            Column("Classes", "count", [len(group.first.classes) for group in groups]),
+            Column(
+                f"Blocks {times} width",
+                "text",
+                [f"{group.first.depth} {times} {group.first.width}" for group in groups],
+            ),
             Column("Layers", "text", [layer_ranges({layer for layer, _ in group.tokens}) for group in groups]),
             Column("Tokens", "text", [", ".join(kind for kind in KINDS if kind in held) for held in kinds]),
-            Column("Grid", "text", [f"{group.grid}, {from_to(group.configurations)}" for group in groups]),
+            Column(
+                "Grid",
+                "text",
+                [f"{group.grid}, {from_to(row.configurations for row in group.rows)}" for group in groups],
+            ),
             Column("Probes", "count", [len(group.scores) for group in groups]),
             Column("Seeds", "text", [layer_ranges(group.seeds).replace(",", ", ") for group in groups]),
             Column("Time", "duration", [group.seconds for group in groups]),
@@ -167,8 +162,8 @@ def runs_table(groups: Sequence[ComparisonGroup]) -> DataTable:
 
 
 def _table(columns: Sequence[Column]) -> DataTable:
-    rows = zip(*(column.values() for column in columns), strict=True)
-    return {"columns": [column.head() for column in columns], "rows": [list(row) for row in rows]}
+    heads, cells = zip(*(column.sent() for column in columns), strict=True)
+    return {"columns": list(heads), "rows": [list(row) for row in zip(*cells, strict=True)]}
 
 
 def _spread(spread: Spread | None, marked: bool = False) -> tuple[Any, ...] | None:

@@ -9,12 +9,13 @@ from math import sqrt
 from statistics import fmean
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from mlfusion.report.figures.drawing import Figure, Panel, Record, base_chart, require_altair, to_spec
+from mlfusion.report.figures import charts
+from mlfusion.report.figures.drawing import Figure, Panel, Record
 from mlfusion.report.numbers import count, mean_sd, percent, plural, points
 from mlfusion.report.summary import ComparisonGroup, Score, comparison_groups
+from mlfusion.report.terminal import bare_table
 from mlfusion.results import Row
 
 SOURCE = "Ciernik et al., arXiv 2601.09322"
@@ -38,30 +39,18 @@ class PublishedComparison:
         return self.score.test.mean - self.published
 
     @property
-    def noise(self) -> float | None:
-        """Deviation of the difference over seeds, as if theirs had our deviation; None for one seed."""
-        sd, n = self.score.test.sd, self.score.test.n
-        return None if sd is None else sd * sqrt(1 + 1 / n)
-
-    @property
     def flagged(self) -> bool:
-        """Whether the difference is large."""
-        return abs(self.difference) > max(LARGE, 2 * (self.noise or 0))
+        """Whether the difference is large; its deviation over seeds is estimated as if theirs had the deviation of ours."""
+        test = self.score.test
+        return abs(self.difference) > max(LARGE, 2 * (test.sd or 0) * sqrt(1 + 1 / test.n))
 
     def record(self) -> Record:
         """The comparison in percent, as its CSV holds it."""
-        return Record(
-            model=self.group.model,
-            dataset=self.group.dataset,
-            probe=self.score.probe,
-            grid=self.group.grid,
-            ours=100 * self.score.test.mean,
-            ours_sd=None if self.score.test.sd is None else 100 * self.score.test.sd,
-            seeds=self.score.test.n,
-            published=100 * self.published,
-            difference=100 * self.difference,
-            flagged="yes" if self.flagged else "",
-        )
+        group, test, difference = self.group, self.score.test, 100 * self.difference
+        sd = None if test.sd is None else 100 * test.sd
+        place = Record(model=group.model, dataset=group.dataset, probe=self.score.probe, grid=group.grid)
+        ours = place.extended(ours=100 * test.mean, ours_sd=sd, seeds=test.n, published=100 * self.published)
+        return ours.extended(difference=difference, flagged="yes" if self.flagged else "")
 
 
 @cache
@@ -123,18 +112,14 @@ def table(found: Sequence[PublishedComparison], most: int) -> RenderableType:
     summary = Text(summarize(found))
     if not shown:
         return summary
-    lines = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for head in ("model", "data set", "probe"):
-        lines.add_column(head, no_wrap=True)
-    for head in ("ours, %", "published", "difference, points", ""):
-        lines.add_column(head, justify="right", no_wrap=True)
+    lines = bare_table(None, ["model", "data set", "probe"], ["ours, %", "published", "difference, points", ""])
     for one in shown:
-        lines.add_row(
-            *(one.group.model, one.group.dataset, one.score.probe),
-            *(mean_sd(one.score.test), percent(one.published), points(one.difference)),
-            "flagged" if one.flagged else "",
-            style="bold" if one.flagged else "",
+        place, scores = (
+            (one.group.model, one.group.dataset, one.score.probe),
+            (mean_sd(one.score.test), percent(one.published)),
         )
+        flag, style = ("flagged", "bold") if one.flagged else ("", "")
+        lines.add_row(*place, *scores, points(one.difference), flag, style=style)
     left = len(found) - len(shown)
     rest = [Text(f"{count(left)} more are in the page (--html) and in the CSV of --figures")] if left else []
     return Group(lines, *rest, Text(), summary)
@@ -163,22 +148,15 @@ def figure(found: Sequence[PublishedComparison]) -> Figure | None:
 
 
 def _spec(low: float, high: float) -> dict[str, object]:
-    alt = require_altair()
-    base = base_chart()
-    scale = alt.Scale(domain=[low, high], zero=False, nice=False, padding=8)
-    x = alt.X("published:Q", title="published, %", scale=scale, axis=alt.Axis(tickCount=5))
-    y = alt.Y("ours:Q", title="ours, %", scale=scale, axis=alt.Axis(tickCount=5))
-    tooltip = [
-        alt.Tooltip("dataset:N", title="data set"),
-        alt.Tooltip("probe:N"),
-        alt.Tooltip("ours:Q", format=".2f"),
-        alt.Tooltip("published:Q", format=".2f"),
-        alt.Tooltip("difference:Q", title="difference, points", format="+.2f"),
-        alt.Tooltip("seeds:Q"),
-    ]
+    alt, base = charts.base_chart()
+    scale, axis = charts.exact_scale((low, high), 8), alt.Axis(tickCount=5)
+    x = alt.X("published:Q", title="published, %", scale=scale, axis=axis)
+    y = alt.Y("ours:Q", title="ours, %", scale=scale, axis=axis)
+    numbers = [("ours:Q", "", ".2f"), ("published:Q", "", ".2f"), ("difference:Q", "difference, points", "+.2f")]
+    tooltip = charts.tooltip(("dataset:N", "data set"), "probe:N", *numbers, "seeds:Q")
     equal = base.transform_aggregate(n="count()").mark_rule(style="baseline")
     layers = [equal.encode(x=alt.XDatum(low), x2=alt.X2Datum(high), y=alt.YDatum(low), y2=alt.Y2Datum(high))]
     for flagged, style in (("datum.flagged == ''", "hollow"), ("datum.flagged != ''", "dot")):
         dots = base.transform_filter(flagged).mark_point(style=style, filled=style == "dot")
         layers.append(dots.encode(x=x, y=y, tooltip=tooltip))
-    return to_spec(alt.layer(*layers), 280)
+    return charts.to_spec(alt.layer(*layers), 280)

@@ -1,7 +1,8 @@
 """The sections of the page, in the order in which they stand: each takes what it shows from the report's data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from mlfusion.report import page_tables, published, sentences
@@ -21,10 +22,19 @@ from mlfusion.report.summary import (
     metric_name,
     score_word,
 )
-from mlfusion.report.tables import ScoreTable, slug
+from mlfusion.report.tables import slug
 
 FEW = 4
 """Up to so many cases (a model on a data set) have their own figures at the top; more have them with their data set."""
+
+OVER_STUDIES: Mapping[SectionName, str] = {
+    "tokens": "CLS, AP, or both",
+    "heads": "Number of attention heads",
+    "cost": "Score against cost",
+    "seeds": "Variation over seeds",
+    "train-test": "Training and test scores",
+}
+"""Titles of the sections that hold one kind of figure, one a study."""
 
 
 @dataclass(frozen=True)
@@ -42,43 +52,16 @@ class Section:
 
 def sections(data: ReportData, page: str) -> list[Section]:
     """Every section that there is something for; `page` is the file name that the last command writes."""
+    over = [partial(_over_studies, name=name, title=title) for name, title in OVER_STUDIES.items()]
     makers: list[Callable[[ReportData], Section | None]] = [
         _accuracy,
         _attention,
         _layers,
-        lambda data: _over_studies(data, "tokens", "CLS, AP, or both"),
-        lambda data: _over_studies(data, "heads", "Number of attention heads"),
-        lambda data: _over_studies(data, "cost", "Score against cost"),
-        lambda data: _over_studies(data, "seeds", "Variation over seeds"),
-        lambda data: _over_studies(data, "train-test", "Training and test scores"),
+        *over,
         _published,
         _datasets,
-        lambda data: _runs(data, page),
     ]
-    return [section for make in makers if (section := make(data))]
-
-
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StudyScores:
-    """Tables and figures over the models and data sets of one study."""
-
-    name: str
-    tables: Sequence[ScoreTable]
-    figures: Sequence[Figure]
-
-
-@dataclass(frozen=True)
-class AccuracyContent:
-    """What the section on scores says."""
-
-    metric: str
-    chance: str
-    own: Sequence[Figure]  # of each case
-    studies: Sequence[StudyScores]
-    footnote: str
+    return [*(section for make in makers if (section := make(data))), _runs(data, page)]
 
 
 def _accuracy(data: ReportData) -> Section:
@@ -89,27 +72,22 @@ def _accuracy(data: ReportData) -> Section:
     if not pairs:
         return Section("accuracy", title, body="accuracy")
     own = _figures_at_the_top(data, "accuracy")
-    over = [
-        StudyScores(study.name, score_tables(study), study_figures(study, "accuracy"))
+    over: list[dict[str, Any]] = [
+        {"name": study.name, "tables": score_tables(study), "figures": study_figures(study, "accuracy")}
         for study in data.studies
         if len(study.groups) > 1 and study.probes
     ]
-    content = AccuracyContent(
-        metric=capitalized(enumerated(list(dict.fromkeys(metric_name(group.metric) for group in groups)))),
-        chance=sentences.chance_level(groups),
-        own=own,
-        studies=over,
-        footnote=OTHER_CODE if any(score.other_code for _, score in pairs) else "",
-    )
-    return Section(
-        "accuracy",
-        title,
-        [*own, *(figure for one in over for figure in one.figures)],
-        {"scores": page_tables.scores_table(pairs, several=len(groups) > 1)},
-        "accuracy",
-        content,
-        [("accuracy", name), ("all-scores", "All scores")],
-    )
+    content = {
+        "metric": capitalized(enumerated(list(dict.fromkeys(metric_name(group.metric) for group in groups)))),
+        "chance": sentences.chance_level(groups),
+        "own": own,
+        "studies": over,
+        "footnote": OTHER_CODE if any(score.other_code for _, score in pairs) else "",
+    }
+    figures = [*own, *(figure for one in over for figure in one["figures"])]
+    tables = {"scores": page_tables.scores_table(pairs, several=len(groups) > 1)}
+    entries = [("accuracy", name), ("all-scores", "All scores")]
+    return Section("accuracy", title, figures, tables, "accuracy", content, entries)
 
 
 def _figures_at_the_top(data: ReportData, section: SectionName) -> list[Figure]:
@@ -122,38 +100,22 @@ def _attention(data: ReportData) -> Section:
     figure = group_figure("attention", [group for group, _ in data.attended], data)
     said = [sentences.attention(group, found) for group, found in data.attended]
     entries = [("attention", "Attention")] if figure else []
-    figures = [figure] if figure else []
-    return Section("attention", "Attention over layers", figures, {}, "attention", said, entries)
-
-
-@dataclass(frozen=True)
-class LayersContent:
-    """What the section on single layers says."""
-
-    best: Sequence[str]  # sentences
-    command: str  # which makes the rows if there are none
+    return Section("attention", "Attention over layers", [figure] if figure else [], {}, "attention", said, entries)
 
 
 def _layers(data: ReportData) -> Section:
     groups = data.groups
+    title, own = f"{score_word(groups)} by layer", _figures_at_the_top(data, "layers")
+    content = {
+        "best": [sentences.best_layers(group) for group in groups if group.by_layer],
+        "command": layerwise_command(groups[0]),  # which makes the rows if there are none
+    }
     pairs = [(group, score) for group in groups for score in group.scores if score.layerwise]
-    best = [sentences.best_layers(group) for group in groups if group.by_layer]
-    return Section(
-        "layers",
-        f"{score_word(groups)} by layer",
-        _figures_at_the_top(data, "layers"),
-        {"layer-scores": page_tables.scores_table(pairs, several=len(groups) > 1)} if pairs else {},
-        "layers",
-        LayersContent(best, layerwise_command(groups[0])),
-        [("layers", "By layer")] if pairs else [],
-    )
-
-
-# --- over models and data sets ---------------------------------------------------------------------------------------
+    tables = {"layer-scores": page_tables.scores_table(pairs, several=len(groups) > 1)} if pairs else {}
+    return Section("layers", title, own, tables, "layers", content, [("layers", "By layer")] if pairs else [])
 
 
 def _over_studies(data: ReportData, name: SectionName, title: str) -> Section | None:
-    """The figures of one kind, one a study."""
     figures = [figure for study in data.studies for figure in study_figures(study, name)]
     return Section(name, title, figures, contents=[(name, title)]) if figures else None
 
@@ -165,9 +127,6 @@ def _published(data: ReportData) -> Section | None:
     tables = {"published": page_tables.published_table(data.compared)}
     text = published.summarize(data.compared)
     return Section("paper", figure.title, [figure], tables, content=text, contents=[("paper", figure.title)])
-
-
-# --- data set by data set --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -206,7 +165,7 @@ def _dataset_parts(data: ReportData) -> Iterator[DatasetPart]:
                 name,
                 f"dataset-{slug(name)}",
                 _about(name, groups),
-                [figure.named(f"{figure.name}-{i}") for figure in figures],
+                [replace(figure, name=f"{figure.name}-{i}") for figure in figures],
                 strips,
                 classification.confusions(predictions) if predictions else [],
                 classification.source(predictions) if predictions else "",
@@ -219,8 +178,8 @@ def _about(name: str, groups: Sequence[ComparisonGroup]) -> str:
         return ""
     best = max((group.main for group in groups if group.main), key=lambda score: score.val.mean, default=None)
     facts = [domain(name)] * (domain(name) != "Others")
-    facts.append(f"{count(len(groups[0].classes))} classes")
-    facts.append(f"{count(groups[0].train_images)} + {count(groups[0].test_images)} images")
+    facts.append(f"{count(len(groups[0].first.classes))} classes")
+    facts.append(f"{count(groups[0].first.images.train)} + {count(groups[0].first.images.test)} images")
     if best:
         facts.append(f"{best.probe} {percent(best.test.mean)} %")
     return " · ".join(facts)
@@ -234,32 +193,17 @@ def _strip(strip: Strip) -> dict[str, Any]:
     return {"title": strip.title, "description": strip.description, "pictures": pictures}
 
 
-# --- what was run ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunsContent:
-    """How the results were made."""
-
-    commands: Sequence[str]
-    codes: Sequence[str]
-    libraries: Mapping[str, str]
-    rows: int
-    listed: int  # rows in the table
-    replaced: int  # older rows that are left out
-
-
 def _runs(data: ReportData, page: str) -> Section:
     groups = data.groups
     listed = page_tables.listed_rows(groups)
     rows = sum(len(group.rows) for group in groups)
-    content = RunsContent(
-        commands=reproduction_commands(groups, page),
-        codes=code_versions(groups),
-        libraries=library_versions(groups),
-        rows=rows,
-        listed=len(listed),
-        replaced=len(data.rows) - rows,
-    )
+    content = {
+        "commands": reproduction_commands(groups, page),
+        "codes": code_versions(groups),
+        "libraries": library_versions(groups),
+        "rows": rows,
+        "listed": len(listed),  # rows in the table
+        "replaced": len(data.rows) - rows,  # older rows that are left out
+    }
     tables = {"runs": page_tables.runs_table(groups)} | ({"rows": page_tables.rows_table(listed)} if listed else {})
     return Section("run", "What was run", (), tables, "runs", content, [("run", "What was run")])

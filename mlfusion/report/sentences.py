@@ -10,6 +10,7 @@ from mlfusion.statistics import Spread
 from mlfusion.system.progress import duration
 
 CASES = "(a model on a data set)"
+VERDICTS = {1: "help", 0: "make no clear difference", -1: "do not help"}
 
 
 def opening(groups: Sequence[ComparisonGroup]) -> str:
@@ -44,12 +45,7 @@ def _counted(directions: Sequence[int]) -> str:
     cases, helped = len(directions), directions.count(1)
     if helped == cases > 1:
         return f"The intermediate layers help in all {helped} cases {CASES}"
-    counts = [
-        (helped, "help"),
-        (directions.count(0), "make no clear difference"),
-        (directions.count(-1), "do not help"),
-    ]
-    verdicts = enumerated([f"{verdict} in {number}" for number, verdict in counts if number])
+    verdicts = enumerated([f"{VERDICTS[one]} in {directions.count(one)}" for one in VERDICTS if one in directions])
     return f"Of {cases} cases {CASES}, the intermediate layers {verdicts}"
 
 
@@ -81,7 +77,7 @@ def answer(group: ComparisonGroup) -> str:
     against = f"{reached} against {_whole_percent(baseline.test.mean)} for {BASELINE}"
     if main.gain is None:
         return f"{place}, {against}; they share no seed, so whether the intermediate layers help is open."
-    verdict = {1: "help", 0: "make no clear difference", -1: "do not help"}[direction(group)]
+    verdict = VERDICTS[direction(group)]
     return f"{place}, the intermediate layers {verdict}: {against} ({_gain_text(group, main.gain)})."
 
 
@@ -105,7 +101,7 @@ def direction(group: ComparisonGroup) -> int:
 
 def chance_level(groups: Sequence[ComparisonGroup]) -> str:
     """The score that random guesses would get, for each metric."""
-    classes = sorted({len(group.classes) for group in groups if group.metric == "balanced_accuracy"})
+    classes = sorted({len(group.first.classes) for group in groups if group.metric == "balanced_accuracy"})
     ends = list(dict.fromkeys([classes[-1], classes[0]] if classes else []))
     share = " to ".join(percent(1 / n) for n in ends)
     levels = {
@@ -119,16 +115,17 @@ def chance_level(groups: Sequence[ComparisonGroup]) -> str:
 
 def attention(group: ComparisonGroup, held: LayerAttention) -> str:
     """Which layer gets the largest share of the attention, compared with an even share."""
-    shares = held.by_layer
-    at_peak = {kind: share for (layer, kind), share in zip(held.tokens, held.mean, strict=True) if layer == held.peak}
+    shares, deepest = held.by_layer, max(held.by_layer)
+    peak = max(shares, key=lambda layer: shares[layer])
+    at_peak = {kind: share for (layer, kind), share in zip(held.tokens, held.mean, strict=True) if layer == peak}
     even = len(at_peak) / len(held.tokens)
     kind = max(at_peak, key=lambda kind: at_peak[kind]).upper()
-    place = ", the last" if held.peak == max(shares) else f" of {group.depth}"
+    place = ", the last" if peak == deepest else f" of {group.first.depth}"
     probe = "" if held.probe == ALF else f", {held.probe}"
     return (
-        f"{group.name}{probe}: attention peaks at layer {held.peak}{place}, with {_whole_percent(shares[held.peak], 0)} of it, "
+        f"{group.name}{probe}: attention peaks at layer {peak}{place}, with {_whole_percent(shares[peak], 0)} of it, "
         f"mostly on {kind} (an even share would be {_whole_percent(even)}); layers before the last get "
-        f"{_whole_percent(held.before_last, 0)}."
+        f"{_whole_percent(sum(held.mean) - shares[deepest], 0)}."
     )
 
 
@@ -144,13 +141,10 @@ def best_layers(group: ComparisonGroup) -> str:
 
 def basis(groups: Sequence[ComparisonGroup]) -> str:
     """How many models, data sets, probes and seeds the answer rests on, and the time of probing."""
-    counts = [
-        plural(len({group.model for group in groups}), "model", "models"),
-        plural(len({group.dataset for group in groups}), "data set", "data sets"),
-        plural(len({score.probe for group in groups for score in group.scores}), "probe", "probes"),
-        plural(len({seed for group in groups for seed in group.seeds}), "seed", "seeds"),
-    ]
-    return f"{', '.join(counts)}; {duration(sum(group.seconds for group in groups))} of probing."
+    rows = [row for group in groups for row in group.rows]
+    held = {"model": "model", "data set": "dataset", "probe": "probe", "seed": "seed"}
+    counts = [plural(len({getattr(row, field) for row in rows}), name, f"{name}s") for name, field in held.items()]
+    return f"{', '.join(counts)}; {duration(sum(row.seconds for row in rows))} of probing."
 
 
 def _whole_percent(value: float, digits: int = 1) -> str:
@@ -160,7 +154,7 @@ def _whole_percent(value: float, digits: int = 1) -> str:
 
 def _gain_text(group: ComparisonGroup, gain: Spread) -> str:
     seeds = "one seed, so no deviation is known" if gain.sd is None else f"{gain.n} seeds"
-    images, error = count(group.test_images), group.gain_standard_error
+    images, error = count(group.first.images.test), group.gain_standard_error
     if error is None:
         chance = f"; mlfusion results compare tells the uncertainty from {images} test images"
     else:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 
 from mlfusion import datasets, models
 from mlfusion.report.summary import ComparisonGroup, Score, metric_name, probe_order
@@ -23,20 +24,14 @@ class Study:
     @cached_property
     def models(self) -> tuple[str, ...]:
         """Families together and from small to large, as the catalogue has them; others as they first came."""
-        known = list(models.CATALOGUE)
         names = dict.fromkeys(group.model for group in self.groups)
-        return tuple(sorted(names, key=lambda name: known.index(name) if name in known else len(known)))
+        return tuple(sorted(names, key=partial(_place, list(models.CATALOGUE))))
 
     @cached_property
     def datasets(self) -> tuple[str, ...]:
         """By domain, then as the catalogue has them; others as they first came."""
-        known = list(datasets.CATALOGUE)
-        names = dict.fromkeys(group.dataset for group in self.groups)
-
-        def order(name: str) -> tuple[int, int]:
-            return DOMAINS.index(domain(name)), known.index(name) if name in known else len(known)
-
-        return tuple(sorted(names, key=order))
+        known, names = list(datasets.CATALOGUE), dict.fromkeys(group.dataset for group in self.groups)
+        return tuple(sorted(names, key=lambda name: (DOMAINS.index(domain(name)), _place(known, name))))
 
     @cached_property
     def probes(self) -> tuple[str, ...]:
@@ -49,13 +44,8 @@ class Study:
 
     def select(self, *, model: str | None = None, dataset: str | None = None) -> list[ComparisonGroup]:
         """The groups of a model, of a data set or of both, by model, then by data set."""
-        places = [
-            (one, other)
-            for one in self.models
-            for other in self.datasets
-            if model in (None, one) and dataset in (None, other)
-        ]
-        return [self._by_place[place][0] for place in places if place in self._by_place]
+        chosen = [[model] if model else self.models, [dataset] if dataset else self.datasets]
+        return [self._by_place[place][0] for place in product(*chosen) if place in self._by_place]
 
     def score(self, group: ComparisonGroup, probe: str) -> Score | None:
         """The score of a probe in one of the groups, where it was run."""
@@ -65,6 +55,11 @@ class Study:
         """The scores of a probe, in the order of `select`."""
         groups = self.select(model=model, dataset=dataset)
         return [score for group in groups if (score := self.score(group, probe))]
+
+
+def _place(known: Sequence[str], name: str) -> int:
+    """The place of a name among those known; all others come last."""
+    return known.index(name) if name in known else len(known)
 
 
 DOMAINS = ("Natural (multi-domain)", "Natural (single-domain)", "Specialized", "Structured", "Others")

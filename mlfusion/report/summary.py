@@ -47,16 +47,6 @@ class Score:
         """Whether gains are counted from this probe."""
         return self.probe == BASELINE
 
-    @property
-    def head(self) -> str:
-        """'attentive' of 'cls+ap-all-layers/attentive' and of 'cls+ap-all-layers/attentive:h8'."""
-        return head_of(self.probe)
-
-    @property
-    def reads_several_layers(self) -> bool:
-        """Whether the gain of this probe answers if intermediate layers help."""
-        return bool(_SEVERAL.fullmatch(self.probe))
-
     @cached_property
     def layerwise(self) -> tuple[str, int] | None:
         """(series, layer) of a probe of one layer among several such: 'cls-layer-7/linear' → ('cls/linear', 7)."""
@@ -125,29 +115,9 @@ class ComparisonGroup:
         return tuple(row for score in self.scores for row in score.rows)
 
     @property
-    def depth(self) -> int:
-        """L, the number of the model's layers."""
-        return self.rows[0].depth
-
-    @property
-    def width(self) -> int:
-        """D, the width of the model's tokens."""
-        return self.rows[0].width
-
-    @property
-    def train_images(self) -> int:
-        """Number of training images."""
-        return self.rows[0].images.train
-
-    @property
-    def test_images(self) -> int:
-        """Number of test images."""
-        return self.rows[0].images.test
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return tuple(self.rows[0].classes)
+    def first(self) -> Row:
+        """Its first row, which has the depth, width, numbers of images and classes that all of them have."""
+        return self.rows[0]
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -158,11 +128,6 @@ class ComparisonGroup:
     def seconds(self) -> float:
         """Time of probing in seconds, summed over all rows."""
         return sum(row.seconds for row in self.rows)
-
-    @property
-    def configurations(self) -> tuple[int, ...]:
-        """Numbers of configurations that the grids of its rows had, sorted."""
-        return tuple(sorted({row.configurations for row in self.rows}))
 
     @cached_property
     def tokens(self) -> frozenset[tuple[int, str]]:
@@ -188,7 +153,7 @@ class ComparisonGroup:
                 series.setdefault(found[0], {})[found[1]] = score
         for score in self.scores:
             if (match := _LAST.fullmatch(score.probe)) and (name := f"{match['kinds']}/{match['head']}") in series:
-                series[name].setdefault(self.depth, score)
+                series[name].setdefault(self.first.depth, score)
         kinds = ("cls", "ap", "cls+ap", "all-tokens")
         names = sorted(series, key=lambda name: [name.startswith(f"{kind}/") for kind in kinds], reverse=True)
         return {name: dict(sorted(series[name].items())) for name in names}
@@ -199,9 +164,8 @@ class ComparisonGroup:
 
         Not the best on test: a choice by the test scores would be biased upwards.
         """
-        several = [score for score in self.scores if score.reads_several_layers]
-        named = [score for score in several if score.probe == ALF]
-        return max(named or several, key=lambda score: score.val.mean, default=None)
+        several = [score for score in self.scores if _SEVERAL.fullmatch(score.probe)]
+        return max(several, key=lambda score: (score.probe == ALF, score.val.mean), default=None)
 
     @property
     def gain_standard_error(self) -> float | None:
@@ -218,7 +182,7 @@ class ComparisonGroup:
             variances = [4 * mean * (1 - mean) ** 2 for mean in means]
         else:
             return None
-        return sqrt(sum(variances) / self.test_images)
+        return sqrt(sum(variances) / self.first.images.test)
 
     @cached_property
     def attention(self) -> "LayerAttention | None":
@@ -242,11 +206,12 @@ class LayerAttention:
     def of(cls, score: Score) -> "LayerAttention":
         """Means over seeds; a seed whose tokens differ from those of the first is left out."""
         kept = [row.attention for row in score.rows if row.attention and _over_layers(row)]
-        tokens = tuple(zip(kept[0].layers, kept[0].kinds, strict=True))
-        alike = [held for held in kept if tuple(zip(held.layers, held.kinds, strict=True)) == tokens]
-        means = tuple(fmean(values) for values in zip(*(held.mean for held in alike), strict=True))
-        deviations = tuple(fmean(values) for values in zip(*(held.sd for held in alike), strict=True))
-        return cls(score.probe, tokens, means, deviations, len(alike))
+        alike = [held for held in kept if (held.layers, held.kinds) == (kept[0].layers, kept[0].kinds)]
+        means, deviations = (
+            tuple(fmean(values) for values in zip(*seeds, strict=True))
+            for seeds in ([held.mean for held in alike], [held.sd for held in alike])
+        )
+        return cls(score.probe, tuple(zip(alike[0].layers, alike[0].kinds, strict=True)), means, deviations, len(alike))
 
     @cached_property
     def by_layer(self) -> dict[int, float]:
@@ -255,16 +220,6 @@ class LayerAttention:
         for (layer, _), share in zip(self.tokens, self.mean, strict=True):
             shares[layer] += share
         return shares
-
-    @property
-    def peak(self) -> int:
-        """The layer that gets the largest share."""
-        return max(self.by_layer, key=lambda layer: self.by_layer[layer])
-
-    @property
-    def before_last(self) -> float:
-        """Share of all layers but the deepest."""
-        return sum(self.mean) - self.by_layer[max(self.by_layer)]
 
 
 def _over_layers(row: Row) -> bool:
@@ -291,7 +246,7 @@ def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
     models = list(dict.fromkeys(key.model for key in grouped))
     datasets = list(dict.fromkeys(key.dataset for key in grouped))
     keys = sorted(grouped, key=lambda key: (models.index(key.model), datasets.index(key.dataset)))
-    return [_group(key, list(grouped[key].values()), _group_name(key, keys)) for key in keys]
+    return [ComparisonGroup(*key[:6], _group_name(key, keys), _scores([*grouped[key].values()])) for key in keys]
 
 
 def _group_name(key: Setting, keys: Sequence[Setting]) -> str:
@@ -306,30 +261,21 @@ def _group_name(key: Setting, keys: Sequence[Setting]) -> str:
     return f"{key.model} on {key.dataset}" + (f" ({words})" if words else "")
 
 
-def _group(key: Setting, rows: Sequence[Row], name: str) -> ComparisonGroup:
+def _scores(rows: Sequence[Row]) -> tuple[Score, ...]:
     by_probe: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.seed):
         by_probe.setdefault(row.probe, []).append(row)
     baseline = {row.seed: row for row in by_probe.get(BASELINE, [])}
-    scores = tuple(_score(probe, by_probe[probe], baseline) for probe in sorted(by_probe, key=probe_order))
-    return ComparisonGroup(
-        key.model, key.dataset, key.grid, key.metric, key.features, key.options, name=name, scores=scores
-    )
+    return tuple(_score(probe, by_probe[probe], baseline) for probe in sorted(by_probe, key=probe_order))
 
 
 def _score(probe: str, rows: Sequence[Row], baseline: dict[int, Row]) -> Score:
     # Paired by seed: what a seed does to both probes alike, such as the split for validation, cancels.
     pairs = [(row, baseline[row.seed]) for row in rows if row.seed in baseline]
     gains = [row.test - base.test for row, base in pairs]
-    return Score(
-        probe,
-        tuple(rows),
-        test=Spread.of(row.test for row in rows),
-        val=Spread.of(row.val for row in rows),
-        train=Spread.of(row.train for row in rows),
-        gain=Spread.of(gains) if gains else None,
-        other_code=any(row.code != base.code for row, base in pairs),
-    )
+    test, val, train = (Spread.of(getattr(row, part) for row in rows) for part in ("test", "val", "train"))
+    other_code = any(row.code != base.code for row, base in pairs)
+    return Score(probe, tuple(rows), test, val, train, Spread.of(gains) if gains else None, other_code)
 
 
 def probe_order(probe: str) -> tuple[int, str, int]:
@@ -348,11 +294,10 @@ def score_word(groups: Iterable[ComparisonGroup]) -> str:
 
 def library_versions(groups: Iterable[ComparisonGroup]) -> dict[str, str]:
     """{library: its version, or all of them where rows differ}."""
-    found: dict[str, dict[str, None]] = {}
-    for row in (row for group in groups for row in group.rows):
-        for library, version in row.versions.items():
-            found.setdefault(library, {})[version] = None
-    return {library: ", ".join(versions) for library, versions in sorted(found.items())}
+    pairs = dict.fromkeys(pair for group in groups for row in group.rows for pair in row.versions.items())
+    return {
+        library: ", ".join(v for name, v in pairs if name == library) for library in sorted({name for name, _ in pairs})
+    }
 
 
 def code_versions(groups: Iterable[ComparisonGroup]) -> list[str]:

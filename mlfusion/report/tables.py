@@ -2,9 +2,10 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from statistics import fmean
 from typing import Literal
 
@@ -79,12 +80,10 @@ def by_significance(study: Study) -> ScoreTable:
         best = max(scores, key=lambda probe: fmean(scores[probe].values()))
         tested |= len(scores) > 1 and len(scores[best]) >= FEWEST
         marks |= {(dataset, p): "bold" for p in scores if p == best or _no_worse(scores[p], scores[best])}
-    how = (
-        "Bold: not significantly worse than the best of the row (one-sided Wilcoxon signed-rank test over models, "
-        f"p < {LEVEL})."
-        if tested
-        else f"Bold: the best of the row; nothing is tested with fewer than {FEWEST} models."
-    )
+    how = f"Bold: the best of the row; nothing is tested with fewer than {FEWEST} models."
+    if tested:
+        test = f"(one-sided Wilcoxon signed-rank test over models, p < {LEVEL})"
+        how = f"Bold: not significantly worse than the best of the row {test}."
     return _table(study, "table-1-significance", how, marks)
 
 
@@ -111,14 +110,9 @@ def by_rank(study: Study) -> ScoreTable:
     mean_ranks = {probe: fmean(held) for probe, held in each.items() if len(held) == len(study.datasets)}
     how = f"Bold: the best of the row, underlined: the second. Mean rank over {len(study.datasets)} data sets, 1 the best."
     table = _table(study, "table-1-ranks", how, marks)
-    return replace(
-        table,
-        foot=[*table.foot, ("Mean rank", _rank_cells(study.probes, mean_ranks))],
-        numbers=[
-            *table.numbers,
-            *(Record(dataset="mean rank", domain="", probe=p, rank=rank) for p, rank in mean_ranks.items()),
-        ],
-    )
+    foot = [*table.foot, ("Mean rank", _rank_cells(study.probes, mean_ranks))]
+    added = [Record(dataset="mean rank", domain="", probe=p, rank=rank) for p, rank in mean_ranks.items()]
+    return replace(table, foot=foot, numbers=[*table.numbers, *added])
 
 
 def ranks(scores: Mapping[str, float]) -> dict[str, float]:
@@ -151,9 +145,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFKC", name)).strip("-.") or "unnamed"
 
 
-# --- one table -------------------------------------------------------------------------------------------------------
-
-
 def _over_models(study: Study, dataset: str) -> dict[str, dict[str, float]]:
     """{probe: {model: score}} of the probes that every model of the row has: means over other models are no comparison."""
     groups = [group for group in study.groups if group.dataset == dataset]
@@ -163,24 +154,17 @@ def _over_models(study: Study, dataset: str) -> dict[str, dict[str, float]]:
 
 def _table(study: Study, name: str, how: str, marks: Mapping[tuple[str, str], Mark]) -> ScoreTable:
     """The cells of a study; the note ends in how they are marked."""
-    lines = {
-        dataset: [_cell(study, dataset, probe, marks.get((dataset, probe), "")) for probe in study.probes]
-        for dataset in study.datasets
-    }
+    places = list(product(study.datasets, study.probes))
+    cells = {place: _cell(study, *place, marks.get(place, "")) for place in places}
     domains: dict[str, list[Line]] = {}
-    for dataset, cells in lines.items():
-        domains.setdefault(domain(dataset), []).append((dataset, cells))
-    foot = []
-    if len(lines) > 1:
-        foot.append((f"Mean of {len(lines)}", [_mean(column) for column in zip(*lines.values(), strict=True)]))
-    numbers = [
-        _number(dataset, probe, cell)
-        for dataset, cells in lines.items()
-        for probe, cell in zip(study.probes, cells, strict=True)
-        if cell.test is not None
-    ]
-    cells = [cell for held in lines.values() for cell in held]
-    note = _note(study, how, cells)
+    for dataset in study.datasets:
+        domains.setdefault(domain(dataset), []).append((dataset, [cells[dataset, probe] for probe in study.probes]))
+    foot, sets = [], study.datasets
+    if len(sets) > 1:
+        means = [_mean([cells[dataset, probe] for dataset in sets]) for probe in study.probes]
+        foot.append((f"Mean of {len(sets)}", means))
+    numbers = [_number(*place, cell) for place, cell in cells.items() if cell.test is not None]
+    note = _note(study, how, list(cells.values()))
     return ScoreTable(name, "Scores and gains", note, study.probes, list(domains.items()), foot, numbers)
 
 
@@ -210,18 +194,13 @@ def _mean(cells: Sequence[Cell]) -> Cell:
 
 
 def _number(dataset: str, probe: str, cell: Cell) -> Record:
-    gain = cell.gain
-    return Record(
-        dataset=dataset,
-        domain=domain(dataset),
-        probe=probe,
-        test=None if cell.test is None else 100 * cell.test,
-        gain=100 * gain.mean if gain else None,
-        gain_sd=100 * gain.sd if gain and gain.sd is not None else None,
-        n=gain.n if gain else None,
-        mark=cell.mark,
-        other_code="yes" if cell.other_code else "",
+    gain, test = cell.gain, None if cell.test is None else 100 * cell.test
+    sd = 100 * gain.sd if gain and gain.sd is not None else None
+    held = Record(
+        dataset=dataset, domain=domain(dataset), probe=probe, test=test, gain=100 * gain.mean if gain else None
     )
+    other = "yes" if cell.other_code else ""
+    return held.extended(gain_sd=sd, n=gain.n if gain else None, mark=cell.mark, other_code=other)
 
 
 def _note(study: Study, how: str, cells: Sequence[Cell]) -> str:
@@ -242,45 +221,37 @@ def _note(study: Study, how: str, cells: Sequence[Cell]) -> str:
     return " ".join(filter(None, said))
 
 
-# --- as text ---------------------------------------------------------------------------------------------------------
-
-
 def markdown(table: ScoreTable) -> str:
     """The table as Markdown under its title and note; each domain has a line of its own."""
-    lines = [f"| data set | {' | '.join(f'`{name}`' for name in table.columns)} |"]
-    lines.append("|---|" + "---:|" * len(table.columns))
-
-    def line(label: str, cells: Sequence[Cell]) -> str:
-        escaped = label.replace("|", "\\|")
-        return f"| {escaped} | " + " | ".join(_marked(cell, "**{}**", "<u>{}</u>") for cell in cells) + " |"
-
+    lines: list[Sequence[str]] = []
     for name, held in table.domains:
         if len(table.domains) > 1:
-            lines.append(f"| *{name}* |" + " |" * len(table.columns))
-        lines += [line(label, cells) for label, cells in held]
-    lines += [line(label, cells) for label, cells in table.foot]
-    return f"### {table.title}\n\n{table.note}\n\n" + "\n".join(lines) + "\n"
+            lines.append([f"*{name}* |" + " |" * (len(table.columns) - 1)])
+        lines += [(label.replace("|", "\\|"), *map(_marked, cells)) for label, cells in held]
+    lines += [(label, *map(_marked, cells)) for label, cells in table.foot]
+    heads = ["data set", *(f"`{name}`" for name in table.columns)]
+    return f"### {table.title}\n\n{table.note}\n\n" + "\n".join(markdown_lines(heads, lines)) + "\n"
 
 
-def _marked(cell: Cell, bold: str, underline: str) -> str:
+def markdown_lines(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> list[str]:
+    """The lines of a Markdown table: so many columns of texts, then columns of numbers."""
+    rule = "|" + "---|" * texts + "---:|" * (len(heads) - texts)
+    return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _marked(cell: Cell) -> str:
     score, gain = cell.shown
     text = f"{score} ({gain})" if gain else score
-    return {"bold": bold, "underline": underline}.get(cell.mark, "{}").format(text) if text else ""
+    return {"bold": "**{}**", "underline": "<u>{}</u>"}.get(cell.mark, "{}").format(text) if text else ""
 
 
-_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    DAGGER: r"$\dagger$",
-    "\N{MINUS SIGN}": "$-$",
-}
+_LATEX: dict[str, str | int | None] = {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+_LATEX |= {"±": r"$\pm$", DAGGER: r"$\dagger$", "\N{MINUS SIGN}": "$-$"} | {c: f"\\{c}" for c in "&%$#_{}"}
 
 
 def _tex(text: str) -> str:
     """Text as LaTeX shows it."""
-    return "".join(_LATEX.get(c, c) for c in text)
+    return text.translate(str.maketrans(_LATEX))
 
 
 def latex(table: ScoreTable) -> str:

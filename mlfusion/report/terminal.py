@@ -19,6 +19,7 @@ from mlfusion.report.summary import (
     mean_gain,
     metric_name,
 )
+from mlfusion.report.tables import markdown_lines
 from mlfusion.results import Row
 from mlfusion.system.progress import duration
 
@@ -64,27 +65,21 @@ def _footnote(scores: Sequence[Score]) -> list[RenderableType]:
     return [Text(OTHER_CODE, style="dim")] if any(score.other_code for score in scores) else []
 
 
-# --- data sets beside each other -------------------------------------------------------------------------------------
-
-
 def _side_by_side(study: Study, model: str, width: int) -> Iterator[RenderableType]:
     """One model's probes on all of its data sets, in as many tables as the width asks for."""
     groups = [group for group in study.select(model=model) if group.probes]
     probes = [probe for probe in study.probes if study.scores(probe, model=model)]
     if not probes:
         return
-    columns = [_column(study, group, probes) for group in groups]
+    columns = [_column(study, group.dataset, [group], probes) for group in groups]
     if len(groups) > 1:
-        columns.append(_mean_column(study, groups, probes))
+        columns.append(_column(study, "mean", groups, probes))
     left = max(map(len, probes))
     about = f"   {study.metric}, %, and gain in points, {_seeds(groups)}" + f", {study.name}" * bool(study.name)
     title: Text | None = Text.assemble((model, "bold"), (about, "dim"))
     while columns:
         taken = _fitting(columns, width - left - 2)
-        table = _bare(title)
-        table.add_column("", no_wrap=True)
-        for column in columns[:taken]:
-            table.add_column(column.head, justify="right", no_wrap=True)
+        table = bare_table(title, [""], [column.head for column in columns[:taken]])
         for number, probe in enumerate(probes):
             table.add_row(probe, *(column.cells[number] for column in columns[:taken]))
         yield table
@@ -121,9 +116,14 @@ class _Column:
         ]
 
 
-def _column(study: Study, group: ComparisonGroup, probes: Sequence[str]) -> _Column:
-    scores = [study.score(group, probe) for probe in probes]
-    return _Column(group.dataset, [(score.test.mean, _gain_text([score])) if score else None for score in scores])
+def _column(study: Study, head: str, groups: Sequence[ComparisonGroup], probes: Sequence[str]) -> _Column:
+    """One data set, or means over several, of the probes that all of them have."""
+    cells: list[tuple[float, str] | None] = []
+    for probe in probes:
+        scores = [score for group in groups if (score := study.score(group, probe))]
+        whole = len(scores) == len(groups)
+        cells.append((fmean(score.test.mean for score in scores), _gain_text(scores)) if whole else None)
+    return _Column(head, cells)
 
 
 def _gain_text(scores: Sequence[Score]) -> str:
@@ -131,34 +131,20 @@ def _gain_text(scores: Sequence[Score]) -> str:
     return "" if gain is None else points(gain) + DAGGER * any(score.other_code for score in scores)
 
 
-def _mean_column(study: Study, groups: Sequence[ComparisonGroup], probes: Sequence[str]) -> _Column:
-    """Means over the data sets, of the probes that all of them have."""
-    cells: list[tuple[float, str] | None] = []
-    for probe in probes:
-        scores = [score for group in groups if (score := study.score(group, probe))]
-        whole = len(scores) == len(groups)
-        cells.append((fmean(score.test.mean for score in scores), _gain_text(scores)) if whole else None)
-    return _Column("mean", cells)
-
-
 def _seeds(groups: Sequence[ComparisonGroup]) -> str:
     numbers = {score.test.n for group in groups for score in group.probes}
     return from_to(numbers) + (" seed" if numbers == {1} else " seeds")
 
 
-def _bare(title: Text | None) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-        header_style="dim",
-        title_style="",
-    )
-
-
-# --- one at a time ---------------------------------------------------------------------------------------------------
+def bare_table(title: Text | None, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table without lines; the heads of its columns of texts, then of those of numbers."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", title_style="")
+    made.title, made.title_justify = title, "left"
+    for head in texts:
+        made.add_column(head, no_wrap=True)
+    for head in numbers:
+        made.add_column(head, justify="right", no_wrap=True)
+    return made
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -169,29 +155,26 @@ def markdown(rows: Sequence[Row]) -> str:
     """
     parts = []
     for group in comparison_groups(rows):
-        lines = [
+        lines = [(f"`{score.probe}`", *_cells(score)) for score in group.scores]
+        text = [
             f"### {group.name}",
             "",
             f"{_sizes(group)}. {answer(group)}",
             "",
-            f"| {metric_name(group.metric)}, % | " + " | ".join(COLUMNS) + " |",
-            "|---|" + "---:|" * len(COLUMNS),
-            *("| " + " | ".join([f"`{score.probe}`", *_cells(score)]) + " |" for score in group.scores),
+            *markdown_lines([f"{metric_name(group.metric)}, %", *COLUMNS], lines),
             *(["", OTHER_CODE] if any(score.other_code for score in group.scores) else []),
         ]
-        parts.append("\n".join(lines))
+        parts.append("\n".join(text))
     return "\n\n".join(parts) + "\n"
 
 
 def _sizes(group: ComparisonGroup) -> str:
-    return f"{count(group.train_images)} train, {count(group.test_images)} test images, {group.grid} grid"
+    return f"{count(group.first.images.train)} train, {count(group.first.images.test)} test images, {group.grid} grid"
 
 
 def _table(group: ComparisonGroup) -> Table:
-    table = _bare(Text.assemble((group.name, "bold"), ("   " + _sizes(group), "dim")))
-    table.add_column(metric_name(group.metric) + ", %", no_wrap=True)
-    for head in COLUMNS:
-        table.add_column(head, justify="right", no_wrap=True)
+    title = Text.assemble((group.name, "bold"), ("   " + _sizes(group), "dim"))
+    table = bare_table(title, [f"{metric_name(group.metric)}, %"], COLUMNS)
     best = max((score for score in group.scores if score.gain), key=lambda score: score.test.mean, default=None)
     for score in group.scores:
         style = "bold" if score is best and not score.is_baseline else ""

@@ -1,28 +1,16 @@
 """Colours, symbols and styles of every figure and the page: a light and a dark palette, both safe for colour-blind readers."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Symbol = Literal[
-    "square",
-    "circle",
-    "diamond",
-    "triangle-up",
-    "cross",
-    "triangle-down",
-    "line",
-    "dashed",
-    "dotted",
-    "dash-dot",
-    "box",
-    "hollow",
-]
+Shape = Literal["square", "circle", "diamond", "triangle-up", "cross", "triangle-down"]
+Symbol = Shape | Literal["line", "dashed", "dotted", "dash-dot", "box", "hollow"]
 
 DASHES: dict[Symbol, list[float]] = {"dashed": [4, 3], "dotted": [2, 3], "dash-dot": [7, 3, 2, 3]}
 """Dash patterns of lines: lengths of dash and gap in turn."""
 
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, DejaVu Sans, sans-serif"
-SYMBOLS: tuple[Symbol, ...] = ("square", "circle", "diamond", "triangle-up", "cross", "triangle-down")
+SYMBOLS: tuple[Shape, ...] = get_args(Shape)
 """Symbols of the series of a figure, in the order in which they are taken."""
 
 

@@ -6,25 +6,28 @@ wait for each other, and finding one row among a hundred thousand takes as long 
 
 import hashlib
 import json
+import shutil
 import sqlite3
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from urllib.parse import quote
 
 import msgspec
 import numpy as np
 
 from mlfusion.errors import MlfusionError, ResultsUnusable, UnknownName
-from mlfusion.results.arrays import ArrayFiles
 from mlfusion.results.export import frame, read_lines
 from mlfusion.results.rows import NotARow, Row, check, decode, encode
+from mlfusion.system import disk
 
 if TYPE_CHECKING:
     import pandas
 
 DATABASE = "results.sqlite"
+ARRAYS = "arrays"
 FORMAT = 2
 APPLICATION = 0x6D6C6678  # 'mlfx': tells our files from other SQLite databases
 OLDEST = (3, 38, 0)  # from here on SQLite always knows JSON
@@ -67,10 +70,20 @@ _SCHEMA = (
 """The row itself is `body`, JSON, without its classes: a thousand names are kept once and not in each of a thousand rows."""
 
 
+class RowFilter(TypedDict, total=False):
+    """Which rows: those of a model, data set, probe or grid; None: of any."""
+
+    model: str | None
+    dataset: str | None
+    probe: str | None
+    grid: str | None
+
+
 class Results:
     """Every row of one folder, safe under several threads, processes and kills.
 
-    Each call opens the database anew: nothing is held between calls, so an object may be shared, forked and pickled.
+    Each call opens the database anew: nothing is held between calls, so an object may be shared, forked and pickled. Every
+    method raises `ResultsUnusable` where the folder cannot be read or written; nothing half-written is left.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -78,70 +91,46 @@ class Results:
         root = Path(root)
         self.root = root.parent if root.name == DATABASE else root
         self.path = self.root / DATABASE
-        self._arrays = ArrayFiles(self.root)
 
     def append(self, row: Row, arrays: Mapping[str, np.ndarray] | None = None) -> None:
         """Save a row for good, its arrays first: a row that can be read has its arrays.
 
-        Args:
-            row: every field of `Row`; a row whose id was saved before takes that one's place.
-            arrays: such as probabilities [n_test, C] float16, attention [n_test, T] float16 and labels [n_test].
+        A row whose id was saved before is replaced. Arrays are such as probabilities [n_test, C] float16, attention
+        [n_test, T] float16 and labels [n_test].
 
         Raises:
-            ResultsUnusable: the folder cannot be written (read-only, full, not a folder). Nothing half-written is left.
             ValueError: the row or an array is not one that can be read back.
         """
         check(row)
+        if arrays is not None:
+            self.keep_arrays(row, arrays)
         with self._explained("save"):
-            if arrays is not None:
-                self._arrays.save(row.id, arrays)
             self.root.mkdir(parents=True, exist_ok=True)
             with self._writing() as connection:
                 _insert(connection, [row])
 
-    def rows(
-        self,
-        *,
-        model: str | None = None,
-        dataset: str | None = None,
-        probe: str | None = None,
-        grid: str | None = None,
-    ) -> list[Row]:
-        """Every row, or those of a model, data set, probe or grid, oldest first. Empty where nothing was saved yet.
-
-        Raises:
-            ResultsUnusable: the results cannot be read.
-        """
-        where, values = _where(model=model, dataset=dataset, probe=probe, grid=grid)
+    def rows(self, **chosen: Unpack[RowFilter]) -> list[Row]:
+        """The rows, oldest first; none where nothing was saved yet."""
+        where, values = _where(**chosen)
         with self._reading() as connection:
-            if connection is None:
-                return []
-            lists = _class_lists(connection)
+            digests = connection.execute("SELECT digest, names FROM classes")
+            lists = {digest: tuple(json.loads(names)) for digest, names in digests}
             found = connection.execute(f"SELECT classes, body FROM results {where} ORDER BY number", values)
             return [self._row(body, lists[classes]) for classes, body in found]
 
-    def require(
-        self,
-        *,
-        model: str | None = None,
-        dataset: str | None = None,
-        probe: str | None = None,
-        grid: str | None = None,
-    ) -> list[Row]:
+    def require(self, **chosen: Unpack[RowFilter]) -> list[Row]:
         """Like `rows`, for a reader that has nothing to say without any.
 
         Raises:
             ResultsUnusable: there are none; says how to make some.
         """
-        if rows := self.rows(model=model, dataset=dataset, probe=probe, grid=grid):
+        if rows := self.rows(**chosen):
             return rows
-        raise self._nothing(model=model, dataset=dataset, probe=probe, grid=grid)
+        raise self._nothing(chosen)
 
     def find(self, row_id: str) -> Row | None:
         """The row of that id, None where it was not saved yet."""
         with self._reading() as connection:
-            if connection is None:
-                return None
             found = connection.execute(
                 "SELECT c.names, r.body FROM results r JOIN classes c ON c.digest = r.classes WHERE r.id = ?", (row_id,)
             ).fetchone()
@@ -155,86 +144,88 @@ class Results:
             ResultsUnusable: there are no rows at all.
         """
         with self._reading() as connection:
-            found: list[str] = []
-            if connection is not None and beginning:
-                held = connection.execute(
-                    "SELECT id FROM results WHERE id >= ? AND id < ? ORDER BY id LIMIT 9",
-                    (beginning, beginning + "\U0010ffff"),
-                )
-                found = [row_id for (row_id,) in held]
+            held = connection.execute(
+                "SELECT id FROM results WHERE ? AND id >= ? AND id < ? ORDER BY id LIMIT 9",
+                (bool(beginning), beginning, beginning + "\U0010ffff"),
+            )
+            found = [row_id for (row_id,) in held]
         if beginning in found:
             found = [beginning]
         if len(found) == 1 and (row := self.find(found[0])):
             return row
         if found:
             raise UnknownName("result", beginning, found, otherwise="Several begin so: give more of the id.")
-        newest = [one["id"] for one in self.listing(limit=5)]
-        if not newest:
-            raise self._nothing()
-        raise UnknownName("result", beginning, newest, otherwise="These are the newest; all: mlfusion results ls")
+        if newest := [one["id"] for one in self.listing(limit=5)]:
+            raise UnknownName("result", beginning, newest, otherwise="These are the newest; all: mlfusion results ls")
+        raise self._nothing({})
 
-    def listing(
-        self,
-        *,
-        model: str | None = None,
-        dataset: str | None = None,
-        probe: str | None = None,
-        limit: int | None = None,
-    ) -> list[dict[str, Any]]:
+    def listing(self, *, limit: int | None = None, **chosen: Unpack[RowFilter]) -> list[dict[str, Any]]:
         """`COLUMNS` of rows, oldest first; of the newest `limit` only. Takes no row apart: quick for a hundred thousand."""
-        where, values = _where(model=model, dataset=dataset, probe=probe)
+        where, values = _where(**chosen)
         with self._reading() as connection:
-            if connection is None:
-                return []
             found = connection.execute(
                 f"SELECT {', '.join(COLUMNS)} FROM results {where} ORDER BY number DESC LIMIT ?",
                 [*values, -1 if limit is None else limit],
             ).fetchall()
         return [dict(zip(COLUMNS, one, strict=True)) for one in reversed(found)]
 
-    def count(self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None) -> int:
-        """How many rows there are of a model, data set or probe."""
-        where, values = _where(model=model, dataset=dataset, probe=probe)
+    def count(self, **chosen: Unpack[RowFilter]) -> int:
+        """How many rows there are."""
+        where, values = _where(**chosen)
         with self._reading() as connection:
-            if connection is None:
-                return 0
             return int(connection.execute(f"SELECT count(*) FROM results {where}", values).fetchone()[0])
 
     def arrays(self, row: Row) -> dict[str, np.ndarray]:
         """What was saved beside the row: probabilities [n_test, C], attention [n_test, T], labels [n_test].
 
         Raises:
-            ResultsUnusable: nothing was, or it cannot be read.
+            ResultsUnusable: nothing was; says how to make it again.
         """
-        return self._arrays.read(row.id)
+        path = self._arrays_of(row)
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+                return {name: held[name] for name in held.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as err:
+            what = "were not kept" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
+            raise ResultsUnusable(
+                f"the arrays of result {row.id} {what}: {path}. Make them again with `mlfusion results rerun {row.id} "
+                f"--keep --results {self.root}`"
+            ) from err
 
     def keep_arrays(self, row: Row, arrays: Mapping[str, np.ndarray]) -> None:
-        """Save the arrays of a row that is there, in place of those that were lost or damaged.
+        """Save the arrays of a row, in place of those that are there, were lost or damaged.
 
         Raises:
-            ResultsUnusable: the folder cannot be written.
+            ValueError: an array holds Python objects.
         """
-        with self._explained("save"):
-            self._arrays.save(row.id, arrays)
+        if pickled := [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]:
+            raise ValueError(f"arrays of Python objects cannot be read back: {', '.join(pickled)}")
+        with self._explained("save"), self._drafted(row) as draft, draft.open("xb") as file:
+            np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
 
     def take(self, rows: Iterable[Row], arrays: Path | None = None) -> int:
         """Take over rows of elsewhere that are not here, or newer than here, in one commit; how many were.
 
-        Args:
-            rows: whole ones, such as another folder's.
-            arrays: that folder; what lies beside those rows is copied first.
+        `arrays` is the folder of results that has their arrays, which are copied first.
 
         Raises:
-            ResultsUnusable: this folder cannot be written, or a row is none.
+            ResultsUnusable: one of them is no row.
         """
-        offered = list(_checked(rows))
-        with self._reading() as held:
-            wanted = _newer(held, offered) if held else offered
+        offered = list(rows)
+        for number, row in enumerate(offered, 1):
+            try:
+                check(row)
+            except NotARow as err:
+                raise ResultsUnusable(f"row {number} is no result: {err}. Nothing was taken over") from err
+        with self._reading() as connection:
+            wanted = _newer(connection, offered)
         with self._explained("save"):
             self.root.mkdir(parents=True, exist_ok=True)
-            if arrays is not None:
-                for row in wanted:
-                    self._arrays.copy(row.id, ArrayFiles(arrays))
+            there = Results(arrays) if arrays is not None else None
+            for row in wanted:
+                if there is not None and (source := there._arrays_of(row)).is_file():
+                    with self._drafted(row) as draft:
+                        shutil.copyfile(source, draft)
             with self._writing() as connection:
                 newer = _newer(connection, wanted)
                 _insert(connection, newer)
@@ -243,12 +234,10 @@ class Results:
     def take_from(self, source: Path) -> tuple[int, int]:
         """Take over results of another folder, with their arrays, or of a file of JSON lines.
 
-        Returns:
-            How many rows were taken over, and how many were here already and are not older.
+        Returns how many rows were taken over, and how many were here already and are not older.
 
         Raises:
-            ResultsUnusable: the source holds no results, or this folder cannot be written.
-            MlfusionError: the file cannot be read.
+            MlfusionError: the source holds no results, or cannot be read.
         """
         folder: Path | None = None
         if source.suffix == ".jsonl":
@@ -264,11 +253,9 @@ class Results:
         taken = self.take(offered, folder)
         return taken, len(offered) - taken
 
-    def to_pandas(
-        self, *, model: str | None = None, dataset: str | None = None, probe: str | None = None
-    ) -> "pandas.DataFrame":
+    def to_pandas(self, **chosen: Unpack[RowFilter]) -> "pandas.DataFrame":
         """Rows as a table, one column a field: 'metrics.loss', 'selected.lr'."""
-        return frame(self.rows(model=model, dataset=dataset, probe=probe))
+        return frame(self.rows(**chosen))
 
     # --- the database ------------------------------------------------------------------------------------------------
 
@@ -289,17 +276,31 @@ class Results:
                 raise
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection | None]:
-        """One state of the database, whatever others write meanwhile; None where there is nothing."""
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """One state of the database, whatever others write meanwhile; an empty one where there is none."""
         with self._explained("read"):
-            if not self.path.exists():
-                if self.root.exists() and not self.root.is_dir():
-                    raise NotADirectoryError(f"{self.root} is not a folder")
-                yield None
-                return
-            with closing(_connect(self.path, "rw")) as connection:
-                connection.execute("BEGIN")
-                yield connection if _format(connection, self.path) else None
+            if self.root.exists() and not self.root.is_dir():
+                raise NotADirectoryError(f"{self.root} is not a folder")
+            if self.path.exists():
+                with closing(_connect(self.path, "rw")) as connection:
+                    connection.execute("BEGIN")
+                    if _format(connection, self.path):
+                        yield connection
+                        return
+            with closing(sqlite3.connect(":memory:")) as connection:
+                _create(connection)
+                yield connection
+
+    def _arrays_of(self, row: Row) -> Path:
+        return self.root / ARRAYS / f"{row.id}.npz"
+
+    @contextmanager
+    def _drafted(self, row: Row) -> Iterator[Path]:
+        """A path to write the arrays of a row to; the file gets its name once it is whole."""
+        path = self._arrays_of(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk.atomic(path, replace=True) as draft:
+            yield draft
 
     def _row(self, body: str, classes: tuple[str, ...]) -> Row:
         """A stored row, with the classes that are kept apart from it."""
@@ -315,7 +316,7 @@ class Results:
 
     # --- errors ------------------------------------------------------------------------------------------------------
 
-    def _nothing(self, **chosen: str | None) -> ResultsUnusable:
+    def _nothing(self, chosen: Mapping[str, object]) -> ResultsUnusable:
         wanted = " and ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
         if wanted and self.count():
             return ResultsUnusable(
@@ -335,32 +336,34 @@ class Results:
         except (OSError, sqlite3.Error) as err:
             name = getattr(err, "sqlite_errorname", "")
             why = getattr(err, "strerror", None) or str(err)
+            cannot = f"cannot {doing} results in {str(self.root)!r}: {why}"
             if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
-                raise ResultsUnusable(
+                said = (
                     f"{self.path} is damaged ({why}). Keep a copy, and save what can be read with SQLite's own tool: "
                     f"sqlite3 {self.path} .recover | sqlite3 recovered.sqlite; or name another folder with --results PATH"
-                ) from err
-            if name.startswith(("SQLITE_BUSY", "SQLITE_PROTOCOL", "SQLITE_IOERR_LOCK", "SQLITE_IOERR_UNLOCK")):
-                raise ResultsUnusable(
-                    f"cannot {doing} results in {str(self.root)!r}: {why}. Another process holds them for over "
-                    f"{PATIENCE:.0f} s, or this file system has no locks: keep results on a local disk with --results PATH, "
-                    "and bring them together with `mlfusion results import PATH`"
-                ) from err
-            if doing == "read" and name in ("SQLITE_READONLY_ROLLBACK", "SQLITE_READONLY_RECOVERY", "SQLITE_CANTOPEN"):
-                raise ResultsUnusable(
-                    f"cannot read results in {str(self.root)!r}: {why}. A writer was stopped in the middle and what it began "
-                    "must be undone first, for which this folder may not be written: open it once with "
-                    "`mlfusion results ls` where it may, or copy it"
-                ) from err
-            if doing == "save":
-                raise ResultsUnusable(
-                    f"cannot save results in {str(self.root)!r}: {why}. Nothing was lost but this row; "
-                    "make room there or allow writing, or name another folder with --results PATH, and run it again"
-                ) from err
-            raise ResultsUnusable(
-                f"cannot read results in {str(self.root)!r}: {why}; allowed: a folder that `mlfusion probe` wrote "
-                "(results by default)"
-            ) from err
+                )
+            elif name.startswith(("SQLITE_BUSY", "SQLITE_PROTOCOL", "SQLITE_IOERR_LOCK", "SQLITE_IOERR_UNLOCK")):
+                said = (
+                    f"{cannot}. Another process holds them for over {PATIENCE:.0f} s, or this file system has no locks: keep "
+                    "results on a local disk with --results PATH, and bring them together with `mlfusion results import PATH`"
+                )
+            elif doing == "read" and name in (
+                "SQLITE_READONLY_ROLLBACK",
+                "SQLITE_READONLY_RECOVERY",
+                "SQLITE_CANTOPEN",
+            ):
+                said = (
+                    f"{cannot}. A writer was stopped in the middle and what it began must be undone first, for which this "
+                    "folder may not be written: open it once with `mlfusion results ls` where it may, or copy it"
+                )
+            elif doing == "save":
+                said = (
+                    f"{cannot}. Nothing was lost but this row; make room there or allow writing, or name another folder with "
+                    "--results PATH, and run it again"
+                )
+            else:
+                said = f"{cannot}; allowed: a folder that `mlfusion probe` wrote (results by default)"
+            raise ResultsUnusable(said) from err
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -417,28 +420,15 @@ def _newer(connection: sqlite3.Connection, rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         last.pop(row.id, None)
         last[row.id] = row
-    held = {}
-    for row_id in last:
-        found = connection.execute("SELECT created FROM results WHERE id = ?", (row_id,)).fetchone()
-        held[row_id] = found[0] if found else ""
-    return [row for row_id, row in last.items() if row.created > held[row_id]]
+    newest = "SELECT coalesce(max(created), '') FROM results WHERE id = ?"
+    return [row for row in last.values() if row.created > connection.execute(newest, (row.id,)).fetchone()[0]]
 
 
-def _checked(rows: Iterable[Row]) -> Iterator[Row]:
-    for number, row in enumerate(rows, 1):
-        try:
-            check(row)
-        except NotARow as err:
-            raise ResultsUnusable(f"row {number} is no result: {err}. Nothing was taken over") from err
-        yield row
-
-
-def _where(**fields: str | None) -> tuple[str, list[str]]:
+def _where(
+    *, model: str | None = None, dataset: str | None = None, probe: str | None = None, grid: str | None = None
+) -> tuple[str, list[str]]:
+    """The clause of a `RowFilter`, and its values."""
+    fields = {"model": model, "dataset": dataset, "probe": probe, "grid": grid}
     given = {name: value for name, value in fields.items() if value is not None}
     clause = " AND ".join(f"{name} = ?" for name in given)
     return (f"WHERE {clause}" if given else ""), list(given.values())
-
-
-def _class_lists(connection: sqlite3.Connection) -> dict[str, tuple[str, ...]]:
-    found = connection.execute("SELECT digest, names FROM classes")
-    return {digest: tuple(json.loads(names)) for digest, names in found}

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from mlfusion.errors import ResultsUnusable, UnknownName
-from mlfusion.results.rows import NotARow, Row, decode, encode, to_object
+from mlfusion.results.rows import NotARow, Row, decode, encode
 from mlfusion.system import disk
 
 if TYPE_CHECKING:
@@ -19,18 +21,14 @@ log = logging.getLogger(__name__)
 FORMS = ("csv", "parquet", "jsonl")
 
 
-def flat(row: Row) -> dict[str, Any]:
-    """A row with no object in it: {"metrics": {"loss": 0.1}} → {"metrics.loss": 0.1}. Lists stay lists."""
+def flat(part: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A row's object with no object in it: {"metrics": {"loss": 0.1}} → {"metrics.loss": 0.1}. Lists stay lists."""
     found: dict[str, Any] = {}
-
-    def lay(value: Any, name: str) -> None:
+    for name, value in part.items():
         if isinstance(value, Mapping):
-            for key, item in value.items():
-                lay(item, f"{name}.{key}" if name else key)
+            found |= flat(value, f"{prefix}{name}.")
         else:
-            found[name] = list(value) if isinstance(value, tuple) else value
-
-    lay(to_object(row), "")
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
     return found
 
 
@@ -38,19 +36,18 @@ def frame(rows: Iterable[Row]) -> "pandas.DataFrame":
     """One line a row, one column a field; a field that a row has not is missing there."""
     import pandas
 
-    held = [flat(row) for row in rows]
-    columns = dict.fromkeys(name for one in held for name in one)
-    # Of whole numbers that not every row has, pandas' own kind of integer: 2 shots are not 2.0.
-    return pandas.DataFrame({name: _column([one.get(name) for one in held]) for name in columns})
+    held = [flat(msgspec.to_builtins(row)) for row in rows]
+    columns: dict[str, Any] = {name: [one.get(name) for one in held] for name in _columns(held)}
+    for name, values in columns.items():
+        given = [value for value in values if value is not None]
+        # Of whole numbers that not every row has, pandas' own kind of integer: 2 shots are not 2.0.
+        if 0 < len(given) < len(values) and all(type(value) is int for value in given):
+            columns[name] = pandas.array(values, dtype="Int64")
+    return pandas.DataFrame(columns)
 
 
-def _column(values: list[Any]) -> Any:
-    import pandas
-
-    given = [value for value in values if value is not None]
-    if len(given) < len(values) and given and all(type(value) is int for value in given):
-        return pandas.array(values, dtype="Int64")
-    return values
+def _columns(held: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for one in held for name in one))
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
@@ -83,8 +80,8 @@ def _draft(rows: list[Row], path: Path, form: str) -> None:
         if form == "jsonl":
             file.writelines(encode(row).decode() + "\n" for row in rows)
             return
-        held = [flat(row) for row in rows]
-        table = csv.DictWriter(file, dict.fromkeys(name for one in held for name in one), lineterminator="\n")
+        held = [flat(msgspec.to_builtins(row)) for row in rows]
+        table = csv.DictWriter(file, _columns(held), lineterminator="\n")
         table.writeheader()
         for one in held:
             lists = {k: json.dumps(v, ensure_ascii=False) for k, v in one.items() if isinstance(v, list)}

@@ -6,12 +6,10 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-LIBRARIES = ("mlfusion", "torch", "numpy", "scikit-learn")
-
 
 def versions() -> dict[str, str]:
     """The installed version of each library that decides a row's numbers."""
-    return {name: version(name) for name in LIBRARIES}
+    return {name: version(name) for name in ("mlfusion", "torch", "numpy", "scikit-learn")}
 
 
 @cache

@@ -7,7 +7,7 @@ today are ignored.
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import product
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -84,7 +84,7 @@ class Selected(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def given(self) -> dict[str, float | int]:
         """Those that the head has, by name."""
-        return {name: value for name, value in fields(self) if value is not None}
+        return msgspec.to_builtins(self)
 
 
 class ImageCounts(Struct, frozen=True, kw_only=True):
@@ -188,7 +188,9 @@ class NotARow(ValueError):
 
 
 _DECODER = msgspec.json.Decoder(Row)
-_encode = msgspec.json.Encoder().encode
+
+encode = msgspec.json.Encoder().encode
+"""A row's JSON, in one line; options at their default are left out."""
 
 
 def decode(text: bytes | str) -> Row:
@@ -216,29 +218,9 @@ def from_object(value: Any) -> Row:
         raise NotARow(_sentence(str(err), value)) from None
 
 
-def check(row: Row) -> Row:
-    """The row itself, if all its values are such as can be read back.
-
-    Raises:
-        NotARow: one is not.
-    """
-    return from_object(to_object(row))
-
-
-def to_object(row: Row) -> dict[str, Any]:
-    """The object that stands for a row in JSON; options at their default are left out."""
-    value: dict[str, Any] = msgspec.to_builtins(row)
-    return value
-
-
-def encode(row: Row) -> bytes:
-    """The row's JSON, in one line."""
-    return _encode(row)
-
-
-def fields(value: Struct) -> Iterator[tuple[str, Any]]:
-    """Names and values of a row's part, in order."""
-    return ((name, getattr(value, name)) for name in value.__struct_fields__)
+def check(row: Row) -> None:
+    """Raise `NotARow` for a row with a value that could not be read back."""
+    from_object(msgspec.to_builtins(row))
 
 
 # --- what is wrong with a value, in words ----------------------------------------------------------------------------

@@ -4,15 +4,18 @@ A tracker is given every row when it is saved, and can be given them later; the 
 row, with the row's id, so that a chart leads back to it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from msgspec import to_builtins
+
 from mlfusion.errors import Unavailable, UnknownName
 from mlfusion.results import Row
-from mlfusion.results.rows import fields
 
 
 class Tracker(Protocol):
@@ -24,27 +27,26 @@ class Tracker(Protocol):
 
 def settings(row: Row) -> dict[str, str | int | float]:
     """What a row was made with, which trackers call hyper-parameters; options that were not used are left out."""
-    always = ("model", "dataset", "probe", "seed", "grid", "metric", "parameters", "code", "id")
-    optional = ("shots", "halving", "smoothing", "precision", "device", "protocol")
-    found: dict[str, str | int | float] = {name: getattr(row, name) for name in always}
-    found |= {name: value for name in optional if (value := getattr(row, name)) is not None and value is not False}
-    return found | {f"selected.{name}": value for name, value in row.selected.given().items()}
+    held = to_builtins(row)
+    names = ("model", "dataset", "probe", "seed", "grid", "metric", "parameters", "code", "id")
+    options = ("shots", "halving", "smoothing", "precision", "device", "protocol")
+    selected = {f"selected.{name}": value for name, value in held["selected"].items()}
+    return {name: held[name] for name in (*names, *options) if name in held} | selected
 
 
 def scores(row: Row) -> dict[str, float]:
     """The numbers that came out, as fractions; and seconds."""
-    found = {"test": row.test, "val": row.val, "train": row.train, "seconds": row.seconds}
-    return found | {f"metrics.{name}": value for name, value in fields(row.metrics) if isinstance(value, float)}
+    metrics = {f"metrics.{k}": value for k, value in to_builtins(row.metrics).items() if isinstance(value, float)}
+    return {"test": row.test, "val": row.val, "train": row.train, "seconds": row.seconds} | metrics
 
 
 def layers(row: Row) -> dict[str, dict[int, float]]:
     """{kind: {layer: its share of the attention}} of a probe that shares it among layers."""
     attention = row.attention
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     if attention and len(set(attention.layers)) > 1:
         for layer, kind, mean in zip(attention.layers, attention.kinds, attention.mean, strict=True):
-            of_kind = found.setdefault(kind, {})
-            of_kind[layer] = of_kind.get(layer, 0.0) + mean
+            found[kind][layer] += mean
     return found
 
 
@@ -58,15 +60,14 @@ class TensorBoard:
 
     def __init__(self, where: str) -> None:
         """`where` is the folder; default runs."""
-        with _needs("tensorboard", "TensorBoard"):
-            from torch.utils.tensorboard.writer import SummaryWriter
-        self.folder, self._writer = Path(where or "runs"), SummaryWriter
+        self.folder = Path(where or "runs")
+        self._writer = _imported("torch.utils.tensorboard.writer", "tensorboard", "TensorBoard").SummaryWriter
 
     def log(self, row: Row) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         words = row.model, row.dataset, row.probe, row.seed, row.id
-        place = "__".join(_word(word) for word in words)
+        place = "__".join(re.sub(r"[^\w+.-]|_", "-", str(word)) for word in words)  # a folder's name on any file system
         then = datetime.fromisoformat(row.created).timestamp()
         with self._writer(str(self.folder / place)) as writer:
             numbers = scores(row)
@@ -84,9 +85,7 @@ class WandB:
 
     def __init__(self, where: str) -> None:
         """`where` is the project; default mlfusion."""
-        with _needs("wandb", "Weights & Biases"):
-            import wandb
-        self.project, self._wandb = where or "mlfusion", wandb
+        self.project, self._wandb = where or "mlfusion", _imported("wandb", "wandb", "Weights & Biases")
 
     def log(self, row: Row) -> None:
         run = self._wandb.init(
@@ -113,10 +112,8 @@ class MLflow:
 
     def __init__(self, where: str) -> None:
         """`where` is the tracking URI; default MLflow's own, such as $MLFLOW_TRACKING_URI."""
-        with _needs("mlflow", "MLflow"):
-            import mlflow
-        self._client = mlflow.MlflowClient(tracking_uri=where or None)
-        self._mlflow, self._experiment = mlflow, ""
+        self._mlflow, self._experiment = _imported("mlflow", "mlflow", "MLflow"), ""
+        self._client = self._mlflow.MlflowClient(tracking_uri=where or None)
 
     def log(self, row: Row) -> None:
         entities, client = self._mlflow.entities, self._client
@@ -136,11 +133,7 @@ class MLflow:
         client.set_terminated(run.info.run_id)
 
 
-TRACKERS: dict[str, type[TensorBoard] | type[WandB] | type[MLflow]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WandB,
-    "mlflow": MLflow,
-}
+TRACKERS: dict[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
 def open_trackers(words: str | Sequence[str]) -> list[Tracker]:
@@ -168,17 +161,11 @@ def log_rows(rows: Iterable[Row], trackers: Sequence[Tracker], done: Callable[[]
         done()
 
 
-@contextmanager
-def _needs(extra: str, product: str) -> Iterator[None]:
+def _imported(module: str, extra: str, product: str) -> Any:
     try:
-        yield
+        return import_module(module)
     except ImportError as err:
         raise Unavailable(
             f"{product} is not installed ({err}). Install it with: pip install 'mlfusion[{extra}]', or leave "
             f"{extra} out of --track"
         ) from err
-
-
-def _word(value: Any) -> str:
-    """What can be a folder's name on any file system."""
-    return "".join(letter if letter.isalnum() or letter in "+-." else "-" for letter in str(value))

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+from mlfusion.specs.definitions import command
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import token_words
-from mlfusion.specs.options import FeatureOptions, SearchOptions, command
+from mlfusion.specs.options import FeatureOptions, SearchOptions
 
 
 def extract_command(model: str | None, dataset: str, pairs: Iterable[Pair] = (), options: Sequence[str] = ()) -> str:
@@ -17,7 +18,7 @@ def extract_command(model: str | None, dataset: str, pairs: Iterable[Pair] = (),
         options: further words, as `feature_words` gives them.
     """
     tokens = ["--tokens", token_words(pairs)] if pairs else []
-    return command("extract", [*options, *tokens], model=model or "MODEL", dataset=dataset)
+    return command("extract", [*tokens, *options], model=model or "MODEL", dataset=dataset)
 
 
 def probe_command(model: str | None, dataset: str, probes: Sequence[str], search: SearchOptions) -> str:

@@ -83,7 +83,7 @@ def share() -> Kind:
     )
 
 
-def amount(units: Mapping[str, int] = UNITS, *, example: str = "4GB") -> Kind:
+def amount(units: Mapping[str, int] = UNITS, *, example: str = "4GB", least: int = 0) -> Kind:
     """An amount with its unit: '4GB' on the command line and in recipes, 4_000_000_000 in Python."""
 
     def parse(given: Any) -> Any:
@@ -99,7 +99,7 @@ def amount(units: Mapping[str, int] = UNITS, *, example: str = "4GB") -> Kind:
         return f"{value // units[unit]}{unit}" if value % units[unit] == 0 else f"{value / units[unit]!r}{unit}"
 
     said = f"allowed is a number with one of {', '.join(units)}, such as {example}"
-    return Kind(str, lambda v: None if type(v) is int and v > 0 else said, parse, parse, words)
+    return Kind(str, lambda v: None if type(v) is int and v >= least else said, parse, parse, words)
 
 
 def numbers(least: int, *, example: str, whole_set: bool = False) -> Kind:

@@ -1,18 +1,14 @@
 """What a user asks of the two stages, as frozen values. Each option is defined once, here.
 
 The command line's options, the keys of recipes, their checks, the commands that rows and pages print, and
-docs/reference.md are made from these definitions. A value is checked when it is made: whoever holds one need not check it.
+docs/reference.md are made from these definitions.
 """
 
-import dataclasses
-import shlex
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, get_args
 
-from mlfusion.errors import BadOption
-from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS, OMIT_IF_DEFAULT, Dtype, Hook
+from mlfusion.specs.definitions import Options, option
+from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS, Dtype, Hook
 from mlfusion.specs.kinds import (
     TIMES,
     Kind,
@@ -33,18 +29,6 @@ from mlfusion.specs.kinds import (
 )
 from mlfusion.specs.names import Setting, parse_layers, parse_tokens
 
-T = TypeVar("T", bound="Options")
-
-Effect = Literal["key", "stream", "id", "bit", "rounding"]
-EFFECTS: dict[Effect, str] = {
-    "key": "in the key of a feature",
-    "stream": "names streams inside an entry",
-    "id": "in the id of a row",
-    "bit": "equal to the bit",
-    "rounding": "equal to rounding",
-}
-"""What another value of an option does to features and rows."""
-
 MAX_DEPTH = 64  # deeper than any model: layers are checked here before the model's depth is known
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 
@@ -64,111 +48,6 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 GridName = Literal["paper", "quick"]
 GRID_NAMES: tuple[GridName, ...] = get_args(GridName)
-
-
-@dataclass(frozen=True)
-class Option:
-    """The definition of one field of an options class."""
-
-    kind: Kind
-    help: str  # one sentence
-    effect: Effect
-    name: str = ""  # in recipes, and with dashes on the command line, where it is not the field's
-    former: tuple[str, ...] = ()  # names that it had, which are still understood
-    short: str = ""  # a letter for the command line
-
-    @property
-    def flag(self) -> str:
-        """The name on the command line, without its first dashes."""
-        return self.name.replace("_", "-")
-
-
-def option(default: Any, kind: Kind, help: str, *, effect: Effect, added: bool = False, **others: Any) -> Any:
-    """A field of an options class, with its definition as metadata.
-
-    `added` marks an option that came after the first rows: at its default it is left out of digests, so ids stay.
-    """
-    metadata = {"option": Option(kind, help, effect, **others), **(OMIT_IF_DEFAULT if added else {})}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every options class does: it reads, checks and writes its fields by their definitions. It has no fields."""
-
-    def __post_init__(self) -> None:
-        for field, one in definitions(type(self)):
-            given = getattr(self, field)
-            value = given if given is None else one.kind.read(given)
-            object.__setattr__(self, field, value)
-            if fault := fault_of(type(self), field, value):
-                shown = ",".join(map(str, given)) if isinstance(given, (list, tuple)) else given
-                raise BadOption(f"--{one.flag} {shown}: {fault}")
-
-    def changed(self) -> dict[str, Any]:
-        """The fields that are not at their default, those of an options class inside this one among them."""
-        found: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Options):
-                found |= value.changed()
-            elif value != field.default:
-                found[field.name] = value
-        return found
-
-    def words(self) -> list[str]:
-        """The command-line words of the fields that are not at their default; `Kind.parse` reads them."""
-        known = all_definitions(type(self))
-        words: list[str] = []
-        for field, value in self.changed().items():
-            one = known[field]
-            said = one.kind.words(value)
-            if value is True:
-                words.append(f"--{one.flag}")
-                continue
-            for word in [said] if isinstance(said, str) else said:
-                words += spelled(one.flag, word)
-        return words
-
-
-def definitions(kind: type[Options]) -> Iterator[tuple[str, Option]]:
-    """The fields of an options class itself, in order, with their definitions."""
-    for field in dataclasses.fields(kind):
-        if "option" in field.metadata:
-            one: Option = field.metadata["option"]
-            yield field.name, one if one.name else dataclasses.replace(one, name=field.name)
-
-
-def parts(kind: type[Options]) -> dict[str, type[Options]]:
-    """The fields of an options class that are options classes themselves."""
-    return {each.name: type(each.default) for each in dataclasses.fields(kind) if isinstance(each.default, Options)}
-
-
-def all_definitions(kind: type[Options]) -> dict[str, Option]:
-    """The definitions of a class and of the options classes inside it, by field."""
-    found = dict(definitions(kind))
-    for inner in parts(kind).values():
-        found |= all_definitions(inner)
-    return found
-
-
-def build(kind: type[T], values: Mapping[str, Any]) -> T:
-    """An options class from the values of some of its fields, and of those of the options classes inside it.
-
-    Raises:
-        BadOption: a value that is not allowed.
-    """
-    own = {name: values[name] for name, _ in definitions(kind) if name in values}
-    inner = {name: values.get(name) or build(part, values) for name, part in parts(kind).items()}
-    return kind(**own, **inner)
-
-
-def fault_of(kind: type[Options], field: str, value: Any) -> str | None:
-    """What is wrong with a value that was read; None where nothing is. None is allowed where it is the default."""
-    default = next(each.default for each in dataclasses.fields(kind) if each.name == field)
-    if value is None and default is None:
-        return None
-    return all_definitions(kind)[field].kind.fault(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +214,10 @@ class TrainingOptions(Options):
 
     device: str = option("cpu", device_name(), "Device: auto, cpu, cuda or mps.", effect="rounding")
     memory: int | None = option(
-        None, amount(), "Memory limit for training, such as 4GB; default: most of the free memory.", effect="rounding"
+        None,
+        amount(least=1),
+        "Memory limit for training, such as 4GB; default: most of the free memory.",
+        effect="rounding",
     )
 
 
@@ -404,34 +286,36 @@ class PruneOptions(Options):
     dry_run: bool = option(False, flag(), "Print what would be removed and remove nothing.", effect="bit")
 
 
-def command(verb: str, words: Iterable[str] = (), **arguments: str | None) -> str:
-    """The `mlfusion` command with these arguments and words, quoted for a shell. Every printed command is written here."""
-    named = [word for name, value in arguments.items() if value is not None for word in spelled(name, value)]
-    return shlex.join(["mlfusion", *verb.split(), *named, *words])
+@dataclass(frozen=True, kw_only=True)
+class FilterOptions(Options):
+    """Which rows are meant."""
+
+    model: str | None = option(None, text(), "Only rows of this model.", effect="bit", short="m")
+    dataset: str | None = option(None, text(), "Only rows on this data set.", effect="bit", short="d")
+    grid: GridName | None = option(None, one_of(GRID_NAMES), "Only rows of this grid: paper or quick.", effect="bit")
 
 
-def spelled(name: str, value: str) -> list[str]:
-    """The words of one option; a value that looks like an option is bound to its name."""
-    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """What a report is made of, beside the table in the terminal."""
 
-
-def distribute(given: Mapping[str, Any], *kinds: type[Options]) -> list[Any]:
-    """Keywords of a public function → one value of each options class.
-
-    Raises:
-        BadOption: a keyword that none of the classes has, or a value that is not allowed.
-    """
-    known = [name for kind in kinds for name in (*parts(kind), *all_definitions(kind))]
-    if unknown := [name for name in given if name not in known]:
-        near = get_close_matches(unknown[0], known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise BadOption(f"no option named {unknown[0]!r}.{hint} There are: {', '.join(known)}")
-    return [build(kind, given) for kind in kinds]
-
-
-def defaults_of(kind: type[Options]) -> dict[str, Any]:
-    """The defaults of a class and of the options classes inside it, by field."""
-    found = {field.name: field.default for field in dataclasses.fields(kind) if "option" in field.metadata}
-    for inner in parts(kind).values():
-        found |= defaults_of(inner)
-    return found
+    html: str | None = option(None, path(), "Write one self-contained HTML page to this file.", effect="bit")
+    figures: str | None = option(
+        None,
+        path(),
+        "Write every figure (SVG, PNG, CSV) and table (Markdown, LaTeX, CSV) to this folder.",
+        effect="bit",
+    )
+    markdown: str | None = option(None, path(), "Write the tables as Markdown to this file.", effect="bit")
+    against: Literal["paper"] | None = option(
+        None, one_of(("paper",)), "Compare the scores with published ones; the only choice is paper.", effect="bit"
+    )
+    cka: bool = option(
+        False,
+        flag(),
+        "Draw the similarity of each layer with the last (linear and RBF CKA), from cached features.",
+        effect="bit",
+    )
+    long: bool = option(
+        False, flag(), "Print one table for each model and data set, with parameters and times.", effect="bit"
+    )

@@ -12,8 +12,6 @@ import numpy as np
 from mlfusion.errors import BadData, UnknownName
 
 Kernel = Literal["linear", "rbf"]
-KERNELS: tuple[Kernel, ...] = get_args(Kernel)
-
 LEAST = 4  # images, for the unbiased estimate
 SIGMA = 0.2
 """Width of the RBF, as a share of the median distance between two images, which no scale of the features changes."""
@@ -28,7 +26,7 @@ def cka(
         x: [N, D].
         y: [N, E].
         kernel: 'linear', or 'rbf': exp(-d² / 2 (sigma m)²) of the distance d, m being the median one.
-        sigma: of the RBF. The smaller, the nearer the neighbours that count.
+        sigma: width of the RBF. The smaller, the nearer the neighbours that count.
         debiased: by the unbiased estimate of HSIC (Song et al. 2012; Nguyen et al. 2021, arXiv 2010.15327), which of unrelated
             representations is 0 on average; the plain one grows towards 1 with D / N.
 
@@ -43,8 +41,8 @@ def cka_with(
     last: np.ndarray, *, kernel: Kernel = "linear", sigma: float = SIGMA, debiased: bool = True
 ) -> Callable[[np.ndarray], float]:
     """The same with one representation held, for many others: what is computed of it is computed once."""
-    if kernel not in KERNELS:
-        raise UnknownName("kernel", kernel, KERNELS)
+    if kernel not in get_args(Kernel):
+        raise UnknownName("kernel", kernel, get_args(Kernel))
 
     def prepared(x: np.ndarray) -> np.ndarray:
         return _centred(x) if kernel == "linear" else _centred_gram(_rbf(_centred(x), sigma), debiased)
@@ -65,14 +63,10 @@ def cka_with(
 
 
 def layer_cka(tokens: np.ndarray, *, debiased: bool = True) -> np.ndarray:
-    """Linear CKA of every layer with every other [L, L], of one kind of token.
+    """Linear CKA of every layer with every other [L, L], of one kind of token [N, L, D].
 
-        features = mlfusion.load_features("formula-vit", "digits", "test", tokens="cls")
-        layer_cka(features.tokens[:, :, 0])
-
-    Args:
-        tokens: [N, L, D].
-        debiased: as of `cka`.
+    features = mlfusion.load_features("formula-vit", "digits", "test", tokens="cls")
+    layer_cka(features.tokens[:, :, 0])
     """
     layers = [_centred(tokens[:, layer]) for layer in range(tokens.shape[1])]
     own = [_hsic(one, one, debiased) for one in layers]
@@ -98,13 +92,10 @@ def _hsic(a: np.ndarray, b: np.ndarray, debiased: bool) -> float:
         return cross
     n = len(a)
     own_a, own_b = (a**2).sum(1), (b**2).sum(1)  # the diagonals, which the unbiased estimate takes out
+    both = float(own_a @ own_b)
     # The columns of a and b sum to 0, so the rows of K and L do, and those without their diagonals to minus that.
-    return (
-        cross
-        - float(own_a @ own_b)
-        + float(own_a.sum() * own_b.sum()) / ((n - 1) * (n - 2))
-        - 2 / (n - 2) * float(own_a @ own_b)
-    ) / (n * (n - 3))
+    squares = float(own_a.sum() * own_b.sum()) / ((n - 1) * (n - 2))
+    return (cross - both + squares - 2 / (n - 2) * both) / (n * (n - 3))
 
 
 def _rbf(x: np.ndarray, sigma: float) -> np.ndarray:
@@ -112,9 +103,7 @@ def _rbf(x: np.ndarray, sigma: float) -> np.ndarray:
     squares = (x**2).sum(1)
     distances = np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0)  # squared
     middle = float(np.median(distances[np.triu_indices(len(x), 1)]))
-    if middle == 0:
-        return np.zeros_like(distances)
-    return np.exp(distances / (-2 * sigma**2 * middle))
+    return np.exp(distances / (-2 * sigma**2 * middle)) if middle else np.zeros_like(distances)
 
 
 def _centred_gram(k: np.ndarray, debiased: bool) -> np.ndarray:
@@ -135,6 +124,4 @@ def _centred_gram(k: np.ndarray, debiased: bool) -> np.ndarray:
 
 
 def _ratio(both: float, a: float, b: float) -> float:
-    if min(a, b) <= 0:  # a constant representation is like nothing
-        return float("nan")
-    return both / float(np.sqrt(a * b))
+    return both / float(np.sqrt(a * b)) if min(a, b) > 0 else float("nan")  # a constant representation is like nothing

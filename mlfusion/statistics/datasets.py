@@ -73,11 +73,7 @@ def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> S
     """Are differences, one a data set, above 0? One-sided unless told otherwise; exact for up to 50 without ties
     (for up to 9 with), else by the normal approximation.
 
-    Differences of exactly 0 are left out, as Wilcoxon did.
-
-    Args:
-        differences: such as means over seeds of the gains, as fractions.
-        alternative: 'greater', 'less' or 'two-sided'.
+    Differences of exactly 0 are left out, as Wilcoxon did. `alternative` is 'greater', 'less' or 'two-sided'.
 
     Raises:
         BadData: fewer than six that are not 0.
@@ -85,35 +81,34 @@ def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> S
     from scipy.stats import wilcoxon as test
 
     held = np.asarray(differences, np.float64)
-    if reason := _too_few(int(np.count_nonzero(held)), len(held)):
-        raise BadData(reason)
-    given = np.round(
-        held[held != 0], 12
-    )  # differences of what was rounded to the same digits tie only up to the last bit
+    # Differences of what was rounded to the same digits tie only up to the last bit.
+    given = np.round(held[held != 0], 12)
+    if len(given) < FEWEST:
+        equal = f" ({len(held) - len(given)} of {len(held)} are exactly 0)" if len(given) < len(held) else ""
+        raise BadData(
+            f"a signed-rank test of {len(given)} data set{'s' if len(given) != 1 else ''}{equal} is refused: with fewer than "
+            f"{FEWEST} it cannot give a two-sided p below 0.05, whatever they show. Probe more data sets, or look at each with "
+            "`mlfusion results compare`, which tests over images"
+        )
     tied = len(np.unique(np.abs(given))) < len(given)
     # With ties SciPy's exact p-value goes through all 2ⁿ signs, which takes it half a second from twelve on.
     p = float(test(given, alternative=alternative, method="asymptotic" if tied and len(given) > 9 else "auto").pvalue)
     return Signed(len(held), float(held.mean()), float(np.median(held)), p, alternative)
 
 
-def _too_few(differing: int, n: int) -> str | None:
-    if differing >= FEWEST:
-        return None
-    equal = f" ({n - differing} of {n} are exactly 0)" if differing < n else ""
-    return (
-        f"a signed-rank test of {differing} data set{'s' if differing != 1 else ''}{equal} is refused: with fewer than "
-        f"{FEWEST} it cannot give a two-sided p below 0.05, whatever they show. Probe more data sets, or look at each with "
-        "`mlfusion results compare`, which tests over images"
-    )
+def wilcoxon_or_reason(differences: Sequence[float], alternative: str = "greater") -> Signed | str:
+    """The test, or why it is refused."""
+    try:
+        return wilcoxon(differences, alternative=alternative)
+    except BadData as err:
+        return str(err)
 
 
 def adjust(p: Sequence[float]) -> np.ndarray:
     """p-values adjusted so that of those below α at most that part is false on average (Benjamini and Hochberg 1995)."""
     from scipy.stats import false_discovery_control
 
-    held = np.asarray(p, np.float64)
-    adjusted: np.ndarray = false_discovery_control(held, method="bh") if len(held) else held
-    return adjusted
+    return false_discovery_control(p, method="bh") if len(p) else np.empty(0)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -129,17 +124,10 @@ def holm(p: Sequence[float]) -> np.ndarray:
 def against(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> list[Against]:
     """Several probes against one baseline: one-sided signed-rank tests, adjusted together.
 
-    Args:
-        gains: of each probe its gains over the baseline, one a data set (means over seeds).
-        level: of the false discoveries.
+    `gains` holds each probe's gains over the baseline, one a data set (means over seeds); `level` is that of false discoveries.
     """
-    found: dict[str, float] = {}
-    refused: dict[str, str] = {}
-    for name, held in gains.items():
-        try:
-            found[name] = wilcoxon(held).p
-        except BadData as err:
-            refused[name] = str(err)
+    tests = {name: wilcoxon_or_reason(held) for name, held in gains.items()}
+    found = {name: test.p for name, test in tests.items() if isinstance(test, Signed)}
     adjusted = dict(zip(found, adjust(list(found.values())).tolist(), strict=True))
     return [
         Against(
@@ -150,7 +138,7 @@ def against(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> li
             found.get(name),
             adjusted.get(name),
             adjusted.get(name, 1.0) < level,
-            refused.get(name),
+            None if name in found else str(tests[name]),
         )
         for name, held in gains.items()
     ]
@@ -159,9 +147,7 @@ def against(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> li
 def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> Ranking:
     """Mean ranks, and which of them differ.
 
-    Args:
-        scores: of each probe its score on each data set, all on the same ones in the same order; the higher the better.
-        level: of the critical difference.
+    `scores` holds each probe's score on each data set, all on the same ones in the same order; the higher the better.
 
     Raises:
         BadData: fewer than three probes or six data sets, or not every probe on every data set.
@@ -187,7 +173,8 @@ def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> R
     critical = float(studentized_range.ppf(1 - level, k, np.inf)) / sqrt(2) * unit
     order = np.argsort(ranks, kind="stable").tolist()
     two = list(combinations(order, 2))
-    signed = holm([_two_sided(table[a] - table[b]) for a, b in two])
+    tests = [wilcoxon_or_reason((table[a] - table[b]).tolist(), "two-sided") for a, b in two]
+    signed = holm([test.p if isinstance(test, Signed) else 1.0 for test in tests])  # of too few nothing is claimed
     pairs = tuple(
         Pair(names[a], names[b], float(studentized_range.sf(abs(ranks[a] - ranks[b]) / unit * sqrt(2), k, np.inf)), p)
         for (a, b), p in zip(two, signed.tolist(), strict=True)
@@ -203,14 +190,6 @@ def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> R
         tuple(tuple(names[i] for i in order[a:b]) for a, b in _groups(ranks[order], critical)),
         pairs,
     )
-
-
-def _two_sided(differences: np.ndarray) -> float:
-    """Of few that differ, 1: nothing is claimed."""
-    try:
-        return wilcoxon(differences.tolist(), alternative="two-sided").p
-    except BadData:
-        return 1.0
 
 
 def _groups(ranks: np.ndarray, critical: float) -> list[tuple[int, int]]:

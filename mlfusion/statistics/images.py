@@ -6,21 +6,63 @@ weights, and a thousand of them are scored by one product with a sparse matrix.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from mlfusion.errors import BadData, UnknownName
 
-RESAMPLES = 2000
-LEVEL = 0.95
-BINS = 15
 TOP = 5
 _BLOCK = 4_000_000  # weights held at a time: 32 MB
 _TINY = 6e-8  # the least that a float16 can be: probabilities are kept as such
 
 Measure = Callable[[np.ndarray], np.ndarray]
 """Weights of the images [B, N] → scores [B]; all ones is the score itself."""
+
+Predictions = np.ndarray | Sequence[np.ndarray]
+"""Probabilities [N, C], or numbers [N]; or a sequence of such, one a seed."""
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How test images are resampled."""
+
+    level: float = 0.95  # part of such intervals that hold the true value
+    resamples: int = 2000
+    seed: int = 0
+    method: str = "percentile"  # of SciPy; or 'basic' or 'BCa' (slower: it leaves out each image in turn)
+
+    def resample(self, score: Measure, images: int) -> tuple[float, float, np.ndarray]:
+        """The interval of a score, low and high, and the scores of all resamples.
+
+        Raises:
+            BadData: fewer than two images.
+        """
+        from scipy.stats import bootstrap
+
+        if images < 2:
+            raise BadData(f"{images} test image cannot be resampled; allowed: two or more")
+
+        def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:  # which SciPy always makes the last
+            flat = drawn.reshape(-1, drawn.shape[-1]).astype(np.int64)
+            offsets = images * np.arange(len(flat))[:, None]
+            weights = np.bincount((flat + offsets).ravel(), minlength=images * len(flat)).reshape(len(flat), images)
+            return score(weights.astype(np.float64)).reshape(drawn.shape[:-1])
+
+        found = bootstrap(
+            (np.arange(images),),
+            statistic,
+            vectorized=True,
+            n_resamples=self.resamples,
+            batch=max(1, _BLOCK // images),
+            confidence_level=self.level,
+            method=self.method,
+            rng=np.random.default_rng(self.seed),
+        )
+        low, high = found.confidence_interval
+        return float(low), float(high), found.bootstrap_distribution
+
+
+BOOTSTRAP = Bootstrap()
 
 
 @dataclass(frozen=True)
@@ -79,70 +121,52 @@ class Calibration:
 
 
 def interval(
-    labels: np.ndarray,
-    predictions: np.ndarray | Sequence[np.ndarray],
-    *,
-    metric: str = "balanced_accuracy",
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    method: str = "percentile",
+    labels: np.ndarray, predictions: Predictions, *, metric: str = "balanced_accuracy", bootstrap: Bootstrap = BOOTSTRAP
 ) -> Interval:
     """A bootstrap interval over test images.
 
     Args:
         labels: classes [N] in 0..C-1; of several labels an image 0 and 1 [N, C]; or numbers [N].
-        predictions: probabilities [N, C], or numbers [N]; or a sequence of such, one a seed: then of the mean over seeds, each
-            resample drawing the same images for all.
-        metric: of those in `METRICS`.
-        level: part of such intervals that hold the true value.
-        resamples: how many.
-        seed: of the resampling.
-        method: SciPy's 'percentile', 'basic' or 'BCa' (slower: it leaves out each image in turn).
+        predictions: of several seeds the interval is of the mean over them, each resample drawing the same images for all.
+        metric: one of `METRICS`.
+        bootstrap: how images are resampled.
 
     Raises:
         BadData: labels and predictions do not belong together, or are fewer than two.
         UnknownName: no such metric of such labels.
     """
     score = _mean(labels, predictions, metric)
-    found = _bootstrap(score, len(labels), level, resamples, seed, method)
-    low, high = found.confidence_interval
-    return Interval(float(score(np.ones((1, len(labels))))[0]), float(low), float(high), level, resamples)
+    low, high, _ = bootstrap.resample(score, len(labels))
+    return Interval(_whole(score, labels), low, high, bootstrap.level, bootstrap.resamples)
 
 
 def difference(
     labels: np.ndarray,
-    a: np.ndarray | Sequence[np.ndarray],
-    b: np.ndarray | Sequence[np.ndarray],
+    a: Predictions,
+    b: Predictions,
     *,
     metric: str = "balanced_accuracy",
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    method: str = "percentile",
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> Difference:
     """A paired bootstrap of A - B: each resample draws the same images for both, so what is hard for both cancels.
 
     The p-value is the least level at which the percentile interval would still hold 0. Arguments and errors as of `interval`.
     """
     score_a, score_b = _mean(labels, a, metric), _mean(labels, b, metric)
-    found = _bootstrap(lambda w: score_a(w) - score_b(w), len(labels), level, resamples, seed, method)
-    low, high = found.confidence_interval
-    whole = np.ones((1, len(labels)))
-    at_a, at_b = float(score_a(whole)[0]), float(score_b(whole)[0])
-    drawn = found.bootstrap_distribution
+    low, high, drawn = bootstrap.resample(lambda w: score_a(w) - score_b(w), len(labels))
+    at_a, at_b = _whole(score_a, labels), _whole(score_b, labels)
     tail = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
-    p = min(1.0, 2 * (tail + 1) / (resamples + 1))
-    return Difference(at_a, at_b, at_a - at_b, float(low), float(high), level, float(p), resamples)
+    p = min(1.0, 2 * (tail + 1) / (bootstrap.resamples + 1))
+    return Difference(at_a, at_b, at_a - at_b, low, high, bootstrap.level, float(p), bootstrap.resamples)
 
 
 def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
     """The exact test of McNemar (1947): of the images that one probe gets right and the other wrong, is it half and half?
 
-    Args:
-        labels: classes [N].
-        a: probabilities [N, C].
-        b: likewise.
+    `labels` are classes [N], `a` and `b` probabilities [N, C].
+
+    Raises:
+        BadData: they are something else, or not of the same images.
     """
     from scipy.stats import binomtest
 
@@ -151,18 +175,15 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
     if labels.ndim != 1 or labels.dtype.kind == "f":
         raise BadData("McNemar's test counts images that are right or wrong; allowed: one class an image")
     right_a, right_b = a.argmax(1) == labels, b.argmax(1) == labels
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    neither, only_b, only_a, both = np.bincount(2 * right_a + right_b, minlength=4).tolist()
     p = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return McNemar(int((right_a & right_b).sum()), only_a, only_b, int((~right_a & ~right_b).sum()), p)
+    return McNemar(both, only_a, only_b, neither, p)
 
 
-def calibration(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = BINS) -> Calibration:
+def calibration(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> Calibration:
     """The expected calibration error in bins of equal width (Guo et al. 2017, arXiv 1706.04599), and the curve behind it.
 
-    Args:
-        labels: classes [N].
-        probabilities: [N, C].
-        bins: how many.
+    `labels` are classes [N], `probabilities` [N, C].
     """
     _check(labels, probabilities)
     sure = probabilities.max(1).astype(np.float64)
@@ -170,20 +191,13 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = BI
     edges = np.linspace(0, 1, bins + 1)
     at = np.clip(np.searchsorted(edges, sure, side="left") - 1, 0, bins - 1)
     count = np.bincount(at, minlength=bins)
-    held = np.maximum(count, 1)
-    confidence, accuracy = np.bincount(at, sure, bins) / held, np.bincount(at, right, bins) / held
-    ece = float((count * np.abs(confidence - accuracy)).sum() / len(labels))
+    confidence, accuracy = (np.bincount(at, each, bins) / np.maximum(count, 1) for each in (sure, right))
+    columns = (column.tolist() for column in (edges[:-1], edges[1:], count, confidence, accuracy))
     return Calibration(
-        ece,
+        float((count * np.abs(confidence - accuracy)).sum() / len(labels)),
         tuple(
-            Bin(
-                float(edges[k]),
-                float(edges[k + 1]),
-                int(count[k]),
-                float(confidence[k]) if count[k] else None,
-                float(accuracy[k]) if count[k] else None,
-            )
-            for k in range(bins)
+            Bin(low, high, images, sure if images else None, right if images else None)
+            for low, high, images, sure, right in zip(*columns, strict=True)
         ),
     )
 
@@ -193,8 +207,7 @@ def confusion(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     from sklearn.metrics import confusion_matrix
 
     _check(labels, probabilities)
-    counts: np.ndarray = confusion_matrix(labels, probabilities.argmax(1), labels=np.arange(probabilities.shape[1]))
-    return counts
+    return confusion_matrix(labels, probabilities.argmax(1), labels=np.arange(probabilities.shape[1]))
 
 
 # --- metrics as functions of weights ---------------------------------------------------------------------------------
@@ -211,69 +224,50 @@ def measure(labels: np.ndarray, predictions: np.ndarray, metric: str) -> Measure
     known = METRICS["number" if labels.dtype.kind == "f" else "labels" if labels.ndim == 2 else "class"]
     if metric not in known:
         raise UnknownName("metric", metric, known)
-    made: Measure = known[metric](labels, predictions)
-    return made
+    return known[metric](labels, predictions)
 
 
-def _one_hot(classes: np.ndarray, count: int) -> Any:
+def _by_class(classes: np.ndarray, count: int) -> Measure:
+    """Weights of the images [B, N] → weight of each class [B, C]."""
     from scipy.sparse import csr_array
 
     images = len(classes)
-    return csr_array((np.ones(images), classes, np.arange(images + 1)), shape=(images, count))
-
-
-def _counts(weights: np.ndarray, members: Any) -> np.ndarray:
-    """Weight of each class [B, C]."""
-    found: np.ndarray = (members.T @ weights.T).T
-    return found
+    members = csr_array((np.ones(images), classes, np.arange(images + 1)), shape=(images, count))
+    return lambda weights: (members.T @ weights.T).T
 
 
 def _balanced_accuracy(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
-    members = _one_hot(labels, probabilities.shape[1])
-    right = (probabilities.argmax(1) == labels).astype(np.float64)
+    truth = _by_class(labels, probabilities.shape[1])
+    right = probabilities.argmax(1) == labels
 
     def score(weights: np.ndarray) -> np.ndarray:
-        there = _counts(weights, members)
         with np.errstate(invalid="ignore"):
-            return np.nanmean(_counts(weights * right, members) / there, axis=1)
+            return np.nanmean(truth(weights * right) / truth(weights), axis=1)
 
     return score
 
 
 def _macro_f1(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
-    classes = probabilities.shape[1]
     predicted = probabilities.argmax(1)
-    truth, taken = _one_hot(labels, classes), _one_hot(predicted, classes)
-    right = (predicted == labels).astype(np.float64)
-    present = np.unique(labels)
+    truth, taken = (_by_class(classes, probabilities.shape[1]) for classes in (labels, predicted))
+    right, present = predicted == labels, np.unique(labels)
 
     def score(weights: np.ndarray) -> np.ndarray:
-        both = _counts(weights, truth) + _counts(weights, taken)
-        hits = 2 * _counts(weights * right, truth)
+        both = truth(weights) + taken(weights)
         with np.errstate(invalid="ignore"):
-            return np.nanmean((hits / both)[:, present], axis=1)
+            return np.nanmean((2 * truth(weights * right) / both)[:, present], axis=1)
 
     return score
 
 
 def _average(each: np.ndarray) -> Measure:
+    each = each.astype(np.float64)
     return lambda weights: weights @ each / weights.sum(1)
 
 
-def _accuracy(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
-    return _average((probabilities.argmax(1) == labels).astype(np.float64))
-
-
-def _top5(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
-    if probabilities.shape[1] <= TOP:
-        return _average(np.ones(len(labels)))
-    own = probabilities[np.arange(len(labels)), labels][:, None]
-    return _average(((probabilities > own).sum(1) < TOP).astype(np.float64))
-
-
-def _loss(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
-    own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    return _average(-np.log(np.maximum(own, _TINY)))
+def _own(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Probability of each image's own class [N, 1]."""
+    return np.take_along_axis(probabilities, labels[:, None], axis=1)
 
 
 def _mean_average_precision(labels: np.ndarray, scored: np.ndarray) -> Measure:
@@ -300,81 +294,56 @@ def _mean_average_precision(labels: np.ndarray, scored: np.ndarray) -> Measure:
     return score
 
 
+def _errors(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    return labels - predicted.reshape(len(predicted)).astype(np.float64)
+
+
 def _r2(labels: np.ndarray, predicted: np.ndarray) -> Measure:
     truth = labels.astype(np.float64)
-    squares = (truth - _flat(predicted)) ** 2
+    squares = _errors(truth, predicted) ** 2
 
     def score(weights: np.ndarray) -> np.ndarray:
         mean = weights @ truth / weights.sum(1)
-        spread = weights @ truth**2 - weights.sum(1) * mean**2
-        result: np.ndarray = 1 - weights @ squares / spread
-        return result
+        return 1 - weights @ squares / (weights @ truth**2 - weights.sum(1) * mean**2)
 
     return score
 
 
-def _mae(labels: np.ndarray, predicted: np.ndarray) -> Measure:
-    return _average(np.abs(labels - _flat(predicted)))
-
-
 def _rmse(labels: np.ndarray, predicted: np.ndarray) -> Measure:
-    mean = _average((labels - _flat(predicted)) ** 2)
+    mean = _average(_errors(labels, predicted) ** 2)
     return lambda weights: np.sqrt(mean(weights))
-
-
-def _flat(predicted: np.ndarray) -> np.ndarray:
-    return predicted.reshape(len(predicted)).astype(np.float64)
 
 
 METRICS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
     "class": {
         "balanced_accuracy": _balanced_accuracy,
-        "accuracy": _accuracy,
-        "top5": _top5,
+        "accuracy": lambda labels, probabilities: _average(probabilities.argmax(1) == labels),
+        "top5": lambda labels, p: _average((p > _own(labels, p)).sum(1) < TOP),
         "macro_f1": _macro_f1,
-        "loss": _loss,
+        "loss": lambda labels, p: _average(-np.log(np.maximum(_own(labels, p)[:, 0].astype(np.float64), _TINY))),
     },
     "labels": {"mean_average_precision": _mean_average_precision},
-    "number": {"r2": _r2, "mae": _mae, "rmse": _rmse},
+    "number": {
+        "r2": _r2,
+        "mae": lambda labels, predicted: _average(np.abs(_errors(labels, predicted))),
+        "rmse": _rmse,
+    },
 }
 """By what the labels are: one class an image, several labels, or a number."""
 
 
-# --- resampling ------------------------------------------------------------------------------------------------------
-
-
-def _mean(labels: np.ndarray, predictions: np.ndarray | Sequence[np.ndarray], metric: str) -> Measure:
+def _mean(labels: np.ndarray, predictions: Predictions, metric: str) -> Measure:
     """The mean over seeds."""
-    each = [predictions] if isinstance(predictions, np.ndarray) else list(predictions)
+    each = [predictions] if isinstance(predictions, np.ndarray) else predictions
     if not each:
         raise BadData("no predictions; allowed: those of one seed or more")
     scores = [measure(labels, one, metric) for one in each]
     return scores[0] if len(scores) == 1 else lambda weights: np.mean([score(weights) for score in scores], axis=0)
 
 
-def _bootstrap(score: Measure, images: int, level: float, resamples: int, seed: int, method: str) -> Any:
-    from scipy.stats import bootstrap
-
-    if images < 2:
-        raise BadData(f"{images} test image cannot be resampled; allowed: two or more")
-
-    def statistic(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
-        drawn = np.moveaxis(drawn, axis, -1)
-        flat = drawn.reshape(-1, drawn.shape[-1]).astype(np.int64)
-        offsets = images * np.arange(len(flat))[:, None]
-        weights = np.bincount((flat + offsets).ravel(), minlength=images * len(flat)).reshape(len(flat), images)
-        return score(weights.astype(np.float64)).reshape(drawn.shape[:-1])
-
-    return bootstrap(
-        (np.arange(images),),
-        statistic,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, _BLOCK // images),
-        confidence_level=level,
-        method=method,
-        rng=np.random.default_rng(seed),
-    )
+def _whole(score: Measure, labels: np.ndarray) -> float:
+    """The score of the images as they are."""
+    return float(score(np.ones((1, len(labels))))[0])
 
 
 def _check(labels: np.ndarray, predictions: np.ndarray) -> None:

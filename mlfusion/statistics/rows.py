@@ -2,28 +2,38 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from math import fsum, sqrt
+from statistics import fmean
+from typing import NamedTuple, Unpack
 
+import msgspec
 import numpy as np
 
 from mlfusion.errors import BadData, ResultsUnusable
 from mlfusion.results import Results, Row
-from mlfusion.statistics.datasets import Against, Ranking, Signed, against, ranking, wilcoxon
-from mlfusion.statistics.images import (
-    LEVEL,
-    RESAMPLES,
-    Calibration,
-    Difference,
-    Interval,
-    McNemar,
-    calibration,
-    confusion,
-    difference,
-    interval,
-    mcnemar,
-)
-from mlfusion.statistics.seeds import Spread
+from mlfusion.results.database import RowFilter
+from mlfusion.specs.names import ALIASES
+from mlfusion.statistics import images
+from mlfusion.statistics.datasets import Against, Ranking, Signed, against, ranking, wilcoxon_or_reason
+from mlfusion.statistics.images import BOOTSTRAP, Bootstrap, Calibration, Difference, Interval, McNemar
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over n seeds, by which another training run would differ; no deviation for one."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        """One value a seed."""
+        held = list(values)
+        mean, n = fmean(held), len(held)
+        # `statistics.stdev` reckons in fractions, which takes a hundred thousand rows ten seconds.
+        return cls(mean, sqrt(fsum((value - mean) ** 2 for value in held) / (n - 1)) if n > 1 else None, n)
 
 
 class Setting(NamedTuple):
@@ -104,20 +114,16 @@ def by_dataset(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
         BadData: rows of several models, grids, options, metrics or protocols, whose scores do not belong in one table.
     """
     held: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    kinds: set[tuple[object, ...]] = set()
+    kinds: dict[str, set[str]] = defaultdict(set)
     places: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for row in rows:
         of = setting(row)
-        kinds.add((of.model, of.grid, of.metric, of.options, of.protocol))
+        values = (of.model, of.grid, of.metric, of.options, of.protocol)
+        for name, value in zip(("models", "grids", "metrics", "options", "protocols"), values, strict=True):
+            kinds[name].add(str(value) or "none")
         places[of.dataset].add(of.features)
         held[row.probe][row.dataset].append(row.test)
-    if len(kinds) > 1:
-        told = ("models", "grids", "metrics", "options", "protocols")
-        mixed = [
-            f"{name} {', '.join(sorted({str(kind[i]) or 'none' for kind in kinds}))}"
-            for i, name in enumerate(told)
-            if len({kind[i] for kind in kinds}) > 1
-        ]
+    if mixed := [f"{name} {', '.join(sorted(given))}" for name, given in kinds.items() if len(given) > 1]:
         raise BadData(f"these rows cannot stand in one table, they are of {' and '.join(mixed)}; choose one of each")
     if several := [name for name, features in places.items() if len(features) > 1]:
         raise BadData(
@@ -128,23 +134,12 @@ def by_dataset(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
 
 
 def compare(
-    results: Results,
-    a: Row | Sequence[Row],
-    b: Row | Sequence[Row],
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    results: Results, a: Row | Sequence[Row], b: Row | Sequence[Row], *, bootstrap: Bootstrap = BOOTSTRAP
 ) -> Comparison:
     """Two probes on the same test images: scores, the paired difference, and how sure it is.
 
-    Args:
-        results: where the rows are, and what each test image got.
-        a: a row, or rows of one probe, one a seed.
-        b: likewise; of several seeds those that both have count.
-        level: of the interval.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+    `a` and `b` are a row each, or rows of one probe, one a seed: of several seeds those that both have count. `results` hold
+    what each test image got.
 
     Raises:
         BadData: the two cannot be compared: other data, images, metric or protocol.
@@ -167,9 +162,9 @@ def compare(
                 "split. Extract and probe both again from the data set as it is now"
             )
         of_a, of_b = ([held["probabilities"] for held in each] for each in (arrays_a, arrays_b))
-        drawn = difference(labels, of_a, of_b, metric=one.metric, level=level, resamples=resamples, seed=seed)
+        drawn = images.difference(labels, of_a, of_b, metric=one.metric, bootstrap=bootstrap)
         if labels.ndim == 1 and labels.dtype.kind != "f":
-            tests = tuple(mcnemar(labels, x, y) for x, y in zip(of_a, of_b, strict=True))
+            tests = tuple(images.mcnemar(labels, x, y) for x, y in zip(of_a, of_b, strict=True))
     return Comparison(
         model=one.model if one.model == other.model else f"{one.model} / {other.model}",
         dataset=one.dataset,
@@ -187,14 +182,7 @@ def compare(
 
 
 def compare_probes(
-    results: Results,
-    rows: Sequence[Row],
-    a: str,
-    b: str,
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    results: Results, rows: Sequence[Row], a: str, b: str, *, bootstrap: Bootstrap = BOOTSTRAP
 ) -> list[Comparison]:
     """Probe `a` against probe `b` in every setting among `rows` that has both with a seed in common; by model, then data set.
 
@@ -216,7 +204,28 @@ def compare_probes(
             f"no data set has rows of both {a} and {b} with a seed, grid and protocol in common; there are rows of {there}. "
             f"Make them with `mlfusion probe --probe {a},{b}`"
         )
-    return [compare(results, held[a], held[b], level=level, resamples=resamples, seed=seed) for held in both.values()]
+    return [compare(results, held[a], held[b], bootstrap=bootstrap) for held in both.values()]
+
+
+def compare_named(
+    results: Results, a: str, b: str, *, bootstrap: Bootstrap = BOOTSTRAP, **chosen: Unpack[RowFilter]
+) -> list[Comparison]:
+    """What `mlfusion results compare` shows: probes in every setting of the chosen rows; or, if either is an id, two results.
+
+    Raises:
+        BadData: they cannot be compared.
+        UnknownName: no result has such an id.
+        ResultsUnusable: there are no results.
+    """
+    probe_a, probe_b = _probe_name(a), _probe_name(b)
+    if probe_a and probe_b:
+        return compare_probes(results, results.require(**chosen), probe_a, probe_b, bootstrap=bootstrap)
+    return [compare(results, results.named(a), results.named(b), bootstrap=bootstrap)]
+
+
+def _probe_name(word: str) -> str | None:
+    """The name of a probe, or None if it is not one: ids have no '/'."""
+    return word if "/" in word else ALIASES.get(word.lower())
 
 
 def over_datasets(compared: Sequence[Comparison]) -> dict[str, Signed | str]:
@@ -224,13 +233,7 @@ def over_datasets(compared: Sequence[Comparison]) -> dict[str, Signed | str]:
     gains: dict[str, list[float]] = defaultdict(list)
     for one in compared:
         gains[one.model].append(one.gain.mean)
-    found: dict[str, Signed | str] = {}
-    for model, held in gains.items():
-        try:
-            found[model] = wilcoxon(held)
-        except BadData as err:
-            found[model] = str(err)
-    return found
+    return {model: wilcoxon_or_reason(held) for model, held in gains.items()}
 
 
 @dataclass(frozen=True)
@@ -243,26 +246,23 @@ class Rank:
     left_out: tuple[str, ...]  # probes without rows on every data set
 
 
-def rank(rows: Iterable[Row], *, baseline: str, level: float = LEVEL) -> Rank:
+def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> Rank:
     """Rank the probes of one model and setting over the data sets that most of them have, by mean test scores.
 
-    Args:
-        rows: of one model, grid and metric; several seeds of a probe are averaged.
-        baseline: the probe that gains are counted from.
-        level: confidence level of the tests: 0.95 means p below 0.05.
+    Several seeds of a probe are averaged. `baseline` is the name or alias of the probe that gains are counted from, `level` the
+    confidence level of the tests: 0.95 means p below 0.05.
 
     Raises:
         BadData: the scores do not belong in one table, or the data sets are too few.
     """
-    table = by_dataset(rows)
+    table, baseline = by_dataset(rows), _probe_name(baseline) or baseline
     most = max((frozenset(sets) for sets in table.values()), key=len, default=frozenset())
     whole = {probe: sets for probe, sets in table.items() if sets.keys() >= most}
     order = sorted(most)
     scores = {probe: [sets[name] for name in order] for probe, sets in whole.items()}
     base = scores.get(baseline, [])
-    gains = {
-        p: [x - y for x, y in zip(held, base, strict=True)] for p, held in scores.items() if base and p != baseline
-    }
+    others = {probe: held for probe, held in scores.items() if base and probe != baseline}
+    gains = {probe: np.subtract(held, base).tolist() for probe, held in others.items()}
     return Rank(
         ranking=ranking(scores, level=1 - level),
         against=tuple(against(gains, level=1 - level)),
@@ -271,11 +271,10 @@ def rank(rows: Iterable[Row], *, baseline: str, level: float = LEVEL) -> Rank:
     )
 
 
-@dataclass(frozen=True)
-class Confused:
+class Confused(msgspec.Struct, frozen=True):
     """Test images of one class that were taken for another."""
 
-    name: str
+    name: str = msgspec.field(name="class")
     taken_for: str
     images: int
     of: int  # images of the class
@@ -290,14 +289,6 @@ class Certainty:
     confusions: tuple[Confused, ...] | None = None  # the most frequent
     missing: str | None = None  # why there is nothing, and what to do
 
-    def to_json(self) -> dict[str, Any]:
-        """As `mlfusion results show --json` prints it."""
-        pairs = self.confusions
-        named = pairs and [
-            {"class": one.name, "taken_for": one.taken_for, "images": one.images, "of": one.of} for one in pairs
-        ]
-        return asdict(self) | {"confusions": named}
-
 
 def certainty(results: Results, row: Row, *, confusions: int = 5) -> Certainty:
     """The interval of a row's score over test images, its calibration, and its most frequent confusions."""
@@ -306,16 +297,16 @@ def certainty(results: Results, row: Row, *, confusions: int = 5) -> Certainty:
     except ResultsUnusable as err:
         return Certainty(missing=str(err))
     labels, predictions = held["labels"], held["probabilities"]
-    sure = interval(labels, predictions, metric=row.metric)
+    sure = images.interval(labels, predictions, metric=row.metric)
     if labels.ndim != 1 or labels.dtype.kind == "f":
         return Certainty(sure)
-    counts = confusion(labels, predictions)
+    counts = images.confusion(labels, predictions)
     wrong = [(int(counts[i, j]), i, j) for i, j in zip(*counts.nonzero(), strict=True) if i != j]
     most = tuple(
-        Confused(row.classes[i], row.classes[j], images, int(counts[i].sum()))
-        for images, i, j in sorted(wrong, reverse=True)[:confusions]
+        Confused(row.classes[i], row.classes[j], many, int(counts[i].sum()))
+        for many, i, j in sorted(wrong, reverse=True)[:confusions]
     )
-    return Certainty(sure, calibration(labels, predictions), most)
+    return Certainty(sure, images.calibration(labels, predictions), most)
 
 
 def _paired(a: list[Row], b: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -351,15 +342,11 @@ def _comparable(a: Row, b: Row) -> None:
 
 
 def _marks(a: Sequence[Row], b: Sequence[Row]) -> tuple[str, ...]:
-    """What differs between the two beside the probe, and may be why their scores do."""
+    """What differs between the two beside the probe, and may be why their scores do; 'none' of options that were not used."""
     told: list[str] = []
+    held = [[msgspec.to_builtins(row) for row in rows] for rows in (a, b)]  # which leave out options at their default
     for name in ("seed", "grid", "code", "protocol", "device", "precision", "shots", "halving", "smoothing"):
-        of_a, of_b = (sorted({_said(getattr(row, name)) for row in rows}) for rows in (a, b))
+        of_a, of_b = (sorted({str(row.get(name, "none")) for row in rows}) for rows in held)
         if of_a != of_b:
             told.append(f"{name}: {', '.join(of_a)} against {', '.join(of_b)}")
     return tuple(told)
-
-
-def _said(value: object) -> str:
-    """The value of a row's option; 'none' of one that was not used."""
-    return "none" if value is None or value is False else str(value)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlfusion.shapes import Bool, Float, Num
 from mlfusion.specs.identity import Dtype
 
 INT8_MAX = 127  # -128 is left unused so that the range is symmetric
@@ -23,11 +24,11 @@ class Encoding:
 
     stored: np.dtype  # little-endian, as the shards hold it
     numbers: np.dtype  # what reading gives
-    extra: int  # stored columns of a vector in addition to its D
     fill: int | str  # Zarr's fill value for a missing part
     encode: Callable[[np.ndarray], np.ndarray]  # [..., D] floats → [..., D + extra] stored
     decode: Callable[[np.ndarray], np.ndarray]  # the inverse, to `numbers`
     finite: Callable[[np.ndarray], np.ndarray]  # [..., D + extra] stored → [...], whether every number is finite
+    extra: int = 0  # stored columns of a vector in addition to its D
 
     @property
     def plain(self) -> bool:
@@ -46,16 +47,16 @@ class Encoding:
 def _floats(name: Dtype) -> Encoding:
     kind = np.dtype(name).newbyteorder("<")
 
-    def encode(tokens: np.ndarray) -> np.ndarray:
+    def encode(tokens: Float[np.ndarray, "*N D"]) -> Float[np.ndarray, "*N D"]:
         with np.errstate(over="ignore"):  # overflow becomes infinite, and `finite` says so
             return tokens.astype(kind, copy=False)
 
     infinity = int(np.array(np.inf, kind).view(f"<u{kind.itemsize}"))
-    return Encoding(kind, kind, 0, "NaN", encode, lambda stored: stored, lambda stored: _finite(stored, infinity))
+    return Encoding(kind, kind, "NaN", encode, lambda stored: stored, lambda stored: _finite(stored, infinity))
 
 
-def _finite(stored: np.ndarray, infinity: int) -> np.ndarray:
-    """[...] of [..., D] floats, by their bits: infinity and NaN are the largest of either sign, and integers compare faster."""
+def _finite(stored: Num[np.ndarray, "*N D"], infinity: int) -> Bool[np.ndarray, "*N"]:
+    """Whether floats are finite, by their bits: infinity and NaN are the largest of either sign; integers compare faster."""
     sign = 1 << 8 * stored.itemsize - 1
     bits = np.ascontiguousarray(stored).view(f"<u{stored.itemsize}")
     signed = bits.view(f"<i{stored.itemsize}")
@@ -66,7 +67,7 @@ def _finite(stored: np.ndarray, infinity: int) -> np.ndarray:
     return (signed.max(-1) < infinity) & (bits.max(-1) < sign + infinity)
 
 
-def _to_bfloat16(tokens: np.ndarray) -> np.ndarray:
+def _to_bfloat16(tokens: Float[np.ndarray, "*N D"]) -> Num[np.ndarray, "*N D"]:
     """Rounded to nearest, halves to even."""
     bits = np.ascontiguousarray(tokens, "<f4").view("<u4")
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -74,11 +75,11 @@ def _to_bfloat16(tokens: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(tokens), 0x7FC0, rounded).astype("<u2")
 
 
-def _from_bfloat16(stored: np.ndarray) -> np.ndarray:
+def _from_bfloat16(stored: Num[np.ndarray, "*N D"]) -> Float[np.ndarray, "*N D"]:
     return (stored.astype("<u4") << 16).view("<f4")
 
 
-def _to_int8(tokens: np.ndarray) -> np.ndarray:
+def _to_int8(tokens: Float[np.ndarray, "*N D"]) -> Num[np.ndarray, "*N D+4"]:
     tokens = np.asarray(tokens, np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         scale = np.abs(tokens).max(-1, keepdims=True) / np.float32(INT8_MAX)
@@ -87,11 +88,11 @@ def _to_int8(tokens: np.ndarray) -> np.ndarray:
     return np.concatenate([kept, np.ascontiguousarray(scale, "<f4").view(np.int8)], -1)
 
 
-def _scale(stored: np.ndarray) -> np.ndarray:
+def _scale(stored: Num[np.ndarray, "*N columns"]) -> Float[np.ndarray, "*N 1"]:
     return np.ascontiguousarray(stored[..., -SCALE_BYTES:]).view("<f4")
 
 
-def _from_int8(stored: np.ndarray) -> np.ndarray:
+def _from_int8(stored: Num[np.ndarray, "*N columns"]) -> Float[np.ndarray, "*N columns-4"]:
     return stored[..., :-SCALE_BYTES] * _scale(stored)
 
 
@@ -100,7 +101,6 @@ ENCODINGS: dict[Dtype, Encoding] = {
     "bfloat16": Encoding(
         np.dtype("<u2"),
         np.dtype("<f4"),
-        0,
         0xFFFF,
         _to_bfloat16,
         _from_bfloat16,
@@ -110,10 +110,10 @@ ENCODINGS: dict[Dtype, Encoding] = {
     "int8": Encoding(
         np.dtype("i1"),
         np.dtype("<f4"),
-        SCALE_BYTES,
         -1,  # four bytes of 0xFF are a NaN for a scale
         _to_int8,
         _from_int8,
         lambda stored: np.isfinite(_scale(stored)[..., 0]),
+        extra=SCALE_BYTES,
     ),
 }

@@ -16,26 +16,102 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import msgspec
 import numpy as np
 
-from mlfusion.errors import CacheUnusable, NotCached
+from mlfusion.errors import BadData, CacheUnusable, NotCached
+from mlfusion.shapes import Float, Int, Num
 from mlfusion.specs.identity import FeatureSpec, Pair, TokenKind, digest
 from mlfusion.specs.names import layer_ranges
-from mlfusion.store import leases, records, samples
-from mlfusion.store.draft import ShardDraft
-from mlfusion.store.formats import FORMATS
-from mlfusion.store.manifest import CommitRecord, StreamManifest
-from mlfusion.store.reader import Selection, TokenReader
-from mlfusion.store.records import Names, RunRecord, damaged, removed_message
-from mlfusion.store.samples import Samples
+from mlfusion.store import leases, records
+from mlfusion.store.formats import FORMATS, ShardWriter
+from mlfusion.store.reader import TokenReader
+from mlfusion.store.records import Names, RunRecord, Samples, damaged, removed_message
 from mlfusion.store.shard import Check, Source, spans
-from mlfusion.store.stream import Stream
+from mlfusion.store.stream import CRC32C, OFFSETS, XXH3, CommitRecord, Stream, StreamManifest
 from mlfusion.system import disk
 
 TOKENS = "tokens"
+GROUP = f"{TOKENS}/zarr.json"
 FOLDERS = (TOKENS, "names", "runs", "leases", "pins")
+
+
+class ShardDraft:
+    """A shard being written. `publish` gives it its name; leaving the `with` before that leaves nothing behind."""
+
+    def __init__(self, folder: Path, samples: Samples, stream: Stream, shard: int) -> None:
+        """`folder` is the stream's, `samples` are all rows of the entry."""
+        self._samples, self.stream, self.shard = samples, stream, shard
+        self.row = stream.rows(shard).start  # the image whose tokens come next
+        self._skipped: dict[int, str] = {}
+        self._final = folder / "c" / str(shard)
+        self._draft = disk.draft_name(folder)
+        writer = FORMATS[stream.format]
+        file = self._draft / writer.file
+        with disk.drafted(self._draft):
+            self._draft.mkdir()  # not its parents: what a prune took away stays away
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._writer: ShardWriter | None = writer(file, stream, shard)
+
+    def append(self, tokens: Float[np.ndarray, "B L T D"], unread: Mapping[int, str] = {}) -> None:
+        """Add the shard's next rows; T counts kinds x tokens. `unread` is row → why its image could not be read.
+
+        Raises:
+            BadData: a value is not finite, or too large for the storage type; the image is named.
+        """
+        self.append_stored(self.stream.encoding.encode(tokens), unread)
+
+    def append_stored(self, stored: Num[np.ndarray, "B L T columns"], unread: Mapping[int, str] = {}) -> None:
+        """Add rows that are encoded already; see `append`."""
+        assert self._writer is not None
+        encoding = self.stream.encoding
+        finite = np.all(encoding.finite(stored), axis=2)  # [rows, layers]
+        missing = [row - self.row for row in unread]
+        finite[missing] = True
+        if not finite.all():
+            row, layer = (int(i[0]) for i in np.nonzero(~finite))
+            raise BadData(
+                f"layer {self.stream.layers[layer]} of image {self._samples.ids[self.row + row]!r} is not finite "
+                f"in {self.stream.dtype}; use --dtype float32, or look at that image"
+            )
+        if missing:
+            stored = stored.copy()
+            stored[missing] = encoding.blank()
+            self._skipped |= unread
+        self._writer.append(stored)
+        self.row += len(stored)
+
+    def publish(self) -> bool:
+        """Flush the shard and give it its name, together with its record; False if another writer was first."""
+        rows = self.stream.rows(self.shard)
+        assert self._writer is not None and self.row == rows.stop
+        written = self._writer.close()
+        self._writer = None
+        record = CommitRecord(
+            stream=self.stream.name,
+            shard=self.shard,
+            sizes=(written.size,),
+            digests=(written.digest,),
+            samples=(self._samples.digest_of(rows),),
+            skipped=self._skipped,
+            chunks=written.offsets.shape,
+            offset_table=written.offsets.astype(OFFSETS).tobytes(),
+            crc32c_table=written.crc32c.astype(CRC32C).tobytes(),
+            xxh3_table=written.xxh3.astype(XXH3).tobytes(),
+        )
+        disk.write(self._draft / "commit.json", records.encode(record))
+        return disk.publish_folder(self._draft, self._final)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.abandon()
+            self._writer = None
+        disk.remove(self._draft)
 
 
 class Entry:
@@ -46,8 +122,22 @@ class Entry:
     """
 
     def __init__(self, path: Path, below: Sequence["Entry"] = ()) -> None:
+        """Read the record that names the entry.
+
+        Raises:
+            NotCached: the entry was removed.
+            CacheUnusable: the record is damaged, belongs to another folder, or is of a newer format.
+        """
         self.path, self.below = path, tuple(below)
-        self.spec = records.read_spec(path)
+        file = path / "entry.json"
+        try:
+            self.spec = records.read(file, FeatureSpec, versioned=path)
+        except FileNotFoundError as err:
+            raise NotCached(removed_message(path)) from err
+        except OSError as err:
+            raise damaged(file, str(err)) from err
+        if self.spec.key != path.name:
+            raise damaged(file, "it does not belong to this folder")
 
     @property
     def key(self) -> str:
@@ -80,31 +170,34 @@ class Entry:
 
     # --- what is there, what is missing -----------------------------------------------------------------------------
 
+    def folder(self, stream: Stream) -> Path:
+        """Folder of a stream."""
+        return self.path / TOKENS / stream.name
+
     def streams(self) -> list[Stream]:
         """All streams that were begun in this folder."""
-        found = []
-        for folder in disk.finished(self.path / TOKENS, "stream.json"):
-            try:
-                found.append(records.read(folder / "stream.json", Stream))
-            except FileNotFoundError as err:
-                raise NotCached(removed_message(self.path)) from err
-        return found
+        try:
+            folders = disk.finished(self.path / TOKENS, "stream.json")
+            return [records.read(folder / "stream.json", Stream) for folder in folders]
+        except FileNotFoundError as err:
+            raise NotCached(removed_message(self.path)) from err
+
+    def complete_streams(self) -> list[Stream]:
+        """Streams of which every shard is in this folder."""
+        return [stream for stream in self.streams() if (self.folder(stream) / "manifest.json").exists()]
 
     def missing_shards(self, stream: Stream) -> list[int]:
         """Shards of a stream that are not there yet."""
+        present: set[str] = set()
         with suppress(FileNotFoundError):
-            present = set(os.listdir(self.folder(stream) / "c"))
-            return [shard for shard in range(stream.shards) if str(shard) not in present]
-        return list(range(stream.shards))
+            present.update(os.listdir(self.folder(stream) / "c"))
+        return [shard for shard in range(stream.shards) if str(shard) not in present]
 
     def missing(self, pairs: frozenset[Pair]) -> dict[Stream, set[int]]:
         """Missing shards of the streams that hold one of `pairs`; every worker gets the same streams in the same order."""
         wanted = pairs - self.held()
-        return {
-            stream: missing
-            for stream in self.streams()
-            if stream.pairs & wanted and (missing := set(self.missing_shards(stream)))
-        }
+        streams = (stream for stream in self.streams() if stream.pairs & wanted)
+        return {stream: missing for stream in streams if (missing := set(self.missing_shards(stream)))}
 
     def sources(self) -> dict[Pair, Source]:
         """(layer, kind) → the complete stream to read it from, in this folder or below."""
@@ -119,13 +212,8 @@ class Entry:
 
     def held(self) -> frozenset[Pair]:
         """All (layer, kind) of which every shard is there."""
-        return frozenset().union(
-            *(stream.pairs for stream in self.complete_streams()), *(entry.held() for entry in self.below)
-        )
-
-    def complete_streams(self) -> list[Stream]:
-        """Streams of which every shard is in this folder."""
-        return [stream for stream in self.streams() if (self.folder(stream) / "manifest.json").exists()]
+        below = (entry.held() for entry in self.below)
+        return frozenset().union(*(stream.pairs for stream in self.complete_streams()), *below)
 
     def skipped(self, sources: Mapping[Pair, Source] | None = None) -> dict[int, str]:
         """Row → why its image could not be read. Pass `sources` if they were read already."""
@@ -134,14 +222,14 @@ class Entry:
             found |= source.manifest.skipped
         return dict(sorted(found.items()))
 
-    def unreadable(self, skipped: Mapping[int, str] | None = None) -> dict[str, str]:
-        """Sample id → why its image could not be read. Pass `skipped` if it was read already."""
-        skipped = self.skipped() if skipped is None else skipped
+    def unreadable(self, sources: Mapping[Pair, Source] | None = None) -> dict[str, str]:
+        """Sample id → why its image could not be read. Pass `sources` if they were read already."""
+        skipped = self.skipped(sources)
         ids = self.samples.ids if skipped else ()
         return {ids[row]: why.removeprefix(f"{ids[row]} cannot be read: ") for row, why in skipped.items()}
 
-    def rows(self) -> np.ndarray:
-        """[readable images] int64: the rows that hold tokens."""
+    def rows(self) -> Int[np.ndarray, " N"]:
+        """The rows that hold tokens, those of readable images."""
         return np.setdiff1d(np.arange(self.spec.data.images), np.fromiter(self.skipped(), np.int64))
 
     def extracted_at_ns(self) -> int:
@@ -165,10 +253,6 @@ class Entry:
     def size(self) -> int:
         """Bytes on disk of this folder."""
         return folder_bytes(self.path)
-
-    def folder(self, stream: Stream) -> Path:
-        """Folder of a stream."""
-        return self.path / TOKENS / stream.name
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -264,9 +348,6 @@ class Entry:
         """
         with suppress(OSError):
             os.utime(self.path / "entry.json")  # for `prune`, which removes what was not used for longest
-        return TokenReader(self._select(layers, kinds), check)
-
-    def _select(self, layers: Sequence[int], kinds: Sequence[TokenKind]) -> Selection:
         home = self.sources()
         if absent := [(layer, kind) for layer in layers for kind in kinds if (layer, kind) not in home]:
             names = "; ".join(
@@ -274,29 +355,24 @@ class Entry:
                 for kind in dict.fromkeys(kind for _, kind in absent)
             )
             raise NotCached(f"not in the cache: {names}")
-        counts = [home[layers[0], kind].stream.tokens for kind in kinds]
-        if any(
-            home[layer, kind].stream.tokens != count
-            for layer in layers
-            for kind, count in zip(kinds, counts, strict=True)
-        ):
+        counts = {tuple(home[layer, kind].stream.tokens for kind in kinds) for layer in layers}
+        if len(counts) > 1:
             raise CacheUnusable(f"{self.path}: layers differ in their number of tokens; read them one at a time")
-        ends = np.cumsum([0, *counts]).tolist()
+        ends = np.cumsum([0, *counts.pop()]).tolist()
         planes: dict[Source, list[tuple[int, int, int, int]]] = {}
         for li, layer in enumerate(layers):
             for ki, kind in enumerate(kinds):
                 source = home[layer, kind]
                 planes.setdefault(source, []).append((li, ends[ki], *source.stream.plane(layer, kind)))
-        return Selection(
-            spans=tuple(span for source, where in planes.items() for span in spans(source, where)),
-            layers=len(layers),
-            tokens=ends[-1],
-            width=max(source.stream.width for source in planes),
-            images=self.spec.data.images,
-            skipped=tuple(sorted({row for source in home.values() for row in source.manifest.skipped})),
+        width = max(source.stream.width for source in planes)
+        return TokenReader(
+            [span for source, where in planes.items() for span in spans(source, where)],
+            (self.spec.data.images, len(layers), ends[-1], width),
+            sorted({row for source in home.values() for row in source.manifest.skipped}),
+            check,
         )
 
-    def read(self, layers: Sequence[int], kinds: Sequence[TokenKind]) -> np.ndarray:
+    def read(self, layers: Sequence[int], kinds: Sequence[TokenKind]) -> Num[np.ndarray, "N L T D"]:
         """[readable images, layers, tokens, width]: `open` and read everything."""
         with self.open(layers, kinds) as reader:
             return reader.read()
@@ -308,11 +384,9 @@ def draft_entry(folder: Path, spec: FeatureSpec, rows: Samples) -> Path:
         draft.mkdir()
         for name in FOLDERS:
             (draft / name).mkdir()
-        for name, content in rows.files().items():
+        for name, content in _files(spec, rows).items():
             (draft / name).write_bytes(content)
             disk.flush(draft / name)
-        disk.write(draft / TOKENS / "zarr.json", zarr_group(spec.key))
-        disk.write(draft / "entry.json", records.encode(spec))
     return draft
 
 
@@ -321,15 +395,16 @@ def restore_missing_files(path: Path, spec: FeatureSpec, rows: Samples) -> None:
     for name in FOLDERS:
         if not (path / name).is_dir():
             (path / name).mkdir(exist_ok=True)
-    group = path / TOKENS / "zarr.json"
-    if not group.exists():
-        disk.publish_text(group, zarr_group(spec.key))
-    lost = [name for name in ("entry.json", *samples.FILES) if not (path / name).exists()]
-    if lost:
-        draft = draft_entry(path.parent, spec, rows)
-        for name in sorted(lost, key="entry.json".__eq__):  # entry.json last: it makes the folder an entry again
-            disk.publish_file(draft / name, path / name)
-        disk.remove(draft)
+    lost = [name for name in (GROUP, *records.FILES, "entry.json") if not (path / name).exists()]
+    found = _files(spec, rows) if lost else {}
+    for name in lost:  # entry.json last: it makes the folder an entry again
+        with disk.atomic(path / name) as draft:
+            draft.write_bytes(found[name])
+
+
+def _files(spec: FeatureSpec, rows: Samples) -> dict[str, bytes]:
+    """Name → exact content of the files that an entry begins with."""
+    return rows.files() | {GROUP: zarr_group(spec.key).encode(), "entry.json": records.encode(spec).encode()}
 
 
 def zarr_group(key: str) -> str:

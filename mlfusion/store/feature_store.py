@@ -1,32 +1,37 @@
-"""The cache as a whole: entries by key, by name, in one folder or in layers, and how an extraction fills one."""
+"""The cache as a whole: entries by key, by name, in one folder or in layers, and how an extraction fills one.
+
+Any number of extractors may fill one entry: each takes leases on the shards it is about to make, passes over those that others
+hold, and waits for them at the end. Whatever ends an extraction, published shards stay, drafts and leases go.
+"""
 
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Self, TypeVar
 
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.identity import FORMAT, FeatureSpec, Pair
 from mlfusion.specs.names import ModelRef, parse_model
 from mlfusion.specs.options import FormatName
 from mlfusion.store import records
-from mlfusion.store.entry import Entry, draft_entry, restore_missing_files
-from mlfusion.store.gap import Gap, Missing, check_space, missing_bytes, new_streams
-from mlfusion.store.records import CacheMarker, Names, removed_message
-from mlfusion.store.samples import Samples
+from mlfusion.store.entry import Entry, ShardDraft, draft_entry, restore_missing_files
+from mlfusion.store.leases import Leases
+from mlfusion.store.records import CacheMarker, Names, Samples, removed_message
+from mlfusion.store.stream import Stream, streams_for
 from mlfusion.system import disk
 
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of mlfusion; see README.md beside this file.\n"
 MARKER = "mlfusion-cache.json"
-QUARANTINE, TRASH = (
-    "quarantine",
-    "trash",
-)  # folders beside the entries: what a repair took out, what a prune is removing
+QUARANTINE, TRASH = "quarantine", "trash"  # beside the entries: what a repair took out, what a prune is removing
+WAIT = 0.5  # seconds between looks at what other extractors still hold
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 OnDamage = Callable[[str], None]
@@ -35,10 +40,125 @@ OnDamage = Callable[[str], None]
 CachePath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 """Root of a cache; or several, one's own first and then those that are only read: a list, or 'mine:/lab/shared'."""
 
+Missing = dict[Stream, set[int]]
+"""Stream → numbers of the shards that are missing."""
+
+Piece = tuple[range, list[Stream]]
+"""Rows of at most one shard of each of these streams, all of which lack them."""
+
 
 def default_root() -> str:
     """$MLFUSION_CACHE, or `cache` in the working folder."""
     return os.environ.get("MLFUSION_CACHE") or "cache"
+
+
+class Gap:
+    """What one entry lacks, held open for one extractor. Made by `FeatureStore.filling`.
+
+    for pieces in gap.rounds():
+        for rows, streams in pieces:
+            ...  # compute; gap.draft(stream, shard), append its rows, gap.publish(draft); gap.renew() now and then
+    gap.entry.record_run(run)
+    """
+
+    def __init__(self, entry: Entry, pairs: frozenset[Pair], log: Callable[[str], None]) -> None:
+        self.entry, self._wanted, self._log = entry, pairs, log
+        self.pairs = pairs  # all that are filled in this round: a stream is filled as a whole
+        self._leases = Leases(entry.path / "leases")
+        self._undo = ExitStack()
+        self._claimed = False  # whether there was anything to do in this round
+
+    @property
+    def title(self) -> str:
+        """The work in words: model, data set, split and view."""
+        spec = self.entry.spec
+        view = "" if spec.model.view == "plain" else f", {spec.model.view}"
+        return f"{spec.model.name} on {spec.data.name}/{spec.data.split}{view}"
+
+    def rounds(self) -> Iterator[Iterator[Piece]]:
+        """Go through the missing rows until none is left; a round must be published before the next one is asked for.
+
+        Yields:
+            The pieces that this worker claimed, in the order of rows. A piece is claimed when it is asked for.
+        """
+        waited_for = ""
+        while True:
+            self.entry.seal()
+            missing = self.entry.missing(self._wanted)
+            if not missing:
+                return
+            self.pairs = frozenset(pair for stream in missing for pair in stream.pairs)
+            self._claimed = False
+            yield self._claim(missing)
+            if self._claimed:
+                continue
+            stream, shards = next(iter(missing.items()))  # all that is missing is being made by others
+            if waited_for != (waited_for := self._leases.holder(lease_name(stream, min(shards)))):
+                self._log(f"the rest of {self.title} is being extracted by {waited_for}; waiting for it")
+            time.sleep(min(WAIT, self._leases.term / 4))
+
+    def _claim(self, missing: Missing) -> Iterator[Piece]:
+        # Shard sizes are powers of two: a unit holds whole shards of every stream, and each is a multiple of a step.
+        unit, step = (pick(stream.shard_rows for stream in missing) for pick in (max, min))
+        images = self.entry.spec.data.images
+        for first in range(0, images, unit):
+            rows = range(first, min(first + unit, images))
+            wanted = {
+                stream: shards & set(range(rows.start // stream.shard_rows, -(-rows.stop // stream.shard_rows)))
+                for stream, shards in missing.items()
+            }
+            names = [lease_name(stream, shard) for stream, shards in wanted.items() for shard in sorted(shards)]
+            if not names or not self._leases.take(names):
+                continue
+            # Another may have published a shard between our look and our lease.
+            lacking = {stream: shards & set(self.entry.missing_shards(stream)) for stream, shards in wanted.items()}
+            self._leases.release(
+                lease_name(stream, shard) for stream, shards in wanted.items() for shard in shards - lacking[stream]
+            )
+            for start in range(rows.start, rows.stop, step):
+                streams = [stream for stream, shards in lacking.items() if start // stream.shard_rows in shards]
+                if streams:
+                    self._claimed = True
+                    yield range(start, min(start + step, rows.stop)), streams
+
+    def draft(self, stream: Stream, shard: int) -> ShardDraft:
+        """Begin a claimed shard; it is removed in the end if it was not published."""
+        return self._undo.enter_context(self.entry.draft(stream, shard))
+
+    def publish(self, draft: ShardDraft) -> None:
+        """Publish a shard, unless somebody else has, and give up its lease."""
+        draft.publish()
+        self._leases.release([lease_name(draft.stream, draft.shard)])
+
+    def renew(self) -> None:
+        """Keep the leases; to be called after every batch."""
+        self._leases.renew()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.callback(self._leases.release)
+        self._undo.close()
+
+
+def lease_name(stream: Stream, shard: int) -> str:
+    """Name of the lease on a shard."""
+    return f"{stream.name}~{shard}"
+
+
+def _new_streams(
+    entry: Entry | None, spec: FeatureSpec, shapes: Mapping[Pair, tuple[int, int]], format: FormatName
+) -> list[Stream]:
+    """Streams for every pair that no stream of the entry holds or has begun; `shapes` as for `streams_for`."""
+    begun = {pair for stream in entry.streams() for pair in stream.pairs} | entry.held() if entry else frozenset()
+    new = {pair: shape for pair, shape in shapes.items() if pair not in begun}
+    return streams_for(new, images=spec.data.images, dtype=spec.dtype, format=format)
+
+
+def missing_bytes(missing: Missing) -> int:
+    """Bytes of shards that are missing."""
+    return sum(stream.shard_bytes(shard) for stream, shards in missing.items() for shard in shards)
 
 
 class FeatureStore:
@@ -56,7 +176,7 @@ class FeatureStore:
             if not layer.root.is_dir():
                 raise CacheUnusable(f"there is no cache at {layer.root}, which was named as one to read from")
         if (marker := self.root / MARKER).is_file():
-            records.read_versioned(marker, CacheMarker, about=self.root)
+            records.read(marker, CacheMarker, versioned=self.root)
 
     @property
     def folder(self) -> Path:
@@ -81,13 +201,13 @@ class FeatureStore:
         layers = (self, *self.below)
         keys = {path.name for layer in layers for path in disk.finished(layer.folder, "entry.json")}
         for key in sorted(keys):
-            if entry := _sound(partial(self.by_key, key), on_damage):
+            if entry := sound(partial(self.by_key, key), on_damage):
                 yield entry
 
-    def own_entries(self, on_damage: OnDamage | None = None) -> Iterator[Entry]:
-        """Entries of the uppermost layer alone, without those below."""
+    def own_entries(self) -> Iterator[Entry]:
+        """Entries of the uppermost layer alone, without those below; damaged ones are reported to the log."""
         for path in disk.finished(self.folder, "entry.json"):
-            if entry := _sound(partial(Entry, path), on_damage):
+            if entry := sound(partial(Entry, path), None):
                 yield entry
 
     def find(
@@ -100,22 +220,20 @@ class FeatureStore:
     ) -> list[Entry]:
         """Entries that were extracted under these names: catalogue names, hub ids or folders.
 
-        Args:
-            model: may name a hook point and settings, as in 'clip-vit-b16:block'; default any.
-            dataset: default any.
-            split: default any.
-            on_damage: see `entries`.
+        Each is one of any by default; `model` may name a hook point and settings, as in 'clip-vit-b16:block'. For
+        `on_damage` see `entries`.
         """
         asked = parse_model(model) if model else None
 
         def match(entry: Entry) -> Entry | None:
-            if split not in (None, entry.spec.data.split):
-                return None
-            if (asked is None and dataset is None) or any(_goes_by(names, asked, dataset) for names in entry.names()):
+            any_name = asked is None and dataset is None
+            if split in (None, entry.spec.data.split) and (
+                any_name or any(_goes_by(names, asked, dataset) for names in entry.names())
+            ):
                 return entry
             return None
 
-        found = (_sound(partial(match, entry), on_damage) for entry in self.entries(on_damage))
+        found = (sound(partial(match, entry), on_damage) for entry in self.entries(on_damage))
         return [entry for entry in found if entry]
 
     # --- filling ----------------------------------------------------------------------------------------------------
@@ -128,7 +246,7 @@ class FeatureStore:
     def missing(self, spec: FeatureSpec, shapes: Mapping[Pair, tuple[int, int]], format: FormatName) -> Missing:
         """The shards that `filling` with the same arguments would write."""
         entry = self.entry(spec)
-        new = {stream: set(range(stream.shards)) for stream in new_streams(entry, spec, shapes, format)}
+        new = {stream: set(range(stream.shards)) for stream in _new_streams(entry, spec, shapes, format)}
         return (entry.missing(frozenset(shapes)) if entry else {}) | new
 
     @contextmanager
@@ -144,13 +262,8 @@ class FeatureStore:
     ) -> Iterator[Gap]:
         """Fill what an entry lacks of some tokens: `with store.filling(…) as gap`, see `Gap`.
 
-        Args:
-            spec: of the entry, which is made if need be.
-            samples: rows of the split.
-            names: by which the user called model and data set; from now on they mean this entry.
-            shapes: (layer, kind) → (tokens, width) of one image, for all tokens that are wanted.
-            format: of shards of new streams.
-            log: called with a message while waiting for another extractor.
+        The entry is made if need be, and from now on `names` mean it. `shapes` are those of all tokens that are wanted, as
+        for `streams_for`; `format` is that of new streams; `log` gets a message while waiting for another extractor.
 
         Raises:
             CacheUnusable: the cache cannot be written, or the disk is too small.
@@ -158,8 +271,14 @@ class FeatureStore:
         """
         entry, pairs = self.create(spec, samples, names), frozenset(shapes)
         with disk.translate_os_errors(self.root, lambda: missing_bytes(entry.missing(pairs))):
-            new = new_streams(entry, spec, shapes, format)
-            check_space(entry.path, missing_bytes(entry.missing(pairs)) + sum(stream.nbytes for stream in new))
+            new = _new_streams(entry, spec, shapes, format)
+            needed = missing_bytes(entry.missing(pairs)) + sum(stream.nbytes for stream in new)
+            if needed > disk.free_bytes(entry.path):  # refuse early what the disk cannot hold
+                raise CacheUnusable(
+                    f"no space left for the cache: {needed / 1e6:,.3f} MB are needed under {entry.path}, "
+                    f"{disk.free_text(entry.path)}; free some space (mlfusion cache prune), choose another place with --cache, "
+                    "or ask for fewer --layers or --tokens"
+                )
             entry.begin(new)
             with Gap(entry, pairs, log) as gap:
                 yield gap
@@ -189,7 +308,13 @@ class FeatureStore:
             NotCached: a prune removed it meanwhile.
         """
         with disk.translate_os_errors(self.root):
-            self.prepare()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            marker = CacheMarker(format=FORMAT, uuid=str(uuid.uuid4()))
+            for name, text in {"CACHEDIR.TAG": CACHEDIR_TAG, MARKER: records.encode(marker)}.items():
+                if not (self.root / name).exists():
+                    disk.publish_text(self.root / name, text)
+            disk.sweep(self.root)
+            disk.sweep(self.folder)
             path = self.folder / spec.key
             if not path.exists():
                 disk.publish_folder(draft_entry(self.folder, spec, samples), path)
@@ -201,18 +326,8 @@ class FeatureStore:
             entry.sweep()
             return entry
 
-    def prepare(self) -> None:
-        """Make the root ready to be written to."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        marker = CacheMarker(format=FORMAT, uuid=str(uuid.uuid4()))
-        for name, text in {"CACHEDIR.TAG": CACHEDIR_TAG, MARKER: records.encode(marker)}.items():
-            if not (self.root / name).exists():
-                disk.publish_text(self.root / name, text)
-        disk.sweep(self.root)
-        disk.sweep(self.folder)
 
-
-def _sound(read: Callable[[], Entry | None], on_damage: OnDamage | None) -> Entry | None:
+def sound(read: Callable[[], T | None], on_damage: OnDamage | None) -> T | None:
     """One of many entries; a damaged one is reported and does not hide the others."""
     try:
         return read()

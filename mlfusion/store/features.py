@@ -39,38 +39,20 @@ class Features(Generic[Tokens]):
         return torch.from_numpy(self.tokens), torch.from_numpy(self.labels)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which tokens of a split are read, and in which order."""
+
+    layers: str | Sequence[int] = "all"  # 'all' (1..L), 'last', '1-4,12', or numbers
+    tokens: str | Sequence[TokenKind] = ("cls", "ap")
+    view: str = "plain"
+
+
 def load_features(
-    model: str,
-    dataset: str,
-    split: str,
-    *,
-    layers: str | Sequence[int] = "all",
-    tokens: Sequence[TokenKind] | str = ("cls", "ap"),
-    view: str = "plain",
-    cache: CachePath = None,
+    model: str, dataset: str, split: str, wanted: Selection = Selection(), *, cache: CachePath = None
 ) -> Features[np.ndarray]:
-    """Cached tokens as NumPy arrays, in their storage type; images skipped at extraction are left out.
-
-        features = mlfusion.load_features("formula-vit", "digits", "train")
-        features.tokens, features.labels        # [1442, 8, 2, 128] float16, [1442] int64
-        tokens, labels = features.tensors()     # the same memory, as torch tensors
-
-    bfloat16 and 8-bit tokens come as float32, which NumPy has.
-
-    Args:
-        model: a name, hub id or folder, as given to `extract`.
-        dataset: a name, hub id, folder or file, as given to `extract`.
-        split: 'train' or 'test'.
-        layers: 'all' (1..L), 'last', '1-4,12', or numbers; their order is kept.
-        tokens: token kinds, in the order wanted.
-        view: of the images, as extracted by --view: 'flip', 'crop1', …
-        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
-
-    Raises:
-        NotCached: says which `mlfusion extract` would make it so.
-        CacheUnusable: a checksum is wrong.
-    """
-    opened = open_features(model, dataset, split, layers=layers, tokens=tokens, view=view, cache=cache)
+    """Cached tokens as NumPy arrays; arguments and errors as in `mlfusion.load_features`."""
+    opened = open_features(model, dataset, split, wanted, cache=cache)
     with opened.tokens as reader:
         return Features(reader.read(), *(getattr(opened, each.name) for each in fields(Features)[1:]))
 
@@ -79,30 +61,16 @@ def open_features(
     model: str,
     dataset: str,
     split: str,
+    wanted: Selection = Selection(),
     *,
-    layers: str | Sequence[int] = "all",
-    tokens: Sequence[TokenKind] | str = ("cls", "ap"),
-    view: str = "plain",
     cache: CachePath = None,
     check: Check = "once",
 ) -> Features[TokenReader]:
-    """Cached tokens that are read on demand: they need not fit into memory.
-
-        features = mlfusion.open_features("formula-vit", "digits", "train", layers="last")
-        features.tokens[[5, 3, 900]], features.labels[[5, 3, 900]]      # these images, in this order
-        for rows, tokens in features.tokens.batches(256, seed=0): ...   # one pass in a shuffled order
-
-    The reader works in threads and in the workers of a torch DataLoader; a prune leaves it what it reads.
-
-    Args:
-        check: 'once' compares a chunk's checksum when it is first read, 'always' at every reading, 'never' not at all.
-
-    The other arguments and the errors are those of `load_features`.
-    """
-    entry = _newest(_of_split(FeatureStore(cache), model, dataset, split, view))
+    """Cached tokens that are read on demand; arguments and errors as in `mlfusion.open_features`."""
+    entry = _newest(_of_split(FeatureStore(cache), model, dataset, split, wanted.view))
     depth = entry.spec.model.depth
-    chosen = parse_layers(layers, depth) if isinstance(layers, str) else tuple(layers)
-    kinds = tuple(tokens.split(",")) if isinstance(tokens, str) else tuple(tokens)
+    chosen = parse_layers(wanted.layers, depth) if isinstance(wanted.layers, str) else tuple(wanted.layers)
+    kinds = tuple(wanted.tokens.split(",")) if isinstance(wanted.tokens, str) else tuple(wanted.tokens)
     require(entry, parse_tokens(kinds, layer_ranges(chosen), depth), model, dataset)
     rows, samples = entry.rows(), entry.samples
     return Features(

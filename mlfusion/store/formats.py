@@ -1,8 +1,8 @@
 """Two ways to lay a shard on disk: Zarr v3 and HDF5. Written here, read by one reader.
 
 A writer records where in its file each chunk's bytes begin, and both formats keep them uncompressed. So shards of either are
-read by offset, at the speed of a memory map, and our reader compares the same fast checksum, xxh3; each format's own checksum
-serves other readers. zarr-python and h5py read the same files, a few times slower.
+read by offset, at the speed of a memory map, and our reader compares the same checksum, xxh3, which is several times faster
+than crc32c; each format's own checksum serves other readers. zarr-python and h5py read the same files, a few times slower.
 """
 
 import io
@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import crc32c
 import h5py
@@ -40,7 +40,16 @@ class WrittenShard:
 
 
 class ShardWriter(Protocol):
-    """Takes a shard's rows in order and leaves one finished file."""
+    """A format: how its shards are described, and how one is written, which takes rows in order and leaves one file."""
+
+    file: ClassVar[str]  # the shard's file inside its own folder c/<shard>
+
+    @staticmethod
+    def describe(stream: Stream) -> dict[str, str]:
+        """Name → text of the files that let other readers open the stream's folder."""
+
+    def __init__(self, path: Path, stream: Stream, shard: int) -> None:
+        """Begin a new file at `path`."""
 
     def append(self, stored: np.ndarray) -> None:
         """Add the next rows of the shard, [rows, layers, kinds x tokens, columns]."""
@@ -52,51 +61,28 @@ class ShardWriter(Protocol):
         """Close the unfinished file; the caller removes it."""
 
 
-class Format(Protocol):
-    """How the shards of a stream are named, described and written."""
-
-    file: str  # the shard's file inside its own folder c/<shard>
-
-    def describe(self, stream: Stream) -> dict[str, str]:
-        """Name → text of the files that let other readers open the stream's folder."""
-
-    def writer(self, path: Path, stream: Stream, shard: int) -> ShardWriter:
-        """Begin a new file at `path`."""
-
-
-def crc(data: Any) -> int:
-    """crc32c, the checksum of Zarr's own codec; other threads go on meanwhile."""
-    return int(crc32c.crc32c(data))
-
-
-def xxh(data: Any) -> int:
-    """64-bit xxh3, which our reader compares: several times faster than crc32c, and other threads go on."""
-    return int(xxhash.xxh3_64_intdigest(data))
-
-
 # --- Zarr ------------------------------------------------------------------------------------------------------------
 
 
-class Zarr:
-    """One Zarr v3 array a stream; sharding_indexed, chunks uncompressed, a crc32c behind each and behind the index."""
+class ZarrWriter(ShardWriter):
+    """One Zarr v3 array a stream; sharding_indexed, chunks uncompressed, a crc32c behind each and behind the index.
+
+    Appends block after block, never seeking back: one block of rows is filled while the one before it is written.
+    """
 
     file = "0/0/0"
+    _idle: ClassVar[deque[bytearray]] = deque(maxlen=4)  # reused blocks: fresh memory must be cleared
 
-    def describe(self, stream: Stream) -> dict[str, str]:
-        images, layers, tokens, columns = stream.shape
-        little = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-        if stream.encoding.stored.itemsize == 1:  # one byte has no order
-            little[0] = {"name": "bytes"}
-        index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    @staticmethod
+    def describe(stream: Stream) -> dict[str, str]:
+        little, checked = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
+        chunk = {"name": "bytes"} if stream.encoding.stored.itemsize == 1 else little  # one byte has no order
         array = {
             "zarr_format": 3,
             "node_type": "array",
-            "shape": [images, layers, tokens, columns],
+            "shape": list(stream.shape),
             "data_type": stream.encoding.stored.name,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [stream.shard_rows, layers, tokens, columns]},
-            },
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [stream.shard_rows, *stream.shape[1:]]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             # A missing shard reads as NaN elsewhere: a loss of NaN is noticed, plausible zeros are not.
             "fill_value": stream.encoding.fill,
@@ -104,9 +90,9 @@ class Zarr:
                 {
                     "name": "sharding_indexed",
                     "configuration": {
-                        "chunk_shape": [stream.chunk_rows, 1, stream.tokens, columns],
-                        "codecs": little,
-                        "index_codecs": index,
+                        "chunk_shape": [stream.chunk_rows, 1, stream.tokens, stream.columns],
+                        "codecs": [chunk, checked],
+                        "index_codecs": [little, checked],
                         "index_location": "end",
                     },
                 }
@@ -116,23 +102,14 @@ class Zarr:
         }
         return {"zarr.json": json.dumps(array, indent=2)}
 
-    def writer(self, path: Path, stream: Stream, shard: int) -> "ZarrWriter":
-        return ZarrWriter(path, stream)
-
-
-class ZarrWriter:
-    """Appends block after block, never seeking back: one block of rows is filled while the one before it is written."""
-
-    _idle: ClassVar[deque[bytearray]] = deque(maxlen=4)  # reused blocks: fresh memory must be cleared
-
-    def __init__(self, path: Path, stream: Stream) -> None:
+    def __init__(self, path: Path, stream: Stream, shard: int) -> None:
         self._stream = stream
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
         self._chunk_bytes = stream.chunk_rows * stream.row_bytes
         self._planes = len(stream.layers), len(stream.kinds)
         self._filled = 0
         self._index = np.full((stream.shard_blocks, *self._planes, 1, 2), ABSENT, "<u8")
-        self._sums: list[tuple[int, int]] = []  # of each chunk's rows
+        self._crc32c, self._xxh3 = (np.zeros(self._index.shape[:3], kind) for kind in (np.uint32, np.uint64))
         self._digest = xxhash.xxh3_128()
         self._blocks = 0
         self._behind = ThreadPoolExecutor(1)
@@ -189,9 +166,10 @@ class ZarrWriter:
             chunk = block[start : start + size + CRC_BYTES]
             rows, whole = chunk[:held], chunk[:size]
             whole[held:] = 0  # chunks keep their full shape; rows past the last image are padding
-            sum = crc(whole)
-            chunk[size:] = np.frombuffer(sum.to_bytes(CRC_BYTES, "little"), np.uint8)
-            self._sums.append((sum if held == size else crc(rows), xxh(rows)))
+            checksum = crc32c.crc32c(whole.data)
+            chunk[size:] = np.frombuffer(checksum.to_bytes(CRC_BYTES, "little"), np.uint8)
+            self._crc32c[self._blocks, *place] = checksum if held == size else crc32c.crc32c(rows.data)
+            self._xxh3[self._blocks, *place] = xxhash.xxh3_64_intdigest(rows.data)
             self._digest.update(chunk.data)
             self._index[self._blocks, *place, 0] = self._blocks * len(block) + start, len(chunk)
         write_all(self._file, block.data)
@@ -204,19 +182,15 @@ class ZarrWriter:
         self._wait()
         self._behind.shutdown()
         index = self._index.tobytes()
-        index += crc(index).to_bytes(CRC_BYTES, "little")
+        index += crc32c.crc32c(index).to_bytes(CRC_BYTES, "little")
         self._digest.update(index)
         write_all(self._file, index)
         os.fsync(self._file.fileno())
         self._file.close()
         self._idle.append(self._block)
-        offsets = self._index[: self._blocks, :, :, 0, 0].astype(np.uint64)
-        sums = (
-            np.array(each, kind).reshape(offsets.shape)
-            for each, kind in zip(zip(*self._sums, strict=True), (np.uint32, np.uint64), strict=True)
-        )
         size = self._blocks * math.prod(self._planes) * (self._chunk_bytes + CRC_BYTES) + len(index)
-        return WrittenShard(size, self._digest.hexdigest(), offsets, *sums)
+        tables = self._index[..., 0, 0], self._crc32c, self._xxh3
+        return WrittenShard(size, self._digest.hexdigest(), *(table[: self._blocks] for table in tables))
 
     def abandon(self) -> None:
         self._behind.shutdown()
@@ -226,20 +200,17 @@ class ZarrWriter:
 # --- HDF5 ------------------------------------------------------------------------------------------------------------
 
 
-class Hdf5:
-    """One immutable HDF5 file a shard, dataset 'tokens', chunked like the Zarr form, with Fletcher-32 checksums."""
+class Hdf5Writer(ShardWriter):
+    """One immutable HDF5 file a shard, dataset 'tokens', chunked like the Zarr form, with Fletcher-32 checksums.
+
+    Builds the file in memory and writes it whole on close: HDF5's own writing crashes the process on a full disk.
+    """
 
     file = "tokens.h5"
 
-    def describe(self, stream: Stream) -> dict[str, str]:
+    @staticmethod
+    def describe(stream: Stream) -> dict[str, str]:
         return {}  # every file describes itself
-
-    def writer(self, path: Path, stream: Stream, shard: int) -> "Hdf5Writer":
-        return Hdf5Writer(path, stream, shard)
-
-
-class Hdf5Writer:
-    """Builds the file in memory and writes it whole on close: HDF5's own writing crashes the process on a full disk."""
 
     def __init__(self, path: Path, stream: Stream, shard: int) -> None:
         self._path, self._stream = path, stream
@@ -265,29 +236,28 @@ class Hdf5Writer:
 
     def close(self) -> WrittenShard:
         self._image.flush()
+        image = np.frombuffer(self._image.id.get_file_image(), np.uint8)
         step, _, tokens, _ = self._data.chunks
         starts = range(0, len(self._rows), step)
-        offsets = np.zeros((len(starts), len(self._stream.layers), len(self._stream.kinds)), np.uint64)
-        for block, layer, kind in np.ndindex(offsets.shape):
-            at = self._data.id.get_chunk_info_by_coord((starts[block], layer, kind * tokens, 0))
-            offsets[block, layer, kind] = at.byte_offset
-        image = np.frombuffer(self._image.id.get_file_image(), np.uint8)
+        shape = len(starts), len(self._stream.layers), len(self._stream.kinds)
+        offsets, crc32cs, xxh3s = (np.zeros(shape, kind) for kind in (np.uint64, np.uint32, np.uint64))
+        for block, layer, kind in np.ndindex(shape):
+            at = self._data.id.get_chunk_info_by_coord((starts[block], layer, kind * tokens, 0)).byte_offset
+            rows = image[at : at + min(step, len(self._rows) - starts[block]) * self._stream.row_bytes]
+            offsets[block, layer, kind], crc32cs[block, layer, kind] = at, crc32c.crc32c(rows.data)
+            xxh3s[block, layer, kind] = xxhash.xxh3_64_intdigest(rows.data)
         self._image.close()
-        sums = np.zeros(offsets.shape, np.uint32), np.zeros(offsets.shape, np.uint64)
-        for chunk, offset in np.ndenumerate(offsets.astype(np.int64)):
-            rows = image[offset : offset + min(step, len(self._rows) - starts[chunk[0]]) * self._stream.row_bytes]
-            sums[0][chunk], sums[1][chunk] = crc(rows), xxh(rows)
         with open(self._path, "xb", buffering=0) as file:
             write_all(file, image.data)
             os.fsync(file.fileno())
-        return WrittenShard(len(image), xxhash.xxh3_128_hexdigest(image.data), offsets, *sums)
+        return WrittenShard(len(image), xxhash.xxh3_128_hexdigest(image.data), offsets, crc32cs, xxh3s)
 
     def abandon(self) -> None:
         if self._image:  # a file that was closed is false
             self._image.close()
 
 
-FORMATS: dict[FormatName, Format] = {"zarr": Zarr(), "hdf5": Hdf5()}
+FORMATS: dict[FormatName, type[ShardWriter]] = {"zarr": ZarrWriter, "hdf5": Hdf5Writer}
 
 
 def write_all(file: io.FileIO, data: memoryview | bytes) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from mlfusion.store.records import published
 from mlfusion.system import disk
 
 TERM = 60.0  # seconds without renewal after which a lease may be taken over
@@ -92,11 +93,6 @@ class Leases:
         return f"process {rest.partition('~')[0].partition('.')[0]} on {host.rpartition('.')[0] or host}"
 
 
-def is_leased(folder: Path) -> bool:
-    """Whether the folder has a lease whose holder is not known to be dead."""
-    return any(_may_live(path, TERM * 10) for path in _claims(folder))
-
-
 class Pin:
     """A reader's mark in an entry; a cache that cannot be written has none."""
 
@@ -120,23 +116,19 @@ class Pin:
                 self._path.unlink()
 
 
-def is_pinned(folder: Path) -> bool:
-    """Whether the folder has a pin of a reader that may be alive."""
-    return any(_may_live(path, PIN_TERM) for path in _claims(folder))
+def in_use(folder: Path) -> str:
+    """What is done with an entry's folder by processes that are not known to be dead; '' if nothing is."""
+    if any(_may_live(path, PIN_TERM) for path in published(folder / "pins")):
+        return "it is being read"
+    return "it is being extracted" if any(_may_live(path, TERM * 10) for path in published(folder / "leases")) else ""
 
 
 def sweep(folder: Path) -> None:
     """Remove leases and pins of dead processes, and those of other hosts after a day."""
-    for path in _claims(folder):
+    for path in published(folder):
         state = _state(path)
         if state is not None and not _may_live(path, disk.STALE):
             _take_away(path, state)
-
-
-def _claims(folder: Path) -> list[Path]:
-    with suppress(FileNotFoundError):
-        return [path for path in folder.iterdir() if not path.name.startswith(disk.DRAFT)]
-    return []
 
 
 def _may_live(path: Path, term: float) -> bool:

@@ -5,6 +5,7 @@ the files for itself.
 """
 
 import math
+import mmap
 import os
 import threading
 import time
@@ -12,16 +13,14 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from mlfusion.errors import CacheUnusable, NotCached
-from mlfusion.store import buffers
-from mlfusion.store.buffers import BufferPool
+from mlfusion.shapes import Int, Num
 from mlfusion.store.leases import Pin
 from mlfusion.store.records import removed_message
 from mlfusion.store.shard import Check, Shard, Source, Span
@@ -31,18 +30,51 @@ SHUFFLE_BYTES = 1 << 28  # bytes of images that are shuffled together, unless th
 MIN_SHUFFLE_BLOCKS = 4  # blocks
 THREADS = min(4, os.cpu_count() or 1)
 ALL = slice(None)
+SMALL_RESULT_BYTES = 1 << 24  # below this, neither threads nor reused memory are worth their cost
+IDLE_BYTES = 1 << 30  # unused memory that a process keeps for its next results
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """What a reader reads: planes of some streams, and the shape of what they make together."""
+class BufferPool:
+    """Memory for results, reused once no array refers to it: clearing fresh memory takes as long as filling it.
 
-    spans: tuple[Span, ...]
-    layers: int
-    tokens: int
-    width: int
-    images: int  # rows of the entry
-    skipped: tuple[int, ...]  # rows without an image, which are left out
+    The pool keeps up to IDLE_BYTES of unused memory, which the system may take back when it runs short.
+    """
+
+    idle: ClassVar[deque[mmap.mmap]] = deque()
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self.__array_interface__ = np.frombuffer(memory, np.uint8).__array_interface__
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An uninitialised array."""
+        size = math.prod(shape) * dtype.itemsize
+        if size >= max(SMALL_RESULT_BYTES, 1) and hasattr(mmap, "MADV_FREE"):
+            with suppress(OSError):  # there is no such memory: NumPy says so
+                return np.asarray(cls(cls._take(size)))[:size].view(dtype).reshape(shape)
+        return np.empty(shape, dtype)
+
+    @classmethod
+    def _take(cls, size: int) -> mmap.mmap:
+        for _ in range(len(cls.idle)):
+            with suppress(IndexError):  # another thread was faster
+                if size <= len(memory := cls.idle.popleft()) <= 2 * size:
+                    return memory
+                cls.idle.append(memory)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(AttributeError, OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
+
+    def __del__(self) -> None:
+        try:
+            self._memory.madvise(mmap.MADV_FREE)
+            self.idle.append(self._memory)
+            while sum(map(len, list(self.idle))) > IDLE_BYTES:
+                self.idle.popleft()
+        except Exception:  # noqa: BLE001 - another thread was faster, or the interpreter ends: the memory goes with it
+            pass
 
 
 class TokenReader:
@@ -57,12 +89,14 @@ class TokenReader:
 
     _OWN = ("_shards", "_lock", "_most", "_pins", "_folders")  # of this process
 
-    def __init__(self, selection: Selection, check: Check) -> None:
-        self._spans, self._check, self._images = selection.spans, check, selection.images
-        skipped = np.asarray(selection.skipped, np.int64)
-        self._rows = np.setdiff1d(np.arange(selection.images), skipped) if len(skipped) else None
-        self.shape = (selection.images - len(skipped), selection.layers, selection.tokens, selection.width)
-        self.dtype = selection.spans[0].source.stream.encoding.numbers
+    def __init__(
+        self, spans: Sequence[Span], shape: tuple[int, int, int, int], skipped: Sequence[int], check: Check
+    ) -> None:
+        """Open the files that hold `spans`, the planes of a result [images, layers, tokens, width] without `skipped` images."""
+        self._spans, self._check, self._images = spans, check, shape[0]
+        self._rows = np.setdiff1d(np.arange(self._images), np.asarray(skipped, np.int64)) if skipped else None
+        self.shape = (self._images - len(skipped), *shape[1:])
+        self.dtype = spans[0].source.stream.encoding.numbers
         self._open()
 
     def _open(self) -> None:
@@ -90,8 +124,8 @@ class TokenReader:
 
     # --- reading --------------------------------------------------------------------------------------
 
-    def read(self) -> np.ndarray:
-        """Everything: [images, layers, tokens, width] in `dtype`."""
+    def read(self) -> Num[np.ndarray, "N L T D"]:
+        """Everything, in `dtype`; T counts kinds x tokens."""
         out = self._empty(self._images)
         jobs = [(span, shard) for span in self._spans for shard in range(span.source.stream.shards)]
 
@@ -105,17 +139,17 @@ class TokenReader:
                     shard.put(block, span, out[first : first + shard.rows(block)], ALL, ALL, self._pass_check)
 
         # A thread takes neighbours: two that write to one page of the result wait for each other.
-        threads = 1 if out.nbytes < buffers.SMALL_RESULT_BYTES else THREADS
+        threads = 1 if out.nbytes < SMALL_RESULT_BYTES else THREADS
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(copy, np.array_split(np.arange(len(jobs)), threads)))
         return out if self._rows is None else out[self._rows]
 
     def __len__(self) -> int:
-        """Number of images that can be read."""
+        """Number of readable images."""
         return self.shape[0]
 
-    def __getitem__(self, rows: "slice | Sequence[int] | np.ndarray") -> np.ndarray:
-        """Some images in the order asked for, [rows, layers, tokens, width]; an image may come twice.
+    def __getitem__(self, rows: slice | Sequence[int] | Int[np.ndarray, " B"]) -> Num[np.ndarray, "B L T D"]:
+        """Some images in the order asked for; an image may come twice.
 
         Raises:
             IndexError: there is no such image.
@@ -130,15 +164,14 @@ class TokenReader:
         self._gather(images, out, self._check)
         return out
 
-    def order(self, seed: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """[n] int64: the order in which `batches` gives all images, or those of `rows`. It depends on the seed alone."""
-        groups = self._groups(seed, rows)
-        return np.concatenate(groups) if groups else np.empty(0, np.int64)
+    def order(self, seed: int, rows: Int[np.ndarray, " N"] | None = None) -> Int[np.ndarray, " N"]:
+        """The order in which `batches` gives all images, or those of `rows`. It depends on the seed alone."""
+        return np.concatenate(self._groups(seed, rows))
 
     def batches(
-        self, size: int | Sequence[int], *, seed: int, rows: np.ndarray | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """One pass in a shuffled order over all images, or over `rows`: (rows [b], tokens [b, layers, tokens, width]).
+        self, size: int | Sequence[int], *, seed: int, rows: Int[np.ndarray, " N"] | None = None
+    ) -> Iterator[tuple[Int[np.ndarray, " B"], Num[np.ndarray, "B L T D"]]]:
+        """One pass in a shuffled order over all images, or over `rows`: (rows, their tokens).
 
         Blocks of neighbouring images are drawn from the whole entry, as many as SHUFFLE_BYTES hold; their images are
         shuffled together and yielded while threads read the next blocks. So memory does not grow with the entry, every
@@ -157,7 +190,7 @@ class TokenReader:
         groups = self._groups(seed, rows)
         images = sum(map(len, groups))
         sizes = _batch_sizes(size, images)
-        order = np.concatenate(groups) if groups else np.empty(0, np.int64)
+        order = np.concatenate(groups)
         ends = np.cumsum([0, *sizes])
         turns = _turns(ends, np.cumsum([len(group) for group in groups]))
 
@@ -183,13 +216,6 @@ class TokenReader:
                         # be filled. What is left of this turn belongs to a batch of the next.
                         waiting = ahead.submit(fill, memory[whole - first :], stop, after[0])
 
-    def fetch(self, rows: np.ndarray) -> None:
-        """Prefetch images that will be read soon; returns at once."""
-        images = rows if self._rows is None else self._rows[rows]
-        for span in self._spans:
-            for number in np.unique(images // span.source.stream.chunk_rows).tolist():
-                self._fetch_block(span, number)
-
     # --- details -----------------------------------------------------------------------------------------
 
     def _groups(self, seed: int, rows: np.ndarray | None) -> list[np.ndarray]:
@@ -207,7 +233,7 @@ class TokenReader:
         mixed = random.permutation(len(chosen))
         mixed = mixed[np.argsort(group[block[mixed]], kind="stable")]
         cuts = np.flatnonzero(np.diff(group[block[mixed]])) + 1
-        return np.split(chosen[mixed], cuts) if len(chosen) else []
+        return np.split(chosen[mixed], cuts)
 
     def _gather(self, images: np.ndarray, out: np.ndarray, check: Check) -> None:
         """Read the tokens of `images` into `out`, chunk after chunk."""
@@ -215,7 +241,8 @@ class TokenReader:
             pin.renew()
         jobs = [(span, *run) for span in self._spans for run in _runs(images // span.source.stream.chunk_rows)]
         for span, number, _ in jobs:
-            self._fetch_block(span, number)
+            blocks = span.source.stream.shard_blocks
+            self._shard(span.source, number // blocks).fetch(number % blocks, span)
 
         def put(job: tuple[Span, int, np.ndarray]) -> None:
             span, number, where = job
@@ -233,7 +260,7 @@ class TokenReader:
                     self._shards.clear()  # the maps that nobody looks into go, and make room
                 shard.put(block, span, out, where, inside, check)
 
-        if out.nbytes < buffers.SMALL_RESULT_BYTES:
+        if out.nbytes < SMALL_RESULT_BYTES:
             for job in jobs:
                 put(job)
         else:
@@ -250,10 +277,6 @@ class TokenReader:
         if any(span.source.stream.width < self.shape[-1] for span in self._spans):
             out.fill(0)  # beside the narrow ones
         return out
-
-    def _fetch_block(self, span: Span, number: int) -> None:
-        shards = span.source.stream.shard_blocks
-        self._shard(span.source, number // shards).fetch(number % shards, span)
 
     def _shard(self, source: Source, number: int) -> Shard:
         key = (source.folder, number)
@@ -318,11 +341,7 @@ def _runs(blocks: np.ndarray) -> list[tuple[int, np.ndarray]]:
 
 
 def _batch_sizes(size: int | Sequence[int], images: int) -> list[int]:
-    """The size of every batch of one pass.
-
-    Raises:
-        ValueError: the sizes do not add up to the number of images.
-    """
+    """The size of every batch of one pass over so many images."""
     if isinstance(size, int):
         return [size] * (images // size) + [images % size] * (images % size > 0)
     if sum(size) != images:
@@ -333,9 +352,7 @@ def _batch_sizes(size: int | Sequence[int], images: int) -> list[int]:
 def _turns(ends: np.ndarray, read: np.ndarray) -> list[tuple[int, int]]:
     """The turns of a pass, each (images read, images of whole batches among them); a turn completes a batch at least.
 
-    Args:
-        ends: [batches + 1] number of images up to each batch's end.
-        read: [groups] number of images up to each group's end; a group is read at once.
+    `ends` and `read` are the numbers of images up to the end of each batch and of each group, which is read at once.
     """
     turns = [(0, 0)]
     for stop in read.tolist():

@@ -1,21 +1,39 @@
-"""The records of the cache as frozen classes: sealed JSON, read strictly by msgspec, damage reported in one sentence."""
+"""What the cache stores beside tokens: the rows of a split, and records as frozen classes.
 
+A record is sealed JSON, read strictly by msgspec; damage is reported in one sentence.
+"""
+
+import io
 import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+import numpy as np
+import xxhash
 
-from mlfusion.errors import CacheUnusable, NotCached
-from mlfusion.specs.identity import FORMAT, FeatureSpec
+from mlfusion.errors import BadData, CacheUnusable
+from mlfusion.specs.identity import FORMAT, digest
 from mlfusion.system import disk
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
+R = TypeVar("R")
+
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every record: a missing, unknown or mistyped field is an error when it is read."""
+
+
+class _Versioned(msgspec.Struct):
+    """The one field that every format has."""
+
+    format: int
 
 
 class CacheMarker(Record, frozen=True):
@@ -32,6 +50,8 @@ class Names(Record, frozen=True):
     model_source: str  # a catalogue's source, a hub id, or a folder
     dataset: str
     dataset_source: str
+    model_argument: str = ""  # what `mlfusion extract` finds them by again: a catalogue's name, a hub id, or a path
+    dataset_argument: str = ""
     split: str = ""  # 'test', or 'test=validation' where the validation split stands for it
     options: tuple[str, ...] = ()  # command-line words of the other options that are not at their default
 
@@ -67,63 +87,33 @@ class RunRecord(Record, frozen=True):
     layers: str
 
 
-R = TypeVar("R")
-
-
-class _Versioned(msgspec.Struct):
-    """The one field that every format has."""
-
-    format: int
-
-
 def encode(record: Any) -> str:
     """The sealed JSON text of a record."""
     plain = msgspec.to_builtins(record, str_keys=True)
     return disk.sealed(json.dumps(plain, indent=1, ensure_ascii=False))
 
 
-def read(path: Path, kind: type[R]) -> R:
-    """The record in a file.
+def read(path: Path, kind: type[R], *, versioned: Path | None = None) -> R:
+    """The record in a file; of one that names its format, `versioned` is the folder that a newer format is refused for.
 
     Raises:
-        CacheUnusable: it is damaged, or not of this kind.
+        CacheUnusable: it is damaged, not of this kind, or of a newer format.
         FileNotFoundError: there is no such file.
     """
-    return _decode(path, disk.read_sealed(path), kind)
-
-
-def read_versioned(path: Path, kind: type[R], *, about: Path) -> R:
-    """The same for a record that names its format; one of a newer format is refused with a message about the path `about`."""
     text = disk.read_sealed(path)
-    if (found := _decode(path, text, _Versioned).format) > FORMAT:
-        raise CacheUnusable(f"{about} has format {found}, this mlfusion reads {FORMAT}; update mlfusion")
-    return _decode(path, text, kind)
-
-
-def read_spec(folder: Path) -> FeatureSpec:
-    """The specification that an entry's folder is named after.
-
-    Raises:
-        NotCached: the entry was removed.
-        CacheUnusable: the record is damaged, belongs to another folder, or is of a newer format.
-    """
-    path = folder / "entry.json"
     try:
-        spec = read_versioned(path, FeatureSpec, about=folder)
-    except FileNotFoundError as err:
-        raise NotCached(removed_message(folder)) from err
-    except OSError as err:
-        raise damaged(path, str(err)) from err
-    if spec.key != folder.name:
-        raise damaged(path, "it does not belong to this folder")
-    return spec
-
-
-def _decode(path: Path, text: bytes, kind: type[R]) -> R:
-    try:
+        if versioned and (found := msgspec.json.decode(text, type=_Versioned).format) > FORMAT:
+            raise CacheUnusable(f"{versioned} has format {found}, this mlfusion reads {FORMAT}; update mlfusion")
         return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as err:
         raise damaged(path, str(err)) from err
+
+
+def published(folder: Path) -> list[Path]:
+    """Files and folders that have their final names in `folder`, sorted; none if there is no such folder."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(disk.DRAFT))
+    return []
 
 
 def removed_message(path: Path) -> str:
@@ -136,3 +126,88 @@ def damaged(path: Path, why: str) -> CacheUnusable:
     return CacheUnusable(
         f"{path} is damaged: {why}; run `mlfusion cache verify --repair`, then the same `mlfusion extract` again"
     )
+
+
+FILES = ("ids.json", "labels.npy", "digests.npy")
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The rows of a split, in order."""
+
+    ids: tuple[str, ...]
+    labels: np.ndarray  # see `stored_labels`
+    digests: np.ndarray  # [images, 16] uint8: xxh3-128 of each image's encoded bytes
+    classes: tuple[str, ...]  # for numbers: their name, or nothing
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", stored_labels(self.labels, self.ids, self.classes))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of ids, image bytes and labels in order; it identifies a DataSpec."""
+        return digest([list(self.ids), self.labels.tolist(), self.digests.tobytes().hex()], 64)
+
+    def files(self) -> dict[str, bytes]:
+        """Name → exact content of the entry's files that hold them."""
+        found = {"ids.json": json.dumps(self.ids, ensure_ascii=False).encode()}
+        for name, table in {
+            "labels.npy": self.labels.astype(self.labels.dtype.newbyteorder("<")),
+            "digests.npy": self.digests,
+        }.items():
+            np.save(file := io.BytesIO(), table, allow_pickle=False)
+            found[name] = file.getvalue()
+        return found
+
+    @classmethod
+    def read(cls, folder: Path, classes: tuple[str, ...]) -> "Samples":
+        """Read the files of an entry's folder; any exception of NumPy or Python where they are damaged."""
+        return cls(
+            ids=tuple(json.loads((folder / "ids.json").read_text(encoding="utf-8"))),
+            labels=np.load(folder / "labels.npy", allow_pickle=False),
+            digests=np.load(folder / "digests.npy", allow_pickle=False),
+            classes=classes,
+        )
+
+    def digest_of(self, rows: range) -> str:
+        """Digest of some rows; a shard's record carries it, so that its rows are those of these samples."""
+        some = slice(rows.start, rows.stop)
+        text = json.dumps([rows.start, self.ids[some], self.labels[some].tolist(), self.digests[some].tobytes().hex()])
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def stored_labels(labels: np.ndarray, ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Labels in the storage type of their kind.
+
+    One class an image: [images] int64, an index into `classes`. Several labels: [images, classes] uint8 of 0 and 1. A
+    number: [images] float64.
+
+    Raises:
+        BadData: they are of no kind, not as many as the images, or one of them is out of range; names the image.
+    """
+    allowed = (
+        "allowed: [images] whole numbers, an index into the classes; [images, classes] of 0 and 1, several labels an "
+        "image; or [images] floating-point numbers. Give every image its label in one of these ways"
+    )
+    kind, shape, several = labels.dtype.kind, labels.shape, (len(ids), len(classes))
+    if shape != several[: labels.ndim] or not (
+        (labels.ndim == 1 and kind in "iuf") or (labels.ndim == 2 and kind in "iufb")
+    ):
+        raise BadData(
+            f"{several[0]:,} images of {several[1]:,} classes have labels of shape {shape} and type {labels.dtype}; {allowed}"
+        )
+    if labels.ndim == 2:
+        sound, allowed_values, kept = ((labels == 0) | (labels == 1)).all(1), "a 0 or 1 for every class", "u1"
+    elif kind == "f":
+        sound, allowed_values, kept = np.isfinite(labels), "a finite number", "f8"
+    else:
+        sound, allowed_values, kept = (labels >= 0) & (labels < len(classes)), f"0 to {len(classes) - 1}", "i8"
+    if not sound.all():
+        row = int(np.flatnonzero(~sound)[0])
+        raise BadData(
+            f"image {ids[row]!r} has the label {labels[row].tolist()}; allowed: {allowed_values}. Mend it in the data set"
+        )
+    return labels.astype(kept, copy=False)

@@ -10,25 +10,26 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
+import xxhash
 
 from mlfusion.errors import CacheUnusable
-from mlfusion.store.formats import FORMATS, xxh
-from mlfusion.store.manifest import Manifest
+from mlfusion.store.formats import FORMATS
 from mlfusion.store.records import damaged
-from mlfusion.store.stream import Stream
+from mlfusion.store.stream import Manifest, Stream
 
 Check = Literal["once", "always", "never"]
 """When a chunk's checksum is compared: at its first reading, at every reading, or never."""
 
 Index = np.ndarray | slice
+T = TypeVar("T")
 
 COPY_BYTES = 1 << 19  # copied at a time: they stay in a core's cache on the way,
 MIN_COPY_ITEMS = 512  # but no fewer items than these: below, NumPy does not let another thread work meanwhile,
@@ -77,31 +78,30 @@ class Span:
 def spans(source: Source, planes: Sequence[tuple[int, int, int, int]]) -> list[Span]:
     """Join planes, each (result's layer, result's first token, source's layer, source's kind), into few spans."""
     tokens = source.stream.tokens
-    runs: list[tuple[int, int, list[int], list[int]]] = []  # first layer and token of the result; layers, kinds
-    for layer, rows in groupby(planes, key=lambda plane: plane[0]):
-        kinds: list[tuple[int, list[int]]] = []
-        for _, token, _, kind in (found := list(rows)):
-            if kinds and token == kinds[-1][0] + len(kinds[-1][1]) * tokens:
-                kinds[-1][1].append(kind)
-            else:
-                kinds.append((token, [kind]))
-        for token, some in kinds:
-            for run in runs:
-                if run[0] + len(run[2]) == layer and (run[1], run[3]) == (token, some):
-                    run[2].append(found[0][2])
-                    break
-            else:
-                runs.append((layer, token, [found[0][2]], some))
+    layers_of: dict[
+        tuple[int, tuple[int, ...]], list[tuple[int, int]]
+    ] = {}  # first token, kinds → (result's, own) layers
+    for layer, row in groupby(planes, key=lambda plane: plane[0]):
+        for run in _runs(row, lambda plane: plane[1], tokens):
+            kinds = tuple(kind for *_, kind in run)
+            layers_of.setdefault((run[0][1], kinds), []).append((layer, run[0][2]))
     return [
         Span(
             source,
-            slice(layer, layer + len(layers)),
-            slice(token, token + len(some) * tokens),
-            np.array(layers),
-            np.array(some),
+            slice(run[0][0], run[0][0] + len(run)),
+            slice(token, token + len(kinds) * tokens),
+            np.array([layer for _, layer in run]),
+            np.array(kinds),
         )
-        for layer, token, layers, some in runs
+        for (token, kinds), layers in layers_of.items()
+        for run in _runs(layers, lambda pair: pair[0], 1)
     ]
+
+
+def _runs(items: Iterable[T], place: Callable[[T], int], step: int) -> Iterator[list[T]]:
+    """Runs of items whose places are `step` apart."""
+    for _, run in groupby(enumerate(items), key=lambda each: place(each[1]) - each[0] * step):
+        yield [item for _, item in run]
 
 
 class Shard:
@@ -121,14 +121,11 @@ class Shard:
         self._row_bytes, self._item = stream.row_bytes, np.dtype(f"V{stream.row_bytes}")  # an image's part of a chunk
         self._size = manifest.sizes[number]
         if os.fstat(descriptor).st_size != self._size:
-            raise self._damaged("its size is not the manifest's")
+            raise damaged(self._path, "its size is not the manifest's")
         self._cold = self._absent(wanted)
 
     def __del__(self) -> None:
         os.close(self._descriptor)
-
-    def _damaged(self, why: str) -> CacheUnusable:
-        return damaged(self._path, why)
 
     def rows(self, block: int) -> int:
         """Number of images in a block."""
@@ -146,17 +143,17 @@ class Shard:
             while got < len(data):
                 more = os.preadv(self._descriptor, [data[got:].data], first + got)
                 if more == 0:
-                    raise self._damaged("it ends before its time")
+                    raise damaged(self._path, "it ends before its time")
                 got += more
         except OSError as err:
-            raise self._damaged(f"the disk does not give all of it ({err.strerror})") from err
+            raise damaged(self._path, f"the disk does not give all of it ({err.strerror})") from err
         self._compare(data, block, layer, kind, check)
         return data.view(self._item)
 
     def _compare(self, data: np.ndarray, block: int, layer: int, kind: int, check: Check) -> None:
         if check == "always" or (check == "once" and not self._compared[block, layer, kind]):
-            if xxh(data) != self._checksums[block, layer, kind]:
-                raise self._damaged(f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
+            if xxhash.xxh3_64_intdigest(data.data) != self._checksums[block, layer, kind]:
+                raise damaged(self._path, f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
             self._compared[block, layer, kind] = True  # of two threads at once each compares for itself
 
     @cached_property
@@ -182,10 +179,7 @@ class Shard:
         """out[where] = images `inside` of a block, decoded; out is [.., layers, tokens, width] of the whole result.
 
         Many images come with their chunks, read and compared one after another; few from the map, once their chunks are
-        compared.
-
-        Raises:
-            CacheUnusable: see `chunk`.
+        compared. Errors are those of `chunk`.
         """
         part = span.view(out)
         if isinstance(inside, slice) or 2 * len(inside) > self.rows(block):
@@ -210,10 +204,9 @@ class Shard:
         if hasattr(os, "RWF_NOWAIT"):
             byte = [bytearray(1)]
             for chunk in np.flatnonzero(absent).tolist():
+                last = int(self._starts.flat[chunk]) + self._row_bytes - 1
                 try:
-                    os.preadv(
-                        self._descriptor, byte, int(self._starts.flat[chunk]) + self._row_bytes - 1, os.RWF_NOWAIT
-                    )
+                    os.preadv(self._descriptor, byte, last, os.RWF_NOWAIT)
                 except BlockingIOError:
                     continue
                 except OSError:  # of a file system that cannot tell: all are asked for
@@ -278,7 +271,7 @@ def _whole(tokens: np.ndarray) -> np.ndarray | None:
 
 
 def read_stored(source: Source, rows: range) -> np.ndarray:
-    """Rows of one shard as stored, [rows, layers, kinds x tokens, columns]; every chunk is checked.
+    """Rows of one block as stored, [rows, layers, kinds x tokens, columns]; every chunk is checked.
 
     Raises:
         CacheUnusable: a chunk is damaged.
@@ -292,11 +285,7 @@ def read_stored(source: Source, rows: range) -> np.ndarray:
         raise CacheUnusable(f"{path} cannot be read ({err.strerror}); run `mlfusion cache verify`") from err
     shard = Shard(source, number, descriptor)
     out = np.empty((len(rows), len(stream.layers), len(stream.kinds)), f"V{stream.row_bytes}")
-    first = rows.start - stream.rows(number).start
-    for block in range(first // stream.chunk_rows, -(-(first + len(rows)) // stream.chunk_rows)):
-        start = block * stream.chunk_rows
-        at = max(start - first, 0)
-        for layer, kind in np.ndindex(out.shape[1:]):
-            some = shard.chunk(block, layer, kind)[max(first - start, 0) : first + len(rows) - start]
-            out[at : at + len(some), layer, kind] = some
+    block, first = divmod(rows.start - stream.rows(number).start, stream.chunk_rows)
+    for layer, kind in np.ndindex(out.shape[1:]):
+        out[:, layer, kind] = shard.chunk(block, layer, kind)[first : first + len(rows)]
     return out.view(stream.encoding.stored).reshape(len(rows), *stream.shape[1:])

@@ -2,15 +2,23 @@
 
 An entry of the cache grows by streams. Asking for one more layer or token kind adds a stream and rewrites nothing. All of a
 stream's layers lie in one shard (few files), but its chunks hold one layer and one kind each, so that reading a layer
-touches that layer's bytes alone. Pure arithmetic; nothing here does I/O.
+touches that layer's bytes alone.
+
+A manifest holds sizes, digests, where each chunk lies and its checksums, apart from the shards. The commit record of a shard
+is a manifest of that one shard; the manifest of a stream joins them all, and its existence says that the stream is whole. A
+reader goes by the manifest alone: a shard that was swapped for another, sound in itself, does not match it.
+
+Pure arithmetic; nothing here does I/O.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Annotated
 
 import msgspec
+import numpy as np
 
 from mlfusion.specs.identity import KINDS, Dtype, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges
@@ -43,50 +51,6 @@ class Stream(Record, frozen=True):
     def __post_init__(self) -> None:
         if not self.layers or not self.kinds or self.shard_rows % self.chunk_rows:
             raise ValueError("a description of no stream")
-
-    @classmethod
-    def cut(
-        cls,
-        pairs: Iterable[Pair],
-        *,
-        tokens: int,
-        width: int,
-        images: int,
-        dtype: Dtype,
-        format: FormatName,
-    ) -> "Stream":
-        """Choose shard and chunk sizes.
-
-        Args:
-            pairs: the full product of some layers and some kinds.
-            tokens: tokens of one kind, of one image and layer.
-            width: channels per token.
-            images: rows of the stream.
-            dtype: storage type.
-            format: of the shards.
-        """
-        layers = tuple(sorted({layer for layer, _ in pairs}))
-        kinds: tuple[TokenKind, ...] = tuple(k for k in KINDS if any(kind == k for _, kind in pairs))
-        chunk_row = tokens * (width + ENCODINGS[dtype].extra) * ENCODINGS[dtype].stored.itemsize
-        row_bytes = len(layers) * len(kinds) * chunk_row
-        shard_rows = min(max(_power_of_two(images // MAX_SHARDS), SHARD_ROWS[0]), SHARD_ROWS[1])
-        while shard_rows > 1 and shard_rows * row_bytes > SHARD_BYTES:
-            shard_rows //= 2
-        return cls(
-            layers=layers,
-            kinds=kinds,
-            tokens=tokens,
-            width=width,
-            images=images,
-            dtype=dtype,
-            shard_rows=shard_rows,
-            chunk_rows=min(_power_of_two(CHUNK_BYTES // chunk_row), shard_rows),
-            format=format,
-        )
-
-    def with_format(self, format: FormatName) -> "Stream":
-        """The same stream, cut alike, in another format."""
-        return msgspec.structs.replace(self, format=format)
 
     @property
     def name(self) -> str:
@@ -145,12 +109,6 @@ class Stream(Record, frozen=True):
         """Index along the layers and index along the kinds of (layer, kind)."""
         return self.layers.index(layer), self.kinds.index(kind)
 
-    def blocks(self, shard: int) -> Iterator[range]:
-        """The rows of a shard, chunk by chunk."""
-        rows = self.rows(shard)
-        for start in range(rows.start, rows.stop, self.chunk_rows):
-            yield range(start, min(start + self.chunk_rows, rows.stop))
-
 
 def _power_of_two(at_least: int) -> int:
     """The smallest power of two that is no smaller."""
@@ -162,26 +120,119 @@ def streams_for(
 ) -> list[Stream]:
     """The fewest streams that hold these pairs: a stream holds pairs of one shape, as the product of layers and kinds.
 
-    Args:
-        shapes: (layer, kind) → (tokens, width) of one image.
-        images: rows of the streams.
-        dtype: storage type.
-        format: of the shards.
+    `shapes` is (layer, kind) → (tokens, width) of one image.
     """
     kinds_of: dict[tuple[int, int, int], list[TokenKind]] = {}
-    for (layer, kind), (count, width) in sorted(shapes.items()):
-        kinds_of.setdefault((layer, width, count), []).append(kind)
+    for (layer, kind), (tokens, width) in sorted(shapes.items()):
+        kinds_of.setdefault((layer, width, tokens), []).append(kind)
     groups: dict[tuple[int, int, tuple[TokenKind, ...]], list[int]] = {}
-    for (layer, width, count), kinds in kinds_of.items():
-        groups.setdefault((width, count, tuple(kinds)), []).append(layer)
-    return [
-        Stream.cut(
-            [(layer, kind) for layer in layers for kind in kinds],
-            tokens=count,
-            width=width,
-            images=images,
-            dtype=dtype,
-            format=format,
+    for (layer, width, tokens), kinds in kinds_of.items():
+        groups.setdefault((width, tokens, tuple(sorted(kinds, key=KINDS.index))), []).append(layer)
+    streams = []
+    for (width, tokens, ordered), layers in groups.items():
+        row_bytes = tokens * ENCODINGS[dtype].vector_bytes(width)  # of a chunk
+        shard_rows = min(max(_power_of_two(images // MAX_SHARDS), SHARD_ROWS[0]), SHARD_ROWS[1])
+        while shard_rows > 1 and shard_rows * row_bytes * len(layers) * len(ordered) > SHARD_BYTES:
+            shard_rows //= 2
+        streams.append(
+            Stream(
+                layers=tuple(layers),
+                kinds=ordered,
+                tokens=tokens,
+                width=width,
+                images=images,
+                dtype=dtype,
+                shard_rows=shard_rows,
+                chunk_rows=min(_power_of_two(CHUNK_BYTES // row_bytes), shard_rows),
+                format=format,
+            )
         )
-        for (width, count, kinds), layers in groups.items()
-    ]
+    return streams
+
+
+OFFSETS, CRC32C, XXH3 = "<u8", "<u4", "<u8"  # types of the tables; msgspec writes their bytes as base64
+
+
+class Manifest(
+    Record,
+    frozen=True,
+    rename={
+        "sizes": "bytes",
+        "digests": "xxh3_128",
+        "offset_table": "offsets",
+        "crc32c_table": "crc32c",
+        "xxh3_table": "xxh3_64",
+    },
+):
+    """Consecutive shards of a stream; chunks are numbered through, block by block of rows."""
+
+    sizes: tuple[Count, ...]  # bytes of each shard's file
+    digests: tuple[str, ...]  # xxh3-128 of each shard's file
+    samples: tuple[str, ...]  # digest of ids, labels and images of each shard's rows
+    skipped: dict[Count, str]  # row → why its image could not be read; such rows hold no numbers
+    chunks: tuple[Count, Count, Count]  # [blocks, layers, kinds], the shape of the tables, in C order
+    offset_table: bytes
+    crc32c_table: bytes
+    xxh3_table: bytes
+
+    def __post_init__(self) -> None:
+        for table, kind in ((self.offset_table, OFFSETS), (self.crc32c_table, CRC32C), (self.xxh3_table, XXH3)):
+            if len(table) != math.prod(self.chunks) * np.dtype(kind).itemsize:
+                raise ValueError(f"a table of {len(table):,} bytes is not of shape {self.chunks}")
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where in its shard a chunk's bytes begin."""
+        return np.frombuffer(self.offset_table, OFFSETS).reshape(self.chunks)
+
+    @property
+    def crc32c(self) -> np.ndarray:
+        """Checksum of a chunk's rows without padding, as in Zarr's codec."""
+        return np.frombuffer(self.crc32c_table, CRC32C).reshape(self.chunks)
+
+    @property
+    def xxh3(self) -> np.ndarray:
+        """The 64-bit xxh3 of the same bytes, several times faster."""
+        return np.frombuffer(self.xxh3_table, XXH3).reshape(self.chunks)
+
+    def fits(self, stream: Stream) -> bool:
+        """Whether it can describe the whole of a stream: its shards, blocks, planes and images, and where chunks lie."""
+        first = np.arange(0, stream.images, stream.chunk_rows)  # of each block; a shard is a whole number of blocks
+        if not (
+            len(self.sizes) == len(self.digests) == len(self.samples) == stream.shards
+            and self.chunks == (len(first), len(stream.layers), len(stream.kinds))
+            and all(row < stream.images for row in self.skipped)
+        ):
+            return False
+        held = np.minimum(stream.images - first, stream.chunk_rows) * stream.row_bytes
+        last = np.array(self.sizes)[first // stream.shard_rows] - held  # where a block's chunks may begin at the latest
+        offsets = self.offsets.astype(np.int64)  # beyond its range they turn negative
+        return bool(np.all((offsets >= 0) & (offsets <= last[:, None, None])))
+
+
+class CommitRecord(Manifest, frozen=True):
+    """The record that is published together with one shard."""
+
+    stream: str
+    shard: Count
+
+
+class StreamManifest(Manifest, frozen=True):
+    """The record that seals a stream: it exists when all shards do."""
+
+    stream: Stream
+
+    @classmethod
+    def join(cls, stream: Stream, parts: Sequence[Manifest]) -> "StreamManifest":
+        """One manifest of a stream's commit records, in the order of its shards."""
+        return cls(
+            stream=stream,
+            sizes=tuple(chain.from_iterable(part.sizes for part in parts)),
+            digests=tuple(chain.from_iterable(part.digests for part in parts)),
+            samples=tuple(chain.from_iterable(part.samples for part in parts)),
+            skipped=dict(chain.from_iterable(part.skipped.items() for part in parts)),
+            chunks=(sum(part.chunks[0] for part in parts), *parts[0].chunks[1:]),
+            offset_table=b"".join(part.offset_table for part in parts),
+            crc32c_table=b"".join(part.crc32c_table for part in parts),
+            xxh3_table=b"".join(part.xxh3_table for part in parts),
+        )

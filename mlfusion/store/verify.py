@@ -15,27 +15,26 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import numpy as np
 import xxhash
 
 from mlfusion.errors import MlfusionError
 from mlfusion.specs.names import layer_ranges
 from mlfusion.store import records
-from mlfusion.store.entry import TOKENS, Entry, zarr_group
+from mlfusion.store.entry import GROUP, TOKENS, Entry, zarr_group
 from mlfusion.store.feature_store import QUARANTINE, CachePath, FeatureStore
-from mlfusion.store.formats import FORMATS, crc, xxh
-from mlfusion.store.manifest import CommitRecord, StreamManifest
-from mlfusion.store.records import Names, RunRecord
-from mlfusion.store.samples import FILES
+from mlfusion.store.formats import FORMATS
+from mlfusion.store.records import FILES, Names, RunRecord, published
 from mlfusion.store.shard import Source
-from mlfusion.store.stream import Stream
+from mlfusion.store.stream import CommitRecord, Stream, StreamManifest
 from mlfusion.system import disk
 from mlfusion.system.progress import track
 
 READ_BYTES = 1 << 24  # read at a time
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Damage:
     """One thing that is not what it should be."""
 
@@ -43,10 +42,6 @@ class Damage:
     why: str
     take: tuple[Path, ...]  # what a repair moves to quarantine: an extraction, or the repair itself, makes it again
     remade: bool = False  # made again by the repair, from what is sound; else by the next extraction
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `mlfusion cache verify --json` prints."""
-        return {"path": str(self.path), "why": self.why, "remade_by": "repair" if self.remade else "extract"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +56,10 @@ class Verification:
         """The object that `mlfusion cache verify --json` prints."""
         return {
             "entries": self.entries,
-            "damaged": [one.to_json() for one in self.damaged],
+            "damaged": [
+                {"path": str(one.path), "why": one.why, "remade_by": "repair" if one.remade else "extract"}
+                for one in self.damaged
+            ],
             "quarantined": [str(path) for path in self.quarantined],
         }
 
@@ -79,7 +77,8 @@ def verify(cache: CachePath = None, *, repair: bool = False) -> Verification:
     store = FeatureStore(cache)
     damaged: list[Damage] = []
     moved: list[Path] = []
-    folders = [(layer, path) for layer in (store, *store.below) for path in _entry_folders(layer.folder)]
+    layers = (store, *store.below)
+    folders = [(layer, path) for layer in layers for path in published(layer.folder) if path.is_dir()]
     with track("verifying", len(folders), "entries") as bar:
         for layer, path in folders:
             found = list(verify_entry(path))
@@ -90,42 +89,35 @@ def verify(cache: CachePath = None, *, repair: bool = False) -> Verification:
     return Verification(entries=len(folders), damaged=tuple(damaged), quarantined=tuple(moved))
 
 
-def _entry_folders(folder: Path) -> list[Path]:
-    """Folders of all entries, also of those with a damaged or missing record."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(disk.DRAFT))
-
-
 def verify_entry(folder: Path) -> Iterator[Damage]:
     """Everything damaged in one entry's folder; what was begun and is not finished is no damage."""
     try:
         entry = Entry(folder)
     except MlfusionError as err:
-        yield Damage(path=folder / "entry.json", why=str(err), take=(folder / "entry.json",))
+        yield Damage(folder / "entry.json", str(err), (folder / "entry.json",))
         entry = None
     for kind, name in ((Names, "names"), (RunRecord, "runs")):
-        for path in _files(folder / name):
+        for path in published(folder / name):
             with suppress(FileNotFoundError):
                 try:
                     records.read(path, kind)
                 except MlfusionError as err:
-                    yield Damage(path=path, why=str(err), take=(path,))
+                    yield Damage(path, str(err), (path,))
     if entry is None:
         return
     try:
         for name, data in entry.samples.files().items():  # reading them compares them with the key
             if (folder / name).read_bytes() != data:
-                yield Damage(path=folder / name, why="it is not as it was written", take=(folder / name,))
+                yield Damage(folder / name, "it is not as it was written", (folder / name,))
     except MlfusionError as err:
         # Which of the three is wrong cannot be told, and they are small.
-        yield Damage(path=folder, why=str(err), take=tuple(folder / name for name in FILES))
+        yield Damage(folder, str(err), tuple(folder / name for name in FILES))
         return  # what a shard's rows should be is not known without them
-    group = folder / TOKENS / "zarr.json"
-    if _text(group) != zarr_group(entry.key):
-        yield Damage(path=group, why="it is not what describes this group", take=(group,), remade=True)
-    for path in sorted((folder / TOKENS).iterdir()):
-        if path.is_dir() and not path.name.startswith(disk.DRAFT):
+    group = folder / GROUP
+    if not _reads(group, zarr_group(entry.key)):
+        yield Damage(group, "it is not what describes this group", (group,), remade=True)
+    for path in published(folder / TOKENS):
+        if path.is_dir():
             yield from _verify_stream(entry, path)
 
 
@@ -137,61 +129,55 @@ def _verify_stream(entry: Entry, folder: Path) -> Iterator[Damage]:
         try:
             stream = records.read(sealed, StreamManifest).stream
         except (MlfusionError, OSError):
-            yield Damage(path=described, why=str(err), take=(folder,))
+            yield Damage(described, str(err), (folder,))
             return
-        yield Damage(path=described, why=str(err), take=(described,), remade=True)
+        yield Damage(described, str(err), (described,), remade=True)
     if stream.name != folder.name:
-        yield Damage(path=described, why="it is another stream's", take=(folder,))
+        yield Damage(described, "it is another stream's", (folder,))
         return
     for name, text in FORMATS[stream.format].describe(stream).items():
-        if _text(folder / name) != text:
-            yield Damage(
-                path=folder / name, why="it is not what describes this stream", take=(folder / name,), remade=True
-            )
+        if not _reads(folder / name, text):
+            yield Damage(folder / name, "it is not what describes this stream", (folder / name,), remade=True)
+    yield from _verify_shards(entry, stream, folder)
+
+
+def _verify_shards(entry: Entry, stream: Stream, folder: Path) -> Iterator[Damage]:
+    sealed = folder / "manifest.json"
     manifest: StreamManifest | None = None
     try:
         manifest = entry.manifest(stream)
     except FileNotFoundError:
         pass
     except (MlfusionError, OSError) as err:
-        yield Damage(path=sealed, why=str(err), take=(sealed,), remade=True)
+        yield Damage(sealed, str(err), (sealed,), remade=True)
     commits: list[CommitRecord] = []
-    yield from _verify_shards(entry, stream, manifest, commits)
-    if manifest is not None and len(commits) == stream.shards and StreamManifest.join(stream, commits) != manifest:
-        yield Damage(path=sealed, why="it does not match the shards' records", take=(sealed,), remade=True)
-
-
-def _verify_shards(
-    entry: Entry, stream: Stream, manifest: StreamManifest | None, commits: list[CommitRecord]
-) -> Iterator[Damage]:
-    """Damage of the shards of a stream; the records that can be read are appended to `commits`."""
-    folder = entry.folder(stream)
-    sealed = folder / "manifest.json"
     missing = set(entry.missing_shards(stream))
     for shard in range(stream.shards):
         place = folder / "c" / str(shard)
         if shard in missing:
             if manifest is not None:
-                yield Damage(path=place, why="the shard is not there", take=(sealed,))
+                yield Damage(place, "the shard is not there", (sealed,))
             continue
         try:
-            record = entry.record(stream, shard)
+            commits.append(entry.record(stream, shard))
         except (MlfusionError, OSError) as err:
-            yield Damage(path=place / "commit.json", why=str(err), take=(place, sealed))
+            yield Damage(place / "commit.json", str(err), (place, sealed))
             continue
-        commits.append(record)
-        if why := _wrong(Source(folder, stream, record), shard):
-            yield Damage(path=place, why=why, take=(place, sealed))
+        if why := _wrong(Source(folder, stream, commits[-1]), shard):
+            yield Damage(place, why, (place, sealed))
+    if manifest is not None and len(commits) == stream.shards and StreamManifest.join(stream, commits) != manifest:
+        yield Damage(sealed, "it does not match the shards' records", (sealed,), remade=True)
 
 
 def _wrong(source: Source, shard: int) -> str:
     """What is wrong with a shard's file, by its own record; '' if nothing is."""
     record, stream = source.manifest, source.stream
     digest = xxhash.xxh3_128()
-    rows = [range(block.start, block.stop) for block in stream.blocks(shard)]
+    images = stream.rows(shard)
+    rows = [images[at : at + stream.chunk_rows] for at in range(0, len(images), stream.chunk_rows)]  # chunk by chunk
     if record.chunks != (len(rows), len(stream.layers), len(stream.kinds)) or len(record.sizes) != 1:
         return "its record is another stream's"
-    checksums = ((crc, record.crc32c), (xxh, record.xxh3))
+    checksums = ((crc32c.crc32c, record.crc32c), (xxhash.xxh3_64_intdigest, record.xxh3))
     layers: dict[range, set[int]] = {}
     try:
         with open(source.path(shard), "rb") as file:
@@ -200,7 +186,7 @@ def _wrong(source: Source, shard: int) -> str:
             size = file.tell()
             if size != record.sizes[0]:
                 return f"{size:,} bytes instead of {record.sizes[0]:,}"
-            if len(stream.rows(shard)) * stream.row_bytes > size:
+            if len(images) * stream.row_bytes > size:
                 return "it is another stream's"
             for (block, some), (layer, kind) in product(enumerate(rows), np.ndindex(record.chunks[1:])):
                 file.seek(int(record.offsets[block, layer, kind]))
@@ -239,7 +225,7 @@ def repair_entry(root: Path, folder: Path, found: list[Damage]) -> list[Path]:
             _restore(path, text)
         if (folder / "entry.json").exists() and all((folder / name).exists() for name in FILES):
             entry = Entry(folder)
-            _restore(folder / TOKENS / "zarr.json", zarr_group(entry.key))
+            _restore(folder / GROUP, zarr_group(entry.key))
             for stream in entry.streams():
                 for name, text in FORMATS[stream.format].describe(stream).items():
                     _restore(entry.folder(stream) / name, text)
@@ -252,14 +238,8 @@ def _restore(path: Path, text: str) -> None:
         disk.publish_text(path, text)
 
 
-def _files(folder: Path) -> list[Path]:
-    with suppress(FileNotFoundError):
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(disk.DRAFT))
-    return []
-
-
-def _text(path: Path) -> str | None:
+def _reads(path: Path, text: str) -> bool:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8") == text
     except (OSError, ValueError):
-        return None
+        return False

@@ -11,16 +11,9 @@ from mlfusion.specs.identity import COMPUTES, Compute
 
 
 def pick_device(word: str) -> str:
-    """Resolve a device: 'auto' → the first of cuda, mps and cpu that this machine has; others are checked.
-
-    Raises:
-        Unavailable: this machine does not have the device.
-    """
-    there = [
-        *(["cuda"] if torch.cuda.is_available() else []),
-        *(["mps"] if torch.backends.mps.is_available() else []),
-        "cpu",
-    ]
+    """Resolve a device: 'auto' → the first of cuda, mps and cpu that is there; raises Unavailable for one that is not."""
+    tests = (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available), ("cpu", lambda: True))
+    there = [name for name, is_there in tests if is_there()]
     if word == "auto":
         return there[0]
     if word.split(":")[0] not in there:

@@ -93,16 +93,16 @@ def sweep(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder; not an error if it is gone already."""
-    try:  # and not first a look at which it is: a prune may take away and bring back what it lies in
+    try:  # without a look at which it is: a prune may remove and restore its folder in between
         path.unlink(missing_ok=True)
         return
     except IsADirectoryError:
         pass
-    except PermissionError:  # which some systems say of a folder
+    except PermissionError:  # some systems raise it for a folder
         if not path.is_dir():
             raise
     aside = draft_name(path.parent)
-    try:  # in one step out of the hands of who may be about to publish it: else that would be published by halves
+    try:  # renamed in one step, so that no other process publishes it half removed
         os.rename(path, aside)
     except FileNotFoundError:
         return
@@ -114,13 +114,12 @@ def remove(path: Path) -> None:
 def clock(folder: Path) -> float:
     """The current time by the file system of `folder`: times of files are compared with it, not with the host's clock."""
     probe = draft_name(folder)
-    try:
+    with suppress(OSError):
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
-    except OSError:  # read-only: nothing will be done about what is old either
-        return time.time()
-    return now
+        return now
+    return time.time()  # read-only: nothing can be removed for its age either
 
 
 def age(path: Path) -> float:
@@ -134,6 +133,7 @@ def age(path: Path) -> float:
 
 def publish_file(draft: Path, final: Path) -> bool:
     """Give a flushed draft its name; False if that name was taken already (the first writer wins)."""
+    won = True
     try:
         os.link(draft, final)  # unlike rename, never replaces what is there
     except FileExistsError:
@@ -145,8 +145,6 @@ def publish_file(draft: Path, final: Path) -> bool:
         won = not final.exists()  # no hard links here: of two writers in the same instant the later one wins
         if won:
             os.rename(draft, final)
-    else:
-        won = True
     draft.unlink(missing_ok=True)
     flush(final.parent)
     return won
@@ -156,12 +154,7 @@ def publish_file(draft: Path, final: Path) -> bool:
 def atomic(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Create the file `path` in one step: yields a draft's path to write to, then flushes it and gives it its name.
 
-    Args:
-        path: the file; its folder must exist.
-        replace: whether a file that already has this name is replaced; otherwise it stays, and the draft is dropped.
-
-    Raises:
-        OSError: the file cannot be written; no draft is left.
+    With `replace`, a file that already has this name is replaced; otherwise it stays. No draft is left, whatever fails.
     """
     draft = draft_name(path.parent)
     try:
@@ -185,14 +178,10 @@ def publish_text(path: Path, text: str) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write and flush a new file inside a draft; nothing is left if that fails."""
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        remove(path)
-        raise
+    with drafted(path), open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sealed(text: str) -> str:
@@ -202,12 +191,7 @@ def sealed(text: str) -> str:
 
 
 def read_sealed(path: Path) -> bytes:
-    """The JSON text that was given to `sealed`.
-
-    Raises:
-        CacheUnusable: a byte of the file was changed.
-        FileNotFoundError: there is no such file.
-    """
+    """The JSON text that was given to `sealed`; raises CacheUnusable if a byte of the file was changed."""
     with open(path, "rb", buffering=0) as file:
         text = file.readall()
     head, _, rest = text.partition(b",")
@@ -232,10 +216,7 @@ def publish_folder(draft: Path, final: Path) -> bool:
             if final.is_dir():
                 remove(draft)
                 return False
-            if err.errno not in (
-                errno.ENOTEMPTY,
-                errno.EEXIST,
-            ):  # else a prune took away in this instant what stood there
+            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else a prune took away what stood there
                 remove(draft)  # no lost race: a real failure
                 raise
     flush(final.parent)
@@ -274,9 +255,7 @@ def free_text(folder: Path) -> str:
 def translate_os_errors(root: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
     """Turn errors of the disk into `CacheUnusable` with a sentence about the cache at `root`.
 
-    Args:
-        root: root of the cache.
-        needed: gives the bytes that are still to be written, for the sentence about a full disk.
+    `needed` gives the bytes that are still to be written, for the sentence about a full disk.
     """
     try:
         yield

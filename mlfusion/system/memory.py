@@ -4,7 +4,7 @@ import os
 import resource
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+GROUP_FILES = {  # controllers → folder below the root, files of the limit and the use, and the line of idle bytes
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def available(device: str = "cpu") -> int:
@@ -25,7 +30,7 @@ def available(device: str = "cpu") -> int:
 
 
 def _of_machine() -> int | None:
-    """What the system can give without swapping."""
+    """Bytes that the system can give without swapping."""
     if (line := _line(Path("/proc/meminfo"), "MemAvailable:")) is not None:
         return line * 1024
     try:
@@ -35,24 +40,17 @@ def _of_machine() -> int | None:
 
 
 def _of_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What the control groups above this process leave (version 2, then 1); files that were read count as free."""
+    """Bytes that the control groups of this process leave (versions 1 and 2); cached files count as free."""
     left = []
     try:
         entries = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
         return None
     for _, controllers, path in entries:
-        if controllers == "":
-            base, most, used, idle = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, most, used, idle = (
-                root / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
-        else:
+        if controllers and "memory" not in controllers.split(","):
             continue
+        inner, most, used, idle = GROUP_FILES[controllers and "memory"]
+        base = root / inner
         inside = base / path.lstrip("/")
         for folder in (inside, *inside.parents):
             if folder == base.parent:
@@ -67,7 +65,7 @@ def _of_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
 
 
 def _of_process() -> int | None:
-    """What a limit on the address space leaves (`ulimit -v`)."""
+    """Bytes that a limit on the address space leaves (`ulimit -v`)."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     taken = _line(Path("/proc/self/status"), "VmSize:")
     return None if limit == resource.RLIM_INFINITY or taken is None else limit - taken * 1024
@@ -75,12 +73,10 @@ def _of_process() -> int | None:
 
 def _line(path: Path, name: str) -> int | None:
     """The first number behind `name` at the start of a line."""
-    try:
+    with suppress(OSError, ValueError, IndexError):
         for line in path.read_text().splitlines():
             if line.startswith(name):
                 return int(line[len(name) :].split()[0])
-    except (OSError, ValueError, IndexError):
-        pass
     return None
 
 
@@ -94,7 +90,7 @@ def is_shortage(err: BaseException) -> bool:
 
 
 def give_back(kind: str) -> None:
-    """Let go of what torch keeps for later on a kind of device."""
+    """Release the memory that torch caches on a kind of device."""
     if kind == "cuda":
         torch.cuda.empty_cache()
     elif kind == "mps":
@@ -103,7 +99,7 @@ def give_back(kind: str) -> None:
 
 @contextmanager
 def measured(kind: str = "cpu") -> Iterator[Callable[[], int]]:
-    """How many bytes of tensors were alive at most within it, beyond those from before; to be asked when it has ended."""
+    """Yields a function that returns, after the with statement, the most bytes of new tensors that were alive within it."""
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -114,7 +110,7 @@ def measured(kind: str = "cpu") -> Iterator[Callable[[], int]]:
 
 
 class Footprint(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it: those alive, and the most that were at a time."""
+    """Counts the bytes of the tensors that are made inside the with statement: those alive now, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How long work shows itself: nothing for two seconds, then a bar with rate and time left, on standard error.
+"""Shows the progress of long work on standard error: nothing for two seconds, then a bar with rate and time left.
 
 On a terminal the bar is live; in a log it is a line every ten seconds.
 """
@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 SILENCE = 2.0  # seconds before anything is shown
 LOG_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -19,7 +18,7 @@ _quiet = False
 
 
 def hush(quiet: bool) -> None:
-    """From here on show no bars and no lines, or show them again."""
+    """Show no bars and no lines from here on, or show them again."""
     global _quiet
     _quiet = quiet
 
@@ -30,18 +29,18 @@ class Bar:
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
-        self.note = ""  # said behind the rate
+        self.note = ""  # shown behind the rate
         self._start = time.monotonic()
         self._told = self._start + SILENCE - LOG_EVERY
         self._live: Progress | None = None
         self._console = Console(stderr=True)
 
     def advance(self, count: int = 1) -> None:
-        """`count` more units are done."""
+        """Report `count` more units as done."""
         self.to(self.done + count)
 
     def to(self, done: int, total: int | None = None) -> None:
-        """So many units are done, of so many."""
+        """Report `done` units as done, of `total`."""
         self.done, self.total = done, total or self.total
         now = time.monotonic()
         if _quiet or now - self._start < SILENCE:
@@ -52,14 +51,15 @@ class Bar:
                     TextColumn("{task.description}"),
                     BarColumn(),
                     TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                    _Rate(self),
+                    TextColumn("{task.fields[rate]}", style="progress.data.speed", markup=False),
                     TimeRemainingColumn(),
                     console=self._console,
                     transient=True,
                 )
-                self._live.add_task(self.title, total=self.total)
+                self._live.add_task(self.title, total=self.total, rate="")
                 self._live.start()
-            self._live.update(self._live.task_ids[0], completed=self.done, total=self.total)
+            rate = f"{self.rate:,.1f} {self.unit}/s{self.note and f', {self.note}'}"
+            self._live.update(self._live.task_ids[0], completed=self.done, total=self.total, rate=rate)
         elif now - self._told >= LOG_EVERY:
             self._told = now
             left = (self.total - self.done) / max(self.rate, 1e-9)
@@ -74,19 +74,9 @@ class Bar:
         return self.done / max(time.monotonic() - self._start, 1e-9)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._live is not None:
             self._live.stop()
-
-
-class _Rate(ProgressColumn):
-    def __init__(self, bar: Bar) -> None:
-        super().__init__()
-        self._bar = bar
-
-    def render(self, task: Task) -> Text:
-        note = self._bar.note and f", {self._bar.note}"
-        return Text(f"{self._bar.rate:,.1f} {self._bar.unit}/s{note}", style="progress.data.speed")
 
 
 @contextmanager

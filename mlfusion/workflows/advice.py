@@ -129,42 +129,45 @@ def advise(
         )
     with _pilot(model, dataset, pilot_options, probes, cache, device) as pilot:
         said = _scored(pilot, pilot_options.seed)
-        labels, target = pilot.labels, pilot.target
-        by_name = {probe.name: made for probe, (made, _) in said.items()}
-        scores = {name: interval(labels, made, metric=target.metric) for name, made in by_name.items()}
-        best = max(scores, key=lambda name: scores[name].value)
-        candidates = []
-        for probe in pilot.probes:
-            absent = probe.representation.pairs(pilot.depth) - pilot.held
-            name, (made, (_, tokens, width)) = probe.name, said[probe]
-            base, top = by_name.get(BASELINE), by_name[best]
-            candidates.append(
-                Candidate(
-                    probe=name,
-                    score=scores[name],
-                    gain=None
-                    if base is None or name == BASELINE
-                    else difference(labels, made, base, metric=target.metric),
-                    behind=None if name == best else difference(labels, top, made, metric=target.metric),
-                    bytes=pilot.every * sum(pilot.bytes_of[pair] for pair in absent),
-                    extract_seconds=pilot.every * pilot.seconds_each if absent else 0.0,
-                    probe_seconds=costs.seconds(
-                        probe,
-                        costs.Problem(tokens=tokens, width=width, classes=target.outputs, images=pilot.train_images),
-                        SearchOptions(),
-                    ),
-                )
-            )
+        candidates = _candidates(pilot, said)
     return Advice(
         model=pilot.model,
         dataset=pilot.dataset,
-        metric=target.metric,
-        images=len(labels),
+        metric=pilot.target.metric,
+        images=len(pilot.labels),
         train_images=pilot.train_images,
         cached=not pilot.seconds_each,
-        candidates=tuple(candidates),
+        candidates=candidates,
         seconds=time.perf_counter() - began,
     )
+
+
+def _candidates(pilot: "_Pilot", said: dict[Probe, tuple[np.ndarray, tuple[int, ...]]]) -> tuple[Candidate, ...]:
+    """What the pilot says of each probe: its score, its gains, and what the rest would cost."""
+    labels, target = pilot.labels, pilot.target
+    by_name = {probe.name: made for probe, (made, _) in said.items()}
+    scores = {name: interval(labels, made, metric=target.metric) for name, made in by_name.items()}
+    best = max(scores, key=lambda name: scores[name].value)
+    candidates = []
+    for probe in pilot.probes:
+        absent = probe.representation.pairs(pilot.depth) - pilot.held
+        name, (made, (_, tokens, width)) = probe.name, said[probe]
+        base, top = by_name.get(BASELINE), by_name[best]
+        problem = costs.Problem(tokens=tokens, width=width, classes=target.outputs, images=pilot.train_images)
+        candidates.append(
+            Candidate(
+                probe=name,
+                score=scores[name],
+                gain=difference(labels, made, base, metric=target.metric)
+                if base is not None and name != BASELINE
+                else None,
+                behind=None if name == best else difference(labels, top, made, metric=target.metric),
+                bytes=pilot.every * sum(pilot.bytes_of[pair] for pair in absent),
+                extract_seconds=pilot.every * pilot.seconds_each if absent else 0.0,
+                probe_seconds=costs.seconds(probe, problem, SearchOptions()),
+            )
+        )
+    return tuple(candidates)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

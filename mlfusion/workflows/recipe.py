@@ -16,17 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mlfusion.errors import BadRecipe, MlfusionError, UnknownName
+from mlfusion.specs.definitions import Option, all_definitions, build
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import Probe, parse_model, parse_probes, parse_tokens, spelt_out
-from mlfusion.specs.options import (
-    MAX_DEPTH,
-    ComputeOptions,
-    FeatureOptions,
-    Option,
-    SearchOptions,
-    all_definitions,
-    build,
-)
+from mlfusion.specs.options import MAX_DEPTH, ComputeOptions, FeatureOptions, SearchOptions
 
 DATA = "$DATA"  # stands for the folder that --data names, at the beginning of a model's or data set's name
 _IN_DATA = re.compile(rf"{re.escape(DATA)}(/|$)")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from workers import IMAGES, PAIRS, Child, extract, files, litter, numbers, published, right, spec, whole
 
-from mlfusion.store import FeatureStore, gap, leases
-from mlfusion.store.gap import lease_name
-from mlfusion.store.prune import remove_entry
+from mlfusion.store import FeatureStore, feature_store, leases
+from mlfusion.store.feature_store import lease_name
+from mlfusion.store.housekeeping import remove_entry
 from mlfusion.system import disk
 
 
@@ -37,7 +37,7 @@ def test_many_extractors_of_one_entry(workers, many, trial, tmp_path):
 def test_one_sleeps_longer_than_its_lease(many, trial, tmp_path, monkeypatch):
     """The other takes the work over, the sleeper wakes, and neither harms the other: the first to publish wins."""
     monkeypatch.setattr(leases, "TERM", 0.6)
-    monkeypatch.setattr(gap, "WAIT", 0.1)
+    monkeypatch.setattr(feature_store, "WAIT", 0.1)
     random = np.random.default_rng(3)
     for number in range(many(3, 40)):
         with trial("an extractor stopped for longer than its lease"):
@@ -97,7 +97,7 @@ def test_prune_that_takes_the_folder_away_all_the_same(trial, tmp_path):
 def test_clocks_that_lie(years, trial, tmp_path, monkeypatch):
     """Times of files by a clock that is decades off: nothing living is taken over, nothing whole is made again."""
     monkeypatch.setattr(leases, "TERM", 0.5)
-    monkeypatch.setattr(gap, "WAIT", 0.1)
+    monkeypatch.setattr(feature_store, "WAIT", 0.1)
     root, then = tmp_path / "cache", time.time() + years * 365 * 86400
     with trial("clock skew"):
         child = Child(extract, root, pause=0.03)
@@ -120,7 +120,7 @@ def test_clocks_that_lie(years, trial, tmp_path, monkeypatch):
 def test_a_lease_of_a_host_that_never_comes_back(trial, tmp_path, monkeypatch):
     """It is waited for as long as a term on our own clock, whatever the time of the file says, and then taken over."""
     monkeypatch.setattr(leases, "TERM", 0.5)
-    monkeypatch.setattr(gap, "WAIT", 0.1)
+    monkeypatch.setattr(feature_store, "WAIT", 0.1)
     root = tmp_path / "cache"
     Child(extract, root, pause=0.05).kill_after(0.3)
     [entry] = FeatureStore(root).entries()

@@ -17,7 +17,7 @@ from mlfusion.probing.heads import HeadShape
 from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import Schedule, Tokens
 from mlfusion.store import FeatureStore, feature_store
-from mlfusion.store.prune import TRASH, empty_trash, remove_entry
+from mlfusion.store.housekeeping import TRASH, empty_trash, remove_entry
 from mlfusion.system import disk
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from workers import Child
@@ -12,7 +13,6 @@ from workers import Child
 from mlfusion.extraction import forward
 from mlfusion.probing import grids
 from mlfusion.results import Results
-from mlfusion.results.rows import fields
 from mlfusion.specs.options import StorageOptions
 from mlfusion.store.verify import verify_entry
 from mlfusion.workflows import study
@@ -41,7 +41,10 @@ def do(recipe: Recipe, root: Path) -> None:
 
 
 def kept(root: Path) -> dict[str, dict]:
-    return {row.id: {k: v for k, v in fields(row) if k not in VOLATILE} for row in Results(root / "results").rows()}
+    return {
+        row.id: {k: v for k, v in msgspec.structs.asdict(row).items() if k not in VOLATILE}
+        for row in Results(root / "results").rows()
+    }
 
 
 def test_a_study_killed_ten_times_ends_with_the_same_rows(recipe, tmp_path, many, trial):

@@ -20,7 +20,7 @@ from test_prunes import prune
 from workers import UNUSABLE, Child, extract, files, published, read_every_way, right, spec, whole
 
 from mlfusion.store import FeatureStore
-from mlfusion.store.transfer import copy_entry
+from mlfusion.store.housekeeping import copy_entry
 from mlfusion.store.verify import repair_entry, verify_entry
 from mlfusion.system import disk
 

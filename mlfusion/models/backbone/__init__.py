@@ -5,10 +5,10 @@ LayerNorm inside a block* (of block ℓ, counted from 0, for ℓ < L) and layer 
 2601.09322; `blocks.i.norm2` and `norm` in timm's words). Other hook points go by name.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from mlfusion import models
 from mlfusion.errors import BadModel
 from mlfusion.models.backbone.anatomy import Anatomy, dissect
-from mlfusion.models.backbone.inputs import Arguments
-from mlfusion.models.backbone.loading import LoadedTower, load
-from mlfusion.models.backbone.reduction import Reducer, count
-from mlfusion.models.backbone.taps import StopForward, Tap
-from mlfusion.models.backbone.tracing import tensor_of
+from mlfusion.models.backbone.loading import LoadedTower, forward_arguments, load
+from mlfusion.models.backbone.taps import Reducer, StopForward, Tap, count
 from mlfusion.models.preprocessing import Preprocessing, read
 from mlfusion.shapes import Float
 from mlfusion.specs.identity import HOOKS, KINDS, Compute, Hook, Pair, TokenKind
@@ -40,13 +37,7 @@ class Backbone:
         preprocessing: Preprocessing | None = None,
         compute: Compute = "float32",
     ) -> None:
-        """Load the weights and find the layers.
-
-        Args:
-            checkpoint: the model's files and its hook point.
-            device: where the model runs.
-            preprocessing: by default the model's own.
-            compute: type of weights and activations.
+        """Load the weights and find the layers; without `preprocessing` it is the model's own.
 
         Raises:
             BadModel: weights that the forward pass needs are missing, no blocks are found, or they have no such hook point.
@@ -58,10 +49,14 @@ class Backbone:
         loaded = load(checkpoint)
         self._model = loaded.tower.to(self.device)
         shape = models.shape(checkpoint)
-        self._arguments = Arguments(self._model, patch_px=shape.patch_px)
+        self._arguments = partial(forward_arguments, self._model, shape.patch_px)
         pixels = (3, *self.preprocessing.pixels)
         self.anatomy = dissect(self._model, self._arguments, pixels, depth=shape.depth, name=self.name)
-        self._refuse_random(loaded)
+        if lost := sorted(key for key in loaded.missing if key.rpartition(".")[0] in self.anatomy.used):
+            raise BadModel(
+                f"the weights of {self.name} lack {len(lost)} tensors that the forward pass needs, such as {lost[0]}; "
+                "the features would be random. Allowed: a checkpoint of the class its config.json names"
+            )
         for part in (self._model, loaded.projection):
             if part is not None:
                 _convert(part, self._dtype)
@@ -113,15 +108,7 @@ class Backbone:
     def __call__(
         self, pixels: Float[Tensor, "B 3 height width"], pairs: Iterable[Pair]
     ) -> dict[Pair, Float[Tensor, "B _ _"]]:
-        """Run the model as deep as the deepest layer asked for.
-
-        Args:
-            pixels: pictures, as `preprocessing` finishes them.
-            pairs: the (layer, token kind) pairs to read.
-
-        Returns:
-            (layer, kind) → [images, tokens, width] float32, on the model's device.
-        """
+        """Run the model on finished pictures as deep as the deepest layer asked for → float32 tokens, on its device."""
         wanted: dict[int, list[TokenKind]] = {}
         for layer, kind in self.shapes(pairs):
             wanted.setdefault(layer, []).append(kind)
@@ -135,44 +122,13 @@ class Backbone:
                 raise StopForward
 
         # A convolution may use TF32 by default, which would make the patch embedding's numbers depend on the device.
-        with self._hooked(wanted, read_layer), torch.backends.cudnn.flags(allow_tf32=False), suppress(StopForward):
+        with ExitStack() as hooks, torch.backends.cudnn.flags(allow_tf32=False), suppress(StopForward):
+            for layer in sorted(wanted):
+                hooks.enter_context(self._taps[layer].hook(partial(read_layer, layer), self.name))
             self._model(**self._arguments(pixels.to(self.device, self._dtype)))
         if absent := {(layer, kind) for layer in wanted for kind in wanted[layer]} - set(read):
             raise BadModel(f"{self.name}: the forward pass never came to {sorted(absent)}")
         return {pair: tokens.float() for pair, tokens in read.items()}
-
-    @contextmanager
-    def _hooked(self, wanted: Iterable[int], read_layer: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Put hooks on the layers asked for; they are removed however the forward pass ends."""
-        handles = []
-
-        def tap(layer: int, where: Tap) -> None:
-            def leaving(_: nn.Module, __: Any, output: Any) -> None:
-                read_layer(layer, tensor_of(output, self.name))
-
-            def entering(_: nn.Module, args: Any, kwargs: Any) -> None:
-                read_layer(layer, tensor_of((*args, *kwargs.values()), self.name))
-
-            if where.entering:
-                handles.append(where.module.register_forward_pre_hook(entering, with_kwargs=True))
-            else:
-                handles.append(where.module.register_forward_hook(leaving))
-
-        try:
-            for layer in sorted(wanted):
-                tap(layer, self._taps[layer])
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _refuse_random(self, loaded: LoadedTower) -> None:
-        used = self.anatomy.used
-        if lost := sorted(key for key in loaded.missing if key.rpartition(".")[0] in used):
-            raise BadModel(
-                f"the weights of {self.name} lack {len(lost)} tensors that the forward pass needs, such as {lost[0]}; "
-                "the features would be random. Allowed: a checkpoint of the class its config.json names"
-            )
 
     def _taps_at(self, hook: Hook, loaded: LoadedTower) -> dict[int, Tap]:
         """The place where each layer is read at this hook point."""
@@ -183,7 +139,9 @@ class Backbone:
                     f"{self.name} has no projection to an embedding shared with texts, so no hook point 'projected'; "
                     f"allowed: {', '.join(self.anatomy.taps)}"
                 )
-            taps[self.depth] = _projected(taps[self.depth], loaded.projection.to(self.device))
+            last, projection = taps[self.depth], loaded.projection.to(self.device)
+            norm = projection if last.norm is None else nn.Sequential(last.norm, projection)
+            taps[self.depth] = replace(last, norm=norm, width=next(projection.parameters()).shape[0])
         if not taps:
             raise BadModel(
                 f"the blocks of {self.name} have no hook point {hook!r}; allowed: "
@@ -199,10 +157,3 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
         for tensor in [*module._parameters.values(), *(module._buffers[name] for name in saved)]:
             if tensor is not None and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
-
-
-def _projected(tap: Tap, projection: nn.Module) -> Tap:
-    """The last layer's tap, with the projection applied to all of its tokens."""
-    width = next(projection.parameters()).shape[0]
-    norm = projection if tap.norm is None else nn.Sequential(tap.norm, projection)
-    return replace(tap, norm=norm, width=width)

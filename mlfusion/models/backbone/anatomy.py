@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from mlfusion.errors import BadModel, first_line
-from mlfusion.models.backbone.patches import Embedding, ToArguments, TokenLayout, find_layout
+from mlfusion.models.backbone.patches import ToArguments, TokenLayout, find_layout
 from mlfusion.models.backbone.taps import Special, Tap
 from mlfusion.models.backbone.tracing import Call, Watch
 from mlfusion.specs.identity import Hook
@@ -68,11 +68,7 @@ class Trace:
         return Tap(self.blocks[0], entering=True, channels_first=self.channels_first[0])
 
     def sized(self, tap: Tap, shape: tuple[int, ...]) -> Tap:
-        """The tap with its number of tokens and their width, by the shape of its tensor.
-
-        Raises:
-            BadModel: the tensor has neither three nor four dimensions.
-        """
+        """The tap with its number of tokens and their width; raises BadModel if `shape` has neither 3 nor 4 dimensions."""
         if len(shape) == 4:
             places, width = (shape[2:], shape[1]) if tap.channels_first else (shape[1:3], shape[3])
             return replace(tap, tokens=math.prod(places), width=width)
@@ -87,18 +83,13 @@ class Trace:
 def dissect(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], *, depth: int, name: str) -> Anatomy:
     """Find blocks, norms and tokens from one trial pass, and the tokens' order from a few embeddings.
 
-    Args:
-        model: the model, in evaluation mode.
-        to_arguments: pictures [images, channels, height, width] → arguments of its forward.
-        pixels: channels, height and width of a prepared picture.
-        depth: L by the configuration.
-        name: the model's name, for messages.
+    `pixels`: channels, height and width of a prepared picture; `depth`: L by the configuration; `name`: for messages.
 
     Raises:
         BadModel: no blocks are found, or the model does not run on pictures of that size.
     """
     trace = _trace(model, to_arguments, pixels, depth, name)
-    layout = find_layout(Embedding(model, to_arguments, trace.entry), pixels, name)
+    layout = find_layout(model, to_arguments, trace.entry, pixels, name)
     norm2 = _second_norm(trace.blocks[0], trace.runs[0], trace.watch)
     blocks = _block_taps(trace, layout)
     taps: dict[Hook, dict[int, Tap]] = {
@@ -108,8 +99,7 @@ def dissect(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...]
         "mlp": _part_taps(trace, layout, blocks, lambda block, run: _mlp(block, run, trace.watch)),
     }
     final = _final_norm(trace)
-    final_mode = _final_mode(trace, final)
-    taps["norm2"][depth] = _final_tap(blocks[depth], final, final_mode)
+    final_mode, taps["norm2"][depth] = _final_tap(trace, blocks[depth], final)
     if short := sorted(set(range(depth)) - set(taps["norm2"])):
         raise BadModel(f"{name}: its blocks {short} have no second norm, as the first one has; allowed: blocks alike")
     paths = {module: path for path, module in model.named_modules()}
@@ -194,31 +184,18 @@ def _final_norm(trace: Trace) -> Call | None:
     last, inside = trace.runs[-1], {module for block in trace.blocks for module in block.modules()}
     channels_first = trace.channels_first[-1] and len(last.made_shape) == 4
     width = last.made_shape[1 if channels_first else -1]
-    for call in trace.watch.calls:
-        if (
-            call.begin > last.end
-            and _is_norm(call.module)
-            and call.module not in inside
-            and _width(call.module) == width
-        ):
-            return call
-    return None
+    after = (call for call in trace.watch.calls if call.begin > last.end and _is_norm(call.module))
+    return next((call for call in after if call.module not in inside and _width(call.module) == width), None)
 
 
-def _final_mode(trace: Trace, final: Call | None) -> FinalMode:
+def _final_tap(trace: Trace, last: Tap, final: Call | None) -> tuple[FinalMode, Tap]:
+    """What becomes of the last layer, and where it is read; `last` is the last block's output."""
     if final is None:
-        return "raw"
-    return "hook" if math.prod(final.given_shape) == math.prod(trace.runs[-1].made_shape) else "apply"
-
-
-def _final_tap(last: Tap, final: Call | None, mode: FinalMode) -> Tap:
-    """Where the last layer is read, from the last block's output."""
-    if final is None:
-        return last
-    if mode == "apply":
-        return replace(last, norm=final.module)
+        return "raw", last
+    if math.prod(final.given_shape) != math.prod(trace.runs[-1].made_shape):
+        return "apply", replace(last, norm=final.module)
     channels_first = getattr(final.module, "data_format", "channels_last") == "channels_first"
-    return replace(last, module=final.module, channels_first=channels_first)
+    return "hook", replace(last, module=final.module, channels_first=channels_first)
 
 
 # --- blocks and their parts ------------------------------------------------------------------------------------------

@@ -22,13 +22,9 @@ VIT = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-DINOV2 = {
-    "norm1": "norm1",
-    "norm2": "norm2",
+DINOV2 = {name: name for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")} | {
     "attn.proj": "attention.output.dense",
     "attn.qkv": "attention.attention.{}",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
     "ls1.gamma": "layer_scale1.lambda1",
     "ls2.gamma": "layer_scale2.lambda1",
 }
@@ -58,9 +54,8 @@ def tensors(folder: Path, files: tuple[Path, ...], config: Any) -> dict[str, Ten
     if checkpoints.layout(folder) == "open_clip":
         held = _to_timm_names(held)
     held = {name: tensor for name, tensor in held.items() if not checkpoints.LEFT_OUT.match(name)}
-    convert = {"clip_vision_model": _clip, "dinov2": _dinov2, "dinov2_with_registers": _dinov2}.get(
-        config.model_type, _vit
-    )
+    own = {"clip_vision_model": _clip, "dinov2": _dinov2, "dinov2_with_registers": _dinov2}
+    convert = own.get(config.model_type, _vit)
     return {name: tensor.float().contiguous() for name, tensor in convert(held, config).items()}
 
 
@@ -130,19 +125,19 @@ def _embedded(held: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     return made
 
 
-def _vit(held: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    blocks = _blocks(held, VIT, "encoder.layer", ("query", "key", "value"))
+def _vit(held: dict[str, Tensor], config: Any, words: dict[str, str] = VIT) -> dict[str, Tensor]:
+    blocks = _blocks(held, words, "encoder.layer", ("query", "key", "value"))
     return _embedded(held, config) | blocks | _final(held, "layernorm")
 
 
 def _dinov2(held: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     words = DINOV2 | ({"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"} if config.use_swiglu_ffn else {})
-    made = _embedded(held, config) | _blocks(held, words, "encoder.layer", ("query", "key", "value"))
+    made = _vit(held, config, words)
     made["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)  # of no use here
     for number in range(config.num_hidden_layers):
         for half in (1, 2):  # without LayerScale: times one
             made.setdefault(f"encoder.layer.{number}.layer_scale{half}.lambda1", torch.ones(config.hidden_size))
-    return made | _final(held, "layernorm")
+    return made
 
 
 def _clip(held: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
-"""Loads a checkpoint's vision tower: float32, frozen, with the names of the tensors that the checkpoint lacks."""
+"""Loads a checkpoint's vision tower, float32 and frozen, and makes the arguments that its forward takes."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from mlfusion import models
 from mlfusion.errors import BadModel, first_line
@@ -25,11 +26,7 @@ class LoadedTower:
 
 
 def load(checkpoint: models.Checkpoint) -> LoadedTower:
-    """Load the part that reads images: the vision tower of a model of images and texts.
-
-    Raises:
-        BadModel: transformers cannot load the folder.
-    """
+    """Load the part that reads images: the vision tower of a model of images and texts; raises BadModel if that fails."""
     config = models.configuration(checkpoint)
     whole, lost = _read(checkpoint.folder, config)
     tower = _tower(whole)
@@ -51,12 +48,11 @@ def _read(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # missing tensors are judged later, by whether they are used
     try:
-        where: dict[str, Any] = {"pretrained_model_name_or_path": folder}
-        if not (known := checkpoints.layout(folder) == "transformers"):
-            tensors = conversion.tensors(folder, tuple(models.weight_files(folder)), config)
-            where = {"pretrained_model_name_or_path": None, "state_dict": tensors}
+        known = checkpoints.layout(folder) == "transformers"
+        tensors = None if known else conversion.tensors(folder, tuple(models.weight_files(folder)), config)
         model, report = _class(config, known).from_pretrained(
-            **where,
+            folder if known else None,
+            state_dict=tensors,
             config=config,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -88,3 +84,30 @@ def _tower(model: nn.Module) -> nn.Module:
             return module
     inner = getattr(model, "vision_model", None)
     return inner if isinstance(inner, transformers.PreTrainedModel) else model
+
+
+def forward_arguments(model: nn.Module, patch_px: int | None, pixels: Tensor) -> dict[str, Any]:
+    """Prepared pictures [images, 3, height, width] → the arguments of the model's forward: most take pixels only."""
+    known, count = inspect.signature(model.forward).parameters, len(pixels)
+    config: Any = model.config
+    if "pixel_values_videos" in known:  # a video model: the picture as a clip of one temporal patch
+        clip = pixels[:, None].expand(-1, int(getattr(config, "tubelet_size", 1)), -1, -1, -1)
+        return {"pixel_values_videos": clip} | ({"skip_predictor": True} if "skip_predictor" in known else {})
+    rows, columns = (side // (patch_px or side) for side in pixels.shape[-2:])
+    if "spatial_shapes" in known:  # NaFlex: patches cut already, [images, patches, patch · patch · 3]
+        assert patch_px is not None
+        cut = pixels.unfold(2, patch_px, patch_px).unfold(3, patch_px, patch_px)  # [images, 3, rows, columns, p, p]
+        return {
+            "pixel_values": cut.permute(0, 2, 3, 4, 5, 1).reshape(count, rows * columns, -1),
+            "pixel_attention_mask": torch.ones(count, rows * columns, dtype=torch.int32, device=pixels.device),
+            "spatial_shapes": torch.tensor([[rows, columns]] * count, device=pixels.device),
+        }
+    inputs: dict[str, Any] = {"pixel_values": pixels}
+    if config.model_type == "vit_mae":  # shuffles by noise even when it masks none: rising noise keeps the order
+        inputs["noise"] = torch.arange(rows * columns, device=pixels.device).float().expand(count, -1)
+    size = getattr(config, "image_size", None) or pixels.shape[-2:]
+    if "interpolate_pos_encoding" in known and tuple(pixels.shape[-2:]) != tuple(
+        [size] * 2 if isinstance(size, int) else size
+    ):
+        inputs["interpolate_pos_encoding"] = True
+    return inputs

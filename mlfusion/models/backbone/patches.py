@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from mlfusion.errors import BadModel
 from mlfusion.models.backbone.taps import Grid, Special, StopForward, Tap
-from mlfusion.models.backbone.tracing import first_tensor
 
 ToArguments = Callable[[Tensor], dict[str, Any]]
 """Prepared pictures [images, channels, height, width] → the arguments of a model's forward."""
@@ -61,45 +60,27 @@ class TokenLayout:
             return None
 
 
-@dataclass(frozen=True)
-class Embedding:
-    """A model up to its first block: one picture → the tokens that enter the block."""
-
-    model: nn.Module
-    to_arguments: ToArguments
-    entry: Tap  # the first block, read at its input
-
-    def __call__(self, picture: Tensor) -> Tensor:
-        """[channels, height, width] → [tokens, width] float32."""
-        held: list[Tensor] = []
-
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            tensor = first_tensor((*args, *kwargs.values()))
-            assert tensor is not None
-            held.append(tensor)
-            raise StopForward
-
-        handle = self.entry.module.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with suppress(StopForward):
-                self.model(**self.to_arguments(picture[None]))
-        finally:
-            handle.remove()
-        return self.entry.sequence(held[0])[0].float()
-
-
-def find_layout(embedding: Embedding, pixels: tuple[int, ...], name: str) -> TokenLayout:
-    """Find special tokens and the order of the patches from a few embeddings.
-
-    Args:
-        embedding: the model up to its first block.
-        pixels: channels, height and width of a prepared picture.
-        name: the model's name, for messages.
+def find_layout(
+    model: nn.Module, to_arguments: ToArguments, entry: Tap, pixels: tuple[int, ...], name: str
+) -> TokenLayout:
+    """Find special tokens and the order of the patches from a few embeddings, which are read at `entry`.
 
     Raises:
         BadModel: no token depends on the image.
     """
-    model = embedding.model
+
+    def embedding(picture: Tensor) -> Tensor:
+        """[channels, height, width] → [tokens, width] float32."""
+        held: list[Tensor] = []
+
+        def stop(tensor: Tensor) -> None:
+            held.append(tensor)
+            raise StopForward
+
+        with entry.hook(stop, name), suppress(StopForward):
+            model(**to_arguments(picture[None]))
+        return entry.sequence(held[0])[0].float()
+
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(1)
     one, other = (torch.randn(*pixels, generator=generator).to(device) for _ in range(2))
@@ -110,9 +91,8 @@ def find_layout(embedding: Embedding, pixels: tuple[int, ...], name: str) -> Tok
     special = _special(model, [at for at, moves in enumerate(moved.tolist()) if not moves])
     aspect = pixels[1] / pixels[2]
     encoder = next((module for module in model.modules() if hasattr(module, "reroll")), None)
-    grid = grid_of(int(moved.sum()), aspect)
     order = None
-    if grid is not None:
+    if (grid := grid_of(int(moved.sum()), aspect)) is not None:
         numbers = _patch_numbers(grid, pixels[1:]).to(device)
         order = _decode(
             lambda bits: embedding(torch.where(bits, other, one))[moved], numbers, of_one[moved], of_other[moved]
@@ -151,10 +131,7 @@ def _decode(embed: Callable[[Tensor], Tensor], numbers: Tensor, zeros: Tensor, o
 
 
 def _special(model: nn.Module, still: Sequence[int]) -> Special:
-    """Name the tokens that do not depend on the image, by the parameters that they come from: CLS, then the others.
-
-    `still` holds their positions, in order.
-    """
+    """Name the tokens at the positions `still`, in order, by the parameters that they come from: CLS, then the others."""
     counts: dict[str, int] = {}
     for path, parameter in model.named_parameters():
         for kind, pattern in SPECIAL_NAMES:

@@ -1,10 +1,16 @@
-"""Values that say where the tokens of a layer come from, which of them are patches, and in which order the patches stand."""
+"""Where the tokens of a layer are read, which of them are patches, and how they are reduced to the kinds that are stored."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from mlfusion.models.backbone.tracing import first_tensor, tensor_of
 from mlfusion.shapes import Float
+from mlfusion.specs.identity import GRID_SIDES, TokenKind
 
 Grid = tuple[int, int]
 """Rows and columns of an image's patches."""
@@ -40,12 +46,73 @@ class Tap:
     tokens: int = 0  # per image, special tokens included
     width: int = 0  # channels of a token
     grid: Grid | None = None  # of the patches; None if their order is unknown
-    order: tuple[int, ...] | None = field(
-        default=None, repr=False
-    )  # raster place → patch; None: patches are in raster order
+    # Raster place → patch; None: patches are in raster order.
+    order: tuple[int, ...] | None = field(default=None, repr=False)
+
+    def hook(self, read: Callable[[Tensor], None], name: str) -> RemovableHandle:
+        """Give `read` the tensor of this place in every pass, until the handle is removed; `name` is the model's."""
+        if not self.entering:
+            return self.module.register_forward_hook(lambda _, __, output: read(tensor_of(output, name)))
+        return self.module.register_forward_pre_hook(
+            lambda _, args, kwargs: read(tensor_of(first_tensor((*args, *kwargs.values())), name)), with_kwargs=True
+        )
 
     def sequence(self, output: Float[Tensor, "B ..."]) -> Float[Tensor, "B T D"]:
         """The module's output or input as a sequence of tokens; 4-D maps are flattened in raster order."""
         if output.ndim == 4:
             output = output.flatten(2).transpose(1, 2) if self.channels_first else output.flatten(1, 2)
         return output if self.norm is None else self.norm(output)
+
+
+def count(kind: TokenKind, tap: Tap, special: Special) -> int:
+    """Tokens of this kind per image at a layer; 0 if the layer has none."""
+    if kind in GRID_SIDES:
+        side = GRID_SIDES[kind]
+        return side * side if tap.grid is not None and min(tap.grid) >= side else 0
+    if kind == "all":
+        return tap.tokens
+    return {"cls": len(special.cls), "dist": len(special.dist), "registers": len(special.registers)}.get(kind, 1)
+
+
+class Reducer:
+    """Reduces the sequences of one layer to token kinds."""
+
+    def __init__(self, tap: Tap, special: Special) -> None:
+        self._grid = tap.grid
+        self._order = torch.tensor(tap.order) if tap.order is not None else None
+        self._places = {kind: _places(getattr(special, kind)) for kind in ("cls", "dist", "registers")}
+        self._patches = _places(sorted(set(range(tap.tokens)) - set(special.every)))
+
+    def __call__(self, sequence: Float[Tensor, "B T D"], kind: TokenKind) -> Float[Tensor, "B tokens D"]:
+        """The tokens of a kind; a copy, so that the whole layer can be freed."""
+        if kind == "all":
+            return sequence.clone()
+        if kind in self._places:
+            return sequence[:, self._places[kind]].clone()
+        patches = sequence[:, self._patches]
+        if kind in GRID_SIDES:
+            return self._pooled(patches, GRID_SIDES[kind])
+        return _STATISTICS[kind](patches)
+
+    def _pooled(self, patches: Float[Tensor, "B patches D"], side: int) -> Float[Tensor, "B {side*side} D"]:
+        """Means over a grid of side × side cells, in raster order; a patch at the border of two cells counts in both."""
+        assert self._grid is not None
+        if self._order is not None:
+            self._order = self._order.to(patches.device)
+            patches = patches[:, self._order]
+        maps = patches.float().transpose(1, 2).unflatten(2, self._grid)
+        return F.adaptive_avg_pool2d(maps, side).flatten(2).transpose(1, 2)
+
+
+def _places(tokens: Sequence[int]) -> slice | list[int]:
+    """The positions as a slice if they are contiguous, as in most models: then no index has to go to the device."""
+    contiguous = list(tokens) == list(range(tokens[0], tokens[-1] + 1)) if tokens else False
+    return slice(tokens[0], tokens[-1] + 1) if contiguous else list(tokens)
+
+
+# Means in float32, whatever the model computes in: a mean of hundreds of bfloat16 numbers is off in its third digit.
+_STATISTICS: dict[TokenKind, Callable[[Tensor], Tensor]] = {
+    "ap": lambda patches: patches.mean(1, keepdim=True, dtype=torch.float32),
+    "max": lambda patches: patches.amax(1, keepdim=True),
+    "std": lambda patches: patches.float().std(1, keepdim=True, correction=0),
+}

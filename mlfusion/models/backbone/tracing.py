@@ -5,7 +5,7 @@ MLP, without a table of names that change between versions of transformers.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -50,15 +50,11 @@ class Watch:
     @contextmanager
     def on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Watch these modules inside the with statement."""
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for module in modules:
-                handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._end))
+                hooks.enter_context(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(self._end))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call = Call(module, next(self._clock))
@@ -95,11 +91,7 @@ def main_output(output: Any) -> Tensor | None:
 
 
 def tensor_of(output: Any, name: str) -> Tensor:
-    """A module's main output; `name` is the model's, for the message.
-
-    Raises:
-        BadModel: it is not a tensor.
-    """
+    """A module's main output; raises BadModel, with the model's name, if it is not a tensor."""
     found = main_output(output)
     if found is None:
         raise BadModel(f"{name}: a block gives {type(output).__name__}, not a tensor")

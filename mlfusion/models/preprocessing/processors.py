@@ -15,10 +15,6 @@ from mlfusion.errors import BadModel, first_line
 from mlfusion.models.checkpoints import read_json
 from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges
 
-HALF = (0.5, 0.5, 0.5)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 KNOWN: dict[str, dict[str, Any]] = {
     # Defaults of transformers' processors for what their configuration leaves out; `square`: how they take a size that is
     # one number.
@@ -33,7 +29,11 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Siglip2": {"square": True, "resample": 2, "of": "half"},
     "VJEPA2": {"crop_size": 256, "square": False, "do_center_crop": True, "resample": 2, "of": "imagenet"},
 }
-COLOURS = {"clip": (CLIP_MEAN, CLIP_STD), "half": (HALF, HALF), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
+COLOURS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean and standard deviation
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 
 class TransformersProcessor:
@@ -86,9 +86,8 @@ def read(
 
     Args:
         folder: the folder with the model's files.
-        variant: 'exact', 'fast', 'paper' or 'paper+fast'.
+        variant, view: names, see `specs.options.PREPARATIONS` and `--views`.
         size: height and width of the model's input in pixels, if not its own; the centre crop keeps its share of the image.
-        view: 'plain', 'flip', 'crop1', 'crop2', …
         seed: decides where random crops lie.
 
     Raises:
@@ -114,16 +113,13 @@ def _with_size(steps: Steps, size: int) -> Steps:
     """The same steps for a square input of another size."""
     if size < 1:
         raise BadModel(f"--size {size}: allowed are 1 and more")
-    whole = steps.size
-    if steps.crop_size is None or whole is None:
-        return dataclasses.replace(
-            steps, size=(size, size) if whole is not None else None, crop_size=steps.crop_size and (size, size)
-        )
+    whole, crop = steps.size, steps.crop_size
     if isinstance(whole, int):
-        whole = round(whole * size / min(steps.crop_size))
-    else:
-        whole = round(whole[0] * size / steps.crop_size[0]), round(whole[1] * size / steps.crop_size[1])
-    return dataclasses.replace(steps, size=whole, crop_size=(size, size))
+        assert crop is not None
+        whole = round(whole * size / min(crop))
+    elif whole is not None:
+        whole = (round(whole[0] * size / crop[0]), round(whole[1] * size / crop[1])) if crop else (size, size)
+    return dataclasses.replace(steps, size=whole, crop_size=crop and (size, size))
 
 
 def _from_files(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
@@ -135,10 +131,10 @@ def _from_files(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
     settings = read_json(folder / "preprocessor_config.json") or read_json(folder / "video_preprocessor_config.json")
     names = ("image_processor_type", "feature_extractor_type", "video_processor_type")
     name = next((str(settings[one]) for one in names if settings.get(one)), "")
-    processor = None
-    if _family(name) not in KNOWN or settings.get("do_pad"):
-        processor = _processor(folder)
-        settings, name = processor.to_dict(), type(processor).__name__
+    if _family(name) in KNOWN and not settings.get("do_pad"):
+        return _from_transformers(_family(name), settings)
+    processor = _processor(folder)
+    settings, name = processor.to_dict(), type(processor).__name__
     if _family(name) in KNOWN and not settings.get("do_pad"):
         return _from_transformers(_family(name), settings)
     return TransformersProcessor(processor)
@@ -196,8 +192,7 @@ def _size_and_crop(
 
 def _square(value: Any) -> tuple[int, int]:
     """(height, width); one number stands for both."""
-    size = edges(value)
-    return size if isinstance(size, tuple) else (size, size)
+    return size if isinstance(size := edges(value), tuple) else (size, size)
 
 
 def _per_channel(value: float | Sequence[float]) -> tuple[float, ...]:
@@ -211,14 +206,8 @@ def _from_timm(settings: Mapping[str, Any]) -> Steps:
     if mode not in ("center", "squash"):
         raise BadModel(f"timm's crop_mode {mode!r}: allowed are center, squash")
     scaled = math.floor(height / share), math.floor(width / share)
-    return Steps(
-        size=scaled if mode == "squash" or height != width else scaled[0],
-        crop_size=(height, width),
-        crop_rounding="half-even",
-        resample=str(settings.get("interpolation", "bilinear")),
-        image_mean=_per_channel(settings.get("mean", IMAGENET_MEAN)),
-        image_std=_per_channel(settings.get("std", IMAGENET_STD)),
-    )
+    size = scaled if mode == "squash" or height != width else scaled[0]
+    return _torchvision(size, (height, width), settings, "bilinear", "imagenet")
 
 
 def _from_open_clip(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Steps:
@@ -227,13 +216,21 @@ def _from_open_clip(settings: Mapping[str, Any], config: Mapping[str, Any]) -> S
     mode = settings.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash"):
         raise BadModel(f"open_clip's resize_mode {mode!r}: allowed are shortest, squash")
+    return _torchvision(size if mode == "squash" else min(size), size, settings, "bicubic", "clip")
+
+
+def _torchvision(
+    size: tuple[int, int] | int, crop: tuple[int, int], settings: Mapping[str, Any], resample: str, colours: str
+) -> Steps:
+    """A resize and a crop as torchvision rounds them; `resample` and `colours` hold where the settings do not say."""
+    mean, std = COLOURS[colours]
     return Steps(
-        size=size if mode == "squash" else min(size),
-        crop_size=size,
+        size=size,
+        crop_size=crop,
         crop_rounding="half-even",
-        resample=str(settings.get("interpolation", "bicubic")),
-        image_mean=_per_channel(settings.get("mean", CLIP_MEAN)),
-        image_std=_per_channel(settings.get("std", CLIP_STD)),
+        resample=str(settings.get("interpolation", resample)),
+        image_mean=_per_channel(settings.get("mean", mean)),
+        image_std=_per_channel(settings.get("std", std)),
     )
 
 
@@ -256,10 +253,7 @@ def _from_study(folder: Path, config: Mapping[str, Any]) -> Steps:
             f"{', '.join(STUDY_STEPS)}. Leave it away for the model's own preprocessing"
         )
     edge, resample, colours = STUDY_STEPS[family]
-    mean, std = COLOURS[colours]
-    return Steps(
-        size=edge, crop_size=(224, 224), crop_rounding="half-even", resample=resample, image_mean=mean, image_std=std
-    )
+    return _torchvision(edge, (224, 224), {}, resample, colours)
 
 
 def _processor(folder: Path) -> Any:

@@ -79,10 +79,7 @@ class Steps:
         return self.kernel == "torch-uint8"
 
     def picture(self, image: Image.Image, name: str = "") -> Num[np.ndarray, "3 height width"]:
-        """Resize and crop one image → an array of `dtype`; bytes are not rescaled yet, floats are.
-
-        `name` is the sample's id; a random crop depends on it.
-        """
+        """Resize and crop one image → an array of `dtype`, bytes not rescaled yet; random crops depend on the id `name`."""
         image = image if image.mode == "RGB" else image.convert("RGB")
         box, mirrored = self.region(image.height, image.width, name)
         if box:
@@ -166,10 +163,8 @@ class Steps:
             else:
                 made.copy_(made.double().mul_(factor))
         if self.image_mean is not None and self.image_std is not None:
-            mean, std = (
-                torch.tensor(each, device=made.device)[:, None, None] for each in (self.image_mean, self.image_std)
-            )
-            made.sub_(mean).div_(std)
+            colours = torch.tensor([self.image_mean, self.image_std], device=made.device)
+            made.sub_(colours[0, :, None, None]).div_(colours[1, :, None, None])
         return made
 
     def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "B 3 height width"]:
@@ -198,18 +193,15 @@ class Steps:
         `exif_transpose`: the data set turns images as their EXIF says before these steps.
         """
         body = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        for name in body.keys() & {"size", "crop_size"}:
+            edge = body[name]
+            body[name] = {"height": edge[0], "width": edge[1]} if isinstance(edge, tuple) else {"shortest_edge": edge}
         if not self.view.startswith("crop"):
             del body["seed"]
         if self.view == "plain":
             del body["view"]
         if self.decodes_jpeg:
             body["spare"] = JPEG_MARGIN
-        if isinstance(self.size, tuple):
-            body["size"] = {"height": self.size[0], "width": self.size[1]}
-        elif self.size is not None:
-            body["size"] = {"shortest_edge": self.size}
-        if self.crop_size:
-            body["crop_size"] = {"height": self.crop_size[0], "width": self.crop_size[1]}
         return canonical(body, exif_transpose)
 
 
@@ -255,11 +247,7 @@ def from_key(key: str) -> tuple[Steps | None, bool]:
 
 
 def edges(value: Any) -> tuple[int, int] | int:
-    """(height, width), or the shortest edge, from one of the forms in which transformers writes a size.
-
-    Raises:
-        BadModel: another form.
-    """
+    """(height, width), or the shortest edge, from a size as transformers writes it; raises BadModel for other forms."""
     if isinstance(value, Mapping):
         if value.get("height") and value.get("width"):
             return int(value["height"]), int(value["width"])

@@ -1,14 +1,13 @@
 """Gated AbMIL: a small network scores every token by itself, and the tokens are averaged by the softmax of their scores."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators, uniform
-from mlfusion.probing.heads.pooling import by_configuration, classifier, linear, standardize, weighted_sums
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, uniform
+from mlfusion.probing.heads.pooling import by_configuration, linear, standardize, weighted_sums
 from mlfusion.shapes import Float
 
 HIDDEN = 128  # the paper's L
@@ -21,9 +20,6 @@ class AbMIL(HeadModule):
     Tokens get a LayerNorm without scale and shift, since they come of length 1, where the gates would be all but linear.
     """
 
-    max_grad_norm: ClassVar[float | None] = 5.0
-    has_attention: ClassVar[bool] = True
-
     def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
         """PyTorch's default initialisation; `shape.heads` and `dropouts` are ignored."""
         super().__init__()
@@ -34,12 +30,10 @@ class AbMIL(HeadModule):
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → logits."""
         x = standardize(tokens)
         return linear(weighted_sums(self._weights(x), x), self.classifier, self.classifier_bias)
 
     def attention(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B 1 T"]:
-        """Normalised tokens → weights, which sum to one over T."""
         return by_configuration(self._weights(standardize(tokens)), len(self.score))
 
     def _weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B K T"]:

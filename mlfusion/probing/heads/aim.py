@@ -2,20 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators, uniform
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, normal, uniform
 from mlfusion.probing.heads.pooling import (
     by_configuration,
-    classifier,
     concat_heads,
     folded_attention,
     head_count,
     linear,
-    normal,
     weighted_sums,
 )
 from mlfusion.shapes import Float
@@ -30,9 +27,6 @@ class Aim(HeadModule):
     The query is a constant, so keys fold into it and tokens are averaged before they are projected to values. BatchNorm
     folds as well: its divisor goes into the folded keys and the average, its mean adds one constant to all scores of a head.
     """
-
-    max_grad_norm: ClassVar[float | None] = 5.0
-    has_attention: ClassVar[bool] = True
 
     running_mean: Tensor
     running_var: Tensor
@@ -49,7 +43,6 @@ class Aim(HeadModule):
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → logits."""
         k, h, _, d = self.to_value.shape
         if self.training:
             mean, variance = self._batch_statistics(tokens)

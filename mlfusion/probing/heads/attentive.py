@@ -12,16 +12,25 @@ from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mlfusion.probing.heads import kernels
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, dropout_mask, generators, uniform
+from mlfusion.probing.heads.contract import (
+    HeadModule,
+    HeadShape,
+    classifier,
+    dropout_mask,
+    generators,
+    normal,
+    ones,
+    uniform,
+    zeros,
+)
 from mlfusion.probing.heads.pooling import NORM_EPS, standardize
 from mlfusion.shapes import Float
 
-QUERY_STD = 0.02
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
 MASK_SEED = 0x9E3779B97F4A7C15  # tells the seeds of dropout masks from those of the initialisation
@@ -37,51 +46,40 @@ class Attentive(HeadModule):
     takes out again, so it has neither effect nor gradient.
     """
 
-    max_grad_norm: ClassVar[float | None] = 5.0
     has_dropout: ClassVar[bool] = True
-    has_attention: ClassVar[bool] = True
 
     running_mean: Tensor
     running_var: Tensor
 
     def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float]) -> None:
-        """Query from N(0, 0.02²), projections as PyTorch's Linear; each configuration from its own seed.
-
-        Args:
-            shape: sizes; an attention head is `2 * (width // heads)` wide.
-            seeds: one integer for each configuration, which starts its initialisation and its dropout masks.
-            dropouts: rate of attention dropout of each configuration, in [0, 1).
-        """
+        """Query from N(0, 0.02²), projections as PyTorch's Linear; an attention head is `2 * (width // heads)` wide."""
         super().__init__()
         k, d, h, e = len(seeds), shape.width, shape.heads, 2 * (shape.width // shape.heads)
         streams = generators(seeds)
-        self.query = nn.Parameter(torch.stack([torch.randn(d, generator=g) for g in streams]) * QUERY_STD)
-        self.query_scale, self.query_shift = nn.Parameter(torch.ones(k, d)), nn.Parameter(torch.zeros(k, d))
-        self.key_scale = nn.Parameter(torch.ones(k, d))
-        self.value_scale, self.value_shift = nn.Parameter(torch.ones(k, d)), nn.Parameter(torch.zeros(k, d))
+        self.query = normal(streams, d)
+        self.query_scale, self.query_shift = ones(k, d), zeros(k, d)
+        self.key_scale = ones(k, d)
+        self.value_scale, self.value_shift = ones(k, d), zeros(k, d)
         self.to_query = uniform(streams, h, e, d, fan_in=d)
         self.to_key = uniform(streams, h, e, d, fan_in=d)
         self.to_value = uniform(streams, h, e, d, fan_in=d)
         self.to_output = uniform(streams, d, h * e, fan_in=h * e)
         self.output_bias = uniform(streams, d, fan_in=h * e)
-        self.norm_scale, self.norm_shift = nn.Parameter(torch.ones(k, d)), nn.Parameter(torch.zeros(k, d))
+        self.norm_scale, self.norm_shift = ones(k, d), zeros(k, d)
         self.register_buffer("running_mean", torch.zeros(k, d))
         self.register_buffer("running_var", torch.ones(k, d))
-        self.classifier = uniform(streams, shape.classes, d, fan_in=d)
-        self.classifier_bias = uniform(streams, shape.classes, fan_in=d)
+        self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
         self.dropouts = tuple(dropouts)
-        self._seeds = tuple(seeds)
-        self.mask_streams: list[torch.Generator] = []
+        # Not the seeds of the initialisation: the first masks would repeat its numbers.
+        self._mask_streams = generators([seed ^ MASK_SEED for seed in seeds])
 
     def forward(
         self, tokens: Float[Tensor, "B T D"], mask: Float[Tensor, "K B H T"] | None = None
     ) -> Float[Tensor, "K B C"]:
         """Normalised tokens → logits.
 
-        Args:
-            tokens: the same images for all configurations.
-            mask: dropout factors on the attention weights, 0 or 1/(1 − rate). By default they are drawn from each
-                configuration's own stream while training; in evaluation nothing is dropped.
+        `mask` holds dropout factors on the attention weights, 0 or 1/(1 − rate). By default they are drawn from each
+        configuration's own stream while training; in evaluation nothing is dropped.
         """
         b, t, _ = tokens.shape
         k, h, _, d = self.to_value.shape
@@ -106,9 +104,8 @@ class Attentive(HeadModule):
         return torch.baddbmm(self.classifier_bias[..., None], self.classifier, normed.view(k, d, b)).mT
 
     def attention(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B H T"]:
-        """Normalised tokens → weights without dropout, which sum to one over T."""
         k, h = self.to_key.shape[:2]
-        weights = _softmax(standardize(tokens), self._folded())  # [B, T, K·H]
+        weights = kernels.softmax(standardize(tokens), self._folded())  # [B, T, K·H]
         return weights.unflatten(2, (k, h)).permute(2, 0, 3, 1)
 
     def _folded(self) -> Float[Tensor, "KH D"]:
@@ -120,14 +117,11 @@ class Attentive(HeadModule):
         """Dropout factors while training; a rate of 0 draws nothing and keeps everything."""
         if not self.training or not any(self.dropouts):
             return None
-        if not self.mask_streams:
-            # Not the seeds of the initialisation: the first masks would repeat its numbers.
-            self.mask_streams = generators([seed ^ MASK_SEED for seed in self._seeds], tokens.device)
         (b, t, _), (k, h) = tokens.shape, self.to_key.shape[:2]
         mask = self.query.new_ones(b, t, k, h)
-        for n, (rate, stream) in enumerate(zip(self.dropouts, self.mask_streams, strict=True)):
+        for n, (rate, stream) in enumerate(zip(self.dropouts, self._mask_streams, strict=True)):
             if rate:
-                mask[:, :, n] = dropout_mask(rate, (b, t, h), stream)
+                mask[:, :, n] = dropout_mask(rate, (b, t, h), stream, tokens.device)
         return mask.flatten(2)
 
 
@@ -145,9 +139,9 @@ class Fold(torch.autograd.Function):
         """Normalised queries and both projections → u."""
         k, h, e, d = to_key.shape
         ctx.parameters = to_query, to_key
-        q = _row_products(to_query.flatten(1, 2), query).view(k, h, e) / math.sqrt(e)
+        q = kernels.row_products(to_query.flatten(1, 2), query).view(k, h, e) / math.sqrt(e)
         ctx.save_for_backward(query, to_query, to_key, q)
-        return _row_sums(to_key.flatten(0, 1), q.view(k * h, e)).view(k, h, d)
+        return kernels.row_sums(to_key.flatten(0, 1), q.view(k * h, e))[0].view(k, h, d)
 
     @staticmethod
     @once_differentiable
@@ -155,8 +149,8 @@ class Fold(torch.autograd.Function):
         """Gradients by query, to_query and to_key."""
         query, to_query, to_key, q = ctx.saved_tensors
         k, h, e, d = to_key.shape
-        grad_q = _row_products(to_key.flatten(0, 1), grad_folded.reshape(k * h, d)).view(k, h, e) / math.sqrt(e)
-        grad_query = _row_sums(to_query.flatten(1, 2), grad_q.view(k, h * e))
+        grad_q = kernels.row_products(to_key.flatten(0, 1), grad_folded.reshape(k * h, d)).view(k, h, e) / math.sqrt(e)
+        grad_query = kernels.row_sums(to_query.flatten(1, 2), grad_q.view(k, h * e))[0]
         if kernels.is_registered(*ctx.parameters):
             shape = k, h * e, d
             factors = (grad_q, query[:, None]), (q, grad_folded)
@@ -211,17 +205,7 @@ class Pool(torch.autograd.Function):
         shift: Float[Tensor, "K D"],
         to_output: Float[Tensor, "K D HE"],
     ) -> Float[Tensor, "K D B"]:
-        """Standardised tokens → pooled tokens.
-
-        Args:
-            ctx: keeps what the backward pass needs.
-            inputs: tokens and mask.
-            folded: u.
-            to_value: value projection.
-            scale: of LN_v.
-            shift: of LN_v.
-            to_output: output projection.
-        """
+        """Standardised tokens → pooled tokens; `folded` is u, scale and shift are those of LN_v."""
         x, mask = inputs.x, inputs.mask
         k, h, e, _ = to_value.shape
         # Scale and shift of LN_v go to the projection, which is smaller than the averages of a batch.
@@ -229,8 +213,8 @@ class Pool(torch.autograd.Function):
             projections, packed, bias = kernels.fold_norm(to_value, scale, shift)
         else:
             projections, packed = (to_value * scale[:, None, None]).to(x.dtype).flatten(0, 1), None
-            bias = _row_products(to_value.flatten(1, 2), shift).view(k * h, e)
-        attention = masked = _softmax(x, folded)
+            bias = kernels.row_products(to_value.flatten(1, 2), shift).view(k * h, e)
+        attention = masked = kernels.softmax(x, folded)
         excess = None
         if mask is not None:
             # The shift follows the sum of the weights, which dropping moves away from one; by exactly 0 at a rate of 0.
@@ -347,7 +331,7 @@ def _dense_gradients(
     if grad_bias is None:
         return grad_to_value, grad_scale, None
     grad_to_value.addcmul_(grad_bias.view(k, h, e, 1), saved.shift[:, None, None])
-    return grad_to_value, grad_scale, _row_sums(saved.to_value.flatten(1, 2), grad_bias)
+    return grad_to_value, grad_scale, kernels.row_sums(saved.to_value.flatten(1, 2), grad_bias)[0]
 
 
 # --- Products, by the kernels where these can be used -----------------------------------------------------------------
@@ -399,25 +383,3 @@ def _attention_gradients(
         torch.bmm(grad_values[:, :, images].mT, projections, out=grad_averages.transpose(0, 1))
         torch.bmm(x[images], grad_averages.mT, out=grad_attention[images])
     return grad_attention
-
-
-def _row_products(weight: Float[Tensor, "G R D"], vectors: Float[Tensor, "G D"]) -> Float[Tensor, "G R"]:
-    """The product of every row with the vector of its group."""
-    if kernels.supports_weight(weight):
-        return kernels.row_products(weight, vectors)
-    return torch.bmm(vectors[:, None], weight.mT)[:, 0]
-
-
-def _row_sums(weight: Float[Tensor, "G R D"], factors: Float[Tensor, "G R"]) -> Float[Tensor, "G D"]:
-    """Rows summed by their factors."""
-    if kernels.supports_weight(weight):
-        return kernels.row_sums(weight, factors)[0]
-    return torch.bmm(factors[:, None], weight)[:, 0]
-
-
-def _softmax(x: Float[Tensor, "B T D"], folded: Float[Tensor, "KH D"]) -> Float[Tensor, "B T KH"]:
-    """Softmax over T of the products of standardised tokens and u."""
-    if kernels.supports_inputs(x, folded):
-        return kernels.softmax(x, folded.to(x.dtype))
-    scores = x.flatten(0, 1) @ folded.to(x.dtype).T
-    return torch.softmax(scores.view(*x.shape[:2], -1).to(folded.dtype), dim=1)

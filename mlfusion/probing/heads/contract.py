@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mlfusion.shapes import Float, Int
+from mlfusion.probing.training.batches import to_device
+from mlfusion.shapes import Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,9 @@ class HeadModule(nn.Module, ABC):
     rate of dropout for each configuration; `seeds[k]` starts all random numbers of configuration k.
     """
 
-    max_grad_norm: ClassVar[float | None] = None  # to which the gradient of each configuration is clipped
-    has_dropout: ClassVar[bool] = False  # whether the rate of dropout is one of its hyper-parameters; see `rng_streams`
-    has_attention: ClassVar[bool] = False
+    max_grad_norm: ClassVar[float | None] = 5.0  # to which the gradient of each configuration is clipped
+    has_dropout: ClassVar[bool] = False  # whether the rate of dropout is one of its hyper-parameters
+    has_attention: ClassVar[bool] = True  # whether `attention` is implemented
 
     @abstractmethod
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
@@ -47,9 +48,9 @@ class HeadModule(nn.Module, ABC):
         raise TypeError(f"a head of class {type(self).__name__} has no attention")
 
 
-def generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """A random stream for each configuration: what it draws does not depend on its company."""
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def uniform(streams: Sequence[torch.Generator], *size: int, fan_in: int) -> nn.Parameter:
@@ -58,13 +59,42 @@ def uniform(streams: Sequence[torch.Generator], *size: int, fan_in: int) -> nn.P
     return nn.Parameter(torch.stack([torch.empty(size).uniform_(-bound, bound, generator=g) for g in streams]))
 
 
-def random_int16(count: int, stream: torch.Generator) -> Int[Tensor, " count"]:
-    """Random numbers of 16 bits: four from each draw of the generator, which is what costs."""
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=stream.device)
-    return words.random_(-(2**63), None, generator=stream).view(torch.int16)[:count]
+def truncated_normal(streams: Sequence[torch.Generator], *size: int, std: float = 0.02) -> nn.Parameter:
+    """[K, *size] from N(0, std²) cut at ±2, as transformers are initialised."""
+    members = [nn.init.trunc_normal_(torch.empty(size), std=std, generator=stream) for stream in streams]
+    return nn.Parameter(torch.stack(members))
 
 
-def dropout_mask(rate: float, size: tuple[int, ...], stream: torch.Generator) -> Float[Tensor, "..."]:
-    """Factors in float32: 0 at `rate`, to 1 part in 65,536, and otherwise the number that makes their expectation exactly 1."""
-    dropped = round(rate * 2**16)
-    return (random_int16(math.prod(size), stream) >= dropped - 2**15).view(size) * (2**16 / (2**16 - dropped))
+def normal(streams: Sequence[torch.Generator], *size: int, std: float = 0.02) -> nn.Parameter:
+    """[K, *size] from N(0, std²)."""
+    return nn.Parameter(torch.stack([torch.randn(size, generator=stream) for stream in streams]) * std)
+
+
+def zeros(k: int, *size: int) -> nn.Parameter:
+    """[K, *size] of zeros."""
+    return nn.Parameter(torch.zeros(k, *size))
+
+
+def ones(k: int, *size: int) -> nn.Parameter:
+    """[K, *size] of ones."""
+    return nn.Parameter(torch.ones(k, *size))
+
+
+def classifier(streams: Sequence[torch.Generator], classes: int, width: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight [K, C, D] and bias [K, C], as PyTorch's Linear."""
+    return uniform(streams, classes, width, fan_in=width), uniform(streams, classes, fan_in=width)
+
+
+def dropout_mask(
+    rate: float, size: tuple[int, ...], stream: torch.Generator, device: torch.device
+) -> Float[Tensor, "..."]:
+    """Factors in float32: 0 at `rate`, to 1 part in 65,536, and otherwise the number that makes their expectation exactly 1.
+
+    The random bits come from the processor's generator, so that every device drops the same.
+    """
+    count, dropped = math.prod(size), round(rate * 2**16)
+    words = torch.empty(
+        -(-count // 4), dtype=torch.int64
+    )  # four numbers of 16 bits from each draw, which is what costs
+    bits = to_device(words.random_(-(2**63), None, generator=stream).view(torch.int16)[:count], device)
+    return (bits >= dropped - 2**15).view(size) * (2**16 / (2**16 - dropped))

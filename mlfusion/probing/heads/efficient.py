@@ -2,20 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators, uniform
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, normal, uniform
 from mlfusion.probing.heads.pooling import (
-    batch_norm,
     by_configuration,
-    classifier,
     concat_heads,
     folded_attention,
     linear,
-    normal,
     standardize,
     weighted_sums,
 )
@@ -32,9 +29,6 @@ class Efficient(HeadModule):
     what it would per token. Tokens get a LayerNorm without scale and shift, since they come of length 1.
     """
 
-    max_grad_norm: ClassVar[float | None] = 5.0
-    has_attention: ClassVar[bool] = True
-
     running_mean: Tensor
     running_var: Tensor
 
@@ -50,11 +44,11 @@ class Efficient(HeadModule):
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, m * (d // m))
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → logits."""
         x = standardize(tokens)
         averages = weighted_sums(self._weights(x), x)  # [K·M, B, D]
         pooled = concat_heads(torch.bmm(averages, self.to_value.flatten(0, 1).mT), len(self.queries))
-        normed = batch_norm(pooled, self.running_mean, self.running_var, training=self.training)
+        flat, statistics = pooled.transpose(0, 1), (self.running_mean.view(-1), self.running_var.view(-1))
+        normed = F.batch_norm(flat.flatten(1), *statistics, training=self.training).view(flat.shape).transpose(0, 1)
         return linear(normed, self.classifier, self.classifier_bias)
 
     def attention(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B M T"]:

@@ -1,14 +1,14 @@
 """Optional AVX-512 BF16 kernels for the attentive head; PyTorch is the fallback.
 
 `kernels.c` says what they compute. Without a compiler at installation, on another processor or device, or in another
-precision, PyTorch computes the same, up to the order of summation.
+precision, PyTorch computes the same, up to the order of summation: here, or in `attentive` for the functions that need
+packed projections.
 """
 
 import ctypes
 import importlib.util
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,10 +89,13 @@ def supports_inputs(x: Float[Tensor, "B T D"], weight: Float[Tensor, "... D"]) -
 
 
 def softmax(x: Float[Tensor, "B T D"], folded: Float[Tensor, "KH D"]) -> Float[Tensor, "B T KH"]:
-    """Softmax over T of the products of tokens and folded keys, both bfloat16; the result is float32."""
+    """Softmax over T of the products of tokens and folded keys, in the type of the keys; products are in that of the tokens."""
     (b, t, d), heads = x.shape, len(folded)
+    if not supports_inputs(x, folded):
+        scores = x.flatten(0, 1) @ folded.to(x.dtype).T
+        return torch.softmax(scores.view(b, t, heads).to(folded.dtype), dim=1)
     out = torch.empty(b, t, heads)
-    _run("softmax", b, (x, folded.contiguous(), out), (t, heads, d), numbers=heads * d)
+    _run("softmax", b, (x, folded.to(x.dtype), out), (t, heads, d), numbers=heads * d)
     return out
 
 
@@ -147,7 +150,9 @@ def fold_norm(
 
 
 def row_products(weight: Float[Tensor, "G R D"], vectors: Float[Tensor, "G D"]) -> Float[Tensor, "G R"]:
-    """The product of every row with the vector of its group, in float32."""
+    """The product of every row with the vector of its group."""
+    if not supports_weight(weight):
+        return torch.bmm(vectors[:, None], weight.mT)[:, 0]
     g, r, d = weight.shape
     out = weight.new_empty(g, r)
     _run("row_products", g, (weight, vectors.contiguous(), out), (r, d), numbers=r * d)
@@ -158,6 +163,8 @@ def row_sums(
     weight: Float[Tensor, "G R D"], factors: Float[Tensor, "G R"], other: Float[Tensor, "G R D"] | None = None
 ) -> tuple[Float[Tensor, "G D"], Float[Tensor, "G D"] | None]:
     """Rows summed by their factors; and rows times those of `other` (bfloat16), number by number, summed."""
+    if not supports_weight(weight):
+        return torch.bmm(factors[:, None], weight)[:, 0], None if other is None else (weight * other).sum(1)
     g, r, d = weight.shape
     out, product = weight.new_empty(g, d), None if other is None else weight.new_empty(g, d)
     _run("row_sums", g, (weight, factors.contiguous(), other, out, product), (r, d), numbers=r * d)
@@ -202,30 +209,20 @@ class FactoredGradient:
         return type(self)(self.shape, self.dense, scale, left, self.right)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdamWStep:
-    """The numbers of one step of AdamW; rates and decays are those of each configuration."""
-
-    step: int  # counted from 1
-    lr: Sequence[float]
-    weight_decay: Sequence[float]
-    betas: tuple[float, float]
-    eps: float
-
-
 def adamw(
     value: Float[Tensor, "K ..."],
     moment: Float[Tensor, "K ..."],
     square: Float[Tensor, "K ..."],
     gradient: FactoredGradient,
-    by: AdamWStep,
+    rates: Float[Tensor, "K 2"],
+    constants: Float[Tensor, " 4"],
 ) -> None:
-    """A step of `torch.optim.AdamW` (arXiv 1711.05101) on weights and their moments, in place."""
+    """A step of `torch.optim.AdamW` (arXiv 1711.05101) on weights and their moments, in place.
+
+    `rates` are the learning rate over the bias correction of the first moment, and 1 - learning rate · weight decay;
+    `constants` are beta1, beta2, eps and the root of the bias correction of the second moment.
+    """
     k, rows, width = gradient.shape
-    first, second = (1 - beta**by.step for beta in by.betas)
-    pairs = [(lr / first, 1 - lr * decay) for lr, decay in zip(by.lr, by.weight_decay, strict=True)]
-    rates = torch.tensor(pairs, dtype=torch.float32)
-    constants = torch.tensor([*by.betas, by.eps, math.sqrt(second)], dtype=torch.float32)
     tensors = value, moment, square, *gradient.parts, rates, constants
     _run("adamw", k * rows, tensors, (rows, gradient.rows_per_right, width), numbers=width)
 
@@ -271,7 +268,10 @@ def _run(name: str, count: int, tensors: tuple[Tensor | None, ...], sizes: tuple
     """Call a kernel on `count` items of work of `numbers` each, parted among as many threads as PyTorch would take."""
     threads = max(1, min(torch.get_num_threads(), count, count * numbers // NUMBERS_PER_THREAD))
     edges = [count * n // threads for n in range(threads + 1)]
-    kernel = partial(getattr(library(), f"mlfusion_{name}"), *map(_pointer, tensors))
+    kernel = partial(
+        getattr(library(), f"mlfusion_{name}"),
+        *(ctypes.c_void_p(each if each is None else each.data_ptr()) for each in tensors),
+    )
     ranges = [tuple(map(ctypes.c_long, (*edges[n : n + 2], *sizes))) for n in range(threads)]
     if threads == 1:
         codes = [kernel(*ranges[0])]
@@ -280,7 +280,3 @@ def _run(name: str, count: int, tensors: tuple[Tensor | None, ...], sizes: tuple
             codes = list(pool.map(lambda longs: kernel(*longs), ranges))
     if any(codes):
         raise MemoryError(f"no memory for {name} of {sizes}")
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())

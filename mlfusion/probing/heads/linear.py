@@ -2,6 +2,7 @@
 
 from abc import ABC
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,11 +14,13 @@ from mlfusion.shapes import Float
 class LinearMap(HeadModule, ABC):
     """K linear maps of the concatenated tokens of an image, through one product; subclasses say where weights come from."""
 
+    max_grad_norm: ClassVar[float | None] = None
+    has_attention: ClassVar[bool] = False
+
     weight: nn.Parameter  # [K, C, T·D]
     bias: nn.Parameter  # [K, C]
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → logits."""
         # (B, T·D) × (T·D, K·C): the widest product there is, for all configurations at once.
         logits = F.linear(tokens.flatten(1), self.weight.flatten(0, 1), self.bias.flatten())
         return logits.view(len(tokens), *self.bias.shape).transpose(0, 1)
@@ -29,7 +32,6 @@ class Linear(LinearMap):
     def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
         """PyTorch's default initialisation, drawn for each configuration from its own seed; `dropouts` are ignored."""
         super().__init__()
-        inputs = shape.tokens * shape.width
-        streams = generators(seeds)
+        inputs, streams = shape.tokens * shape.width, generators(seeds)
         self.weight = uniform(streams, shape.classes, inputs, fan_in=inputs)
         self.bias = uniform(streams, shape.classes, fan_in=inputs)

@@ -4,16 +4,14 @@ Where a query is a learned constant, keys fold into one vector a head, and token
 so that no tensor as wide as a projection exists per token; `attentive` has the derivation.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mlfusion.probing.heads.contract import uniform
 from mlfusion.shapes import Float
 
 NORM_EPS = 1e-5
@@ -98,45 +96,3 @@ def concat_heads(values: Float[Tensor, "KH B E"], k: int) -> Float[Tensor, "{k} 
     """The values of a configuration's heads, side by side."""
     heads, b, e = values.shape
     return values.view(k, heads // k, b, e).transpose(1, 2).reshape(k, b, -1)
-
-
-def batch_norm(
-    x: Float[Tensor, "K B D"],
-    mean: Float[Tensor, "K D"],
-    variance: Float[Tensor, "K D"],
-    *,
-    training: bool,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Float[Tensor, "K B D"]:
-    """BatchNorm without scale and shift: by the batch while training, by running mean and variance otherwise."""
-    k, b, d = x.shape
-    flat = x.transpose(0, 1).reshape(b, k * d)
-    normed = F.batch_norm(flat, mean.view(-1), variance.view(-1), training=training, momentum=momentum, eps=eps)
-    return normed.view(b, k, d).transpose(0, 1)
-
-
-def truncated_normal(streams: Sequence[torch.Generator], *size: int, std: float = 0.02) -> nn.Parameter:
-    """[K, *size] from N(0, std²) cut at ±2, as transformers are initialised."""
-    members = [nn.init.trunc_normal_(torch.empty(size), std=std, generator=stream) for stream in streams]
-    return nn.Parameter(torch.stack(members))
-
-
-def normal(streams: Sequence[torch.Generator], *size: int, std: float = 0.02) -> nn.Parameter:
-    """[K, *size] from N(0, std²)."""
-    return nn.Parameter(torch.stack([torch.randn(size, generator=stream) for stream in streams]) * std)
-
-
-def zeros(k: int, *size: int) -> nn.Parameter:
-    """[K, *size] of zeros."""
-    return nn.Parameter(torch.zeros(k, *size))
-
-
-def ones(k: int, *size: int) -> nn.Parameter:
-    """[K, *size] of ones."""
-    return nn.Parameter(torch.ones(k, *size))
-
-
-def classifier(streams: Sequence[torch.Generator], classes: int, width: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight [K, C, D] and bias [K, C], as PyTorch's Linear."""
-    return uniform(streams, classes, width, fan_in=width), uniform(streams, classes, fan_in=width)

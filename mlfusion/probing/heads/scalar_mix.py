@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators
-from mlfusion.probing.heads.pooling import classifier, linear, ones, zeros
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, ones, zeros
+from mlfusion.probing.heads.pooling import linear
 from mlfusion.shapes import Float
 
 
@@ -18,7 +18,7 @@ class ScalarMix(HeadModule):
     order of the tokens matters: each place has a weight of its own.
     """
 
-    has_attention: ClassVar[bool] = True
+    max_grad_norm: ClassVar[float | None] = None
 
     def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
         """Equal weights and γ = 1 at the start, as in ELMo; `shape.heads` and `dropouts` are ignored."""
@@ -29,7 +29,6 @@ class ScalarMix(HeadModule):
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, shape.width)
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → logits."""
         weights = torch.softmax(self.scores, dim=-1) * self.scale[:, None]
         return linear(torch.einsum("kt,btd->kbd", weights, tokens), self.classifier, self.classifier_bias)
 

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators, uniform
-from mlfusion.probing.heads.pooling import classifier, linear, standardize
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, uniform
+from mlfusion.probing.heads.pooling import linear, standardize
 from mlfusion.shapes import Float
 
 EXPONENT = 1.25  # the paper's γ for vision transformers
@@ -23,9 +22,6 @@ class SimPool(HeadModule):
     on its neighbours. LayerNorm has no scale and shift here; they would be the same as a factor in Q, K and the map.
     """
 
-    max_grad_norm: ClassVar[float | None] = 5.0
-    has_attention: ClassVar[bool] = True
-
     def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
         """PyTorch's default initialisation; `shape.heads` and `dropouts` are ignored."""
         super().__init__()
@@ -35,14 +31,12 @@ class SimPool(HeadModule):
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → logits."""
         x = standardize(tokens)
         raised = (x - x.amin((1, 2), keepdim=True) + LEAST) ** EXPONENT
         pooled = torch.bmm(self._weights(x), raised).transpose(0, 1)  # [K, B, D]
         return linear(pooled ** (1 / EXPONENT), self.classifier, self.classifier_bias)
 
     def attention(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B 1 T"]:
-        """Normalised tokens → weights, which sum to one over T."""
         return self._weights(standardize(tokens)).transpose(0, 1)[:, :, None]
 
     def _weights(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B K T"]:

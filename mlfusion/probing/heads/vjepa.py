@@ -9,20 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlfusion.probing.heads.contract import HeadModule, HeadShape, generators
+from mlfusion.probing.heads.contract import HeadModule, HeadShape, classifier, generators, ones, truncated_normal, zeros
 from mlfusion.probing.heads.pooling import (
     by_configuration,
-    classifier,
     concat_heads,
     folded_attention,
     head_count,
     layer_norm,
     linear,
-    ones,
     standardize,
-    truncated_normal,
     weighted_sums,
-    zeros,
 )
 from mlfusion.shapes import Float
 
@@ -36,8 +32,6 @@ class AttentivePooler(HeadModule, ABC):
     the keys, which adds the same to every score of a head, is not among the parameters. Subclasses say how deep it is.
     """
 
-    max_grad_norm: ClassVar[float | None] = 5.0
-    has_attention: ClassVar[bool] = True
     depth: ClassVar[int]  # number of blocks, with the pooling block
 
     def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
@@ -56,7 +50,6 @@ class AttentivePooler(HeadModule, ABC):
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → logits."""
         k, h = self.to_key.shape[:2]
         if self.blocks:
             x = self._through_blocks(tokens)

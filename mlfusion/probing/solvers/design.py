@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mlfusion.probing.heads.linear import LinearMap
 from mlfusion.probing.targets import Target
 from mlfusion.probing.training.batches import Tokens
+from mlfusion.shapes import Float, Int
 
 F64 = torch.float64
 BLOCK = 1 << 24  # numbers of a block of images, neighbours or votes
@@ -26,29 +27,25 @@ class Penalty:
     penalty: float
 
 
-def penalties(grid: str) -> tuple[Penalty, ...]:
+def penalties(name: str) -> tuple[Penalty, ...]:
     """λ from 1e6 to 1e-6: eight a decade, or one a decade for grid 'quick'.
 
     The eight are the values among which CLIP's protocol (arXiv 2103.00020, A.3) searches by halves, looking at fifteen.
     Here all are solved for, which a path makes cheap.
     """
-    return tuple(Penalty(float(value)) for value in np.logspace(6, -6, 13 if grid == "quick" else 97))
+    return tuple(Penalty(float(value)) for value in np.logspace(6, -6, 13 if name == "quick" else 97))
 
 
 class FixedLinear(LinearMap):
     """K linear maps whose weights are given."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        """Weights [K, C, T·D] and biases [K, C]."""
+    def __init__(self, weight: Float[Tensor, "K C TD"], bias: Float[Tensor, "K C"]) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def last(self) -> "FixedLinear":
         """The last of the K maps, as a population of one."""
         return FixedLinear(self.weight.detach()[-1:], self.bias.detach()[-1:])
-
-
-# --- one factorisation -----------------------------------------------------------------------------------------------
 
 
 class Design:
@@ -59,8 +56,8 @@ class Design:
     two products, F × F or N × N.
     """
 
-    def __init__(self, tokens: Tokens, rows: np.ndarray, target: Target, device: str) -> None:
-        self.tokens, self.rows, self.target, self.device = tokens, rows, target, _device(device)
+    def __init__(self, tokens: Tokens, rows: Int[np.ndarray, " N"], target: Target, device: str) -> None:
+        self.tokens, self.rows, self.target, self.device = tokens, rows, target, float64_device(device)
         labels = tokens.labels[rows]
         self.weights = torch.from_numpy(target.weights(labels)).to(self.device, F64)  # [N]
         self.targets = torch.from_numpy(target.regressand(labels)).to(self.device, F64)  # [N, C]
@@ -83,20 +80,20 @@ class Design:
         self.eigenvalues, self.basis = eigenvalues[sound], basis[:, sound]  # [r], [F, r]
         self.rotated = torch.cat([(x - self.centre) @ self.basis for _, x in self.blocks()])  # z [N, r]
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Images [b, F] in float64, a block at a time, with their places among `rows`."""
+    def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "b F"]]]:
+        """Images in float64, a block at a time, with their places among `rows`."""
         width = int(np.prod(self.tokens.shape[1:]))
         step = max(1, BLOCK // width)
         for start in range(0, len(self.rows), step):
             some = slice(start, min(start + step, len(self.rows)))
             yield some, self.tokens.normalised(self.rows[some], self.device, F64).flatten(1)
 
-    def back(self, rotated: Tensor, bias: Tensor) -> FixedLinear:
-        """Maps [K, C, r] of z and biases [K, C] → the same maps of x, in float32."""
+    def back(self, rotated: Float[Tensor, "K C r"], bias: Float[Tensor, "K C"]) -> FixedLinear:
+        """Maps of z and biases → the same maps of x, in float32."""
         weight = rotated @ self.basis.T
         return FixedLinear(weight.float(), (bias - weight @ self.centre).float())
 
 
-def _device(device: str) -> str:
+def float64_device(device: str) -> str:
     """The device itself, or the processor instead of one without float64."""
     return "cpu" if device == "mps" else device

@@ -6,41 +6,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mlfusion.shapes import Float, Int
+
+HISTORY = 10  # steps that are remembered
 MOST_ITERATIONS = 1000  # as in CLIP's protocol
-TOLERANCE = 1e-8  # of the loss
+TOLERANCE = 1e-8  # of the loss, relative to it
+
+Function = Callable[[Float[Tensor, "k P"], Int[Tensor, " k"]], tuple[Float[Tensor, " k"], Float[Tensor, "k P"]]]
+"""Points, and which of the K functions they are for → values and gradients."""
 
 
 class _Point(NamedTuple):
-    """Where k functions are: points [k, P], values [k] and gradients [k, P]."""
+    """Where k functions are: points, values and gradients."""
 
-    x: Tensor
-    value: Tensor
-    gradient: Tensor
+    x: Float[Tensor, "k P"]
+    value: Float[Tensor, " k"]
+    gradient: Float[Tensor, "k P"]
 
 
-def minimise(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    start: Tensor,
-    *,
-    history: int = 10,
-    most: int = MOST_ITERATIONS,
-    tolerance: float = TOLERANCE,
-) -> Tensor:
+def minimise(function: Function, start: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
     """Minima of K convex functions of P numbers each, by L-BFGS (Liu & Nocedal, 1989), all K in step.
 
     Backtracking is enough: of a convex function every step has the curvature that a line search for Wolfe's condition
-    looks for. A function is done when ten steps gained less than `tolerance` of its value and the gradient, squared,
+    looks for. A function is done when ten steps gained less than `TOLERANCE` of its value and the gradient, squared,
     is as small beside it.
-
-    Args:
-        function: points [k, P] and which of the K they are for [k] → values [k] and gradients [k, P].
-        start: [K, P].
-        history: steps that are remembered.
-        most: iterations.
-        tolerance: relative to the value.
-
-    Returns:
-        [K, P].
     """
     result = start.clone()
     which = torch.arange(len(start), device=start.device)
@@ -49,7 +38,7 @@ def minimise(
     steps: list[Tensor] = []
     turns: list[Tensor] = []
     past: list[Tensor] = [value]
-    for _ in range(most):
+    for _ in range(MOST_ITERATIONS):
         direction = -_inverse(gradient, steps, turns)
         slope = (direction * gradient).sum(1)
         uphill = slope >= 0  # by rounding only
@@ -58,11 +47,11 @@ def minimise(
             shorter = 1 / direction.norm(dim=1).clamp(min=1.0)
             direction, slope = direction * shorter[:, None], slope * shorter
         new, new_value, new_gradient = _backtrack(function, which, _Point(x, value, gradient), direction, slope)
-        steps, turns = [*steps, new - x][-history:], [*turns, new_gradient - gradient][-history:]
+        steps, turns = [*steps, new - x][-HISTORY:], [*turns, new_gradient - gradient][-HISTORY:]
         x, value, gradient = new, new_value, new_gradient
         past = [*past, value][-11:]
-        small = gradient.square().sum(1) <= tolerance * (value.abs() + 1e-300)
-        settled = (past[0] - value <= tolerance * value.abs()) & small if len(past) == 11 else torch.zeros_like(small)
+        small = gradient.square().sum(1) <= TOLERANCE * (value.abs() + 1e-300)
+        settled = (past[0] - value <= TOLERANCE * value.abs()) & small if len(past) == 11 else torch.zeros_like(small)
         done = settled | (value == past[-2])  # no step is found that rounding does not hide
         if bool(done.any()):
             result[which[done]] = x[done]
@@ -76,13 +65,13 @@ def minimise(
 
 
 def _backtrack(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    which: Tensor,
+    function: Function,
+    which: Int[Tensor, " k"],
     at: _Point,
-    direction: Tensor,
-    slope: Tensor,
+    direction: Float[Tensor, "k P"],
+    slope: Float[Tensor, " k"],
 ) -> _Point:
-    """The point along `direction` [k, P] where each function has fallen enough (Armijo's condition), by halving the step.
+    """The point along `direction` where each function has fallen enough (Armijo's condition), by halving the step.
 
     A function that has not after 40 halvings stays where it is.
     """
@@ -102,8 +91,10 @@ def _backtrack(
     return new
 
 
-def _inverse(gradient: Tensor, steps: list[Tensor], turns: list[Tensor]) -> Tensor:
-    """The inverse Hessian by the two-loop recursion, times the gradient [k, P]."""
+def _inverse(
+    gradient: Float[Tensor, "k P"], steps: list[Float[Tensor, "k P"]], turns: list[Float[Tensor, "k P"]]
+) -> Float[Tensor, "k P"]:
+    """The inverse Hessian by the two-loop recursion, times the gradient."""
     q, kept = gradient.clone(), []
     for step, turn in zip(reversed(steps), reversed(turns), strict=True):
         curvature = (step * turn).sum(1)

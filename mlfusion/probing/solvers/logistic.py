@@ -1,6 +1,6 @@
 """Logistic regression along a path of penalties, many at once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,11 +10,9 @@ from mlfusion.errors import BadData
 from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty
 from mlfusion.probing.solvers.lbfgs import minimise
 from mlfusion.probing.targets import OneClass
+from mlfusion.shapes import Float
 
 AT_ONCE = 8  # penalties that L-BFGS follows together
-
-
-# --- logistic regression ---------------------------------------------------------------------------------------------
 
 
 class Logistic:
@@ -32,9 +30,7 @@ class Logistic:
         self.classes = design.targets.shape[1]
         self.one = isinstance(design.target, OneClass)
 
-    def solve(
-        self, path: Sequence[Penalty], advance: Callable[[int], None] | None = None
-    ) -> Iterator[tuple[slice, FixedLinear]]:
+    def solve(self, path: Sequence[Penalty]) -> Iterator[tuple[slice, FixedLinear]]:
         """Slices of the path, strong penalties first, each with its probe."""
         r = self.design.rotated.shape[1]
         start = self.design.rotated.new_zeros(self.classes, r + 1)
@@ -43,12 +39,10 @@ class Logistic:
             penalties = torch.tensor([one.penalty for one in path[run]], device=self.design.device, dtype=F64)
             found = self._minimum(penalties, start)  # [K, C, r + 1]
             start = found[-1]
-            if advance:
-                advance(len(penalties))
             yield run, self.design.back(found[..., :r], found[..., r])
 
-    def _minimum(self, penalties: Tensor, start: Tensor) -> Tensor:
-        """[K] and a start [C, r + 1], the bias last → the minima [K, C, r + 1]."""
+    def _minimum(self, penalties: Float[Tensor, " K"], start: Float[Tensor, "C R"]) -> Float[Tensor, "K C R"]:
+        """The minima, R = r + 1: the bias stands last."""
         curvature = 1 / self.classes if self.one else 0.25
         ones = penalties.new_ones(len(penalties), 1) * self.design.weights.sum()
         eigenvalues = torch.cat([self.design.eigenvalues.expand(len(penalties), -1), ones], dim=1)
@@ -66,8 +60,8 @@ class Logistic:
         found = minimise(function, (start / scale).flatten(1))
         return found.view(shape) * scale
 
-    def _loss(self, map_: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps [K, C, r + 1] → the weighted sum of losses [K] and its gradient, the shape of the maps."""
+    def _loss(self, map_: Float[Tensor, "K C R"]) -> tuple[Float[Tensor, " K"], Float[Tensor, "K C R"]]:
+        """The weighted sum of losses and its gradient."""
         design, (k, c, _) = self.design, map_.shape
         z, targets = design.rotated, design.targets
         logits = torch.matmul(z, map_[..., :-1].flatten(0, 1).T).view(-1, k, c) + map_[..., -1]  # [N, K, C]

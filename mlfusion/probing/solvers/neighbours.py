@@ -4,15 +4,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mlfusion.probing.heads.contract import HeadModule
-from mlfusion.probing.solvers.design import BLOCK, _device
+from mlfusion.probing.solvers.design import BLOCK, float64_device
 from mlfusion.probing.targets import Target
 from mlfusion.probing.training.batches import Tokens
+from mlfusion.shapes import Float, Int
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,11 @@ class Neighbourhood:
     temperature: float
 
 
-def neighbourhoods(grid: str) -> tuple[Neighbourhood, ...]:
+def neighbourhoods(name: str) -> tuple[Neighbourhood, ...]:
     """21 neighbourhoods, or 3 for grid 'quick'."""
-    quick = grid == "quick"
+    quick = name == "quick"
     counts, temperatures = ((1, 10, 50), (0.07,)) if quick else ((1, 5, 10, 20, 50, 100, 200), (0.02, 0.07, 0.2))
     return tuple(Neighbourhood(*point) for point in product(counts, temperatures))
-
-
-# --- nearest neighbours ----------------------------------------------------------------------------------------------
 
 
 class Neighbours(HeadModule):
@@ -40,13 +39,17 @@ class Neighbours(HeadModule):
     probability of 0, up to rounding; of numbers the weighted mean is taken.
     """
 
-    bank: Tensor
-    values: Tensor
-    neighbours: Tensor
-    temperature: Tensor
+    has_attention: ClassVar[bool] = False
 
-    def __init__(self, bank: Tensor, values: Tensor, chosen: Sequence[Neighbourhood], kind: str) -> None:
-        """Normalised training tokens [N, T·D], what each votes for [N, C], and the kind of target."""
+    bank: Tensor  # [1, N, T·D]
+    values: Tensor  # [1, N, C]
+    neighbours: Tensor  # [K]
+    temperature: Tensor  # [K]
+
+    def __init__(
+        self, bank: Float[Tensor, "N TD"], values: Float[Tensor, "N C"], chosen: Sequence[Neighbourhood], kind: str
+    ) -> None:
+        """Normalised training tokens, what each image votes for, and the kind of target."""
         super().__init__()
         self.kind = kind
         self.register_buffer("bank", bank[None])
@@ -54,8 +57,8 @@ class Neighbours(HeadModule):
         self.register_buffer("neighbours", torch.tensor([one.neighbours for one in chosen]))
         self.register_buffer("temperature", torch.tensor([one.temperature for one in chosen]))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Normalised tokens [B, T, D] → outputs [K, B, C], whose softmax or sigmoid are the votes."""
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
+        """Normalised tokens → outputs, whose softmax or sigmoid are the votes."""
         most = min(int(self.neighbours.max()), self.bank.shape[1])
         votes = self.values.shape[2] * most
         parts = tokens.split(max(1, BLOCK // max(votes, 4 * most)))
@@ -64,7 +67,7 @@ class Neighbours(HeadModule):
             return (p + torch.finfo(p.dtype).tiny).log()
         return torch.logit(p, eps=1e-7) if self.kind == "labels" else p
 
-    def _votes(self, tokens: Tensor, most: int) -> Tensor:
+    def _votes(self, tokens: Float[Tensor, "B T D"], most: int) -> Float[Tensor, "K B C"]:
         cosine, where = self._nearest(tokens.flatten(1) / tokens.shape[1], most)
         values = self.values[0][where]  # [B, most, C]
         found = []
@@ -73,8 +76,10 @@ class Neighbours(HeadModule):
             found.append(torch.einsum("bn,bnc->bc", weights, values[:, :count]))
         return torch.stack(found)
 
-    def _nearest(self, queries: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Cosines of the nearest images [B, most], in falling order, and which they are."""
+    def _nearest(
+        self, queries: Float[Tensor, "B TD"], most: int
+    ) -> tuple[Float[Tensor, "B {most}"], Int[Tensor, "B {most}"]]:
+        """Cosines of the nearest images, in falling order, and which they are."""
         step = max(most, BLOCK // max(len(queries), self.bank.shape[2]))
         cosine = queries.new_full((len(queries), 0), -math.inf)
         where = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -88,10 +93,10 @@ class Neighbours(HeadModule):
 
 
 def neighbours(
-    tokens: Tokens, rows: np.ndarray, chosen: Sequence[Neighbourhood], target: Target, device: str
+    tokens: Tokens, rows: Int[np.ndarray, " N"], chosen: Sequence[Neighbourhood], target: Target, device: str
 ) -> Neighbours:
     """The probe whose votes are those of images `rows`."""
-    device = _device(device)
+    device = float64_device(device)
     bank = tokens.normalised(rows, device).flatten(1)
     values = torch.from_numpy(target.regressand(tokens.labels[rows])).to(device, torch.float32)
     return Neighbours(bank, values, chosen, target.kind)

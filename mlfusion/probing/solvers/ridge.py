@@ -5,11 +5,9 @@ import torch
 from torch import Tensor
 
 from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty
+from mlfusion.shapes import Float
 
 SCALES = tuple(np.geomspace(1e-1, 1e3, 81).tolist())  # of ridge's scores, to choose from
-
-
-# --- ridge -----------------------------------------------------------------------------------------------------------
 
 
 class Ridge:
@@ -27,8 +25,8 @@ class Ridge:
         self.mean = design.weights @ design.targets / design.weights.sum()  # [C]
         self.product = design.rotated.T @ (design.weights[:, None] * (design.targets - self.mean))  # [r, C]
 
-    def left_out(self, setting: Penalty) -> Tensor:
-        """Outputs for every image by the probe fitted to all others [N, C]."""
+    def left_out(self, setting: Penalty) -> Float[Tensor, "N C"]:
+        """Outputs for every image by the probe fitted to all others."""
         scores = self._left_out(setting)
         return self._outputs(scores, self._factor(scores))
 
@@ -38,22 +36,22 @@ class Ridge:
         rotated = (self.product / (self.design.eigenvalues + setting.penalty)[:, None]).T
         return self.design.back(factor * rotated[None], self._outputs(self.mean, factor)[None])
 
-    def _left_out(self, setting: Penalty) -> Tensor:
+    def _left_out(self, setting: Penalty) -> Float[Tensor, "N C"]:
         design = self.design
         share = 1 / (design.eigenvalues + setting.penalty)
         fitted = self.mean + design.rotated @ (share[:, None] * self.product)
         leverage = design.weights * (1 / design.weights.sum() + design.rotated.square() @ share)
         return (fitted - leverage[:, None] * design.targets) / (1 - leverage)[:, None]
 
-    def _outputs(self, scores: Tensor, factor: float) -> Tensor:
+    def _outputs(self, scores: Float[Tensor, "*N C"], factor: float) -> Float[Tensor, "*N C"]:
         return scores if self.design.target.kind == "number" else factor * (scores - 0.5)
 
-    def _factor(self, scores: Tensor) -> float:
+    def _factor(self, scores: Float[Tensor, "N C"]) -> float:
         if self.design.target.kind == "number":
             return 1.0
         labels = self.design.tokens.labels[self.design.rows]
-        loss, truth = self.design.target.loss(labels, self.design.device, F64), torch.from_numpy(labels)
-        truth = truth.to(self.design.device)
+        loss = self.design.target.loss(labels, self.design.device, F64)
+        truth = torch.from_numpy(labels).to(self.design.device)
 
         def at(place: int) -> float:
             return float(loss(self._outputs(scores, SCALES[place])[None], truth)[0])

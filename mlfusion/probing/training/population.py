@@ -13,8 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache as once
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Self
 
@@ -28,6 +27,7 @@ from mlfusion.probing.losses import Loss, class_weights, cross_entropy
 from mlfusion.probing.training.batches import Schedule, Tokens, batches, stream
 from mlfusion.probing.training.optimizer import AdamW, cosine
 from mlfusion.probing.training.precision import Numerics, _tensor_cores
+from mlfusion.shapes import Float, Int, Shaped
 from mlfusion.specs.names import Head
 from mlfusion.system.memory import Footprint, available
 
@@ -87,7 +87,7 @@ class Needs:
     step: int  # temporary tensors of a step of one configuration
 
 
-@once
+@cache
 def needs(head: Head, shape: HeadShape, images: int, numerics: Numerics = Numerics()) -> Needs:
     """Measured by a trial step of one configuration on a batch of `images`."""
     with Footprint() as batch:
@@ -101,7 +101,7 @@ def needs(head: Head, shape: HeadShape, images: int, numerics: Numerics = Numeri
     return Needs(batch.most + step.alive, kept.alive, step.most - step.alive)
 
 
-def _squares(outputs: Tensor, _: Tensor) -> Tensor:
+def _squares(outputs: Float[Tensor, "K B C"], _: Shaped[Tensor, "B ..."]) -> Float[Tensor, " K"]:
     return outputs.float().square().mean((1, 2))
 
 
@@ -117,12 +117,7 @@ class Layout:
     def of(cls, count: int, need: Needs, *, memory: int, threads: int, shared: bool) -> "Layout":
         """The layout with as many of `count` configurations in a group as `memory` bytes hold.
 
-        Args:
-            count: K.
-            need: memory of one configuration.
-            memory: bytes.
-            threads: cores.
-            shared: whether blocks run on a device that works on one at a time, rather than one on each core.
+        `shared`: blocks run on a device that works on one at a time, rather than one on each of `threads` cores.
 
         Raises:
             BadData: not even one configuration fits.
@@ -185,7 +180,7 @@ class _Block:
         device = torch.device(numerics.device).type
         self._autocast = partial(torch.autocast, device, torch.bfloat16, enabled=numerics.bf16)
 
-    def step(self, tokens: Tensor, labels: Tensor, step: int, steps: int) -> None:
+    def step(self, tokens: Float[Tensor, "B T D"], labels: Shaped[Tensor, "B ..."], step: int, steps: int) -> None:
         """One of `steps` steps, on a batch."""
         with self._autocast():
             logits = self.probe(tokens)
@@ -205,7 +200,6 @@ class _Workers:
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count) if count > 1 else None
         self._last: dict[_Block, Future[None]] = {}
-        self._ahead: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
@@ -224,16 +218,13 @@ class _Workers:
             for block in blocks:
                 work(block)
             return 1
-        before, self._ahead = (
-            self._ahead,
-            [self._pool.submit(self._next, work, block, self._last.get(block)) for block in blocks],
-        )
-        self._last = dict(zip(blocks, self._ahead, strict=True))
+        before = self._last
+        self._last = {block: self._pool.submit(self._next, work, block, before.get(block)) for block in blocks}
         return self._wait(before)
 
     def finish(self) -> int:
         """Wait for the step that was begun; returns how many that were: 0 or 1."""
-        return self._wait(self._ahead)
+        return self._wait(self._last)
 
     @staticmethod
     def _next(work: Callable[[_Block], None], block: _Block, before: "Future[None] | None") -> None:
@@ -242,8 +233,8 @@ class _Workers:
         work(block)
 
     @staticmethod
-    def _wait(steps: "list[Future[None]]") -> int:
-        for one in steps:
+    def _wait(steps: "dict[_Block, Future[None]]") -> int:
+        for one in steps.values():
             one.result()
         return bool(steps)
 
@@ -275,14 +266,23 @@ def train(
     Raises:
         BadData: not even one configuration fits.
     """
-    loss = loss or _class_weighted(data, population.shape.classes, numerics)
-    data = replace(data, tokens=_placed(data.tokens, numerics))
-    layout = layout or _layout(population, data.schedule, numerics, memory)
+    if loss is None:
+        weights = torch.from_numpy(class_weights(data.tokens.labels[data.rows], population.shape.classes))
+        loss = partial(cross_entropy, weights=weights.to(numerics.device, numerics.dtype))
+    tokens, schedule = _placed(data.tokens, numerics), replace(data.schedule, steps=data.until or data.schedule.steps)
+    layout = layout or Layout.of(
+        len(population),
+        needs(population.head, population.shape, schedule.batch_size, numerics),
+        memory=int(SPARE * available(numerics.device)) if memory is None else memory,
+        threads=torch.get_num_threads(),
+        shared=numerics.is_accelerated,
+    )
     for group in layout.groups(len(population)):
         blocks = [_Block(population[part], numerics, loss) for part in group]
-        advance = partial(progress or _nothing, group[-1].stop - group[0].start)
+        given = batches(tokens, data.rows, schedule, seed=population.seed, device=numerics.device, dtype=numerics.dtype)
+        report = partial(progress or (lambda _: None), group[-1].stop - group[0].start)
         with _tensor_cores(numerics.device), _Workers(min(layout.workers, len(blocks))) as workers:
-            _run(blocks, workers, _batches(data, population.seed, numerics), data.schedule.steps, advance)
+            _run(blocks, workers, given, data.schedule.steps, report)
         for part, block in zip(group, blocks, strict=True):
             block.probe.eval()
             yield part, block.probe
@@ -291,60 +291,33 @@ def train(
 def _run(
     blocks: Sequence[_Block],
     workers: _Workers,
-    passing: Iterator[tuple[Tensor, Tensor]],
+    given: Iterator[tuple[Float[Tensor, "B T D"], Shaped[Tensor, "B ..."]]],
     steps: int,
-    advance: Callable[[], None],
+    report: Callable[[], None],
 ) -> None:
     """Step all blocks on every batch."""
-    for step, (batch, labels) in enumerate(passing):
+    for step, (batch, labels) in enumerate(given):
         if workers.step(partial(_Block.step, tokens=batch, labels=labels, step=step, steps=steps), blocks):
-            advance()
+            report()
     if workers.finish():
-        advance()
-
-
-def _nothing(_: int) -> None:
-    pass
-
-
-def _class_weighted(data: TrainingData, classes: int, numerics: Numerics) -> Loss:
-    weights = torch.from_numpy(class_weights(data.tokens.labels[data.rows], classes))
-    return partial(cross_entropy, weights=weights.to(numerics.device, numerics.dtype))
+        report()
 
 
 def _placed(tokens: Tokens, numerics: Numerics) -> Tokens:
     """The tokens on an accelerator, where they take less than half of its memory; as they are elsewhere."""
-    if (
-        numerics.is_accelerated
-        and not isinstance(tokens.values, Tensor)
-        and tokens.nbytes < available(numerics.device) / 2
-    ):
-        return tokens.on(numerics.device)
-    return tokens
+    if not numerics.is_accelerated or isinstance(tokens.values, Tensor):
+        return tokens
+    if tokens.nbytes >= available(numerics.device) / 2:
+        return tokens
+    return Tokens(tokens[:].to(numerics.device), tokens.labels, tokens.ids)
 
 
-def _layout(population: Population, schedule: Schedule, numerics: Numerics, memory: int | None) -> Layout:
-    return Layout.of(
-        len(population),
-        needs(population.head, population.shape, schedule.batch_size, numerics),
-        memory=int(SPARE * available(numerics.device)) if memory is None else memory,
-        threads=torch.get_num_threads(),
-        shared=numerics.is_accelerated,
-    )
-
-
-def _batches(data: TrainingData, seed: int, numerics: Numerics) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and labels of every step."""
-    steps = data.schedule.steps if data.until is None else min(data.until, data.schedule.steps)
-    schedule = replace(data.schedule, steps=steps)
-    return batches(data.tokens, data.rows, schedule, seed=seed, device=numerics.device, dtype=numerics.dtype)
-
-
-@torch.no_grad()
 def read(
-    probe: HeadModule, tokens: Tokens, rows: np.ndarray, *, block: int, device: str, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """A probe's logits [K, b, C] for images `rows`, `block` at a time, each with the normalised tokens [b, T, D]."""
+    probe: HeadModule, tokens: Tokens, rows: Int[np.ndarray, " N"], *, block: int, device: str
+) -> Iterator[tuple[Float[Tensor, "K b C"], Float[Tensor, "b T D"]]]:
+    """A probe's logits for images `rows`, `block` at a time, each with the normalised tokens."""
     for start in range(0, len(rows), block):
-        batch = tokens.normalised(rows[start : start + block], device, dtype)
-        yield probe(batch), batch
+        batch = tokens.normalised(rows[start : start + block], device)
+        with torch.no_grad():
+            outputs = probe(batch)
+        yield outputs, batch

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache as once
+from functools import cache
 from time import perf_counter
 
 import torch
@@ -42,7 +42,7 @@ def _tensor_cores(device: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@once
+@cache
 def has_fast_bfloat16(device: str) -> bool:
     """Whether a bfloat16 product takes less than two thirds of the time of a float32 one here; measured in milliseconds."""
     seconds, size = {}, 384 if torch.device(device).type == "cpu" else 4096

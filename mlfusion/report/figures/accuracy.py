@@ -4,20 +4,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from mlfusion.report.figures.drawing import (
-    Figure,
-    LegendEntry,
-    Panel,
-    Record,
-    base_chart,
-    extent,
-    require_altair,
-    series_legend,
-    to_spec,
-)
+from mlfusion.report.figures import charts
+from mlfusion.report.figures.drawing import Figure, LegendEntry, Panel, Record, extent, series_legend
 from mlfusion.report.numbers import enumerated, mean_sd, percent, points
-from mlfusion.report.summary import HEADS, ComparisonGroup, Score, metric_name, score_word
-from mlfusion.report.theme import SYMBOLS
+from mlfusion.report.summary import HEADS, ComparisonGroup, Score, head_of, metric_name, score_word
 from mlfusion.specs.names import BASELINE
 
 
@@ -26,38 +16,29 @@ def accuracy(groups: Sequence[ComparisonGroup]) -> Figure | None:
     held = [(group, accuracy_records(group)) for group in groups if group.probes]
     if not held:
         return None
-    groups = [group for group, _ in held]
     # Models on the same images stand on the same scale.
-    shared = len({(group.dataset, group.metric) for group in groups}) == 1
-    common = extent([record for _, records in held for record in records], "low", "high")
-    heads = tuple(dict.fromkeys([*HEADS, *sorted({score.head for group in groups for score in group.probes})]))
+    shared = len({(group.dataset, group.metric) for group, _ in held}) == 1
+    every = [record for _, records in held for record in records]
+    shown = {str(record["head"]) for record in every}
+    heads = tuple(dict.fromkeys([*HEADS, *sorted(shown)]))
     panels = []
     for group, records in held:
-        spec = _spec(
-            tuple(score.probe for score in group.probes),
-            heads,
-            f"{metric_name(group.metric)} on test, %",
-            common if shared else extent(records, "low", "high"),
-            group.baseline is not None,
-        )
-        panels.append(Panel(group.name, spec, records))
+        reach = extent(record.number(end) for record in (every if shared else records) for end in ("low", "high"))
+        probes, axis = tuple(score.probe for score in group.probes), f"{metric_name(group.metric)} on test, %"
+        panels.append(Panel(group.name, _spec(probes, heads, axis, reach, group.baseline is not None), records))
     described = [
         f"{group.name}: " + "; ".join(f"{r['probe']} {r['scored']}, {r['gained']}" for r in records)
         for group, records in held
     ]
     return Figure(
         "accuracy",
-        f"{score_word(groups)} per probe",
+        f"{score_word(group for group, _ in held)} per probe",
         f"A dot is the mean over seeds; its bar is ± one standard deviation. The dashed line is {BASELINE}. At the right: "
         "score (gain in points).",
-        f"{metric_name(groups[0].metric)} per probe. {' '.join(described)}",
+        f"{metric_name(held[0][0].metric)} per probe. {' '.join(described)}",
         panels,
         [numbers_of(group, record) for group, records in held for record in records],
-        (
-            *series_legend(heads, shown={score.head for group in groups for score in group.probes}),
-            LegendEntry(BASELINE, 0, "dashed"),
-            LegendEntry("± over seeds", 1, "line"),
-        ),
+        [*series_legend(heads, shown), LegendEntry(BASELINE, 0, "dashed"), LegendEntry("± over seeds", 1, "line")],
         columns=2,
     )
 
@@ -66,7 +47,7 @@ def accuracy_records(group: ComparisonGroup) -> list[Record]:
     """One record a probe: test score with the ends of its bar, gain, and the texts of label and tooltip."""
     return [
         score_record(score).extended(
-            head=score.head,
+            head=head_of(score.probe),
             baseline=100 * group.baseline.test.mean if group.baseline else None,
             gain=100 * score.gain.mean if score.gain else None,
             label=_label(score),
@@ -113,40 +94,26 @@ def _label(score: Score) -> str:
 def _spec(
     probes: tuple[str, ...], heads: tuple[str, ...], axis: str, reach: tuple[float, float], baseline: bool
 ) -> dict[str, Any]:
-    alt = require_altair()
-    base = base_chart()
+    alt, base = charts.base_chart()
 
     def row(at: float) -> Any:
         return alt.Y("probe:N", sort=list(probes), axis=None, bandPosition=at, scale=alt.Scale(paddingInner=0.1))
 
-    score = alt.X(
-        "test:Q",
-        title=axis,
-        scale=alt.Scale(domain=list(reach), zero=False, padding=14, nice=False),
-        axis=alt.Axis(tickCount=5, grid=False),
-    )
-    colour = alt.Color("head:N", scale=alt.Scale(domain=list(heads)), legend=None)
-    tooltip = [
-        alt.Tooltip("probe:N"),
-        alt.Tooltip("scored:N", title="test"),
-        alt.Tooltip("gained:N", title="gain"),
-        alt.Tooltip("validated:N", title="validation"),
-        alt.Tooltip("seeds:N"),
-        alt.Tooltip("parameters:Q", format=","),
-    ]
+    score = alt.X("test:Q", title=axis, scale=charts.exact_scale(reach, 14), axis=alt.Axis(tickCount=5, grid=False))
+    colour, shape = charts.series_channels("head", heads)
+    texts = [("scored:N", "test"), ("gained:N", "gain"), ("validated:N", "validation")]
+    tooltip = charts.tooltip("probe:N", *texts, "seeds:N", ("parameters:Q", "", ","))
     layers = [base.mark_rule(style="guide").encode(x=alt.value(0), x2=alt.value("width"), y=row(0.68))]
     if baseline:
         # One piece a row, so that it does not strike through the names above.
         piece = alt.Y2("probe:N", bandPosition=0.86)
         layers.append(base.mark_rule(style="baseline").encode(x="baseline:Q", y=row(0.52), y2=piece))
         layers.append(base.mark_rule(style="stem").encode(x=score, x2="baseline:Q", y=row(0.68), color=colour))
-    symbols = alt.Scale(domain=list(heads), range=list(SYMBOLS))
+    dot = base.mark_point(style="dot", filled=True)
     layers += [
         base.mark_rule(style="bar").encode(x=alt.X("low:Q"), x2="high:Q", y=row(0.68), color=colour),
-        base.mark_point(style="dot", filled=True).encode(
-            x=score, y=row(0.68), color=colour, shape=alt.Shape("head:N", scale=symbols, legend=None), tooltip=tooltip
-        ),
+        dot.encode(x=score, y=row(0.68), color=colour, shape=shape, tooltip=tooltip),
         base.mark_text(style="name", align="left").encode(x=alt.value(0), y=row(0.25), text="probe:N"),
         base.mark_text(style="value", align="right").encode(x=alt.value("width"), y=row(0.25), text="label:N"),
     ]
-    return to_spec(alt.layer(*layers), 42 * len(probes))
+    return charts.to_spec(alt.layer(*layers), 42 * len(probes))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mlfusion.report.figures.drawing import Figure, Panel, Record, base_chart, require_altair, to_spec
+from mlfusion.report.figures import charts
+from mlfusion.report.figures.drawing import Figure, Panel, Record
 from mlfusion.report.numbers import percent
 from mlfusion.report.studies import domain
 from mlfusion.report.summary import ALF, ComparisonGroup, LayerAttention
@@ -28,19 +29,16 @@ def top_share(held: Sequence[Attended]) -> float:
 def attention(groups: Sequence[ComparisonGroup], top: float | None = None) -> Figure | None:
     """A panel a model; rows are data sets grouped by domain, columns CLS layers | AP layers; one colour scale for all.
 
-    Args:
-        groups: those without attention over layers are left out.
-        top: the end of the colour scale in percent; by default the largest share.
+    `top` is the end of the colour scale in percent, by default the largest share.
     """
     held = attended(groups)
     if not held:
         return None
     top = top or top_share(held)
-    models = list(dict.fromkeys(group.model for group, _ in held))
-    panels = [
-        _panel([pair for pair in held if pair[0].model == model], top, alone=len(held) == 1, titled=len(held) > 1)
-        for model in models
-    ]
+    by_model: dict[str, list[Attended]] = {}
+    for pair in held:
+        by_model.setdefault(pair[0].model, []).append(pair)
+    panels = [_panel(pairs, top, alone=len(held) == 1) for pairs in by_model.values()]
     description = "; ".join(
         f"{group.name}: " + ", ".join(f"layer {layer} {percent(share)} %" for layer, share in found.by_layer.items())
         for group, found in held
@@ -52,7 +50,7 @@ def attention(groups: Sequence[ComparisonGroup], top: float | None = None) -> Fi
         "class token, AP the mean of the patch tokens.",
         f"Share of the attention of each layer. {description}",
         panels,
-        [number for model in models for pair in held if pair[0].model == model for number in _numbers(*pair)],
+        [number for pairs in by_model.values() for pair in pairs for number in _numbers(*pair)],
         columns=1,
         page_width="wide" if len(panels) == 1 else "",
     )
@@ -113,7 +111,7 @@ class _Layout:
         return 0.55 if self.dense else 0.45
 
 
-def _panel(held: Sequence[Attended], top: float, *, alone: bool, titled: bool) -> Panel:
+def _panel(held: Sequence[Attended], top: float, *, alone: bool) -> Panel:
     """One model's data sets, a row each."""
     model = held[0][0].model
     usual = held[0][1].probe if len(held) == 1 else ALF
@@ -131,73 +129,44 @@ def _panel(held: Sequence[Attended], top: float, *, alone: bool, titled: bool) -
     layers = tuple(sorted({layer for _, found in held for layer, _ in found.tokens}))
     kinds = tuple(dict.fromkeys(str(record["kind"]) for record in records))
     for kind in kinds:  # written once, above the first cell of the kind
-        for i, record in enumerate(records):
-            if record["kind"] == kind and record["layer"] == layers[0]:
-                records[i] = record.extended(top=f"{kind} tokens")
-                break
-    return Panel(model if titled else "", _spec(_Layout(len(held), layers, kinds, top, grouped)), records, width=760)
+        i = next(i for i, one in enumerate(records) if one["kind"] == kind and one["layer"] == layers[0])
+        records[i] = records[i].extended(top=f"{kind} tokens")
+    return Panel("" if alone else model, _spec(_Layout(len(held), layers, kinds, top, grouped)), records, width=760)
 
 
 @lru_cache(maxsize=256)
 def _spec(layout: _Layout) -> dict[str, Any]:
-    alt = require_altair()
+    alt, base = charts.base_chart()
     columns: list[str] = []
     for kind in layout.kinds:
         columns += ([" "] if columns else []) + [f"{kind} {layer}" for layer in layout.layers]
-    x = alt.X(
-        "token:N",
-        sort=None,
-        scale=alt.Scale(domain=columns, paddingInner=0.06, paddingOuter=0),
-        axis=alt.Axis(
-            labelExpr="split(datum.value, ' ')[1]",
-            labelAngle=0,
-            labelOverlap="greedy",
-            labelSeparation=3,
-            domain=False,
-            ticks=False,
-        ),
-        title="layer",
-    )
+    axis = {"labelAngle": 0, "labelOverlap": "greedy", "labelSeparation": 3, "domain": False, "ticks": False}
+    layer = alt.Axis(**axis, labelExpr="split(datum.value, ' ')[1]")
+    scale = alt.Scale(domain=columns, paddingInner=0.06, paddingOuter=0)
+    x = alt.X("token:N", sort=None, scale=scale, axis=layer, title="layer")
     scale = alt.Scale(paddingInner=layout.padding, paddingOuter=layout.padding)
     y = alt.Y("row:N", sort=None, axis=None, scale=scale)
-    colour = alt.Color(
-        "share:Q",
-        scale=alt.Scale(domain=[0, layout.top]),
-        title="share of the attention, %",
-        legend=alt.Legend(orient="top", gradientLength=160, tickCount=4),
-    )
-    tooltip = [
-        alt.Tooltip("row:N", title="on"),
-        alt.Tooltip("token:N", title="token"),
-        alt.Tooltip("spread:N", title="attention"),
-        alt.Tooltip("even:N", title="an even share"),
-        alt.Tooltip("seeds:Q"),
-        alt.Tooltip("probe:N"),
-    ]
-    cells = base_chart().mark_rect(style="heat").encode(x=x, y=y, color=colour, tooltip=tooltip)
-    values = [] if layout.dense else _values(x, y, layout.top)
-    height = 34 if layout.dense else 58
-    chart = alt.layer(cells, *values, *_names(layout))
-    return to_spec(chart, round(height * (layout.rows + layout.padding)))
-
-
-def _values(x: Any, y: Any, top: float) -> list[Any]:
-    """The number in each cell, where cells are wide enough."""
-    alt = require_altair()
-    wide = "bandwidth('x') > 24 ? 1 : 0"
-    return [
-        base_chart()
-        .mark_text(style=style, opacity=alt.expr(wide), tooltip=None)
-        .transform_filter(f"datum.share {test} {top / 2}")
+    legend = alt.Legend(orient="top", gradientLength=160, tickCount=4)
+    scale = alt.Scale(domain=[0, layout.top])
+    colour = alt.Color("share:Q", scale=scale, title="share of the attention, %", legend=legend)
+    shares = [("spread:N", "attention"), ("even:N", "an even share")]
+    tooltip = charts.tooltip(("row:N", "on"), ("token:N", "token"), *shares, "seeds:Q", "probe:N")
+    cells = base.mark_rect(style="heat").encode(x=x, y=y, color=colour, tooltip=tooltip)
+    wide = alt.expr("bandwidth('x') > 24 ? 1 : 0")
+    values = [  # where cells are wide enough
+        base.mark_text(style=style, opacity=wide, tooltip=None)
+        .transform_filter(f"datum.share {test} {layout.top / 2}")
         .encode(x=x, y=y, text="shown:N")
         for style, test in (("on-weak", "<="), ("on-strong", ">"))
+        if not layout.dense
     ]
+    height = 34 if layout.dense else 58
+    return charts.to_spec(alt.layer(cells, *values, *_names(layout)), round(height * (layout.rows + layout.padding)))
 
 
 def _names(layout: _Layout) -> list[Any]:
     """Names of data sets and domains above their rows, and of token kinds above their columns."""
-    alt = require_altair()
-    base = base_chart()
+    alt, base = charts.base_chart()
     names = base.transform_filter("isValid(datum.name)")
     above = alt.Y("row:N", sort=None, bandPosition=0)
     dy = -3 if layout.dense else -7

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mlfusion.report.figures.drawing import Panel, Record, of_kind, require_altair, series, to_spec
+from mlfusion.report.figures import charts
+from mlfusion.report.figures.charts import of_kind
+from mlfusion.report.figures.drawing import Panel, Record, extent, series
 from mlfusion.report.numbers import points
 from mlfusion.report.theme import SYMBOLS
 
@@ -74,16 +76,11 @@ def box_panels(views: Sequence[tuple[str, Sequence[LineGroup]]], axis: str, *, z
     values += [0.0] * zero
     if not values:
         return []
-    missing = max(0.0, 2 - (max(values) - min(values))) / 2  # an axis is two points wide at least
-    domain = (min(values) - missing, max(values) + missing)
-    panels = []
-    for title, groups in views:
-        records, height = _laid_out(groups)
-        panels.append(Panel(title, _spec(height, axis, domain, zero), records))
-    return panels
+    placed = [(title, *_placed(groups)) for title, groups in views]
+    return [Panel(title, _spec(height, axis, extent(values), zero), records) for title, records, height in placed]
 
 
-def _laid_out(groups: Sequence[LineGroup]) -> tuple[list[Record], int]:
+def _placed(groups: Sequence[LineGroup]) -> tuple[list[Record], int]:
     """Records with their places from the top, and the height, all in pixels; a group's name stands above its lines."""
     records: list[Record] = []
     at = 0.0
@@ -125,42 +122,32 @@ def _line_records(line: Line, at: float) -> list[Record]:
 
 @lru_cache(maxsize=256)
 def _spec(height: int, axis: str, domain: tuple[float, float], zero: bool) -> dict[str, Any]:
-    alt = require_altair()
-    y_scale = alt.Scale(domain=[0, height], range=[0, height], nice=False, zero=False)
-    y = alt.Y("at:Q", scale=y_scale, axis=None)
-    scale = alt.Scale(domain=list(domain), zero=False, nice=False, padding=8)
+    alt = charts.require_altair()
+    y = alt.Y("at:Q", scale=charts.pixel_scale(height), axis=None)
+    scale = charts.exact_scale(domain, 8)
 
     def x(field: str) -> Any:
         return alt.X(f"{field}:Q", title=axis, scale=scale, axis=alt.Axis(tickCount=6, grid=False))
 
-    numbers = list(range(1, len(SYMBOLS) + 1))
-    colour = alt.Color("series:N", scale=alt.Scale(domain=numbers), legend=None)
-    shape = alt.Shape("series:N", scale=alt.Scale(domain=numbers, range=list(SYMBOLS)), legend=None)
-    guide, box, dot = of_kind("guide"), of_kind("box"), of_kind("dot")
-    name, value = of_kind("name"), of_kind("value")
-    of_box = [alt.Tooltip("label:N", title="of"), alt.Tooltip("quartiles:N", title="quartiles")]
-    of_dot = [
-        alt.Tooltip("label:N", title="of"),
-        alt.Tooltip("x:Q", title=axis, format="+.2f" if zero else ".2f"),
-        alt.Tooltip("scored:N", title="scores"),
-    ]
-    layers = [guide.mark_rule(style="guide").encode(x=alt.value(0), x2=alt.value("width"), y=y)]
+    colour, shape = charts.series_channels("series", range(1, len(SYMBOLS) + 1))
+    guide, box, dot = of_kind("guide"), of_kind("box"), of_kind("dot").mark_point(style="point", filled=True)
+    of_box = charts.tooltip(("label:N", "of"), ("quartiles:N", "quartiles"))
+    of_dot = charts.tooltip(("label:N", "of"), ("x:Q", axis, "+.2f" if zero else ".2f"), ("scored:N", "scores"))
+    left, right = alt.value(0), alt.value("width")
+    layers = [guide.mark_rule(style="guide").encode(x=left, x2=right, y=y)]
     if zero:
-        piece = alt.Y("top:Q", scale=y_scale, axis=None)  # one a line, so that it strikes through no name
+        piece = alt.Y("top:Q", scale=charts.pixel_scale(height), axis=None)  # one a line: it strikes through no name
         layers.append(guide.mark_rule(style="baseline").encode(x=alt.XDatum(0), y=piece, y2="bottom:Q"))
+    bar, tick = box.mark_bar(style="box", size=13), {"style": "median", "size": 15}
+    name = of_kind("name").mark_text(style="name", align="left", baseline="middle")
+    value = of_kind("value").mark_text(style="value", align="right", baseline="middle")
     layers += [
         box.mark_rule(style="whisker").encode(x=x("low"), x2="high:Q", y=y, color=colour),
-        box.mark_bar(style="box", size=13).encode(
-            x=x("q1"), x2="q3:Q", y=y, color=colour, stroke=colour, tooltip=of_box
-        ),
-        dot.mark_point(style="point", filled=True).encode(x=x("x"), y=y, color=colour, shape=shape, tooltip=of_dot),
-        *(
-            of_kind(kind).mark_tick(style="median", size=15).encode(x=x("median"), y=y, color=colour)
-            for kind in ("box", "median")
-        ),
-        name.mark_text(style="name", align="left", baseline="middle").encode(x=alt.value(0), y=y, text="text:N"),
-        value.mark_text(style="value", align="right", baseline="middle").encode(
-            x=alt.value("width"), y=y, text="text:N"
-        ),
+        bar.encode(x=x("q1"), x2="q3:Q", y=y, color=colour, stroke=colour, tooltip=of_box),
+        dot.encode(x=x("x"), y=y, color=colour, shape=shape, tooltip=of_dot),
+        box.mark_tick(**tick).encode(x=x("median"), y=y, color=colour),
+        of_kind("median").mark_tick(**tick).encode(x=x("median"), y=y, color=colour),
+        name.encode(x=left, y=y, text="text:N"),
+        value.encode(x=right, y=y, text="text:N"),
     ]
-    return to_spec(alt.layer(*layers), height)
+    return charts.to_spec(alt.layer(*layers), height)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from mlfusion.errors import MlfusionError
-from mlfusion.report.figures.drawing import Figure, Panel, Record, base_chart, require_altair, series_legend, to_spec
+from mlfusion.report.figures import charts
+from mlfusion.report.figures.drawing import Figure, Panel, Record, series_legend
 from mlfusion.report.numbers import percent
 from mlfusion.report.summary import ComparisonGroup, Score
-from mlfusion.report.theme import SYMBOLS
 from mlfusion.results import Results
 from mlfusion.statistics import Calibration, calibration, confusion
 
@@ -43,7 +43,7 @@ def predictions(groups: Sequence[ComparisonGroup], results: Results) -> Predicti
         curves = [(score.probe, calibration(*own))]
         if group.baseline and not score.is_baseline and (base := _pooled(group.baseline, results)):
             curves.append((group.baseline.probe, calibration(*base)))
-        return Predictions(group, score, confusion(*own), tuple(curves), len(own[0]) // group.test_images)
+        return Predictions(group, score, confusion(*own), tuple(curves), len(own[0]) // group.first.images.test)
     return None
 
 
@@ -69,28 +69,24 @@ def source(held: Predictions) -> str:
 
 def confusions(held: Predictions) -> list[tuple[str, str, int, str]]:
     """(class, predicted class, images, percent of the class), the most frequent first."""
-    counts, classes = held.counts, held.group.classes
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
+    counts, classes = held.counts, held.group.first.classes
+    wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
-    made = []
-    for true, predicted in zip(*np.unravel_index(order, counts.shape), strict=True):
-        if wrong[true, predicted]:
-            share = wrong[true, predicted] / counts[true].sum()
-            made.append((classes[true], classes[predicted], int(wrong[true, predicted]), percent(share)))
-    return made
+    return [
+        (classes[true], classes[predicted], int(n), percent(n / counts[true].sum()))
+        for true, predicted in zip(*np.unravel_index(order, counts.shape), strict=True)
+        if (n := wrong[true, predicted])
+    ]
 
 
 def figures(held: Predictions) -> list[Figure]:
     """The confusion matrix where there are few enough classes, and the reliability curve."""
-    made = [_reliability(held)]
-    classes = held.group.classes
-    if len(classes) <= MOST_CLASSES:
-        made.insert(0, _matrix(held, classes))
-    return made
+    matrix = [_matrix(held)] if len(held.group.first.classes) <= MOST_CLASSES else []
+    return [*matrix, _reliability(held)]
 
 
-def _matrix(held: Predictions, classes: Sequence[str]) -> Figure:
+def _matrix(held: Predictions) -> Figure:
+    classes = held.group.first.classes
     totals = np.maximum(held.counts.sum(1), 1)
     records = [
         Record(true=t, predicted=p, images=int(n), share=100 * float(n / totals[i]))
@@ -112,25 +108,16 @@ def _matrix(held: Predictions, classes: Sequence[str]) -> Figure:
 
 @lru_cache(maxsize=64)
 def _matrix_spec(classes: tuple[str, ...]) -> dict[str, Any]:
-    alt = require_altair()
-    base = base_chart()
-    axis = alt.Axis(domain=False, ticks=False, labelLimit=90, labelOverlap="greedy")
+    alt, base = charts.base_chart()
+    axis = {"domain": False, "ticks": False, "labelLimit": 90, "labelOverlap": "greedy"}
     angle = 0 if max(map(len, classes)) <= 3 else -90
-    x = alt.X(
-        "predicted:N",
-        sort=list(classes),
-        title="predicted class",
-        axis=alt.Axis(**axis.to_dict(), labelAngle=angle),
-        scale=alt.Scale(domain=list(classes)),
-    )
-    y = alt.Y("true:N", sort=list(classes), title="true class", axis=axis, scale=alt.Scale(domain=list(classes)))
+    scale, order = alt.Scale(domain=list(classes)), list(classes)
+    x_axis = alt.Axis(**axis, labelAngle=angle)
+    x = alt.X("predicted:N", sort=order, title="predicted class", axis=x_axis, scale=scale)
+    y = alt.Y("true:N", sort=order, title="true class", axis=alt.Axis(**axis), scale=scale)
     colour = alt.Color("share:Q", scale=alt.Scale(domain=[0, 100]), legend=None)
-    tooltip = [
-        alt.Tooltip("true:N", title="true class"),
-        alt.Tooltip("predicted:N", title="predicted class"),
-        alt.Tooltip("images:Q"),
-        alt.Tooltip("share:Q", title="% of the class", format=".1f"),
-    ]
+    names = [("true:N", "true class"), ("predicted:N", "predicted class")]
+    tooltip = charts.tooltip(*names, "images:Q", ("share:Q", "% of the class", ".1f"))
     cells = base.mark_rect(style="heat").encode(x=x, y=y, color=colour, tooltip=tooltip)
     values = [
         base.transform_filter(f"datum.share {test} 50 && datum.share >= 0.5")
@@ -138,18 +125,13 @@ def _matrix_spec(classes: tuple[str, ...]) -> dict[str, Any]:
         .encode(x=x, y=y, text=alt.Text("share:Q", format=".0f"))
         for style, test in (("on-weak", "<="), ("on-strong", ">"))
     ]
-    return to_spec(alt.layer(cells, *values), max(120, 26 * len(classes)))
+    return charts.to_spec(alt.layer(cells, *values), max(120, 26 * len(classes)))
 
 
 def _reliability(held: Predictions) -> Figure:
     records = [
         Record(
-            probe=name,
-            confidence=one.confidence,
-            accuracy=one.accuracy,
-            images=one.images,
-            low=one.low,
-            high=one.high,
+            probe=name, confidence=one.confidence, accuracy=one.accuracy, images=one.images, low=one.low, high=one.high
         )
         for name, curve in held.calibrations
         for one in curve.bins
@@ -173,29 +155,23 @@ def _reliability(held: Predictions) -> Figure:
 
 @lru_cache(maxsize=64)
 def _reliability_spec(names: tuple[str, ...]) -> dict[str, Any]:
-    alt = require_altair()
-    base = base_chart()
-    scale = alt.Scale(domain=[0, 1], nice=False)
-    x = alt.X(
-        "confidence:Q", title="confidence (probability of the predicted class)", scale=scale, axis=alt.Axis(tickCount=5)
-    )
-    y = alt.Y("accuracy:Q", title="accuracy", scale=scale, axis=alt.Axis(tickCount=5))
-    colour = alt.Color("probe:N", scale=alt.Scale(domain=list(names)), legend=None)
-    shape = alt.Shape("probe:N", scale=alt.Scale(domain=list(names), range=list(SYMBOLS)), legend=None)
-    tooltip = [
-        alt.Tooltip("probe:N"),
-        alt.Tooltip("confidence:Q", format=".3f"),
-        alt.Tooltip("accuracy:Q", format=".3f"),
-        alt.Tooltip("images:Q"),
-    ]
+    alt, base = charts.base_chart()
+    scale, axis = alt.Scale(domain=[0, 1], nice=False), alt.Axis(tickCount=5)
+    x = alt.X("confidence:Q", title="confidence (probability of the predicted class)", scale=scale, axis=axis)
+    y = alt.Y("accuracy:Q", title="accuracy", scale=scale, axis=axis)
+    colour, shape = charts.series_channels("probe", names)
+    tooltip = charts.tooltip("probe:N", ("confidence:Q", "", ".3f"), ("accuracy:Q", "", ".3f"), "images:Q")
     even = base.transform_aggregate(n="count()").mark_rule(style="baseline")
-    return to_spec(
-        alt.layer(
-            even.encode(
-                x=alt.XDatum(0, scale=scale), x2=alt.X2Datum(1), y=alt.YDatum(0, scale=scale), y2=alt.Y2Datum(1)
-            ),
-            base.mark_line(style="series").encode(x=x, y=y, color=colour),
-            base.mark_point(style="dot", filled=True).encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip),
-        ),
-        260,
-    )
+    ends = {
+        "x": alt.XDatum(0, scale=scale),
+        "x2": alt.X2Datum(1),
+        "y": alt.YDatum(0, scale=scale),
+        "y2": alt.Y2Datum(1),
+    }
+    dot = base.mark_point(style="dot", filled=True)
+    layers = [
+        even.encode(**ends),
+        base.mark_line(style="series").encode(x=x, y=y, color=colour),
+        dot.encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip),
+    ]
+    return charts.to_spec(alt.layer(*layers), 260)

@@ -1,26 +1,16 @@
 """Test score against the cost of a probe: its parameters, and the time that it takes to train."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import log
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlfusion.report.figures.drawing import (
-    Figure,
-    Panel,
-    Record,
-    base_chart,
-    extent,
-    require_altair,
-    series_legend,
-    to_spec,
-)
-from mlfusion.report.numbers import percent, points
+from mlfusion.report.figures import charts
+from mlfusion.report.figures.drawing import Figure, Panel, Record, extent, series_legend
+from mlfusion.report.numbers import capitalized, percent, points
 from mlfusion.report.studies import Study
 from mlfusion.report.summary import HEADS, Score, head_of, mean_gain
-from mlfusion.report.theme import SYMBOLS
 
 WIDTH, HEIGHT = 460, 340  # of a panel in a file, in pixels
 LETTER = 6.0  # width of a letter of a name in pixels
@@ -38,14 +28,14 @@ def cost(study: Study) -> Figure | None:
     cases = len(next(iter(scores.values())))
     records = [_record(probe, held) for probe, held in scores.items()]
     heads = tuple(dict.fromkeys([*HEADS, *(head_of(probe) for probe in scores)]))
-    reach = extent(records, "test", "test")
+    reach = extent(record.number("test") for record in records)
     axes = {"parameters": "parameters of the probe", "seconds": "seconds of probing (grid and refit)"}
     panels = []
     for name, title in axes.items():
         costs = [max(record.number(name), LEAST) for record in records]
         axis = _Axis(name, title, (min(costs) / 1.5, max(costs) * 1.5))
         spec = _spec(axis, f"{study.metric} on test, %", reach, heads)
-        panels.append(Panel(title[0].upper() + title[1:], spec, _placed(records, axis, reach)))
+        panels.append(Panel(capitalized(title), spec, _placed(records, axis, reach)))
     over = f", averaged over the {cases} cases (a model on a data set) that have all of these" if cases > 1 else ""
     return Figure(
         "cost",
@@ -83,11 +73,7 @@ def _record(probe: str, scores: Sequence[Score]) -> Record:
     )
 
 
-# --- names beside dots -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Axis:
+class _Axis(NamedTuple):
     """A logarithmic axis of costs."""
 
     name: str
@@ -98,13 +84,9 @@ class _Axis:
 def _placed(records: Sequence[Record], axis: _Axis, reach: tuple[float, float]) -> list[Record]:
     """Each record with the side of its dot on which its name stands."""
     (first, last), (low, high) = axis.ends, reach
-    dots = [
-        (
-            WIDTH * log(max(record.number(axis.name), LEAST) / first) / log(last / first),
-            HEIGHT * (high - record.number("test")) / (high - low),
-        )
-        for record in records
-    ]
+    across = [WIDTH * log(max(record.number(axis.name), LEAST) / first) / log(last / first) for record in records]
+    down = [HEIGHT * (high - record.number("test")) / (high - low) for record in records]
+    dots = list(zip(across, down, strict=True))
     sides = label_sides([str(record["probe"]) for record in records], dots)
     return [record.extended(side=side) for record, side in zip(records, sides, strict=True)]
 
@@ -131,7 +113,7 @@ def label_sides(names: Sequence[str], dots: Sequence[tuple[float, float]]) -> li
 def _overlap(box: Box, taken: Sequence[Box]) -> float:
     """Pixels of a box that lie outside the panel or, across, on boxes that are taken."""
     left, top, right, bottom = box
-    outside = max(0.0, -left) + max(0.0, right - WIDTH) + max(0.0, -top) + max(0.0, bottom - HEIGHT)
+    outside = sum(max(0.0, beyond) for beyond in (-left, right - WIDTH, -top, bottom - HEIGHT))
     return outside + sum(
         max(0.0, min(right, other[2]) - max(left, other[0])) * (min(bottom, other[3]) > max(top, other[1]))
         for other in taken
@@ -140,29 +122,14 @@ def _overlap(box: Box, taken: Sequence[Box]) -> float:
 
 @lru_cache(maxsize=64)
 def _spec(axis: _Axis, score: str, reach: tuple[float, float], heads: tuple[str, ...]) -> dict[str, Any]:
-    alt = require_altair()
-    base = base_chart()
-    x = alt.X(
-        f"{axis.name}:Q",
-        title=axis.title,
-        scale=alt.Scale(type="log", domain=list(axis.ends), nice=False),
-        axis=alt.Axis(format="~s", grid=False, tickCount=4, labelOverlap="greedy", labelSeparation=6),
-    )
-    y = alt.Y(
-        "test:Q",
-        title=score,
-        scale=alt.Scale(domain=list(reach), zero=False, padding=14, nice=False),
-        axis=alt.Axis(tickCount=5),
-    )
-    colour = alt.Color("head:N", scale=alt.Scale(domain=list(heads)), legend=None)
-    shape = alt.Shape("head:N", scale=alt.Scale(domain=list(heads), range=list(SYMBOLS)), legend=None)
-    tooltip = [
-        alt.Tooltip("probe:N"),
-        alt.Tooltip("scored:N", title="test"),
-        alt.Tooltip("parameters:Q", format=",.0f"),
-        alt.Tooltip("seconds:Q", format=",.1f"),
-        alt.Tooltip("n:Q", title="cases"),
-    ]
+    alt, base = charts.base_chart()
+    costs = alt.Axis(format="~s", grid=False, tickCount=4, labelOverlap="greedy", labelSeparation=6)
+    scale = alt.Scale(type="log", domain=list(axis.ends), nice=False)
+    x = alt.X(f"{axis.name}:Q", title=axis.title, scale=scale, axis=costs)
+    y = alt.Y("test:Q", title=score, scale=charts.exact_scale(reach, 14), axis=alt.Axis(tickCount=5))
+    colour, shape = charts.series_channels("head", heads)
+    numbers = [("parameters:Q", "", ",.0f"), ("seconds:Q", "", ",.1f")]
+    tooltip = charts.tooltip("probe:N", ("scored:N", "test"), *numbers, ("n:Q", "cases"))
     sides = {"right": ("left", 8, 0), "left": ("right", -8, 0), "above": ("center", 0, -14), "below": ("center", 0, 14)}
     names = [
         base.transform_filter(f"datum.side == '{side}'")
@@ -171,4 +138,4 @@ def _spec(axis: _Axis, score: str, reach: tuple[float, float], heads: tuple[str,
         for side, (align, dx, dy) in sides.items()
     ]
     dots = base.mark_point(style="dot", filled=True).encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
-    return to_spec(alt.layer(*names, dots), HEIGHT)
+    return charts.to_spec(alt.layer(*names, dots), HEIGHT)

@@ -1,21 +1,22 @@
 """What a figure is: panels of Vega-Lite without their data, a legend, and its numbers; and how it becomes files.
 
-The page draws each panel over the full width of its place and takes colours from the light or the dark palette; a file sets
-the panels side by side on white. No colour, font or font size is written in a figure: marks name a *style* or take the next
-colour of a range (see `theme`). Scores are in percent, gains in points.
+The page draws each panel as wide as its place, in the light or the dark palette; a file sets the panels side by side on white.
+No colour, font or font size is written in a figure: marks name a *style* or take the next colour of a range (see `theme`).
+Scores are in percent, gains in points.
 """
 
 import csv
 import io
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import chain
+from math import ceil
+from textwrap import wrap
 from types import MappingProxyType
 from typing import Any, Literal
 
-from mlfusion.errors import Unavailable
+from mlfusion.report.figures.charts import DATA
 from mlfusion.report.theme import DASHES, LIGHT, SYMBOLS, Symbol, config
-
-DATA = "records"  # the name under which a panel's specification asks for its data
 
 Value = str | float | int | None
 
@@ -91,10 +92,6 @@ class Figure:
     page_width: Literal["", "wide", "narrow"] = ""  # width of a panel on the page
     more_numbers: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)  # {name: records of a CSV}
 
-    def named(self, name: str) -> "Figure":
-        """The same under another name."""
-        return replace(self, name=name)
-
 
 def series(position: int) -> tuple[int, Symbol]:
     """(colour counted from 1, symbol) of the series at a position; after the last they begin again."""
@@ -107,58 +104,13 @@ def series_legend(names: Sequence[str], shown: Container[str] | None = None) -> 
     return tuple(LegendEntry(name, *series(i)) for i, name in enumerate(names) if shown is None or name in shown)
 
 
-def require_altair() -> Any:
-    """Altair, imported late: everything but the page and the figures works without it.
-
-    Raises:
-        Unavailable: Altair, or another library of the extra, is not installed.
-    """
-    try:
-        import altair
-        import itables  # noqa: F401  the page reads DataTables from it
-        import vl_convert  # noqa: F401  and Vega from this
-    except ImportError as err:
-        raise Unavailable(
-            f"a page or figures need {err.name}, which is not installed; allowed without it: the table that `mlfusion "
-            "report` prints. Type: pip install 'mlfusion[report]'"
-        ) from err
-    return altair
-
-
-def base_chart() -> Any:
-    """An Altair chart of the panel's records."""
-    alt = require_altair()
-    return alt.Chart(alt.NamedData(DATA))
-
-
-def of_kind(kind: str) -> Any:
-    """An Altair chart of those of the panel's records whose `what` is this."""
-    return base_chart().transform_filter(f"datum.what == '{kind}'")
-
-
-def to_spec(chart: Any, height: int) -> dict[str, Any]:
-    """The chart's specification, as wide as its container."""
-    spec: dict[str, Any] = chart.properties(width="container", height=height).to_dict()
-    return {**spec, "data": {"name": DATA}, "layer": [_without_data(layer) for layer in spec["layer"]]}
-
-
-def _without_data(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer without the name of the data, which Altair may write into every layer: the panel's data serve all of them."""
-    inner = {key: value for key, value in layer.items() if key != "data"}
-    return inner | ({"layer": [_without_data(one) for one in inner["layer"]]} if "layer" in inner else {})
-
-
 def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
     """Records as CSV; columns in the order in which they first come, an absent value empty."""
-    names = list(dict.fromkeys(name for record in records for name in record))
     held = io.StringIO()
-    writer = csv.DictWriter(held, names, restval="", lineterminator="\n")
+    writer = csv.DictWriter(held, list(dict.fromkeys(chain.from_iterable(records))), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return held.getvalue()
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def combined_spec(figure: Figure) -> dict[str, Any]:
@@ -171,33 +123,16 @@ def combined_spec(figure: Figure) -> dict[str, Any]:
     columns = min(figure.columns, len(views))
     across = columns * (max(panel.width for panel in figure.panels) + 40)
     body = {"concat": views, "columns": columns, "spacing": 36, "resolve": {"scale": {"color": "shared"}}}
+    note = wrap(figure.note, ceil(across / 6.2), break_long_words=False, break_on_hyphens=False)
+    look = {"fontSize": 16, "subtitleFontSize": 12, "subtitleColor": LIGHT.quiet, "subtitlePadding": 6, "offset": 18}
     theme = config(LIGHT) | {"background": LIGHT.paper, "padding": 16, "concat": {"spacing": 36}}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "title": {
-            "text": figure.title,
-            "subtitle": _lines(figure.note, across),
-            "fontSize": 16,
-            "subtitleFontSize": 12,
-            "subtitleColor": LIGHT.quiet,
-            "subtitlePadding": 6,
-            "offset": 18,
-        },
+        "title": look | {"text": figure.title, "subtitle": note},
         "datasets": datasets,
         "vconcat": [*([_legend(figure.legend, across)] if figure.legend else []), body],
         "config": theme,
     }
-
-
-def _lines(text: str, width: int) -> list[str]:
-    """Text broken into lines of about `width` pixels."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and len(lines[-1]) + len(word) < width / 6.2:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
 
 
 def _legend(entries: Sequence[LegendEntry], width: int) -> dict[str, Any]:
@@ -227,17 +162,12 @@ def _symbol(symbol: Symbol, x: float, y: float, colour: str) -> list[dict[str, A
         mark = {"type": "rect", "color": colour, "fillOpacity": 0.3, "stroke": colour}
         return [_fixed(mark, x + 1, y - 5, x2=x + 17, y2=y + 5)]
     hollow = symbol == "hollow"
-    shape = "circle" if hollow else symbol
-    return [
-        _fixed(
-            {"type": "point", "shape": shape, "filled": not hollow, "color": colour, "size": 70, "opacity": 1}, x + 9, y
-        )
-    ]
+    point = {"type": "point", "shape": "circle" if hollow else symbol, "filled": not hollow}
+    return [_fixed(point | {"color": colour, "size": 70, "opacity": 1}, x + 9, y)]
 
 
 def svg(figure: Figure) -> str:
     """The figure as SVG on white."""
-    require_altair()
     import vl_convert
 
     return vl_convert.vegalite_to_svg(combined_spec(figure))
@@ -250,9 +180,8 @@ def png(drawn: str, scale: float = 2) -> bytes:
     return vl_convert.svg_to_png(drawn, scale=scale)
 
 
-def extent(records: Iterable[Record], low: str, high: str, least: float = 2) -> tuple[float, float]:
-    """From the lowest to the highest value, at least `least` points wide: a narrower axis would magnify noise."""
-    held = list(records)
-    bottom, top = min(record.number(low) for record in held), max(record.number(high) for record in held)
-    missing = max(0.0, least - (top - bottom)) / 2
-    return bottom - missing, top + missing
+def extent(values: Iterable[float]) -> tuple[float, float]:
+    """From the lowest to the highest value, at least two points wide: a narrower axis would magnify noise."""
+    held = list(values)
+    missing = max(0.0, 2 - (max(held) - min(held))) / 2
+    return min(held) - missing, max(held) + missing

@@ -32,19 +32,14 @@ def by_probe(study: Study) -> Figure | None:
         tested = {one.name: one for one in against({probe: [dot.x / 100 for dot in gains[probe]] for probe in gains})}
         tests += [_test(model, one) for one in tested.values()]
         most = max(map(len, gains.values()), default=0)
-        lines = [
-            Line(
-                probe,
-                heads.index(head_of(probe)),
-                dots,
-                _mean_text(_scores(study, probe, model), dots, most) + (" *" if tested[probe].significant else ""),
-            )
-            for probe, dots in gains.items()
-        ]
+        groups = []
+        for probe, dots in gains.items():
+            star = " *" if tested[probe].significant else ""
+            text = _mean_text(_scores(study, probe, model), dots, most) + star
+            groups.append(LineGroup("", [Line(probe, heads.index(head_of(probe)), dots, text)]))
         base = _scores(study, BASELINE, model)
-        if lines and base:
-            title = f"{model}: baseline {fmean(dot.x for dot in base):.1f} % (n = {len(base)})"
-            views.append((title, [LineGroup("", [line]) for line in lines]))
+        if groups and base:
+            views.append((f"{model}: baseline {fmean(dot.x for dot in base):.1f} % (n = {len(base)})", groups))
     return Figure(
         "gains-by-probe",
         "Gain of each probe over the baseline",
@@ -65,9 +60,8 @@ def by_model(study: Study) -> Figure | None:
     base = {model: dots for model in study.models if (dots := _scores(study, BASELINE, model))}
     if not shown or len(base) < 2:
         return None
-    absolute = [
-        LineGroup(model, [Line("", 0, dots, f"{fmean(dot.x for dot in dots):.1f}")]) for model, dots in base.items()
-    ]
+    means = {model: f"{fmean(dot.x for dot in dots):.1f}" for model, dots in base.items()}
+    absolute = [LineGroup(model, [Line("", 0, dots, means[model])]) for model, dots in base.items()]
     gained = grouped(
         (model, Line("", i, gains, _mean_text(_scores(study, probe, model), gains, len(dots))))
         for model, dots in base.items()
@@ -106,6 +100,7 @@ def by_token(study: Study) -> Figure | None:
     if len(study.datasets) > 1:
         views += [(name, groups) for name in study.datasets if (groups := grouped(lines(name)))]
     probes = [probe for held in pooled.values() for probe in held.values()]
+    shown = {KINDS[kind] for held in pooled.values() for kind in held}
     return Figure(
         "tokens",
         "CLS, AP, or both",
@@ -113,9 +108,7 @@ def by_token(study: Study) -> Figure | None:
         describe(views[0][1]),
         box_panels(views, GAIN_AXIS, zero=True),
         _numbers(study, [BASELINE, *probes]),
-        series_legend(
-            list(KINDS.values()), shown={KINDS[kind] for kind in KINDS if any(kind in held for held in pooled.values())}
-        ),
+        series_legend(list(KINDS.values()), shown),
     )
 
 
@@ -125,13 +118,11 @@ def by_heads(study: Study) -> Figure | None:
     numbers: list[Record] = []
     for group in study.groups:
         for score in group.probes:
-            heads = score.attention_heads
-            if heads is None or score.gain is None:
-                continue
-            case = f"{group.model}, {group.dataset}"
-            cases = found.setdefault(score.probe.partition(":")[0], {}).setdefault(heads, {})
-            cases[case] = _dot(case, score, group)
-            numbers.append(_number(group, score).extended(heads=heads))
+            heads, case = score.attention_heads, f"{group.model}, {group.dataset}"
+            if heads is not None and score.gain:
+                counts = found.setdefault(score.probe.partition(":")[0], {})
+                counts.setdefault(heads, {})[case] = _dot(case, score, group)
+                numbers.append(_number(group, score).extended(heads=heads))
     found = {probe: counts for probe, counts in found.items() if len(_comparable(counts)) > 1}
     if not found:
         return None
@@ -151,9 +142,6 @@ def by_heads(study: Study) -> Figure | None:
     )
 
 
-# --- dots ------------------------------------------------------------------------------------------------------------
-
-
 def _dot(label: str, score: Score, group: ComparisonGroup) -> Dot:
     gain = 100 * score.gain.mean if score.gain else 0.0
     compared = f" against {percent(group.baseline.test.mean, 2)} %" if group.baseline and not score.is_baseline else ""
@@ -169,13 +157,12 @@ def _gains(
     """
     dots = []
     for group in study.groups:
-        if model not in (None, group.model) or dataset not in (None, group.dataset):
-            continue
         score = study.score(group, probe)
-        if score is None or score.gain is None or (score.is_baseline and not baseline):
+        if model not in (None, group.model) or dataset not in (None, group.dataset) or score is None:
             continue
-        label = group.dataset if model else group.model if dataset else f"{group.model}, {group.dataset}"
-        dots.append(_dot(label, score, group))
+        if score.gain and (baseline or not score.is_baseline):
+            label = group.dataset if model else group.model if dataset else f"{group.model}, {group.dataset}"
+            dots.append(_dot(label, score, group))
     return dots
 
 
@@ -209,9 +196,6 @@ def _comparable(counts: dict[int, dict[str, Dot]]) -> list[int]:
         for heads, cases in counts.items()
         if any(other != heads and set(cases) & set(counts[other]) for other in counts)
     )
-
-
-# --- texts and numbers -----------------------------------------------------------------------------------------------
 
 
 def _caption(dot: str) -> str:
@@ -261,14 +245,5 @@ def _number(group: ComparisonGroup, score: Score) -> Record:
 
 
 def _test(model: str, test: Against) -> Record:
-    return Record(
-        model=model,
-        probe=test.name,
-        n=test.n,
-        mean=100 * test.mean,
-        median=100 * test.median,
-        p=test.p,
-        q=test.q,
-        significant="yes" if test.significant else "",
-        refused=test.refused,
-    )
+    held = Record(model=model, probe=test.name, n=test.n, mean=100 * test.mean, median=100 * test.median)
+    return held.extended(p=test.p, q=test.q, significant="yes" if test.significant else "", refused=test.refused)

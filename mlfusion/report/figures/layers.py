@@ -6,20 +6,13 @@ from functools import lru_cache
 from math import isfinite
 from typing import Any, Literal
 
+from mlfusion.report.figures import charts
 from mlfusion.report.figures.accuracy import numbers_of, score_record
-from mlfusion.report.figures.drawing import (
-    Figure,
-    LegendEntry,
-    Panel,
-    Record,
-    of_kind,
-    require_altair,
-    series_legend,
-    to_spec,
-)
+from mlfusion.report.figures.charts import of_kind
+from mlfusion.report.figures.drawing import Figure, LegendEntry, Panel, Record, series_legend
 from mlfusion.report.numbers import percent
 from mlfusion.report.summary import ComparisonGroup, metric_name, score_word
-from mlfusion.report.theme import SYMBOLS, Symbol
+from mlfusion.report.theme import Symbol
 from mlfusion.specs.names import BASELINE
 
 Cka = Mapping[tuple[str, str], Mapping[Literal["linear", "rbf"], Mapping[str, Mapping[int, float]]]]
@@ -38,14 +31,10 @@ def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figur
     panels, numbers = [], []
     for group in groups:
         scores, levels, similarity = layer_records(group), level_records(group), cka_records(group, cka or {}, series)
-        layout = _Layout(
-            tuple(sorted({int(record.number("layer")) for record in [*scores, *similarity]})),
-            group.depth,
-            metric_name(group.metric),
-            series,
-            # What a filter leaves empty has no extent, of which Vega warns: only kinds that exist get a layer.
-            tuple(dict.fromkeys(str(record["what"]) for record in [*levels, *similarity])),
-        )
+        layers = tuple(sorted({int(record.number("layer")) for record in [*scores, *similarity]}))
+        # What a filter leaves empty has no extent, of which Vega warns: only kinds that exist get a layer.
+        present = tuple(dict.fromkeys(str(record["what"]) for record in [*levels, *similarity]))
+        layout = _Layout(layers, group.first.depth, metric_name(group.metric), series, present)
         records = [*scores, *levels, *similarity]
         panels.append(Panel(group.name, _spec(layout), records, width=380))
         numbers += [numbers_of(group, record.without("what")) for record in records]
@@ -54,6 +43,8 @@ def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figur
         for group in groups
     )
     kinds = {record["what"] for panel in panels for record in panel.records}
+    lines = [KERNELS[kernel] for kernel in KERNELS if f"cka-{kernel}" in kinds]
+    where = "with the last layer, in the colour of its tokens (right axis)"
     return Figure(
         "layers",
         f"{score_word(groups)} by layer",
@@ -62,14 +53,7 @@ def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figur
         f"{score_word(groups)} by layer. {description}",
         panels,
         numbers,
-        (
-            *series_legend(series),
-            *(
-                LegendEntry(f"{name} with the last layer, in the colour of its tokens (right axis)", 0, symbol)
-                for kernel, (name, symbol) in KERNELS.items()
-                if f"cka-{kernel}" in kinds
-            ),
-        ),
+        [*series_legend(series), *(LegendEntry(f"{name} {where}", 0, symbol) for name, symbol in lines)],
     )
 
 
@@ -86,16 +70,14 @@ def level_records(group: ComparisonGroup) -> list[Record]:
     """The levels to compare layers with: the probe over several layers, and the baseline."""
     held = [score for score in (group.main, group.baseline) if score is not None]
     highest = max((score.test.mean for score in held), default=0)
-    return [
-        Record(
-            # Close levels would write over each other: the higher one's name stands above its line, the lower one's below.
-            what=f"{'baseline' if score.is_baseline else 'level'}-{'above' if score.test.mean == highest else 'below'}",
-            probe=score.probe,
-            test=100 * score.test.mean,
-            label=f"{score.probe}  {percent(score.test.mean)} %",
-        )
-        for score in held
-    ]
+    records = []
+    for score in held:
+        mean = score.test.mean
+        # Close levels would write over each other: the higher one's name stands above its line, the lower one's below.
+        what = f"{'baseline' if score.is_baseline else 'level'}-{'above' if mean == highest else 'below'}"
+        label = f"{score.probe}  {percent(mean)} %"
+        records.append(Record(what=what, probe=score.probe, test=100 * mean, label=label))
+    return records
 
 
 def cka_records(group: ComparisonGroup, cka: Cka, series: Sequence[str]) -> list[Record]:
@@ -133,30 +115,15 @@ class _Layout:
 
 @lru_cache(maxsize=256)
 def _spec(layout: _Layout) -> dict[str, Any]:
-    alt = require_altair()
+    alt = charts.require_altair()
     first, last = layout.layers[0], layout.layers[-1]
-    x = alt.X(
-        "layer:Q",
-        title=f"layer (of {layout.depth})",
-        scale=alt.Scale(domain=[first, max(last, first + 1)], nice=False, padding=10),
-        axis=alt.Axis(values=list(layout.layers), format="d", grid=False, labelOverlap=True),
-    )
-    y = alt.Y(
-        "test:Q",
-        title=f"{layout.metric}, %",
-        scale=alt.Scale(zero=False, padding=12),
-        axis=alt.Axis(tickCount=5, orient="left"),
-    )
-    domain = list(layout.series)
-    colour = alt.Color("series:N", scale=alt.Scale(domain=domain), legend=None)
-    shape = alt.Shape("series:N", scale=alt.Scale(domain=domain, range=list(SYMBOLS)), legend=None)
-    tooltip = [
-        alt.Tooltip("probe:N"),
-        alt.Tooltip("layer:Q"),
-        alt.Tooltip("scored:N", title="test"),
-        alt.Tooltip("gained:N", title="gain"),
-        alt.Tooltip("seeds:N"),
-    ]
+    scale = alt.Scale(domain=[first, max(last, first + 1)], nice=False, padding=10)
+    ticks = alt.Axis(values=list(layout.layers), format="d", grid=False, labelOverlap=True)
+    x = alt.X("layer:Q", title=f"layer (of {layout.depth})", scale=scale, axis=ticks)
+    left = alt.Axis(tickCount=5, orient="left")
+    y = alt.Y("test:Q", title=f"{layout.metric}, %", scale=alt.Scale(zero=False, padding=12), axis=left)
+    colour, shape = charts.series_channels("series", layout.series)
+    tooltip = charts.tooltip("probe:N", "layer:Q", ("scored:N", "test"), ("gained:N", "gain"), "seeds:N")
     scores = of_kind("layer")
     chart = alt.layer(
         scores.mark_line(style="series").encode(x=x, y=y, color=colour),
@@ -166,34 +133,25 @@ def _spec(layout: _Layout) -> dict[str, Any]:
     )
     if kernels := [kernel for kernel in KERNELS if f"cka-{kernel}" in layout.kinds]:
         chart = alt.layer(chart, _similarity(kernels, x, colour)).resolve_scale(y="independent")
-    return to_spec(chart, 260)
+    return charts.to_spec(chart, 260)
 
 
 def _level(kind: str, y: Any) -> tuple[Any, Any]:
     """A horizontal line and its name above or below."""
-    alt = require_altair()
+    alt, level = charts.require_altair(), of_kind(kind)
     style, _, place = kind.partition("-")
-    above = place == "above"
-    level = of_kind(kind)
-    text = level.mark_text(style="name", align="left", baseline="bottom" if above else "top", dy=-4 if above else 5)
+    beside = {"baseline": "bottom", "dy": -4} if place == "above" else {"baseline": "top", "dy": 5}
     return (
         level.mark_rule(style=style).encode(y=y, tooltip=alt.Tooltip("label:N", title="level")),
-        text.encode(x=alt.value(2), y=y, text="label:N"),
+        level.mark_text(style="name", align="left", **beside).encode(x=alt.value(2), y=y, text="label:N"),
     )
 
 
 def _similarity(kernels: Sequence[str], x: Any, colour: Any) -> Any:
     """Lines of CKA on an axis at the right."""
-    alt = require_altair()
+    alt = charts.require_altair()
     axis = alt.Axis(orient="right", tickCount=5, grid=False)
     y = alt.Y("cka:Q", title="CKA", scale=alt.Scale(domain=[0, 1]), axis=axis)
-    tooltip = [
-        alt.Tooltip("label:N", title="CKA of"),
-        alt.Tooltip("layer:Q"),
-        alt.Tooltip("cka:Q", title="CKA", format=".3f"),
-    ]
-    lines = [
-        of_kind(f"cka-{kernel}").mark_line(style=f"similarity-{kernel}").encode(x=x, y=y, color=colour, tooltip=tooltip)
-        for kernel in kernels
-    ]
-    return alt.layer(*lines)
+    tooltip = charts.tooltip(("label:N", "CKA of"), "layer:Q", ("cka:Q", "CKA", ".3f"))
+    lines = [of_kind(f"cka-{kernel}").mark_line(style=f"similarity-{kernel}") for kernel in kernels]
+    return alt.layer(*(line.encode(x=x, y=y, color=colour, tooltip=tooltip) for line in lines))

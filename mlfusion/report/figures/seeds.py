@@ -5,7 +5,8 @@ from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
-from mlfusion.report.figures.drawing import Figure, LegendEntry, Panel, Record, base_chart, require_altair, to_spec
+from mlfusion.report.figures import charts
+from mlfusion.report.figures.drawing import Figure, LegendEntry, Panel, Record
 from mlfusion.report.figures.gains import COMPARED
 from mlfusion.report.numbers import from_to, points
 from mlfusion.report.studies import Study, domain
@@ -17,9 +18,6 @@ def _shown(study: Study) -> list[str]:
     """The baseline and the three probes that the study compares with each other, or else the first four."""
     named = [probe for probe in (BASELINE, *COMPARED) if probe in study.probes]
     return named if len(named) > 1 else list(study.probes[:4])
-
-
-# --- variation over seeds --------------------------------------------------------------------------------------------
 
 
 def seeds(study: Study) -> Figure | None:
@@ -64,36 +62,19 @@ def _deviation(dataset: str, probe: str, scores: Sequence[Score]) -> Record:
 
 @lru_cache(maxsize=64)
 def _bars(datasets: tuple[str, ...], probes: tuple[str, ...], ticks: bool) -> dict[str, Any]:
-    alt = require_altair()
-    base = base_chart()
-    y = alt.Y(
-        "dataset:N",
-        sort=list(datasets),
-        title=None,
-        axis=alt.Axis(domain=False, ticks=False),
-        scale=alt.Scale(paddingInner=0.3),
-    )
-    offset = alt.YOffset("probe:N", sort=list(probes))
+    alt, base = charts.base_chart()
+    y, offset = charts.dataset_rows(datasets, 0.3), alt.YOffset("probe:N", sort=list(probes))
     title = "standard deviation over seeds, points"
     x = alt.X("sd:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=6))
-    colour = alt.Color("probe:N", scale=alt.Scale(domain=list(probes)), legend=None)
-    tooltip = [
-        alt.Tooltip("dataset:N", title="data set"),
-        alt.Tooltip("probe:N"),
-        alt.Tooltip("sd:Q", title="mean deviation", format=".3f"),
-        alt.Tooltip("highest:Q", title="largest", format=".3f"),
-        alt.Tooltip("test:Q", title="score, %", format=".2f"),
-        alt.Tooltip("models:Q"),
-        alt.Tooltip("seeds:N"),
-    ]
+    colour, _ = charts.series_channels("probe", probes)
+    deviations = [("sd:Q", "mean deviation", ".3f"), ("highest:Q", "largest", ".3f")]
+    score = ("test:Q", "score, %", ".2f")
+    tooltip = charts.tooltip(("dataset:N", "data set"), "probe:N", *deviations, score, "models:Q", "seeds:N")
     layers = [base.mark_bar().encode(x=x, y=y, yOffset=offset, color=colour, tooltip=tooltip)]
     if ticks:
         tick = base.mark_tick(style="median")
         layers.append(tick.encode(x="highest:Q", y=y, yOffset=offset, color=colour, tooltip=tooltip))
-    return to_spec(alt.layer(*layers), max(60, len(datasets) * (9 * len(probes) + 8)))
-
-
-# --- training against test -------------------------------------------------------------------------------------------
+    return charts.to_spec(alt.layer(*layers), max(60, len(datasets) * (9 * len(probes) + 8)))
 
 
 def train_test(study: Study) -> Figure | None:
@@ -127,40 +108,23 @@ def _train_records(study: Study, probe: str) -> list[Record]:
     for dataset in study.datasets:
         if scores := study.scores(probe, dataset=dataset):
             train, test = fmean(score.train.mean for score in scores), fmean(score.test.mean for score in scores)
-            records.append(
-                Record(
-                    dataset=dataset,
-                    domain=domain(dataset),
-                    probe=probe,
-                    models=len(scores),
-                    train=100 * train,
-                    test=100 * test,
-                    gap=points(train - test),
-                )
-            )
+            place = Record(dataset=dataset, domain=domain(dataset), probe=probe, models=len(scores))
+            records.append(place.extended(train=100 * train, test=100 * test, gap=points(train - test)))
     return records
 
 
 @lru_cache(maxsize=64)
 def _lines(datasets: tuple[str, ...], probes: tuple[str, ...], metric: str, low: float) -> dict[str, Any]:
-    alt = require_altair()
-    base = base_chart()
-    y = alt.Y("dataset:N", sort=list(datasets), title=None, axis=alt.Axis(domain=False, ticks=False))
+    alt, base = charts.base_chart()
+    y = charts.dataset_rows(datasets)
     scale = alt.Scale(domain=[low, 100], zero=False, nice=True, padding=8)
     x = alt.X("test:Q", title=f"{metric}, %", scale=scale, axis=alt.Axis(tickCount=5, grid=False))
-    colour = alt.Color("probe:N", scale=alt.Scale(domain=list(probes)), legend=None)
-    tooltip = [
-        alt.Tooltip("dataset:N", title="data set"),
-        alt.Tooltip("train:Q", title="train, %", format=".2f"),
-        alt.Tooltip("test:Q", title="test, %", format=".2f"),
-        alt.Tooltip("gap:N", title="train over test, points"),
-        alt.Tooltip("models:Q"),
+    colour, _ = charts.series_channels("probe", probes)
+    scores = [("train:Q", "train, %", ".2f"), ("test:Q", "test, %", ".2f"), ("gap:N", "train over test, points")]
+    tooltip = charts.tooltip(("dataset:N", "data set"), *scores, "models:Q")
+    layers = [
+        base.mark_rule(style="stem").encode(x=x, x2="train:Q", y=y, color=colour),
+        base.mark_point(style="hollow").encode(x="train:Q", y=y, color=colour, tooltip=tooltip),
+        base.mark_point(style="dot", filled=True).encode(x=x, y=y, color=colour, tooltip=tooltip),
     ]
-    return to_spec(
-        alt.layer(
-            base.mark_rule(style="stem").encode(x=x, x2="train:Q", y=y, color=colour),
-            base.mark_point(style="hollow").encode(x="train:Q", y=y, color=colour, tooltip=tooltip),
-            base.mark_point(style="dot", filled=True).encode(x=x, y=y, color=colour, tooltip=tooltip),
-        ),
-        max(50, 24 * len(datasets)),
-    )
+    return charts.to_spec(alt.layer(*layers), max(50, 24 * len(datasets)))

@@ -1,6 +1,7 @@
 """A strip of pictures as a figure: each image, and below it the image with its attention map."""
 
-from mlfusion.report.figures.drawing import Figure, Panel, Record, of_kind, require_altair, to_spec
+from mlfusion.report.figures import charts
+from mlfusion.report.figures.drawing import Figure, Panel, Record
 from mlfusion.report.pictures import Picture, Strip, data_url
 
 SIDE_PX = 150  # of a picture in the figure
@@ -34,15 +35,11 @@ def strip_figure(strip: Strip) -> Figure:
 
 
 def _spec(width: int, height: int) -> dict[str, object]:
-    alt = require_altair()
-    scales = [alt.Scale(domain=[0, end], range=[0, end], nice=False, zero=False) for end in (width, height)]
-    x, y = alt.X("x:Q", axis=None, scale=scales[0]), alt.Y("y:Q", axis=None, scale=scales[1])
-    chart = alt.layer(
-        of_kind("image")
-        .mark_image(width=SIDE_PX, height=SIDE_PX, align="left", baseline="top")
-        .encode(x=x, y=y, url="url:N"),
-        of_kind("caption")
-        .mark_text(style="name", align="left", baseline="middle", limit=SIDE_PX + 10)
-        .encode(x=x, y=y, text="text:N"),
+    alt = charts.require_altair()
+    x, y = (
+        alt.X("x:Q", axis=None, scale=charts.pixel_scale(width)),
+        alt.Y("y:Q", axis=None, scale=charts.pixel_scale(height)),
     )
-    return to_spec(chart, height)
+    image = charts.of_kind("image").mark_image(width=SIDE_PX, height=SIDE_PX, align="left", baseline="top")
+    text = charts.of_kind("caption").mark_text(style="name", align="left", baseline="middle", limit=SIDE_PX + 10)
+    return charts.to_spec(alt.layer(image.encode(x=x, y=y, url="url:N"), text.encode(x=x, y=y, text="text:N")), height)
