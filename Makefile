@@ -9,6 +9,7 @@ RECIPE ?= pipelines/default.toml
 DATA ?=
 RESULTS ?= results
 HTML ?= $(RESULTS)/report.html
+MINUTES ?= 60
 ARGS ?=
 
 # Words are handed on only where they were given: the command line knows the defaults.
@@ -16,7 +17,7 @@ model = $(if $(MODEL),--model '$(MODEL)')
 dataset = $(if $(DATASET),--dataset '$(DATASET)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study extract probe run report models datasets test test-faults check format clean
+.PHONY: help setup demo study extract probe run report models datasets test test-all coverage check format clean
 
 help: ## list the targets
 	@echo "make TARGET [MODEL=…] [DATASET=…] [RECIPE=…] [DATA=…] [ARGS='…']"; echo
@@ -54,11 +55,14 @@ models: setup ## the catalogue of models
 datasets: setup ## the catalogue of data sets
 	@$(BIN)/mlfusion ls datasets
 
-test: setup ## the tests
+test: setup ## the tests that a user runs: under six minutes on two cores
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
-test-faults: setup ## the long form of the cache's fault tests: an hour or two, and tables
-	$(BIN)/python benchmarks/faults.py $(ARGS)
+test-all: setup ## the tests in their long forms: fuzzing, faults     MINUTES=
+	MLFUSION_LONG='$(MINUTES)' $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+coverage: setup ## the tests, and which lines they run; fails below the floor of pyproject.toml
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -70,4 +74,4 @@ format: setup ## put the code into its format
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment; the cache and the results stay
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

