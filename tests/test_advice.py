@@ -14,6 +14,7 @@ from mlfusion.errors import BadData
 from mlfusion.probing import grids, protocol
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.specs.names import BASELINE
+from mlfusion.specs.options import PilotOptions
 from mlfusion.workflows import advice
 
 PROBES = (BASELINE, "cls+ap-all-layers/ridge", "aat:h2")
@@ -49,10 +50,10 @@ def test_a_pilot_takes_alike_many_of_each_class_and_leaves_each_out_once(counts,
 
 
 def test_what_is_advised_from_the_cache_is_what_is_advised_without_it(model, images):
-    afresh = advice.advise(model, images, images=18, probes=PROBES)
+    afresh = advice.advise(model, images, PilotOptions(images=18), probes=PROBES)
     assert not Path("cache").exists()
     mlfusion.extract(model, images, tokens="cls,ap,all@last")
-    cached = advice.advise(model, images, images=18, probes=PROBES)
+    cached = advice.advise(model, images, PilotOptions(images=18), probes=PROBES)
     assert (afresh.cached, cached.cached) == (False, True)
     assert [c.score for c in afresh.candidates] == [c.score for c in cached.candidates]
     assert [c.gain for c in afresh.candidates] == [c.gain for c in cached.candidates]
@@ -73,7 +74,7 @@ def test_no_image_is_scored_by_a_probe_that_saw_it(model, images, monkeypatch):
         return fit(head, train, test, **words)
 
     monkeypatch.setattr(protocol, "fit", watched)
-    said = advice.advise(model, images, images=18, probes=PROBES[:1])
+    said = advice.advise(model, images, PilotOptions(images=18), probes=PROBES[:1])
     assert len(fitted) == advice.FOLDS
     assert not any(seen & left_out for seen, left_out in fitted)
     left_out = [name for _, names in fitted for name in names]
@@ -108,7 +109,7 @@ def test_a_pilot_finds_the_layer_that_knows(model, tmp_path, monkeypatch):
 
 
 def candidate(probe, value, lead, seconds):
-    behind = None if lead is None else advice.Difference(0, 0, sum(lead) / 2, *lead, 0.95, 1, 9)
+    behind = None if lead is None else advice.Difference(0, 0, sum(lead) / 2, lead[0], lead[1], 0.95, 1, 9)
     score = advice.Interval(value, value, value, 0.95, 9)
     return advice.Candidate(
         probe=probe, score=score, gain=None, behind=behind, bytes=0, extract_seconds=seconds, probe_seconds=seconds
@@ -134,5 +135,5 @@ def test_a_class_that_cannot_be_parted_is_refused(model, tmp_path):
     with pytest.raises(BadData, match="fewer than 3 images"):
         advice.advise(model, str(data))
     with pytest.raises(BadData, match="--images 2: allowed are 6 and more"):
-        advice.advise(model, str(data), images=2)
+        advice.advise(model, str(data), PilotOptions(images=2))
     shutil.rmtree(data)

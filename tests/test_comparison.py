@@ -21,6 +21,7 @@ from mlfusion.errors import BadData, NotCached
 from mlfusion.probing import fitting, grids, jobs, rerun, saved
 from mlfusion.results import Results, Row
 from mlfusion.results.rows import from_object
+from mlfusion.specs.options import StorageOptions
 
 PROBES = "cls-last/linear,cls+ap-2-layers/attentive"
 
@@ -211,7 +212,7 @@ def test_a_row_whose_features_are_gone_says_how_to_make_them(at: Path, made: Pat
     one = Results("results").rows(probe="cls+ap-2-layers/attentive")[0]
     command = rf"mlfusion extract --model {made}/tiny-vit --dataset {made}/colours --tokens cls\+ap@2,4"
     with pytest.raises(NotCached, match=rf"not in .*elsewhere.*--cache.*{command}"):
-        rerun.rerun(one.id, cache="elsewhere")
+        rerun.rerun(one.id, storage=StorageOptions(cache="elsewhere"))
 
 
 def test_a_row_that_does_not_repeat_says_what_changed(at: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def recipe(model, data) -> Recipe:
 
 def changed(recipe: Recipe, **fields) -> Recipe:
     """The same recipe with other values of some options."""
-    parts = {"features": recipe.features, "compute": recipe.compute, "search": recipe.search}
+    parts: dict[str, Any] = {"features": recipe.features, "compute": recipe.compute, "search": recipe.search}
     for name, value in fields.items():
         for part, options in parts.items():
             if name in {field.name for field in dataclasses.fields(options)}:
