@@ -68,7 +68,7 @@ def test_the_same_content_by_whatever_form_is_the_same_entry(tmp_path):
 def test_class_folders_without_splits_are_cut(tmp_path):
     save_images(tmp_path, {"train": 10})
     folder = str(tmp_path / "train")
-    with pytest.raises(BadData, match=r"has the folders blue, green, red; .*--carve"):
+    with pytest.raises(BadData, match=r"has the folders blue, green, red; .*--split-ratio"):
         datasets.load(folder)
     data = datasets.load(folder, ReadOptions(split_ratio="80/20"))
     assert [len(split) for split in data.splits.values()] == [24, 6]
@@ -405,7 +405,7 @@ def test_hidden_test_labels_do_not_stand_in_the_way_of_a_carve(tmp_path):
     for name, labels in {"train": [0, 1] * 5, "test": [-1, -1]}.items():
         columns = {"image": [{"bytes": png, "path": None}] * len(labels), "label": labels}
         library.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}-00000-of-00001.parquet")
-    with pytest.raises(BadData, match=r"split test: 2 of 2 images have no label, .*--carve"):
+    with pytest.raises(BadData, match=r"split test: 2 of 2 images have no label, .*--split-ratio"):
         datasets.load(str(folder))
     data = datasets.load(str(folder), ReadOptions(split_ratio="0.8/0.2"))
     assert [len(split) for split in data.splits.values()] == [8, 2]
@@ -431,7 +431,7 @@ def test_a_split_may_go_by_another_name(tmp_path):
     data = datasets.load(str(tmp_path))
     split = data.split("test=val")
     assert (split.name, split.ids) == ("test", data.split("val").ids)
-    with pytest.raises(BadData, match=r"no split 'test'; it has train, val: give --split .*--carve 0\.8/0\.2"):
+    with pytest.raises(BadData, match=r"no split 'test'; it has train, val: give --split .*--split-ratio 0\.8/0\.2"):
         data.split("test")
 
 

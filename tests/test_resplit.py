@@ -10,7 +10,8 @@ import mlfusion
 from mlfusion import datasets
 from mlfusion.datasets import ReadOptions, resplit
 from mlfusion.datasets.split import Split
-from mlfusion.errors import BadData
+from mlfusion.errors import BadData, BadOption
+from mlfusion.specs.kinds import parse_ratio
 from mlfusion.store import FeatureStore
 from mlfusion.store.features import split_pairs
 
@@ -27,7 +28,7 @@ def split_of(labels, classes=(), ids=None) -> Split:
 def test_every_image_goes_to_one_part_and_every_class_to_every_part(counts, words, seed):
     labels = np.repeat(np.arange(len(counts)), counts)
     split = split_of(labels, tuple(map(str, range(len(counts)))))
-    shares = resplit.parse_ratio(words)
+    shares = parse_ratio(words)
     parts = resplit.split_by_ratio(split, shares, seed)
     assert sorted(name for part in parts.values() for name in part.ids) == sorted(split.ids)
     for part in parts.values():
@@ -40,7 +41,7 @@ def test_every_image_goes_to_one_part_and_every_class_to_every_part(counts, word
 
 @given(st.integers(2, 6), st.integers(20, 60), SHARES)
 def test_shares_are_met_where_classes_are_large_enough(classes, each, words):
-    shares = resplit.parse_ratio(words)
+    shares = parse_ratio(words)
     if min(shares) * each < 1:
         return
     parts = resplit.split_by_ratio(split_of(np.repeat(np.arange(classes), each), tuple("abcdef")), shares, 0)
@@ -96,8 +97,8 @@ def test_a_rare_label_is_in_every_part():
 
 @pytest.mark.parametrize("words", ["0.8", "0.8/0.3", "0.5/0.25/0.25/0", "a/b", "1.2/-0.2", "0/1", "", "1e1/90"])
 def test_shares_that_mean_nothing(words):
-    with pytest.raises(BadData, match=r"--carve .*allowed: the shares of train/test or train/validation/test"):
-        resplit.parse_ratio(words)
+    with pytest.raises(BadOption, match=r"--split-ratio .*allowed are shares of train/test or train/validation/test"):
+        ReadOptions(split_ratio=words)
 
 
 def test_a_class_too_small_for_its_parts_is_named():

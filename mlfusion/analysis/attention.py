@@ -149,8 +149,8 @@ def seen(row: Row, *, cache: CachePath = None, dataset: str | None = None) -> Se
             f"the test features of row {row.id} ({row.features[1]}) are not in the cache, so that nothing says which "
             f"images it was tested on; name the cache that has them with --cache, or extract {word} again"
         )
-    steps, upright = _prepared(entry.spec.model.preprocess, row.sources.model)
-    split = datasets.load(word, ReadOptions(exif_transpose=upright)).split("test")
+    steps, exif_transpose = _prepared(entry.spec.model.preprocess, row.sources.model)
+    split = datasets.load(word, ReadOptions(exif_transpose=exif_transpose)).split("test")
     place = {name: number for number, name in enumerate(split.ids)}
     kept, rows = entry.samples, entry.rows()
     if any(kept.ids[number] not in place for number in rows):
@@ -162,11 +162,11 @@ def seen(row: Row, *, cache: CachePath = None, dataset: str | None = None) -> Se
 
 def _prepared(key: str, model: str) -> tuple[preprocessing.Preprocessing | None, bool]:
     """How the model's pictures were made, and whether images were turned first; None: nothing here says how."""
-    steps, upright = preprocessing.from_key(key)
+    steps, exif_transpose = preprocessing.from_key(key)
     if steps is not None:
-        return steps, upright
+        return steps, exif_transpose
     try:
         own = preprocessing.read(models.locate(model).folder)
     except MlfusionError:
-        return None, upright
-    return own if own.key(exif_transpose=upright) == key else None, upright
+        return None, exif_transpose
+    return own if own.key(exif_transpose=exif_transpose) == key else None, exif_transpose

@@ -123,6 +123,6 @@ class DataSet:
         if stored not in self.splits:
             raise BadData(
                 f"{self.name} has no split {stored!r}; it has {', '.join(self.splits)}: give --split (such as "
-                "train,test=validation), or cut one from train: --carve 0.8/0.2"
+                "train,test=validation), or split train: --split-ratio 0.8/0.2"
             )
         return replace(self.splits[stored], name=new_name)

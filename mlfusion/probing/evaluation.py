@@ -11,7 +11,7 @@ from mlfusion.probing.jobs import Job, jobs_of
 from mlfusion.results import Results, Row
 from mlfusion.results.trackers import Tracker, open_trackers
 from mlfusion.specs.commands import extract_command
-from mlfusion.specs.names import Probe, parse_probes, spelt_out
+from mlfusion.specs.names import Probe, expand_braces, parse_probes
 from mlfusion.specs.options import SearchOptions, StorageOptions, TrainingOptions
 from mlfusion.store import FeatureStore
 from mlfusion.store.features import SplitPair, impossible, require, split_pairs, words_of
@@ -151,7 +151,7 @@ def _not_kept(results: Results, row: Row, again: Row) -> str:
 def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: str) -> tuple[list[Probe], list[str]]:
     """The probes asked for. Of 'all', those whose tokens are not cached are left out with a word; others are refused."""
     depth = pair.train.spec.model.depth
-    words = spelt_out(names)
+    words = expand_braces(names)
     named = parse_probes([word for word in words if word != "all"], depth)
     for one in named:
         for entry in (pair.train, pair.test):

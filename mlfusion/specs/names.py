@@ -264,14 +264,14 @@ _PROBE = re.compile(
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
-def spelt_out(words: str | Iterable[str]) -> list[str]:
+def expand_braces(words: str | Iterable[str]) -> list[str]:
     """Words as a shell would expand them: 'a-{b,c}/{d,e}' → a-b/d, a-b/e, a-c/d, a-c/e. Text is parted at commas first."""
     asked = re.split(r",(?![^{]*\})", words) if isinstance(words, str) else list(words)
     done: list[str] = []
     for word in asked:
         if match := _BRACES.search(word):
             around = word[: match.start()], word[match.end() :]
-            done += spelt_out([each.strip().join(around) for each in match[1].split(",")])
+            done += expand_braces([each.strip().join(around) for each in match[1].split(",")])
         else:
             done.append(word.strip())
     return done
@@ -286,7 +286,7 @@ def parse_probes(names: str | Sequence[str], depth: int) -> tuple[Probe, ...]:
         UnknownName: with the nearest names.
     """
     probes: dict[Probe, None] = {}
-    for word in spelt_out(names):
+    for word in expand_braces(names):
         alias, _, heads = word.partition(":")
         named = f"{ALIASES[alias.lower()]}:{heads}".rstrip(":") if alias.lower() in ALIASES else word
         for name in STUDY if word == "all" else (named,):

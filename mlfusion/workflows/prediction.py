@@ -85,7 +85,7 @@ def predict(
     """
     card, head = saved.load(Path(probe))
     checkpoint = models.locate(_word(model, card.backbone.source))
-    steps, spec, upright = _as_trained(checkpoint, card.backbone)
+    steps, spec, exif_transpose = _as_trained(checkpoint, card.backbone)
     found = identity(spec)
     if differing := [name for name, value in found.items() if getattr(card.backbone, name) != value]:
         raise BadModel(
@@ -93,7 +93,9 @@ def predict(
             f"{' and '.join(differing)} differ{'s' if len(differing) == 1 else ''}. Allowed: the same weights and "
             "preprocessing, so give their folder with --model, or train the probe again on this model's features"
         )
-    pictures = datasets.pictures([str(image) for image in images], datasets.Decoder(upright, max_pixels or MAX_PIXELS))
+    pictures = datasets.pictures(
+        [str(image) for image in images], datasets.Decoder(exif_transpose, max_pixels or MAX_PIXELS)
+    )
     backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps, compute=spec.compute)
     made: list[Prediction] = []
     for start in range(0, len(pictures), batch_size):
@@ -110,9 +112,13 @@ def predict(
 def _as_trained(checkpoint: models.Checkpoint, card: saved.Backbone) -> tuple[Preprocessing, ModelSpec, bool]:
     """How the probe's pictures were prepared, the model with that, and whether images are turned as their EXIF says."""
     compute: Compute = card.compute if card.compute in COMPUTES else "float32"
-    rebuilt, upright = preprocessing.from_key(card.preparation)
+    rebuilt, exif_transpose = preprocessing.from_key(card.preparation)
     steps = rebuilt or preprocessing.read(checkpoint.folder)  # a processor with rules of its own: the model's
-    return steps, models.identify(checkpoint, steps.key(exif_transpose=upright), compute, steps.view), upright
+    return (
+        steps,
+        models.identify(checkpoint, steps.key(exif_transpose=exif_transpose), compute, steps.view),
+        exif_transpose,
+    )
 
 
 def _tokens(backbone: Backbone, pixels: Tensor, card: saved.Card) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any
 from mlfusion.errors import BadRecipe, MlfusionError, UnknownName
 from mlfusion.specs.definitions import Option, all_definitions, build
 from mlfusion.specs.identity import Pair
-from mlfusion.specs.names import Probe, parse_model, parse_probes, parse_tokens, spelt_out
+from mlfusion.specs.names import Probe, expand_braces, parse_model, parse_probes, parse_tokens
 from mlfusion.specs.options import MAX_DEPTH, ComputeOptions, FeatureOptions, SearchOptions
 
 DATA = "$DATA"  # stands for the folder that --data names, at the beginning of a model's or data set's name
@@ -198,10 +198,10 @@ def _probes(key: str, value: Any) -> Parsed:
     faults: Faults = []
     for word in value:
         try:
-            parse_probes(spelt_out([word]), MAX_DEPTH)
+            parse_probes(expand_braces([word]), MAX_DEPTH)
         except MlfusionError as err:
             faults.append((word, str(err)))
-    return tuple(spelt_out(value)), faults + _twice(key, spelt_out(value))
+    return tuple(expand_braces(value)), faults + _twice(key, expand_braces(value))
 
 
 KEYS: dict[str, tuple[str, Option]] = {
