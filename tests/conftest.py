@@ -61,8 +61,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
     ran, skipped = tests("passed", "needs") | tests("failed", "needs"), tests("skipped", "needs")
     if skipped:
-        terminalreporter.line(f"{len(skipped)} tests need ../shared/data, which is not there: they were skipped")
+        terminalreporter.line(f"tests that need ../shared/data, which is not there, and were skipped: {len(skipped)}")
     if ran:
-        terminalreporter.line(f"{len(ran)} tests need ../shared/data, and ran")
+        terminalreporter.line(f"tests that need ../shared/data, and ran: {len(ran)}")
     if cut := tests("passed", "cut") | tests("failed", "cut"):
-        terminalreporter.line(f"{len(cut)} tests ran in their short form: the {tiers.MINUTES:g} minutes were over")
+        terminalreporter.line(
+            f"tests that ran in their short form, as the {tiers.MINUTES:g} minutes were over: {len(cut)}"
+        )
