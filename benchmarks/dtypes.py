@@ -165,7 +165,7 @@ def main() -> None:
                 shots=[SHOTS.get(head)],
                 cache=asked.folder / dtype,
                 results=asked.folder / "rows" / dtype,
-                say=print,
+                log=print,
             )
     rows = {dtype: Results(asked.folder / "rows" / dtype).require() for dtype in DTYPES}
     versions = rows[USUAL][0].versions

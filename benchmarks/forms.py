@@ -103,7 +103,7 @@ def main() -> None:
         lines = []
         for form, (path, reading) in forms.items():
             datasets.load(str(path), reading)  # the datasets library makes its copy of Parquet the first time
-            opened, _ = timed(lambda path=path, reading=reading: datasets.load(str(path), reading))
+            opened, _ = timed(lambda path=path, read=reading: datasets.load(str(path), read))
             data = datasets.load(str(path), reading)
             seconds, spread = timed(lambda data=data: Images.of(data, "train"))
             done = "found on opening" if reading.stream else f"{seconds:.2f} ± {spread / 2:.2f} s"

@@ -140,7 +140,7 @@ def main() -> None:
             mlfusion.extract(asked.model, where, tokens="cls,ap,all@last", cache=asked.cache)
             cached.add(name)
         mlfusion.probe(
-            where, probes=[probe], model=asked.model, cache=asked.cache, results=asked.results, say=print, **options
+            where, probes=[probe], model=asked.model, cache=asked.cache, results=asked.results, log=print, **options
         )
     rows = Results(asked.results).require()
     if "family" in parts:

@@ -1,13 +1,12 @@
-"""mlfusion: ask a frozen vision transformer what its layers know, and which head gets it out.
+"""mlfusion: probes the layers of frozen vision transformers.
 
-Stage 1, `extract`, caches every layer's tokens; stage 2, `probe`, trains heads on the cache. Importing this is cheap: each
-name brings what it needs when it is first used. The functions here take every option as a keyword, such as
-`extract("clip-vit-b16", "dtd", layers="last")`; docs/reference.md lists them.
+Stage 1, `extract`, caches every layer's tokens; stage 2, `probe`, trains heads on the cache. The import is cheap: modules are
+loaded when a name is first used. The functions here take every option as a keyword, such as
+`extract("clip-vit-b16", "dtd", layers="last")`; docs/reference.md lists the options.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +88,7 @@ def extract(
     log: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> "list[ExtractionResult]":
-    """Cache a frozen model's tokens of a data set; what is there already is not computed again.
+    """Cache a frozen model's tokens of a data set; cached tokens are not computed again.
 
     Args:
         model: a catalogue name, an id on the hub, or a folder.
@@ -109,14 +108,14 @@ def extract(
 def plan(
     model: str, dataset: "str | DataSet", *, cache: "CachePath" = None, trial: float = 5.0, **options: Any
 ) -> "Plan":
-    """Say what `extract` with the same arguments would write and how long it would take, by a trial of some seconds."""
+    """Estimate what `extract` with the same arguments would write and how long it would take, by a trial of some seconds."""
     from mlfusion.extraction.plan import plan as plan_with
 
     return plan_with(model, dataset, *distribute(options, FeatureOptions, ComputeOptions), cache=cache, trial=trial)
 
 
 def explain(model: str, dataset: "str | DataSet", *, cache: "CachePath" = None, **options: Any) -> "list[Explained]":
-    """Say for each split which entry `extract` with the same arguments would use, or how the nearest one differs."""
+    """For each split, find the entry that `extract` with the same arguments would use, or how the nearest one differs."""
     from mlfusion.extraction.explain import explain as explain_with
 
     return explain_with(model, dataset, *distribute(options, FeatureOptions, ComputeOptions), cache=cache)
@@ -138,19 +137,19 @@ def load_features(
         features.tokens, features.labels        # [1442, 8, 2, 128] float16, [1442] int64
         tokens, labels = features.tensors()     # the same memory, as torch tensors
 
-    bfloat16 and 8-bit tokens come as float32, which NumPy has.
+    bfloat16 and 8-bit tokens are returned as float32, since NumPy has no such types.
 
     Args:
         model: a name, hub id or folder, as given to `extract`.
         dataset: a name, hub id, folder or file, as given to `extract`.
         split: 'train' or 'test'.
-        layers: 'all' (1..L), 'last', '1-4,12', or numbers; their order is kept.
-        tokens: token kinds, in the order wanted.
+        layers: 'all' (1..L), 'last', '1-4,12', or numbers; the order is kept.
+        tokens: token kinds; the order is kept.
         view: view of the images, as extracted by --views: 'flip', 'crop1', …
         cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
 
     Raises:
-        NotCached: says which `mlfusion extract` would make it so.
+        NotCached: the message has the `mlfusion extract` command to run.
         CacheUnusable: a checksum is wrong.
     """
     from mlfusion.store.features import Selection
@@ -170,21 +169,21 @@ def open_features(
     cache: "CachePath" = None,
     check: "Check" = "once",
 ) -> "Features[TokenReader]":
-    """Cached tokens that are read on demand: they need not fit into memory.
+    """Cached tokens that are read on demand, so they need not fit into memory.
 
         features = mlfusion.open_features("formula-vit", "digits", "train", layers="last")
         features.tokens[[5, 3, 900]], features.labels[[5, 3, 900]]      # these images, in this order
         for rows, tokens in features.tokens.batches(256, seed=0): ...   # one pass in a shuffled order
 
-    The reader works in threads and in the workers of a torch DataLoader; a prune leaves it what it reads. With `check`
-    'once' a chunk's checksum is compared when it is first read, with 'always' at every reading, with 'never' not at all. The
-    other arguments and the errors are those of `load_features`.
+    The reader works in threads and in the workers of a torch DataLoader; a prune does not remove entries in use. `check` sets
+    when a chunk's checksum is verified: 'once' (at the first read), 'always' or 'never'. Other arguments and errors are those
+    of `load_features`.
     """
     from mlfusion.store.features import Selection
     from mlfusion.store.features import open_features as open_with
 
-    wanted = Selection(layers=layers, tokens=tokens, view=view)
-    return open_with(model, dataset, split, wanted, cache=cache, check=check)
+    selection = Selection(layers=layers, tokens=tokens, view=view)
+    return open_with(model, dataset, split, selection, cache=cache, check=check)
 
 
 def probe(
@@ -195,17 +194,17 @@ def probe(
     log: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> "ProbeResult":
-    """Train and test probes on cached features, each by the study's protocol.
+    """Train and test probes on cached features by the study's protocol.
 
     Args:
         dataset: as given to `extract`.
-        model: as given to `extract`; None is every model whose features of the data set are cached.
-        probes: names as in `mlfusion ls probes`, or 'all': those of the study's ten that the cache can serve.
-        log: called with a line about what is reused and what is left out.
+        model: as given to `extract`; None: every model cached for the data set.
+        probes: names as in `mlfusion ls probes`, or 'all': the study's ten, if their tokens are cached.
+        log: called with messages about reused rows and omitted probes.
         options: fields of `SearchOptions`, `TrainingOptions` and `StorageOptions`.
 
     Raises:
-        NotCached: says which `mlfusion extract` to run.
+        NotCached: the message has the `mlfusion extract` command to run.
         MlfusionError: any other of its kinds.
     """
     from mlfusion.probing.evaluation import probe as probe_with
@@ -215,12 +214,12 @@ def probe(
 
 
 def rerun(row_id: str, *, keep: bool = False, device: str | None = None, **options: Any) -> "Rerun":
-    """Train a row's probe again from the row alone, and compare.
+    """Train the probe of a row again, and compare the scores.
 
     Args:
-        row_id: its id, or the beginning of it.
-        keep: put arrays and trained probe beside the row if the scores are the same and they are not there.
-        device: device of the training; None is the row's own.
+        row_id: id of the row, or the first characters of it.
+        keep: store missing arrays and the trained probe if the scores are the same.
+        device: device of the training; None: the row's own.
         options: fields of `StorageOptions`.
     """
     from mlfusion.probing.rerun import rerun as rerun_with
@@ -232,18 +231,16 @@ def rerun(row_id: str, *, keep: bool = False, device: str | None = None, **optio
 def run(
     recipe: str | os.PathLike[str], *, log: Callable[[str], None] = lambda _: None, **options: Any
 ) -> "StudyResult":
-    """Both stages, as a recipe (a file of `pipelines/`) says; what is cached or done already is not done again.
+    """Run both stages of a recipe file (see `pipelines/`); cached features and stored rows are reused.
 
-    `log` is called with a line about what is done; `options` are fields of `RunOptions` and `StorageOptions`.
+    `log` is called with messages about the progress; `options` are fields of `RunOptions` and `StorageOptions`.
     """
     from mlfusion.workflows import study
     from mlfusion.workflows.recipe import load
 
-    asked, storage = distribute(options, RunOptions, StorageOptions)
-    whole = load(Path(recipe), data=asked.data)
-    if asked.seeds:
-        whole = replace(whole, search=replace(whole.search, seeds=asked.seeds))
-    return study.run(study.plan(whole, storage, device=asked.device), log=log)
+    run_options, storage = distribute(options, RunOptions, StorageOptions)
+    loaded = load(Path(recipe), data=run_options.data, seeds=run_options.seeds)
+    return study.run(study.plan(loaded, storage, device=run_options.device), log=log)
 
 
 def advise(
@@ -255,7 +252,7 @@ def advise(
     device: str = "auto",
     **options: Any,
 ) -> "Advice":
-    """Say by a pilot which probe to use on a model's features of a data set; `options` are fields of `PilotOptions`."""
+    """Recommend a probe for a model's features of a data set by a pilot study; `options` are fields of `PilotOptions`."""
     from mlfusion.workflows.advice import CANDIDATES
     from mlfusion.workflows.advice import advise as advise_with
 

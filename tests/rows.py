@@ -60,7 +60,7 @@ def row_object(row_id: str = "a1", **changes: object) -> dict[str, Any]:
             "weights": "w" * 64,
             "train": "d" * 32,
             "test": "e" * 32,
-            "extract": "mlfusion extract --model org/a-vit --dataset digits --tokens cls@4",
+            "options": [],
         },
     }
     return fields | changes

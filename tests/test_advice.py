@@ -39,7 +39,7 @@ def short_grid(monkeypatch):
 @given(counts=st.lists(st.integers(3, 40), min_size=2, max_size=6), images=st.integers(6, 120), seed=st.integers(0, 9))
 def test_a_pilot_takes_alike_many_of_each_class_and_leaves_each_out_once(counts, images, seed):
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
-    rows = advice.chosen(labels, images, seed)
+    rows = advice.sample_rows(labels, images, seed)
     assert (np.diff(rows) > 0).all()
     each = max(4, images // len(counts))
     assert np.bincount(labels[rows]).tolist() == [min(count, each) for count in counts]
@@ -101,7 +101,7 @@ def test_a_pilot_finds_the_layer_that_knows(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(advice, "_reader", made_up)
     said = advice.advise(model, str(data), probes=(BASELINE, "cls-layer-2/ridge"))
-    assert said.best is said.enough
+    assert said.best is said.cheapest_equivalent
     assert said.best.probe == "cls-layer-2/ridge"
     assert said.best.score.value > 0.95
     assert said.best.gain.low > 0.3
@@ -126,7 +126,7 @@ def test_the_cheapest_of_those_that_cannot_be_told_apart_is_enough():
     said = advice.Advice(
         model="m", dataset="d", metric="x", images=9, train_images=9, cached=True, candidates=held, seconds=1
     )
-    assert (said.best.probe, said.enough.probe) == ("best", "cheap")
+    assert (said.best.probe, said.cheapest_equivalent.probe) == ("best", "cheap")
     assert said.to_json()["use"] == "best"
 
 

@@ -89,7 +89,7 @@ def test_the_images_of_a_row_are_those_it_was_tested_on(tmp_path):
     done = mlfusion.probe(str(data), probes="aat,cls-last/linear", grid="quick", seeds=(0,))
     aat = done.rows[0]
     arrays = Results("results").arrays(aat)
-    seen = attention.seen(aat)
+    seen = attention.row_images(aat)
     assert seen.ids == [
         f"test/{c}/{i:03d}.png" for c in ("blue", "green", "red") for i in range(3) if (c, i) != ("green", 1)
     ]
@@ -102,18 +102,18 @@ def test_the_images_of_a_row_are_those_it_was_tested_on(tmp_path):
         # class number c is brightest in channel c, see `tiny.save_images`
         assert np.asarray(picture, float).mean((0, 1)).argmax() == arrays["labels"][number]
     moved = data.rename(tmp_path / "moved")
-    assert attention.seen(aat, dataset=str(moved)).ids == seen.ids
+    assert attention.row_images(aat, dataset=str(moved)).ids == seen.ids
     (moved / "test" / "red" / "002.png").rename(moved / "test" / "red" / "9.png")
     with pytest.raises(BadData, match="other test images"):
-        attention.seen(aat, dataset=str(moved))
+        attention.row_images(aat, dataset=str(moved))
     with pytest.raises(BadData, match="not in the cache"):
-        attention.seen(aat, dataset=str(moved), cache=tmp_path / "none")
+        attention.row_images(aat, dataset=str(moved), cache=tmp_path / "none")
 
 
 def test_pictures_are_shown_at_the_size_that_the_model_saw(tmp_path):
     model, data = save_model("deit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 4, "test": 1})
     mlfusion.extract(str(model), str(data), layers="last", tokens="cls", size=64)
     [made] = mlfusion.probe(str(data), probes="cls-last/ridge", seeds=(0,)).rows
-    assert attention.seen(made).picture(0).size == (64, 64)
+    assert attention.row_images(made).picture(0).size == (64, 64)
     shutil.rmtree(model)  # the features say how their pictures were made
-    assert attention.seen(made).picture(0).size == (64, 64)
+    assert attention.row_images(made).picture(0).size == (64, 64)

@@ -391,7 +391,7 @@ def test_similarity_of_layers_is_that_of_the_gram_matrices(tmp_path: Path) -> No
             assert found["rbf"][kind][layer] == pytest.approx(literal_cka(*grams(*held, sigma=0.2)), abs=1e-6)
     said: list[str] = []
     assert (
-        to_the_last(study(scores, depth=depth, features=["gone", "gone"]), cache=tmp_path / "cache", say=said.append)
+        to_the_last(study(scores, depth=depth, features=["gone", "gone"]), cache=tmp_path / "cache", log=said.append)
         == {}
     )
     assert "are not in" in said[0]

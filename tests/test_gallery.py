@@ -63,14 +63,14 @@ def test_what_is_read_early_and_what_late(probed):
 def test_a_study_has_the_strips_of_each_data_set(probed):
     root, rows = probed
     said: list[str] = []
-    found = gallery.of_study(list(rows.values()), Results(root / "results"), cache=root / "cache", say=said.append)
+    found = gallery.of_study(list(rows.values()), Results(root / "results"), cache=root / "cache", log=said.append)
     assert [strip.title for strip in found["d"]] == [
         "Attention on patches",
         "Attention in early layers",
         "Attention in late layers",
     ]
     assert said == []
-    assert gallery.of_study(list(rows.values()), Results(root / "results"), cache=root / "no", say=said.append) == {}
+    assert gallery.of_study(list(rows.values()), Results(root / "results"), cache=root / "no", log=said.append) == {}
     assert len(said) == 2
     assert "not in the cache" in said[0]
 

@@ -39,7 +39,7 @@ def test_every_recipe_of_both_stages_loads(path, tmp_path):
     assert ("--data" in recipe.about(path)[1]["Run"]) == ("$DATA" in text)
     loaded = recipe.load(path, data=tmp_path)
     for depth in (8, 12, 24):
-        probes, pairs = loaded.asked(depth)
+        probes, pairs = loaded.probes_and_tokens(depth)
         assert {pair for probe in probes for pair in probe.representation.pairs(depth)} <= pairs
 
 
@@ -51,7 +51,7 @@ def test_what_the_papers_recipes_cost_is_reckoned_from_the_catalogue(path):
     for name in asked.models:
         row = models.CATALOGUE[name]
         every = {"cls": 1, "ap": 1, "all": (row.image_px // row.patch_px) ** 2 + 1}
-        nbytes += images * 2 * row.width * sum(every[kind] for _, kind in asked.asked(row.depth)[1])
+        nbytes += images * 2 * row.width * sum(every[kind] for _, kind in asked.probes_and_tokens(row.depth)[1])
         passes += images
     size = f"{nbytes / 1e12:.2f} TB" if nbytes >= 1e12 else f"{nbytes / 1e9:.0f} GB"
     cost = recipe.about(path)[1]["Cost"]
@@ -66,7 +66,7 @@ def test_the_papers_recipes_cover_its_models_and_data_sets(shared):
     assert set(whole.datasets) == {line.partition(",")[0] for line in published}
     scores = (shared.parent / "reference" / "paper_balanced_accuracy.csv").read_text().splitlines()[1:]
     assert set(whole.models) == {line.partition(",")[0] for line in scores}
-    assert {probe.name for probe in whole.asked(12)[0]} == {line.split(",")[2] for line in scores}
+    assert {probe.name for probe in whole.probes_and_tokens(12)[0]} == {line.split(",")[2] for line in scores}
 
 
 def test_the_recipes_readme_names_every_recipe_and_every_key():
@@ -89,7 +89,7 @@ def test_what_is_asked_for_follows_from_the_probes(tmp_path):
     loaded = recipe.load(file, data=tmp_path)
     assert loaded.models == (str(tmp_path / "m"),)
     assert loaded.search.shots == (4, None)
-    probes, pairs = loaded.asked(4)
+    probes, pairs = loaded.probes_and_tokens(4)
     assert [probe.name for probe in probes] == [
         "cls-layer-2/linear",
         "ap-layer-2/linear",
@@ -101,7 +101,7 @@ def test_what_is_asked_for_follows_from_the_probes(tmp_path):
 
 def test_of_all_probes_those_are_asked_for_that_named_tokens_serve():
     asked = recipe.Recipe.of(["m"], ["d"], tokens="cls,ap", layers="last")
-    assert [probe.name for probe in asked.asked(12)[0]] == [
+    assert [probe.name for probe in asked.probes_and_tokens(12)[0]] == [
         "cls-last/linear",
         "cls+ap-last/linear",
         "cls+ap-last/attentive",
@@ -237,15 +237,15 @@ def test_a_hook_point_and_settings_are_of_every_model_that_says_nothing_else(tmp
     )
     loaded = recipe.load(file, data=tmp_path)
     rest = "hidden_act=gelu,layer_norm_eps=1e-05,qkv_bias=true"
-    assert loaded.asked_models == (
+    assert loaded.model_refs == (
         f"formula-vit:block,{rest}",
         f"{tmp_path}/m:mlp,{rest}",
         f"clip-vit-b16:block,{rest.replace('gelu', 'relu')}",
     )
-    assert [parse_model(word).settings for word in loaded.asked_models[:2]] == [loaded.features.settings] * 2
+    assert [parse_model(word).settings for word in loaded.model_refs[:2]] == [loaded.features.settings] * 2
     assert loaded.features.read.image_root == str(tmp_path / "m")
     plain = recipe.Recipe.of(["formula-vit", "m:block"], ["digits"])
-    assert plain.asked_models == plain.models
+    assert plain.model_refs == plain.models
 
 
 def test_a_recipe_can_say_whatever_the_two_stages_can_be_told():

@@ -77,7 +77,7 @@ def test_the_plan_says_what_is_missing_and_the_study_does_just_that(recipe, tmp_
     assert planned.seconds == pytest.approx(sum(c.extract_seconds + c.probe_seconds for c in planned.cases))
 
     done = study.run(planned)
-    assert (done.made, done.failures) == (12, ())
+    assert (done.trained, done.failures) == (12, ())
     assert sum(one.images_written for one in done.extracted) == 63
     written = sum(entry.stat().st_size for entry in Path("cache").rglob("*") if entry.is_file())
     assert written > planned.bytes_to_write
@@ -99,7 +99,7 @@ def test_what_is_there_is_not_done_again(recipe, monkeypatch):
     assert planned.is_done
     assert "nothing is missing" in str(planned)
     again = study.run(planned)
-    assert (again.made, again.extracted, again.rows) == (0, [], first)
+    assert (again.trained, again.extracted, again.rows) == (0, [], first)
     shutil.rmtree("cache")  # rows are enough
     assert study.plan(recipe).is_done
 
@@ -112,7 +112,7 @@ def test_a_seed_or_a_data_set_more_is_all_that_is_done(recipe, data, model):
     # of the first data set all tokens of the last layer are new; what is cached already runs no forward pass for itself
     assert planned.cases[0].bytes_to_write == 36 * 17 * 32 * 2
     done = study.run(planned)
-    assert done.made == 10
+    assert done.trained == 10
     assert len(Results("results").rows()) == 12
 
     more = study.plan(changed(recipe, seeds=(0, 1, 2)))
@@ -174,7 +174,7 @@ def test_how_features_are_made_is_part_of_the_study(model, data):
         assert (case.images_to_run, len(case.missing)) == (0, 1), name
         keys.add(case.keys)
     assert len(keys) == len(CHANGED)
-    assert study.run(study.plan(other)).made == 1
+    assert study.run(study.plan(other)).trained == 1
     assert study.plan(other).is_done
 
 
@@ -185,7 +185,7 @@ def test_views_are_cached_beside_the_plain_one_which_probes_read(model, data):
     [case] = study.plan(asked).cases
     assert (case.images_to_run, case.missing) == (2 * 36, ())
     done = study.run(study.plan(asked))
-    assert (done.rows, done.made, done.failures) == ([first], 0, ())
+    assert (done.rows, done.trained, done.failures) == ([first], 0, ())
     assert study.plan(asked).is_done
     flipped, straight = (
         load_features(model, data[0], "train", layers="last", tokens="cls", view=view) for view in ("flip", "plain")
@@ -230,7 +230,7 @@ split = "train,test=validation"
     plain = Recipe.of((model,), (str(damaged),), PROBES[:1], grid="quick", seeds=(0,))
     assert len(study.run(study.plan(plain)).failures) == 1
     done = study.run(study.plan(changed(plain, skip_bad=True)))
-    assert (done.failures, done.made) == ((), 1)
+    assert (done.failures, done.trained) == ((), 1)
     assert sum(one.images_skipped for one in done.extracted) == 1
 
 
@@ -244,7 +244,7 @@ def test_images_that_changed_are_another_study(recipe, model, data, tmp_path):
     planned = study.plan(asked)
     assert [len(case.missing) for case in planned.cases] == [1]
     assert [split.images_to_run for split in planned.cases[0].stage_one.splits] == [0, 12]
-    assert study.run(planned).made == 1
+    assert study.run(planned).trained == 1
 
 
 def test_a_case_that_fails_costs_the_others_nothing(recipe, model, data, tmp_path):

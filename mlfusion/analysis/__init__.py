@@ -1,1 +1,1 @@
-"""Rows read back against the cache and the images: attention maps, galleries, similarity of layers."""
+"""Analyses of results with the cache and the images: attention maps, galleries, similarity of layers."""

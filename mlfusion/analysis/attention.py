@@ -1,7 +1,4 @@
-"""Where a probe looked: the attention kept beside a row, as maps over the image, and the images that it belongs to.
-
-The numbers need neither model nor images; these are opened only to be drawn.
-"""
+"""Turns the stored attention of a probe into maps over the image, and finds the images that a row was tested on."""
 
 from dataclasses import dataclass
 from math import isqrt
@@ -18,67 +15,67 @@ from mlfusion.specs.identity import GRID_SIDES
 from mlfusion.specs.options import ReadOptions
 from mlfusion.store import CachePath, FeatureStore
 
-MOST_PREFIX = 8  # tokens before the patches: CLS, distillation, registers
+MAX_PREFIX = 8  # largest number of tokens before the patches: CLS, distillation, registers
 
 
 @dataclass(frozen=True, eq=False)
-class Attended:
-    """What the attention of a row shows."""
+class AttentionResult:
+    """The attention of a row, summarised by layer and by patch."""
 
     row: Row
     shares: np.ndarray  # [images, tokens]
-    mean_layer: np.ndarray | None  # [images], the mean of layers by attention; None if one layer is read
-    maps: np.ndarray | None  # [images, side, side], as from `maps`; None if no patches are read
+    mean_layer: np.ndarray | None  # [images], mean layer weighted by attention; None if the probe reads one layer
+    maps: np.ndarray | None  # [images, side, side], see `maps`; None if the probe reads no patches
 
 
-def attend(results: Results, row_id: str) -> Attended:
-    """The attention of a result (its id, or the beginning of it) on layers and on patches, image by image.
+def attend(results: Results, row_id: str) -> AttentionResult:
+    """The attention of a result on layers and on patches for each image; `row_id` may be the first characters of the id.
 
     Raises:
-        BadData: its probe has no attention.
+        BadData: the probe has no attention.
         UnknownName: no result has such an id.
     """
     row = results.named(row_id)
-    held = row.attention
-    if held is None:
+    layout = row.attention
+    if layout is None:
         raise BadData(f"{row.probe} does not attend; allowed: results of attentive probes, such as alf and aat")
     shares = results.arrays(row)["attention"]
-    return Attended(
+    return AttentionResult(
         row,
         shares,
-        mean_layers(shares, held.layers) if len(set(held.layers)) > 1 else None,
-        maps(row, shares) if any(kind not in ("cls", "ap") for kind in held.kinds) else None,
+        mean_layers(shares, layout.layers) if len(set(layout.layers)) > 1 else None,
+        maps(row, shares) if any(kind not in ("cls", "ap") for kind in layout.kinds) else None,
     )
 
 
 def side(tokens: int) -> int:
-    """Of `tokens` in a model's own order the last side × side are patches, and those before them CLS, registers and such.
+    """Side of the square of patches, which are the last of a model's `tokens`, after CLS, registers and such.
 
     Raises:
-        BadData: the patches are in no square.
+        BadData: the patches form no square.
     """
-    found = isqrt(tokens)
-    if found and tokens - found**2 <= MOST_PREFIX:
-        return found
+    edge = isqrt(tokens)
+    if edge and tokens - edge**2 <= MAX_PREFIX:
+        return edge
     raise BadData(
-        f"{tokens} tokens are no square of patches behind at most {MOST_PREFIX} others; allowed: square pictures"
+        f"{tokens} tokens are no square of patches behind at most {MAX_PREFIX} others; allowed: square pictures"
     )
 
 
 def maps(row: Row, attention: np.ndarray) -> np.ndarray:
     """Share of each patch in the attention of a probe over all tokens: [images, side, side].
 
-    Layers are summed, as are patches that were pooled (grid4 and such) with the patches that they lie on. What is missing to
-    1 went to tokens that are no patch. `attention` is that kept beside the row, [images, tokens].
+    Layers are summed; the share of a pooled patch (grid4 and such) is distributed over the patches below it. The rest to 1
+    belongs to tokens that are no patches. `attention` is the stored array of the row, [images, tokens].
 
     Raises:
         BadData: the probe reads no patches, or the shapes do not fit.
     """
-    held = row.attention
-    if held is None or attention.ndim != 2 or attention.shape[1] != len(held.layers):
-        have = "none" if held is None else f"of {len(held.layers)} tokens"
-        raise BadData(f"row {row.id} has attention {have}, and the array is of shape {attention.shape}")
-    tokens = list(zip(held.layers, held.kinds, strict=True))
+    layout = row.attention
+    if layout is None or attention.ndim != 2 or attention.shape[1] != len(layout.layers):
+        expected = "none" if layout is None else f"of {len(layout.layers)} tokens"
+        raise BadData(f"row {row.id} has attention {expected}, and the array is of shape {attention.shape}")
+    tokens = list(zip(layout.layers, layout.kinds, strict=True))
     parts = []
     for layer, kind in dict.fromkeys(tokens):
         if kind == "all" or kind in GRID_SIDES:
@@ -95,9 +92,9 @@ def maps(row: Row, attention: np.ndarray) -> np.ndarray:
 
 
 def _spread(shares: np.ndarray, edge: int) -> np.ndarray:
-    """[images, a, a] → [images, edge, edge] of the same sums: each share evenly over the part of the picture that it is of."""
+    """[images, a, a] → [images, edge, edge] with the same sums: each share is distributed evenly over its area."""
     a = shares.shape[1]
-    # Row i of the finer grid takes from row j of the coarser one what they overlap by.
+    # The weight of coarse row j in fine row i is their overlap.
     at = np.arange(edge)[:, None] / edge
     begin, end = np.maximum(at, np.arange(a) / a), np.minimum(at + 1 / edge, (np.arange(a) + 1) / a)
     weights = np.clip(end - begin, 0, None) * a
@@ -105,23 +102,23 @@ def _spread(shares: np.ndarray, edge: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """The test images of a row, in the order of its arrays, as its model saw them."""
+class RowImages:
+    """The test images of a row, in the order of its arrays, preprocessed as for its model."""
 
     split: datasets.Split
-    rows: np.ndarray  # [images] of the split
-    steps: preprocessing.Preprocessing | None  # None where the model is not at hand: pictures are then shown whole
+    rows: np.ndarray  # [images], rows of the split
+    steps: preprocessing.Preprocessing | None  # None if the model is not available: images are then shown whole
 
     @property
     def ids(self) -> list[str]:
-        """By which the data set names them."""
+        """Ids of the images in the data set."""
         return [self.split.ids[row] for row in self.rows]
 
     def picture(self, number: int) -> Image.Image:
         """Image `number` of the arrays, resized and cropped as for the model.
 
         Raises:
-            BadImage: it cannot be read.
+            BadImage: the image cannot be read.
         """
         image = self.split.image(int(self.rows[number]))
         if self.steps is None:
@@ -133,35 +130,36 @@ class Seen:
         return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def seen(row: Row, *, cache: CachePath = None, dataset: str | None = None) -> Seen:
+def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None) -> RowImages:
     """Find the images that a row was tested on.
 
-    `cache` holds the row's test features, which say which images those are; `dataset` says where the data set is now.
+    `cache` holds the row's test features, which have the ids of the images; `dataset` is the data set's name or path if it
+    has moved.
 
     Raises:
-        BadData: the features are gone, or the images are others than those tested on.
-        UnknownName, Unavailable: the data set is not to be had.
+        BadData: the features are no longer cached, or the data set has other images.
+        UnknownName, Unavailable: the data set is not available.
     """
     entry = FeatureStore(cache).by_key(row.features[1])
-    word = dataset or row.sources.dataset
+    source = dataset or row.sources.dataset
     if entry is None:
         raise BadData(
             f"the test features of row {row.id} ({row.features[1]}) are not in the cache, so that nothing says which "
-            f"images it was tested on; name the cache that has them with --cache, or extract {word} again"
+            f"images it was tested on; name the cache that has them with --cache, or extract {source} again"
         )
     steps, exif_transpose = _prepared(entry.spec.model.preprocess, row.sources.model)
-    split = datasets.load(word, ReadOptions(exif_transpose=exif_transpose)).split("test")
+    split = datasets.load(source, ReadOptions(exif_transpose=exif_transpose)).split("test")
     place = {name: number for number, name in enumerate(split.ids)}
-    kept, rows = entry.samples, entry.rows()
-    if any(kept.ids[number] not in place for number in rows):
+    samples, rows = entry.samples, entry.rows()
+    if any(samples.ids[number] not in place for number in rows):
         raise BadData(
-            f"{word} has other test images than row {row.id} was tested on; give the same ones with --dataset"
+            f"{source} has other test images than row {row.id} was tested on; give the same ones with --dataset"
         )
-    return Seen(split, np.array([place[kept.ids[number]] for number in rows]), steps)
+    return RowImages(split, np.array([place[samples.ids[number]] for number in rows]), steps)
 
 
 def _prepared(key: str, model: str) -> tuple[preprocessing.Preprocessing | None, bool]:
-    """How the model's pictures were made, and whether images were turned first; None: nothing here says how."""
+    """The preprocessing with this key, or None if it is unknown; and whether EXIF orientation was applied."""
     steps, exif_transpose = preprocessing.from_key(key)
     if steps is not None:
         return steps, exif_transpose

@@ -1,4 +1,4 @@
-"""The command line: words to function calls, errors to exit codes. All it does a program can do through the library.
+"""The command line: turns arguments into calls of the library, and errors into exit codes.
 
 Nothing heavy is imported before it is needed: `mlfusion --help` starts neither torch nor transformers.
 """
@@ -26,7 +26,16 @@ from mlfusion.cli.options import (
     complete_probes,
     with_options,
 )
-from mlfusion.cli.output import Commands, print_json, print_rows, print_table, row_json, say, say_extracted, speak
+from mlfusion.cli.output import (
+    Commands,
+    notify,
+    print_extracted,
+    print_json,
+    print_rows,
+    print_table,
+    row_json,
+    set_verbosity,
+)
 from mlfusion.cli.predict import predict
 from mlfusion.cli.report import report
 from mlfusion.cli.results import app as results_app
@@ -51,8 +60,8 @@ app.command()(advise)
 app.command()(attend)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"mlfusion {version('mlfusion')}")
@@ -66,13 +75,13 @@ def mlfusion(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Print what happens inside too, and errors with their traceback.")
+        bool, typer.Option("--verbose", "-v", help="Print debug messages too, and the traceback of errors.")
     ] = False,
 ) -> None:
-    """Ask a frozen vision transformer what its layers know."""
+    """Probe the layers of a frozen vision transformer."""
     if quiet and verbose:
         raise typer.BadParameter("--quiet and --verbose are opposites; give one")
-    speak(verbose - quiet)
+    set_verbosity(verbose - quiet)
 
 
 @app.command()
@@ -86,15 +95,15 @@ def extract(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Stage 1: run a frozen model once and cache its tokens. What is cached is not computed again."""
+    """Stage 1: run a frozen model once and cache its tokens. Cached tokens are not computed again."""
     from mlfusion.extraction.run import extract as run
 
-    done = run(model, dataset, features, compute, cache=cache, log=say)
+    results = run(model, dataset, features, compute, cache=cache, log=notify)
     if as_json:
-        print_json({"features": [one.to_json() for one in done]})
+        print_json({"features": [result.to_json() for result in results]})
         return
-    for one in done:
-        say_extracted(one.to_json())
+    for result in results:
+        print_extracted(result.to_json())
 
 
 @app.command()
@@ -106,25 +115,25 @@ def plan(
     features: FeatureOptions,
     compute: ComputeOptions,
     cache: Cache = None,
-    trial: Annotated[float, typer.Option("--trial", help="Seconds for which the rate is measured.")] = 5.0,
+    trial: Annotated[float, typer.Option("--trial", help="Duration in seconds of the measurement of the rate.")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
     """Print what extract with the same options would write, and how long it would take. Writes nothing."""
     from mlfusion.extraction.plan import plan as run
     from mlfusion.system.progress import duration
 
-    made = run(model, dataset, features, compute, cache=cache, trial=trial)
+    estimate = run(model, dataset, features, compute, cache=cache, trial=trial)
     if as_json:
-        print_json(made.to_json())
+        print_json(estimate.to_json())
         return
-    print_rows([vars(one) for one in made.splits], nothing="")
-    rate = f" at {made.images_per_second:,.1f} images/s, as tried" if made.images_per_second else ""
+    print_rows([vars(split) for split in estimate.splits])
+    rate = f" at {estimate.images_per_second:,.1f} images/s, as tried" if estimate.images_per_second else ""
     typer.echo(
-        f"to write: {made.bytes_to_write / 1e6:,.1f} MB of {made.free_bytes / 1e6:,.1f} MB free; "
-        f"forward passes: {duration(made.seconds)}{rate}"
+        f"to write: {estimate.bytes_to_write / 1e6:,.1f} MB of {estimate.free_bytes / 1e6:,.1f} MB free; "
+        f"forward passes: {duration(estimate.seconds)}{rate}"
     )
-    if made.bytes_to_write > made.free_bytes:
-        say("that does not fit; ask for fewer --layers or --tokens, --dtype int8, or another --cache")
+    if estimate.bytes_to_write > estimate.free_bytes:
+        notify("that does not fit; ask for fewer --layers or --tokens, --dtype int8, or another --cache")
 
 
 @app.command()
@@ -147,11 +156,11 @@ def probe(
     """Stage 2: train and test probes on cached features, by the study's protocol. Runs no forward pass."""
     from mlfusion.probing import evaluation
 
-    done = evaluation.probe(dataset, model, probes, search, training, storage, say)
+    result = evaluation.probe(dataset, model, probes, search, training, storage, notify)
     if as_json:
-        print_json({"results": [row_json(row) for row in done.rows]})
+        print_json({"results": [row_json(row) for row in result.rows]})
     else:
-        print_table(done.rows)
+        print_table(result.rows)
 
 
 @app.command()
@@ -159,7 +168,7 @@ def ls(
     what: Annotated[str, typer.Argument(help="List: models, datasets, probes, tokens or hooks.")],
     as_json: AsJson = False,
 ) -> None:
-    """List what can be chosen. What is cached: mlfusion cache ls."""
+    """List models, data sets, probes, token kinds or hook points. For cached features: mlfusion cache ls."""
     from mlfusion.workflows.listings import listing
 
     rows = listing(what)
@@ -167,13 +176,13 @@ def ls(
         print_json({what: rows})
     else:  # the first digits of a commit are enough to recognise it
         short = [{k: v[:8] if k == "revision" else v for k, v in row.items()} for row in rows]
-        print_rows(short, nothing="")
+        print_rows(short)
 
 
 @app.command()
 def pretrain(
     recipe: Annotated[
-        Path, typer.Argument(help="File of pipelines/ that describes the images and the training.")
+        Path, typer.Argument(help="Recipe file (pipelines/) that describes the images and the training.")
     ] = Path("pipelines/formula-vit.toml"),
     out: Annotated[Path, typer.Option("--out", help="Folder for the model, in the hub's format.")] = Path(
         "results/formula-vit"
@@ -185,7 +194,7 @@ def pretrain(
 
     bars: list[Bar] = []
 
-    def tell(event: dict[str, Any]) -> None:
+    def show_progress(event: dict[str, Any]) -> None:
         if not bars or bars[-1].title != event["stage"]:
             bars.append(Bar(event["stage"], event["of"], "steps" if event["stage"] == "train" else "patterns"))
             for bar in bars[:-1]:
@@ -193,18 +202,18 @@ def pretrain(
         bars[-1].to(event["done"])
 
     try:
-        made = run_pretrain(recipe, out, progress=tell)
+        summary = run_pretrain(recipe, out, progress=show_progress)
     finally:
         for bar in bars:
             bar.close()
-    typer.echo(f"{out}: {made['steps']:,} steps, {made['seconds']:,} s")
+    typer.echo(f"{out}: {summary['steps']:,} steps, {summary['seconds']:,} s")
 
 
 def main() -> None:
     """Entry point of `mlfusion`."""
-    # Threads of GNU OpenMP spin for long while they wait, which makes small training loops ten times slower on a machine
-    # with other work to do; not spinning at all halves their speed on an idle one. Read once, when torch is loaded.
+    # Waiting threads of GNU OpenMP spin for a long time, which makes small training loops ten times slower on a busy
+    # machine; without any spinning they are half as fast on an idle one. torch reads the variable once, when it is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with freed_memory_kept():
-        app(prog_name="mlfusion")  # also as `python -m mlfusion`: completion and messages go by this name
+        app(prog_name="mlfusion")  # completion and messages use this name with `python -m mlfusion` too

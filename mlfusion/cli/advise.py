@@ -1,4 +1,4 @@
-"""`mlfusion advise`: a pilot's word on which probe to use, with its evidence."""
+"""`mlfusion advise`: recommends a probe by a pilot study, and prints the evidence."""
 
 from typing import Annotated, Any
 
@@ -27,35 +27,35 @@ def advise(
     from mlfusion.system.progress import duration
     from mlfusion.workflows import advice
 
-    said = advice.advise(model, dataset, pilot, probes=probes or advice.CANDIDATES, cache=cache, device=device)
+    result = advice.advise(model, dataset, pilot, probes=probes or advice.CANDIDATES, cache=cache, device=device)
     if as_json:
-        print_json(said.to_json())
+        print_json(result.to_json())
         return
     print_rows(
         [
             {
-                "probe": each.probe,
-                "pilot, %": f"{100 * each.score.value:.1f}",
-                "from - to": f"{100 * each.score.low:.1f} - {100 * each.score.high:.1f}",
-                "gain, points": _signed(each.gain),
-                "cache, MB": f"{each.bytes / 1e6:,.1f}",
-                "extraction": duration(each.extract_seconds) if each.extract_seconds else "cached",
-                "probing": duration(each.probe_seconds),
+                "probe": candidate.probe,
+                "pilot, %": f"{100 * candidate.score.value:.1f}",
+                "from - to": f"{100 * candidate.score.low:.1f} - {100 * candidate.score.high:.1f}",
+                "gain, points": _signed(candidate.gain),
+                "cache, MB": f"{candidate.bytes / 1e6:,.1f}",
+                "extraction": duration(candidate.extract_seconds) if candidate.extract_seconds else "cached",
+                "probing": duration(candidate.probe_seconds),
             }
-            for each in said.candidates
-        ],
-        nothing="",
+            for candidate in result.candidates
+        ]
     )
-    metric = said.metric.replace("_", " ")
+    metric = result.metric.replace("_", " ")
+    over = f", {_signed(result.best.gain)} points over cls-last/linear" if result.best.gain else ""
     typer.echo(
-        f"\nA pilot on {said.images:,} of {said.train_images:,} training images, {duration(said.seconds)}: {metric} of images "
-        "left out, with 95 % intervals; probing is one seed of the paper's grid. The test images were not looked at.\n"
-        f"Use {said.best.probe}: {100 * said.best.score.value:.1f} %{_over(said.best.gain)}."
+        f"\nA pilot on {result.images:,} of {result.train_images:,} training images, {duration(result.seconds)}: {metric} of "
+        "images left out, with 95 % intervals; probing is one seed of the paper's grid. The test images were not looked at.\n"
+        f"Use {result.best.probe}: {100 * result.best.score.value:.1f} %{over}."
     )
-    if said.enough is not said.best:
+    if result.cheapest_equivalent is not result.best:
         typer.echo(
-            f"{said.enough.probe} is cheaper, and the pilot cannot tell it from the best "
-            f"({_signed(said.enough.behind)} points behind)."
+            f"{result.cheapest_equivalent.probe} is cheaper, and the pilot cannot tell it from the best "
+            f"({_signed(result.cheapest_equivalent.behind)} points behind)."
         )
 
 
@@ -65,7 +65,3 @@ def _signed(gain: Any) -> str:
         if gain
         else ""
     )
-
-
-def _over(gain: Any) -> str:
-    return f", {_signed(gain)} points over cls-last/linear" if gain else ""

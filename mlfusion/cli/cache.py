@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Model, with_options
-from mlfusion.cli.output import print_json, print_rows, say
+from mlfusion.cli.output import notify, print_json, print_rows
 from mlfusion.errors import CacheUnusable
 from mlfusion.specs.options import ComputeOptions, FeatureOptions, PruneOptions
 
 if TYPE_CHECKING:
     from mlfusion.store import Entry
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the feature cache.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Manage the feature cache.")
 
 SomeModel = Annotated[str | None, typer.Option("--model", "-m", help="Only entries of this model.")]
 SomeDataset = Annotated[str | None, typer.Option("--dataset", "-d", help="Only entries of this data set.")]
 SomeSplit = Annotated[str | None, typer.Option("--split", help="Only entries of this split.")]
 NewFormat = Annotated[
-    str | None, typer.Option("--format", help="Format of the copy: zarr or hdf5; default: unchanged.")
+    str | None, typer.Option("--format", help="File format of the copy: zarr or hdf5; default: unchanged.")
 ]
 
 
@@ -35,21 +35,21 @@ def ls(
     """List cached entries: model, data set, split, tokens, size."""
     from mlfusion.store.housekeeping import list_entries
 
-    found = list_entries(cache, model=model, dataset=dataset, split=split, reasons=as_json)
-    listed = asdict(found)
+    listing = list_entries(cache, model=model, dataset=dataset, split=split, reasons=as_json)
+    body = asdict(listing)
     if as_json:
-        print_json(listed)
+        print_json(body)
         return
-    rows = [{name: value for name, value in row.items() if name != "unreadable"} for row in listed["entries"]]
-    if rows or not found.damaged:
-        print_rows(rows, nothing="no features yet; run: mlfusion extract")
-    for why in found.damaged:
-        say(f"not listed: {why}")
+    rows = [{name: value for name, value in row.items() if name != "unreadable"} for row in body["entries"]]
+    if rows or not listing.damaged:
+        print_rows(rows, empty="no features yet; run: mlfusion extract")
+    for reason in listing.damaged:
+        notify(f"not listed: {reason}")
 
 
 @app.command()
 def du(cache: Cache = None, as_json: AsJson = False) -> None:
-    """Show the bytes on disk by model and data set, measured file by file, and of other folders in the cache."""
+    """Show the size on disk of each model and data set, and of the other folders in the cache."""
     from mlfusion.store.housekeeping import disk_usage
 
     usage = disk_usage(cache)
@@ -57,7 +57,7 @@ def du(cache: Cache = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json(body)
         return
-    print_rows(body["entries"], nothing="no features yet; run: mlfusion extract")
+    print_rows(body["entries"], empty="no features yet; run: mlfusion extract")
     for name, nbytes in usage.beside.items():
         if nbytes:
             typer.echo(f"{usage.root / name}: {nbytes:,} bytes; may be deleted")
@@ -75,46 +75,48 @@ def explain(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print which entry extract would use; if there is none, which fields differ from the nearest one."""
+    """Print the entry that extract would use; if there is none, the fields that differ from the nearest one."""
     from mlfusion.extraction.explain import explain as run
 
-    found = run(model, dataset, features, compute, cache=cache)
+    explanations = run(model, dataset, features, compute, cache=cache)
     if as_json:
-        print_json({"splits": [one.to_json() for one in found]})
+        print_json({"splits": [explained.to_json() for explained in explanations]})
         return
-    for one in found:
-        body = one.to_json()
-        lacking = f"; lacks {body['lacking']}" if body["lacking"] and one.entry else ""
-        typer.echo(f"{one.split}: {body['state']}, {body['path'] or one.key}{lacking}")
-        if one.nearest:
-            spec = one.nearest.spec
-            typer.echo(f"  nearest: {spec.model.name} on {spec.data.name}/{spec.data.split}, {one.nearest.key}")
-        for name, asked, there in one.differences:
-            typer.echo(f"  {name} differs: " + (f"{asked} here, {there} there" if there else f"there, {asked}"))
+    for explained in explanations:
+        body = explained.to_json()
+        lacking = f"; lacks {body['lacking']}" if body["lacking"] and explained.entry else ""
+        typer.echo(f"{explained.split}: {body['state']}, {body['path'] or explained.key}{lacking}")
+        if explained.nearest:
+            spec = explained.nearest.spec
+            typer.echo(f"  nearest: {spec.model.name} on {spec.data.name}/{spec.data.split}, {explained.nearest.key}")
+        for name, requested, cached in explained.differences:
+            typer.echo(
+                f"  {name} differs: " + (f"{requested} here, {cached} there" if cached else f"there, {requested}")
+            )
 
 
 @app.command()
 def verify(
-    fix: Annotated[bool, typer.Option("--repair", help="Move what is damaged to quarantine/.")] = False,
+    fix: Annotated[bool, typer.Option("--repair", help="Move damaged files to quarantine/.")] = False,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every byte and compare it with its checksum; exit 1 if something is, and stays, damaged."""
+    """Compare every file with its checksum; exit 1 if damaged files remain."""
     from mlfusion.store.verify import verify as run
 
-    found = run(cache, repair=fix)
+    report = run(cache, repair=fix)
     if as_json:
-        print_json(found.to_json())
+        print_json(report.to_json())
     else:
-        for one in found.damaged:
-            typer.echo(f"{one.path}: {one.why}")
-        for path in found.quarantined:
+        for damage in report.damaged:
+            typer.echo(f"{damage.path}: {damage.why}")
+        for path in report.quarantined:
             typer.echo(f"moved to {path}")
         typer.echo(
-            f"{found.entries:,} entries, {len(found.damaged):,} damaged"
-            + ("; run the same `mlfusion extract` again to make what is missing" if found.quarantined else "")
+            f"{report.entries:,} entries, {len(report.damaged):,} damaged"
+            + ("; run the same `mlfusion extract` again to make what is missing" if report.quarantined else "")
         )
-    if found.damaged and not found.quarantined:
+    if report.damaged and not report.quarantined:
         raise CacheUnusable("parts of the cache are damaged; run: mlfusion cache verify --repair")
 
 
@@ -128,20 +130,20 @@ def prune(options: PruneOptions, cache: Cache = None, as_json: AsJson = False) -
     needed = None
     if options.unneeded:
         needed = {key for row in Results(Path(options.unneeded)).require() for key in row.features}
-    done = run(options, cache, needed=needed)
-    body = done.to_json()
+    result = run(options, cache, needed=needed)
+    body = result.to_json()
     if as_json:
         print_json(body)
         return
-    print_rows(body["entries"], nothing="no such entries; see: mlfusion cache ls")
-    removed = sum(each.removed for each in done.decisions)
+    print_rows(body["entries"], empty="no such entries; see: mlfusion cache ls")
+    removed = sum(decision.removed for decision in result.decisions)
     verb = "would remove" if options.dry_run else "removed"
-    typer.echo(f"{verb} {removed:,} of {done.entries:,} entries, {done.bytes_freed:,} bytes")
+    typer.echo(f"{verb} {removed:,} of {result.entries:,} entries, {result.bytes_freed:,} bytes")
 
 
 @app.command()
 def export(
-    to: Annotated[Path, typer.Argument(help="Root of another cache; made if need be.")],
+    to: Annotated[Path, typer.Argument(help="Root of the cache to copy to; created if it does not exist.")],
     model: SomeModel = None,
     dataset: SomeDataset = None,
     split: SomeSplit = None,
@@ -149,7 +151,7 @@ def export(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copy entries to another cache, in another format if asked; every chunk is checked on the way."""
+    """Copy entries to another cache, optionally in another format; every chunk is checked while copying."""
     from mlfusion.store.housekeeping import copy_entries
 
     names = {"model": model, "dataset": dataset, "split": split}
@@ -157,7 +159,7 @@ def export(
 
 
 @app.command("import")
-def bring(
+def import_(
     source: Annotated[Path, typer.Argument(help="Root of the cache to copy from.")],
     model: SomeModel = None,
     dataset: SomeDataset = None,
@@ -166,7 +168,7 @@ def bring(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copy entries of another cache into this one; every chunk is checked on the way."""
+    """Copy entries of another cache into this one; every chunk is checked while copying."""
     from mlfusion.store.housekeeping import copy_entries
 
     names = {"model": model, "dataset": dataset, "split": split}
@@ -190,7 +192,7 @@ def path(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show where the cache lies; with names, the folders of its entries."""
+    """Print the root of the cache; with filters, the folders of matching entries."""
     from mlfusion.store.housekeeping import entry_paths
 
     paths = [str(one) for one in entry_paths(cache, model=model, dataset=dataset, split=split)]
@@ -200,4 +202,4 @@ def path(
     for one in paths:
         typer.echo(one)
     if not paths:
-        say("nothing of that is cached; see: mlfusion cache ls")
+        notify("nothing of that is cached; see: mlfusion cache ls")

@@ -24,37 +24,39 @@ def data(
     from mlfusion.datasets.describe import describe
     from mlfusion.system.progress import track
 
-    found = load(dataset, read)
-    total = sum(map(len, found.splits.values()))
-    with track(f"reading {found.name}", total if check else 1, "images") as bar:
-        splits = describe(found, check=check, progress=lambda *_: bar.advance())
+    data_set = load(dataset, read)
+    total = sum(map(len, data_set.splits.values()))
+    with track(f"reading {data_set.name}", total if check else 1, "images") as bar:
+        splits = describe(data_set, check=check, progress=lambda *_: bar.advance())
     if as_json:
         print_json(
             {
-                "dataset": found.name,
-                "source": found.source,
-                "form": found.form,
-                "target": found.label_kind,
-                "classes": list(found.classes),
-                "carve": found.resplit,
+                "dataset": data_set.name,
+                "source": data_set.source,
+                "form": data_set.form,
+                "target": data_set.label_kind,
+                "classes": list(data_set.classes),
+                "carve": data_set.resplit,
                 "splits": [one.to_json() for one in splits],
             }
         )
         return
     typer.echo(
-        f"{found.name}: {', '.join(dict.fromkeys([found.form, found.source]))}"
-        + (f", split anew {found.resplit}" if found.resplit else "")
+        f"{data_set.name}: {', '.join(dict.fromkeys([data_set.form, data_set.source]))}"
+        + (f", split anew {data_set.resplit}" if data_set.resplit else "")
     )
-    named = ", ".join(found.classes[:8]) + (", …" if len(found.classes) > 8 else "")
-    what = {"class": "one class an image", "labels": "several labels an image", "number": "a number an image"}
-    typer.echo(what[found.label_kind] + (f"; {len(found.classes):,}: {named}" if found.classes else ""))
+    classes = ", ".join(data_set.classes[:8]) + (", …" if len(data_set.classes) > 8 else "")
+    label_texts = {"class": "one class an image", "labels": "several labels an image", "number": "a number an image"}
+    typer.echo(
+        label_texts[data_set.label_kind] + (f"; {len(data_set.classes):,}: {classes}" if data_set.classes else "")
+    )
     rows = []
     for one in splits:
-        about = ", ".join(f"{name} {value:,}" for name, value in one.labels.items())
+        counts = ", ".join(f"{name} {value:,}" for name, value in one.labels.items())
         row = {
             "split": one.split,
             "images": one.images,
-            "of a class" if found.label_kind == "class" else "labels": about,
+            "of a class" if data_set.label_kind == "class" else "labels": counts,
         }
         if one.checked:
             sizes = [one.checked.smallest, one.checked.largest]
@@ -62,9 +64,9 @@ def data(
             row["repeated"] = one.checked.repeated
             row["pixels"] = " … ".join(f"{size[0]}x{size[1]}" for size in sizes if size)
         rows.append({**row, "first ids": ", ".join(one.first_ids)})
-    print_rows(rows, nothing="")
+    print_rows(rows)
     for one in splits:
-        for name, why in (one.checked.unreadable if one.checked else {}).items():
-            typer.echo(f"{name}: {why}")
+        for name, reason in (one.checked.unreadable if one.checked else {}).items():
+            typer.echo(f"{name}: {reason}")
         for other, count in (one.checked.elsewhere if one.checked else {}).items():
             typer.echo(f"byte for byte in {other} too: {count:,} image{'s' * (count > 1)} of {one.split}")

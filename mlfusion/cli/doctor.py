@@ -1,4 +1,4 @@
-"""`mlfusion doctor`: prints what would stop a run, and what to do about it."""
+"""`mlfusion doctor`: prints the findings of the diagnostics, with advice for each problem."""
 
 from typing import Annotated
 
@@ -19,15 +19,24 @@ def doctor(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Check libraries, device, memory, disk and hub, and the access, files, blocks and tokens of a model. Downloads nothing."""
-    from mlfusion.workflows import doctor as library
+    """Check libraries, device, memory, disk and hub, and the access, files, blocks and tokens of a model; download nothing."""
+    from mlfusion.workflows import doctor as diagnostics
 
-    found = []
-    for one in library.doctor(model, cache=cache, device=device):
-        found.append(one)
+    findings = []
+    for finding in diagnostics.doctor(model, cache=cache, device=device):
+        findings.append(finding)
         if not as_json:
-            typer.echo(f"{MARKS[one.state]}  {one.check}: {one.found}" + (f"\n      → {one.do}" if one.do else ""))
+            typer.echo(
+                f"{MARKS[finding.state]}  {finding.check}: {finding.found}"
+                + (f"\n      → {finding.do}" if finding.do else "")
+            )
     if as_json:
-        print_json({"model": model, "sound": library.sound(found), "findings": [one.to_json() for one in found]})
-    if not library.sound(found):
+        print_json(
+            {
+                "model": model,
+                "sound": diagnostics.sound(findings),
+                "findings": [vars(finding) for finding in findings],
+            }
+        )
+    if not diagnostics.sound(findings):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Tuning of the C library's memory allocator: a process-wide setting, so only the command line makes it, never the library."""
+"""Tunes the C library's memory allocator. The setting holds for the whole process, so only the command line makes it."""
 
 import ctypes
 import os
@@ -6,8 +6,8 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Option of mallopt(3): (while a command runs, glibc's default). The padding is as large as the heaps that threads allocate
-# from, so that a heap that is empty for a moment is kept too.
+# Option of mallopt(3): (value while a command runs, glibc's default). The padding equals the size of the threads' heaps,
+# so a heap that is empty for a moment is not released.
 OPTIONS = {
     -1: (2**30, 2**17),  # M_TRIM_THRESHOLD
     -2: (2**26, 2**17),  # M_TOP_PAD
@@ -25,10 +25,10 @@ def _tuned_by_user() -> bool:
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Within it, glibc keeps freed memory for the next step: to fetch and clear pages again takes a fifth of a step.
+    """Inside the context glibc reuses freed memory for the next training step: fresh pages cost a fifth of a step.
 
-    Afterwards glibc's defaults hold again. Nothing is changed with another C library, or where the environment tunes
-    the allocator (MALLOC_…, GLIBC_TUNABLES).
+    On exit glibc's defaults are restored. The context has no effect with another C library, or if environment variables
+    tune the allocator (MALLOC_…, GLIBC_TUNABLES).
     """
     if platform.libc_ver()[0] != "glibc" or _tuned_by_user():
         yield

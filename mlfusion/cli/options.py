@@ -1,4 +1,4 @@
-"""Options of the commands: made from the definitions in `specs.options`, and completed from the catalogues."""
+"""Builds the options of commands from the definitions in `specs.options`, and completes names from the catalogues."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -12,11 +12,11 @@ from mlfusion.errors import BadOption
 from mlfusion.specs.definitions import Option, Options, all_definitions, build, defaults_of
 from mlfusion.specs.options import ComputeOptions, StorageOptions
 
-MODEL = "formula-vit"  # the embedded default: works offline, as `pipelines/default.toml` shows
+MODEL = "formula-vit"  # the embedded default, which works offline
 DATASET = "digits"
 
 
-def _beginning(words: Iterable[str], typed: str) -> list[str]:
+def _completions(words: Iterable[str], typed: str) -> list[str]:
     """Completions of the last word of a comma-separated list."""
     before, comma, last = typed.rpartition(",")
     return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
@@ -26,28 +26,28 @@ def complete_models(incomplete: str) -> list[str]:
     """Names of models in the catalogue."""
     from mlfusion.models import CATALOGUE
 
-    return _beginning(CATALOGUE, incomplete)
+    return _completions(CATALOGUE, incomplete)
 
 
 def complete_datasets(incomplete: str) -> list[str]:
     """Names of data sets in the catalogue."""
     from mlfusion.datasets import CATALOGUE
 
-    return _beginning(CATALOGUE, incomplete)
+    return _completions(CATALOGUE, incomplete)
 
 
 def complete_probes(incomplete: str) -> list[str]:
     """The study's probes, by name and alias."""
     from mlfusion.specs.names import ALIASES, STUDY
 
-    return _beginning(["all", *ALIASES, *STUDY], incomplete)
+    return _completions(["all", *ALIASES, *STUDY], incomplete)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Turn each parameter of a command whose type is an options class into one command-line option per field.
 
-    This is the only place that makes signatures at run time. An option that is not given is not passed on, so defaults are in
-    the classes alone.
+    This is the only place that creates signatures at run time. Options that are not given are not passed, so only the classes
+    define defaults.
     """
     own = inspect.signature(command, eval_str=True)
     classes = {name: each.annotation for name, each in own.parameters.items() if _is_options(each.annotation)}
@@ -60,7 +60,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     parameters: list[inspect.Parameter] = []
     for name, each in own.parameters.items():
-        parameters += _offered(classes[name]) if name in classes else [each.replace(kind=each.KEYWORD_ONLY)]
+        parameters += _parameters(classes[name]) if name in classes else [each.replace(kind=each.KEYWORD_ONLY)]
     del run.__wrapped__
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -71,8 +71,8 @@ def _is_options(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Options)
 
 
-def _offered(kind: type[Options]) -> Iterator[inspect.Parameter]:
-    """One parameter for each field, and a hidden one for each name that the field had before."""
+def _parameters(kind: type[Options]) -> Iterator[inspect.Parameter]:
+    """Yield one parameter for each field, and a hidden one for each former name of the field."""
     defaults = defaults_of(kind)
     for field, one in all_definitions(kind).items():
         for name, flag in _spellings(field, one).items():
@@ -89,7 +89,7 @@ def _offered(kind: type[Options]) -> Iterator[inspect.Parameter]:
 
 
 def _spellings(field: str, one: Option) -> dict[str, str]:
-    """Python names of the parameters that set a field → the options' names."""
+    """Names of the parameters that set a field → names of their options."""
     return {field: one.flag} | {f"{field}_{old}": old.replace("_", "-") for old in one.former}
 
 
@@ -100,18 +100,18 @@ def help_text(one: Option, default: Any) -> str:
 
 
 def _values(kind: type[Options], given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Take the fields of a class out of what was given, whatever name each was given by."""
+    """Remove the fields of a class from the given options, under their present or former names, and yield their values."""
     for field, one in all_definitions(kind).items():
         words = {flag: given.pop(name) for name, flag in _spellings(field, one).items()}
-        said = [(flag, word) for flag, word in words.items() if word not in (None, False, [])]
-        if len(said) > 1:
-            raise BadOption(f"--{said[0][0]} and --{said[1][0]} are one option; give one of them")
-        for _, word in said:
+        set_words = [(flag, word) for flag, word in words.items() if word not in (None, False, [])]
+        if len(set_words) > 1:
+            raise BadOption(f"--{set_words[0][0]} and --{set_words[1][0]} are one option; give one of them")
+        for _, word in set_words:
             yield field, one.kind.parse(word)
 
 
 def single(kind: type[Options], field: str) -> Any:
-    """The annotation of one option of a class, for a command that takes no other of them."""
+    """The annotation of a single option of a class, for a command that does not take the whole class."""
     one = all_definitions(kind)[field]
     return Annotated[
         one.kind.typed if defaults_of(kind)[field] is not None else one.kind.typed | None,

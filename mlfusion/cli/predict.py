@@ -1,4 +1,4 @@
-"""`mlfusion predict`: new images through a saved probe."""
+"""`mlfusion predict`: classifies new images with a saved probe."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,21 +21,21 @@ def predict(
         typer.Option(
             "--max-pixels",
             min=1,
-            help="Largest number of pixels of an image; larger images are refused; default: 178,956,970.",
+            help="Largest number of pixels of an image; larger images are rejected; default: 178,956,970.",
         ),
     ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Classify images: the probe's own backbone and preprocessing, then its most probable classes."""
+    """Classify images with a saved probe and its backbone, and print the most probable classes."""
     from mlfusion.workflows.prediction import predict as run
 
-    made = run(probe, images, model=model, top=top, device=device, max_pixels=max_pixels)
+    predictions = run(probe, images, model=model, top=top, device=device, max_pixels=max_pixels)
     if as_json:
-        print_json({"predictions": [one.to_json() for one in made]})
+        print_json({"predictions": [prediction.to_json() for prediction in predictions]})
         return
-    for one in made:
-        if one.number is not None:
-            typer.echo(f"{one.image}: {one.number:.4g}")
+    for prediction in predictions:
+        if prediction.number is not None:
+            typer.echo(f"{prediction.image}: {prediction.number:.4g}")
             continue
-        typer.echo(f"{one.image}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in one.top))
+        typer.echo(f"{prediction.image}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.top))

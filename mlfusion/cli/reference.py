@@ -41,7 +41,7 @@ CALLS: dict[str, str] = {
     "results rerun": "mlfusion.rerun",
     "results track": "mlfusion.results.trackers.log_rows",
 }
-"""Command → the Python function that does the same; the command reads its options, calls it, and prints."""
+"""Command → the Python function that does the same."""
 
 HEAD = """# Which commands and options are there?
 
@@ -54,7 +54,7 @@ keywords, such as `mlfusion.extract("clip-vit-b16", "dtd", layers="last")`; the 
 
 
 def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command with its name as it is typed, 'cache ls', and its parsed form."""
+    """Yield the full name of every command, such as 'cache ls', and the command."""
     from mlfusion.cli import app
 
     whole: Any = group or typer.main.get_command(app)
@@ -66,7 +66,7 @@ def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def option_classes() -> list[type[Options]]:
-    """Every options class, in the order of their definition."""
+    """Every options class, in the order of definition."""
     found = [each for each in vars(options).values() if isinstance(each, type) and issubclass(each, Options)]
     return [each for each in found if each is not Options]
 
@@ -79,7 +79,7 @@ def page() -> str:
         lines.append(f"### `mlfusion {name}`\n\n{' '.join((command.help or '').split())}\n\nIn Python: `{call}`.\n")
         rows = [_row(param) for param in command.params if not param.hidden and param.name != "help"]
         lines += ["| option | meaning |", "|---|---|", *rows, ""] if rows else []
-    lines.append("## Options classes\n\nThe last column says what another value of an option does.\n")
+    lines.append("## Options classes\n\nThe last column is the effect of a change of the option.\n")
     for kind in option_classes():
         defaults = defaults_of(kind)
         own = {

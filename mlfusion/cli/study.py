@@ -1,4 +1,4 @@
-"""`mlfusion run`: a recipe's study, planned, done and reported."""
+"""`mlfusion run`: plans and runs the study of a recipe, and writes the report."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlfusion.cli.options import AsJson, with_options
-from mlfusion.cli.output import print_json, print_rows, print_table, row_json, say, say_extracted
+from mlfusion.cli.output import notify, print_extracted, print_json, print_rows, print_table, row_json
 from mlfusion.specs.definitions import command
 from mlfusion.specs.options import RunOptions, StorageOptions
 
@@ -19,61 +19,59 @@ if TYPE_CHECKING:
 @with_options
 def run(
     *,
-    recipe: Annotated[Path, typer.Argument(help="A file of pipelines/.")],
-    asked: RunOptions,
+    recipe: Annotated[Path, typer.Argument(help="Recipe file, such as pipelines/default.toml.")],
+    options: RunOptions,
     storage: StorageOptions,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
     html: Annotated[
-        Path | None, typer.Option("--html", help="File of the page; default: RESULTS/<recipe>.html.")
+        Path | None, typer.Option("--html", help="Write the HTML page to this file; default: RESULTS/<recipe>.html.")
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", help="Write the findings as a page of text here.")
+        Path | None, typer.Option("--markdown", help="Write the findings as Markdown to this file.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run both stages and write the report, as a recipe says. What is cached or done already is not done again."""
+    """Run both stages of a recipe and write the report. Cached features and stored results are reused."""
     from mlfusion.results import Results
     from mlfusion.workflows import study
     from mlfusion.workflows.recipe import load
 
-    whole = load(recipe, data=asked.data)
-    if asked.seeds:
-        whole = replace(whole, search=replace(whole.search, seeds=asked.seeds))
-    planned = study.plan(whole, storage, device=asked.device)
+    loaded = load(recipe, data=options.data, seeds=options.seeds)
+    planned = study.plan(loaded, storage, device=options.device)
     _print_plan(planned, dry_run=dry_run, as_json=as_json)
     if dry_run:
         _end(planned.failures)
         return
-    done = study.run(planned, log=say)
-    for one in done.extracted:
-        say_extracted(one.to_json(), say=say)
+    result = study.run(planned, log=notify)
+    for extracted in result.extracted:
+        print_extracted(extracted.to_json(), write=notify)
     page = html or Path(storage.results) / f"{recipe.stem}.html"
-    if done.rows:
-        kept = Results(Path(storage.results))
-        _page(done.rows, page, kept, storage.cache)
+    if result.rows:
+        results = Results(Path(storage.results))
+        _page(result.rows, page, results, storage.cache)
         if markdown:
-            # What is given as --data is a folder of this machine: no page says where it is.
-            words = replace(asked, data="DIR" if asked.data else None, device="auto").words()
-            again = command("run", [str(recipe), *words, "--markdown", str(markdown)])
-            _text(done.rows, markdown, kept, recipe, again)
+            # --data is a folder of this machine: the page does not name it.
+            words = replace(options, data="DIR" if options.data else None, device="auto").words()
+            rerun_command = command("run", [str(recipe), *words, "--markdown", str(markdown)])
+            _text(result.rows, markdown, results, recipe, rerun_command)
     if as_json:
         print_json(
             {
-                "features": [one.to_json() for one in done.extracted],
-                "results": [row_json(row) for row in done.rows],
-                "made": done.made,
-                "failures": [vars(failure) for failure in done.failures],
-                "html": str(page) if done.rows else None,
+                "features": [extracted.to_json() for extracted in result.extracted],
+                "results": [row_json(row) for row in result.rows],
+                "made": result.trained,
+                "failures": [vars(failure) for failure in result.failures],
+                "html": str(page) if result.rows else None,
             }
         )
-    elif done.rows:
-        print_table(done.rows)
+    elif result.rows:
+        print_table(result.rows)
         typer.echo(f"report: {page}" + (f", {markdown}" if markdown else ""))
-    _end(done.failures)
+    _end(result.failures)
 
 
 def _print_plan(planned: "Plan", *, dry_run: bool, as_json: bool) -> None:
-    """What is missing, case by case where that was asked for or something is missing."""
+    """Print the plan: a table of the cases with --dry-run or if work is missing, then a summary."""
     from mlfusion.system.progress import duration
 
     if dry_run and as_json:
@@ -81,8 +79,8 @@ def _print_plan(planned: "Plan", *, dry_run: bool, as_json: bool) -> None:
     elif not as_json and (dry_run or not planned.is_done):
         lines = [
             {
-                "model": case.asked.names.model,
-                "dataset": case.asked.names.dataset,
+                "model": case.request.names.model,
+                "dataset": case.request.names.dataset,
                 "images": case.images_to_run,
                 "passes": case.forward_passes,
                 "MB": f"{case.bytes_to_write / 1e6:,.1f}",
@@ -93,24 +91,24 @@ def _print_plan(planned: "Plan", *, dry_run: bool, as_json: bool) -> None:
             }
             for case in planned.cases
         ]
-        print_rows(lines, nothing="nothing can be planned")
-    say(str(planned))
+        print_rows(lines, empty="nothing can be planned")
+    notify(str(planned))
     if not planned.fits:
-        say(
+        notify(
             "that does not fit; ask for fewer data sets or tokens, make room (mlfusion cache prune), or another --cache"
         )
 
 
-def _page(rows: "list[Row]", path: Path, kept: "Results", cache: str | None) -> None:
-    """The page, with pictures where images are at hand."""
+def _page(rows: "list[Row]", path: Path, results: "Results", cache: str | None) -> None:
+    """Write the page, with figures of images if the images are available."""
     from mlfusion.analysis import gallery
     from mlfusion.report import write_page
 
-    write_page(rows, path, results=kept, pictures=gallery.of_study(rows, kept, cache=cache, say=say))
+    write_page(rows, path, results=results, pictures=gallery.of_study(rows, results, cache=cache, log=notify))
 
 
-def _text(rows: "list[Row]", path: Path, kept: "Results", recipe: Path, command: str) -> None:
-    """The page of text, headed by what the recipe says of itself."""
+def _text(rows: "list[Row]", path: Path, results: "Results", recipe: Path, command: str) -> None:
+    """Write the findings as Markdown; the head of the recipe gives the title and the introduction."""
     from mlfusion.report import write_findings
     from mlfusion.workflows.recipe import about
 
@@ -119,7 +117,7 @@ def _text(rows: "list[Row]", path: Path, kept: "Results", recipe: Path, command:
     write_findings(
         rows,
         path,
-        results=kept,
+        results=results,
         title=title.rstrip(".") or recipe.stem,
         about=rest[:1].upper() + rest[1:],
         command=command,
@@ -127,8 +125,8 @@ def _text(rows: "list[Row]", path: Path, kept: "Results", recipe: Path, command:
 
 
 def _end(failures: "tuple[Failure, ...]") -> None:
-    """Exit 1 where something failed, said last so that it is seen."""
+    """Print the failures last, where they are seen, and exit 1 if there are any."""
     for failure in failures:
-        say(f"error: {failure}")
+        notify(f"error: {failure}")
     if failures:
         raise typer.Exit(1)

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 FORMS = (
-    "train/<class>/<image> and test/<class>/<image>, or <class>/<image> to be split with --split-ratio 0.8/0.2; train.csv and test.csv "
+    "train/<class>/<image> and test/<class>/<image>, or <class>/<image> with --split-ratio 0.8/0.2; train.csv and test.csv "
     "(or .jsonl) with paths; train/*.tar and test/*.tar; Parquet files; train_images.npy and train_labels.npy"
 )
 

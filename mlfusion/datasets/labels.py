@@ -31,7 +31,7 @@ def encode_labels(
         if absent := [row for row, label in enumerate(written[name]) if _absent(label, one.names)]:
             raise BadData(
                 f"{where}, split {name}: {len(absent):,} of {len(one.ids):,} images have no label, the first "
-                f"{one.ids[absent[0]]}; leave them out, take other splits, or split a test part from train: --split-ratio 0.8/0.2"
+                f"{one.ids[absent[0]]}; leave them out, take other splits, or split train by --split-ratio 0.8/0.2"
             )
     kind = target or _guess([label for labels in written.values() for label in labels])
     if kind == "number":

@@ -11,12 +11,12 @@ from mlfusion.specs.names import token_words
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
 from mlfusion.store import CachePath, Entry, FeatureStore, Samples, differences
 
-NAMED = 3  # images that a difference names
+NAMED = 3  # number of images named in a difference
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """The entry of one split; or, where there is none, how the nearest entry differs."""
+    """The entry of one split; if there is none, the nearest entry and its differences."""
 
     split: str
     key: str
@@ -35,7 +35,7 @@ class Explained:
             "lacking": token_words(self.lacking),
             "nearest": self.nearest.key if self.nearest else None,
             "differences": [
-                {"field": name, "asked": asked, "nearest": there} for name, asked, there in self.differences
+                {"field": name, "asked": requested, "nearest": cached} for name, requested, cached in self.differences
             ],
         }
 
@@ -48,51 +48,54 @@ def explain(
     *,
     cache: CachePath = None,
 ) -> list[Explained]:
-    """Say for each split which entry `extract` with the same arguments would use; errors as in `extract`."""
-    asked = Request.of(model, dataset, features, compute)
+    """For each split, find the entry that `extract` with the same arguments would use; errors as in `extract`."""
+    request = Request.of(model, dataset, features, compute)
     store = FeatureStore(cache)
     others = list(store.entries())
     explained = []
-    for job in asked.jobs:
+    for job in request.jobs:
         entry = store.entry(job.spec)
-        near = None if entry else _nearest(job.spec, others)
+        nearest = None if entry else _nearest(job.spec, others)
         explained.append(
             Explained(
                 split=job.split.name,
                 key=job.spec.key,
                 entry=entry,
-                lacking=asked.pairs - (entry.held() if entry else frozenset()),
-                nearest=near,
-                differences=tuple(_difference_texts(job.spec, job.samples, near)) if near else (),
+                lacking=request.pairs - (entry.held() if entry else frozenset()),
+                nearest=nearest,
+                differences=tuple(_difference_texts(job.spec, job.samples, nearest)) if nearest else (),
             )
         )
     return explained
 
 
 def _nearest(spec: FeatureSpec, entries: list[Entry]) -> Entry | None:
-    """The entry of the same split with the fewest differing fields; of two, the one used last."""
+    """The entry of the same split with the fewest differing fields; the last used one of several."""
     same = [entry for entry in entries if entry.spec.data.split == spec.data.split] or entries
     return min(same, key=lambda entry: (len(differences(spec, entry.spec)), -entry.read_at()), default=None)
 
 
-def _difference_texts(spec: FeatureSpec, samples: Samples, near: Entry) -> list[tuple[str, str, str]]:
+def _difference_texts(spec: FeatureSpec, samples: Samples, nearest: Entry) -> list[tuple[str, str, str]]:
     texts = []
-    for name, asked, there in differences(spec, near.spec):
+    for name, requested, cached in differences(spec, nearest.spec):
         if name == "model.preprocess":
-            texts += _settings(str(asked), str(there))
+            texts += _settings(str(requested), str(cached))
         elif name == "data.content":
-            texts.append((name, _images(samples, near.samples), ""))
+            texts.append((name, _images(samples, nearest.samples), ""))
         elif name == "model.weights":
-            ours, theirs = f"{str(asked)[:16]}… ({spec.model.name})", f"{str(there)[:16]}… ({near.spec.model.name})"
+            ours, theirs = (
+                f"{str(requested)[:16]}… ({spec.model.name})",
+                f"{str(cached)[:16]}… ({nearest.spec.model.name})",
+            )
             texts.append((f"{name} (sha256)", ours, theirs))
         else:
-            texts.append((name, _short(asked), _short(there)))
+            texts.append((name, _short(requested), _short(cached)))
     return texts
 
 
-def _settings(asked: str, there: str) -> list[tuple[str, str, str]]:
+def _settings(requested: str, cached: str) -> list[tuple[str, str, str]]:
     """Settings of the image processor that differ."""
-    one, other = json.loads(asked), json.loads(there)
+    one, other = json.loads(requested), json.loads(cached)
     return [
         (f"model.preprocess.{name}", json.dumps(one.get(name)), json.dumps(other.get(name)))
         for name in sorted({*one, *other})
@@ -100,18 +103,18 @@ def _settings(asked: str, there: str) -> list[tuple[str, str, str]]:
     ]
 
 
-def _images(one: Samples, other: Samples) -> str:
-    """How the images differ, in words."""
-    mine, its = (
-        {name: (d.tobytes(), label.tolist()) for name, d, label in zip(it.ids, it.digests, it.labels, strict=True)}
-        for it in (one, other)
+def _images(requested: Samples, cached: Samples) -> str:
+    """The differences between the images, as text."""
+    ours, theirs = (
+        {name: (d.tobytes(), label.tolist()) for name, d, label in zip(s.ids, s.digests, s.labels, strict=True)}
+        for s in (requested, cached)
     )
-    both = [name for name in mine if name in its]
+    both = [name for name in ours if name in theirs]
     changes = {
-        "new": [name for name in mine if name not in its],
-        "gone": [name for name in its if name not in mine],
-        "with other bytes": [name for name in both if mine[name][0] != its[name][0]],
-        "with another label": [name for name in both if mine[name][1] != its[name][1]],
+        "new": [name for name in ours if name not in theirs],
+        "gone": [name for name in theirs if name not in ours],
+        "with other bytes": [name for name in both if ours[name][0] != theirs[name][0]],
+        "with another label": [name for name in both if ours[name][1] != theirs[name][1]],
     }
     texts = [
         f"{len(names):,} {what} ({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})"

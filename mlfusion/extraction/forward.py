@@ -13,10 +13,10 @@ from mlfusion.specs.identity import Pair
 from mlfusion.system import memory
 
 MAX_BATCH_SIZES = {"cpu": 32, "cuda": 256, "mps": 64}
-"""Images in a pass if memory allows; more are no faster (docs/measurements/speed.md)."""
+"""Largest number of images in a pass by device; more are no faster (docs/measurements/speed.md)."""
 
-MEMORY_SHARE = 0.6  # of the free memory, for one pass
-TRIAL_IMAGES = 2  # of the pass that is measured
+MEMORY_SHARE = 0.6  # share of the free memory that one pass may use
+TRIAL_IMAGES = 2  # number of images in the measured pass
 
 
 class Forward:
@@ -25,29 +25,29 @@ class Forward:
     def __init__(
         self, backbone: Backbone, steps: Preprocessing, pairs: Iterable[Pair], batch_size: int | None = None
     ) -> None:
-        """Choose a batch size; None: by a measured pass over two images, up to MAX_BATCH_SIZES."""
+        """If `batch_size` is None, it is estimated by a measured pass over two images, up to MAX_BATCH_SIZES."""
         self.backbone, self.steps = backbone, steps
         self.batch_size = batch_size or self._fitting_batch_size(frozenset(pairs))
         self.shrunk = False  # whether memory ran out and the batch size was halved
         self.passes = 0
         self.seconds = 0.0
         self.wait_for_copy: Callable[[], None] = lambda: None  # returns when the last pictures are on the device
-        self._buffer: Tensor | None = None  # finished pictures: memory taken anew would be cleared each time
+        self._buffer: Tensor | None = None  # normalised pictures; reused, since new memory would be cleared each time
 
     def __call__(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor]:
-        """Prepared pictures → tokens in float32 on the model's device, which may still be at work on them.
+        """Preprocessed pictures → float32 tokens on the model's device, possibly still being computed.
 
         Raises:
-            MlfusionError: there is no memory even for one image.
+            MlfusionError: the memory is too small for one image.
         """
         began = time.perf_counter()
         parts: list[dict[Pair, Tensor]] = []
         at = 0
         while at < len(pictures):
             piece = pictures[at : at + self.batch_size]
-            made = self._pass(piece, pairs)
-            if made is not None:
-                parts.append(made)
+            tokens = self._pass(piece, pairs)
+            if tokens is not None:
+                parts.append(tokens)
                 at += len(piece)
             elif len(piece) == 1:
                 raise MlfusionError(
@@ -60,16 +60,16 @@ class Forward:
         return parts[0] if len(parts) == 1 else {pair: torch.cat([part[pair] for part in parts]) for pair in parts[0]}
 
     def _pass(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor] | None:
-        """Run one pass; None if memory ran out. Nothing of a failed pass is held afterwards, so that a smaller one may fit."""
+        """Run one pass; None if memory ran out. A failed pass releases its memory, so that a smaller one may fit."""
         try:
-            made = self.backbone(self._to_device(pictures), pairs)
+            tokens = self.backbone(self._to_device(pictures), pairs)
         except (RuntimeError, MemoryError) as err:
             if not memory.is_shortage(err):
                 raise
             self._buffer = None
         else:
             self.passes += 1
-            return made
+            return tokens
         memory.give_back(self.backbone.device.type)
         return None
 
@@ -85,7 +85,7 @@ class Forward:
 
     def _fitting_batch_size(self, pairs: frozenset[Pair]) -> int:
         kind = self.backbone.device.type
-        most = MAX_BATCH_SIZES.get(kind, MAX_BATCH_SIZES["cpu"])
+        largest = MAX_BATCH_SIZES.get(kind, MAX_BATCH_SIZES["cpu"])
         blank = torch.zeros(TRIAL_IMAGES, 3, *self.steps.pixels, dtype=self.steps.dtype)
         try:
             with memory.measured(kind) as taken:
@@ -95,4 +95,4 @@ class Forward:
                 raise
             return 1
         fits = int(MEMORY_SHARE * memory.available(str(self.backbone.device)) / max(taken() / TRIAL_IMAGES, 1))
-        return max(1, min(most, 1 << max(fits, 1).bit_length() - 1))
+        return max(1, min(largest, 1 << max(fits, 1).bit_length() - 1))

@@ -29,11 +29,11 @@ from mlfusion.models.preprocessing import Preprocessing
 
 AHEAD = 2  # batches that are decoded while one is in use
 IMAGES_PER_TASK = 4
-NICENESS = 10  # of threads that share the processor with the forward pass: it goes first, and they fill its gaps
+NICENESS = 10  # of decoding threads, so that the forward pass has priority on a shared processor
 MAX_PROCESSES = 32
 
 Decoded = tuple[float, dict[int, str]]
-"""Seconds that some images took, and row → why an image could not be read."""
+"""(duration in seconds, {row: error message of an unreadable image})."""
 
 T = TypeVar("T")
 
@@ -45,9 +45,9 @@ def picture(split: datasets.Split, row: int, steps: Preprocessing) -> np.ndarray
         BadImage: it cannot be read.
     """
     if steps.decodes_jpeg and isinstance(split.decode, datasets.Decoder) and not split.decode.exif_transpose:
-        made = steps.from_jpeg(split.read(row), split.ids[row], split.decode.max_pixels)
-        if made is not None:
-            return made
+        pixels = steps.from_jpeg(split.read(row), split.ids[row], split.decode.max_pixels)
+        if pixels is not None:
+            return pixels
     return steps.picture(split.image(row), split.ids[row])
 
 
@@ -56,10 +56,10 @@ class LoadedBatch(Generic[T]):
     """A batch, valid until the next one is asked for."""
 
     rows: range
-    payload: T  # came with the rows
-    pictures: Tensor  # [rows, 3, height, width], as `picture` makes them; black where an image was unread
-    unread: dict[int, str]  # row → why there is no image
-    free: Callable[[], None] = lambda: None  # returns when the pictures are no longer needed; the user may replace it
+    payload: T  # passed through with the rows
+    pictures: Tensor  # [rows, 3, height, width], as `picture` makes them; black for unread images
+    unread: dict[int, str]  # row → error message of an unreadable image
+    free: Callable[[], None] = lambda: None  # returns when the pictures are no longer needed; replaceable
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,22 +104,22 @@ class Loader:
         """
         ring = _ring((AHEAD + 1, self.batch_size, 3, *self.steps.pixels), self.steps.dtype)
         pool, fill = self._pool(_Job(self.split, self.steps, ring))
-        made: deque[tuple[LoadedBatch[T], list[Future[Decoded]]]] = deque()
+        pending: deque[tuple[LoadedBatch[T], list[Future[Decoded]]]] = deque()
         with pool, _pinned(ring, self.pinned):
             try:
                 for number, (rows, payload) in enumerate(batches):
                     slot = number % len(ring)
                     starts = range(0, len(rows), IMAGES_PER_TASK)
                     futures = [pool.submit(fill, slot, at, rows[at : at + IMAGES_PER_TASK]) for at in starts]
-                    made.append((LoadedBatch(rows, payload, ring[slot][: len(rows)], {}), futures))
-                    if len(made) > AHEAD:  # the next batch goes into the buffer of this one
-                        yield (one := self._ready(*made.popleft()))
+                    pending.append((LoadedBatch(rows, payload, ring[slot][: len(rows)], {}), futures))
+                    if len(pending) > AHEAD:  # the next batch goes into the buffer of this one
+                        yield (one := self._ready(*pending.popleft()))
                         one.free()
-                while made:
-                    yield (one := self._ready(*made.popleft()))
+                while pending:
+                    yield (one := self._ready(*pending.popleft()))
                     one.free()
             finally:
-                for _, futures in made:
+                for _, futures in pending:
                     for future in futures:
                         future.cancel()
 
@@ -146,7 +146,7 @@ class Loader:
     def _pool(self, job: _Job) -> tuple[Executor, Callable[[int, int, range], Decoded]]:
         if not self.processes:
             return ThreadPoolExecutor(self.workers or processor_count(), initializer=_lower_priority), job
-        # By fork, so that neither the split nor the buffers need to be sent.
+        # Forked processes share the split and the buffers.
         workers = self.workers or min(MAX_PROCESSES, max(1, processor_count() - 1))
         fork = multiprocessing.get_context("fork")
         return ProcessPoolExecutor(workers, fork, initializer=_init_worker, initargs=(job, os.getpid())), _run_in_worker
@@ -163,14 +163,14 @@ def can_fork() -> bool:
 
 
 def _lower_priority() -> None:
-    """Let the forward pass go first. On Linux a priority belongs to a thread; elsewhere it would be the process's."""
+    """Give the forward pass priority. Only Linux has priorities of threads; elsewhere this would change the process."""
     if sys.platform == "linux":
         with suppress(OSError):
             thread = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
 
 
-_job: _Job | None = None  # of a worker process
+_job: _Job | None = None  # the task of this worker process
 
 
 def _init_worker(job: _Job, parent: int) -> None:
@@ -181,7 +181,7 @@ def _init_worker(job: _Job, parent: int) -> None:
 
 
 def _exit_with_parent(parent: int) -> None:
-    """Exit when the parent has ended, however it ended: nothing else would tell a worker."""
+    """Exit when the parent has ended: a worker gets no other signal."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -198,9 +198,9 @@ def _ring(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _pinned(ring: Tensor, wanted: bool) -> Iterator[None]:
-    """Lock the buffers in memory, so that a GPU copies from them by itself while the processor goes on."""
-    if not wanted:
+def _pinned(ring: Tensor, enabled: bool) -> Iterator[None]:
+    """Lock the buffers in memory for asynchronous copies to a GPU."""
+    if not enabled:
         yield
         return
     runtime = torch.cuda.cudart()

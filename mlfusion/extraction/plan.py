@@ -1,8 +1,8 @@
-"""What an extraction would do, before it does it: which entry it uses, why there is none yet, and what filling it costs."""
+"""Plans an extraction: the entries it would use, and the estimated size and duration of filling them."""
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,13 @@ from mlfusion.specs.options import ComputeOptions, FeatureOptions
 from mlfusion.store import CachePath, Entry, FeatureStore, Missing, missing_bytes
 from mlfusion.system import disk
 
-TRIAL_SECONDS = 5.0  # of measuring, after a first batch that does not count
-FILES = {"entry": 7, "stream": 2, "shard": 2}  # files of each; Zarr adds one that describes the stream
+TRIAL_SECONDS = 5.0  # duration of the measurement, after a first batch that does not count
+FILES = {"entry": 7, "stream": 2, "shard": 2}  # number of files in each; Zarr adds one that describes the stream
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSplit:
-    """What the extraction of one split would take."""
+    """The estimated cost of the extraction of one split."""
 
     split: str
     view: str
@@ -39,13 +39,13 @@ class PlannedSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What an extraction would take, by arithmetic and a short measured trial."""
+    """The estimated cost of an extraction, by arithmetic and a short measured trial."""
 
     model: str
     dataset: str
     splits: tuple[PlannedSplit, ...]
     free_bytes: int
-    images_per_second: float | None  # None where nothing is to be run
+    images_per_second: float | None  # None if there are no images to run
     trial_seconds: float
 
     @property
@@ -55,18 +55,14 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the forward passes would take, by the trial."""
+        """Estimated duration of the forward passes."""
         images = sum(split.images_to_run for split in self.splits)
         return images / self.images_per_second if self.images_per_second else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion plan --json` prints."""
-        return {
-            "model": self.model,
-            "dataset": self.dataset,
-            "splits": [vars(split) for split in self.splits],
+        return asdict(self) | {
             "bytes_to_write": self.bytes_to_write,
-            "free_bytes": self.free_bytes,
             "fits": self.bytes_to_write <= self.free_bytes,
             "images_per_second": self.images_per_second and round(self.images_per_second, 2),
             "seconds": round(self.seconds, 1),
@@ -83,16 +79,15 @@ def plan(
     cache: CachePath = None,
     trial: float = TRIAL_SECONDS,
 ) -> Plan:
-    """Say what `extract` with the same options would write and how long it would take. Writes nothing.
+    """Estimate what `extract` with the same options would write and how long it would take. Writes nothing.
 
-    `trial` is the number of seconds for which images are prepared and run through the model to measure the rate; the other
-    arguments and the errors are those of `extract`.
+    `trial` is the duration in seconds of the measurement of the rate; other arguments and errors are those of `extract`.
     """
     return estimate(Request.of(model, dataset, features, compute), cache=cache, trial=trial)
 
 
 def estimate(
-    asked: Request,
+    request: Request,
     *,
     cache: CachePath = None,
     trial: float | None = TRIAL_SECONDS,
@@ -103,22 +98,22 @@ def estimate(
     planned: list[PlannedSplit] = []
     backbone: Backbone | None = None
     rate, spent = None, 0.0
-    batch = asked.compute.batch_size or MAX_BATCH_SIZES["cpu"]
-    for job in asked.jobs:
+    batch = request.compute.batch_size or MAX_BATCH_SIZES["cpu"]
+    for job in request.jobs:
         entry = store.entry(job.spec)
         missing: Missing = {}
-        if entry is None or not asked.pairs <= entry.held():
-            backbone = backbone or model(asked)
-            missing = store.missing(job.spec, backbone.shapes(asked.pairs), asked.compute.format)
+        if entry is None or not request.pairs <= entry.held():
+            backbone = backbone or model(request)
+            missing = store.missing(job.spec, backbone.shapes(request.pairs), request.compute.format)
             if rate is None and trial is not None:
-                wanted = frozenset(pair for stream in missing for pair in stream.pairs)
-                forward = Forward(backbone, job.steps, wanted, asked.compute.batch_size)
-                rate, spent = _trial(forward, job.split, wanted, asked.compute, trial)
+                pairs = frozenset(pair for stream in missing for pair in stream.pairs)
+                forward = Forward(backbone, job.steps, pairs, request.compute.batch_size)
+                rate, spent = _trial(forward, job.split, pairs, request.compute, trial)
                 batch = forward.batch_size
         planned.append(_planned(job, entry, missing, batch))
     return Plan(
-        model=asked.names.model,
-        dataset=asked.names.dataset,
+        model=request.names.model,
+        dataset=request.names.dataset,
         splits=tuple(planned),
         free_bytes=disk.free_bytes(store.root),
         images_per_second=rate,
@@ -137,7 +132,7 @@ def _planned(job: Job, entry: Entry | None, missing: Missing, batch_size: int) -
         for shard in shards:
             rows = stream.rows(shard)
             images[rows.start : rows.stop] = True
-    # No batch reaches over the end of a shard.
+    # A batch never crosses the end of a shard.
     cut = missing or (entry.streams() if entry else [])
     step = min((stream.shard_rows for stream in cut), default=count)
     steps = [range(at, min(at + step, count)) for at in range(0, count, step)]
@@ -158,9 +153,9 @@ def _planned(job: Job, entry: Entry | None, missing: Missing, batch_size: int) -
 
 
 def _trial(
-    forward: Forward, split: datasets.Split, wanted: frozenset[Pair], compute: ComputeOptions, seconds: float
+    forward: Forward, split: datasets.Split, pairs: frozenset[Pair], compute: ComputeOptions, seconds: float
 ) -> tuple[float, float]:
-    """Images per second, decoded and run, and the seconds of the measurement. A short data set is repeated."""
+    """Measured images per second, and the duration of the measurement in seconds. A short data set is repeated."""
 
     def rounds() -> Iterator[tuple[range, None]]:
         while True:
@@ -169,7 +164,7 @@ def _trial(
 
     images, start = 0, 0.0
     for one in loading(forward, split, replace(compute, skip_bad=True))(rounds()):
-        for tokens in forward(one.pictures, wanted).values():
+        for tokens in forward(one.pictures, pairs).values():
             tokens.cpu()
         if not start:
             start = time.monotonic()

@@ -1,4 +1,4 @@
-"""A request resolved: which entries of the cache hold which tokens of which images."""
+"""Resolves the names in a request to a checkpoint, images, and the keys of cache entries."""
 
 from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
@@ -22,17 +22,17 @@ from mlfusion.system.progress import track
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Splits of a data set and their identity. Every image's bytes are read once, however many models follow."""
+    """Splits of a data set and their identity. Every image's bytes are read once for any number of models."""
 
     data: datasets.DataSet
     splits: tuple[tuple[datasets.Split, Samples, DataSpec], ...]
-    argument: str  # what finds the data set again
+    argument: str  # the argument that loads the data set again
 
     @classmethod
     def of(cls, dataset: str | datasets.DataSet, features: FeatureOptions = FeatureOptions()) -> "Images":
         """Load a data set and read every image of the splits; errors as in `datasets.load`."""
         data = datasets.load(dataset, features.read) if isinstance(dataset, str) else dataset
-        found = []
+        splits = []
         for name in features.splits:
             split = data.split(name)
             samples = _samples(data.name, split)
@@ -44,15 +44,15 @@ class Images:
                 resplit=data.resplit,
                 name=data.name,
             )
-            found.append((split, samples, spec))
+            splits.append((split, samples, spec))
         return cls(
-            data, tuple(found), _argument(dataset, datasets.CATALOGUE) if isinstance(dataset, str) else data.name
+            data, tuple(splits), _argument(dataset, datasets.CATALOGUE) if isinstance(dataset, str) else data.name
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One entry to fill: a split as one view shows it."""
+    """One entry to fill: one view of a split."""
 
     split: datasets.Split
     samples: Samples
@@ -63,7 +63,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What an extraction, or a plan of one, is about: names resolved to a checkpoint, images and keys."""
+    """The resolved arguments of an extraction: checkpoint, tokens, images and keys."""
 
     checkpoint: models.Checkpoint
     names: Names
@@ -79,7 +79,7 @@ class Request:
         features: FeatureOptions = FeatureOptions(),
         compute: ComputeOptions = ComputeOptions(),
     ) -> "Request":
-        """Resolve names; arguments and errors as in `extract`, and `Images` that were read already."""
+        """Resolve names; arguments and errors as in `extract`, except that `dataset` may also be `Images`."""
         device = pick_device(compute.device)
         precision = pick_compute(features.compute, device)
         ref = parse_model(model).with_defaults(features.hook, features.settings)
@@ -96,7 +96,7 @@ class Request:
             models.identify(checkpoint, steps.key(exif_transpose=data.exif_transpose), precision, steps.view)
             for steps in views
         ]
-        # What the entry's own names do not say, to print the command that makes it again.
+        # Options that the entry's names do not contain, for the printed command that extracts it again.
         remembered = replace(
             features, splits=("train", "test"), layers="all", tokens="cls,ap", hook=None, settings=(), views=("plain",)
         )
@@ -125,23 +125,23 @@ class Request:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """All layers that are asked for."""
+        """The requested layers."""
         return tuple(sorted({layer for layer, _ in self.pairs}))
 
     @property
     def kinds(self) -> tuple[TokenKind, ...]:
-        """All token kinds that are asked for."""
+        """The requested token kinds."""
         return tuple(kind for kind in KINDS if any(k == kind for _, k in self.pairs))
 
 
 def _argument(word: str, catalogue: Container[str]) -> str:
-    """What finds a model or a data set from every working directory: the path of a folder or file, else the name."""
+    """An argument that is valid in every working directory: the absolute path of a folder or file, else the name."""
     path = Path(word).expanduser()
     return str(path.resolve()) if word not in catalogue and path.exists() else word
 
 
 def _samples(name: str, split: datasets.Split) -> Samples:
-    """Read every image's bytes once, for the digests that identify the split. Order never depends on the threads."""
+    """Read every image's bytes once, for the digests that identify the split, in the order of rows."""
     with (
         track(f"reading {name}/{split.name}", len(split), "images") as bar,
         ThreadPoolExecutor(min(8, loader.processor_count() + 1)) as pool,

@@ -1,7 +1,7 @@
-"""Stage 1: fill the gaps of the cache. Every image passes through the model once, whatever layers and tokens are missing.
+"""Stage 1: fills the gaps of the cache. Every image passes through the model at most once, whatever tokens are missing.
 
-Work is cut by rows, storage by (stream, rows). A block of rows goes through the model when any stream lacks a shard
-there, as deep as the deepest layer missing, and every lacking stream takes its part of that one pass.
+A block of rows is run if any stream lacks the shard of these rows. The pass ends at the deepest missing layer, and every
+incomplete stream takes its tokens from it.
 """
 
 import platform
@@ -20,40 +20,34 @@ from mlfusion.extraction import loader
 from mlfusion.extraction.forward import Forward
 from mlfusion.extraction.loader import Loader
 from mlfusion.extraction.request import Job, Request
-from mlfusion.extraction.writer import Batch, _take, _Writer
+from mlfusion.extraction.writer import Batch, Writer, run_batch
 from mlfusion.models.backbone import Backbone
 from mlfusion.specs.identity import TokenKind
 from mlfusion.specs.names import layer_ranges
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
-from mlfusion.store import (
-    CachePath,
-    Entry,
-    FeatureStore,
-    Gap,
-    Piece,
-    RunPart,
-    RunRecord,
-)
+from mlfusion.store import CachePath, Entry, FeatureStore, Gap, Piece, RunPart, RunRecord
 from mlfusion.system.devices import device_name
 from mlfusion.system.progress import Bar, track
 
-BOTTLENECK_SHARE = 0.1  # of the time: a part for which the forward pass waited longer is the bottleneck
+BOTTLENECK_SHARE = (
+    0.1  # a part is the bottleneck if the forward pass waited for it for more than this share of the time
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionResult:
-    """What one split's extraction did."""
+    """The result of the extraction of one split."""
 
     entry: Entry
-    layers: tuple[int, ...]  # asked for
-    tokens: tuple[TokenKind, ...]  # asked for
+    layers: tuple[int, ...]  # requested
+    tokens: tuple[TokenKind, ...]  # requested
     images_written: int
     images_reused: int
     images_skipped: int
     forward_passes: int  # number of batches that went through the model
     seconds: float
     view: str = "plain"
-    rate: float = 0.0  # images per second, while there were images to run
+    rate: float = 0.0  # images per second
     bottleneck: str = ""  # the part that was waited for: 'decoding', 'the forward pass' or 'writing'
 
     def to_json(self) -> dict[str, Any]:
@@ -92,13 +86,13 @@ def extract(
     cache: CachePath = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> list[ExtractionResult]:
-    """Cache a frozen model's tokens of a data set; what is there already is not computed again.
+    """Cache a frozen model's tokens of a data set; cached tokens are not computed again.
 
     Args:
         model: a catalogue name, an id on the hub, or a folder.
         dataset: a catalogue name, an id on the hub, a folder or a file; or images in memory, by `mlfusion.array_dataset`.
-        features: what decides the key of an entry and its streams.
-        compute: how the extraction runs.
+        features: options that decide the key of an entry and its streams.
+        compute: options that decide how the extraction runs.
         cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
         log: called with a message while waiting for another extractor of the same entry.
 
@@ -108,14 +102,16 @@ def extract(
     return fill(Request.of(model, dataset, features, compute), cache=cache, log=log)
 
 
-def load(asked: Request) -> Backbone:
+def load(request: Request) -> Backbone:
     """Load the model of a request."""
-    first = asked.jobs[0]
-    return Backbone(asked.checkpoint, asked.compute.device, preprocessing=first.steps, compute=first.spec.model.compute)
+    first = request.jobs[0]
+    return Backbone(
+        request.checkpoint, request.compute.device, preprocessing=first.steps, compute=first.spec.model.compute
+    )
 
 
 def fill(
-    asked: Request,
+    request: Request,
     *,
     cache: CachePath = None,
     log: Callable[[str], None] = lambda _: None,
@@ -123,28 +119,30 @@ def fill(
 ) -> list[ExtractionResult]:
     """The same as `extract` for a resolved request. `model` is called if, and only if, something has to be computed."""
     store = FeatureStore(cache)
-    done: list[ExtractionResult] = []
+    results: list[ExtractionResult] = []
     backbone: Backbone | None = None
-    for job in asked.jobs:
+    for job in request.jobs:
         began = time.monotonic()
-        work = _Work(job, asked.compute)
-        if asked.pairs <= store.held(job.spec):
+        work = _Work(job, request.compute)
+        if request.pairs <= store.held(job.spec):
             entry = store.reuse(job.spec, job.samples, job.names)
         else:
-            backbone = backbone or model(asked)
-            shapes = backbone.shapes(asked.pairs)  # a token that the model lacks is refused before anything is written
+            backbone = backbone or model(request)
+            shapes = backbone.shapes(
+                request.pairs
+            )  # raises for a token that the model lacks, before anything is written
             spec = replace(job.spec, model=replace(job.spec.model, kinds=tuple(backbone.kinds)))
-            filling = store.filling(spec, job.samples, job.names, shapes, format=asked.compute.format, log=log)
+            filling = store.filling(spec, job.samples, job.names, shapes, format=request.compute.format, log=log)
             with filling as gap:
                 work.run(gap, backbone)
                 if work.written:
                     gap.entry.record_run(_provenance(gap.entry, work, time.monotonic() - began))
             entry = gap.entry
-        done.append(
+        results.append(
             ExtractionResult(
                 entry=entry,
-                layers=asked.layers,
-                tokens=asked.kinds,
+                layers=request.layers,
+                tokens=request.kinds,
                 images_written=work.written,
                 images_reused=len(job.split) - work.written,
                 images_skipped=len(entry.skipped()),
@@ -155,19 +153,19 @@ def fill(
                 bottleneck=work.bottleneck,
             )
         )
-    return done
+    return results
 
 
 class _Work:
-    """The loop that fills the gaps of one entry, and its figures."""
+    """The loop that fills the gaps of one entry, and its measurements."""
 
     def __init__(self, job: Job, compute: ComputeOptions) -> None:
         self.job, self.split, self.compute = job, job.split, compute
-        self.written = 0  # images
-        self.seconds = 0.0  # that the loop ran
+        self.written = 0  # number of images
+        self.seconds = 0.0  # duration of the loop
         self.forward: Forward | None = None
         self.loaders: list[Loader] = []
-        self.writers: list[_Writer] = []
+        self.writers: list[Writer] = []
 
     @property
     def passes(self) -> int:
@@ -181,10 +179,10 @@ class _Work:
 
     @property
     def waited(self) -> dict[str, float]:
-        """Seconds that the loop waited for pictures, and for the writer to take tokens."""
+        """Seconds that the loop waited for images, and for the writer."""
         return {
             "decoding": sum(loader.waited for loader in self.loaders),
-            "writing": sum(writer.held for writer in self.writers),
+            "writing": sum(writer.blocked for writer in self.writers),
         }
 
     @property
@@ -197,7 +195,7 @@ class _Work:
         return part if waited[part] > BOTTLENECK_SHARE * self.seconds else "the forward pass"
 
     def run(self, gap: Gap, backbone: Backbone) -> None:
-        """Compute and publish every missing shard, or wait for the extractors that make it."""
+        """Compute and publish every missing shard, or wait for another extractor that computes it."""
         with track(gap.title, len(self.split), "images") as bar:
             for pieces in gap.rounds():
                 if self.forward is None:
@@ -208,12 +206,11 @@ class _Work:
         began = time.monotonic() - self.seconds
         feed = loading(forward, self.split, self.compute)
         self.loaders.append(feed)
-        # A batch is written while the next one is computed and others are decoded, and a shard is flushed while the next
-        # one is filled. Whatever ends the loop, what was complete is published.
-        with _Writer(gap) as writer:
+        # Decoding, computing, writing and flushing overlap. Complete shards are published however the loop ends.
+        with Writer(gap) as writer:
             self.writers.append(writer)
             for one in feed(_batches(pieces, forward.batch_size)):
-                writer.put(one, _take(forward, one))
+                writer.put(one, run_batch(forward, one))
                 gap.renew()
                 self.written += len(one.rows)
                 self.seconds = time.monotonic() - began
@@ -230,7 +227,7 @@ def _batches(pieces: Iterator[Piece], size: int) -> Iterator[Batch]:
 
 
 def loading(forward: Forward, split: datasets.Split, compute: ComputeOptions) -> Loader:
-    """The loader for a forward pass: threads beside it, or processes if it is on a GPU and leaves the processors free."""
+    """The loader for a forward pass: with threads on a CPU, with processes on a GPU."""
     on_gpu = forward.backbone.device.type == "cuda"
     return Loader(
         split,
@@ -244,7 +241,7 @@ def loading(forward: Forward, split: datasets.Split, compute: ComputeOptions) ->
 
 
 def _provenance(entry: Entry, work: _Work, seconds: float) -> RunRecord:
-    """The record of a run: versions, device, rates. Never part of the key."""
+    """The record of a run: versions, device, rates. It is not part of the key."""
     forward, device = work.forward, work.compute.device
     assert forward is not None
     libraries = ["mlfusion", "torch", "transformers", "numpy", "pillow", "zarr", "h5py", "simplejpeg"]
@@ -252,7 +249,7 @@ def _provenance(entry: Entry, work: _Work, seconds: float) -> RunRecord:
     for name in libraries:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    parts = {  # seconds of all decoding workers, of the device, of the writer
+    parts = {  # seconds of work of each part
         "decoding": sum(each.busy for each in work.loaders),
         "forward": forward.seconds + sum(each.awaited for each in work.writers),
         "writing": sum(each.busy for each in work.writers),

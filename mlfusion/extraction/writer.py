@@ -1,4 +1,4 @@
-"""Writing beside the forward pass: one thread fills shards, one flushes and names them."""
+"""Writes tokens during the forward pass: one thread fills shards, another flushes and publishes them."""
 
 import time
 from collections import deque
@@ -13,23 +13,22 @@ from mlfusion.extraction.loader import LoadedBatch
 from mlfusion.specs.identity import Pair
 from mlfusion.store import Gap, ShardDraft, Stream
 
-QUEUED = 2  # batches whose tokens are on their way to the cache
-
+QUEUED = 2  # largest number of batches that wait to be written
 
 Batch = tuple[range, list[Stream]]
-"""Rows that go through the model at once, and the streams that take them."""
+"""(rows of one forward pass, streams that store them)."""
 
 
 @dataclass(frozen=True, eq=False)
 class _PendingTokens:
-    """The streams' parts of one pass, being copied from the device."""
+    """The tokens of one pass for each stream, while they are copied from the device."""
 
-    parts: dict[Stream, torch.Tensor]  # [images, layers, kinds x tokens, width] in the processor's memory
-    wait: Callable[[], None]  # returns when they are there
+    parts: dict[Stream, torch.Tensor]  # [images, layers, kinds x tokens, width] in host memory
+    wait: Callable[[], None]  # returns when the copy is complete
 
 
-def _take(forward: Forward, one: LoadedBatch[list[Stream]]) -> _PendingTokens:
-    """Run a batch and start copying its tokens. On a GPU nothing waits for it here: the next batch can be queued at once."""
+def run_batch(forward: Forward, one: LoadedBatch[list[Stream]]) -> _PendingTokens:
+    """Run a batch and start copying its tokens. On a GPU the call does not wait, so the next batch can be queued."""
     tokens = forward(one.pictures, frozenset(pair for stream in one.payload for pair in stream.pairs))
     parts = {stream: _assemble(tokens, stream) for stream in one.payload}
     if forward.backbone.device.type != "cuda":
@@ -40,12 +39,12 @@ def _take(forward: Forward, one: LoadedBatch[list[Stream]]) -> _PendingTokens:
     }
     event = torch.cuda.Event()
     event.record()
-    one.free = forward.wait_for_copy  # the buffer is read until then; the pass itself goes on
+    one.free = forward.wait_for_copy  # the buffer is in use until the copy is complete
     return _PendingTokens(there, event.synchronize)
 
 
-class _Writer:
-    """Two threads behind the loop: one fills shards, one flushes and publishes them. The queues between them are bounded."""
+class Writer:
+    """Two threads: one fills shards, one flushes and publishes them. Their queues are bounded."""
 
     def __init__(self, gap: Gap) -> None:
         self._gap = gap
@@ -53,11 +52,11 @@ class _Writer:
         self._filling, self._publishing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._queue: deque[Future[None]] = deque()
         self._published: deque[Future[None]] = deque()
-        self._flushed: Future[None] | None = None  # the last shard that was given to be published
+        self._flushed: Future[None] | None = None  # the last shard submitted for publication
         self._failed = False
-        self.busy = 0.0  # seconds of filling, and waiting for a flush
-        self.awaited = 0.0  # seconds that tokens were waited for, while the device worked on them
-        self.held = 0.0  # seconds that the loop was held up because writing was behind
+        self.busy = 0.0  # seconds spent on filling and on waiting for a flush
+        self.awaited = 0.0  # seconds spent on waiting for the device
+        self.blocked = 0.0  # seconds that the loop waited for the writer
 
     def put(self, one: LoadedBatch[list[Stream]], tokens: _PendingTokens) -> None:
         """Queue a batch's tokens, in the order of rows. Raises the error of an earlier batch."""
@@ -65,13 +64,13 @@ class _Writer:
         began, awaited = time.perf_counter(), self.awaited
         while len(self._queue) > QUEUED:
             self._queue.popleft().result()
-        self.held += max(0.0, time.perf_counter() - began - (self.awaited - awaited))
+        self.blocked += max(0.0, time.perf_counter() - began - (self.awaited - awaited))
         while self._published and self._published[0].done():
             self._published.popleft().result()
 
     def _fill(self, rows: range, tokens: _PendingTokens, unread: dict[int, str]) -> None:
         if self._failed:
-            return  # a draft lacks rows of a batch before this one, and must not be given others in their place
+            return  # a draft lacks the rows of an earlier batch and must not be extended
         self._failed = True
         began = time.perf_counter()
         tokens.wait()
@@ -84,14 +83,14 @@ class _Writer:
             self._drafts[stream].append(part.numpy(), unread)
             if rows.stop % stream.shard_rows == 0 or rows.stop == stream.images:
                 future = self._publishing.submit(self._gap.publish, self._drafts.pop(stream))
-                if self._flushed:  # no more than one shard that is flushed and one that is filled
+                if self._flushed:  # at most one shard is flushed and one filled at a time
                     self._flushed.exception()
                 self._flushed = future
                 self._published.append(future)
         self._failed = False
         self.busy += time.perf_counter() - arrived
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -99,7 +98,7 @@ class _Writer:
             while self._queue:
                 self._queue.popleft().result()
         except BaseException:
-            if kind is None:  # else what ended the loop is what matters
+            if kind is None:  # else the error of the loop has priority
                 raise
         finally:
             self._filling.shutdown()
@@ -110,6 +109,6 @@ class _Writer:
 
 
 def _assemble(tokens: dict[Pair, torch.Tensor], stream: Stream) -> torch.Tensor:
-    """A stream's part of a pass: [images, layers, kinds x tokens, width], in float16 if it is stored so, else in float32."""
+    """The tokens of a stream: [images, layers, kinds x tokens, width], in float16 if stored as float16, else in float32."""
     layers = [torch.cat([tokens[layer, kind] for kind in stream.kinds], 1) for layer in stream.layers]
     return torch.stack(layers, 1).to(torch.float16 if stream.dtype == "float16" else torch.float32)

@@ -1,1 +1,1 @@
-"""What is meant, as frozen values and words."""
+"""Specifications as frozen values and names: models, data, tokens, probes, options."""

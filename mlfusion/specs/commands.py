@@ -1,4 +1,4 @@
-"""The commands that rows, cards, errors and the page print: one function for each stage, from the options themselves."""
+"""Builds the commands that rows, cards, errors and the page print."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,10 +12,10 @@ def extract_command(model: str | None, dataset: str, pairs: Iterable[Pair] = (),
     """The command that caches `pairs`.
 
     Args:
-        model: its source; None where the user must say.
-        dataset: its source.
-        pairs: (layer, kind); those of the command's default where there are none.
-        options: further words, as `feature_words` gives them.
+        model: source of the model; None prints a placeholder.
+        dataset: source of the data set.
+        pairs: (layer, kind); if empty, the command's default is used.
+        options: further words, as from `feature_words`.
     """
     tokens = ["--tokens", token_words(pairs)] if pairs else []
     return command("extract", [*tokens, *options], model=model or "MODEL", dataset=dataset)
@@ -23,13 +23,11 @@ def extract_command(model: str | None, dataset: str, pairs: Iterable[Pair] = (),
 
 def probe_command(model: str | None, dataset: str, probes: Sequence[str], search: SearchOptions) -> str:
     """The command that trains probes on the cached features."""
-    return command("probe", [*_words("--probe", ",".join(probes)), *search.words()], model=model, dataset=dataset)
+    return command(
+        "probe", [*(["--probe", ",".join(probes)] if probes else []), *search.words()], model=model, dataset=dataset
+    )
 
 
 def feature_words(splits: tuple[str, ...], view: str, options: Sequence[str]) -> list[str]:
-    """The words of an entry's options: its splits and its view, and those that its record keeps."""
+    """The words of an entry's options: its splits, its view, and the options in its record."""
     return [*FeatureOptions(splits=splits, views=(view,)).words(), *options]
-
-
-def _words(name: str, value: str) -> list[str]:
-    return [name, value] if value else []

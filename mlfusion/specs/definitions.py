@@ -1,6 +1,6 @@
-"""What an option is: its kind, its help, its effect; and what every class of options does with its definitions.
+"""Defines options (kind, help, effect) and the base class that parses, checks and prints them.
 
-A value is checked when it is made: whoever holds an options class need not check it.
+Values are checked when an options class is created; functions that take one need not check it.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ EFFECTS: dict[Effect, str] = {
     "bit": "equal to the bit",
     "rounding": "equal to rounding",
 }
-"""What another value of an option does to features and rows."""
+"""Effect of a change of an option on features and rows."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ class Option:
     kind: Kind
     help: str  # one sentence
     effect: Effect
-    name: str = ""  # in recipes, and with dashes on the command line, where it is not the field's
-    former: tuple[str, ...] = ()  # names that it had, which are still understood
+    name: str = ""  # in recipes, and with dashes on the command line; empty: the field's name
+    former: tuple[str, ...] = ()  # earlier names, which are still accepted
     short: str = ""  # a letter for the command line
 
     @property
     def flag(self) -> str:
-        """The name on the command line, without its first dashes."""
+        """The name on the command line, without the leading dashes."""
         return self.name.replace("_", "-")
 
 
 def option(default: Any, kind: Kind, help: str, *, effect: Effect, added: bool = False, **others: Any) -> Any:
     """A field of an options class, with its definition as metadata.
 
-    `added` marks an option that came after the first rows: at its default it is left out of digests, so ids stay.
+    `added` marks an option that was added later: digests omit its default, so that existing ids stay the same.
     """
     metadata = {"option": Option(kind, help, effect, **others), **(OMIT_IF_DEFAULT if added else {})}
     return dataclasses.field(default=default, metadata=metadata)
@@ -55,7 +55,7 @@ def option(default: Any, kind: Kind, help: str, *, effect: Effect, added: bool =
 
 @dataclass(frozen=True)
 class Options:
-    """What every options class does: it reads, checks and writes its fields by their definitions. It has no fields."""
+    """Base of the options classes: parses, checks and prints fields by their definitions."""
 
     def __post_init__(self) -> None:
         for field, one in definitions(type(self)):
@@ -67,33 +67,33 @@ class Options:
                 raise BadOption(f"--{one.flag} {shown}: {fault}")
 
     def changed(self) -> dict[str, Any]:
-        """The fields that are not at their default, those of an options class inside this one among them."""
-        found: dict[str, Any] = {}
+        """The fields that are not at their default, including those of nested options classes."""
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Options):
-                found |= value.changed()
+                values |= value.changed()
             elif value != field.default:
-                found[field.name] = value
-        return found
+                values[field.name] = value
+        return values
 
     def words(self) -> list[str]:
-        """The command-line words of the fields that are not at their default; `Kind.parse` reads them."""
+        """The command-line words of the fields that are not at their default; `Kind.parse` is the inverse."""
         known = all_definitions(type(self))
         words: list[str] = []
         for field, value in self.changed().items():
             one = known[field]
-            said = one.kind.words(value)
+            text = one.kind.words(value)
             if value is True:
                 words.append(f"--{one.flag}")
                 continue
-            for word in [said] if isinstance(said, str) else said:
+            for word in [text] if isinstance(text, str) else text:
                 words += spelled(one.flag, word)
         return words
 
 
 def definitions(kind: type[Options]) -> Iterator[tuple[str, Option]]:
-    """The fields of an options class itself, in order, with their definitions."""
+    """The fields of an options class, without nested classes, with their definitions."""
     for field in dataclasses.fields(kind):
         if "option" in field.metadata:
             one: Option = field.metadata["option"]
@@ -101,20 +101,20 @@ def definitions(kind: type[Options]) -> Iterator[tuple[str, Option]]:
 
 
 def parts(kind: type[Options]) -> dict[str, type[Options]]:
-    """The fields of an options class that are options classes themselves."""
+    """The nested options classes of an options class, by field."""
     return {each.name: type(each.default) for each in dataclasses.fields(kind) if isinstance(each.default, Options)}
 
 
 def all_definitions(kind: type[Options]) -> dict[str, Option]:
-    """The definitions of a class and of the options classes inside it, by field."""
-    found = dict(definitions(kind))
+    """The definitions of a class and of its nested options classes, by field."""
+    definitions_by_field = dict(definitions(kind))
     for inner in parts(kind).values():
-        found |= all_definitions(inner)
-    return found
+        definitions_by_field |= all_definitions(inner)
+    return definitions_by_field
 
 
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
-    """An options class from the values of some of its fields, and of those of the options classes inside it.
+    """Create an options class from values of some of its fields and of the fields of nested options classes.
 
     Raises:
         BadOption: a value that is not allowed.
@@ -125,7 +125,7 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def fault_of(kind: type[Options], field: str, value: Any) -> str | None:
-    """What is wrong with a value that was read; None where nothing is. None is allowed where it is the default."""
+    """The error message for a parsed value, or None. The value None is allowed if it is the default."""
     default = next(each.default for each in dataclasses.fields(kind) if each.name == field)
     if value is None and default is None:
         return None
@@ -133,18 +133,18 @@ def fault_of(kind: type[Options], field: str, value: Any) -> str | None:
 
 
 def command(verb: str, words: Iterable[str] = (), **arguments: str | None) -> str:
-    """The `mlfusion` command with these arguments and words, quoted for a shell. Every printed command is written here."""
+    """A `mlfusion` command with these arguments and words, quoted for a shell."""
     named = [word for name, value in arguments.items() if value is not None for word in spelled(name, value)]
     return shlex.join(["mlfusion", *verb.split(), *named, *words])
 
 
 def spelled(name: str, value: str) -> list[str]:
-    """The words of one option; a value that looks like an option is bound to its name."""
+    """The words of one option; a value that begins with a dash is joined by '='."""
     return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
 
 
 def distribute(given: Mapping[str, Any], *kinds: type[Options]) -> list[Any]:
-    """Keywords of a public function → one value of each options class.
+    """Convert the keywords of a public function to one value of each options class.
 
     Raises:
         BadOption: a keyword that none of the classes has, or a value that is not allowed.
@@ -158,8 +158,8 @@ def distribute(given: Mapping[str, Any], *kinds: type[Options]) -> list[Any]:
 
 
 def defaults_of(kind: type[Options]) -> dict[str, Any]:
-    """The defaults of a class and of the options classes inside it, by field."""
-    found = {field.name: field.default for field in dataclasses.fields(kind) if "option" in field.metadata}
+    """The defaults of a class and of its nested options classes, by field."""
+    defaults = {field.name: field.default for field in dataclasses.fields(kind) if "option" in field.metadata}
     for inner in parts(kind).values():
-        found |= defaults_of(inner)
-    return found
+        defaults |= defaults_of(inner)
+    return defaults

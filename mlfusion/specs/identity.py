@@ -1,7 +1,7 @@
-"""The identity of models, data, features and probes, as frozen values, and the words for them. Nothing here does I/O.
+"""Specifications that identify models, data and features, and the names of their parts. Nothing here does I/O.
 
-Two specs are equal exactly if they stand for the same numbers, and `digest` hashes exactly the fields that `==` compares, so
-that equality and identity on disk agree. Names are for people (`compare=False`): a renamed catalogue row changes no key.
+Two specs are equal if and only if they give the same numbers. `digest` hashes exactly the fields that `==` compares, so
+equality and identity on disk agree. Names are not compared (`compare=False`): a renamed catalogue row changes no key.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 FORMAT = 2
-"""Version of the key and of the layout on disk; an older reader refuses a newer one."""
+"""Version of the key and of the layout on disk; readers reject newer versions."""
 
 Dtype = Literal["float16", "bfloat16", "float32", "int8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -62,7 +62,7 @@ Pair = tuple[int, TokenKind]
 
 
 OMIT_IF_DEFAULT = {"omit_if_default": True}
-"""Metadata of a field added later: at its default value it is left out of the digest, so that older keys stay the same."""
+"""Metadata of a field that was added later: digests omit its default, so that existing keys stay the same."""
 
 
 def digest(value: Any, length: int = 16) -> str:
@@ -72,8 +72,8 @@ def digest(value: Any, length: int = 16) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON of a spec: its type's name and the fields that `==` compares, without later ones at their default."""
-    if isinstance(value, (str, int, float)) or value is None:  # most of what there is: thousands of ids
+    """JSON of a spec: the name of its type and the compared fields, without those to omit."""
+    if isinstance(value, (str, int, float)) or value is None:  # first, for speed: there are thousands of ids
         return value
     if dataclasses.is_dataclass(value):
         fields = {
@@ -91,37 +91,39 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A frozen backbone with its preprocessing, hook point and compute type: all that turns an image into tokens."""
+    """A frozen backbone with its preprocessing, hook point and compute type, which decide an image's tokens."""
 
     weights: str  # sha256 of the weight files
     revision: str | None  # commit on the hub; None for a folder
     config: str  # digest of the architecture's configuration
-    preprocess: str  # canonical JSON of what is done to an image
-    hook: Hook = "norm2"  # where in each block tokens are read
+    preprocess: str  # canonical JSON of the preprocessing
+    hook: Hook = "norm2"  # position in each block where tokens are read
     compute: Compute = "float32"  # precision of the forward pass
     name: str = field(compare=False)
     family: str = field(compare=False)  # transformers' model_type
     depth: int = field(compare=False)  # L, the number of blocks: layers are 1..L, L being the final norm
     width: int = field(compare=False)  # D, the channels of a token
-    view: str = field(default="plain", compare=False)  # the view that `preprocess` says
-    kinds: tuple[TokenKind, ...] = field(default=(), compare=False)  # of its last layer; empty: not known yet
+    view: str = field(default="plain", compare=False)  # the view in `preprocess`
+    kinds: tuple[TokenKind, ...] = field(
+        default=(), compare=False
+    )  # token kinds of the last layer; empty: not known yet
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """One split of a data set: its images, their order and their labels."""
 
-    content: str  # digest over every row's id, image bytes and label, in order
+    content: str  # digest of the ids, image bytes and labels of all rows, in order
     split: str
     images: int
     classes: tuple[str, ...]
-    resplit: str = field(default="", metadata=OMIT_IF_DEFAULT)  # ratio and seed if we made the split: '0.8/0.2 seed 0'
+    resplit: str = field(default="", metadata=OMIT_IF_DEFAULT)  # ratio and seed of --split-ratio: '0.8/0.2 seed 0'
     name: str = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """One entry of the cache. Layers and token kinds are streams inside it, and not part of its key."""
+    """One entry of the cache. Layers and token kinds are streams of the entry, not part of its key."""
 
     model: ModelSpec
     data: DataSpec
@@ -130,5 +132,5 @@ class FeatureSpec:
 
     @property
     def key(self) -> str:
-        """The entry's name: 16 hex digits, the same on every machine."""
+        """The name of the entry: 16 hex digits, the same on every machine."""
         return digest(self)

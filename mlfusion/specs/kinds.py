@@ -1,6 +1,6 @@
-"""Kinds of option values: how a value is read from a command line or a recipe, what is allowed, how it is written again.
+"""Kinds of option values: each parses, checks and prints a value.
 
-Every kind reads what it writes: `kind.parse(kind.words(value)) == value`. Nothing here knows which option has which kind.
+`kind.parse(kind.words(value)) == value` holds for every kind. `specs.options` assigns kinds to options.
 """
 
 import math
@@ -23,11 +23,11 @@ SPLIT_PARTS = {2: ("train", "test"), 3: ("train", "validation", "test")}
 class Kind:
     """One kind of value.
 
-    `parse` takes what the command line gives (of type `typed`), `read` what a recipe or a Python caller gives, and `words` is
-    what to type for a value. `fault` says what is wrong with a value that was read; None where nothing is.
+    `parse` converts a value from the command line (of type `typed`), `read` a value from a recipe or from Python; `words` gives
+    the text to type for a value. `fault` returns an error message for a converted value, or None.
     """
 
-    typed: Any  # the type that the command line's parser makes: str, int, float, bool or list[str]
+    typed: Any  # type on the command line: str, int, float, bool or list[str]
     fault: Callable[[Any], str | None]
     parse: Callable[[Any], Any] = lambda given: given
     read: Callable[[Any], Any] = lambda given: given
@@ -35,12 +35,12 @@ class Kind:
 
 
 def text() -> Kind:
-    """Any text but none."""
+    """Non-empty text."""
     return Kind(str, lambda v: None if isinstance(v, str) and v else "allowed is text in quotes")
 
 
 def path() -> Kind:
-    """A path, or several of them separated as in the variable PATH; in Python also `pathlib` paths, and a list of paths."""
+    """A path, or several paths separated as in the variable PATH; in Python also `pathlib` paths and lists of paths."""
 
     def read(given: Any) -> Any:
         if isinstance(given, (list, tuple)):
@@ -56,21 +56,21 @@ def flag() -> Kind:
 
 
 def one_of(allowed: Sequence[str]) -> Kind:
-    """One of a few words."""
+    """One of the allowed words."""
     return Kind(str, lambda v: None if v in allowed else f"allowed are {', '.join(allowed)}")
 
 
 def device_name() -> Kind:
     """A device of PyTorch, such as cuda:1, or 'auto'."""
-    said = "allowed are auto, cpu, cuda, cuda:1 (and so on) and mps"
+    message = "allowed are auto, cpu, cuda, cuda:1 (and so on) and mps"
     good = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-    return Kind(str, lambda v: None if isinstance(v, str) and good.fullmatch(v) else said)
+    return Kind(str, lambda v: None if isinstance(v, str) and good.fullmatch(v) else message)
 
 
 def whole(least: int) -> Kind:
-    """A whole number that is not too small."""
-    said = f"allowed are whole numbers from {least}"
-    return Kind(int, lambda v: None if type(v) is int and v >= least else said)
+    """A whole number of at least `least`."""
+    message = f"allowed are whole numbers from {least}"
+    return Kind(int, lambda v: None if type(v) is int and v >= least else message)
 
 
 def share() -> Kind:
@@ -98,14 +98,14 @@ def amount(units: Mapping[str, int] = UNITS, *, example: str = "4GB", least: int
         unit = max((u for u in units if value % units[u] == 0), key=units.__getitem__, default=least)
         return f"{value // units[unit]}{unit}" if value % units[unit] == 0 else f"{value / units[unit]!r}{unit}"
 
-    said = f"allowed is a number with one of {', '.join(units)}, such as {example}"
-    return Kind(str, lambda v: None if type(v) is int and v >= least else said, parse, parse, words)
+    message = f"allowed is a number with one of {', '.join(units)}, such as {example}"
+    return Kind(str, lambda v: None if type(v) is int and v >= least else message, parse, parse, words)
 
 
 def numbers(least: int, *, example: str, whole_set: bool = False) -> Kind:
     """Whole numbers, comma-separated; with `whole_set` also 'all', which is None."""
     also = ' and "all"' if whole_set else ""
-    said = f"allowed is a list of whole numbers from {least}{also}, such as {example}"
+    message = f"allowed is a list of whole numbers from {least}{also}, such as {example}"
 
     def one(word: Any) -> Any:
         if isinstance(word, str):
@@ -121,16 +121,16 @@ def numbers(least: int, *, example: str, whole_set: bool = False) -> Kind:
 
     def fault(value: Any) -> str | None:
         if not (isinstance(value, tuple) and value):
-            return said
+            return message
         if not all((whole_set and n is None) or (type(n) is int and n >= least) for n in value):
-            return said
+            return message
         return repeated(value)
 
     return Kind(str, fault, read, read, lambda v: ",".join("all" if n is None else str(n) for n in v))
 
 
 def repeated(values: Sequence[Any]) -> str | None:
-    """Says which value comes twice."""
+    """The error message for a repeated value, or None."""
     return next((f"{value!r} comes twice" for value in dict.fromkeys(values) if values.count(value) > 1), None)
 
 
@@ -140,7 +140,7 @@ def is_view(word: str) -> bool:
 
 
 def view_names() -> Kind:
-    """Views, comma-separated, or how many of 'plain', 'flip', 'crop1', 'crop2', …"""
+    """Views, comma-separated, or their number, counted from 'plain', 'flip', 'crop1', 'crop2', …"""
 
     def read(given: Any) -> Any:
         if isinstance(given, str) and re.fullmatch(r"[1-9]\d*", given):
@@ -159,7 +159,7 @@ def view_names() -> Kind:
 
 
 def split_names() -> Kind:
-    """Splits, comma-separated; 'test=validation' takes the validation split for the test."""
+    """Splits, comma-separated; 'test=validation' uses the validation split as the test split."""
 
     def read(given: Any) -> Any:
         if isinstance(given, str):
@@ -203,7 +203,7 @@ def parse_ratio(words: Any) -> tuple[float, ...]:
 
 
 def settings() -> Kind:
-    """Settings of a model's configuration: 'hidden_act=gelu', repeated; a table in recipes."""
+    """Settings of a model's configuration, such as 'hidden_act=gelu'; may be repeated; a table in recipes."""
     plain = (str, int, float, bool)
 
     def parse_one(word: str) -> Any:
@@ -233,7 +233,7 @@ def settings() -> Kind:
 
 
 def checked(check: Callable[[str], object]) -> Kind:
-    """Text that a parser of ours accepts; its message is the fault."""
+    """Text that the parser `check` accepts; the message of its error is the fault."""
 
     def fault(value: Any) -> str | None:
         if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The words a user types: models, layers, tokens, representations and probes."""
+"""Parses the names that a user types: models, layers, tokens, representations and probes."""
 
 import json
 import re
@@ -25,7 +25,7 @@ Head = Literal[
 ]
 HEAD_NAMES: tuple[Head, ...] = get_args(Head)
 STUDY_HEADS: tuple[Head, ...] = ("linear", "attentive")
-"""Heads that the study (arXiv 2601.09322) trains; the others are compared with them."""
+"""Heads of the study (arXiv 2601.09322); the others are for comparison."""
 
 ABOUT_HEADS: dict[Head, str] = {
     "linear": "one linear map of all tokens",
@@ -51,14 +51,14 @@ Setting = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A reference to a model: its name, and after a colon a hook point and changed settings of its configuration.
+    """A reference to a model: its name, and after a colon an optional hook point and changed settings of its configuration.
 
-    'clip-vit-b16:block' reads other tokens than 'clip-vit-b16', and 'clip-vit-b16:hidden_act=gelu' computes them otherwise.
+    'clip-vit-b16:block' reads other tokens than 'clip-vit-b16'; 'clip-vit-b16:hidden_act=gelu' changes the activation.
     """
 
     name: str  # a catalogue name, a hub id, or a folder
     hook: Hook = "norm2"
-    settings: tuple[tuple[str, Setting], ...] = ()  # changed settings of the configuration, sorted
+    settings: tuple[tuple[str, Setting], ...] = ()  # changed settings, sorted
 
     def __str__(self) -> str:
         return self.name + self.suffix
@@ -71,7 +71,7 @@ class ModelRef:
         return f":{','.join(parts)}" if parts else ""
 
     def with_defaults(self, hook: Hook | None, settings: Iterable[tuple[str, Setting]]) -> "ModelRef":
-        """The same model with this hook point and these settings, if its name has none of its own."""
+        """The same model with this hook point and these settings, unless its name has its own."""
         merged = dict(settings) | dict(self.settings)
         return ModelRef(
             self.name, self.hook if self.hook != "norm2" else hook or "norm2", tuple(sorted(merged.items()))
@@ -87,21 +87,21 @@ def parse_model(word: str) -> ModelRef:
     scheme, name = ("embedded:", word.removeprefix("embedded:")) if word.startswith("embedded:") else ("", word)
     name, _, rest = name.partition(":")
     parts = [part.strip() for part in rest.split(",") if part.strip()]
-    found: Hook = "norm2"
+    hook: Hook = "norm2"
     changed: dict[str, Setting] = {}
     for part in parts:
         key, equals, value = part.partition("=")
         if equals and key:
             changed[key] = setting_value(value)
         elif part in HOOKS:
-            found = part
+            hook = part
         else:
             raise UnknownName("hook point", part, HOOKS, otherwise="Or a setting of the model's, as hidden_act=gelu.")
-    return ModelRef(scheme + name, found, tuple(sorted(changed.items())))
+    return ModelRef(scheme + name, hook, tuple(sorted(changed.items())))
 
 
 def setting_text(value: Setting) -> str:
-    """A setting as it is typed: 0.1 → '0.1', 'gelu' → 'gelu'; text that would be read as a number keeps its quotes."""
+    """The text of a setting: 0.1 → '0.1', 'gelu' → 'gelu'; text that looks like a number is quoted."""
     return value if isinstance(value, str) and setting_value(value) == value else json.dumps(value)
 
 
@@ -118,7 +118,7 @@ def setting_value(text: str) -> Setting:
 
 
 def parse_layers(words: str, depth: int) -> tuple[int, ...]:
-    """Parse 'all' (1..L), 'last', or a list such as '1-4,8,12', which may contain layer 0, the first block's norm.
+    """Parse 'all' (1..L), 'last', or a list such as '1-4,8,12'. Layer 0 is the first block's norm.
 
     Raises:
         UnknownName: a word is not a layer of a model of this depth.
@@ -139,7 +139,7 @@ def parse_layers(words: str, depth: int) -> tuple[int, ...]:
 
 
 def parse_tokens(words: str | Iterable[str], layers: str, depth: int) -> frozenset[Pair]:
-    """Parse token kinds → {(layer, kind), …}: at `layers`, or at layers after an '@', as in 'cls,ap,all@last'."""
+    """Parse token kinds → {(layer, kind), …}, at `layers` or at the layers after an '@', as in 'cls,ap,all@last'."""
     parts = words.split(",") if isinstance(words, str) else list(words)
     # A comma also separates the layers of one kind ('all@6,12'): a part that begins with a digit belongs to the last '@'.
     joined: list[str] = []
@@ -159,7 +159,7 @@ def parse_tokens(words: str | Iterable[str], layers: str, depth: int) -> frozens
 
 
 def token_words(pairs: Iterable[Pair]) -> str:
-    """{(1, 'cls'), (1, 'ap'), (2, 'ap')} → 'cls@1,ap@1-2', which `parse_tokens` reads."""
+    """{(1, 'cls'), (1, 'ap'), (2, 'ap')} → 'cls@1,ap@1-2', for `parse_tokens`."""
     layers_of: dict[TokenKind, set[int]] = {}
     for layer, kind in pairs:
         layers_of.setdefault(kind, set()).add(layer)
@@ -171,7 +171,7 @@ def token_words(pairs: Iterable[Pair]) -> str:
 
 
 def layer_ranges(layers: Iterable[int]) -> str:
-    """{1, 2, 3, 6} → '1-3,6', which `parse_layers` reads."""
+    """{1, 2, 3, 6} → '1-3,6', for `parse_layers`."""
     runs: list[list[int]] = []
     for layer in sorted(set(layers)):
         if runs and layer == runs[-1][1] + 1:
@@ -186,23 +186,23 @@ def layer_ranges(layers: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class Representation:
-    """Which tokens of which layers a probe is given, for example `cls+ap-all-layers`."""
+    """The tokens and layers that a probe reads, for example `cls+ap-all-layers`."""
 
     kinds: tuple[TokenKind, ...]
-    at: str  # "last", "all-layers", "layer-7", or "N-layers": the N layers that part the depth evenly
+    at: str  # "last", "all-layers", "layer-7", or "N-layers": N evenly spaced layers
 
     @property
     def name(self) -> str:
-        """As in the study's tables: 'all-tokens-last', 'cls+ap-4-layers'."""
+        """The name in the study's tables: 'all-tokens-last', 'cls+ap-4-layers'."""
         return f"{'all-tokens' if self.kinds == ('all',) else '+'.join(self.kinds)}-{self.at}"
 
     @property
     def spatial(self) -> bool:
-        """Whether it holds many tokens of one layer: all of them, or a grid."""
+        """Whether it has many tokens per layer: all of them, or a grid."""
         return any(kind == "all" or kind in GRID_SIDES for kind in self.kinds)
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        """The layers for a model of `depth` blocks: of 12, '2-layers' are 6 and 12, '4-layers' 3, 6, 9 and 12."""
+        """The layers for a model of `depth` blocks: with 12, '2-layers' are 6 and 12, '4-layers' 3, 6, 9 and 12."""
         if self.at == "last":
             return (depth,)
         if self.at == "all-layers":
@@ -215,7 +215,7 @@ class Representation:
         return tuple(sorted({-(-depth * k // count) for k in range(1, count + 1)}))
 
     def pairs(self, depth: int) -> frozenset[Pair]:
-        """Every (layer, kind) this representation reads."""
+        """Every (layer, kind) that this representation reads."""
         return frozenset((layer, kind) for layer in self.layers(depth) for kind in self.kinds)
 
 
@@ -225,20 +225,20 @@ class Probe:
 
     representation: Representation
     head: Head
-    heads: int | None = None  # of the attention, where another number than the study's is asked for
+    heads: int | None = None  # number of attention heads; None: the study's
 
     @property
     def name(self) -> str:
-        """'representation/head', as in the study's tables; with ':h8' behind it, eight attention heads."""
+        """'representation/head' as in the study's tables, with a suffix such as ':h8' for eight attention heads."""
         return f"{self.representation.name}/{self.head}{f':h{self.heads}' if self.heads else ''}"
 
     def attention_heads(self) -> int | None:
-        """Attention heads: those asked for, or the study's number; None is one for each token that is read."""
+        """Number of attention heads: the given or the study's number; None: one for each token."""
         return self.heads or (SPATIAL_HEADS if self.representation.spatial else None)
 
 
 SPATIAL_HEADS = 8
-"""Attention heads over all tokens or a grid; over any other representation there is one for each token (the study's choice)."""
+"""Number of attention heads over all tokens or a grid; other representations have one head per token (as in the study)."""
 
 BASELINE = "cls-last/linear"
 ALIASES = {"alf": "cls+ap-all-layers/attentive", "aat": "all-tokens-last/attentive"}
@@ -254,7 +254,7 @@ STUDY = (
     "cls+ap-all-layers/attentive",
     "all-tokens-last/attentive",
 )
-"""The study's ten; others follow the same grammar, such as `ap-layer-7/linear`."""
+"""The study's ten probes; others follow the same grammar, such as `ap-layer-7/linear`."""
 
 _JOINED = "|".join(REDUCED_KINDS)
 _PROBE = re.compile(
@@ -265,25 +265,25 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def expand_braces(words: str | Iterable[str]) -> list[str]:
-    """Words as a shell would expand them: 'a-{b,c}/{d,e}' → a-b/d, a-b/e, a-c/d, a-c/e. Text is parted at commas first."""
-    asked = re.split(r",(?![^{]*\})", words) if isinstance(words, str) else list(words)
-    done: list[str] = []
-    for word in asked:
+    """Expand braces as a shell does: 'a-{b,c}/{d,e}' → a-b/d, a-b/e, a-c/d, a-c/e. Text is first split at commas."""
+    parts = re.split(r",(?![^{]*\})", words) if isinstance(words, str) else list(words)
+    expanded: list[str] = []
+    for word in parts:
         if match := _BRACES.search(word):
             around = word[: match.start()], word[match.end() :]
-            done += expand_braces([each.strip().join(around) for each in match[1].split(",")])
+            expanded += expand_braces([each.strip().join(around) for each in match[1].split(",")])
         else:
-            done.append(word.strip())
-    return done
+            expanded.append(word.strip())
+    return expanded
 
 
 def parse_probes(names: str | Sequence[str], depth: int) -> tuple[Probe, ...]:
-    """Names, aliases ('alf', 'aat') or 'all' (the study's ten) → probes; 'cls-each-layer/linear' is one a layer.
+    """Parse names, aliases ('alf', 'aat') or 'all' (the study's ten) → probes; 'cls-each-layer/linear' is one per layer.
 
     'cls+ap-{last,all-layers}/{linear,attentive}' are four, 'alf:h8' is ALF with eight attention heads.
 
     Raises:
-        UnknownName: with the nearest names.
+        UnknownName: a name or layer does not exist; the message has the nearest names.
     """
     probes: dict[Probe, None] = {}
     for word in expand_braces(names):
@@ -305,5 +305,5 @@ def parse_probes(names: str | Sequence[str], depth: int) -> tuple[Probe, ...]:
             count = int(match["heads"]) if match["heads"] else None
             probes.update({Probe(Representation(kinds, at), match["head"], count): None for at in ats})
     for probe in probes:
-        probe.representation.layers(depth)  # a layer this model does not have is refused here, not in mid-run
+        probe.representation.layers(depth)  # raises for a layer that the model lacks, before a run starts
     return tuple(probes)

@@ -1,7 +1,7 @@
-"""What a user asks of the two stages, as frozen values. Each option is defined once, here.
+"""Defines every option of the two stages once, as fields of frozen classes.
 
-The command line's options, the keys of recipes, their checks, the commands that rows and pages print, and
-docs/reference.md are made from these definitions.
+The options of commands, the keys of recipes, their checks, the printed commands, and docs/reference.md are generated from
+these definitions.
 """
 
 from dataclasses import dataclass
@@ -29,16 +29,16 @@ from mlfusion.specs.kinds import (
 )
 from mlfusion.specs.names import Setting, parse_layers, parse_tokens
 
-MAX_DEPTH = 64  # deeper than any model: layers are checked here before the model's depth is known
+MAX_DEPTH = 64  # deeper than any model: bounds layers before the model's depth is known
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 
 Preparation = Literal["exact", "fast", "paper", "paper+fast"]
 PREPARATIONS: tuple[Preparation, ...] = get_args(Preparation)
-"""`exact`: the model's own processor, to the bit. `paper`: as the study prepared images. `fast`: either, by a faster kernel."""
+"""`exact`: the model's own processor, to the bit. `paper`: the study's preprocessing. `fast`: a faster kernel for either."""
 
 LabelKind = Literal["class", "labels", "number"]
 LABEL_KINDS: tuple[LabelKind, ...] = get_args(LabelKind)
-"""What an image's label is: one class, any number of labels, or a number."""
+"""The label of an image: one class, any number of labels, or a number."""
 
 FormatName = Literal["zarr", "hdf5"]
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
@@ -52,7 +52,7 @@ GRID_NAMES: tuple[GridName, ...] = get_args(GridName)
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions(Options):
-    """How a data set is read, where that is not plain from the data set. They count through the content that they give."""
+    """Options for reading a data set. They change keys only through the images and labels that are read."""
 
     image_column: str | None = option(
         None, text(), "Column of a table or hub data set that holds the images; guessed if not given.", effect="key"
@@ -81,7 +81,7 @@ class ReadOptions(Options):
         False, flag(), "Rotate images as their EXIF orientation says.", effect="key", former=("upright",)
     )
     max_pixels: int = option(
-        MAX_PIXELS, whole(1), "Largest number of pixels of an image; larger images are refused.", effect="bit"
+        MAX_PIXELS, whole(1), "Largest number of pixels of an image; larger images are rejected.", effect="bit"
     )
     config: str | None = option(None, text(), "Configuration of a hub data set that has several.", effect="key")
     stream: bool = option(
@@ -91,13 +91,13 @@ class ReadOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureOptions(Options):
-    """What decides the key of a feature, or which streams of an entry are made."""
+    """Options that decide the key or the streams of a cache entry."""
 
     read: ReadOptions = ReadOptions()
     splits: tuple[str, ...] = option(
         ("train", "test"),
         split_names(),
-        "Splits, comma-separated; test=validation takes the validation split as the test split.",
+        "Splits, comma-separated; test=validation uses the validation split as the test split.",
         effect="key",
         name="split",
     )
@@ -156,7 +156,7 @@ class FeatureOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions(Options):
-    """How stage 1 runs. Nothing here is in a key."""
+    """Options for running stage 1. They are in no key."""
 
     device: str = option("auto", device_name(), "Device: auto, cpu, cuda or mps.", effect="rounding")
     batch_size: int | None = option(
@@ -169,14 +169,12 @@ class ComputeOptions(Options):
         effect="bit",
     )
     format: FormatName = option("zarr", one_of(FORMATS), "File format of new shards: zarr or hdf5.", effect="bit")
-    skip_bad: bool = option(
-        False, flag(), "Skip images that cannot be read; readers leave their rows out.", effect="bit"
-    )
+    skip_bad: bool = option(False, flag(), "Skip images that cannot be read; readers omit their rows.", effect="bit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(Options):
-    """What decides the numbers of a row, beside its features and its probe."""
+    """Options that decide the scores of a row, beside its features and its probe."""
 
     grid: GridName = option(
         "paper",
@@ -210,7 +208,7 @@ class SearchOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Options):
-    """How stage 2 runs. Nothing here is in the id of a row."""
+    """Options for running stage 2. They are not in the id of a row."""
 
     device: str = option("cpu", device_name(), "Device: auto, cpu, cuda or mps.", effect="rounding")
     memory: int | None = option(
@@ -223,7 +221,7 @@ class TrainingOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class StorageOptions(Options):
-    """Where features and rows are kept. Nothing here changes a number."""
+    """Options for the storage of features and rows. They change no number."""
 
     cache: str | None = option(
         None,
@@ -236,14 +234,14 @@ class StorageOptions(Options):
     track: str = option(
         "",
         Kind(str, lambda v: None if isinstance(v, str) else "allowed is text in quotes"),
-        "Show new rows in tensorboard:DIR, wandb:PROJECT or mlflow:URI too, comma-separated.",
+        "Trackers for new rows: tensorboard:DIR, wandb:PROJECT or mlflow:URI, comma-separated.",
         effect="bit",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PilotOptions(Options):
-    """What decides the numbers of a pilot: `mlfusion advise`."""
+    """Options that decide the scores of a pilot (`mlfusion advise`)."""
 
     images: int = option(300, whole(1), "Number of training images in the pilot, balanced over classes.", effect="id")
     seed: int = option(0, whole(0), "Seed that selects the images.", effect="id")
@@ -251,11 +249,11 @@ class PilotOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Options):
-    """What a run of a recipe sets beside the recipe."""
+    """Options for running a recipe."""
 
-    data: str | None = option(None, path(), "Folder that $DATA means in the recipe.", effect="key")
+    data: str | None = option(None, path(), "Folder that replaces $DATA in the recipe.", effect="key")
     seeds: tuple[int, ...] | None = option(
-        None, numbers(0, example="0,1,2"), "Seeds in place of the recipe's, comma-separated.", effect="id"
+        None, numbers(0, example="0,1,2"), "Seeds, comma-separated; they replace the recipe's.", effect="id"
     )
     device: str = option(
         "auto", device_name(), "Device of the forward pass; probes train on the CPU.", effect="rounding"
@@ -264,14 +262,14 @@ class RunOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(Options):
-    """Which entries of the cache are removed."""
+    """Options that select the cache entries to remove."""
 
     model: str | None = option(None, text(), "Only entries of this model.", effect="bit", short="m")
     dataset: str | None = option(None, text(), "Only entries of this data set.", effect="bit", short="d")
     older: int | None = option(
         None,
         amount(TIMES, example="30d"),
-        "Only entries that nobody has used for this long, such as 30d or 8w.",
+        "Only entries that have not been used for this time, such as 30d or 8w.",
         effect="bit",
     )
     size: int | None = option(
@@ -288,7 +286,7 @@ class PruneOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class FilterOptions(Options):
-    """Which rows are meant."""
+    """Options that select rows."""
 
     model: str | None = option(None, text(), "Only rows of this model.", effect="bit", short="m")
     dataset: str | None = option(None, text(), "Only rows on this data set.", effect="bit", short="d")
@@ -297,7 +295,7 @@ class FilterOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
-    """What a report is made of, beside the table in the terminal."""
+    """Options for the output of a report, beside the table in the terminal."""
 
     html: str | None = option(None, path(), "Write one self-contained HTML page to this file.", effect="bit")
     figures: str | None = option(
@@ -308,7 +306,7 @@ class ReportOptions(Options):
     )
     markdown: str | None = option(None, path(), "Write the tables as Markdown to this file.", effect="bit")
     against: Literal["paper"] | None = option(
-        None, one_of(("paper",)), "Compare the scores with published ones; the only choice is paper.", effect="bit"
+        None, one_of(("paper",)), "Compare the scores with published scores; the only choice is paper.", effect="bit"
     )
     cka: bool = option(
         False,

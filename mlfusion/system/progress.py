@@ -17,8 +17,8 @@ LOG_EVERY = 10.0  # seconds between lines where there is no terminal
 _quiet = False
 
 
-def hush(quiet: bool) -> None:
-    """Show no bars and no lines from here on, or show them again."""
+def set_quiet(quiet: bool) -> None:
+    """Turn the display of progress off or on for the whole process."""
     global _quiet
     _quiet = quiet
 
@@ -31,7 +31,7 @@ class Bar:
         self.done = 0
         self.note = ""  # shown behind the rate
         self._start = time.monotonic()
-        self._told = self._start + SILENCE - LOG_EVERY
+        self._shown_at = self._start + SILENCE - LOG_EVERY
         self._live: Progress | None = None
         self._console = Console(stderr=True)
 
@@ -60,8 +60,8 @@ class Bar:
                 self._live.start()
             rate = f"{self.rate:,.1f} {self.unit}/s{self.note and f', {self.note}'}"
             self._live.update(self._live.task_ids[0], completed=self.done, total=self.total, rate=rate)
-        elif now - self._told >= LOG_EVERY:
-            self._told = now
+        elif now - self._shown_at >= LOG_EVERY:
+            self._shown_at = now
             left = (self.total - self.done) / max(self.rate, 1e-9)
             sys.stderr.write(
                 f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.rate:,.1f} {self.unit}/s, "

@@ -1,1 +1,1 @@
-"""What uses both stages: recipes, studies, advice, prediction, diagnostics. The only room that imports both wings."""
+"""Workflows over both stages: recipes, studies, advice, prediction, diagnostics. No other package imports both stages."""

@@ -1,7 +1,7 @@
-"""Which representation and which probe to use, by a pilot: a few hundred images of train, the quick grid, minutes at most.
+"""Recommends a representation and a probe by a pilot study: a few hundred training images, the quick grid, some minutes.
 
-Every candidate is trained on parts of the pilot and scored on the part left out, so that each image is scored once by a probe
-that did not see it; the test split is not looked at. What the rest would cost is reckoned from rates measured on the way.
+Every candidate is cross-validated on the pilot, so each image is scored once by a probe that was not trained on it. The test
+split is not used. The cost of the whole study is estimated from rates measured in the pilot.
 """
 
 import tempfile
@@ -31,7 +31,7 @@ from mlfusion.store import CachePath, Entry, FeatureStore
 from mlfusion.system.progress import track
 
 FOLDS = 3
-FEWEST = 4  # images of a class, however many classes there are
+MIN_PER_CLASS = 4  # smallest number of images per class in the pilot
 CANDIDATES = (
     BASELINE,
     "cls+ap-last/linear",
@@ -43,60 +43,50 @@ CANDIDATES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A probe, what the pilot says of it, and what it would cost on the whole data set."""
+    """A probe with its scores in the pilot and its estimated cost on the whole data set."""
 
     probe: str
-    score: Interval  # over the pilot's images
-    gain: Difference | None  # over the baseline, on the same images; None of itself, or without it
-    behind: Difference | None  # the best candidate's lead over it; None of the best
-    bytes: int  # of cache, both splits, beyond what is cached
+    score: Interval  # on the pilot's images
+    gain: Difference | None  # over the baseline, on the same images; None for the baseline, or if it is no candidate
+    behind: Difference | None  # lead of the best candidate; None for the best candidate
+    bytes: int  # bytes to add to the cache, for both splits
     extract_seconds: float
-    probe_seconds: float  # one seed, the paper's grid
+    probe_seconds: float  # for one seed of the paper's grid
 
     @property
     def seconds(self) -> float:
-        """Of both stages."""
+        """Estimated duration of both stages."""
         return self.extract_seconds + self.probe_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What to use, and why."""
+    """The recommendation and its evidence."""
 
     model: str
     dataset: str
     metric: str
-    images: int  # of the pilot
-    train_images: int  # of the data set
-    cached: bool  # the pilot's features came from the cache
-    candidates: tuple[Candidate, ...]  # as asked for
-    seconds: float  # that the pilot took
+    images: int  # number of images in the pilot
+    train_images: int  # number of training images of the data set
+    cached: bool  # whether the pilot's features came from the cache
+    candidates: tuple[Candidate, ...]  # in the requested order
+    seconds: float  # duration of the pilot
 
     @property
     def best(self) -> Candidate:
-        """The highest score; of two alike the cheaper one."""
-        return max(self.candidates, key=lambda each: (each.score.value, -each.seconds))
+        """The candidate with the highest score; the cheaper one of two with equal scores."""
+        return max(self.candidates, key=lambda candidate: (candidate.score.value, -candidate.seconds))
 
     @property
-    def enough(self) -> Candidate:
-        """The cheapest that the pilot cannot tell from the best."""
-        alike = [each for each in self.candidates if each.behind is None or each.behind.low <= 0]
-        return min(alike, key=lambda each: (each.seconds, -each.score.value))
+    def cheapest_equivalent(self) -> Candidate:
+        """The cheapest candidate that does not differ significantly from the best one."""
+        alike = [candidate for candidate in self.candidates if candidate.behind is None or candidate.behind.low <= 0]
+        return min(alike, key=lambda candidate: (candidate.seconds, -candidate.score.value))
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion advise --json` prints."""
-        return {
-            "model": self.model,
-            "dataset": self.dataset,
-            "use": self.best.probe,
-            "enough": self.enough.probe,
-            "metric": self.metric,
-            "images": self.images,
-            "train_images": self.train_images,
-            "cached": self.cached,
-            "candidates": [asdict(each) for each in self.candidates],
-            "seconds": round(self.seconds, 1),
-        }
+        names = {"use": self.best.probe, "enough": self.cheapest_equivalent.probe}
+        return asdict(self) | names | {"seconds": round(self.seconds, 1)}
 
 
 def advise(
@@ -108,28 +98,28 @@ def advise(
     cache: CachePath = None,
     device: str = "auto",
 ) -> Advice:
-    """Say by a pilot which probe to use on a model's features of a data set. Writes nothing into the cache.
+    """Recommend a probe for a model's features of a data set by a pilot study. Writes nothing to the cache.
 
     Args:
         model: a catalogue name, an id on the hub, or a folder.
         dataset: a catalogue name, an id on the hub, a folder or a file.
-        pilot_options: which images of train are looked at: no fewer than four.
+        pilot_options: number and seed of the training images in the pilot.
         probes: the candidates, as in `mlfusion ls probes`.
-        cache: where features are taken from, if they are there.
-        device: device of the forward pass, if they are not.
+        cache: root of the feature cache, which is read only.
+        device: device of the forward pass, if the features are not cached.
 
     Raises:
-        BadData: too few images, or labels that cannot be dealt out.
+        BadData: too few images in the pilot or in a class.
         MlfusionError: any other of its kinds.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     if pilot_options.images < 2 * FOLDS:
         raise BadData(
             f"--images {pilot_options.images}: allowed are {2 * FOLDS} and more, such as {PilotOptions().images}"
         )
     with _pilot(model, dataset, pilot_options, probes, cache, device) as pilot:
-        said = _scored(pilot, pilot_options.seed)
-        candidates = _candidates(pilot, said)
+        outcomes = _cross_validate(pilot, pilot_options.seed)
+        candidates = _candidates(pilot, outcomes)
     return Advice(
         model=pilot.model,
         dataset=pilot.dataset,
@@ -138,32 +128,32 @@ def advise(
         train_images=pilot.train_images,
         cached=not pilot.seconds_each,
         candidates=candidates,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start,
     )
 
 
-def _candidates(pilot: "_Pilot", said: dict[Probe, tuple[np.ndarray, tuple[int, ...]]]) -> tuple[Candidate, ...]:
-    """What the pilot says of each probe: its score, its gains, and what the rest would cost."""
+def _candidates(pilot: "_Pilot", outcomes: dict[Probe, tuple[np.ndarray, tuple[int, ...]]]) -> tuple[Candidate, ...]:
+    """The score, the gains and the estimated cost of each probe."""
     labels, target = pilot.labels, pilot.target
-    by_name = {probe.name: made for probe, (made, _) in said.items()}
-    scores = {name: interval(labels, made, metric=target.metric) for name, made in by_name.items()}
+    by_name = {probe.name: predictions for probe, (predictions, _) in outcomes.items()}
+    scores = {name: interval(labels, predictions, metric=target.metric) for name, predictions in by_name.items()}
     best = max(scores, key=lambda name: scores[name].value)
     candidates = []
     for probe in pilot.probes:
-        absent = probe.representation.pairs(pilot.depth) - pilot.held
-        name, (made, (_, tokens, width)) = probe.name, said[probe]
+        absent = probe.representation.pairs(pilot.depth) - pilot.cached
+        name, (predictions, (_, tokens, width)) = probe.name, outcomes[probe]
         base, top = by_name.get(BASELINE), by_name[best]
         problem = costs.Problem(tokens=tokens, width=width, classes=target.outputs, images=pilot.train_images)
         candidates.append(
             Candidate(
                 probe=name,
                 score=scores[name],
-                gain=difference(labels, made, base, metric=target.metric)
+                gain=difference(labels, predictions, base, metric=target.metric)
                 if base is not None and name != BASELINE
                 else None,
-                behind=None if name == best else difference(labels, top, made, metric=target.metric),
-                bytes=pilot.every * sum(pilot.bytes_of[pair] for pair in absent),
-                extract_seconds=pilot.every * pilot.seconds_each if absent else 0.0,
+                behind=None if name == best else difference(labels, top, predictions, metric=target.metric),
+                bytes=pilot.all_images * sum(pilot.bytes_of[pair] for pair in absent),
+                extract_seconds=pilot.all_images * pilot.seconds_each if absent else 0.0,
                 probe_seconds=costs.seconds(probe, problem, SearchOptions()),
             )
         )
@@ -172,7 +162,7 @@ def _candidates(pilot: "_Pilot", said: dict[Probe, tuple[np.ndarray, tuple[int, 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Pilot:
-    """Some images of train, as tokens."""
+    """The pilot's images and tokens."""
 
     model: str
     dataset: str
@@ -181,10 +171,10 @@ class _Pilot:
     labels: np.ndarray
     target: Target
     train_images: int
-    every: int  # images of train and test
-    held: frozenset[Pair]  # that are cached
-    bytes_of: dict[Pair, int]  # of an image
-    seconds_each: float  # that an image's forward pass took; 0 where none was run
+    all_images: int  # number of images in train and test
+    cached: frozenset[Pair]
+    bytes_of: dict[Pair, int]  # bytes of one image
+    seconds_each: float  # duration of the forward pass of one image; 0 if none was run
     tokens: Callable[[Probe], Tokens]
 
 
@@ -192,24 +182,24 @@ class _Pilot:
 def _pilot(
     model: str, dataset: str, options: PilotOptions, probes: str | Sequence[str], cache: CachePath, device: str
 ) -> Iterator[_Pilot]:
-    """From the cache if it has all that the candidates read, else by a few forward passes into a cache that goes away."""
+    """Read the pilot's tokens from the cache if it has all of them, else extract them into a temporary cache."""
     store = FeatureStore(cache)
     train, test = (store.find(model=model, dataset=dataset, split=split) for split in ("train", "test"))
     newest = max(train, key=lambda entry: entry.extracted_at_ns(), default=None)
-    held = newest.held() if newest else frozenset()
+    cached = newest.held() if newest else frozenset()
     if newest is not None:
-        asked = parse_probes(probes, newest.spec.model.depth)
-        if all(probe.representation.pairs(newest.spec.model.depth) <= held for probe in asked):
-            yield _cached_pilot(newest, test, asked, options)
+        candidates = parse_probes(probes, newest.spec.model.depth)
+        if all(probe.representation.pairs(newest.spec.model.depth) <= cached for probe in candidates):
+            yield _cached_pilot(newest, test, candidates, options)
             return
     with tempfile.TemporaryDirectory() as folder:
-        yield replace(_extracted_pilot(model, dataset, options, probes, Path(folder), device), held=held)
+        yield replace(_extracted_pilot(model, dataset, options, probes, Path(folder), device), cached=cached)
 
 
 def _cached_pilot(newest: Entry, test: Sequence[Entry], probes: tuple[Probe, ...], options: PilotOptions) -> _Pilot:
     labels = newest.samples.labels[newest.rows()]
     target = target_of(labels, len(newest.spec.data.classes))
-    rows = chosen(target.strata(labels), options.images, options.seed)
+    rows = sample_rows(target.strata(labels), options.images, options.seed)
     others = [entry for entry in test if entry.spec.model == newest.spec.model]
     return _Pilot(
         model=newest.names()[0].model,
@@ -219,8 +209,8 @@ def _cached_pilot(newest: Entry, test: Sequence[Entry], probes: tuple[Probe, ...
         labels=labels[rows],
         target=target,
         train_images=len(labels),
-        every=len(labels) + max((entry.spec.data.images for entry in others), default=0),
-        held=newest.held(),
+        all_images=len(labels) + max((entry.spec.data.images for entry in others), default=0),
+        cached=newest.held(),
         bytes_of={},
         seconds_each=0.0,
         tokens=_reader(newest, rows),
@@ -233,29 +223,33 @@ def _extracted_pilot(
     data = datasets.load(dataset)
     split = data.split("train")
     target = target_of(split.labels, len(split.classes))
-    rows = chosen(target.strata(split.labels), options.images, options.seed)
+    rows = sample_rows(target.strata(split.labels), options.images, options.seed)
     part = replace(data, splits={"train": split.take(rows, "train")})
     request = Request.of(model, part, FeatureOptions(splits=("train",)), ComputeOptions(device=device))
     depth = request.jobs[0].spec.model.depth
-    asked = parse_probes(probes, depth)
-    request = replace(request, pairs=frozenset(pair for probe in asked for pair in probe.representation.pairs(depth)))
+    candidates = parse_probes(probes, depth)
+    request = replace(
+        request, pairs=frozenset(pair for probe in candidates for pair in probe.representation.pairs(depth))
+    )
     loaded = run.load(request)
-    began = time.perf_counter()
-    [made] = run.fill(request, cache=folder, model=lambda _: loaded)
-    seconds = (time.perf_counter() - began) / len(rows)
+    start = time.perf_counter()
+    [extracted] = run.fill(request, cache=folder, model=lambda _: loaded)
+    seconds = (time.perf_counter() - start) / len(rows)
     return _Pilot(
         model=request.names.model,
         dataset=request.names.dataset,
         depth=depth,
-        probes=asked,
+        probes=candidates,
         labels=split.labels[rows],
         target=target,
         train_images=len(split),
-        every=sum(len(data.split(name)) for name in ("train", "test")),
-        held=frozenset(),
-        bytes_of={pair: home.stream.tokens * home.stream.width * 2 for pair, home in made.entry.sources().items()},
+        all_images=sum(len(data.split(name)) for name in ("train", "test")),
+        cached=frozenset(),
+        bytes_of={
+            pair: source.stream.tokens * source.stream.width * 2 for pair, source in extracted.entry.sources().items()
+        },
         seconds_each=seconds,
-        tokens=_reader(made.entry, np.arange(len(rows))),
+        tokens=_reader(extracted.entry, np.arange(len(rows))),
     )
 
 
@@ -270,40 +264,40 @@ def _reader(entry: Entry, rows: np.ndarray) -> Callable[[Probe], Tokens]:
     return tokens
 
 
-def chosen(strata: np.ndarray, images: int, seed: int) -> np.ndarray:
-    """Rows [about `images`] in ascending order: of each stratum alike many, at least four, and all of one that has fewer.
+def sample_rows(strata: np.ndarray, images: int, seed: int) -> np.ndarray:
+    """Select about `images` rows, in ascending order: equally many of each stratum, at least four or all that it has.
 
     Raises:
-        BadData: a stratum has a single image.
+        BadData: a stratum has fewer than three images.
     """
     random = np.random.default_rng(seed)
-    kinds = np.unique(strata)
-    each = max(FEWEST, images // len(kinds))
-    rows = [random.permutation(np.flatnonzero(strata == kind))[:each] for kind in kinds]
+    classes = np.unique(strata)
+    per_class = max(MIN_PER_CLASS, images // len(classes))
+    rows = [random.permutation(np.flatnonzero(strata == label))[:per_class] for label in classes]
     if min(map(len, rows)) < FOLDS:
         raise BadData(f"a class has fewer than {FOLDS} images to train on; a pilot parts them into {FOLDS}")
     return np.sort(np.concatenate(rows))
 
 
 def folds(strata: np.ndarray, seed: int) -> np.ndarray:
-    """The part that each image is left out in [N], of each stratum alike many in each part."""
+    """The fold in which each image is left out [N], stratified."""
     random = np.random.default_rng(seed + 1)
     part = np.empty(len(strata), np.int64)
-    for number, kind in enumerate(np.unique(strata)):
-        rows = random.permutation(np.flatnonzero(strata == kind))
+    for number, label in enumerate(np.unique(strata)):
+        rows = random.permutation(np.flatnonzero(strata == label))
         part[rows] = (np.arange(len(rows)) + number) % FOLDS
     return part
 
 
-def _scored(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, tuple[int, ...]]]:
-    """Predictions [images, outputs] of each candidate, each by a probe that did not see the image; and its tokens' shape."""
+def _cross_validate(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, tuple[int, ...]]]:
+    """Predictions [images, outputs] of each candidate by probes that were not trained on the image; and its tokens' shape."""
     parts = folds(pilot.target.strata(pilot.labels), seed)
     search = SearchOptions(grid="quick", precision=resolve("auto", "cpu"))
-    said: dict[Probe, tuple[np.ndarray, tuple[int, ...]]] = {}
+    outcomes: dict[Probe, tuple[np.ndarray, tuple[int, ...]]] = {}
     with track(f"pilot of {pilot.model} on {pilot.dataset}", len(pilot.probes) * FOLDS, "fits") as bar:
         for probe in pilot.probes:
             tokens = pilot.tokens(probe)
-            made = np.zeros((len(tokens), pilot.target.outputs), np.float32)
+            predictions = np.zeros((len(tokens), pilot.target.outputs), np.float32)
             for part in range(FOLDS):
                 fitted, left_out = (np.flatnonzero((parts != part) == inside) for inside in (True, False))
                 outcome = protocol.fit(
@@ -313,7 +307,7 @@ def _scored(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, tuple[int
                     target=pilot.target,
                     options=FitOptions(seed=seed, heads=probe.attention_heads(), search=search),
                 )
-                made[left_out] = outcome.predictions
+                predictions[left_out] = outcome.predictions
                 bar.advance()
-            said[probe] = made, tokens.shape
-    return said
+            outcomes[probe] = predictions, tokens.shape
+    return outcomes

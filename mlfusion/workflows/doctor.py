@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -37,10 +37,6 @@ class Finding:
     found: str
     do: str = ""  # what the user can do about it
 
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object that `mlfusion doctor --json` prints."""
-        return vars(self)
-
 
 def doctor(model: str | None = None, *, cache: CachePath = None, device: str = "auto") -> Iterator[Finding]:
     """Check everything that a run needs, and yield a finding for each check; nothing is downloaded or stored.
@@ -61,10 +57,10 @@ def doctor(model: str | None = None, *, cache: CachePath = None, device: str = "
 
 
 def _libraries() -> Finding:
-    found, absent = [f"python {platform.python_version()}"], []
+    installed, absent = [f"python {platform.python_version()}"], []
     for name in LIBRARIES:
         try:
-            found.append(f"{name} {version(name)}")
+            installed.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             absent.append(name)
     if absent:
@@ -73,8 +69,8 @@ def _libraries() -> Finding:
         try:
             version(name)
         except PackageNotFoundError:
-            return Finding("libraries", "note", f"{', '.join(found)}; {name} is not installed", advice)
-    return Finding("libraries", "ok", ", ".join(found))
+            return Finding("libraries", "note", f"{', '.join(installed)}; {name} is not installed", advice)
+    return Finding("libraries", "ok", ", ".join(installed))
 
 
 def _device(word: str) -> Finding:
@@ -115,14 +111,16 @@ def _cache(place: CachePath) -> Finding:
     root = Path(os.fspath(place) if isinstance(place, (str, os.PathLike)) else default_root()).expanduser().absolute()
     parent = disk.nearest_existing(root)
     free = disk.free_bytes(root)
-    said = f"{root}{'' if root.exists() else ' (not there yet)'}, {free / 1e9:.1f} GB free"
+    status = f"{root}{'' if root.exists() else ' (not there yet)'}, {free / 1e9:.1f} GB free"
     if not os.access(parent, os.W_OK):
-        return Finding("cache", "problem", f"{said}, not writable", "name another place by --cache or $MLFUSION_CACHE")
+        return Finding(
+            "cache", "problem", f"{status}, not writable", "name another place by --cache or $MLFUSION_CACHE"
+        )
     if free < 1e9:
         return Finding(
-            "cache", "problem", said, "make room with mlfusion cache prune, or name another place by --cache"
+            "cache", "problem", status, "make room with mlfusion cache prune, or name another place by --cache"
         )
-    return Finding("cache", "ok", said)
+    return Finding("cache", "ok", status)
 
 
 def _hub() -> Finding:
@@ -142,7 +140,7 @@ def _hub() -> Finding:
 
 def sound(findings: Iterable[Finding]) -> bool:
     """Whether none of the findings is a problem."""
-    return all(one.state != "problem" for one in findings)
+    return all(finding.state != "problem" for finding in findings)
 
 
 # --- a model ---------------------------------------------------------------------------------------------------------
@@ -154,18 +152,18 @@ def _model(word: str, device: str) -> Iterator[Finding]:
         row = models.CATALOGUE.get(ref.name)
         local = bool(row and row.embedded) or Path(ref.name).expanduser().is_dir()
         if not row and not local and "/" not in ref.name:
-            models.locate(word)  # which says what names there are
+            models.locate(word)  # raises an error with the names that exist
     except UnknownName as err:
         yield Finding("name", "problem", str(err), "mlfusion ls models")
         return
     if row:
         gated = "; gated" if row.gated else ""
-        said = f"{row.family}, {row.depth} layers of width {row.width}, {row.image_px} px; {row.licence}{gated}; {row.source}"
-        yield Finding("name", "ok", said)
+        text = f"{row.family}, {row.depth} layers of width {row.width}, {row.image_px} px; {row.licence}{gated}; {row.source}"
+        yield Finding("name", "ok", text)
     if not local:
         if not row:
-            said = f"{ref.name}: an id of the hub; not pinned: its newest state, the commit of which goes into the key"
-            yield Finding("name", "ok", said)
+            text = f"{ref.name}: an id of the hub; not pinned: its newest state, the commit of which goes into the key"
+            yield Finding("name", "ok", text)
         source, revision = (row.source, row.revision) if row else (ref.name, None)
         copy = hub.find_local(source, revision)
         yield from _access(source, ref.name, revision, copy)
@@ -195,19 +193,19 @@ def _access(source: str, word: str, revision: str | None, copy: Path | None) -> 
         yield Finding("access", "note" if copy else "problem", str(err), "" if copy else _advice(err))
         return
     free = disk.free_bytes(hub.cache_folder())
-    said = f"may be read{', gated' if remote.gated else ''}; licence {remote.licence or 'not said'}"
+    status = f"may be read{', gated' if remote.gated else ''}; licence {remote.licence or 'not said'}"
     if copy is not None:
-        yield Finding("access", "ok", said)
+        yield Finding("access", "ok", status)
     elif remote.nbytes > free:
         yield Finding(
             "access",
             "problem",
-            f"{said}; a download takes {remote.nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {hub.cache_folder()}",
+            f"{status}; a download takes {remote.nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {hub.cache_folder()}",
             "make room, or set HF_HUB_CACHE to another disk",
         )
     else:
         yield Finding(
-            "access", "ok", f"{said}; a download takes {remote.nbytes / 1e9:.2f} GB", f"mlfusion extract -m {word}"
+            "access", "ok", f"{status}; a download takes {remote.nbytes / 1e9:.2f} GB", f"mlfusion extract -m {word}"
         )
 
 

@@ -1,7 +1,4 @@
-"""New images through a saved probe: the backbone it was trained on, pictures prepared as then, the same layers, its scores.
-
-The one room that both stages open onto: pictures and a model on one side, a trained head on the other.
-"""
+"""Classifies new images with a saved probe, its backbone, and the preprocessing and layers of its training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,21 +29,21 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a probe says of one image."""
+    """The prediction of a probe for one image."""
 
     image: str
-    top: tuple[tuple[str, float], ...]  # classes or labels with their probabilities, the likeliest first
-    number: float | None  # of a probe that was trained for one
+    top: tuple[tuple[str, float], ...]  # classes or labels with their probabilities, the most probable first
+    number: float | None  # prediction of a regression probe, else None
 
     def to_json(self) -> dict[str, Any]:
-        """As `mlfusion predict --json` prints it."""
+        """The JSON object that `mlfusion predict --json` prints."""
         if self.number is not None:
             return {"image": self.image, "number": self.number}
         return {"image": self.image, "top": [{"class": name, "probability": p} for name, p in self.top]}
 
 
 def identity(spec: ModelSpec) -> dict[str, str]:
-    """What must be the same for features to be: not the names, nor the hub's commit."""
+    """The fields that must be equal for equal features; names and the hub's commit are not among them."""
     return {
         "weights": spec.weights,
         "config": spec.config,
@@ -66,17 +63,17 @@ def predict(
     batch_size: int = BATCH,
     max_pixels: int | None = None,
 ) -> list[Prediction]:
-    """Classify images by a saved probe.
+    """Classify images with a saved probe.
 
     Args:
         probe: the folder that `mlfusion probe --save` wrote.
         images: files.
-        model: where the backbone is, if it is not where the card says; its weights must be the same. Pictures are prepared
-            as the card says, whatever that folder's own files do.
-        top: how many classes to give.
-        device: of the forward pass.
-        batch_size: images in a forward pass.
-        max_pixels: larger images are refused; None: of more than 178,956,970.
+        model: folder or hub id of the backbone, if it has moved; its weights must be the same. Images are preprocessed as the
+            card says, not as the files of that folder say.
+        top: number of classes in a prediction.
+        device: device of the forward pass.
+        batch_size: number of images in a forward pass.
+        max_pixels: larger images are rejected; None: 178,956,970.
 
     Raises:
         ResultsUnusable: no probe in that folder, or a damaged one.
@@ -86,8 +83,8 @@ def predict(
     card, head = saved.load(Path(probe))
     checkpoint = models.locate(_word(model, card.backbone.source))
     steps, spec, exif_transpose = _as_trained(checkpoint, card.backbone)
-    found = identity(spec)
-    if differing := [name for name, value in found.items() if getattr(card.backbone, name) != value]:
+    current = identity(spec)
+    if differing := [name for name, value in current.items() if getattr(card.backbone, name) != value]:
         raise BadModel(
             f"{checkpoint.name} is not the backbone of this probe, {card.backbone.name} from {card.backbone.source}: "
             f"{' and '.join(differing)} differ{'s' if len(differing) == 1 else ''}. Allowed: the same weights and "
@@ -97,23 +94,26 @@ def predict(
         [str(image) for image in images], datasets.Decoder(exif_transpose, max_pixels or MAX_PIXELS)
     )
     backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps, compute=spec.compute)
-    made: list[Prediction] = []
+    results: list[Prediction] = []
     for start in range(0, len(pictures), batch_size):
         rows = range(start, min(start + batch_size, len(pictures)))
         pixels = steps.finish(torch.from_numpy(np.stack([loader.picture(pictures, row, steps) for row in rows])))
         values = _tokens(backbone, pixels, card)
-        # No labels are known; none are looked at.
-        given = Tokens(values, np.zeros(len(values), np.int64))
-        predictions, _ = protocol.predict(head, given, card.target())
-        made += [_said(card, pictures.ids[row], one, top) for row, one in zip(rows, predictions, strict=True)]
-    return made
+        # The labels are unknown and not used.
+        tokens = Tokens(values, np.zeros(len(values), np.int64))
+        predictions, _ = protocol.predict(head, tokens, card.target())
+        results += [
+            _prediction(card, pictures.ids[row], prediction, top)
+            for row, prediction in zip(rows, predictions, strict=True)
+        ]
+    return results
 
 
 def _as_trained(checkpoint: models.Checkpoint, card: saved.Backbone) -> tuple[Preprocessing, ModelSpec, bool]:
-    """How the probe's pictures were prepared, the model with that, and whether images are turned as their EXIF says."""
+    """The preprocessing of the probe's training, the model with it, and whether EXIF orientation is applied."""
     compute: Compute = card.compute if card.compute in COMPUTES else "float32"
     rebuilt, exif_transpose = preprocessing.from_key(card.preparation)
-    steps = rebuilt or preprocessing.read(checkpoint.folder)  # a processor with rules of its own: the model's
+    steps = rebuilt or preprocessing.read(checkpoint.folder)  # a custom processor: the model's own
     return (
         steps,
         models.identify(checkpoint, steps.key(exif_transpose=exif_transpose), compute, steps.view),
@@ -122,7 +122,7 @@ def _as_trained(checkpoint: models.Checkpoint, card: saved.Backbone) -> tuple[Pr
 
 
 def _tokens(backbone: Backbone, pixels: Tensor, card: saved.Card) -> np.ndarray:
-    """[images, tokens, width] in the order and the precision in which the cache gives them."""
+    """Tokens [images, tokens, width] in the order and the precision of the cache."""
     pairs = [(layer, kind) for layer in card.layers for kind in card.kinds]
     read = backbone(pixels, pairs)
     encoding = ENCODINGS[card.dtype]
@@ -132,7 +132,7 @@ def _tokens(backbone: Backbone, pixels: Tensor, card: saved.Card) -> np.ndarray:
     return np.concatenate(padded, axis=1)
 
 
-def _said(card: saved.Card, image: str, prediction: np.ndarray, top: int) -> Prediction:
+def _prediction(card: saved.Card, image: str, prediction: np.ndarray, top: int) -> Prediction:
     if card.target().kind == "number":
         return Prediction(image, (), float(prediction[0]))
     best = np.argsort(-prediction, kind="stable")[:top]
@@ -140,7 +140,7 @@ def _said(card: saved.Card, image: str, prediction: np.ndarray, top: int) -> Pre
 
 
 def _word(model: str | None, source: str) -> str:
-    """What `models.locate` understands: what was said, or where the card says, read at the card's hook point and settings."""
+    """The model argument, or the source in the card, as a model reference with the card's hook point and settings."""
     card = parse_model(source)
     if model is None:
         name = next((row.name for row in models.CATALOGUE.values() if row.source == card.name), card.name)

@@ -1,11 +1,11 @@
-"""Recipes: `pipelines/*.toml` → what to run. Data, never code; everything wrong with one is said at once, line by line.
+"""Reads recipes (`pipelines/*.toml`), which describe a study. All errors of a recipe are reported at once, with their lines.
 
 models = ["formula-vit", "$DATA/weights/mine"]                # catalogue names, hub ids, folders; $DATA is given by --data
-datasets = ["digits"]                                         # likewise
-probes = ["all", "{cls,ap}-each-layer/linear", "alf:h8"]      # braces are spelt out as in a shell
+datasets = ["digits"]                                         # catalogue names, hub ids, folders, files
+probes = ["all", "{cls,ap}-each-layer/linear", "alf:h8"]      # braces expand as in a shell
 grid = "quick"                                                # or "paper"
 seeds = [0, 1, 2]
-size = 448                                                    # and all else that `mlfusion extract` can be told
+size = 448                                                    # any option of `mlfusion extract` that decides features
 """
 
 import re
@@ -27,7 +27,7 @@ _IN_DATA = re.compile(rf"{re.escape(DATA)}(/|$)")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Models × data sets × probes × shots × seeds, and the options of both stages."""
+    """The models, data sets and probes of a study, and the options of both stages."""
 
     models: tuple[str, ...]
     datasets: tuple[str, ...]
@@ -35,7 +35,7 @@ class Recipe:
     features: FeatureOptions = FeatureOptions()
     compute: ComputeOptions = ComputeOptions()
     search: SearchOptions = SearchOptions()
-    all_tokens: bool = False  # cache the tokens of `features`, whether a probe reads them or not
+    all_tokens: bool = False  # cache all tokens of `features`, even those that no probe reads
 
     @classmethod
     def of(
@@ -58,40 +58,41 @@ class Recipe:
         )
 
     @property
-    def asked_models(self) -> tuple[str, ...]:
-        """The models with `hook` and `set` in their names, unless they have their own."""
+    def model_refs(self) -> tuple[str, ...]:
+        """The models as references with the recipe's `hook` and `set`, unless the model's name has its own."""
         features = self.features
         return tuple(str(parse_model(word).with_defaults(features.hook, features.settings)) for word in self.models)
 
-    def asked(self, depth: int) -> tuple[tuple[Probe, ...], frozenset[Pair]]:
+    def probes_and_tokens(self, depth: int) -> tuple[tuple[Probe, ...], frozenset[Pair]]:
         """Probes for a model of `depth` blocks, and the tokens to cache for them.
 
-        Where the recipe names tokens, 'all' is those of the study's ten that they serve.
+        If the recipe names tokens, 'all' selects those of the study's ten probes that read no others.
 
         Raises:
             UnknownName: a layer that the model does not have.
         """
         named = parse_probes([word for word in self.probes if word != "all"], depth)
-        several = parse_probes("all", depth) if "all" in self.probes else ()
-        wanted = frozenset(pair for probe in named for pair in probe.representation.pairs(depth))
+        study_probes = parse_probes("all", depth) if "all" in self.probes else ()
+        pairs = frozenset(pair for probe in named for pair in probe.representation.pairs(depth))
         if not self.all_tokens:
-            wanted |= {pair for probe in several for pair in probe.representation.pairs(depth)}
+            pairs |= {pair for probe in study_probes for pair in probe.representation.pairs(depth)}
         else:
-            wanted |= parse_tokens(self.features.tokens, self.features.layers, depth)
-            several = tuple(probe for probe in several if probe.representation.pairs(depth) <= wanted)
-        return tuple(dict.fromkeys([*several, *named])), wanted
+            pairs |= parse_tokens(self.features.tokens, self.features.layers, depth)
+            study_probes = tuple(probe for probe in study_probes if probe.representation.pairs(depth) <= pairs)
+        return tuple(dict.fromkeys([*study_probes, *named])), pairs
 
 
-def load(path: Path, *, data: Path | str | None = None) -> Recipe:
+def load(path: Path, *, data: Path | str | None = None, seeds: tuple[int, ...] | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: the file.
-        data: the folder that `$DATA` stands for, where the recipe says so.
+        data: the folder that `$DATA` stands for.
+        seeds: replace the recipe's seeds.
 
     Raises:
-        BadRecipe: not there, not TOML, or with unknown keys, wrong types or unknown names: all of them in one message, each
-            with its line.
+        BadRecipe: the file cannot be read or is not TOML, or has unknown keys or values; the message has all errors with
+            their lines.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -105,84 +106,84 @@ def load(path: Path, *, data: Path | str | None = None) -> Recipe:
     values: dict[str, Any] = {}
     for key, value in body.items():
         if key in ("models", "datasets"):
-            found, told = _places(key, value, data)
+            parsed, key_faults = _sources(key, value, data)
         elif key == "probes":
-            found, told = _probes(key, value)
+            parsed, key_faults = _probes(key, value)
         elif key in KEYS:
-            found, told = _option(key, value, data)
+            parsed, key_faults = _option(key, value, data)
         else:
             faults.append((_line(text, key), f"unknown key {key!r}; allowed: {', '.join(NAMES)}"))
             continue
-        values[key] = found
-        faults += [(_line(text, key, word), fault) for word, fault in told]
+        values[key] = parsed
+        faults += [(_line(text, key, word), fault) for word, fault in key_faults]
     faults += [(0, f"{name} is missing") for name in ("models", "datasets") if name not in body]
     if faults:
-        said = [f"line {line}: {fault}" if line else fault for line, fault in sorted(faults, key=lambda each: each[0])]
-        raise BadRecipe(f"{path}: " + "; ".join(said))
-    return Recipe.of(**values)
+        lines = [f"line {line}: {fault}" if line else fault for line, fault in sorted(faults, key=lambda each: each[0])]
+        raise BadRecipe(f"{path}: " + "; ".join(lines))
+    return Recipe.of(**values | ({"seeds": seeds} if seeds else {}))
 
 
 def about(path: Path) -> tuple[str, dict[str, str]]:
-    """What the head of a recipe says: its first sentences, and what stands behind Run, Cost and Expect."""
+    """The comment at the head of a recipe: its introduction, and the texts after Run, Cost and Expect."""
     lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if line]
-    said: dict[str, str] = {"": ""}
-    word = ""
+    sections: dict[str, str] = {"": ""}
+    section = ""
     for line in lines:
         if match := re.match(r"(Run|Cost|Expect): *(.*)", line):
-            word, line = match[1], match[2]
-            said[word] = ""
-        said[word] = f"{said[word]} {line}".strip()
-    return said.pop(""), said
+            section, line = match[1], match[2]
+            sections[section] = ""
+        sections[section] = f"{sections[section]} {line}".strip()
+    return sections.pop(""), sections
 
 
-# --- what each key takes ---------------------------------------------------------------------------------------------
+# --- values of keys ---------------------------------------------------------------------------------------------------
 
 Faults = list[tuple[str | None, str]]
-"""Each with the word that it is about, to find its line by; None is the key itself."""
+"""(word, message): the message is about this word of the value, or about the whole key if it is None."""
 
 Parsed = tuple[Any, Faults]
-"""What a key's value means, and what is wrong with it."""
+"""(value, faults)."""
 
 
-def _listed(value: Any, kind: type, good: Callable[[Any], bool] = bool) -> bool:
+def _is_list_of(value: Any, kind: type, good: Callable[[Any], bool] = bool) -> bool:
     return isinstance(value, list) and bool(value) and all(type(each) is kind and good(each) for each in value)
 
 
-def _twice(key: str, words: Iterable[Any]) -> Faults:
-    held = list(words)
-    return [(str(word), f"{key}: {word!r} twice") for word in dict.fromkeys(held) if held.count(word) > 1]
+def _duplicates(key: str, words: Iterable[Any]) -> Faults:
+    listed = list(words)
+    return [(str(word), f"{key}: {word!r} twice") for word in dict.fromkeys(listed) if listed.count(word) > 1]
 
 
-def _places(key: str, value: Any, data: Path | str | None) -> Parsed:
-    """Names of models or data sets; that a hub has them shows when they are asked for."""
-    if not _listed(value, str):
+def _sources(key: str, value: Any, data: Path | str | None) -> Parsed:
+    """Names of models or data sets. Hub ids are not checked here."""
+    if not _is_list_of(value, str):
         return value, [(None, f"{key} = {value!r}: allowed is a list of names in quotes")]
     from mlfusion import datasets, models
 
     kind, known = ("model", models.CATALOGUE) if key == "models" else ("data set", datasets.CATALOGUE)
-    faults, found = _twice(key, value), []
+    faults, resolved = _duplicates(key, value), []
     for word in value:
         if (fault := _unknown(kind, word, known)) is not None:
             faults.append((word, fault))
-        place, told = _placed(word, data)
-        found.append(place)
-        faults += told
-    return tuple(found), faults
+        path, path_faults = _resolve_data(word, data)
+        resolved.append(path)
+        faults += path_faults
+    return tuple(resolved), faults
 
 
-def _placed(word: str, data: Path | str | None) -> tuple[str, Faults]:
-    """A name with the folder that $DATA stands for."""
+def _resolve_data(word: str, data: Path | str | None) -> tuple[str, Faults]:
+    """Replace $DATA in a name by the folder."""
     if not _IN_DATA.match(word):
         return word, []
     if data is None:
         return word, [(word, f"{word!r} lies in a folder of yours; say which: --data DIR")]
-    place = str(Path(data).expanduser().resolve()) + word.removeprefix(DATA)
-    there = place if Path(place).exists() else place.partition(":")[0]  # a hook point may follow a model's name
-    return place, [] if Path(there).exists() else [(word, f"there is no {there}")]
+    path = str(Path(data).expanduser().resolve()) + word.removeprefix(DATA)
+    existing = path if Path(path).exists() else path.partition(":")[0]  # a hook point may follow a model's name
+    return path, [] if Path(existing).exists() else [(word, f"there is no {existing}")]
 
 
 def _unknown(kind: str, word: str, known: Iterable[str]) -> str | None:
-    """What is wrong with a name, wherever it lies."""
+    """The error message for a name that is neither known, a hub id nor a path; else None."""
     try:
         name = parse_model(word).name if kind == "model" else word
     except UnknownName as err:
@@ -193,7 +194,7 @@ def _unknown(kind: str, word: str, known: Iterable[str]) -> str | None:
 
 
 def _probes(key: str, value: Any) -> Parsed:
-    if not _listed(value, str):
+    if not _is_list_of(value, str):
         return value, [(None, f"{key} = {value!r}: allowed is a list of names in quotes")]
     faults: Faults = []
     for word in value:
@@ -201,39 +202,39 @@ def _probes(key: str, value: Any) -> Parsed:
             parse_probes(expand_braces([word]), MAX_DEPTH)
         except MlfusionError as err:
             faults.append((word, str(err)))
-    return tuple(expand_braces(value)), faults + _twice(key, expand_braces(value))
+    return tuple(expand_braces(value)), faults + _duplicates(key, expand_braces(value))
 
 
 KEYS: dict[str, tuple[str, Option]] = {
     name: (field, one)
     for kind in (FeatureOptions, ComputeOptions, SearchOptions)
     for field, one in all_definitions(kind).items()
-    if kind is not ComputeOptions or field in ("format", "skip_bad")  # the others are for the machine at hand
+    if kind is not ComputeOptions or field in ("format", "skip_bad")  # the other options belong to the machine
     for name in (one.name, *one.former)
 }
-"""Key → the field of an options class that it sets; names that an option had before are understood."""
+"""Key, present or former → (field of an options class, definition)."""
 
 NAMES = ("models", "datasets", "probes", *(name for name, (_, one) in KEYS.items() if name == one.name))
 
 
 def _option(key: str, value: Any, data: Path | str | None) -> Parsed:
-    """The value of an option, checked by the option's own definition."""
+    """Parse and check the value of an option by its definition."""
     field, one = KEYS[key]
-    found, faults = one.kind.read(value), []
-    if field == "image_root" and isinstance(found, str):
-        return _placed(found, data)
-    if fault := one.kind.fault(found):
+    parsed, faults = one.kind.read(value), []
+    if field == "image_root" and isinstance(parsed, str):
+        return _resolve_data(parsed, data)
+    if fault := one.kind.fault(parsed):
         quoted = re.findall(r"'([^']+)'", fault)
         faults.append((next((w for w in quoted if w in str(value)), None), f"{key} = {value!r}: {fault}"))
-    elif field == "splits" and [word.partition("=")[0] for word in found] != ["train", "test"]:
+    elif field == "splits" and [word.partition("=")[0] for word in parsed] != ["train", "test"]:
         faults.append((None, f"{key} = {value!r}: allowed are train,test and, say, train,test=validation"))
-    if field == "views" and isinstance(found, tuple) and "plain" not in found:
+    if field == "views" and isinstance(parsed, tuple) and "plain" not in parsed:
         faults.append((None, f'{key} = {value!r}: "plain" must be among them, which is what probes read'))
-    return found, faults
+    return parsed, faults
 
 
 def _line(text: str, key: str, word: str | None = None) -> int:
-    """The line that the key is set on, or of the word in its value; tomllib keeps neither."""
+    """Number of the line that sets the key, or that has the word in its value; tomllib does not report lines."""
     lines: Sequence[str] = text.splitlines()
     name = re.compile(rf"\s*(\[+\s*)?[\"']?{re.escape(key)}[\"']?\s*(=|\.|\])")
     first = next((number for number, line in enumerate(lines) if name.match(line)), 0)
@@ -243,7 +244,7 @@ def _line(text: str, key: str, word: str | None = None) -> int:
 
 
 def _value(lines: Sequence[str], first: int) -> Iterator[int]:
-    """Lines from the key to before the next one; of a table, to before the next table."""
+    """Numbers of the lines from the key to the next key, or from a table to the next table."""
     ends = r"\s*\[\[?\w" if lines[first].lstrip().startswith("[") else r"\s*(\[\[?\w|[\w-]+\s*=)"
     for number in range(first, len(lines)):
         if number > first and re.match(ends, lines[number]):
