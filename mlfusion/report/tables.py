@@ -9,8 +9,6 @@ from itertools import product
 from statistics import fmean
 from typing import Literal
 
-import numpy as np
-
 from mlfusion.errors import BadData
 from mlfusion.report.figures.drawing import Record
 from mlfusion.report.numbers import capitalized, from_to, percent, plus_minus, points
@@ -119,9 +117,12 @@ def by_rank(study: Study) -> ScoreTable:
 
 def ranks(scores: Mapping[str, float]) -> dict[str, float]:
     """{name: score} → {name: rank}, 1 the highest; ties share the mean of their ranks."""
-    from scipy.stats import rankdata
-
-    return dict(zip(scores, rankdata(-np.round(list(scores.values()), 12)).tolist(), strict=True))
+    rounded = {name: round(score, 12) for name, score in scores.items()}
+    values = list(rounded.values())
+    return {
+        name: 1 + sum(other > value for other in values) + (values.count(value) - 1) / 2
+        for name, value in rounded.items()
+    }
 
 
 def _rank_cells(probes: Sequence[str], mean_ranks: Mapping[str, float]) -> list[Cell]:
