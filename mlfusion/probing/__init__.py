@@ -1,1 +1,1 @@
-"""Stage 2: tokens in the store to probes, scores and rows. Opens no image and no model."""
+"""Stage 2: cached tokens → probes, scores and rows. This stage opens no image and no model."""

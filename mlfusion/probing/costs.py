@@ -1,4 +1,4 @@
-"""Predicts the time that training a probe takes, from a trial of a few steps on random tokens: for plans and advice."""
+"""Predicts the time that training a probe takes, from a trial of a few steps on random tokens; plans and advice use it."""
 
 import time
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ from mlfusion.specs.names import Head, Probe
 from mlfusion.specs.options import SearchOptions
 
 IMAGES = (32, 64, 128, 256)  # sizes of the trial's batch; the next smaller one is tried
-STEPS = 3  # of the trial; the first is not counted
+STEPS = 3  # steps of the trial; the first is not counted
 CLASSES = (16, 128, 1024)  # numbers of classes; the next larger one is tried
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The sizes that decide what training a probe takes."""
+    """The sizes that determine the cost of training a probe."""
 
-    tokens: int  # T, of an image
+    tokens: int  # T, tokens per image
     width: int  # D
     classes: int  # C
-    images: int  # N, of the training split
+    images: int  # N, training images
 
 
 def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: str = "cpu") -> float:
@@ -53,7 +53,7 @@ def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: st
     return rate * (steps + schedule.steps) * schedule.batch_size / batch
 
 
-def _made_up(images: int, tokens: int, width: int, classes: int) -> Tokens:
+def _random_tokens(images: int, tokens: int, width: int, classes: int) -> Tokens:
     random = np.random.default_rng(0)
     values = random.standard_normal((images, tokens, width), np.float32).astype(np.float16)
     return Tokens(values, np.arange(images) % classes)
@@ -62,10 +62,10 @@ def _made_up(images: int, tokens: int, width: int, classes: int) -> Tokens:
 @cache
 def _training(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> float:
     """Seconds of one step of one configuration on a batch."""
-    # As many as there are threads: a grid has more, and keeps all of them busy.
+    # One configuration per thread: a grid has more, and keeps all threads busy.
     count = torch.get_num_threads()
     chosen = [Configuration(1e-3, 1e-2 + k, 0.1) for k in range(count)]
-    tokens = _made_up(images, shape.tokens, shape.width, shape.classes)
+    tokens = _random_tokens(images, shape.tokens, shape.width, shape.classes)
     schedule = Schedule(images, steps=100, batch_size=images, batches=1)
     ends: list[float] = []
     for _ in population.train(
@@ -84,7 +84,7 @@ def _training(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> 
 @cache
 def _solving(head: Head, tokens: int, width: int, search: SearchOptions) -> float:
     """Seconds of a whole search over a few images of two classes."""
-    made_up = _made_up(IMAGES[-1], tokens, width, 2)
+    samples = _random_tokens(IMAGES[-1], tokens, width, 2)
     began = time.perf_counter()
-    protocol.fit(head, made_up, lambda: made_up, target=OneClass(2), options=FitOptions(seed=0, search=search))
+    protocol.fit(head, samples, lambda: samples, target=OneClass(2), options=FitOptions(seed=0, search=search))
     return time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""Stage 2: cached tokens → probes → rows. Opens no image and no model; a row that is there already is not made again."""
+"""Stage 2: cached tokens → probes → rows. A row that is stored already is not made again."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -18,15 +18,13 @@ from mlfusion.store.features import SplitPair, impossible, require, split_pairs,
 
 logger = logging.getLogger(__name__)
 
-PROBES = "probes"  # folder of the results that trained probes are kept in
-
 
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
-    """What a call of `probe` came to."""
+    """The result of a call of `probe`."""
 
     rows: list[Row]
-    trained: int  # rows that were not there before
+    trained: int  # number of rows that were not stored before
     left_out: list[str]  # probes of 'all' whose tokens are not cached, with what to run
 
 
@@ -47,20 +45,20 @@ def probe(
         probes: names as in `mlfusion ls probes`, or 'all': those of the study's ten that the cache can serve.
         search: what decides the numbers of a row. With the precision 'auto' a stored row of either precision counts as done.
         training: how training runs. Tokens that take more than half of the memory are read in batches as training goes on.
-        storage: where features and rows are kept.
+        storage: folders of features and rows.
         log: called with a line about what is reused and what is left out.
 
     Raises:
-        NotCached: says which `mlfusion extract` to run.
-        MlfusionError: any other of its kinds.
+        NotCached: features are missing; says which `mlfusion extract` to run.
+        MlfusionError: any other error of the package.
     """
     store, results, trackers = FeatureStore(storage.cache), Results(Path(storage.results)), open_trackers(storage.track)
     rows: list[Row] = []
-    made, left_out = 0, []
+    trained, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
-        chosen, lacking = _servable(pair, probes, model or pair.train.names()[0].model_argument, dataset)
-        left_out += lacking
-        for line in lacking:
+        chosen, missing = _servable(pair, probes, model or pair.train.names()[0].model_argument, dataset)
+        left_out += missing
+        for line in missing:
             log(line)
         log(
             f"{pair.model} on {pair.dataset}: features reused from the cache ({pair.train.key}, {pair.test.key}), no "
@@ -68,9 +66,11 @@ def probe(
         )
         if pair.older:
             log(f"{pair.older} other sets of features have these names; those extracted last are used")
-        held, new = run(pair, jobs_of(chosen, search), results, training, save=storage.save, trackers=trackers, log=log)
-        rows, made = rows + held, made + new
-    return ProbeResult(rows, made, left_out)
+        pair_rows, count = run(
+            pair, jobs_of(chosen, search), results, training, save=storage.save, trackers=trackers, log=log
+        )
+        rows, trained = rows + pair_rows, trained + count
+    return ProbeResult(rows, trained, left_out)
 
 
 def run(
@@ -85,42 +85,42 @@ def run(
 ) -> tuple[list[Row], int]:
     """Return one row per job, training those that are not stored; and the number trained.
 
-    Arguments and errors as in `probe`.
+    Arguments and errors are those of `probe`.
     """
     resources = Resources.of(training)
     device = resources.device
     rows: list[Row] = []
-    made = 0
-    known = {job: stored(results, job, pair.keys, device) for job in jobs}
-    lost = {job for job, row in known.items() if row and save and not (_folder(results, row) / saved.CARD).is_file()}
-    if done := sum(row is not None for row in known.values()):
+    trained = 0
+    found = {job: stored(results, job, pair.keys, device) for job in jobs}
+    unsaved = {job for job, row in found.items() if row and save and not (_folder(results, row) / saved.CARD).is_file()}
+    if done := sum(row is not None for row in found.values()):
         log(f"{done} of {len(jobs)} results are in {results.root} already and are not made again")
-    if lost:
-        log(f"{len(lost)} of them are trained again, since their probes were not kept")
+    if unsaved:
+        log(f"{len(unsaved)} of them are trained again, since their probes were not kept")
     for job in jobs:
-        row = known[job]
+        row = found[job]
         if row is None:
             new = train(pair, job.resolved(device), resources)
             row = new.row
             if save:
-                log(_keep(results, row, new))
+                log(save_probe(results, row, new))
             results.append(row, new.arrays)
-            made += 1
+            trained += 1
             logger.info(
                 "%s seed %d: val %.4f, test %.4f, %.1f s, %s",
                 *(row.probe, row.seed, row.val, row.test, row.seconds, row.selected.given()),
             )
             for tracker in trackers:
                 tracker.log(row)
-        elif job in lost:
+        elif job in unsaved:
             again = train(pair, replace(job, search=row.search()), resources)
-            log(_keep(results, row, again) if same_scores(row, again.row) else _not_kept(results, row, again.row))
+            log(save_probe(results, row, again) if same_scores(row, again.row) else _not_saved(results, row, again.row))
         rows.append(row)
-    return rows, made
+    return rows, trained
 
 
 def stored(results: Results, job: "Job", features: tuple[str, str], device: str = "cpu") -> Row | None:
-    """The row of a job on these features, if it is there; where `auto` was asked for, one of either precision."""
+    """The stored row of a job on these features, or None; with precision 'auto' a row of either precision counts."""
     found = (results.find(one.row_id(features)) for one in job.answers(device))
     return next((row for row in found if row is not None), None)
 
@@ -131,17 +131,17 @@ def same_scores(one: Row, other: Row) -> bool:
 
 
 def _folder(results: Results, row: Row) -> Path:
-    """Where a row's trained probe is kept."""
-    return results.root / PROBES / row.id
+    """The folder of a row's trained probe."""
+    return results.root / "probes" / row.id
 
 
-def _keep(results: Results, row: Row, made: "Trained") -> str:
-    """Save the trained probe of a row; says where."""
-    saved.save(_folder(results, row), made.card, made.weights)
+def save_probe(results: Results, row: Row, trained: "Trained") -> str:
+    """Save the trained probe of a row; return a line that says where."""
+    saved.save(_folder(results, row), trained.card, trained.weights)
     return f"{row.probe}, seed {row.seed}, is kept in {_folder(results, row)}"
 
 
-def _not_kept(results: Results, row: Row, again: Row) -> str:
+def _not_saved(results: Results, row: Row, again: Row) -> str:
     return (
         f"{row.probe}, seed {row.seed}, is not kept: trained again it does not give the scores of result {row.id} (test "
         f"{row.test} then, {again.test} now). What differs: mlfusion results rerun {row.id} --results {results.root}"
@@ -149,23 +149,27 @@ def _not_kept(results: Results, row: Row, again: Row) -> str:
 
 
 def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: str) -> tuple[list[Probe], list[str]]:
-    """The probes asked for. Of 'all', those whose tokens are not cached are left out with a word; others are refused."""
+    """The probes to train, and a line for each probe of 'all' that is left out because its tokens are not cached.
+
+    Raises:
+        NotCached: the tokens of a probe that was named are not cached.
+    """
     depth = pair.train.spec.model.depth
     words = expand_braces(names)
     named = parse_probes([word for word in words if word != "all"], depth)
-    for one in named:
+    for probe in named:
         for entry in (pair.train, pair.test):
-            require(entry, one.representation.pairs(depth), model, dataset)
-    chosen, lacking = dict.fromkeys(named), []
-    for one in parse_probes("all", depth) if "all" in words else ():
-        if absent := one.representation.pairs(depth) - pair.held:
-            none = impossible(pair.train.spec.model, absent)
+            require(entry, probe.representation.pairs(depth), model, dataset)
+    chosen, missing = dict.fromkeys(named), []
+    for probe in parse_probes("all", depth) if "all" in words else ():
+        if absent := probe.representation.pairs(depth) - pair.held:
+            reason = impossible(pair.train.spec.model, absent)
             way = extract_command(model, dataset, absent, words_of(pair.train, pair.test))
-            lacking.append(
-                f"{one.name} is left out: {model} {none}"
-                if none
-                else f"{one.name} is left out, its tokens are not cached; to have it: {way}"
+            missing.append(
+                f"{probe.name} is left out: {model} {reason}"
+                if reason
+                else f"{probe.name} is left out, its tokens are not cached; to have it: {way}"
             )
         else:
-            chosen[one] = None
-    return list(chosen), lacking
+            chosen[probe] = None
+    return list(chosen), missing

@@ -1,4 +1,4 @@
-"""One job fitted: tokens read, the protocol run, the outcome kept."""
+"""Fitting of one job: reads its tokens, runs the protocol, and returns its row, arrays and weights."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -8,7 +8,7 @@ import numpy as np
 
 from mlfusion.probing import protocol, saved, splits
 from mlfusion.probing.jobs import Job
-from mlfusion.probing.rows import Fitted, _arrays, card_of, row_of
+from mlfusion.probing.rows import Fitted, arrays_of, card_of, row_of
 from mlfusion.probing.search import FitOptions
 from mlfusion.probing.targets import target_of
 from mlfusion.probing.training import population
@@ -25,7 +25,7 @@ from mlfusion.system.progress import track as bar_of
 
 @dataclass(frozen=True)
 class Resources:
-    """What training may take; a result does not depend on it beyond rounding."""
+    """The device and memory for training; results depend on them only by rounding."""
 
     device: str
     memory: int  # bytes
@@ -33,14 +33,14 @@ class Resources:
 
     @classmethod
     def of(cls, training: TrainingOptions, *, streams: bool | None = None) -> "Resources":
-        """The device and the memory that are meant: by default most of the memory that is free."""
-        free = int(population.SPARE * available("cpu"))
+        """The device and memory of the options; the default is most of the free memory."""
+        free = int(population.MEMORY_SHARE * available("cpu"))
         return cls(pick_device(training.device), training.memory or free, streams)
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A row that was made, and what is kept beside it."""
+    """A new row, with its arrays, its card and its weights."""
 
     row: Row
     arrays: dict[str, np.ndarray]
@@ -56,7 +56,7 @@ def train(pair: SplitPair, job: Job, resources: Resources) -> Trained:
     """
     fitted = _fit(pair, job, resources)
     row = row_of(pair, fitted)
-    return Trained(row, _arrays(pair, fitted), card_of(pair, fitted, row), fitted.outcome.weights)
+    return Trained(row, arrays_of(pair, fitted), card_of(pair, fitted, row), fitted.outcome.weights)
 
 
 def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
@@ -83,12 +83,12 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
         return Fitted(job, resources.device, target, outcome, images, train.shape[1], streamed)
 
 
-def _tokens(entry: Entry, one: Probe, resources: Resources, opened: ExitStack) -> Tokens:
-    """[images, tokens, width]: layer by layer, in each layer CLS before AP; in memory, or read as training goes on."""
-    layers = one.representation.layers(entry.spec.model.depth)
+def _tokens(entry: Entry, probe: Probe, resources: Resources, opened: ExitStack) -> Tokens:
+    """Tokens [images, tokens, width], layer by layer, CLS before AP; in memory, or streamed during training."""
+    layers = probe.representation.layers(entry.spec.model.depth)
     rows, samples = entry.rows(), entry.samples
     ids = tuple(samples.ids[row] for row in rows)
-    reader = opened.enter_context(entry.open(layers, one.representation.kinds))
+    reader = opened.enter_context(entry.open(layers, probe.representation.kinds))
     tokens = Tokens(reader, samples.labels[rows], ids)
     if resources.streams if resources.streams is not None else tokens.nbytes > resources.memory / 2:
         return tokens

@@ -8,7 +8,7 @@ from mlfusion.probing.training.batches import Schedule
 from mlfusion.probing.training.population import Configuration
 from mlfusion.specs.names import Head
 
-HALVING_FACTOR = 3  # of successive halving: one configuration in three goes on, for three times as many steps
+HALVING_FACTOR = 3  # one configuration in three continues, for three times as many steps
 RUNGS = 3
 
 
@@ -18,12 +18,12 @@ class Grid:
 
     learning_rates: tuple[float, ...]
     weight_decays: tuple[float, ...]
-    dropouts: tuple[float, ...]  # of the attention weights, for heads that have dropout
+    dropouts: tuple[float, ...]  # dropout rates of the attention weights, for heads with dropout
     epochs: int
     least_steps: int
 
     def configurations(self, head: Head) -> tuple[Configuration, ...]:
-        """All configurations, always in the same order: of two with equal scores and losses, the first is chosen."""
+        """All configurations, always in the same order: if scores and losses are equal, the first is chosen."""
         dropouts = self.dropouts if HEADS[head].has_dropout else (0.0,)
         return tuple(Configuration(*point) for point in product(self.learning_rates, self.weight_decays, dropouts))
 
@@ -51,7 +51,7 @@ SEARCH_GRIDS = {
 
 
 def rungs(configurations: int, steps: int, *, halving: bool) -> list[tuple[int, int]]:
-    """(configurations, steps) of every stage of successive halving; one stage with all of both without halving.
+    """(configurations, steps) of every stage of successive halving; without halving, one stage with all of both.
 
     63 configurations for 1,000 steps give (63, 112), (21, 334), (7, 1000): a third of the work.
     """

@@ -1,4 +1,4 @@
-"""One job is one row to make: a probe, the options of its search, and the identity that follows from them."""
+"""Jobs: a job is one row to make, given by a probe and its search options, which determine the row's id."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from mlfusion.specs.names import Probe
 from mlfusion.specs.options import SearchOptions
 
 PROTOCOL = 3
-"""Part of every row's id: raised when a change of code changes scores, so that old rows are made again."""
+"""Part of every row's id; it is raised when a change of code changes scores, so that old rows are made again."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class Job:
         return [own, own._with("float32" if own.search.precision == "bfloat16" else "bfloat16")]
 
     def row_id(self, features: tuple[str, str]) -> str:
-        """Id of the row that a resolved job makes: the digest of the protocol, the keys of train and test, the probe and its
-        search.
-        """
+        """Id of a resolved job's row: the digest of protocol, feature keys (train, test), probe and search."""
         if self.search.precision == "auto":
             raise ValueError("'auto' names no row; resolve the job first")
         return digest([PROTOCOL, *features, self.probe.name, self.search])

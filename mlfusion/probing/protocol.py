@@ -24,17 +24,17 @@ class Outcome:
     """One probe of one seed, chosen, refitted and tested."""
 
     seed: int
-    metric: str  # what val, test and train are, as fractions; see `targets`
-    val: float  # of the chosen configuration on images of train that it did not see
+    metric: str  # metric of val, test and train, which are fractions; see `targets`
+    val: float  # score of the chosen configuration on the validation part
     test: float
-    train: float  # of the refitted probe on what it was fitted to
-    metrics: dict[str, Any]  # of the test set, see `metrics`
+    train: float  # score of the refitted probe on its training images
+    metrics: dict[str, Any]  # scores on the test set, see `metrics`
     selected: dict[str, float | int]
     configurations: int
     parameters: int
     shape: HeadShape
     seconds: float
-    predictions: Float[np.ndarray, "N C"]  # of the test images, float32: probabilities, or the number
+    predictions: Float[np.ndarray, "N C"]  # for the test images, float32: probabilities, or the number
     attention: Float[np.ndarray, "N T"] | None  # mean over heads, float32; None for a head that does not attend
     weights: dict[str, np.ndarray]  # parameters and statistics of the refitted probe
 
@@ -54,14 +54,14 @@ def fit(
     Args:
         head: the probe.
         train: tokens and labels of the training split.
-        test: gives those of the test split; called once, after the choice is made and the probe refitted.
+        test: returns those of the test split; called once, after the choice is made and the probe refitted.
         target: the kind of the labels.
         options: seed, attention heads and how to search.
         training: device and memory.
-        progress: called after each step with the steps done and all there are, counted per configuration.
+        progress: called after each step with the steps done and their total, counted per configuration.
 
     Raises:
-        BadData: tokens or labels that no probe can be trained on, or a test split that does not match.
+        BadData: no probe can be trained on the tokens or labels, or the test split does not match.
     """
     begun = time.perf_counter()
     _check(train, target, "train")
@@ -93,7 +93,7 @@ def fit(
 
 
 def _unseen(test: Callable[[], Tokens], train: Tokens, target: Target) -> Tokens:
-    """The test split, if it matches train."""
+    """The test split, checked against train."""
     unseen = test()
     _check(unseen, target, "test")
     if unseen.shape[1:] != train.shape[1:]:
@@ -133,7 +133,7 @@ def predict(
 
 
 def _check(tokens: Tokens, target: Target, name: str) -> None:
-    """Refuse tokens and labels that do not belong together, or are not finite."""
+    """Raise `BadData` for tokens and labels that do not match, or are not finite."""
     shape, labels, ids = tokens.shape, tokens.labels, tokens.ids
     if len(shape) != 3 or len(labels) != shape[0] or 0 in shape:
         raise BadData(

@@ -1,11 +1,11 @@
-"""Trains a row's probe again from the row alone, and compares."""
+"""Trains a row's probe again from the row alone, and compares the scores."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlfusion.errors import NotCached
-from mlfusion.probing.evaluation import _keep, same_scores
+from mlfusion.probing.evaluation import same_scores, save_probe
 from mlfusion.probing.fitting import Resources, train
 from mlfusion.probing.jobs import Job
 from mlfusion.results import Results, Row
@@ -17,15 +17,15 @@ from mlfusion.store.features import SplitPair, require
 
 @dataclass(frozen=True, eq=False)
 class Rerun:
-    """A row, and what training it again from what it says gave."""
+    """A row, and the row of training its probe again."""
 
     row: Row
     again: Row
-    differs: list[str]  # in how the two were made: code, versions, the protocol
+    differs: list[str]  # differences in code, versions, device and protocol
 
     @property
     def same(self) -> bool:
-        """Scores and choice are the same to the last bit."""
+        """Whether scores and choice are the same to the last bit."""
         return same_scores(self.row, self.again)
 
     def scores(self) -> list[tuple[str, Any, Any]]:
@@ -47,34 +47,34 @@ def rerun(
 
     Args:
         row_id: its id, or the beginning of it.
-        keep: put arrays and trained probe beside the row if the scores are the same and they are not there.
-        storage: where features and rows are kept.
+        keep: save arrays and trained probe if the scores are the same and they are missing.
+        storage: folders of features and rows.
         device: device of the training; None is the row's own.
         memory: memory limit in bytes; tokens are loaded or streamed as they were.
 
     Raises:
-        NotCached: the features are gone; says how to make them again.
-        UnknownName: no such row.
+        NotCached: the features are missing; says how to make them again.
+        UnknownName: there is no such row.
     """
-    store, kept = FeatureStore(storage.cache), Results(Path(storage.results))
-    row = kept.named(row_id)
-    [one] = parse_probes(row.probe, row.depth)
-    pair = _pair_of(store, row, one)
-    job = Job(one, row.search())
+    store, results = FeatureStore(storage.cache), Results(Path(storage.results))
+    row = results.named(row_id)
+    [probe] = parse_probes(row.probe, row.depth)
+    pair = _pair_of(store, row, probe)
+    job = Job(probe, row.search())
     resources = Resources.of(TrainingOptions(device=device or row.device, memory=memory), streams=row.streamed)
     again = train(pair, job, resources)
-    then, now = ({"code": made.code, "device": made.device, **made.versions} for made in (row, again.row))
+    then, now = ({"code": each.code, "device": each.device, **each.versions} for each in (row, again.row))
     differs = [f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
     if row.protocol != again.row.protocol:
         differs.append(f"protocol {row.protocol} then, {again.row.protocol} now")
     done = Rerun(row, again.row, differs)
     if keep and done.same:
-        kept.keep_arrays(row, again.arrays)
-        _keep(kept, row, again)
+        results.keep_arrays(row, again.arrays)
+        save_probe(results, row, again)
     return done
 
 
-def _pair_of(store: FeatureStore, row: Row, one: Probe) -> SplitPair:
+def _pair_of(store: FeatureStore, row: Row, probe: Probe) -> SplitPair:
     """The features that a row was made from, by their keys."""
     train, test = (store.by_key(key) for key in row.features)
     if train is None or test is None:
@@ -83,5 +83,5 @@ def _pair_of(store: FeatureStore, row: Row, one: Probe) -> SplitPair:
             f"has them with --cache, or make them again: {row.extract_command()}"
         )
     for entry in (train, test):
-        require(entry, one.representation.pairs(row.depth), row.sources.model, row.sources.dataset)
+        require(entry, probe.representation.pairs(row.depth), row.sources.model, row.sources.dataset)
     return SplitPair(row.model, row.dataset, train, test, older=0)

@@ -1,4 +1,4 @@
-"""What is written down of a fitted job: its row and its card."""
+"""The row, the card and the arrays of a fitted job."""
 
 from dataclasses import dataclass
 
@@ -17,21 +17,21 @@ from mlfusion.store.features import SplitPair, words_of
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """What the protocol gave for a job, before it is written down."""
+    """The outcome of the protocol for a job."""
 
     job: Job  # resolved
     device: str
     target: Target
     outcome: protocol.Outcome
     images: ImageCounts
-    tokens: int  # T, of an image
+    tokens: int  # T, tokens per image
     streamed: bool
 
 
 def row_of(pair: SplitPair, fitted: Fitted) -> Row:
-    """The row of what was fitted on a pair of splits."""
+    """The row of a job fitted on a pair of splits."""
     job, outcome, spec = fitted.job, fitted.outcome, pair.train.spec
-    names, one, depth = pair.train.names()[0], job.probe, spec.model.depth
+    names, probe, depth = pair.train.names()[0], job.probe, spec.model.depth
     search = job.search
     precision = search.precision
     assert precision != "auto"  # a resolved job
@@ -39,7 +39,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         id=job.row_id(pair.keys),
         model=pair.model,
         dataset=pair.dataset,
-        probe=one.name,
+        probe=probe.name,
         seed=job.seed,
         metric=outcome.metric,
         val=outcome.val,
@@ -51,14 +51,14 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         configurations=outcome.configurations,
         parameters=outcome.parameters,
         seconds=round(outcome.seconds, 3),
-        layers=tuple(one.representation.layers(depth)),
-        tokens=one.representation.kinds,
+        layers=tuple(probe.representation.layers(depth)),
+        tokens=probe.representation.kinds,
         depth=depth,
         width=spec.model.width,
         classes=spec.data.classes,
         images=fitted.images,
         features=pair.keys,
-        attention=_attention(one, pair.train, outcome.attention),
+        attention=_attention(probe, pair.train, outcome.attention),
         versions=provenance.versions(),
         code=provenance.code(),
         created=provenance.now(),
@@ -84,7 +84,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
 
 
 def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> saved.Card:
-    """What is written beside the weights of a row's probe."""
+    """The card that is saved with the weights of a row's probe."""
     spec, names = pair.train.spec, pair.train.names()[0]
     return saved.Card(
         probe=row.probe,
@@ -117,8 +117,8 @@ def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> saved.Card:
     )
 
 
-def _arrays(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
-    """What each test image got."""
+def arrays_of(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
+    """The arrays of the test images: predictions, labels and attention."""
     outcome = fitted.outcome
     # Probabilities lose nothing that matters in half the bytes; numbers might, and may be larger than float16 holds.
     kind = np.float32 if fitted.target.kind == "number" else np.float16
@@ -131,13 +131,13 @@ def _arrays(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _attention(one: Probe, entry: Entry, attention: np.ndarray | None) -> Attention | None:
+def _attention(probe: Probe, entry: Entry, attention: np.ndarray | None) -> Attention | None:
     """Mean and spread over the test images of the attention on each token, [images, tokens]."""
     if attention is None:
         return None
-    layers, kinds = one.representation.layers(entry.spec.model.depth), one.representation.kinds
-    homes = entry.sources()
-    tokens = [(layer, kind) for layer in layers for kind in kinds for _ in range(homes[layer, kind].stream.tokens)]
+    layers, kinds = probe.representation.layers(entry.spec.model.depth), probe.representation.kinds
+    sources = entry.sources()
+    tokens = [(layer, kind) for layer in layers for kind in kinds for _ in range(sources[layer, kind].stream.tokens)]
     return Attention(
         layers=tuple(layer for layer, _ in tokens),
         kinds=tuple(kind for _, kind in tokens),

@@ -1,8 +1,8 @@
-"""A trained probe as a folder: its numbers as safetensors, and a card that says what they were made of and how good they are.
+"""A trained probe as a folder: its weights as safetensors, and a card with their origin and scores.
 
-Nothing in it is executed when it is read. The card names the backbone by the digests of its weights, architecture and
-preprocessing, so that the probe is never put on top of another. A README.md with the Hub's front matter says the same to
-people: the folder can be uploaded as it is.
+Reading executes nothing. The card names the backbone by the digests of its weights, architecture and
+preprocessing, so that the probe is never used with another. A README.md with the Hub's front matter says the same for
+readers, so that the folder can be uploaded.
 """
 
 import hashlib
@@ -25,8 +25,7 @@ from mlfusion.errors import ResultsUnusable, UnknownName, first_line
 from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
 from mlfusion.probing.solvers.design import FixedLinear
 from mlfusion.probing.solvers.neighbours import Neighbourhood, Neighbours
-from mlfusion.probing.targets import KINDS as TARGETS
-from mlfusion.probing.targets import OneClass, Target
+from mlfusion.probing.targets import TARGETS, OneClass, Target
 from mlfusion.results import Selected
 from mlfusion.specs.identity import DTYPES, KINDS, Dtype, TokenKind
 from mlfusion.specs.names import HEAD_NAMES, Head
@@ -37,20 +36,20 @@ CARD, TENSORS, README = "card.json", "probe.safetensors", "README.md"
 
 
 class Backbone(Struct, frozen=True, kw_only=True):
-    """What a probe was trained on top of; the digests decide, the names are for people."""
+    """The backbone of a probe, identified by the digests; the names are for readers."""
 
     name: str
     source: str  # hub id, 'embedded:…', or a folder
     weights: str  # sha256 of the weight files
     config: str  # digest of the architecture
-    preprocess: str  # digest of what is done to a picture
+    preprocess: str  # digest of the preprocessing
     hook: str
     compute: str
-    preparation: str  # what that is, as the features' key has it
+    preparation: str  # the preprocessing itself, as in the features' key
 
 
 class Card(Struct, frozen=True, kw_only=True):
-    """Everything about a probe but its numbers."""
+    """Everything about a probe except its weights."""
 
     probe: str  # "cls+ap-all-layers/attentive"
     head: Head
@@ -60,7 +59,7 @@ class Card(Struct, frozen=True, kw_only=True):
     backbone: Backbone
     layers: tuple[int, ...]
     kinds: tuple[TokenKind, ...]
-    dtype: Dtype  # in which the features were kept, and new ones are rounded to
+    dtype: Dtype  # storage type of the features, to which new ones are rounded
     features: tuple[str, str]  # cache keys: train, test
     dataset: str
     seed: int
@@ -78,12 +77,12 @@ class Card(Struct, frozen=True, kw_only=True):
 
 
 def describe(target: Target) -> dict[str, Any]:
-    """A target, as a card has it."""
+    """A target as a card stores it."""
     return {"kind": target.kind, **asdict(target)}
 
 
 def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
-    """Write a probe, whole or not at all, with the folders above it; one that is there already is left alone.
+    """Write a probe, whole or not at all; an existing folder is left as it is.
 
     `weights` are parameters and statistics of one configuration, by name.
 
@@ -111,7 +110,7 @@ def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
 def readme(card: Card) -> str:
     """A model card: front matter with the scores, as the Hub reads it, and how to use the probe.
 
-    A folder on the disk is named by its last part: where it lies is nobody's business.
+    A local folder is named by its last part only.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -171,7 +170,7 @@ def load(folder: Path) -> tuple[Card, HeadModule]:
     """Read a probe, in evaluation mode, as a population of one.
 
     Raises:
-        ResultsUnusable: there is none, it is damaged, or from a newer version.
+        ResultsUnusable: there is no probe, it is damaged, or from a newer version.
     """
     try:
         body = json.loads((folder / CARD).read_bytes())
@@ -214,10 +213,10 @@ def _check_words(body: dict[str, Any]) -> None:
     """Refuse a card with names that this version does not know.
 
     Raises:
-        UnknownName: with those that are allowed.
+        UnknownName: lists the names that are allowed.
     """
-    asked = [("head", body["head"], HEAD_NAMES), ("dtype", body["dtype"], DTYPES)]
-    for what, word, known in [*asked, *(("token kind", kind, KINDS) for kind in body["kinds"])]:
+    words = [("head", body["head"], HEAD_NAMES), ("dtype", body["dtype"], DTYPES)]
+    for what, word, known in [*words, *(("token kind", kind, KINDS) for kind in body["kinds"])]:
         if word not in known:
             raise UnknownName(what, word, known)
 
@@ -227,17 +226,17 @@ def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> HeadModule:
     shape, target = card.shape, card.target()
     if isinstance(target, OneClass) and len(card.classes) != shape.classes:
         raise ValueError(f"{len(card.classes)} classes for {shape.classes} outputs")
-    held = {name: torch.from_numpy(value)[None] for name, value in tensors.items()}
+    state = {name: torch.from_numpy(value)[None] for name, value in tensors.items()}
     if card.head in ("ridge", "logistic"):
-        if held["weight"].shape != (1, shape.classes, shape.tokens * shape.width):
-            raise ValueError(f"weights of shape {tuple(held['weight'].shape[1:])}")
-        return FixedLinear(held["weight"], held["bias"])
+        if state["weight"].shape != (1, shape.classes, shape.tokens * shape.width):
+            raise ValueError(f"weights of shape {tuple(state['weight'].shape[1:])}")
+        return FixedLinear(state["weight"], state["bias"])
     if card.head == "knn":
         chosen = Neighbourhood(int(tensors["neighbours"]), float(tensors["temperature"]))
-        bank, values = held["bank"][0], held["values"][0]
+        bank, values = state["bank"][0], state["values"][0]
         if bank.shape != (len(values), shape.tokens * shape.width) or values.shape[1] != shape.classes:
             raise ValueError(f"{tuple(bank.shape)} neighbours and votes of {tuple(values.shape)}")
         return Neighbours(bank, values, [chosen], target.kind)
     probe = HEADS[card.head](shape, seeds=[0], dropouts=[0.0])
-    probe.load_state_dict(held)  # of another shape, or another name: refused
+    probe.load_state_dict(state)  # of another shape, or another name: refused
     return probe

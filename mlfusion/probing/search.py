@@ -1,4 +1,4 @@
-"""How each kind of head is searched: configurations trained or solved, scored on the validation part, and fitted again."""
+"""The search for each kind of head: its configurations are trained or solved, scored on the validation part, and refitted."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ Scores = tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """What decides the numbers of one fit, beside its head, tokens and labels."""
+    """The options of one fit that its result depends on."""
 
     seed: int  # split, order, jitter, initialisation and dropout follow from it
     heads: int | None = None  # attention heads; None is one per token, as in ALF
@@ -54,7 +54,7 @@ class Search(ABC):
         training: TrainingOptions = DEFAULTS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Hold out a part of train."""
+        """Split train into a fitted and a held-out part."""
         self.head, self.train, self.target, self.options = head, train, target, options
         self.device, self.memory = training.device, training.memory
         self.fitted, self.held_out = split(target.strata(train.labels), seed=options.seed)
@@ -71,15 +71,15 @@ class Search(ABC):
 
     @abstractmethod
     def scores(self) -> Scores:
-        """Score and loss of every configuration on images it was not fitted to; -inf and inf of one that diverged."""
+        """Score and loss of every configuration on images it was not fitted to; -inf and inf if it diverged."""
 
     @abstractmethod
     def refit(self, best: int) -> HeadModule:
-        """That configuration, fitted to all of train."""
+        """The configuration fitted to all of train."""
 
     @abstractmethod
     def selected(self, best: int) -> dict[str, float | int]:
-        """The hyper-parameters of that configuration, for a row."""
+        """The hyper-parameters of the configuration, for a row."""
 
     def outputs(self, probe: HeadModule, rows: Int[np.ndarray, " n"], block: int) -> Float[Tensor, "K n C"]:
         """Outputs of a probe for some images of train, `block` at a time."""
@@ -105,10 +105,10 @@ class Training(Search):
     """
 
     def __init__(self, *given: Any) -> None:
-        """Arguments as in `Search`.
+        """Arguments are those of `Search`.
 
         Raises:
-            BadData: heads that do not fit the tokens.
+            BadData: the number of attention heads does not fit the tokens.
         """
         super().__init__(*given)
         head, options, t, d = self.head, self.options, self.shape.tokens, self.shape.width
@@ -128,7 +128,7 @@ class Training(Search):
         self.steps = sum(members * until for members, until in self.rungs) + self.refitting.steps
 
     def scores(self) -> Scores:
-        """As in `Search`; -inf and inf of a configuration that halving stopped."""
+        """Scores as in `Search`; -inf and inf for a configuration that halving stopped."""
         score, loss = np.empty(0), np.empty(0)
         alive = np.arange(len(self.configurations))
         measure = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
@@ -172,11 +172,11 @@ class Training(Search):
 
 
 class SolvedSearch(Search):
-    """Settings whose probes are solved for."""
+    """Search over the settings of a head that is solved for."""
 
     @staticmethod
     def grid(name: str) -> Sequence[Any]:
-        """The settings of a grid, dataclasses."""
+        """The settings of a grid, as dataclasses."""
         return penalties(name)
 
     def __init__(self, *given: Any) -> None:
@@ -217,7 +217,7 @@ class RidgeSearch(SolvedSearch):
 
 
 class LogisticSearch(SolvedSearch):
-    """Penalties of logistic regression, along one path."""
+    """Penalties of logistic regression, solved along one path."""
 
     def solve(self) -> Iterator[Float[Tensor, "k n C"]]:
         logistic = Logistic(Design(self.train, self.fitted, self.target, self.device))
@@ -230,7 +230,7 @@ class LogisticSearch(SolvedSearch):
 
 
 class NeighbourSearch(SolvedSearch):
-    """Numbers of neighbours and temperatures, all from one search of the neighbours."""
+    """Numbers of neighbours and temperatures, all from one search for the nearest images."""
 
     grid = staticmethod(neighbourhoods)
 

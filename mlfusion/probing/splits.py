@@ -1,4 +1,4 @@
-"""The validation part of train, and few-shot draws."""
+"""The split of train into fitted and validation images, and few-shot draws."""
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def draw(labels: Shaped[np.ndarray, "N ..."], shots: int, *, classes: int, seed:
     """Rows of `shots` images of each class, ascending, drawn by the seed; more shots contain fewer shots of the same seed.
 
     Raises:
-        BadData: labels that are no classes, or a class with fewer images.
+        BadData: the labels are not classes, or a class has fewer images.
     """
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise BadData("few-shot training needs one class an image; leave --shots out for other labels")

@@ -15,7 +15,7 @@ from mlfusion.probing import metrics
 from mlfusion.probing.losses import Loss, class_weights, cross_entropy
 from mlfusion.shapes import Float, Int, Num, Shaped
 
-LAYER = 5  # images with similar numbers, of which one is held out
+STRATUM_SIZE = 5  # images with similar numbers, of which one is held out
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Target(ABC):
     outputs: int
 
     kind: ClassVar[str]
-    metric: ClassVar[str]  # what a configuration is chosen by and a row is headed with; larger is better
+    metric: ClassVar[str]  # configurations are chosen by it; larger is better
 
     @abstractmethod
     def check(self, labels: Num[np.ndarray, "N ..."], name: str) -> None:
-        """Refuse labels that are not of this kind.
+        """Check that labels are of this kind.
 
         Raises:
             BadData: says which row of split `name`.
@@ -37,7 +37,7 @@ class Target(ABC):
 
     @abstractmethod
     def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
-        """Refuse training labels from which no part can be held out for the choice.
+        """Check that a part of the training labels can be held out for the choice.
 
         Raises:
             BadData: says which label is too rare.
@@ -61,7 +61,7 @@ class Target(ABC):
 
     @abstractmethod
     def predictions(self, outputs: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Outputs → predictions, which are kept and scored: probabilities, or the number itself."""
+        """Outputs → predictions, which are saved and scored: probabilities, or the number itself."""
 
     @abstractmethod
     def score(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> float:
@@ -214,13 +214,15 @@ class Number(Target):
                 f"all {len(labels)} training labels are {labels[0]}; allowed: two different numbers or more. "
                 "Choose labels that differ from image to image"
             )
-        if len(labels) < 2 * LAYER:
-            raise BadData(f"train has {len(labels)} images; allowed: {2 * LAYER} or more to choose by R². Add images")
+        if len(labels) < 2 * STRATUM_SIZE:
+            raise BadData(
+                f"train has {len(labels)} images; allowed: {2 * STRATUM_SIZE} or more to choose by R². Add images"
+            )
 
     def strata(self, labels: Num[np.ndarray, "N ..."]) -> Int[np.ndarray, " N"]:
         """Five images that follow each other in the order of their numbers are a stratum."""
         ranks = np.argsort(np.argsort(labels, kind="stable"))
-        return np.minimum(ranks // LAYER, len(labels) // LAYER - 1)  # the last stratum takes the rest
+        return np.minimum(ranks // STRATUM_SIZE, len(labels) // STRATUM_SIZE - 1)  # the last stratum takes the rest
 
     def regressand(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, "N {self.outputs}"]:
         return (labels[:, None].astype(np.float64) - self.mean) / self.deviation
@@ -243,12 +245,12 @@ class Number(Target):
 
 
 def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0) -> Target:
-    """The target that training labels are of: [N] integers, [N, C] of 0 and 1, or [N] floating-point numbers.
+    """The target of training labels: [N] integers, [N, C] of 0 and 1, or [N] floating-point numbers.
 
     `classes` is the C of the data set, which numbers do not use; `smoothing` of labels is for one class per image.
 
     Raises:
-        BadData: labels of any other shape, or smoothing where there is nothing to smooth.
+        BadData: the labels have another shape, or smoothing is given for labels without one class.
     """
     kind = kind_of(labels)
     if kind is OneClass:
@@ -263,10 +265,10 @@ def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0) -> Ta
 
 
 def kind_of(labels: np.ndarray) -> type[Target]:
-    """The kind of target that labels of this shape and type are for.
+    """The class of target for labels of this shape and type.
 
     Raises:
-        BadData: they are for none.
+        BadData: there is none.
     """
     if labels.ndim == 2:
         return SeveralLabels
@@ -280,4 +282,4 @@ def kind_of(labels: np.ndarray) -> type[Target]:
     )
 
 
-KINDS: dict[str, type[Target]] = {one.kind: one for one in (OneClass, SeveralLabels, Number)}
+TARGETS: dict[str, type[Target]] = {one.kind: one for one in (OneClass, SeveralLabels, Number)}

@@ -3,7 +3,7 @@
 Functions of rows that need no torch. `summary` and `studies` group rows for comparison, `numbers` and `sentences` write what
 they show, `figures` and `tables` draw it, `published` compares it with the study's own numbers. `catalogue` lists the figures,
 and `sections` those parts of the page that hold them. `terminal`, `page`, `files` and `findings` present the report; `pictures`
-holds images with attention maps, and `commands` what one would type to reproduce the results.
+draws images with attention maps, and `commands` writes the commands that reproduce the results.
 """
 
 from mlfusion.report.files import write_figures, write_markdown, write_strips

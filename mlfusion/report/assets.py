@@ -1,6 +1,6 @@
 """JavaScript and CSS inside the page, read from installed packages: Vega from vl-convert, DataTables from itables.
 
-No copy is kept in this project: a page holds what the wheels of these packages hold.
+The project holds no copy of them.
 """
 
 import re
@@ -12,7 +12,7 @@ from mlfusion.errors import Unavailable
 
 @dataclass(frozen=True)
 class Assets:
-    """A script that can stand in an element of its own, and the styles that it needs."""
+    """A script for an element of its own, and the styles that it needs."""
 
     script: str
     style: str
@@ -31,7 +31,7 @@ def data_tables() -> Assets:
     """DataTables with its extensions (sorting, searching, filters in the headings, export) as `window.dataTables`.
 
     Raises:
-        Unavailable: the installed itables holds it in another form than is known.
+        Unavailable: the installed itables holds it in an unknown form.
     """
     import itables
     from itables.utils import read_package_file

@@ -27,10 +27,10 @@ SectionName = Literal["accuracy", "attention", "layers", "tokens", "heads", "cos
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report is made from: rows, and what rows alone do not hold, all of that optional."""
+    """The data of a report: rows, and optionally what rows do not hold."""
 
     rows: Sequence[Row]
-    results: Results | None = None  # whose arrays give confusions and calibration
+    results: Results | None = None  # its arrays give confusions and calibration
     cka: Cka | None = None
     pictures: Mapping[str, Sequence[Strip]] | None = None  # {data set: its strips}
 
@@ -41,7 +41,7 @@ class ReportData:
 
     @cached_property
     def studies(self) -> list[Study]:
-        """The groups by what figures over models and data sets may compare."""
+        """The groups as studies, which figures over models and data sets compare."""
         return studies(self.groups)
 
     @cached_property
@@ -57,10 +57,10 @@ class ReportData:
 
 @dataclass(frozen=True)
 class GroupFigure:
-    """A figure of several models on data sets: a panel, or the rows of one, for each group."""
+    """A figure of several models on data sets: each group is a panel, or rows of a panel."""
 
-    section: SectionName | None  # of the page; None where the page has a table instead
-    one_per: Literal["model", "data set"]  # file
+    section: SectionName | None  # section of the page; None if the page has a table instead
+    one_per: Literal["model", "data set"]  # one file for each
     draw: Callable[[Sequence[ComparisonGroup], ReportData, float | None], Figure | None]  # None: nothing to draw
 
 
@@ -107,13 +107,13 @@ def group_figures(groups: Sequence[ComparisonGroup], data: ReportData) -> list[F
 
 
 def study_figures(study: Study, section: SectionName) -> list[Figure]:
-    """A study's figures of one section of the page, named apart from those of other studies."""
-    drawn = [figure for one in STUDY_FIGURES if one.section == section and (figure := one.draw(study))]
-    return [replace(one, name=slug(f"{one.name}-{study.name}")) if study.name else one for one in drawn]
+    """A study's figures of one section of the page, with names that differ from those of other studies."""
+    figures = [figure for one in STUDY_FIGURES if one.section == section and (figure := one.draw(study))]
+    return [replace(one, name=slug(f"{one.name}-{study.name}")) if study.name else one for one in figures]
 
 
 def score_tables(study: Study) -> list[ScoreTable]:
-    """Table 1 in its two styles, and one table a model."""
+    """Table 1 in its two styles, and one table per model."""
     if not study.probes:
         return []
     alone = [of_model(study, model) for model in study.models] if len(study.models) > 1 else []

@@ -1,4 +1,4 @@
-"""The commands that reproduce a report's results, written from the options that its rows keep."""
+"""The commands that reproduce a report's results, from the options stored in its rows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,12 +13,13 @@ from mlfusion.specs.options import SearchOptions
 
 
 def reproduction_commands(groups: Iterable[ComparisonGroup], page: str) -> list[str]:
-    """An `extract`, a `probe` for each search that makes the rows of a group, each once, and the page's `report`."""
+    """For each group an `extract`, and a `probe` for each search that makes its rows; then the `report` of the page."""
     commands = []
     for group in groups:
         by_search: dict[SearchOptions, list[Score]] = {}
         for score in group.scores:
-            by_search.setdefault(_search(score), []).append(score)
+            search = replace(score.rows[0].search(), seeds=score.seeds)  # each row is one seed of it
+            by_search.setdefault(search, []).append(score)
         commands.append(_extract(group))
         commands += [
             _probe(group, _probe_names(scores, group.first.depth), search) for search, scores in by_search.items()
@@ -27,21 +28,16 @@ def reproduction_commands(groups: Iterable[ComparisonGroup], page: str) -> list[
 
 
 def layerwise_command(group: ComparisonGroup) -> str:
-    """The `probe` of single layers that a group has no rows of."""
+    """The `probe` command for single layers."""
     search = replace(group.first.search(), seeds=group.seeds)
     return _probe(group, ["cls-each-layer/linear", "ap-each-layer/linear"], search)
-
-
-def _search(score: Score) -> SearchOptions:
-    """The search of a score's rows; each of them is one seed of it."""
-    return replace(score.rows[0].search(), seeds=score.seeds)
 
 
 def _extract(group: ComparisonGroup) -> str:
     tokens = cast(set[Pair], set(group.tokens))
     kinds = {kind for _, kind in tokens}
     default: set[Pair] = {(layer, kind) for layer in range(1, group.first.depth + 1) for kind in ("cls", "ap")}
-    if kinds & {"cls", "ap"}:  # as the command does by default; what is cached is one stream
+    if kinds & {"cls", "ap"}:  # as the command does by default: they share a stream
         tokens |= {(layer, kind) for layer, kind in default if kind in kinds}
     sources = group.first.sources
     return extract_command(sources.model, sources.dataset, tokens if tokens - default else (), sources.options)

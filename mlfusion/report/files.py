@@ -23,16 +23,16 @@ def write_figures(
     pictures: Mapping[str, Sequence[Strip]] | None = None,
     paper: bool = False,
 ) -> list[Path]:
-    """Write every figure and table that the rows have something for; returns the paths.
+    """Write every figure and table that is not empty; return the paths.
 
     File names do not depend on what else is written.
 
     Args:
-        rows: of any models and data sets; what cannot be compared (another metric, grid or option) gets files of its own.
-        folder: made if need be; files of the same names are replaced, each whole.
+        rows: rows of any models and data sets; those that cannot be compared (another metric, grid or option) get own files.
+        folder: created if missing; existing files are replaced, each as a whole.
         cka: similarity of layers, drawn beside accuracy by layer.
         pictures: {data set: its strips}.
-        paper: also draw the comparison with the published scores, where there is one.
+        paper: also draw the comparison with the published scores, if there is one.
 
     Raises:
         MlfusionError: there are no rows, or the folder cannot be written.
@@ -79,7 +79,7 @@ def _write(folder: Path | str, name: str, bodies: Mapping[str, str | bytes]) -> 
 
 
 def write_whole(path: Path, body: str | bytes) -> Path:
-    """Write a file whole or not at all; its folder is made if need be.
+    """Write a file whole or not at all; its folder is created if missing.
 
     Raises:
         MlfusionError: it cannot be written there.

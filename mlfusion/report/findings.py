@@ -21,7 +21,7 @@ from mlfusion.statistics.datasets import against
 from mlfusion.statistics.rows import Comparison, by_dataset, compare_probes, cost
 from mlfusion.system.progress import duration
 
-PROBES = (ALF, "cls+ap-all-layers/linear", "all-tokens-last/attentive")
+COMPARED_PROBES = (ALF, "cls+ap-all-layers/linear", "all-tokens-last/attentive")
 """Probes whose gain over the baseline is given case by case: ALF, all layers without attention, AAT."""
 
 
@@ -32,10 +32,10 @@ def write_findings(
 
     Args:
         rows: rows of the study.
-        results: where the rows come from; their arrays give the intervals.
+        results: the results of the rows; their arrays give the intervals.
         title: heading of the page.
         about: a sentence or two under the heading.
-        command: the command that makes all of it.
+        command: the command that reproduces the page.
 
     Raises:
         MlfusionError: there are no rows, or the file cannot be written there.
@@ -44,7 +44,7 @@ def write_findings(
 
 
 def page_text(rows: Sequence[Row], results: Results, *, title: str, about: str, command: str) -> str:
-    """What `write_findings` writes."""
+    """The text that `write_findings` writes."""
     groups = comparison_groups(rows)
     parts = [f"# {title}", about, f"```\n{command}\n```", _provenance(groups)]
     for study in studies(groups):
@@ -58,7 +58,7 @@ def page_text(rows: Sequence[Row], results: Results, *, title: str, about: str, 
 
 
 def _provenance(groups: Sequence[ComparisonGroup]) -> str:
-    """The models and the data sets that the results come from, and when and by what they were made."""
+    """The models, data sets, dates and code versions of the results."""
     datasets = {group.dataset: group.first for group in groups}
     models = {group.model: group.first for group in groups}
     architectures = ", ".join(f"{name} ({one.depth} layers of width {one.width})" for name, one in models.items())
@@ -77,15 +77,15 @@ def _provenance(groups: Sequence[ComparisonGroup]) -> str:
 
 
 def _under(text: str, lines: Sequence[str], *after: str) -> str:
-    """A table under a sentence, and what follows it."""
+    """A sentence, the table under it, and further paragraphs."""
     return "\n\n".join([text, "\n".join(lines), *after])
 
 
 def _cases(study: Study, results: Results) -> list[str]:
-    """Gains over the baseline with intervals over the test images, a table a probe."""
+    """Gains over the baseline with intervals over the test images, one table per probe."""
     rows = [row for group in study.groups for row in group.rows]
     parts = []
-    for probe in PROBES:
+    for probe in COMPARED_PROBES:
         with suppress(BadData):  # this study does not have both
             parts.append(_case_table(probe, compare_probes(results, rows, probe, BASELINE)))
     return parts
@@ -111,15 +111,15 @@ def _case_table(probe: str, compared: Sequence[Comparison]) -> str:
 
 
 def _tests(study: Study) -> list[str]:
-    """One test a probe over the data sets of each model."""
+    """One test per probe over the data sets of each model."""
     parts = []
     for model in study.models:
         scores = by_dataset(row for group in study.select(model=model) for row in group.rows)
         base = scores.pop(BASELINE, {})
         gains = {
-            probe: [held[name] - base[name] for name in base]
-            for probe, held in scores.items()
-            if held.keys() == base.keys()
+            probe: [means[name] - base[name] for name in base]
+            for probe, means in scores.items()
+            if means.keys() == base.keys()
         }
         if len(base) < 2 or not gains:
             continue

@@ -1,4 +1,4 @@
-"""Numbers as text, written in one way wherever a report shows them: scores in percent, gains in points, p-values, counts."""
+"""Formatting of the numbers of a report: scores in percent, gains in points, p-values, counts."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -22,7 +22,7 @@ def mean_sd(spread: Spread, write: Callable[[float], str] = percent) -> str:
 
 
 def plus_minus(sd: float | None) -> str:
-    """' ± 0.3', or nothing where there is no deviation."""
+    """' ± 0.3', or '' without a deviation."""
     return "" if sd is None else f" ± {percent(sd)}"
 
 
@@ -46,8 +46,8 @@ def short_count(value: int) -> str:
 
 def from_to(values: Iterable[int]) -> str:
     """{3, 5, 4} → '3 to 5', {3} → '3'."""
-    held = sorted(values)
-    return " to ".join(str(value) for value in dict.fromkeys((held[0], held[-1])))
+    ordered = sorted(values)
+    return " to ".join(str(value) for value in dict.fromkeys((ordered[0], ordered[-1])))
 
 
 def plural(number: int, one: str, several: str) -> str:

@@ -1,4 +1,4 @@
-"""The report as one HTML file that loads nothing: to be read from top to bottom, explored, and handed on."""
+"""The report as one self-contained HTML file."""
 
 import base64
 import gzip
@@ -45,9 +45,9 @@ def write_page(
     """Write the page, whole or not at all; the same rows give the same bytes. Returns its path.
 
     Args:
-        rows: of any models and data sets.
+        rows: rows of any models and data sets.
         title: heading of the page.
-        results: where the rows come from; their arrays give confusions and calibration.
+        results: the results of the rows; their arrays give confusions and calibration.
         cka: similarity of layers with the last, drawn beside accuracy by layer.
         pictures: {data set: its strips}, such as examples and attention maps.
 
@@ -91,7 +91,7 @@ def page(data: ReportData, *, title: str = TITLE, name: str = "report.html") -> 
 
 
 def _unbroken(probes: set[str]) -> Any:
-    """A filter of sentences: names of probes are not broken at their hyphens. The parts are escaped one by one."""
+    """A template filter that keeps names of probes in one line; each part is escaped."""
     import markupsafe
 
     names = "|".join(sorted(map(re.escape, probes), key=len, reverse=True))
@@ -115,7 +115,7 @@ def _file(name: str) -> str:
 
 
 def _figures_json(figures: Sequence[Figure]) -> dict[str, Any]:
-    """Each specification once; for every panel the number of its specification, and its records as rows of a table."""
+    """Each specification once; for every panel the index of its specification, and its records as rows."""
     every = {id(panel.spec): panel.spec for figure in figures for panel in figure.panels}
     position = {key: i for i, key in enumerate(every)}
     panels: dict[str, Any] = {}

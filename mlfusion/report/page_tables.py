@@ -15,10 +15,10 @@ from mlfusion.specs.names import layer_ranges
 from mlfusion.statistics import Spread
 
 MAX_ROWS = 10_000
-"""More rows than these are counted, not listed: the page stays small, and the results hold them anyway."""
+"""More rows than this are counted and not listed, so that the page stays small."""
 
 DataTable = dict[str, Any]
-"""{"columns": [what the script needs to know of each], "rows": [[cell, …], …]}."""
+"""{"columns": [properties of each], "rows": [[cell, …], …]}."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Column:
     hidden: bool = False
 
     def sent(self) -> tuple[dict[str, Any], list[Any]]:
-        """(what the script needs to know of it, cells: a text as its position among `words`, a score as (mean, deviation))."""
+        """(properties for the script, cells: a text as its position among `words`, a score as (mean, deviation))."""
         head = {"title": self.title, "kind": self.kind} | ({"hidden": True} if self.hidden else {})
         if self.kind not in ("text", "code"):
             return head, [tuple(map(rounded, one)) if isinstance(one, tuple) else rounded(one) for one in self.cells]
@@ -47,7 +47,7 @@ def rounded(value: Any) -> Any:
 
 
 def scores_table(pairs: Sequence[tuple[ComparisonGroup, Score]], *, several: bool) -> DataTable:
-    """One line a score; `several` groups have columns that tell them apart."""
+    """One line per score; with `several` groups, columns name the model and data set."""
     groups, scores = [group for group, _ in pairs], [score for _, score in pairs]
     place = [
         Column("Model", "text", [group.model for group in groups]),
@@ -74,7 +74,7 @@ def scores_table(pairs: Sequence[tuple[ComparisonGroup, Score]], *, several: boo
 
 
 def published_table(compared: Sequence[PublishedComparison]) -> DataTable:
-    """One line a score that was also published."""
+    """One line per score that was also published."""
     return _table(
         [
             Column("Model", "text", [one.group.model for one in compared]),
@@ -90,14 +90,14 @@ def published_table(compared: Sequence[PublishedComparison]) -> DataTable:
 
 
 def listed_rows(groups: Sequence[ComparisonGroup]) -> list[Row]:
-    """All rows, or those over more than a single layer, or none, whichever the page has room for."""
+    """All rows, or those that are not of a single layer, or none: as many as the page has room for."""
     rows = [row for group in groups for row in group.rows]
     some = [row for row in rows if "-layer-" not in row.probe]
-    return next((held for held in (rows, some) if len(held) <= MAX_ROWS), [])
+    return next((listed for listed in (rows, some) if len(listed) <= MAX_ROWS), [])
 
 
 def rows_table(rows: Sequence[Row]) -> DataTable:
-    """One line a row, with its metrics and the chosen hyper-parameters; columns without a value are left out."""
+    """One line per row, with its metrics and the chosen hyper-parameters; columns without a value are left out."""
 
     def metric(name: str) -> list[Any]:
         return [getattr(row.metrics, name, None) for row in rows]
@@ -133,7 +133,7 @@ def rows_table(rows: Sequence[Row]) -> DataTable:
 
 
 def runs_table(groups: Sequence[ComparisonGroup]) -> DataTable:
-    """One line a group: its images, its model's size, what was read and tried, and for how long."""
+    """One line per group: images, model size, layers, tokens, grid, probes, seeds, time and cache keys."""
     times = "\N{MULTIPLICATION SIGN}"
     kinds = [{kind for _, kind in group.tokens} for group in groups]
     return _table(
@@ -147,7 +147,7 @@ def runs_table(groups: Sequence[ComparisonGroup]) -> DataTable:
                 [f"{group.first.depth} {times} {group.first.width}" for group in groups],
             ),
             Column("Layers", "text", [layer_ranges({layer for layer, _ in group.tokens}) for group in groups]),
-            Column("Tokens", "text", [", ".join(kind for kind in KINDS if kind in held) for held in kinds]),
+            Column("Tokens", "text", [", ".join(kind for kind in KINDS if kind in present) for present in kinds]),
             Column(
                 "Grid",
                 "text",

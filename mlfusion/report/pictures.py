@@ -12,7 +12,7 @@ from mlfusion.errors import BadData
 
 THUMBNAIL_PX = 112
 
-# Dark to bright through violet and orange: in lightness alone it runs as it does in colour, so nobody needs the hue.
+# Dark to bright through violet and orange: lightness increases all the way, so that the hue is not needed.
 _RAMP = np.array([[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]], dtype=np.float64)
 
 
@@ -39,22 +39,22 @@ def overlay(image: Image.Image, attention: np.ndarray, *, strength: float = 0.75
     """The image in grey, overlaid with the attention map in colour; the largest share is drawn at full strength.
 
     Args:
-        image: any size; the map is stretched over all of it, so hand over what the model saw (its crop).
+        image: any size; the map is stretched over all of it, so pass the crop that the model saw.
         attention: [rows, columns], not negative; shares or logits' exponentials, whatever their sum.
         strength: opacity of the largest share.
 
     Raises:
         BadData: the map is not two-dimensional, or has a negative or no finite value.
     """
-    held = np.asarray(attention, dtype=np.float64)
-    if held.ndim != 2 or not held.size or not np.isfinite(held).all() or (held < 0).any():
-        raise BadData(f"a map of attention of shape {held.shape}; allowed: [rows, columns], finite and not negative")
-    top = held.max()
-    small = Image.fromarray((held / top if top else held).astype(np.float32), mode="F")
+    shares = np.asarray(attention, dtype=np.float64)
+    if shares.ndim != 2 or not shares.size or not np.isfinite(shares).all() or (shares < 0).any():
+        raise BadData(f"a map of attention of shape {shares.shape}; allowed: [rows, columns], finite and not negative")
+    top = shares.max()
+    small = Image.fromarray((shares / top if top else shares).astype(np.float32), mode="F")
     share = np.clip(np.asarray(small.resize(image.size, Image.Resampling.BICUBIC), dtype=np.float64), 0, 1)
     colour = np.stack([np.interp(share, np.linspace(0, 1, len(_RAMP)), _RAMP[:, c]) for c in range(3)], axis=-1)
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float64)
-    # The square root lets middling shares be seen; what gets none stays the image itself.
+    # The square root makes medium shares visible; regions without attention show the plain image.
     opacity = strength * np.sqrt(share)[..., None]
     return Image.fromarray((grey * (1 - opacity) + colour * opacity).round().astype(np.uint8))
 
@@ -71,21 +71,21 @@ def render(picture: Picture, longest_px: int = THUMBNAIL_PX) -> Image.Image:
 
 def data_url(picture: Picture, longest_px: int = THUMBNAIL_PX, *, kind: str = "webp") -> str:
     """The rendered picture as a data URL: 'data:image/webp;base64,…'."""
-    held = io.BytesIO()
-    render(picture, longest_px).save(held, kind.upper(), quality=75)
-    return f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}"
+    buffer = io.BytesIO()
+    render(picture, longest_px).save(buffer, kind.upper(), quality=75)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def mean_layers(attention: np.ndarray, layers: Sequence[int]) -> np.ndarray:
     """The mean layer of each image's attention: [images, tokens] shares and the layer of each token → [images].
 
     Raises:
-        BadData: shapes that do not fit.
+        BadData: the shapes do not match.
     """
-    held, at = np.asarray(attention, dtype=np.float64), np.asarray(layers, dtype=np.float64)
-    if held.ndim != 2 or held.shape[1:] != at.shape:
-        raise BadData(f"attention of shape {held.shape} over {at.size} tokens; allowed: [images, {at.size}]")
-    return (held @ at) / held.sum(axis=1)
+    shares, at = np.asarray(attention, dtype=np.float64), np.asarray(layers, dtype=np.float64)
+    if shares.ndim != 2 or shares.shape[1:] != at.shape:
+        raise BadData(f"attention of shape {shares.shape} over {at.size} tokens; allowed: [images, {at.size}]")
+    return (shares @ at) / shares.sum(axis=1)
 
 
 def early_and_late(
@@ -94,7 +94,7 @@ def early_and_late(
     """The images whose attention has the lowest mean layer, and those with the highest.
 
     Args:
-        attention: [images, tokens] shares, as rows of ALF keep them, or their means over seeds.
+        attention: [images, tokens] shares, as saved with rows of ALF, or their means over seeds.
         layers: the layer of each token.
         picture: test image i as a picture; its caption is followed by the mean layer.
         count: number of images in each strip, at most half of all.
@@ -107,9 +107,9 @@ def early_and_late(
     def strip(name: str, extreme: str, rows: np.ndarray) -> Strip:
         pictures = []
         for row in rows:
-            held = picture(int(row))
-            caption = f"{held.caption}, layer {at[row]:.1f}" if held.caption else f"layer {at[row]:.1f}"
-            pictures.append(Picture(held.image, caption, held.attention))
+            original = picture(int(row))
+            caption = f"{original.caption}, layer {at[row]:.1f}" if original.caption else f"layer {at[row]:.1f}"
+            pictures.append(Picture(original.image, caption, original.attention))
         description = (
             f"The {len(rows)} of {len(at)} test images with the {extreme} mean layer of attention, which stands under each "
             f"(the last layer is {last}; the median is {middle:.1f})."

@@ -19,7 +19,7 @@ from mlfusion.report.terminal import bare_table
 from mlfusion.results import Row
 
 SOURCE = "Ciernik et al., arXiv 2601.09322"
-METRIC = "balanced_accuracy"  # what was published
+METRIC = "balanced_accuracy"  # the published metric
 
 LARGE = 0.01
 """A difference is flagged from one point on, if it also exceeds twice its deviation over seeds (theirs is one seed)."""
@@ -35,12 +35,12 @@ class PublishedComparison:
 
     @property
     def difference(self) -> float:
-        """Ours less theirs."""
+        """Our score minus the published one."""
         return self.score.test.mean - self.published
 
     @property
     def flagged(self) -> bool:
-        """Whether the difference is large; its deviation over seeds is estimated as if theirs had the deviation of ours."""
+        """Whether the difference is large; its deviation assumes that theirs varies over seeds as ours does."""
         test = self.score.test
         return abs(self.difference) > max(LARGE, 2 * (test.sd or 0) * sqrt(1 + 1 / test.n))
 
@@ -106,7 +106,7 @@ def summarize(found: Sequence[PublishedComparison]) -> str:
 
 
 def table(found: Sequence[PublishedComparison], most: int) -> RenderableType:
-    """For the terminal: all where they are few, else those that are flagged, the largest differences first."""
+    """A table for the terminal: all comparisons if they are few, else the flagged ones, the largest differences first."""
     flagged = sorted((one for one in found if one.flagged), key=lambda one: -abs(one.difference))
     shown = list(found) if len(found) <= most else flagged[:most]
     summary = Text(summarize(found))
@@ -126,7 +126,7 @@ def table(found: Sequence[PublishedComparison], most: int) -> RenderableType:
 
 
 def figure(found: Sequence[PublishedComparison]) -> Figure | None:
-    """Ours against theirs, a dot a score, one panel a model; None where no score is in common."""
+    """Our scores against the published ones, one panel per model; None if no score is in common."""
     if not found:
         return None
     records = [one.record() for one in found]

@@ -1,4 +1,4 @@
-"""The sections of the page, in the order in which they stand: each takes what it shows from the report's data."""
+"""The sections of the page, in order, each built from the report's data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ from mlfusion.report.summary import (
 from mlfusion.report.tables import slug
 
 FEW = 4
-"""Up to so many cases (a model on a data set) have their own figures at the top; more have them with their data set."""
+"""Up to this number of cases (a model on a data set) are drawn at the top; more are drawn with their data set."""
 
 OVER_STUDIES: Mapping[SectionName, str] = {
     "tokens": "CLS, AP, or both",
@@ -34,7 +34,7 @@ OVER_STUDIES: Mapping[SectionName, str] = {
     "seeds": "Variation over seeds",
     "train-test": "Training and test scores",
 }
-"""Titles of the sections that hold one kind of figure, one a study."""
+"""Titles of the sections with one figure per study."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Section:
 
 
 def sections(data: ReportData, page: str) -> list[Section]:
-    """Every section that there is something for; `page` is the file name that the last command writes."""
+    """Every section that is not empty; `page` is the file name that the last command writes."""
     over = [partial(_over_studies, name=name, title=title) for name, title in OVER_STUDIES.items()]
     makers: list[Callable[[ReportData], Section | None]] = [
         _accuracy,
@@ -91,16 +91,16 @@ def _accuracy(data: ReportData) -> Section:
 
 
 def _figures_at_the_top(data: ReportData, section: SectionName) -> list[Figure]:
-    """The figure of all cases, where they are few."""
+    """The figure of all cases if they are few, else none."""
     figure = group_figure(section, data.groups, data) if len(data.groups) <= FEW else None
     return [figure] if figure else []
 
 
 def _attention(data: ReportData) -> Section:
     figure = group_figure("attention", [group for group, _ in data.attended], data)
-    said = [sentences.attention(group, found) for group, found in data.attended]
+    texts = [sentences.attention(group, found) for group, found in data.attended]
     entries = [("attention", "Attention")] if figure else []
-    return Section("attention", "Attention over layers", [figure] if figure else [], {}, "attention", said, entries)
+    return Section("attention", "Attention over layers", [figure] if figure else [], {}, "attention", texts, entries)
 
 
 def _layers(data: ReportData) -> Section:
@@ -108,7 +108,7 @@ def _layers(data: ReportData) -> Section:
     title, own = f"{score_word(groups)} by layer", _figures_at_the_top(data, "layers")
     content = {
         "best": [sentences.best_layers(group) for group in groups if group.by_layer],
-        "command": layerwise_command(groups[0]),  # which makes the rows if there are none
+        "command": layerwise_command(groups[0]),  # makes the rows if there are none
     }
     pairs = [(group, score) for group in groups for score in group.scores if score.layerwise]
     tables = {"layer-scores": page_tables.scores_table(pairs, several=len(groups) > 1)} if pairs else {}
@@ -131,7 +131,7 @@ def _published(data: ReportData) -> Section | None:
 
 @dataclass(frozen=True)
 class DatasetPart:
-    """One data set: its figures where there are too many for the top, its pictures, its confusions."""
+    """One data set: its figures if there are too many for the top, its pictures, its confusions."""
 
     name: str
     anchor: str

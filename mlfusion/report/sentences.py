@@ -1,4 +1,4 @@
-"""Results in sentences: an answer that claims no more than the rows show."""
+"""Results in sentences, which claim no more than the rows show."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -41,7 +41,7 @@ def opening(groups: Sequence[ComparisonGroup]) -> str:
 
 
 def _counted(directions: Sequence[int]) -> str:
-    """In how many cases the intermediate layers help."""
+    """The number of cases in which the intermediate layers help."""
     cases, helped = len(directions), directions.count(1)
     if helped == cases > 1:
         return f"The intermediate layers help in all {helped} cases {CASES}"
@@ -50,7 +50,7 @@ def _counted(directions: Sequence[int]) -> str:
 
 
 def warnings(groups: Sequence[ComparisonGroup]) -> list[str]:
-    """What a reader must know before comparing: metrics or versions of the code that differ."""
+    """Warnings before a comparison: metrics or versions of the code that differ."""
     found = []
     metrics = list(dict.fromkeys(metric_name(group.metric) for group in groups))
     if len(metrics) > 1:
@@ -66,7 +66,7 @@ def warnings(groups: Sequence[ComparisonGroup]) -> list[str]:
 
 
 def answer(group: ComparisonGroup) -> str:
-    """Do the intermediate layers help, on this data set with this model? With scores, gain and seeds."""
+    """Whether the intermediate layers help on this data set with this model, with scores, gain and seeds."""
     place = f"On {group.dataset}, with {group.name.replace(f' on {group.dataset}', '')}"
     main, baseline = group.main, group.baseline
     if main is None:
@@ -113,24 +113,24 @@ def chance_level(groups: Sequence[ComparisonGroup]) -> str:
     return f"Random guesses get {enumerated([levels[metric] for metric in metrics if metric in levels])}."
 
 
-def attention(group: ComparisonGroup, held: LayerAttention) -> str:
+def attention(group: ComparisonGroup, tokens: LayerAttention) -> str:
     """Which layer gets the largest share of the attention, compared with an even share."""
-    shares, deepest = held.by_layer, max(held.by_layer)
+    shares, deepest = tokens.by_layer, max(tokens.by_layer)
     peak = max(shares, key=lambda layer: shares[layer])
-    at_peak = {kind: share for (layer, kind), share in zip(held.tokens, held.mean, strict=True) if layer == peak}
-    even = len(at_peak) / len(held.tokens)
+    at_peak = {kind: share for (layer, kind), share in zip(tokens.tokens, tokens.mean, strict=True) if layer == peak}
+    even = len(at_peak) / len(tokens.tokens)
     kind = max(at_peak, key=lambda kind: at_peak[kind]).upper()
     place = ", the last" if peak == deepest else f" of {group.first.depth}"
-    probe = "" if held.probe == ALF else f", {held.probe}"
+    probe = "" if tokens.probe == ALF else f", {tokens.probe}"
     return (
         f"{group.name}{probe}: attention peaks at layer {peak}{place}, with {_whole_percent(shares[peak], 0)} of it, "
         f"mostly on {kind} (an even share would be {_whole_percent(even)}); layers before the last get "
-        f"{_whole_percent(sum(held.mean) - shares[deepest], 0)}."
+        f"{_whole_percent(sum(tokens.mean) - shares[deepest], 0)}."
     )
 
 
 def best_layers(group: ComparisonGroup) -> str:
-    """For each layer-by-layer series the layer with the best validation score, and its test score."""
+    """The layer with the best validation score of each layer-by-layer series, and its test score."""
     best = []
     for name, layers in group.by_layer.items():
         layer, score = max(layers.items(), key=lambda item: item[1].val.mean)
@@ -140,10 +140,10 @@ def best_layers(group: ComparisonGroup) -> str:
 
 
 def basis(groups: Sequence[ComparisonGroup]) -> str:
-    """How many models, data sets, probes and seeds the answer rests on, and the time of probing."""
+    """The numbers of models, data sets, probes and seeds behind the answer, and the time of probing."""
     rows = [row for group in groups for row in group.rows]
-    held = {"model": "model", "data set": "dataset", "probe": "probe", "seed": "seed"}
-    counts = [plural(len({getattr(row, field) for row in rows}), name, f"{name}s") for name, field in held.items()]
+    fields = {"model": "model", "data set": "dataset", "probe": "probe", "seed": "seed"}
+    counts = [plural(len({getattr(row, field) for row in rows}), name, f"{name}s") for name, field in fields.items()]
     return f"{', '.join(counts)}; {duration(sum(row.seconds for row in rows))} of probing."
 
 
@@ -164,7 +164,7 @@ def _gain_text(group: ComparisonGroup, gain: Spread) -> str:
 
 
 def _best(group: ComparisonGroup) -> str:
-    """The best of what was run, where the question has no answer."""
+    """The best probe that was run, for a question without an answer."""
     best = max(group.scores, key=lambda score: score.val.mean)
     which = "the only one" if len(group.scores) == 1 else f"the best of {len(group.scores)} by validation"
     return f"{best.probe}, {which}, reaches {_whole_percent(best.test.mean)}."

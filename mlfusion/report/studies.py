@@ -1,4 +1,4 @@
-"""Comparison groups set side by side over models and data sets, where grid, metric and options are the same."""
+"""Studies: comparison groups of several models and data sets with the same grid, metric and options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ class Study:
 
     @property
     def metric(self) -> str:
-        """In words: 'balanced accuracy'."""
+        """The metric in words: 'balanced accuracy'."""
         return metric_name(self.groups[0].metric)
 
     @cached_property
     def models(self) -> tuple[str, ...]:
-        """Families together and from small to large, as the catalogue has them; others as they first came."""
+        """Models in the order of the catalogue; others follow in order of appearance."""
         names = dict.fromkeys(group.model for group in self.groups)
         return tuple(sorted(names, key=partial(_place, list(models.CATALOGUE))))
 
     @cached_property
     def datasets(self) -> tuple[str, ...]:
-        """By domain, then as the catalogue has them; others as they first came."""
+        """Data sets by domain, then in the order of the catalogue; others follow in order of appearance."""
         known, names = list(datasets.CATALOGUE), dict.fromkeys(group.dataset for group in self.groups)
         return tuple(sorted(names, key=lambda name: (DOMAINS.index(domain(name)), _place(known, name))))
 
@@ -48,7 +48,7 @@ class Study:
         return [self._by_place[place][0] for place in product(*chosen) if place in self._by_place]
 
     def score(self, group: ComparisonGroup, probe: str) -> Score | None:
-        """The score of a probe in one of the groups, where it was run."""
+        """The score of a probe in one of the groups, or None."""
         return self._by_place[group.model, group.dataset][1].get(probe)
 
     def scores(self, probe: str, *, model: str | None = None, dataset: str | None = None) -> list[Score]:
@@ -58,7 +58,7 @@ class Study:
 
 
 def _place(known: Sequence[str], name: str) -> int:
-    """The place of a name among those known; all others come last."""
+    """The position of a name among those known; all others come last."""
     return known.index(name) if name in known else len(known)
 
 
@@ -73,15 +73,15 @@ def domain(dataset: str) -> str:
 
 
 def studies(groups: Sequence[ComparisonGroup]) -> list[Study]:
-    """Groups by what they may be compared over, the largest study first: different metrics are never set side by side."""
+    """Group by grid, metric and options, the largest study first: different metrics are never compared."""
     found: dict[tuple[str, str, str], dict[tuple[str, str], ComparisonGroup]] = {}
     for group in groups:
         places = found.setdefault((group.grid, group.metric, group.options), {})
-        there = places.get((group.model, group.dataset))
-        if there is None or there.newest < group.newest:
+        known = places.get((group.model, group.dataset))
+        if known is None or known.newest < group.newest:
             places[group.model, group.dataset] = group
     keys = sorted(found, key=lambda key: -sum(len(group.scores) for group in found[key].values()))
-    said = [(f"{grid} grid", metric_name(metric), options or "no options") for grid, metric, options in keys]
-    differ = [len(set(words)) > 1 for words in zip(*said, strict=True)]
-    names = [", ".join(word for word, which in zip(words, differ, strict=True) if which) for words in said]
+    labels = [(f"{grid} grid", metric_name(metric), options or "no options") for grid, metric, options in keys]
+    differ = [len(set(words)) > 1 for words in zip(*labels, strict=True)]
+    names = [", ".join(word for word, which in zip(words, differ, strict=True) if which) for words in labels]
     return [Study(name, tuple(found[key].values())) for name, key in zip(names, keys, strict=True)]

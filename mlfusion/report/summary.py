@@ -55,7 +55,7 @@ class Score:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Seeds of its rows."""
+        """The seeds of its rows."""
         return tuple(row.seed for row in self.rows)
 
     @property
@@ -101,27 +101,27 @@ class ComparisonGroup:
     metric: str
     features: tuple[str, ...]
     options: str  # such as '4 shots'; empty for the protocol without options
-    name: str  # "vit on digits", with what distinguishes it from other groups of that model and data set
+    name: str  # "vit on digits", and its difference from other groups of that model and data set
     scores: tuple[Score, ...]  # the study's order, then the others by name
 
     @cached_property
     def baseline(self) -> Score | None:
-        """`cls-last/linear`, where it was run."""
+        """The score of `cls-last/linear`, or None."""
         return next((score for score in self.scores if score.is_baseline), None)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """Rows of every probe and seed."""
+        """The rows of every probe and seed."""
         return tuple(row for score in self.scores for row in score.rows)
 
     @property
     def first(self) -> Row:
-        """Its first row, which has the depth, width, numbers of images and classes that all of them have."""
+        """The first row; depth, width, numbers of images and classes are the same in all rows."""
         return self.rows[0]
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
-        """Seeds of all rows, sorted."""
+        """The seeds of all rows, sorted."""
         return tuple(sorted({row.seed for row in self.rows}))
 
     @property
@@ -136,7 +136,7 @@ class ComparisonGroup:
 
     @property
     def newest(self) -> str:
-        """When its last row was made, in ISO 8601."""
+        """The time of the newest row, in ISO 8601."""
         return max(row.created for row in self.rows)
 
     @cached_property
@@ -162,7 +162,7 @@ class ComparisonGroup:
     def main(self) -> Score | None:
         """The probe whose gain answers the question: ALF, or else the one over several layers with the best validation.
 
-        Not the best on test: a choice by the test scores would be biased upwards.
+        The choice does not use test scores, which would bias it upwards.
         """
         several = [score for score in self.scores if _SEVERAL.fullmatch(score.probe)]
         return max(several, key=lambda score: (score.probe == ALF, score.val.mean), default=None)
@@ -171,9 +171,9 @@ class ComparisonGroup:
     def gain_standard_error(self) -> float | None:
         """Standard error of the main probe's gain from the number of test images, as if the probes had different images.
 
-        They share their images, so the true one is smaller; rows alone cannot say by how much. For an accuracy it is the
+        The probes share their images, so the true error is smaller; rows cannot tell by how much. For an accuracy it is the
         standard error of a binomial share; for R² that of a squared correlation, 2 R (1 - R²) / √n (Olkin and Finn 1995);
-        for an average precision rows cannot give one: None.
+        for an average precision it is None, since rows cannot give it.
         """
         means = [min(1.0, max(0.0, score.test.mean)) for score in (self.main, self.baseline) if score]
         if self.metric == "balanced_accuracy":
@@ -187,8 +187,8 @@ class ComparisonGroup:
     @cached_property
     def attention(self) -> "LayerAttention | None":
         """The attention of ALF over its tokens, or else of the attentive probe over the most layers; mean over seeds."""
-        held = [score for score in self.probes if any(_over_layers(row) for row in score.rows)]
-        best = max(held, key=lambda score: (score.probe == ALF, len(score.rows[0].layers)), default=None)
+        candidates = [score for score in self.probes if any(_over_layers(row) for row in score.rows)]
+        best = max(candidates, key=lambda score: (score.probe == ALF, len(score.rows[0].layers)), default=None)
         return LayerAttention.of(best) if best else None
 
 
@@ -199,19 +199,19 @@ class LayerAttention:
     probe: str
     tokens: tuple[tuple[int, str], ...]  # (layer, kind)
     mean: tuple[float, ...]  # over test images, then over seeds
-    sd: tuple[float, ...]  # over test images, its mean over seeds
+    sd: tuple[float, ...]  # over test images, then averaged over seeds
     seeds: int
 
     @classmethod
     def of(cls, score: Score) -> "LayerAttention":
-        """Means over seeds; a seed whose tokens differ from those of the first is left out."""
-        kept = [row.attention for row in score.rows if row.attention and _over_layers(row)]
-        alike = [held for held in kept if (held.layers, held.kinds) == (kept[0].layers, kept[0].kinds)]
+        """Average over seeds; a seed whose tokens differ from those of the first is left out."""
+        attentions = [row.attention for row in score.rows if row.attention and _over_layers(row)]
+        same = [each for each in attentions if (each.layers, each.kinds) == (attentions[0].layers, attentions[0].kinds)]
         means, deviations = (
             tuple(fmean(values) for values in zip(*seeds, strict=True))
-            for seeds in ([held.mean for held in alike], [held.sd for held in alike])
+            for seeds in ([each.mean for each in same], [each.sd for each in same])
         )
-        return cls(score.probe, tuple(zip(alike[0].layers, alike[0].kinds, strict=True)), means, deviations, len(alike))
+        return cls(score.probe, tuple(zip(same[0].layers, same[0].kinds, strict=True)), means, deviations, len(same))
 
     @cached_property
     def by_layer(self) -> dict[int, float]:
@@ -223,16 +223,18 @@ class LayerAttention:
 
 
 def _over_layers(row: Row) -> bool:
-    held = row.attention
-    if held is None or len(set(held.layers)) < 2:
+    attention = row.attention
+    if attention is None or len(set(attention.layers)) < 2:
         return False
-    return len(set(zip(held.layers, held.kinds, strict=True))) == len(held.kinds)  # one token a layer and kind
+    return len(set(zip(attention.layers, attention.kinds, strict=True))) == len(
+        attention.kinds
+    )  # one token a layer and kind
 
 
 def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
-    """Rows by what must be equal for a comparison, in the order in which models and data sets first came.
+    """Group rows by what must be equal for a comparison, in order of appearance of models and data sets.
 
-    The last row of the same probe and seed counts.
+    If several rows have the same probe and seed, the last counts.
 
     Raises:
         MlfusionError: there are no rows.
@@ -241,7 +243,7 @@ def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
         raise MlfusionError("no results to report. Make some with `mlfusion probe --dataset digits`")
     grouped: dict[Setting, dict[tuple[str, int], Row]] = {}
     for row in rows:
-        key = setting(row)._replace(protocol=0)  # which the report does not tell apart
+        key = setting(row)._replace(protocol=0)  # the report does not distinguish protocols
         grouped.setdefault(key, {})[row.probe, row.seed] = row
     models = list(dict.fromkeys(key.model for key in grouped))
     datasets = list(dict.fromkeys(key.dataset for key in grouped))
@@ -250,14 +252,14 @@ def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
 
 
 def _group_name(key: Setting, keys: Sequence[Setting]) -> str:
-    """'vit on digits', and the grid, metric or features where another group differs in only these."""
+    """'vit on digits', and the grid, metric or features that distinguish it from another group."""
     rivals = [other for other in keys if other[:2] == key[:2]]
-    said = [
+    candidates = [
         (len({other.grid for other in rivals}), f"{key.grid} grid"),
         (len({other.metric for other in rivals}), metric_name(key.metric)),
         (len({other.features for other in rivals}), f"features {'+'.join(k[:6] for k in key.features)}"),
     ]
-    words = ", ".join([key.options] * bool(key.options) + [text for ways, text in said if ways > 1])
+    words = ", ".join([key.options] * bool(key.options) + [text for ways, text in candidates if ways > 1])
     return f"{key.model} on {key.dataset}" + (f" ({words})" if words else "")
 
 
@@ -270,7 +272,7 @@ def _scores(rows: Sequence[Row]) -> tuple[Score, ...]:
 
 
 def _score(probe: str, rows: Sequence[Row], baseline: dict[int, Row]) -> Score:
-    # Paired by seed: what a seed does to both probes alike, such as the split for validation, cancels.
+    # Rows are paired by seed, so that effects of a seed on both probes, such as its validation split, cancel.
     pairs = [(row, baseline[row.seed]) for row in rows if row.seed in baseline]
     gains = [row.test - base.test for row, base in pairs]
     test, val, train = (Spread.of(getattr(row, part) for row in rows) for part in ("test", "val", "train"))
@@ -293,7 +295,7 @@ def score_word(groups: Iterable[ComparisonGroup]) -> str:
 
 
 def library_versions(groups: Iterable[ComparisonGroup]) -> dict[str, str]:
-    """{library: its version, or all of them where rows differ}."""
+    """{library: its version, or all versions if rows differ}."""
     pairs = dict.fromkeys(pair for group in groups for row in group.rows for pair in row.versions.items())
     return {
         library: ", ".join(v for name, v in pairs if name == library) for library in sorted({name for name, _ in pairs})

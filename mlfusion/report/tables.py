@@ -24,15 +24,15 @@ Mark = Literal["", "bold", "underline"]
 
 @dataclass(frozen=True)
 class Cell:
-    """A score as a fraction with its deviation, its gain, and how it is set; without a score where nothing was run."""
+    """A score as a fraction with its deviation, its gain, and its mark; empty if nothing was run."""
 
     test: float | None = None
     gain: Spread | None = None
-    spread: float | None = None  # of the score, shown where it has no gain
-    few: int | None = None  # models that it is the mean of, where others of its row are of more
+    spread: float | None = None  # deviation of the score, shown if it has no gain
+    few: int | None = None  # number of models averaged, if others in its row have more
     mark: Mark = ""
-    other_code: bool = False  # a gain from a baseline of another version of the code
-    text: str = ""  # of a cell that holds something else
+    other_code: bool = False  # the baseline was made by another version of the code
+    text: str = ""  # shown instead of a score
 
     @property
     def shown(self) -> tuple[str, str]:
@@ -47,7 +47,7 @@ class Cell:
 
 
 Line = tuple[str, Sequence[Cell]]
-"""A data set, or the name of a line of the foot, and its cells."""
+"""(data set, or name of a summary line; its cells)."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class ScoreTable:
 
     @cached_property
     def largest_gain(self) -> float:
-        """The largest gain or loss of a cell, a point at least: the end of the scale of colours."""
+        """The largest gain or loss of a cell, at least one point: the end of the colour scale."""
         gains = [abs(cell.gain.mean) for _, lines in self.domains for _, cells in lines for cell in cells if cell.gain]
         return max([0.01, *gains])
 
 
 def by_significance(study: Study) -> ScoreTable:
-    """Table 1: bold is what is not significantly worse than the best of its row, by one-sided signed-rank tests over models."""
+    """Table 1: bold marks scores not significantly worse than the best of the row (one-sided signed-rank tests)."""
     marks: dict[tuple[str, str], Mark] = {}
     tested = False
     for dataset in study.datasets:
@@ -93,12 +93,12 @@ def _no_worse(scores: Mapping[str, float], best: Mapping[str, float]) -> bool:
         return False
     try:
         return wilcoxon([best[model] - score for model, score in scores.items()]).p >= LEVEL
-    except BadData:  # too few differ at all
+    except BadData:  # too few differences are not 0
         return True
 
 
 def by_rank(study: Study) -> ScoreTable:
-    """Table 1 again: bold is the best of its row, underlined the second; the last line is the mean rank."""
+    """Table 1 by rank: the best of each row is bold, the second underlined; the last line is the mean rank."""
     marks: dict[tuple[str, str], Mark] = {}
     each: dict[str, list[float]] = {}
     for dataset in study.datasets:
@@ -107,7 +107,7 @@ def by_rank(study: Study) -> ScoreTable:
             each.setdefault(probe, []).append(rank)
             if rank < 3:
                 marks[dataset, probe] = "bold" if rank < 2 else "underline"
-    mean_ranks = {probe: fmean(held) for probe, held in each.items() if len(held) == len(study.datasets)}
+    mean_ranks = {probe: fmean(values) for probe, values in each.items() if len(values) == len(study.datasets)}
     how = f"Bold: the best of the row, underlined: the second. Mean rank over {len(study.datasets)} data sets, 1 the best."
     table = _table(study, "table-1-ranks", how, marks)
     foot = [*table.foot, ("Mean rank", _rank_cells(study.probes, mean_ranks))]
@@ -135,25 +135,25 @@ def _rank_cells(probes: Sequence[str], mean_ranks: Mapping[str, float]) -> list[
 
 
 def of_model(study: Study, model: str) -> ScoreTable:
-    """Table A4: everything of one model, with ± over seeds."""
+    """Table A4: all scores of one model, with ± over seeds."""
     alone = Study(study.name, tuple(group for group in study.groups if group.model == model))
     return replace(_table(alone, f"scores-{slug(model)}", "", {}), title=f"Scores and gains of {model}")
 
 
 def slug(name: str) -> str:
-    """A name that is safe as a file's: 'org/my model' → 'org-my-model', 'R²' → 'R2'."""
+    """A name that is safe as a file name: 'org/my model' → 'org-my-model', 'R²' → 'R2'."""
     return re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFKC", name)).strip("-.") or "unnamed"
 
 
 def _over_models(study: Study, dataset: str) -> dict[str, dict[str, float]]:
-    """{probe: {model: score}} of the probes that every model of the row has: means over other models are no comparison."""
+    """{probe: {model: score}} for probes that every model of the data set has: other means are not comparable."""
     groups = [group for group in study.groups if group.dataset == dataset]
     found = {p: {g.model: score.test.mean for g in groups if (score := study.score(g, p))} for p in study.probes}
     return {probe: scores for probe, scores in found.items() if len(scores) == len(groups)}
 
 
 def _table(study: Study, name: str, how: str, marks: Mapping[tuple[str, str], Mark]) -> ScoreTable:
-    """The cells of a study; the note ends in how they are marked."""
+    """The table of a study; `how` explains its marks in the note."""
     places = list(product(study.datasets, study.probes))
     cells = {place: _cell(study, *place, marks.get(place, "")) for place in places}
     domains: dict[str, list[Line]] = {}
@@ -196,45 +196,45 @@ def _mean(cells: Sequence[Cell]) -> Cell:
 def _number(dataset: str, probe: str, cell: Cell) -> Record:
     gain, test = cell.gain, None if cell.test is None else 100 * cell.test
     sd = 100 * gain.sd if gain and gain.sd is not None else None
-    held = Record(
+    record = Record(
         dataset=dataset, domain=domain(dataset), probe=probe, test=test, gain=100 * gain.mean if gain else None
     )
     other = "yes" if cell.other_code else ""
-    return held.extended(gain_sd=sd, n=gain.n if gain else None, mark=cell.mark, other_code=other)
+    return record.extended(gain_sd=sd, n=gain.n if gain else None, mark=cell.mark, other_code=other)
 
 
 def _note(study: Study, how: str, cells: Sequence[Cell]) -> str:
     over = f"models (n = {len(study.models)})" if len(study.models) > 1 else "seeds"
     seeds = from_to(score.test.n for group in study.groups for score in group.probes)
-    said = [
+    parts = [
         f"{capitalized(study.metric)} on test in percent, with the gain in points over {BASELINE} and ± one standard deviation "
         f"over {over}; {seeds} {'seed' if seeds == '1' else 'seeds'}.",
         how,
     ]
     if any(cell.test is None or cell.few for cell in cells):
-        said.append(
+        parts.append(
             "An empty cell was not run. Scores of fewer models (n) are not marked, and a mean is given where all models have "
             "the probe on every data set."
         )
     if any(cell.other_code for cell in cells):
-        said.append(OTHER_CODE)
-    return " ".join(filter(None, said))
+        parts.append(OTHER_CODE)
+    return " ".join(filter(None, parts))
 
 
 def markdown(table: ScoreTable) -> str:
     """The table as Markdown under its title and note; each domain has a line of its own."""
     lines: list[Sequence[str]] = []
-    for name, held in table.domains:
+    for name, domain_lines in table.domains:
         if len(table.domains) > 1:
             lines.append([f"*{name}* |" + " |" * (len(table.columns) - 1)])
-        lines += [(label.replace("|", "\\|"), *map(_marked, cells)) for label, cells in held]
+        lines += [(label.replace("|", "\\|"), *map(_marked, cells)) for label, cells in domain_lines]
     lines += [(label, *map(_marked, cells)) for label, cells in table.foot]
     heads = ["data set", *(f"`{name}`" for name in table.columns)]
     return f"### {table.title}\n\n{table.note}\n\n" + "\n".join(markdown_lines(heads, lines)) + "\n"
 
 
 def markdown_lines(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> list[str]:
-    """The lines of a Markdown table: so many columns of texts, then columns of numbers."""
+    """The lines of a Markdown table: `texts` columns of text, then columns of numbers."""
     rule = "|" + "---|" * texts + "---:|" * (len(heads) - texts)
     return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 

@@ -26,18 +26,18 @@ from mlfusion.system.progress import duration
 COLUMNS = ("test", "gain, points", "val", "param.", "time", "n")
 
 MANY = 2
-"""With more data sets than these, each model gets one table with a column a data set."""
+"""With more data sets than this, each model gets one table with a column per data set."""
 
 
 def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> RenderableType:
     """For `rich.Console.print`: a table for each model and data set, with a sentence that answers the question.
 
-    For more data sets, a table for each model instead: a line a probe, a column a data set.
+    For more data sets, a table for each model instead: a line per probe, a column per data set.
 
     Args:
-        rows: of any models and data sets.
-        width: characters of a line, into which columns are fitted.
-        long: a table for each model and data set however many there are.
+        rows: rows of any models and data sets.
+        width: characters per line.
+        long: one table for each model and data set, whatever their number.
 
     Raises:
         MlfusionError: there are no rows.
@@ -66,7 +66,7 @@ def _footnote(scores: Sequence[Score]) -> list[RenderableType]:
 
 
 def _side_by_side(study: Study, model: str, width: int) -> Iterator[RenderableType]:
-    """One model's probes on all of its data sets, in as many tables as the width asks for."""
+    """One model's probes on all of its data sets, in several tables if the width requires it."""
     groups = [group for group in study.select(model=model) if group.probes]
     probes = [probe for probe in study.probes if study.scores(probe, model=model)]
     if not probes:
@@ -90,7 +90,7 @@ def _side_by_side(study: Study, model: str, width: int) -> Iterator[RenderableTy
 
 
 def _fitting(columns: "Sequence[_Column]", room: int) -> int:
-    """How many of the columns fit into so many characters, at least one."""
+    """Number of columns that fit into `room` characters, at least one."""
     taken = 0
     while taken < len(columns) and (room := room - columns[taken].width - 2) >= -2:
         taken += 1
@@ -98,7 +98,7 @@ def _fitting(columns: "Sequence[_Column]", room: int) -> int:
 
 
 class _Column:
-    """A data set, or their mean: a cell a probe, its numbers one below the other; the best score is bold."""
+    """A data set, or their mean: a cell per probe, with aligned numbers; the best score is bold."""
 
     def __init__(self, head: str, cells: Sequence[tuple[float, str] | None]) -> None:
         scores = [percent(cell[0]) if cell else "" for cell in cells]
@@ -117,7 +117,7 @@ class _Column:
 
 
 def _column(study: Study, head: str, groups: Sequence[ComparisonGroup], probes: Sequence[str]) -> _Column:
-    """One data set, or means over several, of the probes that all of them have."""
+    """The column of one data set, or of means over several, for probes that all groups have."""
     cells: list[tuple[float, str] | None] = []
     for probe in probes:
         scores = [score for group in groups if (score := study.score(group, probe))]
@@ -137,18 +137,18 @@ def _seeds(groups: Sequence[ComparisonGroup]) -> str:
 
 
 def bare_table(title: Text | None, texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    """A table without lines; the heads of its columns of texts, then of those of numbers."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", title_style="")
-    made.title, made.title_justify = title, "left"
+    """A table without rules: columns of text, then right-aligned columns of numbers."""
+    bare = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", title_style="")
+    bare.title, bare.title_justify = title, "left"
     for head in texts:
-        made.add_column(head, no_wrap=True)
+        bare.add_column(head, no_wrap=True)
     for head in numbers:
-        made.add_column(head, justify="right", no_wrap=True)
-    return made
+        bare.add_column(head, justify="right", no_wrap=True)
+    return bare
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The same as Markdown.
+    """The tables as Markdown.
 
     Raises:
         MlfusionError: there are no rows.

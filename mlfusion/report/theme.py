@@ -3,20 +3,20 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-Shape = Literal["square", "circle", "diamond", "triangle-up", "cross", "triangle-down"]
-Symbol = Shape | Literal["line", "dashed", "dotted", "dash-dot", "box", "hollow"]
+PointShape = Literal["square", "circle", "diamond", "triangle-up", "cross", "triangle-down"]
+Symbol = PointShape | Literal["line", "dashed", "dotted", "dash-dot", "box", "hollow"]
 
 DASHES: dict[Symbol, list[float]] = {"dashed": [4, 3], "dotted": [2, 3], "dash-dot": [7, 3, 2, 3]}
 """Dash patterns of lines: lengths of dash and gap in turn."""
 
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, Noto Sans, DejaVu Sans, sans-serif"
-SYMBOLS: tuple[Shape, ...] = get_args(Shape)
-"""Symbols of the series of a figure, in the order in which they are taken."""
+SYMBOLS: tuple[PointShape, ...] = get_args(PointShape)
+"""Symbols of the series of a figure, in order of use."""
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours by their use."""
+    """Colours by their purpose."""
 
     paper: str
     panel: str
@@ -24,7 +24,7 @@ class Palette:
     quiet: str
     line: str
     accent: str
-    series: tuple[str, ...]  # from Okabe and Ito, in the order in which series take them
+    series: tuple[str, ...]  # after Okabe and Ito, in order of use
     heat: tuple[str, ...]  # from low to high; one hue, so that only lightness carries the value
     gain: str
     loss: str

@@ -1,8 +1,8 @@
-"""The results: rows that survive a kill, each leading home to its features, seed and code; a hundred thousand in one place.
+"""The results: rows that survive a kill, each with the keys of its features, its seed and its code version.
 
-`rows` says what a row is, `database` keeps them and what each test image got, `export` hands rows on as CSV, Parquet, JSON
-lines and pandas, `trackers` as runs of other tools. They lie apart from the cache, so that deleting the cache loses no
-result. Reading needs no torch: a report starts at once.
+`rows` defines a row, `database` stores rows and the arrays of the test images, `export` writes rows as CSV, Parquet, JSON
+lines and pandas, and `trackers` logs them to other tools. Results are stored apart from the cache, so that deleting the
+cache loses none. Reading needs no torch: a report starts at once.
 """
 
 from mlfusion.results.database import Results

@@ -1,7 +1,7 @@
-"""One folder of results: `results.sqlite` for the rows, `arrays/<id>.npz` for what each test image got.
+"""One folder of results: `results.sqlite` for the rows, `arrays/<id>.npz` for the arrays of the test images.
 
 SQLite with a rollback journal and full flushes: a commit is whole or not at all through a kill and a power loss, writers
-wait for each other, and finding one row among a hundred thousand takes as long as among ten. Why not another: docs/results.md.
+wait for each other, and finding one row among a hundred thousand takes as long as among ten. docs/results.md gives reasons.
 """
 
 import hashlib
@@ -49,16 +49,16 @@ COLUMNS = {
     "code": "TEXT",
     "created": "TEXT",
 }
-"""Fields that a listing has: columns that the database takes by itself from the row that it holds."""
+"""The fields of a listing: columns that the database generates from the stored row."""
 
-_TAKEN = "\n    ".join(
+_GENERATED = "\n    ".join(
     f"{name} {kind} GENERATED ALWAYS AS (json_extract(body, '$.{name}')) STORED," for name, kind in COLUMNS.items()
 )
 _SCHEMA = (
     "CREATE TABLE classes (digest TEXT PRIMARY KEY, names TEXT NOT NULL) WITHOUT ROWID",
     f"""CREATE TABLE results (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
-    {_TAKEN}
+    {_GENERATED}
     classes TEXT NOT NULL REFERENCES classes (digest),
     body TEXT NOT NULL
 )""",
@@ -67,11 +67,11 @@ _SCHEMA = (
     f"PRAGMA application_id = {APPLICATION}",
     f"PRAGMA user_version = {FORMAT}",
 )
-"""The row itself is `body`, JSON, without its classes: a thousand names are kept once and not in each of a thousand rows."""
+"""`body` is the row as JSON, without its classes: a list of a thousand names is stored once, not in every row."""
 
 
 class RowFilter(TypedDict, total=False):
-    """Which rows: those of a model, data set, probe or grid; None: of any."""
+    """The model, data set, probe and grid that rows must have; None allows any."""
 
     model: str | None
     dataset: str | None
@@ -82,8 +82,8 @@ class RowFilter(TypedDict, total=False):
 class Results:
     """Every row of one folder, safe under several threads, processes and kills.
 
-    Each call opens the database anew: nothing is held between calls, so an object may be shared, forked and pickled. Every
-    method raises `ResultsUnusable` where the folder cannot be read or written; nothing half-written is left.
+    Each call opens the database anew, so an object may be shared, forked and pickled. Every method raises `ResultsUnusable`
+    if the folder cannot be read or written; no partial write is left.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -129,7 +129,7 @@ class Results:
         raise self._nothing(chosen)
 
     def find(self, row_id: str) -> Row | None:
-        """The row of that id, None where it was not saved yet."""
+        """The row with this id, or None."""
         with self._reading() as connection:
             found = connection.execute(
                 "SELECT c.names, r.body FROM results r JOIN classes c ON c.digest = r.classes WHERE r.id = ?", (row_id,)
@@ -137,18 +137,18 @@ class Results:
         return self._row(found[1], tuple(json.loads(found[0]))) if found else None
 
     def named(self, beginning: str) -> Row:
-        """The one row whose id begins so.
+        """The one row whose id begins with these characters.
 
         Raises:
             UnknownName: none or several do.
             ResultsUnusable: there are no rows at all.
         """
         with self._reading() as connection:
-            held = connection.execute(
+            matches = connection.execute(
                 "SELECT id FROM results WHERE ? AND id >= ? AND id < ? ORDER BY id LIMIT 9",
                 (bool(beginning), beginning, beginning + "\U0010ffff"),
             )
-            found = [row_id for (row_id,) in held]
+            found = [row_id for (row_id,) in matches]
         if beginning in found:
             found = [beginning]
         if len(found) == 1 and (row := self.find(found[0])):
@@ -160,7 +160,7 @@ class Results:
         raise self._nothing({})
 
     def listing(self, *, limit: int | None = None, **chosen: Unpack[RowFilter]) -> list[dict[str, Any]]:
-        """`COLUMNS` of rows, oldest first; of the newest `limit` only. Takes no row apart: quick for a hundred thousand."""
+        """`COLUMNS` of rows, oldest first; only of the newest `limit` if given. No row is decoded."""
         where, values = _where(**chosen)
         with self._reading() as connection:
             found = connection.execute(
@@ -170,21 +170,21 @@ class Results:
         return [dict(zip(COLUMNS, one, strict=True)) for one in reversed(found)]
 
     def count(self, **chosen: Unpack[RowFilter]) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         where, values = _where(**chosen)
         with self._reading() as connection:
             return int(connection.execute(f"SELECT count(*) FROM results {where}", values).fetchone()[0])
 
     def arrays(self, row: Row) -> dict[str, np.ndarray]:
-        """What was saved beside the row: probabilities [n_test, C], attention [n_test, T], labels [n_test].
+        """The arrays saved beside the row: probabilities [n_test, C], attention [n_test, T], labels [n_test].
 
         Raises:
-            ResultsUnusable: nothing was; says how to make it again.
+            ResultsUnusable: there are none; says how to make them again.
         """
         path = self._arrays_of(row)
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-                return {name: held[name] for name in held.files}
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as err:
             what = "were not kept" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
             raise ResultsUnusable(
@@ -193,7 +193,7 @@ class Results:
             ) from err
 
     def keep_arrays(self, row: Row, arrays: Mapping[str, np.ndarray]) -> None:
-        """Save the arrays of a row, in place of those that are there, were lost or damaged.
+        """Save the arrays of a row, in place of existing, lost or damaged ones.
 
         Raises:
             ValueError: an array holds Python objects.
@@ -204,9 +204,9 @@ class Results:
             np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
 
     def take(self, rows: Iterable[Row], arrays: Path | None = None) -> int:
-        """Take over rows of elsewhere that are not here, or newer than here, in one commit; how many were.
+        """Import rows that are missing here, or newer than the stored ones, in one commit; return their number.
 
-        `arrays` is the folder of results that has their arrays, which are copied first.
+        `arrays` is the results folder that has their arrays, which are copied first.
 
         Raises:
             ResultsUnusable: one of them is no row.
@@ -218,23 +218,23 @@ class Results:
             except NotARow as err:
                 raise ResultsUnusable(f"row {number} is no result: {err}. Nothing was taken over") from err
         with self._reading() as connection:
-            wanted = _newer(connection, offered)
+            candidates = _newer(connection, offered)
         with self._explained("save"):
             self.root.mkdir(parents=True, exist_ok=True)
-            there = Results(arrays) if arrays is not None else None
-            for row in wanted:
-                if there is not None and (source := there._arrays_of(row)).is_file():
+            source_results = Results(arrays) if arrays is not None else None
+            for row in candidates:
+                if source_results is not None and (source := source_results._arrays_of(row)).is_file():
                     with self._drafted(row) as draft:
                         shutil.copyfile(source, draft)
             with self._writing() as connection:
-                newer = _newer(connection, wanted)
+                newer = _newer(connection, candidates)
                 _insert(connection, newer)
         return len(newer)
 
     def take_from(self, source: Path) -> tuple[int, int]:
-        """Take over results of another folder, with their arrays, or of a file of JSON lines.
+        """Import results from another folder, with their arrays, or from a file of JSON lines.
 
-        Returns how many rows were taken over, and how many were here already and are not older.
+        Returns the number of rows imported, and the number of those that exist here and are not older.
 
         Raises:
             MlfusionError: the source holds no results, or cannot be read.
@@ -248,8 +248,8 @@ class Results:
                     f"cannot read {str(source)!r}: {err.strerror}; allowed: a folder or a .jsonl file"
                 ) from err
         else:
-            there = Results(source)
-            offered, folder = there.require(), there.root
+            other = Results(source)
+            offered, folder = other.require(), other.root
         taken = self.take(offered, folder)
         return taken, len(offered) - taken
 
@@ -261,7 +261,7 @@ class Results:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: all of it, or nothing."""
+        """A connection in a transaction, which is committed as a whole or not at all."""
         with closing(_connect(self.path, "rwc")) as connection:
             connection.execute("PRAGMA synchronous = EXTRA")  # the folder too: a commit outlives a power loss
             connection.execute("BEGIN IMMEDIATE")  # wait here, not in the middle
@@ -277,7 +277,7 @@ class Results:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        """One state of the database, whatever others write meanwhile; an empty one where there is none."""
+        """A connection that sees one state of the database while others write; an empty database if there is no file."""
         with self._explained("read"):
             if self.root.exists() and not self.root.is_dir():
                 raise NotADirectoryError(f"{self.root} is not a folder")
@@ -303,7 +303,7 @@ class Results:
             yield draft
 
     def _row(self, body: str, classes: tuple[str, ...]) -> Row:
-        """A stored row, with the classes that are kept apart from it."""
+        """A stored row with its classes, which are stored in their own table."""
         try:
             row = decode(body)
         except ValueError as err:
@@ -317,10 +317,10 @@ class Results:
     # --- errors ------------------------------------------------------------------------------------------------------
 
     def _nothing(self, chosen: Mapping[str, object]) -> ResultsUnusable:
-        wanted = " and ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
-        if wanted and self.count():
+        filters = " and ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
+        if filters and self.count():
             return ResultsUnusable(
-                f"no results of {wanted} in {str(self.root)!r}; what there is: mlfusion results ls --results {self.root}"
+                f"no results of {filters} in {str(self.root)!r}; what there is: mlfusion results ls --results {self.root}"
             )
         state = "holds no row yet" if self.root.is_dir() else "does not exist"
         return ResultsUnusable(
@@ -330,7 +330,7 @@ class Results:
 
     @contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
-        """Turn the disk's and the database's refusals into words."""
+        """Raise errors of the disk and the database as `ResultsUnusable`, with a sentence."""
         try:
             yield
         except (OSError, sqlite3.Error) as err:
@@ -338,12 +338,12 @@ class Results:
             why = getattr(err, "strerror", None) or str(err)
             cannot = f"cannot {doing} results in {str(self.root)!r}: {why}"
             if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
-                said = (
+                message = (
                     f"{self.path} is damaged ({why}). Keep a copy, and save what can be read with SQLite's own tool: "
                     f"sqlite3 {self.path} .recover | sqlite3 recovered.sqlite; or name another folder with --results PATH"
                 )
             elif name.startswith(("SQLITE_BUSY", "SQLITE_PROTOCOL", "SQLITE_IOERR_LOCK", "SQLITE_IOERR_UNLOCK")):
-                said = (
+                message = (
                     f"{cannot}. Another process holds them for over {PATIENCE:.0f} s, or this file system has no locks: keep "
                     "results on a local disk with --results PATH, and bring them together with `mlfusion results import PATH`"
                 )
@@ -352,22 +352,22 @@ class Results:
                 "SQLITE_READONLY_RECOVERY",
                 "SQLITE_CANTOPEN",
             ):
-                said = (
+                message = (
                     f"{cannot}. A writer was stopped in the middle and what it began must be undone first, for which this "
                     "folder may not be written: open it once with `mlfusion results ls` where it may, or copy it"
                 )
             elif doing == "save":
-                said = (
+                message = (
                     f"{cannot}. Nothing was lost but this row; make room there or allow writing, or name another folder with "
                     "--results PATH, and run it again"
                 )
             else:
-                said = f"{cannot}; allowed: a folder that `mlfusion probe` wrote (results by default)"
-            raise ResultsUnusable(said) from err
+                message = f"{cannot}; allowed: a folder that `mlfusion probe` wrote (results by default)"
+            raise ResultsUnusable(message) from err
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    """`mode` is 'rwc' to create, 'rw' not to; what may not be written is opened for reading all the same."""
+    """Open the database; `mode` 'rwc' creates it, 'rw' does not. A database without write permission is opened read-only."""
     place = f"file:{quote(str(path.absolute()))}?mode={mode}"
     return sqlite3.connect(place, uri=True, timeout=PATIENCE, isolation_level=None)
 
@@ -383,10 +383,10 @@ def _create(connection: sqlite3.Connection) -> None:
 
 
 def _format(connection: sqlite3.Connection, path: Path) -> int:
-    """0 of an empty database.
+    """The format of the database, 0 if it is empty.
 
     Raises:
-        ResultsUnusable: another program's, or a newer version's.
+        ResultsUnusable: it belongs to another program, or has a format that this version does not read.
     """
     [number] = connection.execute("PRAGMA user_version").fetchone()
     [owner] = connection.execute("PRAGMA application_id").fetchone()
@@ -415,7 +415,7 @@ def _insert(connection: sqlite3.Connection, rows: Iterable[Row]) -> None:
 
 
 def _newer(connection: sqlite3.Connection, rows: Iterable[Row]) -> list[Row]:
-    """Of rows, those that the database has not, or has an older one of; of those with one id the last."""
+    """The rows that are missing in the database or newer than its own; the last of several with one id."""
     last: dict[str, Row] = {}
     for row in rows:
         last.pop(row.id, None)
@@ -427,7 +427,7 @@ def _newer(connection: sqlite3.Connection, rows: Iterable[Row]) -> list[Row]:
 def _where(
     *, model: str | None = None, dataset: str | None = None, probe: str | None = None, grid: str | None = None
 ) -> tuple[str, list[str]]:
-    """The clause of a `RowFilter`, and its values."""
+    """The SQL clause of a `RowFilter`, and its values."""
     fields = {"model": model, "dataset": dataset, "probe": probe, "grid": grid}
     given = {name: value for name, value in fields.items() if value is not None}
     clause = " AND ".join(f"{name} = ?" for name in given)

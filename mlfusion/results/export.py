@@ -1,4 +1,4 @@
-"""Rows for other programs: a flat table as CSV, Parquet or pandas; or as JSON lines, which are read again too."""
+"""Export of rows for other programs: a flat table as CSV, Parquet or pandas; or JSON lines, which can be imported again."""
 
 import csv
 import json
@@ -16,13 +16,13 @@ from mlfusion.system import disk
 if TYPE_CHECKING:
     import pandas
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FORMS = ("csv", "parquet", "jsonl")
 
 
 def flat(part: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A row's object with no object in it: {"metrics": {"loss": 0.1}} → {"metrics.loss": 0.1}. Lists stay lists."""
+    """Flatten nested objects: {"metrics": {"loss": 0.1}} → {"metrics.loss": 0.1}. Lists stay lists."""
     found: dict[str, Any] = {}
     for name, value in part.items():
         if isinstance(value, Mapping):
@@ -33,30 +33,30 @@ def flat(part: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def frame(rows: Iterable[Row]) -> "pandas.DataFrame":
-    """One line a row, one column a field; a field that a row has not is missing there."""
+    """A table with one line per row and one column per field; fields that a row lacks are missing values."""
     import pandas
 
-    held = [flat(msgspec.to_builtins(row)) for row in rows]
-    columns: dict[str, Any] = {name: [one.get(name) for one in held] for name in _columns(held)}
+    objects = [flat(msgspec.to_builtins(row)) for row in rows]
+    columns: dict[str, Any] = {name: [item.get(name) for item in objects] for name in _columns(objects)}
     for name, values in columns.items():
         given = [value for value in values if value is not None]
-        # Of whole numbers that not every row has, pandas' own kind of integer: 2 shots are not 2.0.
+        # Whole numbers with missing values need pandas' nullable integers: 2 shots are not 2.0.
         if 0 < len(given) < len(values) and all(type(value) is int for value in given):
             columns[name] = pandas.array(values, dtype="Int64")
     return pandas.DataFrame(columns)
 
 
-def _columns(held: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for one in held for name in one))
+def _columns(objects: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for item in objects for name in item))
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    """Write `path` anew, whole or not at all; its ending is the form: .csv, .parquet or .jsonl.
+    """Replace `path`, whole or not at all; its ending decides the format: .csv, .parquet or .jsonl.
 
-    Lists are JSON in a CSV, and lists in a Parquet file; JSON lines are the rows to the letter, and can be imported again.
+    Lists are written as JSON in a CSV, and as lists in Parquet; JSON lines hold the exact rows, and can be imported again.
 
     Raises:
-        UnknownName: another ending.
+        UnknownName: the ending is not one of these.
         ResultsUnusable: it cannot be written.
     """
     form = path.suffix.removeprefix(".")
@@ -80,16 +80,16 @@ def _draft(rows: list[Row], path: Path, form: str) -> None:
         if form == "jsonl":
             file.writelines(encode(row).decode() + "\n" for row in rows)
             return
-        held = [flat(msgspec.to_builtins(row)) for row in rows]
-        table = csv.DictWriter(file, _columns(held), lineterminator="\n")
+        objects = [flat(msgspec.to_builtins(row)) for row in rows]
+        table = csv.DictWriter(file, _columns(objects), lineterminator="\n")
         table.writeheader()
-        for one in held:
-            lists = {k: json.dumps(v, ensure_ascii=False) for k, v in one.items() if isinstance(v, list)}
-            table.writerow(one | lists)
+        for item in objects:
+            lists = {k: json.dumps(v, ensure_ascii=False) for k, v in item.items() if isinstance(v, list)}
+            table.writerow(item | lists)
 
 
 def read_lines(path: Path) -> list[Row]:
-    """Rows of JSON lines. A line that a kill tore is left out with a warning; one that is whole and no row is refused.
+    """Read rows from JSON lines. A line that a kill cut off is skipped with a warning; other invalid lines are refused.
 
     Raises:
         ResultsUnusable: a line is no row; says which and why.
@@ -107,5 +107,5 @@ def read_lines(path: Path) -> list[Row]:
                 "out of the file"
             ) from err
         except ValueError:  # JSON and UTF-8 errors alike
-            log.warning("%s line %d is torn (a killed run's); it is left out", path, number)
+            logger.warning("%s line %d is torn (a killed run's); it is left out", path, number)
     return rows

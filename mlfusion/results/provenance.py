@@ -1,4 +1,4 @@
-"""By what code and which libraries a row is made: what its fields `code`, `versions` and `created` say."""
+"""The provenance of a row: its fields `code`, `versions` and `created`."""
 
 import subprocess
 from datetime import UTC, datetime
@@ -14,16 +14,16 @@ def versions() -> dict[str, str]:
 
 @cache
 def code() -> str:
-    """The commit that a checkout is at, with '-dirty' if it was changed; the version where there is no checkout."""
+    """The commit of the checkout, with '-dirty' if it was changed; the version where there is no checkout."""
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / ".git").exists():
         git = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-        said = subprocess.run(git, capture_output=True, text=True, check=False)
-        if said.returncode == 0:
-            return said.stdout.strip()
+        described = subprocess.run(git, capture_output=True, text=True, check=False)
+        if described.returncode == 0:
+            return described.stdout.strip()
     return version("mlfusion")
 
 
 def now() -> str:
-    """The time, as a row is dated: UTC, ISO 8601, to the second."""
+    """The current time as a row stores it: UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

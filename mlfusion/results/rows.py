@@ -1,7 +1,7 @@
-"""A row: one probe, trained with one seed and tested once, with all that leads home to how it was made.
+"""A row: one probe, trained with one seed and tested once, with everything needed to make it again.
 
-Rows are frozen values that `msgspec` reads and checks: numbers are finite, the id can name a file. Fields that no row has
-today are ignored.
+Rows are frozen values that `msgspec` reads and checks: numbers are finite, the id can name a file. Unknown fields are
+ignored.
 """
 
 import json
@@ -28,28 +28,28 @@ RowPrecision = Literal["float32", "bfloat16"]
 
 
 class Metrics(Struct, frozen=True, kw_only=True, tag_field="kind", tag="class"):
-    """Scores on the test split, as fractions, of one class an image."""
+    """Scores on the test split, as fractions, for one class per image."""
 
     balanced_accuracy: Finite
     accuracy: Finite
     top5: Finite
     macro_f1: Finite
     loss: Finite  # cross-entropy, nats
-    recall: tuple[Finite | None, ...]  # one a class, in the row's order of `classes`; None for one without test images
+    recall: tuple[Finite | None, ...]  # per class, in the order of the row's `classes`; None without test images
 
 
 class LabelMetrics(Struct, frozen=True, kw_only=True, tag_field="kind", tag="labels"):
-    """Scores on the test split, as fractions, of several labels an image."""
+    """Scores on the test split, as fractions, for several labels per image."""
 
     mean_average_precision: Finite
-    average_precision: tuple[Finite | None, ...]  # one a label; None for one that no test image has
+    average_precision: tuple[Finite | None, ...]  # per label; None if no test image has it
     micro_f1: Finite
     macro_f1: Finite
     loss: Finite  # binary cross-entropy, nats
 
 
 class NumberMetrics(Struct, frozen=True, kw_only=True, tag_field="kind", tag="number"):
-    """Scores on the test split, of a number an image."""
+    """Scores on the test split for one number per image."""
 
     r2: Finite
     mae: Finite  # in the labels' unit
@@ -65,7 +65,7 @@ def metrics_of(kind: str, scores: Mapping[str, Any]) -> AnyMetrics:
 
 
 class Selected(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The hyper-parameters chosen on the validation part; which there are depends on the head, others are None."""
+    """The hyper-parameters chosen on the validation part; those that the head does not have are None."""
 
     lr: Finite | None = None
     weight_decay: Finite | None = None
@@ -88,25 +88,25 @@ class Selected(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ImageCounts(Struct, frozen=True, kw_only=True):
-    """How many images each split has."""
+    """The number of images of each split."""
 
     train: int
     test: int
 
 
 class Sources(Struct, frozen=True, kw_only=True):
-    """What model and data set were called when they were extracted, such that `mlfusion extract` finds them again."""
+    """The model and data set as given to `mlfusion extract`, which finds them again by these names."""
 
     model: str  # a catalogue's source, hub id, or folder
     dataset: str
     weights: str  # sha256 of the weight files
     train: str  # digest of the split's images and labels
     test: str
-    options: tuple[str, ...]  # further words of the `mlfusion extract` that makes the features again
+    options: tuple[str, ...]  # further options of the `mlfusion extract` that makes the features again
 
 
 class Attention(Struct, frozen=True, kw_only=True):
-    """How attentive probes share their attention among T tokens, averaged over heads; four lists of length T."""
+    """The attention of a probe on each of T tokens, averaged over heads; four lists of length T."""
 
     layers: tuple[int, ...]
     kinds: tuple[str, ...]  # "cls", "ap" or "all"
@@ -124,16 +124,16 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     seed: int
     metric: str  # what val, test and train are: balanced_accuracy, mean_average_precision or r2
     val: Finite  # of the chosen configuration, on the 20 % of train held out for the choice
-    test: Finite  # looked at once
+    test: Finite  # computed once, after the choice
     train: Finite
     metrics: AnyMetrics
     selected: Selected
     grid: GridName
-    configurations: int  # tried on the validation part
+    configurations: int  # number of those scored on the validation part
     parameters: int  # of one probe
     seconds: Finite
-    layers: tuple[int, ...]  # that the probe reads
-    tokens: tuple[str, ...]  # kinds that the probe reads
+    layers: tuple[int, ...]  # layers that the probe reads
+    tokens: tuple[str, ...]  # token kinds that the probe reads
     depth: int  # L, the model's blocks
     width: int  # D, channels of a token
     classes: tuple[str, ...]
@@ -143,18 +143,18 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     versions: dict[str, str]
     code: str
     created: str  # ISO 8601
-    protocol: int  # `probing.jobs.PROTOCOL`: rows of two of them were measured in two ways
-    device: str  # that the probe was trained on
-    precision: RowPrecision  # of the matrix products of training, as 'auto' was resolved
-    bytes: int  # that the tokens the probe reads take in the cache before compression, train and test
-    sources: Sources  # what the names stand for
-    shots: int | None = None  # images of each class trained on; None: all
+    protocol: int  # `probing.jobs.PROTOCOL`; rows of different protocols are not compared
+    device: str  # device of the training
+    precision: RowPrecision  # of the matrix products in training; 'auto' is resolved
+    bytes: int  # size of the tokens it reads in the cache before compression, train and test
+    sources: Sources  # where model and data set come from
+    shots: int | None = None  # training images per class; None: all
     halving: bool = False  # weak configurations were stopped early
-    smoothing: Finite | None = None  # of the labels; None: they were taken as they are
+    smoothing: Finite | None = None  # label smoothing; None: no smoothing
     streamed: bool = False  # tokens were read in shuffled batches, not loaded
 
     def search(self) -> SearchOptions:
-        """The options that decided its numbers; they give its id again."""
+        """The options that decide its numbers; its id follows from them."""
         return SearchOptions(
             grid=self.grid,
             seeds=(self.seed,),
@@ -174,13 +174,13 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return probe_command(self.sources.model, self.sources.dataset, [self.probe], self.search())
 
     def options(self) -> str:
-        """What differs from the protocol as it is, such as '4 shots, halving'; empty where nothing does."""
-        said = [
+        """The options that differ from the protocol's defaults, such as '4 shots, halving'; empty if none does."""
+        parts = [
             f"{self.shots} shots" if self.shots is not None else "",
             "halving" if self.halving else "",
             f"labels smoothed by {self.smoothing:g}" if self.smoothing is not None else "",
         ]
-        return ", ".join(filter(None, said))
+        return ", ".join(filter(None, parts))
 
 
 class NotARow(ValueError):
@@ -190,27 +190,27 @@ class NotARow(ValueError):
 _DECODER = msgspec.json.Decoder(Row)
 
 encode = msgspec.json.Encoder().encode
-"""A row's JSON, in one line; options at their default are left out."""
+"""Row → its JSON in one line; options at their default are left out."""
 
 
 def decode(text: bytes | str) -> Row:
-    """A row from its JSON.
+    """Decode a row from its JSON.
 
     Raises:
-        NotARow: the JSON is that of something else.
-        ValueError: it is no JSON.
+        NotARow: the JSON does not describe a row.
+        ValueError: the text is not JSON.
     """
     try:
         return _DECODER.decode(text)
     except msgspec.DecodeError:
-        return from_object(json.loads(text))  # slower, and reads NaN: to say what is wrong
+        return from_object(json.loads(text))  # slower, but reads NaN, so that the error can name it
 
 
 def from_object(value: Any) -> Row:
-    """A row from the value that its JSON stands for.
+    """Convert decoded JSON to a row.
 
     Raises:
-        NotARow: it stands for something else.
+        NotARow: the value does not describe a row.
     """
     try:
         return msgspec.convert(value, Row)
@@ -240,9 +240,9 @@ _ALLOWED = {
 }
 
 
-def _sentence(said: str, value: Any) -> str:
-    """What `msgspec` says of a value ('Expected `int`, got `str` - at `$.seed`'), with the value and in our words."""
-    what, _, where = said.partition(" - at `$")
+def _sentence(message: str, value: Any) -> str:
+    """Translate `msgspec`'s message about a value ('Expected `int`, got `str` - at `$.seed`'), into plain words."""
+    what, _, where = message.partition(" - at `$")
     where, found = _at(value, where.strip("`."))
     where = where or "row"
     if lacking := re.search(r"required field `(\w+)`", what):
@@ -257,7 +257,7 @@ def _sentence(said: str, value: Any) -> str:
 
 
 def _at(value: Any, path: str) -> tuple[str, Any]:
-    """The part of a value at 'metrics.recall[1]'; '[...]', an entry of `versions`, is the first that is no text."""
+    """The path and the part of a value at 'metrics.recall[1]'; '[...]' is the first entry of `versions` that is no text."""
     named = ""
     for part in re.findall(r"\w+|\[\d+\]|\[\.\.\.\]", path):
         if part == "[...]":

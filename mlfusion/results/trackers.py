@@ -1,7 +1,7 @@
-"""Results where a lab already looks: TensorBoard, Weights & Biases and MLflow, each an extra.
+"""Export of results to experiment trackers: TensorBoard, Weights & Biases and MLflow, each an extra.
 
-A tracker is given every row when it is saved, and can be given them later; the rows of record stay in `results`. One run a
-row, with the row's id, so that a chart leads back to it.
+Rows are logged when they are saved, or later; the results folder stays the authoritative copy. Each row becomes one run
+with the row's id, so that a chart can be traced to its row.
 """
 
 import re
@@ -19,29 +19,29 @@ from mlfusion.results import Row
 
 
 class Tracker(Protocol):
-    """Somewhere that rows are shown."""
+    """An experiment tracker that rows are logged to."""
 
     def log(self, row: Row) -> None:
-        """Show a row."""
+        """Log a row as a run."""
 
 
 def settings(row: Row) -> dict[str, str | int | float]:
-    """What a row was made with, which trackers call hyper-parameters; options that were not used are left out."""
-    held = to_builtins(row)
+    """The options of a row, which trackers call hyper-parameters; those that were not used are left out."""
+    fields = to_builtins(row)
     names = ("model", "dataset", "probe", "seed", "grid", "metric", "parameters", "code", "id")
     options = ("shots", "halving", "smoothing", "precision", "device", "protocol")
-    selected = {f"selected.{name}": value for name, value in held["selected"].items()}
-    return {name: held[name] for name in (*names, *options) if name in held} | selected
+    selected = {f"selected.{name}": value for name, value in fields["selected"].items()}
+    return {name: fields[name] for name in (*names, *options) if name in fields} | selected
 
 
 def scores(row: Row) -> dict[str, float]:
-    """The numbers that came out, as fractions; and seconds."""
+    """The scores as fractions, and the seconds of training."""
     metrics = {f"metrics.{k}": value for k, value in to_builtins(row.metrics).items() if isinstance(value, float)}
     return {"test": row.test, "val": row.val, "train": row.train, "seconds": row.seconds} | metrics
 
 
 def layers(row: Row) -> dict[str, dict[int, float]]:
-    """{kind: {layer: its share of the attention}} of a probe that shares it among layers."""
+    """{token kind: {layer: share of the attention}}; empty for a probe of a single layer."""
     attention = row.attention
     found: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     if attention and len(set(attention.layers)) > 1:
@@ -81,7 +81,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases: a run a row. WANDB_MODE=offline, WANDB_DIR and the login are its own affair."""
+    """Weights & Biases, one run per row. WANDB_MODE, WANDB_DIR and the login are configured as usual there."""
 
     def __init__(self, where: str) -> None:
         """`where` is the project; default mlfusion."""
@@ -108,7 +108,7 @@ class WandB:
 
 
 class MLflow:
-    """An MLflow server or database: a run a row in the experiment mlfusion."""
+    """An MLflow server or database, one run per row in the experiment mlfusion."""
 
     def __init__(self, where: str) -> None:
         """`where` is the tracking URI; default MLflow's own, such as $MLFLOW_TRACKING_URI."""
@@ -137,10 +137,10 @@ TRACKERS: dict[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "wa
 
 
 def open_trackers(words: str | Sequence[str]) -> list[Tracker]:
-    """'tensorboard:runs,wandb:project,mlflow:sqlite:///mlflow.db' → trackers; what follows the first colon is the place.
+    """'tensorboard:runs,wandb:project,mlflow:sqlite:///mlflow.db' → trackers; the location follows the first colon.
 
     Raises:
-        UnknownName: no such tracker.
+        UnknownName: there is no such tracker.
         Unavailable: its extra is not installed; says how to.
     """
     parts = [part.strip() for part in (words.split(",") if isinstance(words, str) else words)]
@@ -154,7 +154,7 @@ def open_trackers(words: str | Sequence[str]) -> list[Tracker]:
 
 
 def log_rows(rows: Iterable[Row], trackers: Sequence[Tracker], done: Callable[[], object] = lambda: None) -> None:
-    """Show rows that are there already in trackers; `done` is called after each row."""
+    """Log stored rows to trackers; `done` is called after each row."""
     for row in rows:
         for tracker in trackers:
             tracker.log(row)

@@ -1,13 +1,13 @@
-"""How sure a number is: spreads, intervals, tests, ranks, calibration and similarity, by SciPy and scikit-learn. No torch.
+"""Uncertainty of results: spreads, intervals, tests, ranks, calibration and similarity, by SciPy and scikit-learn. No torch.
 
-`images`      over the test images of one data set: interval, difference (paired bootstrap), mcnemar, calibration, confusion
+`images`      over the test images of a data set: interval, difference (paired bootstrap), mcnemar, calibration, confusion
 `datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, against, ranking (Friedman, critical difference)
-`rows`        of rows: compare, by_dataset, over_datasets, rank, certainty, fit (train and test), cost; Spread over seeds
-`cka`         of layers: cka, cka_with, layer_cka (centred kernel alignment, linear or by an RBF)
+`rows`        on rows: compare, by_dataset, over_datasets, rank, certainty, fit (train and test), cost; Spread over seeds
+`cka`         similarity of layers: cka, cka_with, layer_cka (centred kernel alignment, linear or by an RBF)
 
-Functions of arrays or rows, each returning a frozen value. Scores are fractions; a gain always stands beside the scores it
-is the difference of. Deviation over seeds and interval over test images are two uncertainties: one says how much another
-training run would differ, the other how much another test set would.
+Functions of arrays or rows, each returning a frozen value. Scores are fractions; a gain is always shown with the two
+scores. The deviation over seeds is the variation over training runs; the interval over test images is the variation over
+test sets.
 """
 
 from mlfusion.statistics.cka import cka, cka_with, layer_cka

@@ -1,7 +1,7 @@
-"""How alike two layers are: centred kernel alignment (CKA; Kornblith et al. 2019, arXiv 1905.00414), linear or by an RBF.
+"""The similarity of two layers: centred kernel alignment (CKA; Kornblith et al. 2019, arXiv 1905.00414), linear or by an RBF.
 
 The linear one is computed from products of features, never from an N × N Gram matrix: its memory does not grow with the
-images squared. That of a radial basis function, which sees how like the neighbourhoods are, needs the matrices.
+square of the number of images. The RBF kernel, which compares neighbourhoods, needs those matrices.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ import numpy as np
 from mlfusion.errors import BadData, UnknownName
 
 Kernel = Literal["linear", "rbf"]
-LEAST = 4  # images, for the unbiased estimate
+MIN_IMAGES = 4  # needed by the unbiased estimate
 SIGMA = 0.2
-"""Width of the RBF, as a share of the median distance between two images, which no scale of the features changes."""
+"""Width of the RBF as a share of the median distance between two images, so that the scale of the features cancels."""
 
 
 def cka(
@@ -26,13 +26,13 @@ def cka(
         x: [N, D].
         y: [N, E].
         kernel: 'linear', or 'rbf': exp(-d² / 2 (sigma m)²) of the distance d, m being the median one.
-        sigma: width of the RBF. The smaller, the nearer the neighbours that count.
-        debiased: by the unbiased estimate of HSIC (Song et al. 2012; Nguyen et al. 2021, arXiv 2010.15327), which of unrelated
-            representations is 0 on average; the plain one grows towards 1 with D / N.
+        sigma: width of the RBF; a smaller one counts only nearer neighbours.
+        debiased: use the unbiased estimate of HSIC (Song et al. 2012; Nguyen et al. 2021, arXiv 2010.15327), which averages 0
+            for unrelated representations; the plain one grows towards 1 with D / N.
 
     Raises:
-        BadData: not of the same images, or of too few.
-        UnknownName: no such kernel.
+        BadData: the representations are of different images, or of too few.
+        UnknownName: there is no such kernel.
     """
     return cka_with(y, kernel=kernel, sigma=sigma, debiased=debiased)(x)
 
@@ -40,7 +40,7 @@ def cka(
 def cka_with(
     last: np.ndarray, *, kernel: Kernel = "linear", sigma: float = SIGMA, debiased: bool = True
 ) -> Callable[[np.ndarray], float]:
-    """The same with one representation held, for many others: what is computed of it is computed once."""
+    """The same with one representation fixed, for comparison with many others: its own terms are computed once."""
     if kernel not in get_args(Kernel):
         raise UnknownName("kernel", kernel, get_args(Kernel))
 
@@ -50,20 +50,20 @@ def cka_with(
     def hsic(a: np.ndarray, b: np.ndarray) -> float:
         return _hsic(a, b, debiased) if kernel == "linear" else float((a * b).sum())
 
-    held = prepared(last)
-    own = hsic(held, held)
+    reference = prepared(last)
+    own = hsic(reference, reference)
 
-    def with_it(x: np.ndarray) -> float:
-        if len(x) != len(held):
-            raise BadData(f"representations of {len(x)} and {len(held)} images; allowed: both of the same images")
+    def to_reference(x: np.ndarray) -> float:
+        if len(x) != len(reference):
+            raise BadData(f"representations of {len(x)} and {len(reference)} images; allowed: both of the same images")
         a = prepared(x)
-        return _ratio(hsic(a, held), hsic(a, a), own)
+        return _ratio(hsic(a, reference), hsic(a, a), own)
 
-    return with_it
+    return to_reference
 
 
 def layer_cka(tokens: np.ndarray, *, debiased: bool = True) -> np.ndarray:
-    """Linear CKA of every layer with every other [L, L], of one kind of token [N, L, D].
+    """Linear CKA of every layer with every other [L, L], for the tokens of one kind [N, L, D].
 
     features = mlfusion.load_features("formula-vit", "digits", "test", tokens="cls")
     layer_cka(features.tokens[:, :, 0])
@@ -78,11 +78,11 @@ def layer_cka(tokens: np.ndarray, *, debiased: bool = True) -> np.ndarray:
 
 
 def _centred(x: np.ndarray) -> np.ndarray:
-    """[N, D] float64 of mean 0: neither estimate depends on the mean, and sums of squares stay small without it."""
-    held = np.asarray(x, np.float64)
-    if held.ndim != 2 or len(held) < LEAST:
-        raise BadData(f"a representation of shape {held.shape}; allowed: [N, D] with {LEAST} images or more")
-    return held - held.mean(0)
+    """Centre to mean 0, [N, D] float64: neither estimate depends on the mean, and sums of squares stay small without it."""
+    values = np.asarray(x, np.float64)
+    if values.ndim != 2 or len(values) < MIN_IMAGES:
+        raise BadData(f"a representation of shape {values.shape}; allowed: [N, D] with {MIN_IMAGES} images or more")
+    return values - values.mean(0)
 
 
 def _hsic(a: np.ndarray, b: np.ndarray, debiased: bool) -> float:
@@ -99,7 +99,7 @@ def _hsic(a: np.ndarray, b: np.ndarray, debiased: bool) -> float:
 
 
 def _rbf(x: np.ndarray, sigma: float) -> np.ndarray:
-    """[N, N] of centred features; nothing where most images coincide, which leaves no width to choose."""
+    """RBF Gram matrix [N, N] of centred features; zeros if most images coincide, since then no width can be chosen."""
     squares = (x**2).sum(1)
     distances = np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0)  # squared
     middle = float(np.median(distances[np.triu_indices(len(x), 1)]))
@@ -107,9 +107,9 @@ def _rbf(x: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _centred_gram(k: np.ndarray, debiased: bool) -> np.ndarray:
-    """A Gram matrix such that the sum of two such, multiplied cell by cell, is HSIC up to a factor in N.
+    """Centre a Gram matrix so that the sum of the elementwise product of two is HSIC up to a factor in N.
 
-    Unbiased: without its diagonal, and with rows that sum to nothing without it (Székely and Rizzo 2014).
+    The unbiased form has a zero diagonal and rows that sum to zero (Székely and Rizzo 2014).
     """
     n = len(k)
     if not debiased:
@@ -124,4 +124,4 @@ def _centred_gram(k: np.ndarray, debiased: bool) -> np.ndarray:
 
 
 def _ratio(both: float, a: float, b: float) -> float:
-    return both / float(np.sqrt(a * b)) if min(a, b) > 0 else float("nan")  # a constant representation is like nothing
+    return both / float(np.sqrt(a * b)) if min(a, b) > 0 else float("nan")  # not defined for a constant representation

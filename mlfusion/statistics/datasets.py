@@ -1,7 +1,7 @@
-"""Over data sets: is one probe better than another in general? The unit is a data set, with its mean over seeds.
+"""Tests over data sets: is one probe better than another in general? The unit is a data set, with its mean over seeds.
 
-After Demšar (2006), Statistical Comparisons of Classifiers over Multiple Data Sets: signed ranks for two, Friedman's test and
-the critical difference of Nemenyi for more.
+The tests follow Demšar (2006), Statistical Comparisons of Classifiers over Multiple Data Sets: signed ranks for two probes,
+Friedman's test and the critical difference of Nemenyi for more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from mlfusion.errors import BadData
 
 FEWEST = 6
-"""Data sets without which nothing is said: with fewer, no two-sided signed-rank test can give p < 0.05."""
+"""Minimum number of data sets for a test: with fewer, no two-sided signed-rank test can give p < 0.05."""
 
 ALPHA = 0.05
 
@@ -36,17 +36,17 @@ class Against:
 
     name: str
     n: int
-    mean: float  # of the gains
+    mean: float  # mean of the gains
     median: float
     p: float | None  # one-sided: it gains
-    q: float | None  # p adjusted for all that were tested beside it, by Benjamini and Hochberg
+    q: float | None  # p adjusted for all probes tested together (Benjamini and Hochberg)
     significant: bool  # q below the level
     refused: str | None  # why p is None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two of the ranked, with the p-values that they do equally well."""
+    """Two ranked probes, with the p-values of the hypothesis that they are equally good."""
 
     a: str
     b: str
@@ -56,44 +56,46 @@ class Pair:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Mean ranks over data sets, 1 the best: what a critical-difference diagram draws."""
+    """Mean ranks over data sets, 1 the best, as a critical-difference diagram shows them."""
 
     names: tuple[str, ...]  # by mean rank
     ranks: tuple[float, ...]
     means: tuple[float, ...]  # of the scores
     datasets: int
-    friedman: float  # p-value that all do equally well
+    friedman: float  # p-value of the hypothesis that all are equally good
     critical_difference: float  # of two mean ranks, by Nemenyi
     level: float
-    groups: tuple[tuple[str, ...], ...]  # neighbours of which no two differ by more; none of one alone
+    groups: tuple[tuple[str, ...], ...]  # neighbours that differ by no more than that; at least two each
     pairs: tuple[Pair, ...]
 
 
 def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> Signed:
-    """Are differences, one a data set, above 0? One-sided unless told otherwise; exact for up to 50 without ties
-    (for up to 9 with), else by the normal approximation.
+    """Test whether differences, one per data set, are above 0. The test is exact for up to 50 without ties (up to 9 with
+    ties), and else uses the normal approximation.
 
     Differences of exactly 0 are left out, as Wilcoxon did. `alternative` is 'greater', 'less' or 'two-sided'.
 
     Raises:
-        BadData: fewer than six that are not 0.
+        BadData: fewer than six differences are not 0.
     """
     from scipy.stats import wilcoxon as test
 
-    held = np.asarray(differences, np.float64)
-    # Differences of what was rounded to the same digits tie only up to the last bit.
-    given = np.round(held[held != 0], 12)
-    if len(given) < FEWEST:
-        equal = f" ({len(held) - len(given)} of {len(held)} are exactly 0)" if len(given) < len(held) else ""
+    values = np.asarray(differences, np.float64)
+    # Differences of rounded scores are equal only up to the last bit.
+    nonzero = np.round(values[values != 0], 12)
+    if len(nonzero) < FEWEST:
+        equal = f" ({len(values) - len(nonzero)} of {len(values)} are exactly 0)" if len(nonzero) < len(values) else ""
         raise BadData(
-            f"a signed-rank test of {len(given)} data set{'s' if len(given) != 1 else ''}{equal} is refused: with fewer than "
-            f"{FEWEST} it cannot give a two-sided p below 0.05, whatever they show. Probe more data sets, or look at each with "
-            "`mlfusion results compare`, which tests over images"
+            f"a signed-rank test of {len(nonzero)} data set{'s' if len(nonzero) != 1 else ''}{equal} is refused: with fewer "
+            f"than {FEWEST} it cannot give a two-sided p below 0.05, whatever they show. Probe more data sets, or look at each "
+            "with `mlfusion results compare`, which tests over images"
         )
-    tied = len(np.unique(np.abs(given))) < len(given)
+    tied = len(np.unique(np.abs(nonzero))) < len(nonzero)
     # With ties SciPy's exact p-value goes through all 2ⁿ signs, which takes it half a second from twelve on.
-    p = float(test(given, alternative=alternative, method="asymptotic" if tied and len(given) > 9 else "auto").pvalue)
-    return Signed(len(held), float(held.mean()), float(np.median(held)), p, alternative)
+    p = float(
+        test(nonzero, alternative=alternative, method="asymptotic" if tied and len(nonzero) > 9 else "auto").pvalue
+    )
+    return Signed(len(values), float(values.mean()), float(np.median(values)), p, alternative)
 
 
 def wilcoxon_or_reason(differences: Sequence[float], alternative: str = "greater") -> Signed | str:
@@ -105,18 +107,18 @@ def wilcoxon_or_reason(differences: Sequence[float], alternative: str = "greater
 
 
 def adjust(p: Sequence[float]) -> np.ndarray:
-    """p-values adjusted so that of those below α at most that part is false on average (Benjamini and Hochberg 1995)."""
+    """Adjust p-values so that on average at most the share α of those below α is false (Benjamini and Hochberg 1995)."""
     from scipy.stats import false_discovery_control
 
     return false_discovery_control(p, method="bh") if len(p) else np.empty(0)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """p-values adjusted so that the chance of any false one below α is at most α (Holm 1979)."""
-    held = np.asarray(p, np.float64)
-    order = np.argsort(held, kind="stable")
-    stepped = np.maximum.accumulate(held[order] * (len(held) - np.arange(len(held))))
-    adjusted = np.empty_like(held)
+    """Adjust p-values so that the chance of any false one below α is at most α (Holm 1979)."""
+    values = np.asarray(p, np.float64)
+    order = np.argsort(values, kind="stable")
+    stepped = np.maximum.accumulate(values[order] * (len(values) - np.arange(len(values))))
+    adjusted = np.empty_like(values)
     adjusted[order] = np.minimum(stepped, 1.0)
     return adjusted
 
@@ -124,37 +126,37 @@ def holm(p: Sequence[float]) -> np.ndarray:
 def against(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> list[Against]:
     """Several probes against one baseline: one-sided signed-rank tests, adjusted together.
 
-    `gains` holds each probe's gains over the baseline, one a data set (means over seeds); `level` is that of false discoveries.
+    `gains` holds each probe's gains over the baseline, one per data set (mean over seeds); `level` is the false discovery rate.
     """
-    tests = {name: wilcoxon_or_reason(held) for name, held in gains.items()}
+    tests = {name: wilcoxon_or_reason(values) for name, values in gains.items()}
     found = {name: test.p for name, test in tests.items() if isinstance(test, Signed)}
     adjusted = dict(zip(found, adjust(list(found.values())).tolist(), strict=True))
     return [
         Against(
             name,
-            len(held),
-            float(np.mean(held)),
-            float(np.median(held)),
+            len(values),
+            float(np.mean(values)),
+            float(np.median(values)),
             found.get(name),
             adjusted.get(name),
             adjusted.get(name, 1.0) < level,
             None if name in found else str(tests[name]),
         )
-        for name, held in gains.items()
+        for name, values in gains.items()
     ]
 
 
 def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> Ranking:
-    """Mean ranks, and which of them differ.
+    """Rank probes, and test which of them differ.
 
-    `scores` holds each probe's score on each data set, all on the same ones in the same order; the higher the better.
+    `scores` holds each probe's score on each data set, for the same data sets in the same order; higher is better.
 
     Raises:
         BadData: fewer than three probes or six data sets, or not every probe on every data set.
     """
     from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
-    names, lengths = list(scores), {len(held) for held in scores.values()}
+    names, lengths = list(scores), {len(values) for values in scores.values()}
     if len(lengths) > 1:
         raise BadData(
             "ranks need every probe on every data set; allowed: scores of the same data sets in the same order"

@@ -1,6 +1,6 @@
-"""Over the test images of one data set: how much another draw of images would change a score or a difference.
+"""Uncertainty over the test images of one data set: how much another sample of images would change a score or difference.
 
-Every metric is written as a function of weights, one an image: a resample of the bootstrap is a row of whole-numbered
+Every metric is a function of weights, one per image: a resample of the bootstrap is a row of whole-numbered
 weights, and a thousand of them are scored by one product with a sparse matrix.
 """
 
@@ -12,24 +12,24 @@ import numpy as np
 from mlfusion.errors import BadData, UnknownName
 
 TOP = 5
-_BLOCK = 4_000_000  # weights held at a time: 32 MB
-_TINY = 6e-8  # the least that a float16 can be: probabilities are kept as such
+_BLOCK = 4_000_000  # weights in memory at a time: 32 MB
+_TINY = 6e-8  # the smallest float16, in which probabilities are saved
 
 Measure = Callable[[np.ndarray], np.ndarray]
 """Weights of the images [B, N] → scores [B]; all ones is the score itself."""
 
 Predictions = np.ndarray | Sequence[np.ndarray]
-"""Probabilities [N, C], or numbers [N]; or a sequence of such, one a seed."""
+"""Probabilities [N, C], or numbers [N]; or a sequence of them, one per seed."""
 
 
 @dataclass(frozen=True)
 class Bootstrap:
     """How test images are resampled."""
 
-    level: float = 0.95  # part of such intervals that hold the true value
+    level: float = 0.95  # share of such intervals that contain the true value
     resamples: int = 2000
     seed: int = 0
-    method: str = "percentile"  # of SciPy; or 'basic' or 'BCa' (slower: it leaves out each image in turn)
+    method: str = "percentile"  # SciPy's name; or 'basic' or 'BCa' (slower: it leaves out each image in turn)
 
     def resample(self, score: Measure, images: int) -> tuple[float, float, np.ndarray]:
         """The interval of a score, low and high, and the scores of all resamples.
@@ -42,11 +42,11 @@ class Bootstrap:
         if images < 2:
             raise BadData(f"{images} test image cannot be resampled; allowed: two or more")
 
-        def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:  # which SciPy always makes the last
-            flat = drawn.reshape(-1, drawn.shape[-1]).astype(np.int64)
+        def statistic(rows: np.ndarray, axis: int) -> np.ndarray:  # always the last axis
+            flat = rows.reshape(-1, rows.shape[-1]).astype(np.int64)
             offsets = images * np.arange(len(flat))[:, None]
             weights = np.bincount((flat + offsets).ravel(), minlength=images * len(flat)).reshape(len(flat), images)
-            return score(weights.astype(np.float64)).reshape(drawn.shape[:-1])
+            return score(weights.astype(np.float64)).reshape(rows.shape[:-1])
 
         found = bootstrap(
             (np.arange(images),),
@@ -92,7 +92,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class McNemar:
-    """How often which of two probes is right, and the exact two-sided p-value that they are equally often."""
+    """Counts of images by which of two probes is right, and the exact two-sided p-value of equal accuracy."""
 
     both: int
     only_a: int
@@ -103,18 +103,18 @@ class McNemar:
 
 @dataclass(frozen=True)
 class Bin:
-    """Images whose surest class has a probability in (low, high]."""
+    """Images whose most probable class has a probability in (low, high]."""
 
     low: float
     high: float
     images: int
-    confidence: float | None  # mean probability of the surest class; None without images
+    confidence: float | None  # mean probability of that class; None without images
     accuracy: float | None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether probabilities are as often right as they say."""
+    """The calibration of probabilities: accuracy compared with confidence."""
 
     ece: float  # expected calibration error: mean over images of |confidence - accuracy| of their bin
     bins: tuple[Bin, ...]  # the reliability curve
@@ -126,14 +126,14 @@ def interval(
     """A bootstrap interval over test images.
 
     Args:
-        labels: classes [N] in 0..C-1; of several labels an image 0 and 1 [N, C]; or numbers [N].
-        predictions: of several seeds the interval is of the mean over them, each resample drawing the same images for all.
+        labels: classes [N] in 0..C-1; several labels per image, 0 or 1 [N, C]; or numbers [N].
+        predictions: with several seeds the interval is that of their mean; each resample draws the same images for all.
         metric: one of `METRICS`.
         bootstrap: how images are resampled.
 
     Raises:
-        BadData: labels and predictions do not belong together, or are fewer than two.
-        UnknownName: no such metric of such labels.
+        BadData: labels and predictions do not match, or are fewer than two.
+        UnknownName: there is no such metric for such labels.
     """
     score = _mean(labels, predictions, metric)
     low, high, _ = bootstrap.resample(score, len(labels))
@@ -148,25 +148,25 @@ def difference(
     metric: str = "balanced_accuracy",
     bootstrap: Bootstrap = BOOTSTRAP,
 ) -> Difference:
-    """A paired bootstrap of A - B: each resample draws the same images for both, so what is hard for both cancels.
+    """A paired bootstrap of A - B: each resample draws the same images for both, so that the difficulty of images cancels.
 
-    The p-value is the least level at which the percentile interval would still hold 0. Arguments and errors as of `interval`.
+    The p-value is the smallest level at which the percentile interval still contains 0. Arguments and errors as in `interval`.
     """
     score_a, score_b = _mean(labels, a, metric), _mean(labels, b, metric)
-    low, high, drawn = bootstrap.resample(lambda w: score_a(w) - score_b(w), len(labels))
+    low, high, distribution = bootstrap.resample(lambda w: score_a(w) - score_b(w), len(labels))
     at_a, at_b = _whole(score_a, labels), _whole(score_b, labels)
-    tail = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
+    tail = min(np.count_nonzero(distribution <= 0), np.count_nonzero(distribution >= 0))
     p = min(1.0, 2 * (tail + 1) / (bootstrap.resamples + 1))
     return Difference(at_a, at_b, at_a - at_b, low, high, bootstrap.level, float(p), bootstrap.resamples)
 
 
 def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
-    """The exact test of McNemar (1947): of the images that one probe gets right and the other wrong, is it half and half?
+    """The exact test of McNemar (1947): is each probe right on half of the images that only one gets right?
 
     `labels` are classes [N], `a` and `b` probabilities [N, C].
 
     Raises:
-        BadData: they are something else, or not of the same images.
+        BadData: they have other shapes, or are of different images.
     """
     from scipy.stats import binomtest
 
@@ -181,7 +181,7 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
 
 
 def calibration(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> Calibration:
-    """The expected calibration error in bins of equal width (Guo et al. 2017, arXiv 1706.04599), and the curve behind it.
+    """The expected calibration error in bins of equal width (Guo et al. 2017, arXiv 1706.04599), and the reliability curve.
 
     `labels` are classes [N], `probabilities` [N, C].
     """
@@ -203,7 +203,7 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15
 
 
 def confusion(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Images of each true class (rows) by the class they were taken for (columns): counts [C, C] int64."""
+    """Number of images by true class (rows) and predicted class (columns), [C, C] int64."""
     from sklearn.metrics import confusion_matrix
 
     _check(labels, probabilities)
@@ -217,8 +217,8 @@ def measure(labels: np.ndarray, predictions: np.ndarray, metric: str) -> Measure
     """A metric of these images as a function of their weights.
 
     Raises:
-        BadData: labels and predictions do not belong together.
-        UnknownName: no such metric of such labels.
+        BadData: labels and predictions do not match.
+        UnknownName: there is no such metric for such labels.
     """
     _check(labels, predictions)
     known = METRICS["number" if labels.dtype.kind == "f" else "labels" if labels.ndim == 2 else "class"]
@@ -275,18 +275,18 @@ def _mean_average_precision(labels: np.ndarray, scored: np.ndarray) -> Measure:
     orders, ends = [], []
     for column in scored.T:
         order = np.argsort(-column, kind="stable")
-        held = column[order]
-        last = np.append(np.flatnonzero(held[1:] != held[:-1]), len(held) - 1)
+        ordered = column[order]
+        last = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
         orders.append(order)
-        ends.append(last[np.searchsorted(last, np.arange(len(held)))])  # of each image the last one with its score
+        ends.append(last[np.searchsorted(last, np.arange(len(ordered)))])  # the last image with the same score
 
     def score(weights: np.ndarray) -> np.ndarray:
         each = np.full((len(weights), labels.shape[1]), np.nan)
         for c, (order, end) in enumerate(zip(orders, ends, strict=True)):
             w = weights[:, order]
             positive = w * labels[order, c]
-            found, seen = positive.cumsum(1)[:, end], w.cumsum(1)[:, end]
-            precision = np.divide(found, seen, out=np.zeros_like(found), where=seen > 0)
+            hits, counted = positive.cumsum(1)[:, end], w.cumsum(1)[:, end]
+            precision = np.divide(hits, counted, out=np.zeros_like(hits), where=counted > 0)
             total = positive.sum(1)
             np.divide((positive * precision).sum(1), total, out=each[:, c], where=total > 0)
         return np.nanmean(each, axis=1)
@@ -329,7 +329,7 @@ METRICS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
         "rmse": _rmse,
     },
 }
-"""By what the labels are: one class an image, several labels, or a number."""
+"""{kind of labels: {metric: measure}}: one class per image, several labels, or a number."""
 
 
 def _mean(labels: np.ndarray, predictions: Predictions, metric: str) -> Measure:
@@ -342,7 +342,7 @@ def _mean(labels: np.ndarray, predictions: Predictions, metric: str) -> Measure:
 
 
 def _whole(score: Measure, labels: np.ndarray) -> float:
-    """The score of the images as they are."""
+    """The score of all images, with equal weights."""
     return float(score(np.ones((1, len(labels))))[0])
 
 

@@ -1,4 +1,4 @@
-"""Statistics of rows: which may be compared, how two probes, their fit and their cost compare, how sure one row is."""
+"""Statistics of rows: comparison of two probes, ranks over data sets, fit, cost, and the certainty of one row."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ from mlfusion.statistics.images import BOOTSTRAP, Bootstrap, Calibration, Differ
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over n seeds, by which another training run would differ; no deviation for one."""
+    """Mean and sample standard deviation over n seeds: the variation over training runs; no deviation for n = 1."""
 
     mean: float
     sd: float | None
@@ -29,15 +29,15 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """One value a seed."""
-        held = list(values)
-        mean, n = fmean(held), len(held)
-        # `statistics.stdev` reckons in fractions, which takes a hundred thousand rows ten seconds.
-        return cls(mean, sqrt(fsum((value - mean) ** 2 for value in held) / (n - 1)) if n > 1 else None, n)
+        """From one value per seed."""
+        numbers = list(values)
+        mean, n = fmean(numbers), len(numbers)
+        # `statistics.stdev` computes with fractions: ten seconds for a hundred thousand rows.
+        return cls(mean, sqrt(fsum((value - mean) ** 2 for value in numbers) / (n - 1)) if n > 1 else None, n)
 
 
 class Setting(NamedTuple):
-    """What rows must have in common for their probes to be compared seed by seed."""
+    """The fields that rows must share for their probes to be compared seed by seed."""
 
     model: str
     dataset: str
@@ -57,18 +57,18 @@ class Comparison:
     metric: str
     a: str
     b: str
-    seeds: tuple[int, ...]  # that both were trained with, or those of the two rows
+    seeds: tuple[int, ...]  # seeds that both have, or those of the two rows
     score_a: Spread
     score_b: Spread
-    gain: Spread  # A - B, seed by seed: how much another training would differ
-    images: Difference | None  # A - B over the test images: how much other images would; None where arrays are missing
-    mcnemar: tuple[McNemar, ...]  # one a seed; empty where arrays are missing or images have no single class
+    gain: Spread  # A - B, seed by seed: the variation over training runs
+    images: Difference | None  # A - B over the test images; None if arrays are missing
+    mcnemar: tuple[McNemar, ...]  # one per seed; empty if arrays are missing or images have no single class
     marks: tuple[str, ...]  # what else differs between the two
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Train against test: how much of what was learned was learned by heart."""
+    """Train and test scores of a probe; the gap shows overfitting."""
 
     train: Spread
     test: Spread
@@ -77,20 +77,20 @@ class Fit:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a probe costs: the most of any seed's parameters, and the mean time."""
+    """The cost of a probe: the maximum of parameters over seeds, and the mean time."""
 
     parameters: int
     seconds: float
-    bytes: int  # of the tokens it reads in the cache
+    bytes: int  # size of the tokens it reads in the cache
 
 
 def setting(row: Row) -> Setting:
-    """What other rows must share with this one."""
+    """The setting of a row."""
     return Setting(row.model, row.dataset, row.grid, row.metric, row.features, row.options(), row.protocol)
 
 
 def fit(rows: Sequence[Row]) -> Fit:
-    """Of one probe's rows, one a seed."""
+    """The fit of one probe, from one row per seed."""
     return Fit(
         Spread.of(row.train for row in rows),
         Spread.of(row.test for row in rows),
@@ -99,7 +99,7 @@ def fit(rows: Sequence[Row]) -> Fit:
 
 
 def cost(rows: Sequence[Row]) -> Cost:
-    """Of one probe's rows, one a seed."""
+    """The cost of one probe, from one row per seed."""
     return Cost(
         max(row.parameters for row in rows),
         sum(row.seconds for row in rows) / len(rows),
@@ -108,21 +108,21 @@ def cost(rows: Sequence[Row]) -> Cost:
 
 
 def by_dataset(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """{probe: {data set: mean test score over seeds}}, as `against` and `ranking` want them, of one model and setting.
+    """{probe: {data set: mean test score over seeds}}, as `against` and `ranking` need them, for one model and setting.
 
     Raises:
         BadData: rows of several models, grids, options, metrics or protocols, whose scores do not belong in one table.
     """
-    held: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     kinds: dict[str, set[str]] = defaultdict(set)
     places: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for row in rows:
-        of = setting(row)
-        values = (of.model, of.grid, of.metric, of.options, of.protocol)
+        shared = setting(row)
+        values = (shared.model, shared.grid, shared.metric, shared.options, shared.protocol)
         for name, value in zip(("models", "grids", "metrics", "options", "protocols"), values, strict=True):
             kinds[name].add(str(value) or "none")
-        places[of.dataset].add(of.features)
-        held[row.probe][row.dataset].append(row.test)
+        places[shared.dataset].add(shared.features)
+        scores[row.probe][row.dataset].append(row.test)
     if mixed := [f"{name} {', '.join(sorted(given))}" for name, given in kinds.items() if len(given) > 1]:
         raise BadData(f"these rows cannot stand in one table, they are of {' and '.join(mixed)}; choose one of each")
     if several := [name for name, features in places.items() if len(features) > 1]:
@@ -130,52 +130,54 @@ def by_dataset(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
             f"rows on {', '.join(several)} were made from several sets of features; allowed: one a data set. Take the rows "
             "of one, by their 'features'"
         )
-    return {probe: {name: float(np.mean(v)) for name, v in sets.items()} for probe, sets in held.items()}
+    return {probe: {name: float(np.mean(v)) for name, v in sets.items()} for probe, sets in scores.items()}
 
 
 def compare(
     results: Results, a: Row | Sequence[Row], b: Row | Sequence[Row], *, bootstrap: Bootstrap = BOOTSTRAP
 ) -> Comparison:
-    """Two probes on the same test images: scores, the paired difference, and how sure it is.
+    """Compare two probes on the same test images: scores, the paired difference and its uncertainty.
 
-    `a` and `b` are a row each, or rows of one probe, one a seed: of several seeds those that both have count. `results` hold
-    what each test image got.
+    `a` and `b` are a row each, or rows of one probe, one per seed; only seeds that both have count. `results` holds the
+    arrays of the test images.
 
     Raises:
-        BadData: the two cannot be compared: other data, images, metric or protocol.
+        BadData: the two differ in data, images, metric or protocol.
     """
-    held_a, held_b = _paired([a] if isinstance(a, Row) else list(a), [b] if isinstance(b, Row) else list(b))
-    one, other = held_a[0], held_b[0]
+    rows_a, rows_b = _paired([a] if isinstance(a, Row) else list(a), [b] if isinstance(b, Row) else list(b))
+    one, other = rows_a[0], rows_b[0]
     _comparable(one, other)
-    drawn: Difference | None = None
+    image_difference: Difference | None = None
     tests: tuple[McNemar, ...] = ()
-    marks = _marks(held_a, held_b)
+    marks = _marks(rows_a, rows_b)
     try:
-        arrays_a, arrays_b = ([results.arrays(row) for row in rows] for rows in (held_a, held_b))
+        arrays_a, arrays_b = ([results.arrays(row) for row in rows] for rows in (rows_a, rows_b))
     except ResultsUnusable as err:
         marks = (*marks, f"no interval: {err}")
     else:
         labels = arrays_a[0]["labels"]
-        if not all(np.array_equal(labels, held["labels"]) for held in (*arrays_a, *arrays_b)):
+        if not all(np.array_equal(labels, arrays["labels"]) for arrays in (*arrays_a, *arrays_b)):
             raise BadData(
                 f"{one.id} and {other.id} were tested on other images, or in another order; allowed: the same test "
                 "split. Extract and probe both again from the data set as it is now"
             )
-        of_a, of_b = ([held["probabilities"] for held in each] for each in (arrays_a, arrays_b))
-        drawn = images.difference(labels, of_a, of_b, metric=one.metric, bootstrap=bootstrap)
+        predictions_a, predictions_b = ([arrays["probabilities"] for arrays in each] for each in (arrays_a, arrays_b))
+        image_difference = images.difference(
+            labels, predictions_a, predictions_b, metric=one.metric, bootstrap=bootstrap
+        )
         if labels.ndim == 1 and labels.dtype.kind != "f":
-            tests = tuple(images.mcnemar(labels, x, y) for x, y in zip(of_a, of_b, strict=True))
+            tests = tuple(images.mcnemar(labels, x, y) for x, y in zip(predictions_a, predictions_b, strict=True))
     return Comparison(
         model=one.model if one.model == other.model else f"{one.model} / {other.model}",
         dataset=one.dataset,
         metric=one.metric,
         a=one.probe,
         b=other.probe,
-        seeds=tuple(dict.fromkeys(row.seed for row in (*held_a, *held_b))),
-        score_a=Spread.of(row.test for row in held_a),
-        score_b=Spread.of(row.test for row in held_b),
-        gain=Spread.of(x.test - y.test for x, y in zip(held_a, held_b, strict=True)),
-        images=drawn,
+        seeds=tuple(dict.fromkeys(row.seed for row in (*rows_a, *rows_b))),
+        score_a=Spread.of(row.test for row in rows_a),
+        score_b=Spread.of(row.test for row in rows_b),
+        gain=Spread.of(x.test - y.test for x, y in zip(rows_a, rows_b, strict=True)),
+        images=image_difference,
         mcnemar=tests,
         marks=marks,
     )
@@ -187,16 +189,16 @@ def compare_probes(
     """Probe `a` against probe `b` in every setting among `rows` that has both with a seed in common; by model, then data set.
 
     Raises:
-        BadData: there is none.
+        BadData: there is no such setting.
     """
     grouped: dict[Setting, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row.probe in (a, b):
             grouped[setting(row)][row.probe].append(row)
     both = {
-        key: held
-        for key, held in sorted(grouped.items(), key=lambda each: each[0][:2])
-        if {row.seed for row in held[a]} & {row.seed for row in held[b]}
+        key: by_probe
+        for key, by_probe in sorted(grouped.items(), key=lambda each: each[0][:2])
+        if {row.seed for row in by_probe[a]} & {row.seed for row in by_probe[b]}
     }
     if not both:
         there = ", ".join(sorted({row.probe for row in rows})[:12])
@@ -204,17 +206,17 @@ def compare_probes(
             f"no data set has rows of both {a} and {b} with a seed, grid and protocol in common; there are rows of {there}. "
             f"Make them with `mlfusion probe --probe {a},{b}`"
         )
-    return [compare(results, held[a], held[b], bootstrap=bootstrap) for held in both.values()]
+    return [compare(results, by_probe[a], by_probe[b], bootstrap=bootstrap) for by_probe in both.values()]
 
 
 def compare_named(
     results: Results, a: str, b: str, *, bootstrap: Bootstrap = BOOTSTRAP, **chosen: Unpack[RowFilter]
 ) -> list[Comparison]:
-    """What `mlfusion results compare` shows: probes in every setting of the chosen rows; or, if either is an id, two results.
+    """Compare two probes in every setting of the chosen rows; or two results, if either is an id.
 
     Raises:
         BadData: they cannot be compared.
-        UnknownName: no result has such an id.
+        UnknownName: no result has this id.
         ResultsUnusable: there are no results.
     """
     probe_a, probe_b = _probe_name(a), _probe_name(b)
@@ -229,19 +231,19 @@ def _probe_name(word: str) -> str | None:
 
 
 def over_datasets(compared: Sequence[Comparison]) -> dict[str, Signed | str]:
-    """Of each model, the one-sided signed-rank test that A gains over B on its data sets, or why there is none."""
+    """{model: one-sided signed-rank test that A is better than B over its data sets, or why there is none}."""
     gains: dict[str, list[float]] = defaultdict(list)
     for one in compared:
         gains[one.model].append(one.gain.mean)
-    return {model: wilcoxon_or_reason(held) for model, held in gains.items()}
+    return {model: wilcoxon_or_reason(values) for model, values in gains.items()}
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Probes over data sets: their mean ranks, and the gains over one of them."""
+    """Mean ranks of probes over data sets, and tests of their gains over the baseline."""
 
     ranking: Ranking
-    against: tuple[Against, ...]  # one a probe but the baseline; empty where there are no rows of the baseline
+    against: tuple[Against, ...]  # one per other probe; empty without rows of the baseline
     baseline: str
     left_out: tuple[str, ...]  # probes without rows on every data set
 
@@ -261,8 +263,8 @@ def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> Rank:
     order = sorted(most)
     scores = {probe: [sets[name] for name in order] for probe, sets in whole.items()}
     base = scores.get(baseline, [])
-    others = {probe: held for probe, held in scores.items() if base and probe != baseline}
-    gains = {probe: np.subtract(held, base).tolist() for probe, held in others.items()}
+    others = {probe: values for probe, values in scores.items() if base and probe != baseline}
+    gains = {probe: np.subtract(values, base).tolist() for probe, values in others.items()}
     return Rank(
         ranking=ranking(scores, level=1 - level),
         against=tuple(against(gains, level=1 - level)),
@@ -282,35 +284,35 @@ class Confused(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Certainty:
-    """How sure a row's score is, by what each test image got; None where the target has no such thing or arrays are gone."""
+    """The certainty of a row's score, from its arrays; None if the target does not have it or the arrays are missing."""
 
     interval: Interval | None = None
     calibration: Calibration | None = None
     confusions: tuple[Confused, ...] | None = None  # the most frequent
-    missing: str | None = None  # why there is nothing, and what to do
+    missing: str | None = None  # why the arrays are missing, and what to do
 
 
 def certainty(results: Results, row: Row, *, confusions: int = 5) -> Certainty:
     """The interval of a row's score over test images, its calibration, and its most frequent confusions."""
     try:
-        held = results.arrays(row)
+        arrays = results.arrays(row)
     except ResultsUnusable as err:
         return Certainty(missing=str(err))
-    labels, predictions = held["labels"], held["probabilities"]
-    sure = images.interval(labels, predictions, metric=row.metric)
+    labels, predictions = arrays["labels"], arrays["probabilities"]
+    interval = images.interval(labels, predictions, metric=row.metric)
     if labels.ndim != 1 or labels.dtype.kind == "f":
-        return Certainty(sure)
+        return Certainty(interval)
     counts = images.confusion(labels, predictions)
     wrong = [(int(counts[i, j]), i, j) for i, j in zip(*counts.nonzero(), strict=True) if i != j]
     most = tuple(
         Confused(row.classes[i], row.classes[j], many, int(counts[i].sum()))
         for many, i, j in sorted(wrong, reverse=True)[:confusions]
     )
-    return Certainty(sure, images.calibration(labels, predictions), most)
+    return Certainty(interval, images.calibration(labels, predictions), most)
 
 
 def _paired(a: list[Row], b: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows of the same seeds, in the order of the seeds; of one row each, these two."""
+    """The rows of the seeds that both have, by seed; or the two rows themselves if each has one."""
     if len(a) == len(b) == 1:
         return a, b
     by_seed = [{row.seed: row for row in rows} for rows in (a, b)]
@@ -320,7 +322,7 @@ def _paired(a: list[Row], b: list[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def _comparable(a: Row, b: Row) -> None:
-    """Refuse what would compare two different things."""
+    """Raise `BadData` for rows that cannot be compared."""
     same = "allowed: rows of the same test images, metric and protocol"
     if a.metric != b.metric:
         raise BadData(f"{a.id} is measured by {a.metric}, {b.id} by {b.metric}; {same}")
@@ -342,11 +344,11 @@ def _comparable(a: Row, b: Row) -> None:
 
 
 def _marks(a: Sequence[Row], b: Sequence[Row]) -> tuple[str, ...]:
-    """What differs between the two beside the probe, and may be why their scores do; 'none' of options that were not used."""
-    told: list[str] = []
-    held = [[msgspec.to_builtins(row) for row in rows] for rows in (a, b)]  # which leave out options at their default
+    """Differences between the rows besides the probe, which may explain a difference in scores; 'none' for an unused option."""
+    differences: list[str] = []
+    objects = [[msgspec.to_builtins(row) for row in rows] for rows in (a, b)]  # without options at their default
     for name in ("seed", "grid", "code", "protocol", "device", "precision", "shots", "halving", "smoothing"):
-        of_a, of_b = (sorted({str(row.get(name, "none")) for row in rows}) for rows in held)
-        if of_a != of_b:
-            told.append(f"{name}: {', '.join(of_a)} against {', '.join(of_b)}")
-    return tuple(told)
+        values_a, values_b = (sorted({str(row.get(name, "none")) for row in rows}) for rows in objects)
+        if values_a != values_b:
+            differences.append(f"{name}: {', '.join(values_a)} against {', '.join(values_b)}")
+    return tuple(differences)

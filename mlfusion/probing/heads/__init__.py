@@ -1,4 +1,4 @@
-"""The heads, by name: a new one is one file with a `contract.HeadModule`, and one line here."""
+"""The heads, by name. A new head needs a file with a `contract.HeadModule` and a line here."""
 
 from mlfusion.probing.heads.abmil import AbMIL
 from mlfusion.probing.heads.aim import Aim

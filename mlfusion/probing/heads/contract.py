@@ -1,4 +1,4 @@
-"""What every head has in common, so that training and protocol need to know none of them by name."""
+"""The interface of every head, so that training and protocol depend on no head by name."""
 
 import math
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ class HeadModule(nn.Module, ABC):
     rate of dropout for each configuration; `seeds[k]` starts all random numbers of configuration k.
     """
 
-    max_grad_norm: ClassVar[float | None] = 5.0  # to which the gradient of each configuration is clipped
+    max_grad_norm: ClassVar[float | None] = 5.0  # each configuration's gradient is clipped to it
     has_dropout: ClassVar[bool] = False  # whether the rate of dropout is one of its hyper-parameters
     has_attention: ClassVar[bool] = True  # whether `attention` is implemented
 
@@ -49,12 +49,12 @@ class HeadModule(nn.Module, ABC):
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """A random stream for each configuration: what it draws does not depend on its company."""
+    """A random stream for each configuration, which does not depend on the other configurations."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def uniform(streams: Sequence[torch.Generator], *size: int, fan_in: int) -> nn.Parameter:
-    """[K, *size] from U(−1/√fan_in, 1/√fan_in), PyTorch's default for a Linear's weight and bias alike."""
+    """[K, *size] from U(−1/√fan_in, 1/√fan_in), PyTorch's default for the weight and bias of a Linear."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(torch.stack([torch.empty(size).uniform_(-bound, bound, generator=g) for g in streams]))
 
@@ -81,7 +81,7 @@ def ones(k: int, *size: int) -> nn.Parameter:
 
 
 def classifier(streams: Sequence[torch.Generator], classes: int, width: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight [K, C, D] and bias [K, C], as PyTorch's Linear."""
+    """Weight [K, C, D] and bias [K, C], initialised as in PyTorch's Linear."""
     return uniform(streams, classes, width, fan_in=width), uniform(streams, classes, fan_in=width)
 
 
@@ -93,8 +93,6 @@ def dropout_mask(
     The random bits come from the processor's generator, so that every device drops the same.
     """
     count, dropped = math.prod(size), round(rate * 2**16)
-    words = torch.empty(
-        -(-count // 4), dtype=torch.int64
-    )  # four numbers of 16 bits from each draw, which is what costs
+    words = torch.empty(-(-count // 4), dtype=torch.int64)  # each (slow) draw gives four numbers of 16 bits
     bits = to_device(words.random_(-(2**63), None, generator=stream).view(torch.int16)[:count], device)
     return (bits >= dropped - 2**15).view(size) * (2**16 / (2**16 - dropped))

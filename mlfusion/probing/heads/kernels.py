@@ -29,7 +29,7 @@ _on = os.environ.get("MLFUSION_KERNELS") != "0"
 
 @contextmanager
 def off() -> Iterator[None]:
-    """Within it, PyTorch does all the work, in every thread; MLFUSION_KERNELS=0 in the environment has the same effect."""
+    """Context in which PyTorch computes everything, in all threads; MLFUSION_KERNELS=0 in the environment does the same."""
     global _on
     before, _on = _on, False
     try:
@@ -89,7 +89,7 @@ def supports_inputs(x: Float[Tensor, "B T D"], weight: Float[Tensor, "... D"]) -
 
 
 def softmax(x: Float[Tensor, "B T D"], folded: Float[Tensor, "KH D"]) -> Float[Tensor, "B T KH"]:
-    """Softmax over T of the products of tokens and folded keys, in the type of the keys; products are in that of the tokens."""
+    """Softmax over T of the products of tokens and folded keys; products have the type of tokens, results that of keys."""
     (b, t, d), heads = x.shape, len(folded)
     if not supports_inputs(x, folded):
         scores = x.flatten(0, 1) @ folded.to(x.dtype).T
@@ -179,7 +179,7 @@ class FactoredGradient:
     dense: Float[Tensor, "K R D"] | None = None  # bfloat16
     scale: Float[Tensor, "K D"] | None = None
     left: Float[Tensor, "K R"] | None = None
-    right: Float[Tensor, "K G D"] | None = None  # R / G rows after one another have one in common
+    right: Float[Tensor, "K G D"] | None = None  # R / G consecutive rows share one
 
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
@@ -231,7 +231,7 @@ _gradients = WeakTensorKeyDictionary()
 
 
 def register(parameters: Iterable[Tensor]) -> None:
-    """From now on a backward pass may put factored gradients of these parameters; the caller pops them and calls `adamw`."""
+    """Let backward passes put factored gradients of these parameters; the caller pops them and calls `adamw`."""
     for parameter in parameters:
         if supports_weight(parameter):
             _gradients[parameter] = None
@@ -246,7 +246,7 @@ def put_gradient(parameter: Tensor, gradient: FactoredGradient) -> None:
     """Hand over the gradient of a registered parameter, in place of one that autograd would add up.
 
     Raises:
-        RuntimeError: the gradient before it was not popped: one of them would be lost.
+        RuntimeError: the previous gradient was not popped, and would be lost.
     """
     if _gradients[parameter] is not None:
         raise RuntimeError("a second backward pass before the optimiser's step; step after each")
@@ -265,7 +265,7 @@ def pop_gradient(parameter: Tensor) -> FactoredGradient | None:
 
 
 def _run(name: str, count: int, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], numbers: int) -> None:
-    """Call a kernel on `count` items of work of `numbers` each, parted among as many threads as PyTorch would take."""
+    """Call a kernel on `count` items of work of `numbers` each, split among at most as many threads as PyTorch uses."""
     threads = max(1, min(torch.get_num_threads(), count, count * numbers // NUMBERS_PER_THREAD))
     edges = [count * n // threads for n in range(threads + 1)]
     kernel = partial(

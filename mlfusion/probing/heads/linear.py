@@ -1,4 +1,4 @@
-"""The linear head, the measure that every other head is held against."""
+"""The linear head, the baseline of every other head."""
 
 from abc import ABC
 from collections.abc import Sequence

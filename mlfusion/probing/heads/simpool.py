@@ -11,7 +11,7 @@ from mlfusion.probing.heads.pooling import linear, standardize
 from mlfusion.shapes import Float
 
 EXPONENT = 1.25  # the paper's γ for vision transformers
-LEAST = 1e-6  # keeps the power's gradient finite at the smallest value
+EPSILON = 1e-6  # keeps the power's gradient finite at the smallest value
 
 
 class SimPool(HeadModule):
@@ -32,7 +32,7 @@ class SimPool(HeadModule):
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
         x = standardize(tokens)
-        raised = (x - x.amin((1, 2), keepdim=True) + LEAST) ** EXPONENT
+        raised = (x - x.amin((1, 2), keepdim=True) + EPSILON) ** EXPONENT
         pooled = torch.bmm(self._weights(x), raised).transpose(0, 1)  # [K, B, D]
         return linear(pooled ** (1 / EXPONENT), self.classifier, self.classifier_bias)
 

@@ -1,4 +1,4 @@
-"""Heads that are solved for, not trained: ridge and logistic regression at their optimum, and nearest neighbours.
+"""The design matrix of heads that are solved for: ridge and logistic regression, and nearest neighbours.
 
 All three take the concatenation of an image's tokens, each of length 1, as the linear probe does, and give probes with the
 interface of the trained heads. They compute in float64: float32 loses a penalty of 1e-6 beside an eigenvalue of 1e4.
@@ -17,7 +17,7 @@ from mlfusion.probing.training.batches import Tokens
 from mlfusion.shapes import Float, Int
 
 F64 = torch.float64
-BLOCK = 1 << 24  # numbers of a block of images, neighbours or votes
+BLOCK = 1 << 24  # size of a block of images, neighbours or votes, in numbers
 
 
 @dataclass(frozen=True)

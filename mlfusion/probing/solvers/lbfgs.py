@@ -10,14 +10,14 @@ from mlfusion.shapes import Float, Int
 
 HISTORY = 10  # steps that are remembered
 MOST_ITERATIONS = 1000  # as in CLIP's protocol
-TOLERANCE = 1e-8  # of the loss, relative to it
+TOLERANCE = 1e-8  # relative to the loss
 
 Function = Callable[[Float[Tensor, "k P"], Int[Tensor, " k"]], tuple[Float[Tensor, " k"], Float[Tensor, "k P"]]]
-"""Points, and which of the K functions they are for → values and gradients."""
+"""(points, indices of their functions) → (values, gradients)."""
 
 
 class _Point(NamedTuple):
-    """Where k functions are: points, values and gradients."""
+    """Points of k functions, with values and gradients."""
 
     x: Float[Tensor, "k P"]
     value: Float[Tensor, " k"]
@@ -27,19 +27,18 @@ class _Point(NamedTuple):
 def minimise(function: Function, start: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
     """Minima of K convex functions of P numbers each, by L-BFGS (Liu & Nocedal, 1989), all K in step.
 
-    Backtracking is enough: of a convex function every step has the curvature that a line search for Wolfe's condition
-    looks for. A function is done when ten steps gained less than `TOLERANCE` of its value and the gradient, squared,
-    is as small beside it.
+    Backtracking is enough: for a convex function every step meets the curvature condition of Wolfe's line search. A function
+    is done when ten steps gained less than `TOLERANCE` of its value and its squared gradient is as small.
     """
     result = start.clone()
     which = torch.arange(len(start), device=start.device)
     x = start.clone()
     value, gradient = function(x, which)
     steps: list[Tensor] = []
-    turns: list[Tensor] = []
+    changes: list[Tensor] = []
     past: list[Tensor] = [value]
     for _ in range(MOST_ITERATIONS):
-        direction = -_inverse(gradient, steps, turns)
+        direction = -_inverse(gradient, steps, changes)
         slope = (direction * gradient).sum(1)
         uphill = slope >= 0  # by rounding only
         direction[uphill], slope[uphill] = -gradient[uphill], -gradient[uphill].square().sum(1)
@@ -47,7 +46,7 @@ def minimise(function: Function, start: Float[Tensor, "K P"]) -> Float[Tensor, "
             shorter = 1 / direction.norm(dim=1).clamp(min=1.0)
             direction, slope = direction * shorter[:, None], slope * shorter
         new, new_value, new_gradient = _backtrack(function, which, _Point(x, value, gradient), direction, slope)
-        steps, turns = [*steps, new - x][-HISTORY:], [*turns, new_gradient - gradient][-HISTORY:]
+        steps, changes = [*steps, new - x][-HISTORY:], [*changes, new_gradient - gradient][-HISTORY:]
         x, value, gradient = new, new_value, new_gradient
         past = [*past, value][-11:]
         small = gradient.square().sum(1) <= TOLERANCE * (value.abs() + 1e-300)
@@ -57,7 +56,7 @@ def minimise(function: Function, start: Float[Tensor, "K P"]) -> Float[Tensor, "
             result[which[done]] = x[done]
             rest = ~done
             which, x, value, gradient = which[rest], x[rest], value[rest], gradient[rest]
-            steps, turns, past = [s[rest] for s in steps], [t[rest] for t in turns], [p[rest] for p in past]
+            steps, changes, past = [s[rest] for s in steps], [t[rest] for t in changes], [p[rest] for p in past]
             if not len(which):
                 return result
     result[which] = x
@@ -73,7 +72,7 @@ def _backtrack(
 ) -> _Point:
     """The point along `direction` where each function has fallen enough (Armijo's condition), by halving the step.
 
-    A function that has not after 40 halvings stays where it is.
+    A function that has not fallen after 40 halvings keeps its point.
     """
     new = _Point(at.x.clone(), at.value.clone(), at.gradient.clone())
     size = torch.ones_like(at.value)
@@ -92,19 +91,19 @@ def _backtrack(
 
 
 def _inverse(
-    gradient: Float[Tensor, "k P"], steps: list[Float[Tensor, "k P"]], turns: list[Float[Tensor, "k P"]]
+    gradient: Float[Tensor, "k P"], steps: list[Float[Tensor, "k P"]], changes: list[Float[Tensor, "k P"]]
 ) -> Float[Tensor, "k P"]:
     """The inverse Hessian by the two-loop recursion, times the gradient."""
-    q, kept = gradient.clone(), []
-    for step, turn in zip(reversed(steps), reversed(turns), strict=True):
-        curvature = (step * turn).sum(1)
+    q, coefficients = gradient.clone(), []
+    for step, change in zip(reversed(steps), reversed(changes), strict=True):
+        curvature = (step * change).sum(1)
         rho = torch.where(curvature > 0, 1 / curvature, 0.0)  # no step was taken: nothing is learnt
         alpha = rho * (step * q).sum(1)
-        q -= alpha[:, None] * turn
-        kept.append((rho, alpha))
+        q -= alpha[:, None] * change
+        coefficients.append((rho, alpha))
     if steps:
-        length = (turns[-1] ** 2).sum(1)
-        q *= torch.where(length > 0, (steps[-1] * turns[-1]).sum(1) / length, 1.0)[:, None]
-    for step, turn, (rho, alpha) in zip(steps, turns, reversed(kept), strict=True):
-        q += (alpha - rho * (turn * q).sum(1))[:, None] * step
+        length = (changes[-1] ** 2).sum(1)
+        q *= torch.where(length > 0, (steps[-1] * changes[-1]).sum(1) / length, 1.0)[:, None]
+    for step, change, (rho, alpha) in zip(steps, changes, reversed(coefficients), strict=True):
+        q += (alpha - rho * (change * q).sum(1))[:, None] * step
     return q

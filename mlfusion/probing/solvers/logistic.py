@@ -51,11 +51,11 @@ class Logistic:
         shape = (-1, *start.shape)
 
         def function(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-            own, paid = scale[which], penalty[which][:, None]
-            map_ = x.view(shape) * own
+            own_scale, own_penalty = scale[which], penalty[which][:, None]
+            map_ = x.view(shape) * own_scale
             loss, gradient = self._loss(map_)
-            loss = loss + 0.5 * (paid * map_.square()).sum((1, 2))
-            return loss, ((gradient + paid * map_) * own).flatten(1)
+            loss = loss + 0.5 * (own_penalty * map_.square()).sum((1, 2))
+            return loss, ((gradient + own_penalty * map_) * own_scale).flatten(1)
 
         found = minimise(function, (start / scale).flatten(1))
         return found.view(shape) * scale

@@ -7,7 +7,7 @@ from torch import Tensor
 from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty
 from mlfusion.shapes import Float
 
-SCALES = tuple(np.geomspace(1e-1, 1e3, 81).tolist())  # of ridge's scores, to choose from
+SCALES = tuple(np.geomspace(1e-1, 1e3, 81).tolist())  # candidate factors of ridge's scores
 
 
 class Ridge:

@@ -1,1 +1,1 @@
-"""Heads that are trained: a grid of configurations in lockstep."""
+"""Training of heads: a grid of configurations in lockstep."""

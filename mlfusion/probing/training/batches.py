@@ -1,6 +1,6 @@
-"""Training batches: tokens scaled to length 1 and jittered, in a shuffled order, held in memory or streamed from the cache.
+"""Training batches: tokens scaled to length 1 and jittered, in a shuffled order, from memory or streamed from the cache.
 
-The order of an epoch follows from the seed, the rows and the size of an image alone: held and streamed tokens come in the same
+The order of an epoch depends only on the seed, the rows and the size of an image: loaded and streamed tokens come in the same
 batches.
 """
 
@@ -21,12 +21,12 @@ from mlfusion.specs.identity import digest
 from mlfusion.store import TokenReader
 
 LARGEST_BATCH = 2048
-FEWEST_BATCHES = 5  # an epoch
+FEWEST_BATCHES = 5  # per epoch
 JITTER_STD = 0.05
 JITTER_PROBABILITY = 0.5
-SHUFFLE_BYTES = 1 << 28  # of images that are shuffled together; streaming holds twice as many
-RUN_NUMBERS = 1 << 19  # of neighbouring images that are read together: at least one chunk of the cache
-MIN_RUNS = 8  # of the images that are shuffled together
+SHUFFLE_BYTES = 1 << 28  # size of the images that are shuffled together; streaming needs twice as much
+RUN_NUMBERS = 1 << 19  # size of the neighbouring images that are read together: at least one chunk of the cache
+MIN_RUNS = 8  # minimum number of runs that are shuffled together
 
 _PIECE = 1 << 18  # numbers that are converted, normalised and jittered at a time, so that they stay in a core's cache
 
@@ -51,12 +51,12 @@ class Tokens:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether they are read on request, and not held in memory."""
+        """Whether tokens are read on request instead of from memory."""
         return isinstance(self.values, TokenReader)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tokens in memory, in their own type."""
+        """Size of all tokens in their own type, in bytes."""
         return math.prod(self.values.shape) * self.values.dtype.itemsize
 
     def __getitem__(self, rows: slice | Int[np.ndarray, " b"]) -> Num[Tensor, "b T D"]:
@@ -83,8 +83,8 @@ class Tokens:
     ) -> Iterator[tuple[Int[np.ndarray, " b"], Num[Tensor, "b T D"]]]:
         """Rows and tokens, in their own type, of every batch of `Schedule.order`'s groups.
 
-        Tokens from the cache are read a group at a time, the next one in a thread. Whoever asks for a batch should hold none
-        before it, so that the memory of two groups is enough.
+        Tokens from the cache are read a group at a time, the next one in a thread. Callers should release each
+        batch before the next, so that the memory of two groups is enough.
         """
         if not self.is_streamed:
             yield from ((rows, self[rows]) for group in groups for rows in group)
@@ -116,9 +116,9 @@ class Schedule:
 
     @classmethod
     def of(cls, images: int, *, epochs: int = 40, least_steps: int = 1000) -> "Schedule":
-        """The study's: batches of 2,048, or smaller so that an epoch has five; never fewer than `least_steps`."""
+        """The study's schedule: batches of at most 2,048, at least five per epoch, and at least `least_steps` steps."""
         batches = max(FEWEST_BATCHES, math.ceil(images / LARGEST_BATCH))
-        # BatchNorm has no statistics of one image: two at least in every batch.
+        # BatchNorm has no statistics of one image: every batch has at least two.
         batches = max(1, min(batches, images // 2))
         return cls(images, max(epochs * batches, least_steps), math.ceil(images / batches), batches)
 
@@ -131,7 +131,7 @@ class Schedule:
     def order(self, tokens: Tokens, rows: Int[np.ndarray, " N"], seed: int) -> Iterator[list[Int[np.ndarray, " b"]]]:
         """The rows of every batch of all steps, in groups of whole batches that are shuffled among themselves.
 
-        Where an epoch is one group, all its orders are equally likely. Where it has several, runs of neighbouring rows are
+        If an epoch is one group, all its orders are equally likely. If it has several, runs of neighbouring rows are
         dealt to the groups at random: every group has images from the whole split, and streaming reads whole runs.
         The size of the tokens decides how many images a group has; `rows` are ascending.
         """
@@ -181,7 +181,7 @@ def batches(
 
 
 def to_device(values: Shaped[Tensor, "..."], device: torch.device | str) -> Shaped[Tensor, "..."]:
-    """Copy to a device: to a GPU without waiting, beside what it computes."""
+    """Copy to a device; a copy to a GPU is asynchronous."""
     if values.device.type == "cpu" and torch.device(device).type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
@@ -217,8 +217,8 @@ def _noise(
 
     The processor draws the places in the table, 16 bits each, so that every device gets the same noise.
     """
-    drawn = b"".join(jitter.bytes(2 * len(rows) * math.prod(shape)) for rows in parts)
-    places = to_device(torch.frombuffer(bytearray(drawn), dtype=torch.int16), device)
+    random_bytes = b"".join(jitter.bytes(2 * len(rows) * math.prod(shape)) for rows in parts)
+    places = to_device(torch.frombuffer(bytearray(random_bytes), dtype=torch.int16), device)
     return _quantiles(device).take(places.long()).view(-1, *shape)  # place -1 is the last
 
 

@@ -32,8 +32,8 @@ class AdamW:
         # Views of each configuration's part: making them anew costs more than a step of a small probe.
         self._members = [tuple([each[k] for each in one] for one in self._state) for k in range(len(lr))]
         # One call updates neighbouring configurations with the same rate and decay.
-        alike = groupby(range(len(lr)), key=lambda k: (lr[k], weight_decay[k]))
-        self._alike = [(weight_decay[own[0]], own) for own in (list(ks) for _, ks in alike)]
+        runs = groupby(range(len(lr)), key=lambda k: (lr[k], weight_decay[k]))
+        self._runs = [(weight_decay[own[0]], own) for own in (list(ks) for _, ks in runs)]
         self._factored: dict[int, kernels.FactoredGradient] = {}
         kernels.register(self.parameters)
 
@@ -59,12 +59,14 @@ class AdamW:
         """
         rates = self.lr.tolist() if rates is None else rates
         self._pop_factored()
-        moved = [n for n, p in enumerate(self.parameters) if p.grad is not None]
-        still = [n for n, p in enumerate(self.parameters) if p.grad is None and n not in self._factored]
-        gradients = [self.parameters[n].grad.contiguous().unbind() for n in moved]  # type: ignore[union-attr]
-        for decay, own in self._alike:
+        with_gradient = [n for n, p in enumerate(self.parameters) if p.grad is not None]
+        without_gradient = [n for n, p in enumerate(self.parameters) if p.grad is None and n not in self._factored]
+        gradients = [self.parameters[n].grad.contiguous().unbind() for n in with_gradient]  # type: ignore[union-attr]
+        for decay, own in self._runs:
             lr = rates[own[0]]
-            values, first, second, steps = ([self._members[k][i][n] for k in own for n in moved] for i in range(4))
+            values, first, second, steps = (
+                [self._members[k][i][n] for k in own for n in with_gradient] for i in range(4)
+            )
             adamw(
                 values,
                 [gradient[k] for k in own for gradient in gradients],
@@ -81,7 +83,9 @@ class AdamW:
                 eps=EPS,
                 maximize=False,
             )
-            for value in (self._members[k][0][n] for k in own for n in still):  # the gradient is zero: only the decay
+            for value in (
+                self._members[k][0][n] for k in own for n in without_gradient
+            ):  # the gradient is zero: only the decay
                 value.sub_(value * (lr * decay))
         for n, factored in self._factored.items():
             value, moment, square, count = (one[n] for one in self._state)
@@ -93,7 +97,7 @@ class AdamW:
             constants = torch.tensor([*BETAS, EPS, math.sqrt(second_correction)], dtype=torch.float32)
             kernels.adamw(value, moment, square, factored, torch.tensor(pairs, dtype=torch.float32), constants)
         self._factored = {}
-        for n in moved:
+        for n in with_gradient:
             self.parameters[n].grad = None
 
     def _pop_factored(self) -> None:

@@ -26,15 +26,15 @@ from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
 from mlfusion.probing.losses import Loss, class_weights, cross_entropy
 from mlfusion.probing.training.batches import Schedule, Tokens, batches, stream
 from mlfusion.probing.training.optimizer import AdamW, cosine
-from mlfusion.probing.training.precision import Numerics, _tensor_cores
+from mlfusion.probing.training.precision import Numerics, tensor_cores
 from mlfusion.shapes import Float, Int, Shaped
 from mlfusion.specs.names import Head
 from mlfusion.system.memory import Footprint, available
 
-SPARE = 0.8  # share of the free memory that training may take
-IN_CACHE = 1 << 26  # bytes that one step of a block may touch
-FEW = 3  # configurations share their tokens: a block may always have so many
-AHEAD = 2  # batches that are in memory where several workers share the blocks
+MEMORY_SHARE = 0.8  # share of the free memory that training may take
+CACHE_BYTES = 1 << 26  # bytes that one step of a block may use
+MIN_BLOCK = 3  # configurations that a block may always have, since they share tokens
+BATCHES_AHEAD = 2  # batches in memory if several workers share the blocks
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Population:
     head: Head
     shape: HeadShape
     configurations: Sequence[Configuration]
-    seed: int  # of the order of images and the jitter; with a configuration, of its start and dropout masks
+    seed: int  # determines order and jitter; with a configuration, its initialisation and dropout masks
 
     def __len__(self) -> int:
         """K, the number of configurations."""
@@ -74,7 +74,7 @@ class TrainingData:
 
     tokens: Tokens
     rows: np.ndarray  # [N], those of `tokens` to train on
-    schedule: Schedule  # made for N images
+    schedule: Schedule  # for N images
     until: int | None = None  # stop after so many steps of the schedule
 
 
@@ -82,23 +82,23 @@ class TrainingData:
 class Needs:
     """Memory that training takes, in bytes."""
 
-    batch: int  # a batch of tokens, with what all configurations share of it
+    batch: int  # a batch of tokens, and the tensors that all configurations share
     each: int  # parameters and moments of one configuration
     step: int  # temporary tensors of a step of one configuration
 
 
 @cache
 def needs(head: Head, shape: HeadShape, images: int, numerics: Numerics = Numerics()) -> Needs:
-    """Measured by a trial step of one configuration on a batch of `images`."""
+    """Memory measured in a trial step of one configuration on a batch of `images`."""
     with Footprint() as batch:
         tokens = torch.ones(images, shape.tokens, shape.width, device=numerics.device, dtype=numerics.dtype)
         labels = torch.zeros(images, dtype=torch.int64, device=numerics.device)
-    with Footprint() as kept:
+    with Footprint() as block_memory:
         block = _Block(Population(head, shape, (Configuration(1e-3, 1e-2, 0.1),), seed=0), numerics, _squares)
     with Footprint() as step:
         block.step(tokens, labels, 0, 1)
-    # What the probes share of a batch, such as standard tokens, is made by the first of them and stays as long as it.
-    return Needs(batch.most + step.alive, kept.alive, step.most - step.alive)
+    # Tensors that the probes share, such as standardised tokens, are made by the first probe and live as long as the batch.
+    return Needs(batch.most + step.alive, block_memory.alive, step.most - step.alive)
 
 
 def _squares(outputs: Float[Tensor, "K B C"], _: Shaped[Tensor, "B ..."]) -> Float[Tensor, " K"]:
@@ -111,7 +111,7 @@ class Layout:
 
     together: int  # configurations of a group
     block: int  # configurations of a block
-    workers: int  # blocks that are worked on at the same time
+    workers: int  # blocks that are trained at the same time
 
     @classmethod
     def of(cls, count: int, need: Needs, *, memory: int, threads: int, shared: bool) -> "Layout":
@@ -120,22 +120,22 @@ class Layout:
         `shared`: blocks run on a device that works on one at a time, rather than one on each of `threads` cores.
 
         Raises:
-            BadData: not even one configuration fits.
+            BadData: not even one configuration fits into memory.
         """
-        # A block of one small configuration is over before Python has begun the next: fewer workers, with a few in each.
-        few = max(1, min(FEW, IN_CACHE // (need.each + need.step)))
+        # A step of one small configuration is shorter than the overhead of Python: fewer workers, each with a few.
+        few = max(1, min(MIN_BLOCK, CACHE_BYTES // (need.each + need.step)))
         workers = 1 if shared else max(1, min(threads, count // few))
-        while workers > 1 and AHEAD * need.batch + workers * (need.each + need.step) > memory:
+        while workers > 1 and BATCHES_AHEAD * need.batch + workers * (need.each + need.step) > memory:
             workers -= 1
-        batch = need.batch * (AHEAD if workers > 1 else 1)
+        batch = need.batch * (BATCHES_AHEAD if workers > 1 else 1)
         room = memory - batch - workers * need.step
         if room < need.each:
             raise BadData(_too_little(need, memory))
         together = min(count, room // need.each)
         if shared:
             return cls(max(1, min(together, (memory - need.batch) // (need.each + need.step))), together, 1)
-        # More configurations at a time than a core's caches hold wait for memory; fewer wait for Python.
-        most = max(1, min(max(FEW, IN_CACHE // (need.each + need.step)), together // workers))
+        # Too many configurations exceed a core's caches; too few wait for Python.
+        most = max(1, min(max(MIN_BLOCK, CACHE_BYTES // (need.each + need.step)), together // workers))
         while most > 1 and batch + together * need.each + workers * most * need.step > memory:
             most -= 1
         return cls(together, most, workers)
@@ -181,7 +181,7 @@ class _Block:
         self._autocast = partial(torch.autocast, device, torch.bfloat16, enabled=numerics.bf16)
 
     def step(self, tokens: Float[Tensor, "B T D"], labels: Shaped[Tensor, "B ..."], step: int, steps: int) -> None:
-        """One of `steps` steps, on a batch."""
+        """Take one of `steps` steps, on a batch."""
         with self._autocast():
             logits = self.probe(tokens)
         # The sum over the population: no configuration's loss has a gradient for another's parameters.
@@ -213,7 +213,7 @@ class _Workers:
             torch.set_num_threads(self._threads)
 
     def step(self, work: Callable[[_Block], None], blocks: Sequence[_Block]) -> int:
-        """Begin a step of all blocks; returns how many steps have ended, of the one before and this: 0 or 1."""
+        """Begin a step of all blocks; return the number of steps that ended meanwhile: 0 or 1."""
         if self._pool is None:
             for block in blocks:
                 work(block)
@@ -223,7 +223,7 @@ class _Workers:
         return self._wait(before)
 
     def finish(self) -> int:
-        """Wait for the step that was begun; returns how many that were: 0 or 1."""
+        """Wait for the step that was begun; return the number of steps that ended: 0 or 1."""
         return self._wait(self._last)
 
     @staticmethod
@@ -255,7 +255,7 @@ def train(
         population: the configurations.
         data: the images to train on.
         numerics: device and types. With bfloat16 products, parameters, softmax, BatchNorm and loss stay as wide as `dtype`.
-        memory: bytes that training may take, by default most of what is free; results do not depend on it.
+        memory: limit in bytes, by default most of the free memory; results do not depend on it.
         layout: the partition of the population, by default as fits `memory`; results do not depend on it either.
         progress: called after each step with the number of configurations that took it.
         loss: outputs [K, B, C] and labels → [K]; by default cross-entropy with class weights.
@@ -264,7 +264,7 @@ def train(
         Some of the configurations and their probe, in evaluation mode. A configuration that diverged is not finite.
 
     Raises:
-        BadData: not even one configuration fits.
+        BadData: not even one configuration fits into memory.
     """
     if loss is None:
         weights = torch.from_numpy(class_weights(data.tokens.labels[data.rows], population.shape.classes))
@@ -273,16 +273,16 @@ def train(
     layout = layout or Layout.of(
         len(population),
         needs(population.head, population.shape, schedule.batch_size, numerics),
-        memory=int(SPARE * available(numerics.device)) if memory is None else memory,
+        memory=int(MEMORY_SHARE * available(numerics.device)) if memory is None else memory,
         threads=torch.get_num_threads(),
         shared=numerics.is_accelerated,
     )
     for group in layout.groups(len(population)):
         blocks = [_Block(population[part], numerics, loss) for part in group]
-        given = batches(tokens, data.rows, schedule, seed=population.seed, device=numerics.device, dtype=numerics.dtype)
+        steps = batches(tokens, data.rows, schedule, seed=population.seed, device=numerics.device, dtype=numerics.dtype)
         report = partial(progress or (lambda _: None), group[-1].stop - group[0].start)
-        with _tensor_cores(numerics.device), _Workers(min(layout.workers, len(blocks))) as workers:
-            _run(blocks, workers, given, data.schedule.steps, report)
+        with tensor_cores(numerics.device), _Workers(min(layout.workers, len(blocks))) as workers:
+            _run(blocks, workers, steps, data.schedule.steps, report)
         for part, block in zip(group, blocks, strict=True):
             block.probe.eval()
             yield part, block.probe
@@ -291,12 +291,12 @@ def train(
 def _run(
     blocks: Sequence[_Block],
     workers: _Workers,
-    given: Iterator[tuple[Float[Tensor, "B T D"], Shaped[Tensor, "B ..."]]],
+    data: Iterator[tuple[Float[Tensor, "B T D"], Shaped[Tensor, "B ..."]]],
     steps: int,
     report: Callable[[], None],
 ) -> None:
     """Step all blocks on every batch."""
-    for step, (batch, labels) in enumerate(given):
+    for step, (batch, labels) in enumerate(data):
         if workers.step(partial(_Block.step, tokens=batch, labels=labels, step=step, steps=steps), blocks):
             report()
     if workers.finish():
@@ -304,7 +304,7 @@ def _run(
 
 
 def _placed(tokens: Tokens, numerics: Numerics) -> Tokens:
-    """The tokens on an accelerator, where they take less than half of its memory; as they are elsewhere."""
+    """The tokens, copied to an accelerator if they take less than half of its memory."""
     if not numerics.is_accelerated or isinstance(tokens.values, Tensor):
         return tokens
     if tokens.nbytes >= available(numerics.device) / 2:

@@ -16,7 +16,7 @@ class Numerics:
     """The device of a computation, and the types of its numbers."""
 
     device: str = "cpu"
-    dtype: torch.dtype = torch.float32  # of parameters, statistics and losses
+    dtype: torch.dtype = torch.float32  # type of parameters, statistics and losses
     bf16: bool = False  # whether matrix products are bfloat16
 
     @classmethod
@@ -31,8 +31,8 @@ class Numerics:
 
 
 @contextmanager
-def _tensor_cores(device: str) -> Iterator[None]:
-    """Within it, products of float32 use TF32 on devices that have it."""
+def tensor_cores(device: str) -> Iterator[None]:
+    """Context in which products of float32 use TF32 on devices that have it."""
     before = torch.get_float32_matmul_precision()
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")

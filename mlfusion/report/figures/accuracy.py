@@ -13,38 +13,38 @@ from mlfusion.specs.names import BASELINE
 
 def accuracy(groups: Sequence[ComparisonGroup]) -> Figure | None:
     """Each probe's test score as a dot on a line of its own, with its gain from the baseline and ± one deviation."""
-    held = [(group, accuracy_records(group)) for group in groups if group.probes]
-    if not held:
+    pairs = [(group, accuracy_records(group)) for group in groups if group.probes]
+    if not pairs:
         return None
-    # Models on the same images stand on the same scale.
-    shared = len({(group.dataset, group.metric) for group, _ in held}) == 1
-    every = [record for _, records in held for record in records]
-    shown = {str(record["head"]) for record in every}
-    heads = tuple(dict.fromkeys([*HEADS, *sorted(shown)]))
+    # Models on the same images share a scale.
+    shared = len({(group.dataset, group.metric) for group, _ in pairs}) == 1
+    all_records = [record for _, records in pairs for record in records]
+    present = {str(record["head"]) for record in all_records}
+    heads = tuple(dict.fromkeys([*HEADS, *sorted(present)]))
     panels = []
-    for group, records in held:
-        reach = extent(record.number(end) for record in (every if shared else records) for end in ("low", "high"))
+    for group, records in pairs:
+        reach = extent(record.number(end) for record in (all_records if shared else records) for end in ("low", "high"))
         probes, axis = tuple(score.probe for score in group.probes), f"{metric_name(group.metric)} on test, %"
         panels.append(Panel(group.name, _spec(probes, heads, axis, reach, group.baseline is not None), records))
     described = [
         f"{group.name}: " + "; ".join(f"{r['probe']} {r['scored']}, {r['gained']}" for r in records)
-        for group, records in held
+        for group, records in pairs
     ]
     return Figure(
         "accuracy",
-        f"{score_word(group for group, _ in held)} per probe",
+        f"{score_word(group for group, _ in pairs)} per probe",
         f"A dot is the mean over seeds; its bar is ± one standard deviation. The dashed line is {BASELINE}. At the right: "
         "score (gain in points).",
-        f"{metric_name(held[0][0].metric)} per probe. {' '.join(described)}",
+        f"{metric_name(pairs[0][0].metric)} per probe. {' '.join(described)}",
         panels,
-        [numbers_of(group, record) for group, records in held for record in records],
-        [*series_legend(heads, shown), LegendEntry(BASELINE, 0, "dashed"), LegendEntry("± over seeds", 1, "line")],
+        [numbers_of(group, record) for group, records in pairs for record in records],
+        [*series_legend(heads, present), LegendEntry(BASELINE, 0, "dashed"), LegendEntry("± over seeds", 1, "line")],
         columns=2,
     )
 
 
 def accuracy_records(group: ComparisonGroup) -> list[Record]:
-    """One record a probe: test score with the ends of its bar, gain, and the texts of label and tooltip."""
+    """One record per probe: test score with the ends of its bar, gain, and the texts of label and tooltip."""
     return [
         score_record(score).extended(
             head=head_of(score.probe),
@@ -74,7 +74,7 @@ def score_record(score: Score) -> Record:
 
 
 def numbers_of(group: ComparisonGroup, record: Record) -> Record:
-    """A record as the CSV holds it: with model and data set, without the texts made of its numbers."""
+    """A record for the CSV: with model and data set, without the texts made from its numbers."""
     return Record(Record(model=group.model, dataset=group.dataset), **record.without("scored", "gained", "validated"))
 
 
@@ -105,7 +105,7 @@ def _spec(
     tooltip = charts.tooltip("probe:N", *texts, "seeds:N", ("parameters:Q", "", ","))
     layers = [base.mark_rule(style="guide").encode(x=alt.value(0), x2=alt.value("width"), y=row(0.68))]
     if baseline:
-        # One piece a row, so that it does not strike through the names above.
+        # One segment per row, so that the line does not cross the names above.
         piece = alt.Y2("probe:N", bandPosition=0.86)
         layers.append(base.mark_rule(style="baseline").encode(x="baseline:Q", y=row(0.52), y2=piece))
         layers.append(base.mark_rule(style="stem").encode(x=score, x2="baseline:Q", y=row(0.68), color=colour))

@@ -1,4 +1,4 @@
-"""Attention over layers and token kinds as a heat map, one panel a model (figures 5, A6 to A8)."""
+"""Attention over layers and token kinds as a heat map, one panel per model (figures 5, A6 to A8)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,12 @@ from typing import Any
 
 from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record
+from mlfusion.report.figures.gains import KIND_NAMES
 from mlfusion.report.numbers import percent
 from mlfusion.report.studies import domain
 from mlfusion.report.summary import ALF, ComparisonGroup, LayerAttention
 
 Attended = tuple[ComparisonGroup, LayerAttention]
-
-KIND_WORDS = {"cls": "CLS", "ap": "AP"}
 
 
 def attended(groups: Sequence[ComparisonGroup]) -> list[Attended]:
@@ -21,27 +20,27 @@ def attended(groups: Sequence[ComparisonGroup]) -> list[Attended]:
     return [(group, found) for group in groups if (found := group.attention)]
 
 
-def top_share(held: Sequence[Attended]) -> float:
+def top_share(pairs: Sequence[Attended]) -> float:
     """The largest share in percent: the end of a colour scale that several figures have in common."""
-    return max(100 * mean for _, found in held for mean in found.mean)
+    return max(100 * mean for _, found in pairs for mean in found.mean)
 
 
 def attention(groups: Sequence[ComparisonGroup], top: float | None = None) -> Figure | None:
-    """A panel a model; rows are data sets grouped by domain, columns CLS layers | AP layers; one colour scale for all.
+    """A panel per model; rows are data sets grouped by domain, columns CLS layers | AP layers; one colour scale for all.
 
     `top` is the end of the colour scale in percent, by default the largest share.
     """
-    held = attended(groups)
-    if not held:
+    with_attention = attended(groups)
+    if not with_attention:
         return None
-    top = top or top_share(held)
+    top = top or top_share(with_attention)
     by_model: dict[str, list[Attended]] = {}
-    for pair in held:
+    for pair in with_attention:
         by_model.setdefault(pair[0].model, []).append(pair)
-    panels = [_panel(pairs, top, alone=len(held) == 1) for pairs in by_model.values()]
+    panels = [_panel(pairs, top, alone=len(with_attention) == 1) for pairs in by_model.values()]
     description = "; ".join(
         f"{group.name}: " + ", ".join(f"layer {layer} {percent(share)} %" for layer, share in found.by_layer.items())
-        for group, found in held
+        for group, found in with_attention
     )
     return Figure(
         "attention",
@@ -57,14 +56,14 @@ def attention(groups: Sequence[ComparisonGroup], top: float | None = None) -> Fi
 
 
 def attention_records(row: str, attention: LayerAttention) -> list[Record]:
-    """One record a token: its share of the attention in percent, the spread over images, and an even share."""
+    """One record per token: its share of the attention in percent, the spread over images, and an even share."""
     return [
         Record(
             row=row,
             probe=attention.probe,
             layer=layer,
-            kind=KIND_WORDS.get(kind, kind),
-            token=f"{KIND_WORDS.get(kind, kind)} {layer}",
+            kind=KIND_NAMES.get(kind, kind),
+            token=f"{KIND_NAMES.get(kind, kind)} {layer}",
             share=100 * mean,
             shown=percent(mean, 0) if mean >= 0.095 else percent(mean),
             spread=f"{percent(mean, 2)} % ± {percent(sd, 2)} over the test images",
@@ -92,13 +91,13 @@ def _numbers(group: ComparisonGroup, attention: LayerAttention) -> Iterator[Reco
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the specification of a panel depends on."""
+    """The parameters of the specification of a panel."""
 
     rows: int
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
     top: float
-    grouped: bool  # by domain
+    grouped: bool  # whether rows are grouped by domain
 
     @property
     def dense(self) -> bool:
@@ -111,27 +110,27 @@ class _Layout:
         return 0.55 if self.dense else 0.45
 
 
-def _panel(held: Sequence[Attended], top: float, *, alone: bool) -> Panel:
-    """One model's data sets, a row each."""
-    model = held[0][0].model
-    usual = held[0][1].probe if len(held) == 1 else ALF
-    domains = [domain(group.dataset) for group, _ in held]
+def _panel(pairs: Sequence[Attended], top: float, *, alone: bool) -> Panel:
+    """The panel of one model, with a row per data set."""
+    model = pairs[0][0].model
+    usual = pairs[0][1].probe if len(pairs) == 1 else ALF
+    domains = [domain(group.dataset) for group, _ in pairs]
     grouped = len(set(domains)) > 1
     records: list[Record] = []
-    for i, (group, found) in enumerate(held):
+    for i, (group, found) in enumerate(pairs):
         name = group.name if alone else group.name.removeprefix(f"{model} on ")
         if found.probe != usual:
             name += f", {found.probe}"
         begins = i == 0 or domains[i] != domains[i - 1]
         heading = domains[i] if grouped and begins else ""
         first, *others = attention_records(name, found)
-        records += [first.extended(name=name, group=heading), *others]  # written once a row
-    layers = tuple(sorted({layer for _, found in held for layer, _ in found.tokens}))
+        records += [first.extended(name=name, group=heading), *others]  # written once per row
+    layers = tuple(sorted({layer for _, found in pairs for layer, _ in found.tokens}))
     kinds = tuple(dict.fromkeys(str(record["kind"]) for record in records))
     for kind in kinds:  # written once, above the first cell of the kind
         i = next(i for i, one in enumerate(records) if one["kind"] == kind and one["layer"] == layers[0])
         records[i] = records[i].extended(top=f"{kind} tokens")
-    return Panel("" if alone else model, _spec(_Layout(len(held), layers, kinds, top, grouped)), records, width=760)
+    return Panel("" if alone else model, _spec(_Layout(len(pairs), layers, kinds, top, grouped)), records, width=760)
 
 
 @lru_cache(maxsize=256)
@@ -153,7 +152,7 @@ def _spec(layout: _Layout) -> dict[str, Any]:
     tooltip = charts.tooltip(("row:N", "on"), ("token:N", "token"), *shares, "seeds:Q", "probe:N")
     cells = base.mark_rect(style="heat").encode(x=x, y=y, color=colour, tooltip=tooltip)
     wide = alt.expr("bandwidth('x') > 24 ? 1 : 0")
-    values = [  # where cells are wide enough
+    values = [  # shown if cells are wide enough
         base.mark_text(style=style, opacity=wide, tooltip=None)
         .transform_filter(f"datum.share {test} {layout.top / 2}")
         .encode(x=x, y=y, text="shown:N")

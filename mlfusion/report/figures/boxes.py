@@ -1,4 +1,4 @@
-"""Panels of box plots: lines of dots with a box each, in groups under each other."""
+"""Panels of box plots: groups of lines, each with dots and a box."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from mlfusion.report.numbers import points
 from mlfusion.report.theme import SYMBOLS
 
 MIN_FOR_BOX = 5
-"""Quartiles of fewer values than these say less than the values do."""
+"""Minimum number of values for quartiles."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Dot:
 class Line:
     """The dots of one box."""
 
-    name: str  # above it; empty where the legend names it
-    position: int  # of its series, which decides colour and symbol
+    name: str  # shown above it; empty if the legend names it
+    position: int  # position of its series, which decides colour and symbol
     dots: Sequence[Dot]
-    text: str  # at its right end
+    text: str  # shown at its right end
 
     @property
     def box(self) -> dict[str, float] | None:
@@ -55,12 +55,12 @@ class LineGroup:
 
 
 def grouped(lines: Iterable[tuple[str, Line]]) -> list[LineGroup]:
-    """(name of its group, line) → groups in the order in which they first come; lines without dots are left out."""
+    """(name of its group, line) → groups in order of appearance; lines without dots are left out."""
     found: dict[str, list[Line]] = {}
     for name, line in lines:
         if line.dots:
             found.setdefault(name, []).append(line)
-    return [LineGroup(name, held) for name, held in found.items()]
+    return [LineGroup(name, members) for name, members in found.items()]
 
 
 def describe(groups: Iterable[LineGroup]) -> str:
@@ -89,7 +89,7 @@ def _placed(groups: Sequence[LineGroup]) -> tuple[list[Record], int]:
         if group.name:
             records.append(Record(what="name", at=at, text=group.name))
         for i, line in enumerate(group.lines):
-            # A line's value stands above its right end, beside a name where there is one.
+            # The value of a line is above its right end, beside its name if it has one.
             if line.name:
                 at += 14 if group.name else 0
                 records.append(Record(what="name", at=at, text=line.name))
@@ -136,7 +136,9 @@ def _spec(height: int, axis: str, domain: tuple[float, float], zero: bool) -> di
     left, right = alt.value(0), alt.value("width")
     layers = [guide.mark_rule(style="guide").encode(x=left, x2=right, y=y)]
     if zero:
-        piece = alt.Y("top:Q", scale=charts.pixel_scale(height), axis=None)  # one a line: it strikes through no name
+        piece = alt.Y(
+            "top:Q", scale=charts.pixel_scale(height), axis=None
+        )  # one segment per line, so that it crosses no name
         layers.append(guide.mark_rule(style="baseline").encode(x=alt.XDatum(0), y=piece, y2="bottom:Q"))
     bar, tick = box.mark_bar(style="box", size=13), {"style": "median", "size": 15}
     name = of_kind("name").mark_text(style="name", align="left", baseline="middle")

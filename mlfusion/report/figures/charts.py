@@ -1,4 +1,4 @@
-"""What the specifications of figures have in common: Altair, charts of a panel's records, their scales, series and tooltips."""
+"""Parts shared by the specifications of figures: Altair, charts of a panel's records, their scales, series and tooltips."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from mlfusion.errors import Unavailable
 from mlfusion.report.theme import SYMBOLS
 
-DATA = "records"  # the name under which a panel's specification asks for its data
+DATA = "records"  # name of the data in the specification of a panel
 
 
 def require_altair() -> Any:
@@ -51,13 +51,13 @@ def _without_data(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def exact_scale(ends: Sequence[float], padding: int = 0) -> Any:
-    """A scale that ends at these values, with so many pixels beside them."""
+    """A scale that ends at these values, with a padding in pixels."""
     more = {"padding": padding} if padding else {}
     return require_altair().Scale(domain=list(ends), zero=False, nice=False, **more)
 
 
 def pixel_scale(length: int) -> Any:
-    """A scale of places in pixels."""
+    """A scale of positions in pixels."""
     return require_altair().Scale(domain=[0, length], range=[0, length], zero=False, nice=False)
 
 
@@ -78,7 +78,7 @@ def series_channels(field: str, names: Sequence[Any]) -> tuple[Any, Any]:
 
 
 def tooltip(*fields: str | tuple[str, ...]) -> list[Any]:
-    """A line a field: the field alone, with a title, or with a title ('': its name) and a format."""
+    """One line per field: the field alone, with a title, or with a title ('': its name) and a format."""
     alt, lines = require_altair(), []
     for one in fields:
         field, *rest = (one,) if isinstance(one, str) else one

@@ -16,24 +16,24 @@ from mlfusion.results import Results
 from mlfusion.statistics import Calibration, calibration, confusion
 
 MOST_CLASSES = 30
-"""A matrix of more classes cannot be read; the most frequent confusions are listed then."""
+"""Maximum size of a readable matrix; with more classes only the most frequent confusions are listed."""
 
 MOST_PAIRS = 10
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """One probe's test predictions, pooled over all seeds whose probabilities were kept."""
+    """One probe's test predictions, pooled over all seeds whose probabilities are saved."""
 
     group: ComparisonGroup
     score: Score
     counts: np.ndarray  # [C, C] images by true class (row) and predicted class (column), summed over seeds
-    calibrations: tuple[tuple[str, Calibration], ...]  # of this probe and of the baseline
+    calibrations: tuple[tuple[str, Calibration], ...]  # calibration of this probe and of the baseline
     seeds: int
 
 
 def predictions(groups: Sequence[ComparisonGroup], results: Results) -> Predictions | None:
-    """Of a data set's groups the main probe with the best validation whose probabilities were kept; None without any."""
+    """The main probe with the best validation score among a data set's groups that has saved probabilities, or None."""
     candidates = [(group, group.main or group.baseline) for group in groups if group.metric == "balanced_accuracy"]
     pairs = [(group, score) for group, score in candidates if score]
     for group, score in sorted(pairs, key=lambda pair: -pair[1].val.mean):
@@ -48,7 +48,7 @@ def predictions(groups: Sequence[ComparisonGroup], results: Results) -> Predicti
 
 
 def _pooled(score: Score, results: Results) -> tuple[np.ndarray, np.ndarray] | None:
-    """Labels [n] and probabilities [n, C] of the seeds whose arrays were kept, one seed after another."""
+    """Labels [n] and probabilities [n, C] of the seeds whose arrays are saved, one seed after another."""
     labels, probabilities = [], []
     for row in score.rows:
         try:
@@ -61,15 +61,21 @@ def _pooled(score: Score, results: Results) -> tuple[np.ndarray, np.ndarray] | N
     return (np.concatenate(labels), np.concatenate(probabilities)) if labels else None
 
 
-def source(held: Predictions) -> str:
-    """Which probe, of which model, over how many seeds."""
-    images = f"the test images of {held.seeds} seeds, pooled" if held.seeds > 1 else "the test images of one seed"
-    return f"{held.score.probe} on {held.group.model}, which has the best validation score here: {images}."
+def source(predictions: Predictions) -> str:
+    """A sentence that names the probe, its model and the number of seeds."""
+    images = (
+        f"the test images of {predictions.seeds} seeds, pooled"
+        if predictions.seeds > 1
+        else "the test images of one seed"
+    )
+    return (
+        f"{predictions.score.probe} on {predictions.group.model}, which has the best validation score here: {images}."
+    )
 
 
-def confusions(held: Predictions) -> list[tuple[str, str, int, str]]:
+def confusions(predictions: Predictions) -> list[tuple[str, str, int, str]]:
     """(class, predicted class, images, percent of the class), the most frequent first."""
-    counts, classes = held.counts, held.group.first.classes
+    counts, classes = predictions.counts, predictions.group.first.classes
     wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
     return [
@@ -79,25 +85,25 @@ def confusions(held: Predictions) -> list[tuple[str, str, int, str]]:
     ]
 
 
-def figures(held: Predictions) -> list[Figure]:
+def figures(predictions: Predictions) -> list[Figure]:
     """The confusion matrix where there are few enough classes, and the reliability curve."""
-    matrix = [_matrix(held)] if len(held.group.first.classes) <= MOST_CLASSES else []
-    return [*matrix, _reliability(held)]
+    matrix = [_matrix(predictions)] if len(predictions.group.first.classes) <= MOST_CLASSES else []
+    return [*matrix, _reliability(predictions)]
 
 
-def _matrix(held: Predictions) -> Figure:
-    classes = held.group.first.classes
-    totals = np.maximum(held.counts.sum(1), 1)
+def _matrix(predictions: Predictions) -> Figure:
+    classes = predictions.group.first.classes
+    totals = np.maximum(predictions.counts.sum(1), 1)
     records = [
         Record(true=t, predicted=p, images=int(n), share=100 * float(n / totals[i]))
         for i, t in enumerate(classes)
         for j, p in enumerate(classes)
-        if (n := held.counts[i, j]) or i == j
+        if (n := predictions.counts[i, j]) or i == j
     ]
     return Figure(
         "confusion",
         "Confusions",
-        f"{source(held)} Rows are true classes, columns are predicted classes, in percent of the row.",
+        f"{source(predictions)} Rows are true classes, columns are predicted classes, in percent of the row.",
         f"Confusion matrix of {len(classes)} classes.",
         [Panel("", _matrix_spec(tuple(classes)), records, width=max(240, 26 * len(classes)))],
         records,
@@ -128,22 +134,22 @@ def _matrix_spec(classes: tuple[str, ...]) -> dict[str, Any]:
     return charts.to_spec(alt.layer(cells, *values), max(120, 26 * len(classes)))
 
 
-def _reliability(held: Predictions) -> Figure:
+def _reliability(predictions: Predictions) -> Figure:
     records = [
         Record(
             probe=name, confidence=one.confidence, accuracy=one.accuracy, images=one.images, low=one.low, high=one.high
         )
-        for name, curve in held.calibrations
+        for name, curve in predictions.calibrations
         for one in curve.bins
         if one.images
     ]
-    names = tuple(name for name, _ in held.calibrations)
-    errors = ", ".join(f"{percent(curve.ece)} points for {name}" for name, curve in held.calibrations)
+    names = tuple(name for name, _ in predictions.calibrations)
+    errors = ", ".join(f"{percent(curve.ece)} points for {name}" for name, curve in predictions.calibrations)
     return Figure(
         "reliability",
         "Calibration",
-        f"Accuracy by the confidence of the predicted class ({len(held.calibrations[0][1].bins)} bins); on the dashed line "
-        f"they are equal. Expected calibration error: {errors}.",
+        f"Accuracy by the confidence of the predicted class ({len(predictions.calibrations[0][1].bins)} bins); on the dashed "
+        f"line they are equal. Expected calibration error: {errors}.",
         f"Expected calibration error: {errors}.",
         [Panel("", _reliability_spec(names), records, width=320)],
         records,

@@ -12,27 +12,27 @@ from mlfusion.report.numbers import capitalized, percent, points
 from mlfusion.report.studies import Study
 from mlfusion.report.summary import HEADS, Score, head_of, mean_gain
 
-WIDTH, HEIGHT = 460, 340  # of a panel in a file, in pixels
+WIDTH, HEIGHT = 460, 340  # size of a panel in a file, in pixels
 LETTER = 6.0  # width of a letter of a name in pixels
-LEAST = 1e-3  # the lowest cost that a logarithmic axis shows
+MIN_COST = 1e-3  # the lowest cost that a logarithmic axis shows
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 
 
 def cost(study: Study) -> Figure | None:
-    """Score against parameters and against seconds, a dot a probe, averaged over the cases that all of them share."""
+    """Score against parameters and against seconds, a dot per probe, averaged over the cases that all of them share."""
     scores = _shared(study)
     if len(scores) < 2:
         return None
     cases = len(next(iter(scores.values())))
-    records = [_record(probe, held) for probe, held in scores.items()]
+    records = [_record(probe, probe_scores) for probe, probe_scores in scores.items()]
     heads = tuple(dict.fromkeys([*HEADS, *(head_of(probe) for probe in scores)]))
     reach = extent(record.number("test") for record in records)
     axes = {"parameters": "parameters of the probe", "seconds": "seconds of probing (grid and refit)"}
     panels = []
     for name, title in axes.items():
-        costs = [max(record.number(name), LEAST) for record in records]
+        costs = [max(record.number(name), MIN_COST) for record in records]
         axis = _Axis(name, title, (min(costs) / 1.5, max(costs) * 1.5))
         spec = _spec(axis, f"{study.metric} on test, %", reach, heads)
         panels.append(Panel(capitalized(title), spec, _placed(records, axis, reach)))
@@ -84,7 +84,7 @@ class _Axis(NamedTuple):
 def _placed(records: Sequence[Record], axis: _Axis, reach: tuple[float, float]) -> list[Record]:
     """Each record with the side of its dot on which its name stands."""
     (first, last), (low, high) = axis.ends, reach
-    across = [WIDTH * log(max(record.number(axis.name), LEAST) / first) / log(last / first) for record in records]
+    across = [WIDTH * log(max(record.number(axis.name), MIN_COST) / first) / log(last / first) for record in records]
     down = [HEIGHT * (high - record.number("test")) / (high - low) for record in records]
     dots = list(zip(across, down, strict=True))
     sides = label_sides([str(record["probe"]) for record in records], dots)

@@ -1,4 +1,4 @@
-"""What a figure is: panels of Vega-Lite without their data, a legend, and its numbers; and how it becomes files.
+"""Figures: panels of Vega-Lite without their data, a legend and the numbers; and their export to files.
 
 The page draws each panel as wide as its place, in the light or the dark palette; a file sets the panels side by side on white.
 No colour, font or font size is written in a figure: marks name a *style* or take the next colour of a range (see `theme`).
@@ -65,7 +65,7 @@ class Panel:
     title: str
     spec: Mapping[str, Any]
     records: Sequence[Record]
-    width: int = 460  # in a file, where there is no container
+    width: int = 460  # width in a file, which has no container
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class LegendEntry:
 class Figure:
     """Panels that share a legend."""
 
-    name: str  # its place on the page and its files
+    name: str  # anchor on the page and file name
     title: str
-    note: str  # the caption: what is drawn, of how many, and what an interval means
+    note: str  # the caption: what is drawn, the number of cases, the meaning of an interval
     description: str  # the text for readers who cannot see the figure
     panels: Sequence[Panel]
-    numbers: Sequence[Record] = field(repr=False)  # what is drawn, one a mark, as its CSV holds it
+    numbers: Sequence[Record] = field(repr=False)  # records of the CSV, one per mark
     legend: Sequence[LegendEntry] = ()
     columns: int = 3  # panels beside each other in a file
     page_width: Literal["", "wide", "narrow"] = ""  # width of a panel on the page
@@ -94,7 +94,7 @@ class Figure:
 
 
 def series(position: int) -> tuple[int, Symbol]:
-    """(colour counted from 1, symbol) of the series at a position; after the last they begin again."""
+    """(colour counted from 1, symbol) of the series at a position; after the last they repeat."""
     turn = position % len(SYMBOLS)
     return turn + 1, SYMBOLS[turn]
 
@@ -105,12 +105,12 @@ def series_legend(names: Sequence[str], shown: Container[str] | None = None) -> 
 
 
 def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records as CSV; columns in the order in which they first come, an absent value empty."""
-    held = io.StringIO()
-    writer = csv.DictWriter(held, list(dict.fromkeys(chain.from_iterable(records))), restval="", lineterminator="\n")
+    """Records as CSV; columns in order of appearance, an absent value empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(chain.from_iterable(records))), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
-    return held.getvalue()
+    return buffer.getvalue()
 
 
 def combined_spec(figure: Figure) -> dict[str, Any]:
@@ -124,11 +124,17 @@ def combined_spec(figure: Figure) -> dict[str, Any]:
     across = columns * (max(panel.width for panel in figure.panels) + 40)
     body = {"concat": views, "columns": columns, "spacing": 36, "resolve": {"scale": {"color": "shared"}}}
     note = wrap(figure.note, ceil(across / 6.2), break_long_words=False, break_on_hyphens=False)
-    look = {"fontSize": 16, "subtitleFontSize": 12, "subtitleColor": LIGHT.quiet, "subtitlePadding": 6, "offset": 18}
+    title_style = {
+        "fontSize": 16,
+        "subtitleFontSize": 12,
+        "subtitleColor": LIGHT.quiet,
+        "subtitlePadding": 6,
+        "offset": 18,
+    }
     theme = config(LIGHT) | {"background": LIGHT.paper, "padding": 16, "concat": {"spacing": 36}}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "title": look | {"text": figure.title, "subtitle": note},
+        "title": title_style | {"text": figure.title, "subtitle": note},
         "datasets": datasets,
         "vconcat": [*([_legend(figure.legend, across)] if figure.legend else []), body],
         "config": theme,
@@ -173,15 +179,15 @@ def svg(figure: Figure) -> str:
     return vl_convert.vegalite_to_svg(combined_spec(figure))
 
 
-def png(drawn: str, scale: float = 2) -> bytes:
+def png(drawing: str, scale: float = 2) -> bytes:
     """A figure's SVG as PNG, `scale` pixels a unit."""
     import vl_convert
 
-    return vl_convert.svg_to_png(drawn, scale=scale)
+    return vl_convert.svg_to_png(drawing, scale=scale)
 
 
 def extent(values: Iterable[float]) -> tuple[float, float]:
     """From the lowest to the highest value, at least two points wide: a narrower axis would magnify noise."""
-    held = list(values)
-    missing = max(0.0, 2 - (max(held) - min(held))) / 2
-    return min(held) - missing, max(held) + missing
+    numbers = list(values)
+    missing = max(0.0, 2 - (max(numbers) - min(numbers))) / 2
+    return min(numbers) - missing, max(numbers) + missing

@@ -14,13 +14,13 @@ from mlfusion.statistics import FEWEST, Against, against
 COMPARED = {ALIASES["aat"]: "AAT", "cls+ap-all-layers/linear": "linear, all layers", ALF: "ALF"}
 """The three probes that the study compares with each other over models."""
 
-KINDS = {"cls": "CLS", "ap": "AP", "cls+ap": "CLS + AP"}
+KIND_NAMES = {"cls": "CLS", "ap": "AP", "cls+ap": "CLS + AP"}
 
 GAIN_AXIS = "gain, points"
 
 
 def by_probe(study: Study) -> Figure | None:
-    """Figure 2: for each model, each probe's gains over the data sets; None where nothing has a gain."""
+    """Figure 2: for each model, each probe's gains over the data sets; None if no probe has a gain."""
     probes = [probe for probe in study.probes if _gains(study, probe)]
     if not probes:
         return None
@@ -85,22 +85,22 @@ def by_model(study: Study) -> Figure | None:
 
 
 def by_token(study: Study) -> Figure | None:
-    """Figure A10: CLS, AP or both, for every (layers, head) that AP and another were run with; over all, then a data set."""
+    """Figure A10: CLS, AP or both, for every (layers, head) with AP and another kind; over all data sets, then one by one."""
     pooled = _by_kind(study)
     if not pooled:
         return None
 
     def lines(dataset: str | None) -> Iterator[tuple[str, Line]]:
         for rest, probes in pooled.items():
-            for i, kind in enumerate(KINDS):
+            for i, kind in enumerate(KIND_NAMES):
                 dots = _gains(study, probes[kind], dataset=dataset, baseline=True) if kind in probes else []
                 yield rest, Line("", i, dots, _mean_and_n(dots))
 
     views = [("All", grouped(lines(None)))]
     if len(study.datasets) > 1:
         views += [(name, groups) for name in study.datasets if (groups := grouped(lines(name)))]
-    probes = [probe for held in pooled.values() for probe in held.values()]
-    shown = {KINDS[kind] for held in pooled.values() for kind in held}
+    probes = [probe for by_kind in pooled.values() for probe in by_kind.values()]
+    shown = {KIND_NAMES[kind] for by_kind in pooled.values() for kind in by_kind}
     return Figure(
         "tokens",
         "CLS, AP, or both",
@@ -108,12 +108,12 @@ def by_token(study: Study) -> Figure | None:
         describe(views[0][1]),
         box_panels(views, GAIN_AXIS, zero=True),
         _numbers(study, [BASELINE, *probes]),
-        series_legend(list(KINDS.values()), shown),
+        series_legend(list(KIND_NAMES.values()), shown),
     )
 
 
 def by_heads(study: Study) -> Figure | None:
-    """Figure A12: an attentive probe's gains by its number of heads; None where no case was run with two numbers."""
+    """Figure A12: an attentive probe's gains by its number of heads; None if no case was run with two numbers."""
     found: dict[str, dict[int, dict[str, Dot]]] = {}
     numbers: list[Record] = []
     for group in study.groups:
@@ -153,7 +153,7 @@ def _gains(
 ) -> list[Dot]:
     """A dot for each group of a model or data set, labelled by what is not given.
 
-    The baseline's gain is zero by definition; it has dots if they are asked for, to be shown beside those of others.
+    The baseline's gain is zero by definition; with `baseline` it has dots all the same.
     """
     dots = []
     for group in study.groups:
@@ -176,10 +176,10 @@ def _scores(study: Study, probe: str, model: str) -> list[Dot]:
 
 
 def _by_kind(study: Study) -> dict[str, dict[str, str]]:
-    """{layers and head: {token kind: probe}} of those that AP and another kind were run with, and that have a gain."""
+    """{layers and head: {token kind: probe}} for probes run with AP and another kind that have a gain."""
     found: dict[str, dict[str, str]] = {}
     for probe in study.probes:
-        for kind in KINDS:
+        for kind in KIND_NAMES:
             if probe.startswith(f"{kind}-"):
                 found.setdefault(probe.removeprefix(f"{kind}-"), {})[kind] = probe
     return {
@@ -190,7 +190,7 @@ def _by_kind(study: Study) -> dict[str, dict[str, str]]:
 
 
 def _comparable(counts: dict[int, dict[str, Dot]]) -> list[int]:
-    """Numbers of heads that some same case was run with: different models' own numbers are no comparison."""
+    """Numbers of heads that were run on a case with another number; other numbers cannot be compared."""
     return sorted(
         heads
         for heads, cases in counts.items()
@@ -215,7 +215,7 @@ def _test_caption(tests: Sequence[Record]) -> str:
 
 
 def _mean_text(scores: Sequence[Dot], gains: Sequence[Dot], most: int) -> str:
-    """'76.4 (+4.1)': mean score over the same cases, mean gain; and n where other lines are of more cases."""
+    """'76.4 (+4.1)': mean score over the same cases, mean gain; and n if other lines have more cases."""
     labels = {dot.label for dot in gains}
     few = f"; n = {len(gains)}" if len(gains) < most else ""
     score, gain = fmean(dot.x for dot in scores if dot.label in labels), fmean(dot.x for dot in gains)
@@ -245,5 +245,5 @@ def _number(group: ComparisonGroup, score: Score) -> Record:
 
 
 def _test(model: str, test: Against) -> Record:
-    held = Record(model=model, probe=test.name, n=test.n, mean=100 * test.mean, median=100 * test.median)
-    return held.extended(p=test.p, q=test.q, significant="yes" if test.significant else "", refused=test.refused)
+    record = Record(model=model, probe=test.name, n=test.n, mean=100 * test.mean, median=100 * test.median)
+    return record.extended(p=test.p, q=test.q, significant="yes" if test.significant else "", refused=test.refused)

@@ -23,7 +23,7 @@ KERNELS: Mapping[str, tuple[str, Symbol]] = {"linear": ("linear CKA", "dotted"),
 
 
 def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figure | None:
-    """A panel a group: lines of test score by layer, one a token kind and head, dashed levels; CKA with the last layer."""
+    """A panel per group: test score by layer, one line per token kind and head, dashed levels, and CKA with the last layer."""
     groups = [group for group in groups if group.by_layer]
     if not groups:
         return None
@@ -32,7 +32,7 @@ def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figur
     for group in groups:
         scores, levels, similarity = layer_records(group), level_records(group), cka_records(group, cka or {}, series)
         layers = tuple(sorted({int(record.number("layer")) for record in [*scores, *similarity]}))
-        # What a filter leaves empty has no extent, of which Vega warns: only kinds that exist get a layer.
+        # Vega warns about a filter without results: only kinds that exist get a layer.
         present = tuple(dict.fromkeys(str(record["what"]) for record in [*levels, *similarity]))
         layout = _Layout(layers, group.first.depth, metric_name(group.metric), series, present)
         records = [*scores, *levels, *similarity]
@@ -58,7 +58,7 @@ def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figur
 
 
 def layer_records(group: ComparisonGroup) -> list[Record]:
-    """One record a series and layer: test score with the ends of its bar."""
+    """One record per series and layer: test score with the ends of its bar."""
     return [
         Record(Record(what="layer", series=name, layer=layer), **score_record(score))
         for name, layers in group.by_layer.items()
@@ -68,12 +68,12 @@ def layer_records(group: ComparisonGroup) -> list[Record]:
 
 def level_records(group: ComparisonGroup) -> list[Record]:
     """The levels to compare layers with: the probe over several layers, and the baseline."""
-    held = [score for score in (group.main, group.baseline) if score is not None]
-    highest = max((score.test.mean for score in held), default=0)
+    levels = [score for score in (group.main, group.baseline) if score is not None]
+    highest = max((score.test.mean for score in levels), default=0)
     records = []
-    for score in held:
+    for score in levels:
         mean = score.test.mean
-        # Close levels would write over each other: the higher one's name stands above its line, the lower one's below.
+        # Names of close levels would overlap: the higher one's name is above its line, the lower one's below.
         what = f"{'baseline' if score.is_baseline else 'level'}-{'above' if mean == highest else 'below'}"
         label = f"{score.probe}  {percent(mean)} %"
         records.append(Record(what=what, probe=score.probe, test=100 * mean, label=label))
@@ -81,7 +81,7 @@ def level_records(group: ComparisonGroup) -> list[Record]:
 
 
 def cka_records(group: ComparisonGroup, cka: Cka, series: Sequence[str]) -> list[Record]:
-    """One record a kernel, token kind and layer: CKA with the last layer's tokens, in the colour of the kind's first series.
+    """One record per kernel, token kind and layer: CKA with the last layer, in the colour of the kind's first series.
 
     CKA of a constant layer is not defined; such layers are left out.
     """
@@ -104,13 +104,13 @@ def cka_records(group: ComparisonGroup, cka: Cka, series: Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the specification of a panel depends on."""
+    """The parameters of the specification of a panel."""
 
     layers: tuple[int, ...]
     depth: int
     metric: str
     series: tuple[str, ...]
-    kinds: tuple[str, ...]  # of records other than scores: levels and CKA
+    kinds: tuple[str, ...]  # kinds of records other than scores: levels and CKA
 
 
 @lru_cache(maxsize=256)

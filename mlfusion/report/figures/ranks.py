@@ -17,7 +17,7 @@ BAR = 6  # pixels from one bar to the next
 def ranks(study: Study) -> Figure | None:
     """A critical-difference diagram (Demšar 2006): mean ranks over data sets, those that do not differ joined by a bar.
 
-    None for fewer than three probes or six data sets that have all of them.
+    It is None for fewer than three probes, or fewer than six data sets that have all of them.
     """
     probes = [probe for probe in study.probes if len(study.scores(probe)) == len(study.groups)]
     scores = {
@@ -60,8 +60,10 @@ def _records(found: Ranking) -> tuple[list[Record], int]:
         probes.append(Record(what="probe", probe=name, rank=rank_of[name], test=100 * mean, at=at, text=text))
     bars = []
     for i, group in enumerate(found.groups):
-        held = [rank_of[name] for name in group]
-        bars.append(Record(what="group", rank=min(held), end=max(held), at=5 + BAR * i, text=", ".join(group)))
+        group_ranks = [rank_of[name] for name in group]
+        bars.append(
+            Record(what="group", rank=min(group_ranks), end=max(group_ranks), at=5 + BAR * i, text=", ".join(group))
+        )
     return [*probes, *bars], top + LINE * len(found.names)
 
 
@@ -69,7 +71,6 @@ def _records(found: Ranking) -> tuple[list[Record], int]:
 def _spec(probes: int, height: int) -> dict[str, Any]:
     alt = charts.require_altair()
     y = alt.Y("at:Q", axis=None, scale=charts.pixel_scale(height))
-    # Room at the right for the names of those that rank last.
     axis = alt.Axis(orient="top", tickMinStep=1, grid=False)
     x = alt.X("rank:Q", title="mean rank", scale=charts.exact_scale((1, probes), 6), axis=axis)
     probe, group = charts.of_kind("probe"), charts.of_kind("group")

@@ -28,7 +28,7 @@ def score_map(groups: Sequence[ComparisonGroup]) -> Figure | None:
     if len(study.datasets) > 1:
         for probe in study.probes:
             scores = study.scores(probe)
-            if len(scores) == len(groups):  # a mean over other data sets would not be comparable
+            if len(scores) == len(groups):  # means over different data sets are not comparable
                 records.append(_cell(f"mean of {len(groups)}", probe, scores, None))
     datasets = tuple(dict.fromkeys(str(record["dataset"]) for record in records))
     top = max([1.0, *(abs(record.number("gain")) for record in records if record["gain"] is not None)])

@@ -15,13 +15,13 @@ from mlfusion.specs.names import BASELINE
 
 
 def _shown(study: Study) -> list[str]:
-    """The baseline and the three probes that the study compares with each other, or else the first four."""
+    """The baseline and the three probes that the study compares with each other, else the first four probes."""
     named = [probe for probe in (BASELINE, *COMPARED) if probe in study.probes]
     return named if len(named) > 1 else list(study.probes[:4])
 
 
 def seeds(study: Study) -> Figure | None:
-    """Figure A15: the deviation over seeds of the test score, data set by data set; None where nothing has two seeds."""
+    """Figure A15: the deviation over seeds of the test score, data set by data set; None without two seeds."""
     probes = _shown(study)
     records = [
         _deviation(dataset, probe, scores)
@@ -78,17 +78,17 @@ def _bars(datasets: tuple[str, ...], probes: tuple[str, ...], ticks: bool) -> di
 
 
 def train_test(study: Study) -> Figure | None:
-    """Figure A11: train and test score of each data set joined by a line, a panel a probe."""
+    """Figure A11: train and test score of each data set joined by a line, one panel per probe."""
     probes = _shown(study)
     by_probe = {probe: _train_records(study, probe) for probe in probes}
-    records = [record for held in by_probe.values() for record in held]
+    records = [record for probe_records in by_probe.values() for record in probe_records]
     if not records:
         return None
     low = min(95, *(record.number("test") for record in records))
     panels = []
-    for probe, held in by_probe.items():
-        datasets = tuple(str(record["dataset"]) for record in held)
-        panels.append(Panel(probe, _lines(datasets, tuple(probes), study.metric, low), held, width=330))
+    for probe, probe_records in by_probe.items():
+        datasets = tuple(str(record["dataset"]) for record in probe_records)
+        panels.append(Panel(probe, _lines(datasets, tuple(probes), study.metric, low), probe_records, width=330))
     return Figure(
         "train-test",
         "Training and test scores",

@@ -4,13 +4,13 @@ from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record
 from mlfusion.report.pictures import Picture, Strip, data_url
 
-SIDE_PX = 150  # of a picture in the figure
-PIXELS = 300  # of a picture in its file
+SIDE_PX = 150  # side of a picture in the figure
+PIXELS = 300  # side of a picture in its file
 COLUMNS = 6
 
 
 def strip_figure(strip: Strip) -> Figure:
-    """The pictures beside each other, each above itself with its attention map if it has one."""
+    """The pictures in a row; below each picture its attention map, if it has one."""
     rows = 1 + any(picture.attention is not None for picture in strip.pictures)
     step, below = SIDE_PX + 14, SIDE_PX + 8
     records = []
