@@ -108,7 +108,7 @@ def test_no_color_means_none() -> None:
     assert COLOUR.search(at_a_terminal(command))  # there are colours to leave out
     plain = at_a_terminal(command, NO_COLOR="1")
     assert b"work" in plain and not COLOUR.search(plain)
-    assert b"work" not in at_a_terminal([sys.executable, "-c", BAR.replace("SILENCE = 0", "hush(True)")])
+    assert b"work" not in at_a_terminal([sys.executable, "-c", BAR.replace("SILENCE = 0", "set_quiet(True)")])
 
 
 def completed(*typed: str) -> list[str]:

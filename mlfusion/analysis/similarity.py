@@ -36,7 +36,7 @@ def to_the_last(
             continue
         both: dict[Kernel, dict[str, dict[int, float]]] = {"linear": {}, "rbf": {}}
         for kind in STUDY_KINDS:
-            layers = sorted(layer for layer, held in entry.held() if held == kind)
+            layers = sorted(layer for layer, held in entry.complete_pairs() if held == kind)
             if len(layers) < 2 or layers[-1] != entry.spec.model.depth:
                 continue
             last = _tokens(entry, kind, layers[-1])

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlfusion.errors import MlfusionError
-from mlfusion.system.progress import hush
+from mlfusion.system.progress import set_quiet
 
 if TYPE_CHECKING:
     from mlfusion.results import Row
@@ -41,7 +41,7 @@ def speak(volume: int) -> None:
     """How much is said beside results and errors: -1 nothing, 0 what a user wants to know, 1 what goes on inside too."""
     global _volume
     _volume = volume
-    hush(volume < 0)
+    set_quiet(volume < 0)
     logger, handler = logging.getLogger("mlfusion"), logging.StreamHandler()
     handler.set_name(LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if volume > 0 else "%(message)s"))

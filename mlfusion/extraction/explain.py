@@ -61,7 +61,7 @@ def explain(
                 split=job.split.name,
                 key=job.spec.key,
                 entry=entry,
-                lacking=asked.pairs - (entry.held() if entry else frozenset()),
+                lacking=asked.pairs - (entry.complete_pairs() if entry else frozenset()),
                 nearest=near,
                 differences=tuple(_difference_texts(job.spec, job.samples, near)) if near else (),
             )

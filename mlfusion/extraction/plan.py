@@ -107,7 +107,7 @@ def estimate(
     for job in asked.jobs:
         entry = store.entry(job.spec)
         missing: Missing = {}
-        if entry is None or not asked.pairs <= entry.held():
+        if entry is None or not asked.pairs <= entry.complete_pairs():
             backbone = backbone or model(asked)
             missing = store.missing(job.spec, backbone.shapes(asked.pairs), asked.compute.format)
             if rate is None and trial is not None:

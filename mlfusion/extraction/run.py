@@ -128,7 +128,7 @@ def fill(
     for job in asked.jobs:
         began = time.monotonic()
         work = _Work(job, asked.compute)
-        if asked.pairs <= store.held(job.spec):
+        if asked.pairs <= store.complete_pairs(job.spec):
             entry = store.reuse(job.spec, job.samples, job.names)
         else:
             backbone = backbone or model(asked)

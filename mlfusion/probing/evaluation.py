@@ -158,7 +158,7 @@ def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: 
             require(entry, one.representation.pairs(depth), model, dataset)
     chosen, lacking = dict.fromkeys(named), []
     for one in parse_probes("all", depth) if "all" in words else ():
-        if absent := one.representation.pairs(depth) - pair.held:
+        if absent := one.representation.pairs(depth) - pair.complete_pairs:
             none = impossible(pair.train.spec.model, absent)
             way = extract_command(model, dataset, absent, words_of(pair.train, pair.test))
             lacking.append(

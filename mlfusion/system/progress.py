@@ -17,8 +17,8 @@ LOG_EVERY = 10.0  # seconds between lines where there is no terminal
 _quiet = False
 
 
-def hush(quiet: bool) -> None:
-    """Show no bars and no lines from here on, or show them again."""
+def set_quiet(quiet: bool) -> None:
+    """Switch progress output off or on."""
     global _quiet
     _quiet = quiet
 
@@ -29,9 +29,9 @@ class Bar:
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
-        self.note = ""  # shown behind the rate
+        self.note = ""  # shown after the rate
         self._start = time.monotonic()
-        self._told = self._start + SILENCE - LOG_EVERY
+        self._last_line = self._start + SILENCE - LOG_EVERY
         self._live: Progress | None = None
         self._console = Console(stderr=True)
 
@@ -60,8 +60,8 @@ class Bar:
                 self._live.start()
             rate = f"{self.rate:,.1f} {self.unit}/s{self.note and f', {self.note}'}"
             self._live.update(self._live.task_ids[0], completed=self.done, total=self.total, rate=rate)
-        elif now - self._told >= LOG_EVERY:
-            self._told = now
+        elif now - self._last_line >= LOG_EVERY:
+            self._last_line = now
             left = (self.total - self.done) / max(self.rate, 1e-9)
             sys.stderr.write(
                 f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.rate:,.1f} {self.unit}/s, "
@@ -70,7 +70,7 @@ class Bar:
 
     @property
     def rate(self) -> float:
-        """Units a second since the beginning."""
+        """Units per second since the start."""
         return self.done / max(time.monotonic() - self._start, 1e-9)
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class Bar:
 
 @contextmanager
 def track(title: str, total: int, unit: str) -> Iterator[Bar]:
-    """A bar that goes away when the work ends, however it ends."""
+    """A bar that is removed when the work ends, even by an error."""
     bar = Bar(title, total, unit)
     try:
         yield bar

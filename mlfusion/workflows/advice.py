@@ -196,7 +196,7 @@ def _pilot(
     store = FeatureStore(cache)
     train, test = (store.find(model=model, dataset=dataset, split=split) for split in ("train", "test"))
     newest = max(train, key=lambda entry: entry.extracted_at_ns(), default=None)
-    held = newest.held() if newest else frozenset()
+    held = newest.complete_pairs() if newest else frozenset()
     if newest is not None:
         asked = parse_probes(probes, newest.spec.model.depth)
         if all(probe.representation.pairs(newest.spec.model.depth) <= held for probe in asked):
@@ -220,7 +220,7 @@ def _cached_pilot(newest: Entry, test: Sequence[Entry], probes: tuple[Probe, ...
         target=target,
         train_images=len(labels),
         every=len(labels) + max((entry.spec.data.images for entry in others), default=0),
-        held=newest.held(),
+        held=newest.complete_pairs(),
         bytes_of={},
         seconds_each=0.0,
         tokens=_reader(newest, rows),
