@@ -47,7 +47,7 @@ def seeds_of(head: str, name: str) -> tuple[int, ...]:
 def keep_as(entry: Entry, dtype: Dtype, cache: Path) -> None:
     """The tokens of a float32 entry, encoded as an extraction encodes them, in another cache; resumed where it was."""
     other = FeatureStore(cache).create(replace(entry.spec, dtype=dtype), entry.samples, entry.names()[0])
-    if entry.held() <= other.held():
+    if entry.complete_pairs() <= other.complete_pairs():
         return
     for mine in entry.complete_streams():
         stream = msgspec.structs.replace(mine, dtype=dtype)

@@ -16,7 +16,7 @@ from tiny import save_images, save_model
 from mlfusion import cli, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.options import PruneOptions
-from mlfusion.store import FeatureStore, Leases, RunRecord
+from mlfusion.store import FeatureStore, RunRecord
 from mlfusion.store.housekeeping import (
     PruneResult,
     copy_entries,
@@ -27,6 +27,7 @@ from mlfusion.store.housekeeping import (
     prune,
     remove_entry,
 )
+from mlfusion.store.leases import Leases
 from mlfusion.store.verify import repair_entry, verify, verify_entry
 from mlfusion.system import disk
 
@@ -116,7 +117,9 @@ def test_verify_names_layers_and_rows(tmp_path):
     shard = entry.folder(stream) / "c" / "1" / "0/0/0"
     data = bytearray(shard.read_bytes())
     record = entry.record(stream, 1)
-    data[int(record.offsets[1, 2, 0])] ^= 1  # second block of four rows of the second shard of eight, third layer
+    data[int(record.table("offsets")[1, 2, 0])] ^= (
+        1  # second block of four rows of the second shard of eight, third layer
+    )
     shard.write_bytes(data)
     [found] = verify_entry(entry.path)
     assert "layers 3 of rows 12-15" in found.why
@@ -327,7 +330,7 @@ def test_prune_says_first_and_asks_what(run, words):
     assert told["bytes_freed"] > 0
     assert len(run("cache", "ls", "--json")["entries"]) == 2
     assert "at least one of" in run("cache", "prune", code=1)
-    assert "no amount" in run("cache", "prune", "--size", "many", code=1)
+    assert "--size many: allowed is a number" in run("cache", "prune", "--size", "many", code=1)
     run("probe", "--dataset", words[3], "--grid", "quick", "--seeds", "0", "--probe", "cls-last/linear")
     assert run("cache", "prune", "--unneeded", "results", "--json")["bytes_freed"] == 0
 

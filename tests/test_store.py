@@ -95,7 +95,7 @@ both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 def test_what_is_written_is_what_is_read(format, tmp_path_factory, images, dtype, pairs, batch):
     entry = new_entry(tmp_path_factory.mktemp("cache"), images, dtype)
     written = fill(entry, format, pairs, batch=batch)
-    assert entry.held() == pairs
+    assert entry.complete_pairs() == pairs
     for one in entry.streams():
         for layer, kind in one.pairs & pairs:
             li, ki = one.plane(layer, kind)
@@ -263,7 +263,7 @@ def test_a_missing_shard_is_missing(format, tmp_path):
     (entry.path / "tokens" / name / "manifest.json").unlink()
     [one] = entry.streams()
     assert entry.missing_shards(one) == [1]
-    assert entry.held() == frozenset()
+    assert entry.complete_pairs() == frozenset()
     with pytest.raises(NotCached, match="cls of layers 1"):
         entry.read([1], ["cls"])
 
@@ -444,7 +444,7 @@ def test_a_gap_is_filled_and_left_behind_sealed(tmp_path):
                 draft.append(values[rows.start : rows.stop])
                 gap.publish(draft)
                 gap.renew()
-        assert store.held(data.spec) == PAIRS
+        assert store.complete_pairs(data.spec) == PAIRS
     np.testing.assert_array_equal(gap.entry.read([1, 2, 3], ["cls", "ap"]), values)
     assert not store.missing(data.spec, SHAPES, "zarr")
     assert store.reuse(*asked[:3]).key == gap.entry.key
@@ -464,7 +464,7 @@ def test_a_gap_that_is_not_filled_leaves_nothing_behind(tmp_path):
     with pytest.raises(CacheUnusable, match=r"no space left for the cache at .*: \d+\.\d{3} MB are needed"):
         broken()
     entry = FeatureStore(tmp_path).entry(data.spec)
-    assert entry is not None and not entry.held()
+    assert entry is not None and not entry.complete_pairs()
     assert not [*entry.path.rglob(f"{disk.DRAFT}*"), *(entry.path / "leases").iterdir()]
 
 

@@ -212,7 +212,7 @@ def whole(root: Path, images: int = IMAGES) -> Entry:
     """Assert that the cache holds the extraction, whole and right, and nothing beside it."""
     entry = FeatureStore(root).entry(spec(images))
     assert entry is not None
-    assert entry.held() == PAIRS
+    assert entry.complete_pairs() == PAIRS
     right(entry)
     assert list(verify_entry(entry.path)) == []
     assert litter(root) == []

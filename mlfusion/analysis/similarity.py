@@ -35,7 +35,7 @@ def to_the_last(
             continue
         by_kernel: dict[Kernel, dict[str, dict[int, float]]] = {"linear": {}, "rbf": {}}
         for kind in STUDY_KINDS:
-            layers = sorted(layer for layer, cached_kind in entry.held() if cached_kind == kind)
+            layers = sorted(layer for layer, cached_kind in entry.complete_pairs() if cached_kind == kind)
             if len(layers) < 2 or layers[-1] != entry.spec.model.depth:
                 continue
             last = _tokens(entry, kind, layers[-1])

@@ -1,8 +1,8 @@
 """Data sets: sample i of a split is the same image with the same label for ever, on every machine.
 
 A data set is a catalogue name, an id on the Hugging Face hub, a folder or a file: class folders, tables of paths (CSV, JSON
-Lines), WebDataset tars, Parquet, arrays. A module for each form reads it into raw splits. One function for all forms encodes
-their labels as numbers, and one splits them anew where that is asked for. Images are decoded only when they are used.
+Lines), WebDataset tars, Parquet, arrays. Each form has a module that reads raw splits. One function encodes the labels of all
+forms as numbers, and one resplits a split on request. Images are decoded only when they are used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -98,7 +98,7 @@ def array_dataset(
             labels: [N] whole numbers or text, [N, C] of 0 and 1, lists of labels, or [N] floats.
         classes: names of the classes or labels that whole numbers stand for.
         target: 'class', 'labels' or 'number'; guessed from the labels if not given.
-        split_ratio: shares of train/test or train/validation/test, such as '0.8/0.2', to split train or the only split anew.
+        split_ratio: shares of train/test or train/validation/test, such as '0.8/0.2', to resplit train or the only split.
         split_seed: seed that decides which image goes to which part.
 
     Raises:
@@ -111,7 +111,7 @@ def array_dataset(
 
 
 def pictures(files: Sequence[str], decode: Decoder | None = None) -> Split:
-    """Image files without a data set, in the order given; their labels mean nothing."""
+    """Image files without a data set, in the order of `files`; all labels are 0."""
     paths = tuple(str(Path(file).expanduser()) for file in files)
     return Split(
         name="images",
@@ -159,11 +159,11 @@ def _read_file(path: Path, word: str, options: ReadOptions) -> tuple[str, dict[s
 
 
 def _build(name: str, source: str, form: str, found: Mapping[str, RawSplit], options: ReadOptions) -> DataSet:
-    """Raw splits → a data set: labels are encoded, splits are made anew if asked for, everything is checked."""
+    """Raw splits → a checked data set: encodes the labels, and resplits on request."""
     for split, one in found.items():
         if not len(one.ids):
             raise BadData(f"{name}, split {split}: no images; allowed: {', '.join(sorted(SUFFIXES))}")
-    if options.split_ratio is not None:  # other splits than the one that is split anew may have no labels
+    if options.split_ratio is not None:  # the other splits need no labels
         found = {"train": found[_source_split(found)]}
     classes, labels = encode_labels(found, options.target, name)
     splits = {
@@ -175,7 +175,7 @@ def _build(name: str, source: str, form: str, found: Mapping[str, RawSplit], opt
 
 
 def _source_split(found: Mapping[str, Any]) -> str:
-    """The split that is split anew: train, or the only one."""
+    """The split to resplit: train, or the only one."""
     if "train" in found:
         return "train"
     if len(found) == 1:

@@ -97,24 +97,24 @@ def npy(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
     return {split: replace(one, encoded=PixelFile(str(files[split][0]))) for split, one in found.items()}
 
 
-def _array_names(there: list[str], where: str, options: ReadOptions) -> dict[str, tuple[str, str]]:
+def _array_names(names: list[str], where: str, options: ReadOptions) -> dict[str, tuple[str, str]]:
     """Split → the names of its arrays of images and of labels."""
     if options.image_column or options.label_column:
         pair = (options.image_column or "images", options.label_column or "labels")
-        if absent := [name for name in pair if name not in there]:
-            raise BadData(f"{where} has no array {absent[0]!r}; it has {', '.join(there) or 'none'}")
+        if absent := [name for name in pair if name not in names]:
+            raise BadData(f"{where} has no array {absent[0]!r}; it has {', '.join(names) or 'none'}")
         return {"train": pair}
     found = {}
     for split in SPLITS:
         for images, labels in ((f"{split}_images", f"{split}_labels"), (f"x_{split}", f"y_{split}")):
-            if images in there and labels in there:
+            if images in names and labels in names:
                 found[split] = (images, labels)
     for images, labels in (("images", "labels"), ("x", "y")):
-        if not found and images in there and labels in there:
+        if not found and images in names and labels in names:
             found["train"] = (images, labels)
     if not found:
         raise BadData(
-            f"{where} has the arrays {', '.join(there) or '(none)'}; allowed: images and labels, or train_images, "
+            f"{where} has the arrays {', '.join(names) or '(none)'}; allowed: images and labels, or train_images, "
             "train_labels, test_images, test_labels; or name them with --image-column and --label-column"
         )
     return found

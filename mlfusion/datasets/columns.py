@@ -1,4 +1,4 @@
-"""Chooses the columns of images and labels: as the user says, else by type and usual name, by one rule for all tables."""
+"""Chooses the columns of images and labels by the user's option, else by type and usual name; one rule for all tables."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,9 +10,14 @@ SPLITS = ("train", "test", "validation", "val")
 
 
 def choose_column(
-    what: str, columns: Mapping[str, str], asked: str | None, likely: Sequence[str], usual: Sequence[str], where: str
+    what: str,
+    columns: Mapping[str, str],
+    requested: str | None,
+    likely: Sequence[str],
+    usual: Sequence[str],
+    where: str,
 ) -> str:
-    """Return the column that the user asked for, or choose one by type and name.
+    """Return the column that the user names, or choose one by type and name.
 
     Args:
         what: 'image', 'label' or 'id', for the message.
@@ -25,10 +30,10 @@ def choose_column(
         BadData: lists the columns and their types.
     """
     option = f"--{what}-column"
-    if asked is not None:
-        if asked in columns:
-            return asked
-        raise BadData(f"{where} has no column {asked!r}; {option} may be: {list_columns(columns)}")
+    if requested is not None:
+        if requested in columns:
+            return requested
+        raise BadData(f"{where} has no column {requested!r}; {option} may be: {list_columns(columns)}")
     fitting = [name for name in usual if name in likely] or (list(likely) if len(likely) == 1 else [])
     fitting = fitting or ([name for name in usual if name in columns] if not likely else [])
     if fitting:

@@ -35,7 +35,7 @@ class SplitSummary:
     checked: ReadCheck | None
 
     def to_json(self) -> dict[str, object]:
-        """As `mlfusion data --json` prints it."""
+        """The object that `mlfusion data --json` prints."""
         return asdict(self)
 
 

@@ -31,7 +31,8 @@ def encode_labels(
         if absent := [row for row, label in enumerate(written[name]) if _absent(label, one.names)]:
             raise BadData(
                 f"{where}, split {name}: {len(absent):,} of {len(one.ids):,} images have no label, the first "
-                f"{one.ids[absent[0]]}; leave them out, take other splits, or split train by --split-ratio 0.8/0.2"
+                f"{one.ids[absent[0]]}; leave them out, take other splits, or split a test part from train: "
+                "--split-ratio 0.8/0.2"
             )
     kind = target or _guess([label for labels in written.values() for label in labels])
     if kind == "number":
@@ -58,7 +59,7 @@ def _absent(label: Any, names: tuple[str, ...] | None) -> bool:
 
 
 def _guess(labels: list[Any]) -> LabelKind:
-    """The kind of the labels by their types; text means numbers if all of it reads as numbers and some is not whole."""
+    """The kind of the labels by their types; texts are numbers if all parse as numbers and at least one is not whole."""
     if any(isinstance(label, list) for label in labels):
         return "labels"
     if any(isinstance(label, float) for label in labels):
@@ -71,7 +72,7 @@ def _guess(labels: list[Any]) -> LabelKind:
 
 
 def _number(label: Any) -> float:
-    """The number that a label is or reads as; NaN if it is none."""
+    """The number that a label is or can be parsed as; NaN if there is none."""
     try:
         return float(label)
     except (TypeError, ValueError):

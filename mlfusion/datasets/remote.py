@@ -29,7 +29,7 @@ from mlfusion.specs.options import ReadOptions
 from mlfusion.system import disk
 from mlfusion.system.progress import Bar, track
 
-VERSION = 1  # of the form of an index on disk
+VERSION = 1  # format of an index on disk
 RUN = 4  # consecutive images that are fetched at once, as many as a worker decodes at a time
 RUNS = 32  # runs that stay in memory
 LARGE = 16 << 20  # bytes of a run, beyond which an image is fetched alone
@@ -101,16 +101,16 @@ def _reaching(path: str) -> AbstractContextManager[None]:
 def _stored_index(folder: Path | None, path: str, key: str, make: Callable[[], tars.Index]) -> tars.Index:
     """A file's index from an earlier pass, or from `make`; without a folder none is stored.
 
-    `key` says what it depends on besides the file.
+    `key` is the text of the options that it depends on besides the file.
     """
     if folder is None:
         return make()
     name = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, path, key]).encode())
     stored = folder / f"{name}.npz"
     if stored.is_file():
-        with np.load(stored, allow_pickle=False) as held:
-            keys, labels = json.loads(held["text"].tobytes())
-            return tars.Index(keys, labels, held["where"], held["digests"])
+        with np.load(stored, allow_pickle=False) as arrays:
+            keys, labels = json.loads(arrays["text"].tobytes())
+            return tars.Index(keys, labels, arrays["where"], arrays["digests"])
     index = make()
     assert index.digests is not None
     text = np.frombuffer(json.dumps([index.keys, index.labels]).encode(), np.uint8)

@@ -1,7 +1,7 @@
-"""Splits one split anew by a ratio and a seed: on every machine, and in any order, an image goes to the same part.
+"""Resplits a split by a ratio and a seed: on every machine, and in any order, an image goes to the same part.
 
-Within every class the images are sorted by a hash of (seed, id) and assigned by share, so that no library's random numbers
-are part of the identity.
+The images of each class are sorted by a hash of (seed, id) and assigned by share, so that the result does not depend on a
+library's random numbers.
 """
 
 import numpy as np
@@ -20,14 +20,11 @@ def canonical(ratio: tuple[float, ...], seed: int) -> str:
 def split_by_ratio(split: Split, ratio: tuple[float, ...], seed: int) -> dict[str, Split]:
     """Part name → part of the split, in the split's order; stratified by class, rarest label, or size of the number.
 
-    Every part has an image of every class. Otherwise each share is met within two images in every stratum, and within one
-    over all strata.
-
-    Raises:
-        BadData: a class has fewer images than there are parts.
+    Every part has an image of every class: BadData if a class has fewer images than there are parts. Each share is met within
+    two images in every stratum, and within one image over all strata.
     """
     part = np.full(len(split), -1)
-    owed = np.zeros(len(ratio))  # fractions of an image that earlier strata could not give
+    owed = np.zeros(len(ratio))  # fractions of an image carried over from earlier strata
     for rows in strata(split, seed):
         exact = owed + np.array(ratio) * len(rows)
         counts = np.floor(np.array(ratio) * len(rows) + 1e-9).astype(int)
@@ -47,7 +44,7 @@ def strata(split: Split, seed: int) -> list[np.ndarray]:
     shuffled = np.lexsort((np.array(split.ids), hashes)) if len(split) else np.arange(0)
     if split.label_kind == "number":
         ranked = shuffled[np.argsort(split.labels[shuffled], kind="stable")]
-        # Neighbours by size go to different parts; within twenty of them the seed decides which.
+        # Numbers of similar size go to different parts; the seed shuffles each twenty of them.
         chunks = np.array_split(ranked, max(1, len(ranked) // 20))
         return [some[np.argsort(hashes[some], kind="stable")] for some in chunks]
     keys = split.labels if split.label_kind == "class" else _rarest(split.labels)
@@ -61,7 +58,7 @@ def _rarest(labels: np.ndarray) -> np.ndarray:
 
 
 def _fill_empty_parts(counts: np.ndarray, name: str) -> None:
-    """Give each empty part an image of this class, from the part that has most."""
+    """Move an image of this class from the largest part to each empty one."""
     if counts.sum() < len(counts):
         raise BadData(
             f"class {name!r} has {counts.sum()} image{'' if counts.sum() == 1 else 's'}, too few for {len(counts)} parts; "

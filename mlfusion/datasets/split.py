@@ -1,4 +1,4 @@
-"""A data set in memory: splits of images in a fixed order, each with its label, decoded only when they are used."""
+"""A data set in memory: splits of labelled images in a fixed order, decoded only when they are used."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,17 +13,17 @@ from mlfusion.errors import BadData, BadImage
 from mlfusion.specs.options import LabelKind, ReadOptions
 
 Encoded = Callable[[int], bytes]
-"""Row → the bytes of the image's file. It pickles, and works in any process that sees the same files."""
+"""Row → the bytes of the image's file; it can be pickled, and works in any process that sees the same files."""
 
 
 def decoder(options: ReadOptions) -> Decoder:
-    """The decoder of the images of a data set that is read so."""
+    """The decoder for images of a data set that is read with these options."""
     return Decoder(options.exif_transpose, options.max_pixels)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The images of one split, in their order. It pickles cheaply, unless the images are arrays in memory."""
+    """The images of one split, in order; cheap to pickle, unless the images are arrays in memory."""
 
     name: str
     ids: tuple[str, ...]
@@ -46,14 +46,14 @@ class Split:
         return xxhash.xxh3_128_digest(self.read(row)) if self.digests is None else self.digests[row].tobytes()
 
     def read(self, row: int) -> bytes:
-        """The image's bytes; raises BadData if they cannot be read, for a reason that lies outside the image."""
+        """The image's bytes; raises BadData if the file cannot be read."""
         try:
             return self.encoded(row)
         except OSError as err:
             raise BadData(f"{self.ids[row]} cannot be read: {err.strerror or err}; mend that, or remove it") from err
 
     def image(self, row: int) -> Image.Image:
-        """The image, in RGB; raises BadImage, which says which and why, if its bytes are none, and BadData as `read`."""
+        """The image in RGB; raises BadImage, with its id and the reason, if it cannot be decoded, and BadData as `read`."""
         data = self.read(row)
         try:
             return self.decode(data)
@@ -85,7 +85,7 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class RawSplit:
-    """A split as its form holds it, with ids and labels as they are written there."""
+    """A split with ids and labels as they are in its files."""
 
     ids: Sequence[str]
     labels: Sequence[Any]  # text, whole numbers, numbers, lists or vectors
@@ -99,7 +99,7 @@ class RawSplit:
 class DataSet:
     """All splits of a data set, over one list of classes."""
 
-    name: str  # for people
+    name: str  # for display
     source: str  # hub id, "embedded", "arrays", or the absolute path of a folder or file
     form: str  # kind of folder or file, in words
     splits: Mapping[str, Split]

@@ -195,23 +195,23 @@ class Columns:
 
     @property
     def key(self) -> str:
-        """What an index depends on, besides the tar."""
+        """The options on which an index depends, besides the tar."""
         return f"{self.options.image_column} {self.options.label_column}"
 
     def decide(self, first: Sample, path: str) -> None:
         """Choose the label's extension; raises BadData, which lists them, if that is not clear or images are several."""
         where = f"{path}, sample {first.key}"
         kinds = {name: WORDS.get(name) or ("image" if _is_image(name) else "bytes") for name in first.where}
-        asked, _, self.inner = (self.options.label_column or "").partition(".")
+        requested, _, self.inner = (self.options.label_column or "").partition(".")
         likely = [name for name in ("cls", "npy") if name in kinds]
-        self.label = choose_column("label", kinds, asked or None, likely[:1], ("cls", "npy"), where)
+        self.label = choose_column("label", kinds, requested or None, likely[:1], ("cls", "npy"), where)
         if self.options.image_column is None and len(images := [n for n in kinds if _is_image(n)]) != 1:
             choose_column("image", kinds, None, images, (), where)
 
     def image(self, sample: Sample, path: str) -> str:
         """The extension of the sample's image, which may differ from sample to sample."""
-        asked = self.options.image_column
-        images = [name for name in sample.where if name == asked or (asked is None and _is_image(name))]
+        requested = self.options.image_column
+        images = [name for name in sample.where if name == requested or (requested is None and _is_image(name))]
         if len(images) != 1:
             raise BadData(
                 f"{path}: sample {sample.key} has {len(images)} images ({', '.join(sample.where)}); allowed is one, or "

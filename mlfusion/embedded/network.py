@@ -32,7 +32,7 @@ class PretrainingModel(nn.Module):
         net = recipe.network
         torch.manual_seed(recipe.schedule.seed)
         self.vit = ViTModel(vit_config(net), add_pooling_layer=False)
-        with torch.no_grad():  # drawn here, so that they do not depend on how a version of transformers draws them
+        with torch.no_grad():  # drawn here: versions of transformers may draw them differently
             self.vit.embeddings.cls_token.normal_(0, 0.02)
             self.vit.embeddings.position_embeddings.normal_(0, 0.02)
         self.heads = ObjectiveHeads(net.width, recipe.images.classes * len(recipe.images.families))
@@ -51,15 +51,15 @@ def vit_config(net: Network) -> ViTConfig:
     )
 
 
-def embed(vit: ViTModel, pictures: Tensor, kept: int, draw: torch.Generator) -> Tensor:
-    """Pictures `[b, 3, px, px]` → CLS and `kept` of the patches, chosen at random, `[b, 1 + kept, width]`."""
+def embed(vit: ViTModel, pictures: Tensor, keep: int, draw: torch.Generator) -> Tensor:
+    """Pictures `[b, 3, px, px]` → CLS and `keep` random patches, `[b, 1 + keep, width]`."""
     parts = vit.embeddings
     projection = parts.patch_embeddings.projection
     patch_px: Any = vit.config.patch_size
     patches = F.unfold(pictures, patch_px, stride=patch_px).transpose(1, 2).to(projection.weight.dtype)
     places = parts.position_embeddings[:, 1:]
-    if kept < patches.shape[1]:
-        chosen = torch.rand(patches.shape[:2], generator=draw).topk(kept, dim=1).indices
+    if keep < patches.shape[1]:
+        chosen = torch.rand(patches.shape[:2], generator=draw).topk(keep, dim=1).indices
         patches = patches.gather(1, chosen[:, :, None].expand(-1, -1, patches.shape[2]))
         # A product with 0 and 1 instead of indexing: its gradient is a sum in a fixed order.
         places = F.one_hot(chosen, places.shape[1]).to(places.dtype) @ places[0]

@@ -33,7 +33,7 @@ def deformed_plane(
 
 
 def coverage(distance: Gray, px: int) -> Gray:
-    """How much of each pixel lies inside: 1 for a negative signed distance (in half pictures), 0 for a positive one."""
+    """Share of each pixel inside a shape: 1 for a negative signed distance (in half pictures), 0 for a positive one."""
     return np.clip(0.5 - distance * np.float32(px / 2), 0, 1)
 
 

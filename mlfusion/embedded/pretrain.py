@@ -60,11 +60,11 @@ def batch_of(bank: Bank, recipe: Recipe, step: int, crew: int) -> tuple[Pair, to
 
 
 def losses_of(
-    model: PretrainingModel, batch: Pair, recipe: Recipe, kept: int, draw: torch.Generator
+    model: PretrainingModel, batch: Pair, recipe: Recipe, keep: int, draw: torch.Generator
 ) -> dict[str, Tensor]:
     """The unweighted loss of every objective."""
     heads = model.heads
-    out = encode(model.vit, embed(model.vit, batch.pictures, kept, draw))
+    out = encode(model.vit, embed(model.vit, batch.pictures, keep, draw))
     cls, mean = out[:, 0], out[:, 1:].mean(1)
 
     def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -163,12 +163,12 @@ def train_step(
     """Pictures, losses, gradients, update; returns the losses."""
     schedule = plan.schedule
     last = step >= schedule.steps - schedule.whole_last
-    kept = (plan.network.image_px // plan.network.patch_px) ** 2 if last else schedule.kept_patches
+    keep = (plan.network.image_px // plan.network.patch_px) ** 2 if last else schedule.kept_patches
     weights = asdict(plan.weights)
 
     def work(crew: int) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         batch, draw = batch_of(bank, plan, step, crew)
-        losses = losses_of(model, batch, plan, kept, draw)
+        losses = losses_of(model, batch, plan, keep, draw)
         total = torch.stack([weights[name] * losses[name] for name in OBJECTIVES]).sum()
         # An objective without an example in this step (a fill that shows nowhere) has a gradient of zero.
         gradients = torch.autograd.grad(total, list(optimizer.live.values()), materialize_grads=True)

@@ -27,11 +27,11 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """Which patterns are drawn, once, before training."""
+    """The patterns that are drawn once, before training."""
 
     families: tuple[str, ...]
-    classes: int  # of each family
-    instances: int  # of each class
+    classes: int  # per family
+    instances: int  # per class
     pattern_px: int
 
 
@@ -61,7 +61,7 @@ class Weights:
     contrast: float
     layout: float
     grain: float
-    temperature: float  # of the contrast
+    temperature: float  # of the contrastive loss
 
 
 @dataclass(frozen=True, kw_only=True)

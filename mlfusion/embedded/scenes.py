@@ -12,7 +12,7 @@ from mlfusion.embedded.formula import Bank
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows, before a viewpoint is chosen: a figure or a texture in its colours on its background."""
+    """Content of a picture before a viewpoint is chosen: a figure or a texture, its colours and its background."""
 
     ink: Tensor  # float32 [b, px, px], the pattern the label is about
     fill: Tensor  # float32 [b, px, px], a second texture, in the ground or in the figure
@@ -143,7 +143,7 @@ def edges(picture: Tensor) -> Edges:
 
 
 def layout(clean: Tensor, ink: Tensor, edge: Edges) -> Tensor:
-    """Where the ink, the colours and the edges are, on a 6 × 6 grid, each at about unit scale; `[b, LAYOUT]`."""
+    """Ink, colours and edges on a 6 × 6 grid, each at about unit scale; `[b, LAYOUT]`."""
     grid = F.adaptive_avg_pool2d(edge[1], 6)
     grid = torch.sqrt(grid / (grid.mean((1, 2, 3), keepdim=True) + 2e-3))
     parts = (

@@ -61,7 +61,7 @@ def explain(
                 split=job.split.name,
                 key=job.spec.key,
                 entry=entry,
-                lacking=request.pairs - (entry.held() if entry else frozenset()),
+                lacking=request.pairs - (entry.complete_pairs() if entry else frozenset()),
                 nearest=nearest,
                 differences=tuple(_difference_texts(job.spec, job.samples, nearest)) if nearest else (),
             )

@@ -102,7 +102,7 @@ def estimate(
     for job in request.jobs:
         entry = store.entry(job.spec)
         missing: Missing = {}
-        if entry is None or not request.pairs <= entry.held():
+        if entry is None or not request.pairs <= entry.complete_pairs():
             backbone = backbone or model(request)
             missing = store.missing(job.spec, backbone.shapes(request.pairs), request.compute.format)
             if rate is None and trial is not None:

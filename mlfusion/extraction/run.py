@@ -124,7 +124,7 @@ def fill(
     for job in request.jobs:
         began = time.monotonic()
         work = _Work(job, request.compute)
-        if request.pairs <= store.held(job.spec):
+        if request.pairs <= store.complete_pairs(job.spec):
             entry = store.reuse(job.spec, job.samples, job.names)
         else:
             backbone = backbone or model(request)

@@ -1,4 +1,4 @@
-"""Finds frozen models and their files, and computes what identifies them. No weights are loaded here, and no torch module.
+"""Finds frozen models and their files, and computes their identity. It loads neither weights nor torch modules.
 
 A model is a catalogue name, an id on the Hugging Face hub, or a folder in the hub's format; each is resolved to a folder.
 """

@@ -162,7 +162,7 @@ def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: 
             require(entry, probe.representation.pairs(depth), model, dataset)
     chosen, missing = dict.fromkeys(named), []
     for probe in parse_probes("all", depth) if "all" in words else ():
-        if absent := probe.representation.pairs(depth) - pair.held:
+        if absent := probe.representation.pairs(depth) - pair.complete_pairs:
             reason = impossible(pair.train.spec.model, absent)
             way = extract_command(model, dataset, absent, words_of(pair.train, pair.test))
             missing.append(

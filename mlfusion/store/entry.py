@@ -1,18 +1,18 @@
-"""One entry of the cache: the tokens of one split under one frozen model, with the labels and ids that go with its rows.
+"""One entry of the cache: the tokens of one split by one frozen model, with the labels and ids of its rows.
 
 <key>/entry.json          the FeatureSpec whose digest is the folder's name
       ids.json labels.npy digests.npy      row by row: sample id, label, digest of the image's bytes
-      names/<digest>.json what people have called this model and data set
+      names/<digest>.json the names under which users extracted this model and data set
       runs/<id>.json      provenance of each extraction: versions, device, rates; never part of the key
-      leases/ pins/       who extracts, who reads
-      tokens/<stream>/    stream.json; c/<shard>/, a folder that comes whole: the shard and its commit record; and once all
-                          shards are there manifest.json, which joins the records
+      leases/ pins/       marks of the processes that extract or read it
+      tokens/<stream>/    stream.json; c/<shard>/ with the shard and its commit record, published in one step; and, once
+                          all shards exist, manifest.json, which joins the records
 """
 
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from mlfusion.store.formats import FORMATS, ShardWriter
 from mlfusion.store.reader import TokenReader
 from mlfusion.store.records import Names, RunRecord, Samples, damaged, removed_message
 from mlfusion.store.shard import Check, Source, spans
-from mlfusion.store.stream import CRC32C, OFFSETS, XXH3, CommitRecord, Stream, StreamManifest
+from mlfusion.store.stream import CHUNK, CommitRecord, Stream, StreamManifest
 from mlfusion.system import disk
 
 TOKENS = "tokens"
@@ -44,28 +44,23 @@ class ShardDraft:
     def __init__(self, folder: Path, samples: Samples, stream: Stream, shard: int) -> None:
         """`folder` is the stream's, `samples` are all rows of the entry."""
         self._samples, self.stream, self.shard = samples, stream, shard
-        self.row = stream.rows(shard).start  # the image whose tokens come next
+        self.row = stream.rows(shard).start  # the next image to append
         self._skipped: dict[int, str] = {}
         self._final = folder / "c" / str(shard)
         self._draft = disk.draft_name(folder)
         writer = FORMATS[stream.format]
         file = self._draft / writer.file
         with disk.drafted(self._draft):
-            self._draft.mkdir()  # not its parents: what a prune took away stays away
+            self._draft.mkdir()  # not its parents: a pruned entry must not come back
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._writer: ShardWriter | None = writer(file, stream, shard)
+            self._writer: ShardWriter = writer(file, stream, shard)
 
     def append(self, tokens: Float[np.ndarray, "B L T D"], unread: Mapping[int, str] = {}) -> None:
-        """Add the shard's next rows; T counts kinds x tokens. `unread` is row → why its image could not be read.
-
-        Raises:
-            BadData: a value is not finite, or too large for the storage type; the image is named.
-        """
+        """Add the next rows; `unread` is row → why its image could not be read. BadData if a number is not finite."""
         self.append_stored(self.stream.encoding.encode(tokens), unread)
 
     def append_stored(self, stored: Num[np.ndarray, "B L T columns"], unread: Mapping[int, str] = {}) -> None:
-        """Add rows that are encoded already; see `append`."""
-        assert self._writer is not None
+        """Add encoded rows, [rows, layers, kinds x tokens, columns]; see `append`."""
         encoding = self.stream.encoding
         finite = np.all(encoding.finite(stored), axis=2)  # [rows, layers]
         missing = [row - self.row for row in unread]
@@ -84,11 +79,10 @@ class ShardDraft:
         self.row += len(stored)
 
     def publish(self) -> bool:
-        """Flush the shard and give it its name, together with its record; False if another writer was first."""
+        """Flush the shard and publish it together with its record; False if another writer was first."""
         rows = self.stream.rows(self.shard)
-        assert self._writer is not None and self.row == rows.stop
+        assert self.row == rows.stop
         written = self._writer.close()
-        self._writer = None
         record = CommitRecord(
             stream=self.stream.name,
             shard=self.shard,
@@ -96,10 +90,8 @@ class ShardDraft:
             digests=(written.digest,),
             samples=(self._samples.digest_of(rows),),
             skipped=self._skipped,
-            chunks=written.offsets.shape,
-            offset_table=written.offsets.astype(OFFSETS).tobytes(),
-            crc32c_table=written.crc32c.astype(CRC32C).tobytes(),
-            xxh3_table=written.xxh3.astype(XXH3).tobytes(),
+            chunks=written.chunks.shape,
+            **{name: written.chunks[name].tobytes() for name in CHUNK.names or ()},
         )
         disk.write(self._draft / "commit.json", records.encode(record))
         return disk.publish_folder(self._draft, self._final)
@@ -108,27 +100,16 @@ class ShardDraft:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.abandon()
-            self._writer = None
+        self._writer.abandon()
         disk.remove(self._draft)
 
 
 class Entry:
-    """Reads and writes one folder of the cache. Made by FeatureStore.
-
-    In a layered cache `below` are the same entry's folders in the caches that lie below this one: they are read, and only
-    this one is written.
-    """
+    """Reads and writes one folder of the cache; `below` are the same entry's folders in lower layers, which are only read."""
 
     def __init__(self, path: Path, below: Sequence["Entry"] = ()) -> None:
-        """Read the record that names the entry.
-
-        Raises:
-            NotCached: the entry was removed.
-            CacheUnusable: the record is damaged, belongs to another folder, or is of a newer format.
-        """
-        self.path, self.below = path, tuple(below)
+        """Read the entry's record: NotCached if it was removed, CacheUnusable if it is damaged or of a newer format."""
+        self.path, self.below, self.key = path, tuple(below), path.name
         file = path / "entry.json"
         try:
             self.spec = records.read(file, FeatureSpec, versioned=path)
@@ -136,27 +117,19 @@ class Entry:
             raise NotCached(removed_message(path)) from err
         except OSError as err:
             raise damaged(file, str(err)) from err
-        if self.spec.key != path.name:
+        if self.spec.key != self.key:
             raise damaged(file, "it does not belong to this folder")
-
-    @property
-    def key(self) -> str:
-        """The folder's name: the digest of its FeatureSpec."""
-        return self.path.name
 
     @cached_property
     def samples(self) -> Samples:
-        """All rows, read images and skipped ones alike; checked against the key."""
-        try:
+        """All rows, those of skipped images included; checked against the key."""
+        with suppress(Exception):  # NumPy parses a header as Python source: a changed byte can raise any exception
             found = Samples.read(self.path, self.spec.data.classes)
-            sound = found.content == self.spec.data.content
-        except Exception:  # noqa: BLE001 - NumPy reads a header as Python source, so a changed byte raises what Python can
-            sound = False
-        if not sound and not (self.path / "entry.json").exists():
+            if found.content == self.spec.data.content:
+                return found
+        if not (self.path / "entry.json").exists():
             raise NotCached(removed_message(self.path))
-        if not sound:
-            raise damaged(self.path, "ids, labels or digests of its images do not match its key")
-        return found
+        raise damaged(self.path, "ids, labels or digests of its images do not match its key")
 
     def names(self) -> list[Names]:
         """All pairs of names under which this entry was extracted, the earliest first."""
@@ -168,16 +141,14 @@ class Entry:
                     every[records.read(Path(file.path), Names)] = None
         return list(every)
 
-    # --- what is there, what is missing -----------------------------------------------------------------------------
-
     def folder(self, stream: Stream) -> Path:
         """Folder of a stream."""
         return self.path / TOKENS / stream.name
 
     def streams(self) -> list[Stream]:
-        """All streams that were begun in this folder."""
+        """All streams in this folder, complete or not."""
         try:
-            folders = disk.finished(self.path / TOKENS, "stream.json")
+            folders = disk.published(self.path / TOKENS, "stream.json")
             return [records.read(folder / "stream.json", Stream) for folder in folders]
         except FileNotFoundError as err:
             raise NotCached(removed_message(self.path)) from err
@@ -187,74 +158,69 @@ class Entry:
         return [stream for stream in self.streams() if (self.folder(stream) / "manifest.json").exists()]
 
     def missing_shards(self, stream: Stream) -> list[int]:
-        """Shards of a stream that are not there yet."""
-        present: set[str] = set()
-        with suppress(FileNotFoundError):
-            present.update(os.listdir(self.folder(stream) / "c"))
+        """Numbers of a stream's shards that are not published yet."""
+        present = {path.name for path in disk.published(self.folder(stream) / "c")}
         return [shard for shard in range(stream.shards) if str(shard) not in present]
 
     def missing(self, pairs: frozenset[Pair]) -> dict[Stream, set[int]]:
         """Missing shards of the streams that hold one of `pairs`; every worker gets the same streams in the same order."""
-        wanted = pairs - self.held()
-        streams = (stream for stream in self.streams() if stream.pairs & wanted)
+        incomplete = pairs - self.complete_pairs()
+        streams = (stream for stream in self.streams() if stream.pairs & incomplete)
         return {stream: missing for stream in streams if (missing := set(self.missing_shards(stream)))}
 
     def sources(self) -> dict[Pair, Source]:
-        """(layer, kind) → the complete stream to read it from, in this folder or below."""
+        """(layer, kind) → the complete stream that holds it, in this folder or in a lower layer."""
         found: dict[Pair, Source] = {}
         for stream in self.streams():
             with suppress(FileNotFoundError):
-                source = Source(self.folder(stream), stream, self.manifest(stream))
-                found |= dict.fromkeys(stream.pairs, source)
+                found |= dict.fromkeys(stream.pairs, Source(self.folder(stream), stream, self.manifest(stream)))
         for entry in self.below:
             found = entry.sources() | found
         return found
 
-    def held(self) -> frozenset[Pair]:
-        """All (layer, kind) of which every shard is there."""
-        below = (entry.held() for entry in self.below)
+    def complete_pairs(self) -> frozenset[Pair]:
+        """Every (layer, kind) of which all shards are published, in any layer of the cache."""
+        below = (entry.complete_pairs() for entry in self.below)
         return frozenset().union(*(stream.pairs for stream in self.complete_streams()), *below)
 
     def skipped(self, sources: Mapping[Pair, Source] | None = None) -> dict[int, str]:
-        """Row → why its image could not be read. Pass `sources` if they were read already."""
+        """Row → why its image could not be read; `sources` saves reading the manifests again."""
         found: dict[int, str] = {}
         for source in dict.fromkeys((self.sources() if sources is None else sources).values()):
             found |= source.manifest.skipped
         return dict(sorted(found.items()))
 
     def unreadable(self, sources: Mapping[Pair, Source] | None = None) -> dict[str, str]:
-        """Sample id → why its image could not be read. Pass `sources` if they were read already."""
+        """Sample id → why its image could not be read; `sources` saves reading the manifests again."""
         skipped = self.skipped(sources)
         ids = self.samples.ids if skipped else ()
         return {ids[row]: why.removeprefix(f"{ids[row]} cannot be read: ") for row, why in skipped.items()}
 
     def rows(self) -> Int[np.ndarray, " N"]:
-        """The rows that hold tokens, those of readable images."""
+        """Rows of the readable images, which hold tokens."""
         return np.setdiff1d(np.arange(self.spec.data.images), np.fromiter(self.skipped(), np.int64))
 
     def extracted_at_ns(self) -> int:
-        """When this was last extracted, or reused by an extraction, in nanoseconds; only ever compared."""
-        return max(entry._changed("names") for entry in (self, *self.below))
+        """Time of the last extraction that wrote or reused this entry, in nanoseconds; only compared, never shown."""
+        return max(entry._modified("names") for entry in (self, *self.below))
 
     def read_at(self) -> float:
-        """When this was last extracted or read, in seconds of the file system's clock."""
-        return max(map(self._changed, ("names", "entry.json"))) / 1e9
+        """Time at which this was last extracted or read, in seconds of the file system's clock."""
+        return max(map(self._modified, ("names", "entry.json"))) / 1e9
 
-    def _changed(self, name: str) -> int:
+    def _modified(self, name: str) -> int:
         try:
             return (self.path / name).stat().st_mtime_ns
         except FileNotFoundError as err:
             raise NotCached(removed_message(self.path)) from err
 
     def nbytes(self) -> int:
-        """Bytes of the complete streams in this folder, by arithmetic."""
+        """Bytes of the stored numbers of the complete streams in this folder."""
         return sum(stream.nbytes for stream in self.complete_streams())
 
     def size(self) -> int:
         """Bytes on disk of this folder."""
         return folder_bytes(self.path)
-
-    # --- writing ----------------------------------------------------------------------------------------------------
 
     def add_alias(self, names: Names) -> None:
         """Record one more pair of names."""
@@ -263,7 +229,7 @@ class Entry:
             disk.publish_text(file, records.encode(names))
 
     def mark_used(self, names: Names) -> None:
-        """Make this the entry that these names mean now; without effect in a cache that cannot be written."""
+        """Make these names refer to this entry from now on; a read-only cache is left as it is."""
         with suppress(OSError):
             self.add_alias(names)
             os.utime(self.path / "names")
@@ -273,10 +239,10 @@ class Entry:
         disk.publish_text(self.path / "runs" / f"{uuid.uuid4().hex[:12]}.json", records.encode(run))
 
     def begin(self, streams: Iterable[Stream]) -> None:
-        """Make the folders of new streams; of two writers with the same stream the first one's cutting stands."""
+        """Create the folders of new streams; of two writers of the same stream the first one's shard sizes count."""
         for stream in streams:
             with disk.drafted(disk.draft_name(self.path / TOKENS)) as draft:
-                draft.mkdir()  # not its parents: what a prune took away stays away
+                draft.mkdir()  # not its parents: a pruned entry must not come back
                 (draft / "c").mkdir()
                 for name, text in FORMATS[stream.format].describe(stream).items():
                     disk.write(draft / name, text)
@@ -288,11 +254,7 @@ class Entry:
         return ShardDraft(self.folder(stream), self.samples, stream, shard)
 
     def seal(self) -> None:
-        """Publish the manifest of every stream whose shards are all there.
-
-        Raises:
-            CacheUnusable: a shard holds rows of other samples than this entry's.
-        """
+        """Publish the manifest of every stream whose shards are complete; CacheUnusable if one holds other samples' rows."""
         for stream in self.streams():
             path = self.folder(stream) / "manifest.json"
             if not path.exists() and not self.missing_shards(stream):
@@ -300,12 +262,7 @@ class Entry:
                 disk.publish_text(path, records.encode(StreamManifest.join(stream, parts)))
 
     def manifest(self, stream: Stream) -> StreamManifest:
-        """The manifest of a stream.
-
-        Raises:
-            CacheUnusable: it is damaged.
-            FileNotFoundError: the stream is not complete.
-        """
+        """The manifest of a stream: CacheUnusable if it is damaged, FileNotFoundError if the stream is not complete."""
         path = self.folder(stream) / "manifest.json"
         manifest = records.read(path, StreamManifest)
         if manifest.stream != stream or not manifest.fits(stream):
@@ -313,12 +270,7 @@ class Entry:
         return manifest
 
     def record(self, stream: Stream, shard: int) -> CommitRecord:
-        """The commit record of a shard.
-
-        Raises:
-            CacheUnusable: it is damaged.
-            FileNotFoundError: the shard is not there.
-        """
+        """The commit record of a shard: CacheUnusable if it is damaged, FileNotFoundError if there is no such shard."""
         path = self.folder(stream) / "c" / str(shard) / "commit.json"
         record = records.read(path, CommitRecord)
         rows = self.samples.digest_of(stream.rows(shard))
@@ -327,55 +279,50 @@ class Entry:
         return record
 
     def sweep(self) -> None:
-        """Remove what killed writers left behind."""
+        """Remove drafts, leases and pins of dead processes."""
         for folder in (self.path, *(self.path / name for name in FOLDERS), *map(self.folder, self.streams())):
             disk.sweep(folder)
         for name in ("leases", "pins"):
             leases.sweep(self.path / name)
 
-    # --- reading ----------------------------------------------------------------------------------------------------
-
     def open(self, layers: Sequence[int], kinds: Sequence[TokenKind], *, check: Check = "once") -> TokenReader:
-        """A reader of these layers and kinds of the readable images.
+        """A reader of [readable images, layers, tokens, width].
 
-        Its arrays are [images, layers, tokens, width]; the third axis holds the kinds one after another, and layers narrower
-        than the widest are padded with zeros. `check` says when a chunk's checksum is compared: 'once', on first touch by
-        this reader, 'always', or 'never'.
-
-        Raises:
-            NotCached: a (layer, kind) that is not, or not wholly, in the cache.
-            CacheUnusable: a record is damaged.
+        The third axis holds the kinds one after another; layers narrower than the widest are padded with zeros. NotCached if
+        a (layer, kind) is not, or not completely, in the cache; CacheUnusable if a record is damaged.
         """
         with suppress(OSError):
-            os.utime(self.path / "entry.json")  # for `prune`, which removes what was not used for longest
-        home = self.sources()
-        if absent := [(layer, kind) for layer in layers for kind in kinds if (layer, kind) not in home]:
-            names = "; ".join(
-                f"{kind} of layers {layer_ranges(layer for layer, k in absent if k == kind)}"
-                for kind in dict.fromkeys(kind for _, kind in absent)
-            )
-            raise NotCached(f"not in the cache: {names}")
-        counts = {tuple(home[layer, kind].stream.tokens for kind in kinds) for layer in layers}
+            os.utime(self.path / "entry.json")  # for `prune`, which removes the least recently used entries
+        sources = self.sources()
+        if absent := [(layer, kind) for layer in layers for kind in kinds if (layer, kind) not in sources]:
+            raise NotCached(f"not in the cache: {pair_words(absent)}")
+        counts = {tuple(sources[layer, kind].stream.tokens for kind in kinds) for layer in layers}
         if len(counts) > 1:
             raise CacheUnusable(f"{self.path}: layers differ in their number of tokens; read them one at a time")
         ends = np.cumsum([0, *counts.pop()]).tolist()
         planes: dict[Source, list[tuple[int, int, int, int]]] = {}
         for li, layer in enumerate(layers):
             for ki, kind in enumerate(kinds):
-                source = home[layer, kind]
+                source = sources[layer, kind]
                 planes.setdefault(source, []).append((li, ends[ki], *source.stream.plane(layer, kind)))
         width = max(source.stream.width for source in planes)
         return TokenReader(
             [span for source, where in planes.items() for span in spans(source, where)],
             (self.spec.data.images, len(layers), ends[-1], width),
-            sorted({row for source in home.values() for row in source.manifest.skipped}),
+            list(self.skipped(sources)),
             check,
         )
 
     def read(self, layers: Sequence[int], kinds: Sequence[TokenKind]) -> Num[np.ndarray, "N L T D"]:
-        """[readable images, layers, tokens, width]: `open` and read everything."""
+        """All tokens of the readable images; see `open`."""
         with self.open(layers, kinds) as reader:
             return reader.read()
+
+
+def pair_words(pairs: Collection[Pair]) -> str:
+    """Pairs in words: 'ap of layers 1-4; cls of layers 12'."""
+    kinds = dict.fromkeys(kind for _, kind in pairs)
+    return "; ".join(f"{kind} of layers {layer_ranges(layer for layer, k in pairs if k == kind)}" for kind in kinds)
 
 
 def draft_entry(folder: Path, spec: FeatureSpec, rows: Samples) -> Path:
@@ -391,24 +338,24 @@ def draft_entry(folder: Path, spec: FeatureSpec, rows: Samples) -> Path:
 
 
 def restore_missing_files(path: Path, spec: FeatureSpec, rows: Samples) -> None:
-    """Put back what a repair took out of an entry's folder, or what a prune had begun to take."""
+    """Write again the small files and folders that a repair or an interrupted prune took out of an entry."""
     for name in FOLDERS:
         if not (path / name).is_dir():
             (path / name).mkdir(exist_ok=True)
-    lost = [name for name in (GROUP, *records.FILES, "entry.json") if not (path / name).exists()]
-    found = _files(spec, rows) if lost else {}
-    for name in lost:  # entry.json last: it makes the folder an entry again
+    absent = [name for name in (GROUP, *records.FILES, "entry.json") if not (path / name).exists()]
+    contents = _files(spec, rows) if absent else {}
+    for name in absent:  # entry.json last: it makes the folder an entry again
         with disk.atomic(path / name) as draft:
-            draft.write_bytes(found[name])
+            draft.write_bytes(contents[name])
 
 
 def _files(spec: FeatureSpec, rows: Samples) -> dict[str, bytes]:
-    """Name → exact content of the files that an entry begins with."""
+    """Name → exact content of the files of an entry without tokens."""
     return rows.files() | {GROUP: zarr_group(spec.key).encode(), "entry.json": records.encode(spec).encode()}
 
 
 def zarr_group(key: str) -> str:
-    """The file that makes the folder of the streams a Zarr v3 group."""
+    """Text of the file that makes the streams' folder a Zarr v3 group."""
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"mlfusion": key}}, indent=2)
 
 

@@ -1,7 +1,7 @@
 """The cache as a whole: entries by key, by name, in one folder or in layers, and how an extraction fills one.
 
-Any number of extractors may fill one entry: each takes leases on the shards it is about to make, passes over those that others
-hold, and waits for them at the end. Whatever ends an extraction, published shards stay, drafts and leases go.
+Any number of extractors may fill one entry: each takes leases on the shards it is about to make, skips those that others
+hold, and waits for them at the end. However an extraction ends, published shards stay, drafts and leases are removed.
 """
 
 import logging
@@ -28,8 +28,8 @@ from mlfusion.system import disk
 
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of mlfusion; see README.md beside this file.\n"
 MARKER = "mlfusion-cache.json"
-QUARANTINE, TRASH = "quarantine", "trash"  # beside the entries: what a repair took out, what a prune is removing
-WAIT = 0.5  # seconds between looks at what other extractors still hold
+QUARANTINE, TRASH = "quarantine", "trash"  # folders of damaged files, and of entries that are being pruned
+WAIT = 0.5  # seconds between checks of what other extractors have finished
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ OnDamage = Callable[[str], None]
 """Called with one sentence about each damaged entry."""
 
 CachePath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
-"""Root of a cache; or several, one's own first and then those that are only read: a list, or 'mine:/lab/shared'."""
+"""Root of a cache; or a list (or 'mine:/lab/shared') of roots: the first is written, the others are only read."""
 
 Missing = dict[Stream, set[int]]
 """Stream → numbers of the shards that are missing."""
@@ -53,7 +53,7 @@ def default_root() -> str:
 
 
 class Gap:
-    """What one entry lacks, held open for one extractor. Made by `FeatureStore.filling`.
+    """The missing tokens of one entry, for one extractor. Made by `FeatureStore.filling`.
 
     for pieces in gap.rounds():
         for rows, streams in pieces:
@@ -62,11 +62,12 @@ class Gap:
     """
 
     def __init__(self, entry: Entry, pairs: frozenset[Pair], log: Callable[[str], None]) -> None:
-        self.entry, self._wanted, self._log = entry, pairs, log
-        self.pairs = pairs  # all that are filled in this round: a stream is filled as a whole
+        self.entry, self._requested, self._log = entry, pairs, log
+        self.pairs = pairs  # of all streams of this round: a stream is filled as a whole
         self._leases = Leases(entry.path / "leases")
-        self._undo = ExitStack()
-        self._claimed = False  # whether there was anything to do in this round
+        self.renew = self._leases.renew  # to be called after every batch
+        self._cleanup = ExitStack()
+        self._claimed = False  # whether this worker claimed a piece in this round
 
     @property
     def title(self) -> str:
@@ -76,15 +77,14 @@ class Gap:
         return f"{spec.model.name} on {spec.data.name}/{spec.data.split}{view}"
 
     def rounds(self) -> Iterator[Iterator[Piece]]:
-        """Go through the missing rows until none is left; a round must be published before the next one is asked for.
+        """Yield rounds of pieces until no row is missing; publish a round's shards before asking for the next round.
 
-        Yields:
-            The pieces that this worker claimed, in the order of rows. A piece is claimed when it is asked for.
+        A round gives pieces in the order of rows, and claims each when it is asked for.
         """
         waited_for = ""
         while True:
             self.entry.seal()
-            missing = self.entry.missing(self._wanted)
+            missing = self.entry.missing(self._requested)
             if not missing:
                 return
             self.pairs = frozenset(pair for stream in missing for pair in stream.pairs)
@@ -92,7 +92,7 @@ class Gap:
             yield self._claim(missing)
             if self._claimed:
                 continue
-            stream, shards = next(iter(missing.items()))  # all that is missing is being made by others
+            stream, shards = next(iter(missing.items()))  # other extractors make all that is missing
             if waited_for != (waited_for := self._leases.holder(lease_name(stream, min(shards)))):
                 self._log(f"the rest of {self.title} is being extracted by {waited_for}; waiting for it")
             time.sleep(min(WAIT, self._leases.term / 4))
@@ -103,17 +103,17 @@ class Gap:
         images = self.entry.spec.data.images
         for first in range(0, images, unit):
             rows = range(first, min(first + unit, images))
-            wanted = {
+            unleased = {
                 stream: shards & set(range(rows.start // stream.shard_rows, -(-rows.stop // stream.shard_rows)))
                 for stream, shards in missing.items()
             }
-            names = [lease_name(stream, shard) for stream, shards in wanted.items() for shard in sorted(shards)]
+            names = [lease_name(stream, shard) for stream, shards in unleased.items() for shard in sorted(shards)]
             if not names or not self._leases.take(names):
                 continue
-            # Another may have published a shard between our look and our lease.
-            lacking = {stream: shards & set(self.entry.missing_shards(stream)) for stream, shards in wanted.items()}
+            # Another extractor may have published a shard before we took its lease.
+            lacking = {stream: shards & set(self.entry.missing_shards(stream)) for stream, shards in unleased.items()}
             self._leases.release(
-                lease_name(stream, shard) for stream, shards in wanted.items() for shard in shards - lacking[stream]
+                lease_name(stream, shard) for stream, shards in unleased.items() for shard in shards - lacking[stream]
             )
             for start in range(rows.start, rows.stop, step):
                 streams = [stream for stream, shards in lacking.items() if start // stream.shard_rows in shards]
@@ -122,24 +122,20 @@ class Gap:
                     yield range(start, min(start + step, rows.stop)), streams
 
     def draft(self, stream: Stream, shard: int) -> ShardDraft:
-        """Begin a claimed shard; it is removed in the end if it was not published."""
-        return self._undo.enter_context(self.entry.draft(stream, shard))
+        """Begin a claimed shard; its draft is removed at exit if it was not published."""
+        return self._cleanup.enter_context(self.entry.draft(stream, shard))
 
     def publish(self, draft: ShardDraft) -> None:
-        """Publish a shard, unless somebody else has, and give up its lease."""
+        """Publish a shard, unless another extractor has, and release its lease."""
         draft.publish()
         self._leases.release([lease_name(draft.stream, draft.shard)])
-
-    def renew(self) -> None:
-        """Keep the leases; to be called after every batch."""
-        self._leases.renew()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._undo.callback(self._leases.release)
-        self._undo.close()
+        self._cleanup.callback(self._leases.release)
+        self._cleanup.close()
 
 
 def lease_name(stream: Stream, shard: int) -> str:
@@ -150,9 +146,9 @@ def lease_name(stream: Stream, shard: int) -> str:
 def _new_streams(
     entry: Entry | None, spec: FeatureSpec, shapes: Mapping[Pair, tuple[int, int]], format: FormatName
 ) -> list[Stream]:
-    """Streams for every pair that no stream of the entry holds or has begun; `shapes` as for `streams_for`."""
-    begun = {pair for stream in entry.streams() for pair in stream.pairs} | entry.held() if entry else frozenset()
-    new = {pair: shape for pair, shape in shapes.items() if pair not in begun}
+    """New streams for every pair that is in no stream of the entry yet; `shapes` as for `streams_for`."""
+    known = entry.complete_pairs().union(*(stream.pairs for stream in entry.streams())) if entry else frozenset()
+    new = {pair: shape for pair, shape in shapes.items() if pair not in known}
     return streams_for(new, images=spec.data.images, dtype=spec.dtype, format=format)
 
 
@@ -165,12 +161,9 @@ class FeatureStore:
     """Entries by key, in one folder, or in layers: one's own cache above caches that are only read."""
 
     def __init__(self, cache: CachePath = None) -> None:
-        """Open a cache, or name one that is yet to be made.
-
-        Raises:
-            CacheUnusable: a newer mlfusion made it; or a lower layer does not exist.
-        """
+        """Open a cache, existing or not; CacheUnusable if a newer mlfusion made it, or a lower layer does not exist."""
         self.root, *below = _roots(cache)
+        self.folder = self.root / f"v{FORMAT}"  # of the entries
         self.below = tuple(FeatureStore([root]) for root in below)
         for layer in self.below:
             if not layer.root.is_dir():
@@ -178,37 +171,27 @@ class FeatureStore:
         if (marker := self.root / MARKER).is_file():
             records.read(marker, CacheMarker, versioned=self.root)
 
-    @property
-    def folder(self) -> Path:
-        """Folder of the entries."""
-        return self.root / f"v{FORMAT}"
-
-    # --- finding ----------------------------------------------------------------------------------------------------
-
     def entry(self, spec: FeatureSpec) -> Entry | None:
-        """The entry of these features, if it was begun."""
+        """The entry of these features, complete or not; None if there is none."""
         return self.by_key(spec.key)
 
     def by_key(self, key: str) -> Entry | None:
-        """The entry of this key, in the uppermost layer that has it and with those below."""
+        """The entry of this key in the uppermost layer that has it, joined with those of lower layers."""
         found = [entry for layer in self.below if (entry := layer.by_key(key))]
         with suppress(NotCached):
             return Entry(self.folder / key, found)
         return Entry(found[0].path, found[1:]) if found else None
 
     def entries(self, on_damage: OnDamage | None = None) -> Iterator[Entry]:
-        """All entries of all layers, complete or begun; damaged ones are left out and reported, by default to the log."""
+        """All entries of all layers, complete or not; damaged ones are skipped and reported, by default to the log."""
         layers = (self, *self.below)
-        keys = {path.name for layer in layers for path in disk.finished(layer.folder, "entry.json")}
-        for key in sorted(keys):
-            if entry := sound(partial(self.by_key, key), on_damage):
-                yield entry
+        keys = {path.name for layer in layers for path in disk.published(layer.folder, "entry.json")}
+        yield from filter(None, (read_or_report(partial(self.by_key, key), on_damage) for key in sorted(keys)))
 
     def own_entries(self) -> Iterator[Entry]:
-        """Entries of the uppermost layer alone, without those below; damaged ones are reported to the log."""
-        for path in disk.finished(self.folder, "entry.json"):
-            if entry := sound(partial(Entry, path), None):
-                yield entry
+        """Entries of the uppermost layer alone; damaged ones are reported to the log."""
+        paths = disk.published(self.folder, "entry.json")
+        yield from filter(None, (read_or_report(partial(Entry, path)) for path in paths))
 
     def find(
         self,
@@ -218,30 +201,23 @@ class FeatureStore:
         split: str | None = None,
         on_damage: OnDamage | None = None,
     ) -> list[Entry]:
-        """Entries that were extracted under these names: catalogue names, hub ids or folders.
+        """Entries that were extracted under these names (catalogue names, hub ids or folders); by default all.
 
-        Each is one of any by default; `model` may name a hook point and settings, as in 'clip-vit-b16:block'. For
-        `on_damage` see `entries`.
+        `model` may name a hook point and settings, as in 'clip-vit-b16:block'. For `on_damage` see `entries`.
         """
-        asked = parse_model(model) if model else None
+        ref = parse_model(model) if model else None
 
-        def match(entry: Entry) -> Entry | None:
-            any_name = asked is None and dataset is None
-            if split in (None, entry.spec.data.split) and (
-                any_name or any(_goes_by(names, asked, dataset) for names in entry.names())
-            ):
-                return entry
-            return None
+        def matches(entry: Entry) -> bool:
+            if split not in (None, entry.spec.data.split):
+                return False
+            return (ref is None and dataset is None) or any(_match(names, ref, dataset) for names in entry.names())
 
-        found = (sound(partial(match, entry), on_damage) for entry in self.entries(on_damage))
-        return [entry for entry in found if entry]
+        return [entry for entry in self.entries(on_damage) if read_or_report(partial(matches, entry), on_damage)]
 
-    # --- filling ----------------------------------------------------------------------------------------------------
-
-    def held(self, spec: FeatureSpec) -> frozenset[Pair]:
-        """All (layer, kind) of these features that are complete."""
+    def complete_pairs(self, spec: FeatureSpec) -> frozenset[Pair]:
+        """Every (layer, kind) of these features that is complete."""
         entry = self.entry(spec)
-        return entry.held() if entry else frozenset()
+        return entry.complete_pairs() if entry else frozenset()
 
     def missing(self, spec: FeatureSpec, shapes: Mapping[Pair, tuple[int, int]], format: FormatName) -> Missing:
         """The shards that `filling` with the same arguments would write."""
@@ -260,14 +236,10 @@ class FeatureStore:
         format: FormatName = "zarr",
         log: Callable[[str], None] = lambda _: None,
     ) -> Iterator[Gap]:
-        """Fill what an entry lacks of some tokens: `with store.filling(…) as gap`, see `Gap`.
+        """Fill an entry with the tokens of `shapes` (as for `streams_for`) that it lacks; see `Gap`.
 
-        The entry is made if need be, and from now on `names` mean it. `shapes` are those of all tokens that are wanted, as
-        for `streams_for`; `format` is that of new streams; `log` gets a message while waiting for another extractor.
-
-        Raises:
-            CacheUnusable: the cache cannot be written, or the disk is too small.
-            NotCached: a prune removed the entry meanwhile.
+        A missing entry is created, and `names` refer to it from now on; `format` is that of new streams. Raises as `create`,
+        and CacheUnusable if the disk is too small. `log` gets a message while this waits for another extractor.
         """
         entry, pairs = self.create(spec, samples, names), frozenset(shapes)
         with disk.translate_os_errors(self.root, lambda: missing_bytes(entry.missing(pairs))):
@@ -285,27 +257,21 @@ class FeatureStore:
         entry.mark_used(names)
 
     def reuse(self, spec: FeatureSpec, samples: Samples, names: Names) -> Entry:
-        """The entry of features that are complete; small files that a repair took out are put back.
-
-        Raises:
-            NotCached: a prune removed the entry meanwhile.
-        """
+        """The entry of complete features; writes small files that a repair took out, NotCached if a prune removed it."""
         entry = self.entry(spec)
         if entry is None:
             raise NotCached(removed_message(self.folder / spec.key))
         if entry.path.parent == self.folder:
-            with suppress(OSError):  # a cache may be read-only
+            with suppress(OSError):  # the cache may be read-only
                 restore_missing_files(entry.path, spec, samples)
                 entry.sweep()  # drafts of an extractor that was killed after its last shard
         entry.mark_used(names)
         return entry
 
     def create(self, spec: FeatureSpec, samples: Samples, names: Names) -> Entry:
-        """The entry of these features in the uppermost layer, made if need be; drafts of dead writers are swept.
+        """The entry of these features in the uppermost layer, created if missing; drafts of dead writers are removed.
 
-        Raises:
-            CacheUnusable: the cache cannot be written.
-            NotCached: a prune removed it meanwhile.
+        CacheUnusable if the cache cannot be written, NotCached if a prune removed the entry meanwhile.
         """
         with disk.translate_os_errors(self.root):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -327,22 +293,21 @@ class FeatureStore:
             return entry
 
 
-def sound(read: Callable[[], T | None], on_damage: OnDamage | None) -> T | None:
-    """One of many entries; a damaged one is reported and does not hide the others."""
-    try:
-        return read()
-    except NotCached:  # removed since
-        return None
-    except CacheUnusable as err:
-        (on_damage or logger.warning)(str(err))
-        return None
+def read_or_report(read: Callable[[], T | None], on_damage: OnDamage | None = None) -> T | None:
+    """The result of `read`; None if the entry was removed, or is damaged, which is reported."""
+    with suppress(NotCached):
+        try:
+            return read()
+        except CacheUnusable as err:
+            (on_damage or logger.warning)(str(err))
+    return None
 
 
-def _goes_by(names: Names, model: ModelRef | None, dataset: str | None) -> bool:
-    """Whether an entry with these names is meant by what the user typed."""
+def _match(names: Names, model: ModelRef | None, dataset: str | None) -> bool:
+    """Whether the user's words for a model and a data set refer to an entry with these names."""
 
     def same(word: str, name: str, source: str, suffix: str = "") -> bool:
-        if Path(word).exists():  # a folder or file is meant by its path: two may have the same name
+        if Path(word).exists():  # two folders or files may have the same name: their paths are compared
             return source == str(Path(word).resolve()) + suffix
         return word + suffix in (name, source)
 
@@ -356,7 +321,7 @@ def _roots(cache: CachePath) -> list[Path]:
         cache = default_root()
     if isinstance(cache, (str, os.PathLike)):
         word = os.fspath(cache)
-        # A path that exists as it is written may hold the separator itself.
+        # The name of an existing folder may contain the separator.
         cache = [word] if Path(word).expanduser().is_dir() else [part for part in word.split(os.pathsep) if part]
     roots = [Path(root).expanduser() for root in cache]
     if not roots:
@@ -365,12 +330,12 @@ def _roots(cache: CachePath) -> list[Path]:
 
 
 def differences(one: FeatureSpec, other: FeatureSpec) -> list[tuple[str, object, object]]:
-    """Fields in which the keys of two specs differ, as (name, one's value, other's value)."""
+    """Fields in which two specs differ: (name, value of `one`, value of `other`)."""
     found: list[tuple[str, object, object]] = []
     for group in ("model", "data", None):
         a, b = (getattr(one, group), getattr(other, group)) if group else (one, other)
         for field in fields(a):
-            mine, its = getattr(a, field.name), getattr(b, field.name)
-            if field.compare and field.name not in ("model", "data") and mine != its:
-                found.append((".".join(filter(None, (group, field.name))), mine, its))
+            values = getattr(a, field.name), getattr(b, field.name)
+            if field.compare and field.name not in ("model", "data") and values[0] != values[1]:
+                found.append((f"{group}.{field.name}" if group else field.name, *values))
     return found

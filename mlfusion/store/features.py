@@ -1,4 +1,4 @@
-"""Cached features by name: finds the entries that a model's and a data set's name mean. Needs neither images nor model."""
+"""Finds and reads cached features by the names of a model and a data set; needs neither images nor the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,6 +11,7 @@ from mlfusion.specs.commands import extract_command, feature_words
 from mlfusion.specs.identity import KINDS, FeatureSpec, ModelSpec, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens
 from mlfusion.store import CachePath, Check, Entry, FeatureStore, Names, TokenReader
+from mlfusion.store.entry import pair_words
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,8 @@ Tokens = TypeVar("Tokens", np.ndarray, TokenReader)
 class Features(Generic[Tokens]):
     """Tokens of one split, with the labels and ids of their rows."""
 
-    tokens: Tokens  # [images, layers, kinds, width]; a kind of many tokens ('all') takes many places of the third axis
-    labels: (
-        np.ndarray
-    )  # [images] int64, an index into classes; or [images, classes] uint8; or [images] float64, numbers
+    tokens: Tokens  # [images, layers, kinds x tokens, width]
+    labels: np.ndarray  # [images] int64 class indices, [images, classes] uint8, or [images] float64
     ids: tuple[str, ...]  # [images]
     classes: tuple[str, ...]
     layers: tuple[int, ...]
@@ -33,7 +32,7 @@ class Features(Generic[Tokens]):
     key: str  # of the entry
 
     def tensors(self: "Features[np.ndarray]") -> "tuple[torch.Tensor, torch.Tensor]":
-        """Tokens and labels as torch tensors on the same memory: nothing is copied."""
+        """Tokens and labels as torch tensors that share their memory."""
         import torch
 
         return torch.from_numpy(self.tokens), torch.from_numpy(self.labels)
@@ -41,7 +40,7 @@ class Features(Generic[Tokens]):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which tokens of a split are read, and in which order."""
+    """The tokens of a split to read, in order."""
 
     layers: str | Sequence[int] = "all"  # 'all' (1..L), 'last', '1-4,12', or numbers
     tokens: str | Sequence[TokenKind] = ("cls", "ap")
@@ -67,7 +66,8 @@ def open_features(
     check: Check = "once",
 ) -> Features[TokenReader]:
     """Cached tokens that are read on demand; arguments and errors as in `mlfusion.open_features`."""
-    entry = _newest(_of_split(FeatureStore(cache), model, dataset, split, wanted.view))
+    # Entries of the same names differ in content, preprocessing or storage type.
+    entry = max(_find_split(FeatureStore(cache), model, dataset, split, wanted.view), key=Entry.extracted_at_ns)
     depth = entry.spec.model.depth
     chosen = parse_layers(wanted.layers, depth) if isinstance(wanted.layers, str) else tuple(wanted.layers)
     kinds = tuple(wanted.tokens.split(",")) if isinstance(wanted.tokens, str) else tuple(wanted.tokens)
@@ -88,11 +88,11 @@ def open_features(
 class SplitPair:
     """Train and test features of one model on one data set, extracted with the same options."""
 
-    model: str  # what the user called it
+    model: str  # as the user named it
     dataset: str
     train: Entry
     test: Entry
-    older: int  # other pairs that go by the same names
+    older: int  # number of older pairs of the same names
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -100,17 +100,13 @@ class SplitPair:
         return self.train.key, self.test.key
 
     @property
-    def held(self) -> frozenset[Pair]:
-        """(layer, kind) that both splits hold."""
-        return self.train.held() & self.test.held()
+    def complete_pairs(self) -> frozenset[Pair]:
+        """Every (layer, kind) that is complete in both splits."""
+        return self.train.complete_pairs() & self.test.complete_pairs()
 
 
 def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[SplitPair]:
-    """The newest train and test features of one model, or of every model, on a data set.
-
-    Raises:
-        NotCached: there are none, or one split lacks its partner; says what to run.
-    """
+    """The newest train and test features of one model, or of every model, on a data set; NotCached if there is no pair."""
     found: dict[str, list[tuple[Names, Entry, Entry]]] = {}
     trains, tests = (
         [entry for entry in store.find(model=model, dataset=dataset, split=split) if entry.spec.model.view == "plain"]
@@ -118,37 +114,33 @@ def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[Sp
     )
     for train in trains:
         for test in tests:
-            if _made_alike(train.spec, test.spec):
+            if _shared_options(train.spec) == _shared_options(test.spec):
                 name = train.names()[0]
                 found.setdefault(model or name.model_source, []).append((name, train, test))
     if not found:
-        raise NotCached(_not_there(store, model, dataset, [e.spec.data.split for e in (*trains, *tests)]))
+        raise NotCached(_not_cached(store, model, dataset, [e.spec.data.split for e in (*trains, *tests)]))
     pairs = []
     for alike in found.values():
-        # The newest of each, not of both together: a data set that changed leaves old partners for new splits.
+        # The newest train decides, then the newest test: after a change of the data set old splits pair with new ones.
         name, train, test = max(alike, key=lambda each: (each[1].extracted_at_ns(), each[2].extracted_at_ns()))
         pairs.append(SplitPair(name.model, name.dataset, train, test, older=len(alike) - 1))
     return pairs
 
 
 def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str) -> None:
-    """Refuse, with the command that mends it, unless the entry wholly holds `pairs`.
-
-    Raises:
-        NotCached: they can be extracted; says how.
-        BadModel: they cannot, since the model has no such token; says which it has.
-    """
-    if absent := pairs - entry.held():
+    """Raise NotCached with the command that extracts the rest unless `pairs` are complete; BadModel if none can."""
+    if absent := pairs - entry.complete_pairs():
         if none := impossible(entry.spec.model, absent):
             raise BadModel(f"{model} {none}")
+        by_kind = sorted(absent, key=lambda pair: pair[1])
         raise NotCached(
-            f"{entry.spec.data.split} features of {model} on {dataset} lack {_words(absent)}; run: "
+            f"{entry.spec.data.split} features of {model} on {dataset} lack {pair_words(by_kind)}; run: "
             + extract_command(model, dataset, absent, words_of(entry))
         )
 
 
 def impossible(model: ModelSpec, pairs: frozenset[Pair]) -> str | None:
-    """Why no extraction can give `pairs`, with what there is instead; None where one can, or it is not known."""
+    """Why no extraction can give `pairs`, and which tokens the model has; None if one can, or it is not known."""
     lacking = sorted({kind for _, kind in pairs if kind not in model.kinds}, key=KINDS.index) if model.kinds else []
     if not lacking:
         return None
@@ -159,55 +151,43 @@ def impossible(model: ModelSpec, pairs: frozenset[Pair]) -> str | None:
 
 
 def words_of(train: Entry, test: Entry | None = None) -> list[str]:
-    """The words behind `mlfusion extract` that give these entries again, but for their tokens; `feature_words` reads them."""
+    """Options of the `mlfusion extract` that makes these entries again, without their tokens."""
     splits = tuple(entry.names()[0].split for entry in (train, test) if entry) if test else ("train", "test")
     return feature_words(splits, train.spec.model.view, train.names()[0].options)
 
 
-def _made_alike(train: FeatureSpec, test: FeatureSpec) -> bool:
-    same = (train.model, train.dtype, train.format) == (test.model, test.dtype, test.format)
-    return same and (train.data.classes, train.data.resplit) == (test.data.classes, test.data.resplit)
+def _shared_options(spec: FeatureSpec) -> tuple[object, ...]:
+    """Fields that are equal in the train and test features of a pair."""
+    return spec.model, spec.dtype, spec.format, spec.data.classes, spec.data.resplit
 
 
-def _of_split(store: FeatureStore, model: str, dataset: str, split: str, view: str) -> list[Entry]:
+def _find_split(store: FeatureStore, model: str, dataset: str, split: str, view: str) -> list[Entry]:
     every = store.find(model=model, dataset=dataset, split=split)
     entries = [entry for entry in every if entry.spec.model.view == view]
     if every and not entries:
+        options = feature_words(("train", "test"), view, every[0].names()[0].options)
         raise NotCached(
             f"{split} features of {model} on {dataset} are cached of the views "
             f"{', '.join(sorted({e.spec.model.view for e in every}))}, not of {view}; run: "
-            + extract_command(
-                model, dataset, options=feature_words(("train", "test"), view, every[0].names()[0].options)
-            )
+            + extract_command(model, dataset, options=options)
         )
     if not entries:
         others = [e.spec.data.split for e in store.find(model=model, dataset=dataset)]
         if others:
             raise BadData(f"no {split!r} split of {dataset} is cached; cached: {', '.join(sorted(set(others)))}")
-        raise NotCached(_not_there(store, model, dataset, []))
+        raise NotCached(_not_cached(store, model, dataset, []))
     return entries
 
 
-def _newest(entries: list[Entry]) -> Entry:
-    """The entry that was extracted last, of those that differ in content, preprocessing or storage type."""
-    return max(entries, key=lambda entry: entry.extracted_at_ns())
-
-
-def _not_there(store: FeatureStore, model: str | None, dataset: str, splits: list[str]) -> str:
+def _not_cached(store: FeatureStore, model: str | None, dataset: str, splits: list[str]) -> str:
+    command = extract_command(model, dataset)
     if splits:
         absent = "test" if "test" not in splits else "train" if "train" not in splits else None
         why = f"only {', '.join(sorted(set(splits)))} is cached" if absent else "train and test were made unlike"
-        return f"a probe needs train and test features made alike; of {dataset}, {why}. Run: " + extract_command(
-            model, dataset
-        )
+        return f"a probe needs train and test features made alike; of {dataset}, {why}. Run: {command}"
     pairs = sorted({(n.model, n.dataset) for entry in store.entries() for n in entry.names()})
     shown = ", ".join(f"{m} on {d}" for m, d in pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
     return (
         f"no features of {dataset}{f' by {model}' if model else ''} in {store.root} (it holds {shown or 'nothing yet'}). "
-        f"Run: {extract_command(model, dataset)}"
+        f"Run: {command}"
     )
-
-
-def _words(pairs: frozenset[Pair]) -> str:
-    kinds = sorted({kind for _, kind in pairs})
-    return "; ".join(f"{kind} of layers {layer_ranges(layer for layer, k in pairs if k == kind)}" for kind in kinds)

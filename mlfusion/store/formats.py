@@ -1,8 +1,8 @@
-"""Two ways to lay a shard on disk: Zarr v3 and HDF5. Written here, read by one reader.
+"""Writes shards in two file formats, Zarr v3 and HDF5; the reader is the same for both.
 
-A writer records where in its file each chunk's bytes begin, and both formats keep them uncompressed. So shards of either are
-read by offset, at the speed of a memory map, and our reader compares the same checksum, xxh3, which is several times faster
-than crc32c; each format's own checksum serves other readers. zarr-python and h5py read the same files, a few times slower.
+Both store chunks uncompressed, and a writer records the offset of each. So the reader reads either by offset, at the speed of
+a memory map, and compares one checksum, xxh3, which is several times faster than crc32c; each format's own checksum serves
+other programs. zarr-python and h5py read the same files, a few times slower.
 """
 
 import io
@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from mlfusion.specs.options import FormatName
-from mlfusion.store.stream import Stream
+from mlfusion.store.stream import CHUNK, Stream
 
 CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)  # Zarr's mark for a chunk that a shard does not hold
@@ -34,19 +34,18 @@ class WrittenShard:
 
     size: int  # bytes
     digest: str  # xxh3-128 of the file
-    offsets: np.ndarray  # [blocks, layers, kinds] uint64
-    crc32c: np.ndarray  # [blocks, layers, kinds] uint32, of a chunk's rows
-    xxh3: np.ndarray  # [blocks, layers, kinds] uint64, of a chunk's rows
+    chunks: np.ndarray  # [blocks, layers, kinds] of CHUNK
 
 
 class ShardWriter(Protocol):
-    """A format: how its shards are described, and how one is written, which takes rows in order and leaves one file."""
+    """A file format: writes one shard, row after row, into one file."""
 
-    file: ClassVar[str]  # the shard's file inside its own folder c/<shard>
+    file: ClassVar[str]  # the shard's file in its folder c/<shard>
 
     @staticmethod
     def describe(stream: Stream) -> dict[str, str]:
-        """Name → text of the files that let other readers open the stream's folder."""
+        """Name → text of the files that let other programs open the stream's folder; none by default."""
+        return {}
 
     def __init__(self, path: Path, stream: Stream, shard: int) -> None:
         """Begin a new file at `path`."""
@@ -58,25 +57,28 @@ class ShardWriter(Protocol):
         """Write what is buffered and flush it to the disk."""
 
     def abandon(self) -> None:
-        """Close the unfinished file; the caller removes it."""
-
-
-# --- Zarr ------------------------------------------------------------------------------------------------------------
+        """Close the file, finished or not; the caller removes it."""
 
 
 class ZarrWriter(ShardWriter):
-    """One Zarr v3 array a stream; sharding_indexed, chunks uncompressed, a crc32c behind each and behind the index.
+    """One Zarr v3 array per stream: sharding_indexed, chunks uncompressed, a crc32c after each and after the index.
 
-    Appends block after block, never seeking back: one block of rows is filled while the one before it is written.
+    Appends block after block without seeking: one block of rows is filled while the previous one is written.
     """
 
     file = "0/0/0"
-    _idle: ClassVar[deque[bytearray]] = deque(maxlen=4)  # reused blocks: fresh memory must be cleared
+    _idle: ClassVar[deque[bytearray]] = deque(maxlen=4)  # blocks for reuse: the system clears fresh memory first
 
     @staticmethod
     def describe(stream: Stream) -> dict[str, str]:
         little, checked = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
         chunk = {"name": "bytes"} if stream.encoding.stored.itemsize == 1 else little  # one byte has no order
+        sharding = {
+            "chunk_shape": [stream.chunk_rows, 1, stream.tokens, stream.columns],
+            "codecs": [chunk, checked],
+            "index_codecs": [little, checked],
+            "index_location": "end",
+        }
         array = {
             "zarr_format": 3,
             "node_type": "array",
@@ -84,19 +86,9 @@ class ZarrWriter(ShardWriter):
             "data_type": stream.encoding.stored.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [stream.shard_rows, *stream.shape[1:]]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            # A missing shard reads as NaN elsewhere: a loss of NaN is noticed, plausible zeros are not.
+            # Other programs read a missing shard as NaN: users notice a loss of NaN, but not plausible zeros.
             "fill_value": stream.encoding.fill,
-            "codecs": [
-                {
-                    "name": "sharding_indexed",
-                    "configuration": {
-                        "chunk_shape": [stream.chunk_rows, 1, stream.tokens, stream.columns],
-                        "codecs": [chunk, checked],
-                        "index_codecs": [little, checked],
-                        "index_location": "end",
-                    },
-                }
-            ],
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             "dimension_names": ["image", "layer", "token", "channel"],
             "attributes": {"layers": list(stream.layers), "kinds": list(stream.kinds), "dtype": stream.dtype},
         }
@@ -109,10 +101,10 @@ class ZarrWriter(ShardWriter):
         self._planes = len(stream.layers), len(stream.kinds)
         self._filled = 0
         self._index = np.full((stream.shard_blocks, *self._planes, 1, 2), ABSENT, "<u8")
-        self._crc32c, self._xxh3 = (np.zeros(self._index.shape[:3], kind) for kind in (np.uint32, np.uint64))
+        self._chunks = np.zeros(self._index.shape[:3], CHUNK)
         self._digest = xxhash.xxh3_128()
         self._blocks = 0
-        self._behind = ThreadPoolExecutor(1)
+        self._executor = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._block = self._memory()
 
@@ -126,9 +118,9 @@ class ZarrWriter(ShardWriter):
 
     @property
     def _rows(self) -> np.ndarray:
-        """[chunk_rows, layers, kinds] of the block being filled; an item is one image's part of a chunk.
+        """View [chunk_rows, layers, kinds] of the block that is being filled; an item is one image's part of a chunk.
 
-        The block is as it is written, to the byte: what came to the system's cache by few large writes reads faster.
+        The block has the layout of the file, so that one large write is enough: its pages are read faster afterwards.
         """
         size, step = self._stream.row_bytes, self._chunk_bytes + CRC_BYTES
         shape = self._stream.chunk_rows, *self._planes
@@ -138,40 +130,41 @@ class ZarrWriter(ShardWriter):
         into = self._rows
         rows = np.ascontiguousarray(stored).reshape(-1).view(into.dtype).reshape(-1, *into.shape[1:])
         while len(rows):
-            taken = min(len(rows), len(into) - self._filled)
-            into[self._filled : self._filled + taken] = rows[:taken]
-            self._filled += taken
-            rows = rows[taken:]
+            count = min(len(rows), len(into) - self._filled)
+            into[self._filled : self._filled + count] = rows[:count]
+            self._filled += count
+            rows = rows[count:]
             if self._filled == len(into):
                 self._flush()
                 into = self._rows
 
     def _flush(self) -> None:
-        """Queue a full block for writing, once the block before it is written."""
+        """Queue a block for writing, once the previous one is written."""
         self._wait()
-        self._writing = self._behind.submit(self._write, self._block, self._filled)
+        self._writing = self._executor.submit(self._write, self._block, self._filled)
         self._block = self._memory()
         self._filled = 0
 
     def _wait(self) -> None:
-        """Wait for the queued block. If it could not be written, every call raises OSError, so nothing follows a gap."""
+        """Wait for the queued block; if it could not be written, this and all later calls raise OSError."""
         if self._writing:
             self._writing.result()
             self._writing = None
 
     def _write(self, memory: bytearray, filled: int) -> None:
-        held, size = filled * self._stream.row_bytes, self._chunk_bytes
+        used, size = filled * self._stream.row_bytes, self._chunk_bytes
         block = np.frombuffer(memory, np.uint8)
         for start, place in zip(range(0, len(block), size + CRC_BYTES), np.ndindex(self._planes), strict=True):
             chunk = block[start : start + size + CRC_BYTES]
-            rows, whole = chunk[:held], chunk[:size]
-            whole[held:] = 0  # chunks keep their full shape; rows past the last image are padding
+            rows, whole = chunk[:used], chunk[:size]
+            whole[used:] = 0  # a chunk has its full shape: rows after the last image are padding
             checksum = crc32c.crc32c(whole.data)
             chunk[size:] = np.frombuffer(checksum.to_bytes(CRC_BYTES, "little"), np.uint8)
-            self._crc32c[self._blocks, *place] = checksum if held == size else crc32c.crc32c(rows.data)
-            self._xxh3[self._blocks, *place] = xxhash.xxh3_64_intdigest(rows.data)
             self._digest.update(chunk.data)
-            self._index[self._blocks, *place, 0] = self._blocks * len(block) + start, len(chunk)
+            offset = self._blocks * len(block) + start
+            self._index[self._blocks, *place, 0] = offset, len(chunk)
+            row_crc = checksum if used == size else crc32c.crc32c(rows.data)
+            self._chunks[self._blocks, *place] = offset, row_crc, xxhash.xxh3_64_intdigest(rows.data)
         write_all(self._file, block.data)
         self._blocks += 1
         self._idle.append(memory)
@@ -180,7 +173,7 @@ class ZarrWriter(ShardWriter):
         if self._filled:
             self._flush()
         self._wait()
-        self._behind.shutdown()
+        self._executor.shutdown()
         index = self._index.tobytes()
         index += crc32c.crc32c(index).to_bytes(CRC_BYTES, "little")
         self._digest.update(index)
@@ -189,33 +182,25 @@ class ZarrWriter(ShardWriter):
         self._file.close()
         self._idle.append(self._block)
         size = self._blocks * math.prod(self._planes) * (self._chunk_bytes + CRC_BYTES) + len(index)
-        tables = self._index[..., 0, 0], self._crc32c, self._xxh3
-        return WrittenShard(size, self._digest.hexdigest(), *(table[: self._blocks] for table in tables))
+        return WrittenShard(size, self._digest.hexdigest(), self._chunks[: self._blocks])
 
     def abandon(self) -> None:
-        self._behind.shutdown()
+        self._executor.shutdown()
         self._file.close()
 
 
-# --- HDF5 ------------------------------------------------------------------------------------------------------------
-
-
 class Hdf5Writer(ShardWriter):
-    """One immutable HDF5 file a shard, dataset 'tokens', chunked like the Zarr form, with Fletcher-32 checksums.
+    """One HDF5 file per shard, dataset 'tokens', with the same chunks as Zarr and Fletcher-32 checksums.
 
-    Builds the file in memory and writes it whole on close: HDF5's own writing crashes the process on a full disk.
+    Builds the file in memory and writes it on close: HDF5's own writing crashes the process on a full disk.
     """
 
     file = "tokens.h5"
 
-    @staticmethod
-    def describe(stream: Stream) -> dict[str, str]:
-        return {}  # every file describes itself
-
     def __init__(self, path: Path, stream: Stream, shard: int) -> None:
         self._path, self._stream = path, stream
         self._rows = stream.rows(shard)
-        # v110: a file that was cut short refuses to open, where the older layout opens with part of its rows.
+        # With v110 a truncated file cannot be opened; the older layout would open with part of its rows.
         self._image = h5py.File(path, "w", driver="core", backing_store=False, libver="v110")
         self._data = self._image.create_dataset(
             "tokens",
@@ -239,21 +224,19 @@ class Hdf5Writer(ShardWriter):
         image = np.frombuffer(self._image.id.get_file_image(), np.uint8)
         step, _, tokens, _ = self._data.chunks
         starts = range(0, len(self._rows), step)
-        shape = len(starts), len(self._stream.layers), len(self._stream.kinds)
-        offsets, crc32cs, xxh3s = (np.zeros(shape, kind) for kind in (np.uint64, np.uint32, np.uint64))
-        for block, layer, kind in np.ndindex(shape):
+        chunks = np.zeros((len(starts), len(self._stream.layers), len(self._stream.kinds)), CHUNK)
+        for block, layer, kind in np.ndindex(chunks.shape):
             at = self._data.id.get_chunk_info_by_coord((starts[block], layer, kind * tokens, 0)).byte_offset
             rows = image[at : at + min(step, len(self._rows) - starts[block]) * self._stream.row_bytes]
-            offsets[block, layer, kind], crc32cs[block, layer, kind] = at, crc32c.crc32c(rows.data)
-            xxh3s[block, layer, kind] = xxhash.xxh3_64_intdigest(rows.data)
+            chunks[block, layer, kind] = at, crc32c.crc32c(rows.data), xxhash.xxh3_64_intdigest(rows.data)
         self._image.close()
         with open(self._path, "xb", buffering=0) as file:
             write_all(file, image.data)
             os.fsync(file.fileno())
-        return WrittenShard(len(image), xxhash.xxh3_128_hexdigest(image.data), offsets, crc32cs, xxh3s)
+        return WrittenShard(len(image), xxhash.xxh3_128_hexdigest(image.data), chunks)
 
     def abandon(self) -> None:
-        if self._image:  # a file that was closed is false
+        if self._image:  # false once it is closed
             self._image.close()
 
 
@@ -261,7 +244,7 @@ FORMATS: dict[FormatName, type[ShardWriter]] = {"zarr": ZarrWriter, "hdf5": Hdf5
 
 
 def write_all(file: io.FileIO, data: memoryview | bytes) -> None:
-    """A raw write may be short."""
+    """Write all of `data`; one raw write may write less."""
     view = memoryview(data).cast("B")
     while view:
         view = view[file.write(view) :]

@@ -1,7 +1,7 @@
-"""Looks after the cache: what lies in it, which entries may be removed, and copies of entries. One in use always stays.
+"""Lists, prunes and copies the entries of the cache. An entry that is in use is never removed.
 
-An entry that is removed is first renamed into `trash/`; only there, where no new reader can find it, is it looked at once
-more, and put back if a reader's pin came with it. So a reader that pins an entry before it opens it keeps it.
+A prune first renames an entry into `trash/`, where no new reader finds it, checks it once more for readers' pins, and moves it
+back if there is one. So a reader that pins an entry before it opens it cannot lose it.
 """
 
 import os
@@ -20,7 +20,7 @@ from mlfusion.errors import CacheUnusable, MlfusionError, NotCached, UnknownName
 from mlfusion.specs.names import token_words
 from mlfusion.specs.options import FormatName, PruneOptions
 from mlfusion.store.entry import Entry, folder_bytes
-from mlfusion.store.feature_store import QUARANTINE, TRASH, CachePath, FeatureStore, sound
+from mlfusion.store.feature_store import QUARANTINE, TRASH, CachePath, FeatureStore, read_or_report
 from mlfusion.store.leases import in_use
 from mlfusion.store.shard import read_stored
 from mlfusion.system import disk
@@ -29,7 +29,7 @@ from mlfusion.system.progress import track
 
 @dataclass(frozen=True, kw_only=True)
 class EntrySummary:
-    """One entry in a list."""
+    """One entry of a listing."""
 
     model: str
     dataset: str
@@ -38,9 +38,9 @@ class EntrySummary:
     skipped: int  # images that could not be read
     tokens: str  # as --tokens takes them; '(not complete)' while none is
     dtype: str
-    bytes: int  # of the complete streams in the entry's own folder
+    bytes: int  # of the complete streams in the uppermost layer's folder
     key: str
-    unreadable: dict[str, str]  # sample id → why its image could not be read; empty if reasons were not asked for
+    unreadable: dict[str, str]  # sample id → why its image could not be read; empty without `reasons`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,10 @@ def list_entries(
     split: str | None = None,
     reasons: bool = True,
 ) -> Listing:
-    """List the entries of a cache in all its layers, by default all; `reasons` says why images were skipped."""
+    """List entries of all layers of a cache, by default all; with `reasons`, say why images were skipped."""
     damaged: list[str] = []
     found = FeatureStore(cache).find(model=model, dataset=dataset, split=split, on_damage=damaged.append)
-    listed = [sound(partial(_summary, entry, reasons), damaged.append) for entry in found]
+    listed = [read_or_report(partial(_summary, entry, reasons), damaged.append) for entry in found]
     return Listing(entries=tuple(filter(None, listed)), damaged=tuple(damaged))
 
 
@@ -86,7 +86,7 @@ def _summary(entry: Entry, reasons: bool) -> EntrySummary:
 def entry_paths(
     cache: CachePath = None, *, model: str | None = None, dataset: str | None = None, split: str | None = None
 ) -> list[Path]:
-    """Absolute path of the cache's root; if a model, data set or split is given, paths of its entries' folders."""
+    """Absolute path of the cache's root; given a model, data set or split, the folders of its entries."""
     store = FeatureStore(cache)
     if not (model or dataset or split):
         return [store.root.absolute()]
@@ -99,21 +99,17 @@ class DiskUsage:
 
     root: Path
     entries: dict[tuple[str, str], int]  # (model, data set) → bytes, the largest first
-    beside: dict[str, int]  # folder beside the entries → bytes; may be deleted
+    beside: dict[str, int]  # folder that may be deleted (quarantine, trash) → bytes
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion cache du --json` prints."""
-        return {
-            "entries": [
-                {"model": model, "dataset": data, "bytes": size} for (model, data), size in self.entries.items()
-            ],
-            "beside": self.beside,
-            "bytes": sum(self.entries.values()) + sum(self.beside.values()),
-        }
+        rows = [{"model": model, "dataset": data, "bytes": size} for (model, data), size in self.entries.items()]
+        size = sum(self.entries.values()) + sum(self.beside.values())
+        return {"entries": rows, "beside": self.beside, "bytes": size}
 
 
 def disk_usage(cache: CachePath = None) -> DiskUsage:
-    """Bytes on disk by model and data set, measured file by file, in a cache's uppermost layer."""
+    """Measure, file by file, the bytes on disk of a cache's uppermost layer."""
     store = FeatureStore(cache)
     sums: Counter[tuple[str, str]] = Counter()
     for entry in store.own_entries():
@@ -122,12 +118,9 @@ def disk_usage(cache: CachePath = None) -> DiskUsage:
     return DiskUsage(root=store.root, entries=dict(sums.most_common()), beside=beside)
 
 
-# --- removing --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class PruneDecision:
-    """What becomes of one entry, and why."""
+    """Whether one entry is removed, and why."""
 
     model: str
     dataset: str
@@ -141,9 +134,9 @@ class PruneDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """What `prune` did, or would do."""
+    """Result of `prune`; with `dry_run`, entries that it would remove."""
 
-    decisions: tuple[PruneDecision, ...]  # the longest unused first
+    decisions: tuple[PruneDecision, ...]  # the least recently used first
     entries: int  # in the cache before
     dry_run: bool
 
@@ -161,14 +154,8 @@ class PruneResult:
 def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[str] | None = None) -> PruneResult:
     """Remove entries of a cache's uppermost layer by name, age or size, or because nothing needs them.
 
-    Args:
-        options: which entries are removed; `older` in seconds, `size` in bytes.
-        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
-        needed: keys of entries that stay, those that the results `options.unneeded` were made from.
-
-    Raises:
-        MlfusionError: there is no criterion: everything would be removed.
-        CacheUnusable: the cache cannot be written.
+    `needed` are keys of entries that stay, those of the results `options.unneeded`. MlfusionError if no criterion is given,
+    since everything would be removed; CacheUnusable if the cache cannot be written.
     """
     model, dataset, older, quota = options.model, options.dataset, options.older, options.size
     if all(value is None for value in (model, dataset, older, quota, needed)):
@@ -184,7 +171,7 @@ def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[
     for entry in sizes:
         with suppress(NotCached):  # another prune was faster
             read_at |= {entry: entry.read_at()} if entry.key in named else {}
-    now, decisions = disk.clock(store.root), []  # by the clock of the cache's file system
+    now, decisions = disk.clock(store.root), []
     if not options.dry_run:
         empty_trash(store.root)
     for entry in sorted(read_at, key=lambda entry: read_at[entry]):
@@ -214,31 +201,26 @@ def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[
 
 
 def remove_entry(root: Path, folder: Path) -> str:
-    """Remove an entry's folder; '' or, where it stays, why."""
+    """Remove an entry's folder; returns '', or why it was not removed."""
     trash = root / TRASH
     with disk.translate_os_errors(root):
         trash.mkdir(exist_ok=True)
-        aside = trash / f"{folder.name}~{uuid.uuid4().hex[:8]}"
-        try:
-            os.rename(folder, aside)
-        except FileNotFoundError:
-            return ""  # somebody else was faster
-        if use := in_use(aside):
-            with suppress(OSError):  # extracted anew in this instant: then the new one stands
-                os.rename(aside, folder)
+        removed = trash / f"{folder.name}~{uuid.uuid4().hex[:8]}"
+        with suppress(FileNotFoundError):  # another prune was faster
+            os.rename(folder, removed)
+        if use := in_use(removed):
+            with suppress(OSError):  # a new extraction has just made the folder again: the new one stays
+                os.rename(removed, folder)
                 return use
-        disk.remove(aside)
+        disk.remove(removed)
     return ""
 
 
 def empty_trash(root: Path) -> None:
-    """Remove what earlier prunes left half done."""
-    for aside in (root / TRASH).glob("*"):
-        if not in_use(aside):
-            disk.remove(aside)
-
-
-# --- copying ---------------------------------------------------------------------------------------------------------
+    """Remove the entries that interrupted prunes left in the trash."""
+    for removed in (root / TRASH).glob("*"):
+        if not in_use(removed):
+            disk.remove(removed)
 
 
 def copy_entries(
@@ -250,70 +232,59 @@ def copy_entries(
     split: str | None = None,
     format: FormatName | None = None,
 ) -> list[tuple[Entry, int]]:
-    """Copy the complete streams of entries into another cache, bit by bit; every chunk is checked on the way.
+    """Copy complete streams of entries, by default all, into another cache; returns each copy with the bytes of tokens written.
 
-    `model`, `dataset` and `split` choose entries, by default all; `format` is that of the copies, by default unchanged. The
-    target is made if need be.
-
-    Returns:
-        The copies, each with the bytes of tokens that were written: 0 if all were there.
-
-    Raises:
-        NotCached: there are no such entries.
-        CacheUnusable: there is no source, a chunk is damaged, or the target cannot be written.
+    The tokens stay the same bit by bit; `format` is that of the copies, by default unchanged. A missing target is created.
+    NotCached if there are no such entries; CacheUnusable if a chunk is damaged, or the source or target cannot be used.
     """
     if format not in (None, *get_args(FormatName)):
         raise UnknownName("format", str(format), get_args(FormatName))
-    here, there = FeatureStore(source), FeatureStore(target)
-    if not here.root.is_dir():
-        raise CacheUnusable(f"there is no cache at {here.root}")
-    found = here.find(model=model, dataset=dataset, split=split)
-    entries = [(entry, names) for entry in found if entry.held() and (names := entry.names())]
+    store, copies = FeatureStore(source), FeatureStore(target)
+    if not store.root.is_dir():
+        raise CacheUnusable(f"there is no cache at {store.root}")
+    found = store.find(model=model, dataset=dataset, split=split)
+    entries = [(entry, names) for entry in found if entry.complete_pairs() and (names := entry.names())]
     if not entries:
-        raise NotCached(f"nothing of that in {here.root}; see: mlfusion cache ls --cache {here.root}")
+        raise NotCached(f"nothing of that in {store.root}; see: mlfusion cache ls --cache {store.root}")
     copied = []
     with track("copying", sum(entry.nbytes() for entry, _ in entries), "bytes") as bar:
         for entry, names in entries:
-            into = there.create(entry.spec, entry.samples, names[0])
-            for more in names[1:]:
-                into.add_alias(more)
-            copied.append((into, copy_entry(entry, into, format=format, advance=bar.advance)))
+            copy = copies.create(entry.spec, entry.samples, names[0])
+            for alias in names[1:]:
+                copy.add_alias(alias)
+            copied.append((copy, copy_entry(entry, copy, format=format, advance=bar.advance)))
     return copied
 
 
 def copy_entry(
-    entry: Entry, into: Entry, *, format: FormatName | None = None, advance: Callable[[int], None] = lambda _: None
+    entry: Entry, target: Entry, *, format: FormatName | None = None, advance: Callable[[int], None] = lambda _: None
 ) -> int:
-    """Copy every complete stream that `into` lacks; after an interruption the next call goes on with the next shard.
+    """Copy the complete streams that `target`, the same entry of another cache, lacks; returns the bytes of tokens written.
 
-    `into` is the same entry of another cache. Returns the bytes of tokens that were written; `advance` gets those of each
-    shard when it is finished.
-
-    Raises:
-        CacheUnusable: a chunk is damaged; nothing of its shard is written.
+    After an interruption the next call continues with the next shard. `advance` gets the bytes of every finished shard.
+    CacheUnusable if a chunk is damaged; its shard is not written.
     """
-    if entry.key != into.key:
-        raise CacheUnusable(f"{into.path} holds other features than {entry.path}")
+    if entry.key != target.key:
+        raise CacheUnusable(f"{target.path} holds other features than {entry.path}")
     written = 0
     for source in dict.fromkeys(entry.sources().values()):
-        if source.stream.pairs <= into.held():
+        if source.stream.pairs <= target.complete_pairs():
             continue
         stream = msgspec.structs.replace(source.stream, format=format or source.stream.format)
-        into.begin([stream])
-        # What stands there may have been begun by somebody else with another cutting.
-        stream = next(one for one in into.streams() if one.name == stream.name)
+        target.begin([stream])
+        # Another writer may have begun the stream first, with other shard sizes.
+        stream = next(one for one in target.streams() if one.name == stream.name)
         step = min(stream.chunk_rows, source.stream.chunk_rows)  # powers of two: a step never leaves a block
         skipped = source.manifest.skipped
-        for shard in into.missing_shards(stream):
+        for shard in target.missing_shards(stream):
             rows = stream.rows(shard)
-            with into.draft(stream, shard) as draft:
+            with target.draft(stream, shard) as draft:
                 for start in range(rows.start, rows.stop, step):
                     part = range(start, min(start + step, rows.stop))
-                    draft.append_stored(
-                        read_stored(source, part), {row: skipped[row] for row in part if row in skipped}
-                    )
+                    unread = {row: skipped[row] for row in part if row in skipped}
+                    draft.append_stored(read_stored(source, part), unread)
                 draft.publish()
             written += stream.shard_bytes(shard)
             advance(stream.shard_bytes(shard))
-        into.seal()
+        target.seal()
     return written

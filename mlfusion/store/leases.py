@@ -1,8 +1,8 @@
-"""Leases keep two extractors off the same shard; pins keep `prune` off entries that are being read.
+"""Leases stop two extractors from making the same shard; pins stop `prune` from removing entries that are being read.
 
-Neither is a lock. Publishing is safe without them (the first writer wins), so a lease that is lost, stolen or ignored by a
-broken file system costs work done twice and nothing else. A lease is taken over when its holder is dead, or when nothing
-renewed it for its whole term *as watched by the one who wants it, on its own clock*: hosts' clocks are never compared.
+Neither is a lock. Publishing is safe without them (the first writer wins), so a lost or ignored lease only costs duplicate
+work. A lease is taken over when its holder is dead, or when it was not renewed for its whole term *as measured by the process
+that wants it, on its own clock*: clocks of different hosts are never compared.
 """
 
 import os
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mlfusion.store.records import published
 from mlfusion.system import disk
 
 TERM = 60.0  # seconds without renewal after which a lease may be taken over
@@ -21,22 +20,24 @@ RENEWALS = 4  # per term
 
 
 class Leases:
-    """The leases of one worker in one folder, each named after a piece of work. Its threads may share it."""
+    """The leases of one worker in one folder, each named after a piece of work. Safe for threads."""
 
     def __init__(self, folder: Path, term: float | None = None) -> None:
         self._folder = folder
         self.term = TERM if term is None else term
-        self._held: dict[str, str] = {}  # name → what we wrote into it
-        self._seen: dict[str, tuple[tuple[int, int, str], float]] = {}  # name → its state, and since when it is so
+        self._owned: dict[str, str] = {}  # name → the claim that we wrote into it
+        self._seen: dict[
+            str, tuple[tuple[int, int, str], float]
+        ] = {}  # name → last observed state, and when it was new
         self._renewed = time.monotonic()
         self._lock = threading.RLock()
 
     def take(self, names: Sequence[str]) -> bool:
         """Take the leases of all these pieces of work, or of none."""
         with self._lock:
-            for taken, name in enumerate(names):
+            for count, name in enumerate(names):
                 if not self._take(name):
-                    self.release(names[:taken])
+                    self.release(names[:count])
                     return False
         return True
 
@@ -48,39 +49,36 @@ class Leases:
             if seen != state:
                 since = time.monotonic()
                 self._seen[name] = state, since
-            lives = disk.alive(state[2])
-            # A holder that is dead for certain need not be waited for.
-            if lives is False or time.monotonic() - since > self.term:
-                _take_away(path, state)
-            else:
+            if disk.alive(state[2]) is not False and time.monotonic() - since <= self.term:
                 return False
+            _remove_unchanged(path, state)
         with disk.drafted(disk.draft_name(self._folder)) as draft:
             draft.write_text(mine, encoding="utf-8")
             with suppress(FileNotFoundError):
                 if _link(draft, path):
-                    self._held[name] = mine
+                    self._owned[name] = mine
             draft.unlink(missing_ok=True)
-        return name in self._held
+        return name in self._owned
 
     def renew(self) -> None:
-        """Renew all leases; may be called often, it acts a few times per term."""
+        """Renew all leases; cheap to call often, it acts RENEWALS times per term."""
         with self._lock:
             if time.monotonic() - self._renewed < self.term / RENEWALS:
                 return
             self._renewed = time.monotonic()
-            for name, mine in list(self._held.items()):
+            for name, mine in list(self._owned.items()):
                 path = self._folder / name
                 with suppress(OSError):
                     if path.read_text(encoding="utf-8") == mine:
                         os.utime(path)
                         continue
-                del self._held[name]  # taken over while we were away; the work is finished all the same
+                del self._owned[name]  # another worker took it over; this one finishes its work anyway
 
     def release(self, names: Iterable[str] | None = None) -> None:
-        """Give up some leases; default all."""
+        """Release some leases; default all."""
         with self._lock:
-            for name in list(self._held) if names is None else names:
-                mine = self._held.pop(name, None)
+            for name in list(self._owned) if names is None else names:
+                mine = self._owned.pop(name, None)
                 path = self._folder / name
                 with suppress(OSError):
                     if mine is not None and path.read_text(encoding="utf-8") == mine:
@@ -94,52 +92,54 @@ class Leases:
 
 
 class Pin:
-    """A reader's mark in an entry; a cache that cannot be written has none."""
+    """A reader's mark in an entry; none is made in a read-only cache."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._process = folder / disk.claim(), os.getpid()
-        self._touched = time.monotonic()
+        self._renewed = time.monotonic()
         with suppress(OSError):
             self._path.touch()
 
     def renew(self) -> None:
-        """Renew the pin; may be called often."""
-        if time.monotonic() - self._touched > PIN_TERM / 100:
-            self._touched = time.monotonic()
+        """Renew the pin; cheap to call often."""
+        if time.monotonic() - self._renewed > PIN_TERM / 100:
+            self._renewed = time.monotonic()
             with suppress(OSError):
                 os.utime(self._path)
 
     def close(self) -> None:
-        """Remove the pin; a forked child leaves its parent's alone."""
+        """Remove the pin; does nothing in a forked child."""
         if os.getpid() == self._process:
             with suppress(OSError):
                 self._path.unlink()
 
 
 def in_use(folder: Path) -> str:
-    """What is done with an entry's folder by processes that are not known to be dead; '' if nothing is."""
-    if any(_may_live(path, PIN_TERM) for path in published(folder / "pins")):
+    """How processes that may be alive use an entry's folder, in words; '' if none does."""
+    if any(_may_live(path, PIN_TERM) for path in disk.published(folder / "pins")):
         return "it is being read"
-    return "it is being extracted" if any(_may_live(path, TERM * 10) for path in published(folder / "leases")) else ""
+    return (
+        "it is being extracted" if any(_may_live(path, TERM * 10) for path in disk.published(folder / "leases")) else ""
+    )
 
 
 def sweep(folder: Path) -> None:
     """Remove leases and pins of dead processes, and those of other hosts after a day."""
-    for path in published(folder):
+    for path in disk.published(folder):
         state = _state(path)
         if state is not None and not _may_live(path, disk.STALE):
-            _take_away(path, state)
+            _remove_unchanged(path, state)
 
 
 def _may_live(path: Path, term: float) -> bool:
     claim = path.name
-    if claim.count("~") != 2:  # a lease: its name is the work's, its text the holder's
+    if claim.count("~") != 2:  # a lease: the claim is its text
         try:
             claim = path.read_text(encoding="utf-8")
         except OSError:
             return False
-    lives = disk.alive(claim)
-    return disk.age(path) < term if lives is None else lives
+    alive = disk.alive(claim)
+    return disk.age(path) < term if alive is None else alive
 
 
 def _state(path: Path) -> tuple[int, int, str] | None:
@@ -151,14 +151,14 @@ def _state(path: Path) -> tuple[int, int, str] | None:
         return None
 
 
-def _take_away(path: Path, state: tuple[int, int, str]) -> None:
-    """Remove the lease that was seen, but not one that somebody else has taken since."""
-    aside = disk.draft_name(path.parent)
+def _remove_unchanged(path: Path, state: tuple[int, int, str]) -> None:
+    """Remove a lease in this state, but not one that another worker has taken since."""
+    draft = disk.draft_name(path.parent)
     with suppress(FileNotFoundError):
-        os.rename(path, aside)
-        if _state(aside) != state:
-            _link(aside, path)
-        aside.unlink()
+        os.rename(path, draft)
+        if _state(draft) != state:
+            _link(draft, path)
+        draft.unlink()
 
 
 def _link(draft: Path, path: Path) -> bool:
@@ -166,7 +166,7 @@ def _link(draft: Path, path: Path) -> bool:
         os.link(draft, path)
     except FileExistsError:
         return False
-    except OSError:  # no hard links on this file system: exclusive creation does as well for a small claim
+    except OSError:  # no hard links on this file system: exclusive creation is enough for a small claim
         try:
             file = open(path, "x", encoding="utf-8")  # noqa: SIM115 - closed below
         except FileExistsError:

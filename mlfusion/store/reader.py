@@ -1,7 +1,7 @@
 """Reads tokens of an entry: all of them, a layer, a kind, random rows, or rows in a shuffled order.
 
-What was not asked for stays on the disk. A reader may be used by several threads, and after fork or spawn: each process opens
-the files for itself.
+Only the requested tokens are read. Several threads may use one reader, and so may a forked or spawned process, which opens
+the files again.
 """
 
 import math
@@ -25,20 +25,17 @@ from mlfusion.store.leases import Pin
 from mlfusion.store.records import removed_message
 from mlfusion.store.shard import Check, Shard, Source, Span
 
-OPEN_SHARDS = 256  # open at once; each takes one or, mapped, two of the process's file descriptors, and half are left
-SHUFFLE_BYTES = 1 << 28  # bytes of images that are shuffled together, unless that is fewer than
-MIN_SHUFFLE_BLOCKS = 4  # blocks
+OPEN_SHARDS = 256  # at most; each takes one file descriptor, or two once it is mapped
+SHUFFLE_BYTES = 1 << 28  # bytes of images that are shuffled together
+MIN_SHUFFLE_BLOCKS = 4  # blocks that are shuffled together, even if they are larger
 THREADS = min(4, os.cpu_count() or 1)
 ALL = slice(None)
-SMALL_RESULT_BYTES = 1 << 24  # below this, neither threads nor reused memory are worth their cost
-IDLE_BYTES = 1 << 30  # unused memory that a process keeps for its next results
+SMALL_RESULT_BYTES = 1 << 24  # a smaller result gains nothing from threads or reused memory
+IDLE_BYTES = 1 << 30  # of unused memory in the pool of a process
 
 
 class BufferPool:
-    """Memory for results, reused once no array refers to it: clearing fresh memory takes as long as filling it.
-
-    The pool keeps up to IDLE_BYTES of unused memory, which the system may take back when it runs short.
-    """
+    """Memory for results, reused once no array refers to it: clearing fresh memory takes as long as filling it."""
 
     idle: ClassVar[deque[mmap.mmap]] = deque()
 
@@ -51,7 +48,7 @@ class BufferPool:
         """An uninitialised array."""
         size = math.prod(shape) * dtype.itemsize
         if size >= max(SMALL_RESULT_BYTES, 1) and hasattr(mmap, "MADV_FREE"):
-            with suppress(OSError):  # there is no such memory: NumPy says so
+            with suppress(OSError):  # no memory left: NumPy raises the MemoryError below
                 return np.asarray(cls(cls._take(size)))[:size].view(dtype).reshape(shape)
         return np.empty(shape, dtype)
 
@@ -63,7 +60,7 @@ class BufferPool:
                     return memory
                 cls.idle.append(memory)
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(AttributeError, OSError):  # a system without them
+        with suppress(AttributeError, OSError):  # not on every system
             memory.madvise(mmap.MADV_HUGEPAGE)
         return memory
 
@@ -73,12 +70,12 @@ class BufferPool:
             self.idle.append(self._memory)
             while sum(map(len, list(self.idle))) > IDLE_BYTES:
                 self.idle.popleft()
-        except Exception:  # noqa: BLE001 - another thread was faster, or the interpreter ends: the memory goes with it
+        except Exception:  # noqa: BLE001 - another thread was faster, or the interpreter exits: the memory is freed
             pass
 
 
 class TokenReader:
-    """Tokens of one entry: some layers, some kinds. Made by `Entry.open`; close it, or use it in a `with`.
+    """Tokens of some layers and kinds of one entry. Made by `Entry.open`; close it, or use it in a `with`.
 
     with entry.open([6, 12], ["cls", "ap"]) as tokens:
         tokens.shape                    # (images, 2 layers, 2 tokens, width)
@@ -87,13 +84,14 @@ class TokenReader:
             ...                         # one pass in a shuffled order
     """
 
-    _OWN = ("_shards", "_lock", "_most", "_pins", "_folders")  # of this process
+    _PROCESS_STATE = ("_shards", "_lock", "_max_open", "_pins", "_folders")  # not pickled
 
     def __init__(
         self, spans: Sequence[Span], shape: tuple[int, int, int, int], skipped: Sequence[int], check: Check
     ) -> None:
-        """Open the files that hold `spans`, the planes of a result [images, layers, tokens, width] without `skipped` images."""
+        """Open the files of `spans`; `shape` is [images, layers, tokens, width] before `skipped` rows are left out."""
         self._spans, self._check, self._images = spans, check, shape[0]
+        self._pass_check: Check = "never" if check == "never" else "always"  # a pass reads every chunk once
         self._rows = np.setdiff1d(np.arange(self._images), np.asarray(skipped, np.int64)) if skipped else None
         self.shape = (self._images - len(skipped), *shape[1:])
         self.dtype = spans[0].source.stream.encoding.numbers
@@ -102,14 +100,14 @@ class TokenReader:
     def _open(self) -> None:
         self._shards: OrderedDict[tuple[Path, int], Shard] = OrderedDict()
         self._lock = threading.Lock()
-        self._most = OPEN_SHARDS
+        self._max_open = OPEN_SHARDS
         with suppress(ImportError):
-            import resource  # where there are such limits
+            import resource  # not on every system
 
-            self._most = min(OPEN_SHARDS, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+            self._max_open = min(OPEN_SHARDS, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         folders = list(dict.fromkeys(span.source.folder for span in self._spans))
         self._pins = [Pin(folder) for folder in dict.fromkeys(folder.parent.parent / "pins" for folder in folders)]
-        # Files are opened from here on relative to the folder itself: a prune that moves it away takes nothing from us.
+        # Files are opened relative to these descriptors, so a reader still finds them after a prune moved the folder.
         self._folders: dict[Path, int] = {}
         for folder in folders:
             for last in (False, False, True):
@@ -120,9 +118,7 @@ class TokenReader:
                     if last:
                         self.close()
                         raise NotCached(removed_message(folder)) from err
-                    time.sleep(0.1)  # a prune that sees our mark puts it back
-
-    # --- reading --------------------------------------------------------------------------------------
+                    time.sleep(0.1)  # a prune that finds our pin moves the folder back
 
     def read(self) -> Num[np.ndarray, "N L T D"]:
         """Everything, in `dtype`; T counts kinds x tokens."""
@@ -138,7 +134,7 @@ class TokenReader:
                     first = number * stream.shard_rows + block * stream.chunk_rows
                     shard.put(block, span, out[first : first + shard.rows(block)], ALL, ALL, self._pass_check)
 
-        # A thread takes neighbours: two that write to one page of the result wait for each other.
+        # Each thread copies neighbouring jobs: two threads that write to one page of the result would block each other.
         threads = 1 if out.nbytes < SMALL_RESULT_BYTES else THREADS
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(copy, np.array_split(np.arange(len(jobs)), threads)))
@@ -149,56 +145,46 @@ class TokenReader:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | Sequence[int] | Int[np.ndarray, " B"]) -> Num[np.ndarray, "B L T D"]:
-        """Some images in the order asked for; an image may come twice.
-
-        Raises:
-            IndexError: there is no such image.
-            CacheUnusable: a shard is damaged.
-        """
-        wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, np.int64)
-        if wanted.size and not (-len(self) <= wanted.min() and wanted.max() < len(self)):
-            raise IndexError(f"rows {wanted.min()}..{wanted.max()} of {len(self)} images")
-        wanted = np.where(wanted < 0, wanted + len(self), wanted)
-        images = wanted if self._rows is None else self._rows[wanted]
+        """Images in the order of `rows`, which may repeat; CacheUnusable if a shard is damaged."""
+        indices = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, np.int64)
+        if indices.size and not (-len(self) <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f"rows {indices.min()}..{indices.max()} of {len(self)} images")
+        indices = np.where(indices < 0, indices + len(self), indices)
+        images = indices if self._rows is None else self._rows[indices]
         out = self._empty(len(images))
         self._gather(images, out, self._check)
         return out
 
     def order(self, seed: int, rows: Int[np.ndarray, " N"] | None = None) -> Int[np.ndarray, " N"]:
-        """The order in which `batches` gives all images, or those of `rows`. It depends on the seed alone."""
+        """The order in which `batches` yields all images, or those of `rows`; it depends only on the seed."""
         return np.concatenate(self._groups(seed, rows))
 
     def batches(
         self, size: int | Sequence[int], *, seed: int, rows: Int[np.ndarray, " N"] | None = None
     ) -> Iterator[tuple[Int[np.ndarray, " B"], Num[np.ndarray, "B L T D"]]]:
-        """One pass in a shuffled order over all images, or over `rows`: (rows, their tokens).
+        """One pass in a shuffled order over all images, or over `rows`: yields (rows, their tokens).
 
-        Blocks of neighbouring images are drawn from the whole entry, as many as SHUFFLE_BYTES hold; their images are
+        Blocks of neighbouring images are drawn from the whole entry, as many as fit in SHUFFLE_BYTES; their images are
         shuffled together and yielded while threads read the next blocks. So memory does not grow with the entry, every
-        block is read once and in one piece, and rows sorted by class leave well mixed. An entry smaller than SHUFFLE_BYTES
-        is shuffled as a whole.
+        block is read once, and rows that are sorted by class are well mixed.
 
-        Args:
-            size: images per batch, the last one may be smaller; or the sizes of all batches.
-            seed: decides the order.
-            rows: images to read; default all.
-
-        Raises:
-            ValueError: the sizes do not add up to the number of images.
-            CacheUnusable: a shard is damaged.
+        `size` is the number of images per batch (the last may be smaller), or the sizes of all batches: ValueError if these
+        do not add up to the number of images. CacheUnusable if a shard is damaged.
         """
         groups = self._groups(seed, rows)
-        images = sum(map(len, groups))
-        sizes = _batch_sizes(size, images)
         order = np.concatenate(groups)
-        ends = np.cumsum([0, *sizes])
+        if isinstance(size, int):
+            size = [size] * (len(order) // size) + [len(order) % size] * (len(order) % size > 0)
+        elif sum(size) != len(order):
+            raise ValueError(f"batches of {sum(size)} images in all, and there are {len(order)}")
+        ends = np.cumsum([0, *size])
         turns = _turns(ends, np.cumsum([len(group) for group in groups]))
 
-        def fill(begun: np.ndarray, start: int, stop: int) -> np.ndarray:
-            memory = self._empty(len(begun) + stop - start)
-            memory[: len(begun)] = begun
+        def fill(rest: np.ndarray, start: int, stop: int) -> np.ndarray:
+            memory = self._empty(len(rest) + stop - start)
+            memory[: len(rest)] = rest
             rows = order[start:stop]
-            self._gather(rows if self._rows is None else self._rows[rows], memory[len(begun) :], self._pass_check)
+            self._gather(rows if self._rows is None else self._rows[rows], memory[len(rest) :], self._pass_check)
             return memory
 
         batches = deque(pairwise(ends.tolist()))
@@ -216,10 +202,8 @@ class TokenReader:
                         # be filled. What is left of this turn belongs to a batch of the next.
                         waiting = ahead.submit(fill, memory[whole - first :], stop, after[0])
 
-    # --- details -----------------------------------------------------------------------------------------
-
     def _groups(self, seed: int, rows: np.ndarray | None) -> list[np.ndarray]:
-        """Groups of rows that are in memory together, each [n] int64, in the order of the pass."""
+        """Groups of rows that are in memory at the same time, each [n] int64, in the order of the pass."""
         random = np.random.default_rng(seed)
         chosen = np.arange(len(self)) if rows is None else np.asarray(rows, np.int64)
         size = max(span.source.stream.chunk_rows for span in self._spans)  # powers of two
@@ -229,7 +213,7 @@ class TokenReader:
         together = max(MIN_SHUFFLE_BLOCKS, SHUFFLE_BYTES // (size * row_bytes))
         group = np.empty(len(numbers), np.int64)
         count = -(-len(numbers) // together)
-        group[numbers] = np.arange(len(numbers)) * count // max(len(numbers), 1)  # groups of like size
+        group[numbers] = np.arange(len(numbers)) * count // max(len(numbers), 1)  # groups of similar size
         mixed = random.permutation(len(chosen))
         mixed = mixed[np.argsort(group[block[mixed]], kind="stable")]
         cuts = np.flatnonzero(np.diff(group[block[mixed]])) + 1
@@ -250,14 +234,14 @@ class TokenReader:
             shard, block = self._shard(span.source, number // stream.shard_blocks), number % stream.shard_blocks
             inside = images[where] % stream.chunk_rows
             sort = np.argsort(inside)
-            if np.array_equal(inside[sort], np.arange(shard.rows(block))):  # all of it: nothing need be picked
+            if np.array_equal(inside[sort], np.arange(shard.rows(block))):  # the whole block
                 shard.put(block, span, out, where[sort], ALL, check)
                 return
             try:
                 shard.put(block, span, out, where, inside, check)
             except MemoryError:
                 with self._lock:
-                    self._shards.clear()  # the maps that nobody looks into go, and make room
+                    self._shards.clear()  # unmaps the shards that no other thread is reading
                 shard.put(block, span, out, where, inside, check)
 
         if out.nbytes < SMALL_RESULT_BYTES:
@@ -267,15 +251,10 @@ class TokenReader:
             with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(put, jobs))
 
-    @property
-    def _pass_check(self) -> Check:
-        """The check for a pass from end to end, which reads every chunk once."""
-        return "never" if self._check == "never" else "always"
-
     def _empty(self, images: int) -> np.ndarray:
         out = BufferPool.empty((images, *self.shape[1:]), self.dtype)
         if any(span.source.stream.width < self.shape[-1] for span in self._spans):
-            out.fill(0)  # beside the narrow ones
+            out.fill(0)  # pads narrower layers
         return out
 
     def _shard(self, source: Source, number: int) -> Shard:
@@ -285,21 +264,19 @@ class TokenReader:
             if shard is not None:
                 self._shards.move_to_end(key)
                 return shard
-        shard = Shard(source, number, self._file(source, number), [s for s in self._spans if s.source is source])
-        with self._lock:
-            shard = self._shards.setdefault(key, shard)
-            while len(self._shards) > self._most:
-                self._shards.popitem(last=False)  # its map goes with the last view of it
-        return shard
-
-    def _file(self, source: Source, number: int) -> int:
         path = source.path(number)
         try:
-            return os.open(source.file(number), os.O_RDONLY, dir_fd=self._folders[source.folder])
+            descriptor = os.open(source.file(number), os.O_RDONLY, dir_fd=self._folders[source.folder])
         except FileNotFoundError as err:
             raise NotCached(removed_message(path)) from err
         except OSError as err:
             raise CacheUnusable(f"{path} cannot be read ({err.strerror}); look at its permissions") from err
+        shard = Shard(source, number, descriptor, [s for s in self._spans if s.source is source])
+        with self._lock:
+            shard = self._shards.setdefault(key, shard)
+            while len(self._shards) > self._max_open:
+                self._shards.popitem(last=False)  # unmapped with its last view
+        return shard
 
     def close(self) -> None:
         """Close the files; the reader must not be used afterwards."""
@@ -317,14 +294,14 @@ class TokenReader:
 
     def __del__(self) -> None:
         if "_folders" in vars(self):
-            try:  # noqa: SIM105 - when the interpreter ends, `suppress` may be gone before it, and what `close` calls too
+            try:  # noqa: SIM105 - at interpreter exit `suppress`, and what `close` calls, may no longer exist
                 self.close()
             except Exception:  # noqa: BLE001
                 pass
 
     def __getstate__(self) -> dict[str, Any]:
-        """State that another process needs to open the same shards for itself."""
-        return {name: value for name, value in vars(self).items() if name not in self._OWN}
+        """State from which another process opens the same shards."""
+        return {name: value for name, value in vars(self).items() if name not in self._PROCESS_STATE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -332,31 +309,22 @@ class TokenReader:
 
 
 def _runs(blocks: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Number of every block that occurs, and the indices at which it does."""
+    """Each distinct block number, with the indices at which it occurs."""
     order = np.argsort(blocks, kind="stable")
     numbers, starts = np.unique(blocks[order], return_index=True)
-    if not len(numbers):
-        return []
-    return list(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))
-
-
-def _batch_sizes(size: int | Sequence[int], images: int) -> list[int]:
-    """The size of every batch of one pass over so many images."""
-    if isinstance(size, int):
-        return [size] * (images // size) + [images % size] * (images % size > 0)
-    if sum(size) != images:
-        raise ValueError(f"batches of {sum(size)} images in all, and there are {images}")
-    return list(size)
+    return list(
+        zip(numbers.tolist(), np.split(order, starts[1:]), strict=False)
+    )  # without blocks, split gives one empty part
 
 
 def _turns(ends: np.ndarray, read: np.ndarray) -> list[tuple[int, int]]:
-    """The turns of a pass, each (images read, images of whole batches among them); a turn completes a batch at least.
+    """Steps of a pass, each (images read so far, images in whole batches so far); a step completes at least one batch.
 
-    `ends` and `read` are the numbers of images up to the end of each batch and of each group, which is read at once.
+    `ends` and `read` are the cumulative numbers of images of the batches and of the groups, which are read at once.
     """
     turns = [(0, 0)]
     for stop in read.tolist():
         whole = int(ends[np.searchsorted(ends, stop, "right") - 1])
-        if whole > turns[-1][1]:  # else more groups go into the same turn
+        if whole > turns[-1][1]:  # else the next group joins this step
             turns.append((stop, whole))
     return turns

@@ -1,12 +1,8 @@
-"""What the cache stores beside tokens: the rows of a split, and records as frozen classes.
-
-A record is sealed JSON, read strictly by msgspec; damage is reported in one sentence.
-"""
+"""Stored data other than tokens: the rows of a split, and records as sealed JSON that msgspec reads strictly."""
 
 import io
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +23,11 @@ R = TypeVar("R")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every record: a missing, unknown or mistyped field is an error when it is read."""
+    """Base of every record; reading one with a missing, unknown or mistyped field is an error."""
 
 
 class _Versioned(msgspec.Struct):
-    """The one field that every format has."""
+    """The field that a record of any format has."""
 
     format: int
 
@@ -44,27 +40,27 @@ class CacheMarker(Record, frozen=True):
 
 
 class Names(Record, frozen=True):
-    """What the user called a model and a data set, what each resolved to, and how they were asked for. Never in the key."""
+    """Names of a model and a data set as the user gave them, and what they resolved to; not part of the key."""
 
     model: str
     model_source: str  # a catalogue's source, a hub id, or a folder
     dataset: str
     dataset_source: str
-    model_argument: str = ""  # what `mlfusion extract` finds them by again: a catalogue's name, a hub id, or a path
+    model_argument: str = ""  # for `mlfusion extract`: a catalogue's name, a hub id, or a path
     dataset_argument: str = ""
     split: str = ""  # 'test', or 'test=validation' where the validation split stands for it
     options: tuple[str, ...] = ()  # command-line words of the other options that are not at their default
 
 
 class RunPart(Record, frozen=True):
-    """How long one part of an extraction worked, and its rate while it did."""
+    """Working time of one part of an extraction, and its rate meanwhile."""
 
     seconds: Seconds
     images_per_second: Seconds
 
 
 class RunRecord(Record, frozen=True):
-    """Provenance of one extraction. Never part of the key."""
+    """Provenance of one extraction; not part of the key."""
 
     when: str  # ISO 8601, UTC
     versions: dict[str, str]  # of Python and of libraries
@@ -75,13 +71,13 @@ class RunRecord(Record, frozen=True):
     compute: str
     dtype: str
     batch_size: Count
-    out_of_memory: bool  # whether the batch was made smaller for want of memory
+    out_of_memory: bool  # whether the batch size was reduced because memory ran out
     images: Count
     forward_passes: Count
     seconds: Seconds
     images_per_second: Seconds
-    bottleneck: str  # the part that the others waited for
-    waited: dict[str, Seconds]  # by part
+    bottleneck: str  # the slowest part, which the others waited for
+    waited: dict[str, Seconds]  # part → its waiting time
     parts: dict[str, RunPart]
     streams: tuple[str, ...]
     layers: str
@@ -94,11 +90,9 @@ def encode(record: Any) -> str:
 
 
 def read(path: Path, kind: type[R], *, versioned: Path | None = None) -> R:
-    """The record in a file; of one that names its format, `versioned` is the folder that a newer format is refused for.
+    """The record in a file; `versioned` is the folder to name if the record's `format` is newer than this mlfusion's.
 
-    Raises:
-        CacheUnusable: it is damaged, not of this kind, or of a newer format.
-        FileNotFoundError: there is no such file.
+    CacheUnusable if it is damaged, not of this kind, or of a newer format; FileNotFoundError if there is no such file.
     """
     text = disk.read_sealed(path)
     try:
@@ -109,20 +103,13 @@ def read(path: Path, kind: type[R], *, versioned: Path | None = None) -> R:
         raise damaged(path, str(err)) from err
 
 
-def published(folder: Path) -> list[Path]:
-    """Files and folders that have their final names in `folder`, sorted; none if there is no such folder."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(disk.DRAFT))
-    return []
-
-
 def removed_message(path: Path) -> str:
-    """What to say of a path that a prune took away."""
+    """The sentence about a path that a prune removed."""
     return f"{path} was removed while it was in use; run the same `mlfusion extract` again"
 
 
 def damaged(path: Path, why: str) -> CacheUnusable:
-    """The error of a file that is not what its record says."""
+    """The error about a file that does not match its record."""
     return CacheUnusable(
         f"{path} is damaged: {why}; run `mlfusion cache verify --repair`, then the same `mlfusion extract` again"
     )
@@ -152,19 +139,17 @@ class Samples:
         return digest([list(self.ids), self.labels.tolist(), self.digests.tobytes().hex()], 64)
 
     def files(self) -> dict[str, bytes]:
-        """Name → exact content of the entry's files that hold them."""
+        """Name → exact content of the files that hold the samples."""
         found = {"ids.json": json.dumps(self.ids, ensure_ascii=False).encode()}
-        for name, table in {
-            "labels.npy": self.labels.astype(self.labels.dtype.newbyteorder("<")),
-            "digests.npy": self.digests,
-        }.items():
+        labels = self.labels.astype(self.labels.dtype.newbyteorder("<"))
+        for name, table in (("labels.npy", labels), ("digests.npy", self.digests)):
             np.save(file := io.BytesIO(), table, allow_pickle=False)
             found[name] = file.getvalue()
         return found
 
     @classmethod
     def read(cls, folder: Path, classes: tuple[str, ...]) -> "Samples":
-        """Read the files of an entry's folder; any exception of NumPy or Python where they are damaged."""
+        """Read the files in an entry's folder; damaged ones may raise any exception."""
         return cls(
             ids=tuple(json.loads((folder / "ids.json").read_text(encoding="utf-8"))),
             labels=np.load(folder / "labels.npy", allow_pickle=False),
@@ -173,41 +158,35 @@ class Samples:
         )
 
     def digest_of(self, rows: range) -> str:
-        """Digest of some rows; a shard's record carries it, so that its rows are those of these samples."""
+        """Digest of some rows, which a shard's record holds to show that its rows are those of these samples."""
         some = slice(rows.start, rows.stop)
         text = json.dumps([rows.start, self.ids[some], self.labels[some].tolist(), self.digests[some].tobytes().hex()])
         return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def stored_labels(labels: np.ndarray, ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """Labels in the storage type of their kind.
+    """Labels in their storage type: [images] int64 class indices, [images, classes] uint8 of 0 and 1, or [images] float64.
 
-    One class an image: [images] int64, an index into `classes`. Several labels: [images, classes] uint8 of 0 and 1. A
-    number: [images] float64.
-
-    Raises:
-        BadData: they are of no kind, not as many as the images, or one of them is out of range; names the image.
+    BadData if they are of no such kind, not as many as the images, or one is out of range; it names the image.
     """
     allowed = (
         "allowed: [images] whole numbers, an index into the classes; [images, classes] of 0 and 1, several labels an "
         "image; or [images] floating-point numbers. Give every image its label in one of these ways"
     )
     kind, shape, several = labels.dtype.kind, labels.shape, (len(ids), len(classes))
-    if shape != several[: labels.ndim] or not (
-        (labels.ndim == 1 and kind in "iuf") or (labels.ndim == 2 and kind in "iufb")
-    ):
+    if shape != several[: labels.ndim] or kind not in {1: "iuf", 2: "iufb"}.get(labels.ndim, ""):
         raise BadData(
             f"{several[0]:,} images of {several[1]:,} classes have labels of shape {shape} and type {labels.dtype}; {allowed}"
         )
     if labels.ndim == 2:
-        sound, allowed_values, kept = ((labels == 0) | (labels == 1)).all(1), "a 0 or 1 for every class", "u1"
+        valid, allowed_values, stored = ((labels == 0) | (labels == 1)).all(1), "a 0 or 1 for every class", "u1"
     elif kind == "f":
-        sound, allowed_values, kept = np.isfinite(labels), "a finite number", "f8"
+        valid, allowed_values, stored = np.isfinite(labels), "a finite number", "f8"
     else:
-        sound, allowed_values, kept = (labels >= 0) & (labels < len(classes)), f"0 to {len(classes) - 1}", "i8"
-    if not sound.all():
-        row = int(np.flatnonzero(~sound)[0])
+        valid, allowed_values, stored = (labels >= 0) & (labels < len(classes)), f"0 to {len(classes) - 1}", "i8"
+    if not valid.all():
+        row = int(np.flatnonzero(~valid)[0])
         raise BadData(
             f"image {ids[row]!r} has the label {labels[row].tolist()}; allowed: {allowed_values}. Mend it in the data set"
         )
-    return labels.astype(kept, copy=False)
+    return labels.astype(stored, copy=False)

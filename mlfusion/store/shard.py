@@ -1,8 +1,8 @@
-"""One shard's file: where its chunks lie, how they are read and compared with their checksums, and where they go.
+"""Reads the chunks of one shard's file, compares them with their checksums, and copies them into a result.
 
-A chunk holds one layer and one kind of a run of images. Where much of a block is wanted, chunk after chunk is read into a
-core's cache, compared there with its checksum, and put where it belongs: it travels from memory once. Single images come
-from a memory map of the shard, once their chunks were compared.
+A chunk holds one layer and one kind of a run of images. If most of a block is read, each chunk is read into a core's cache,
+compared and copied from there, so that it is loaded from memory once. Single images are copied from a memory map of the
+shard, after their chunks were compared.
 """
 
 import errno
@@ -26,50 +26,50 @@ from mlfusion.store.records import damaged
 from mlfusion.store.stream import Manifest, Stream
 
 Check = Literal["once", "always", "never"]
-"""When a chunk's checksum is compared: at its first reading, at every reading, or never."""
+"""When a chunk's checksum is compared: at its first read by a reader, at every read, or never."""
 
 Index = np.ndarray | slice
 T = TypeVar("T")
 
-COPY_BYTES = 1 << 19  # copied at a time: they stay in a core's cache on the way,
-MIN_COPY_ITEMS = 512  # but no fewer items than these: below, NumPy does not let another thread work meanwhile,
-MAX_COPY_BYTES = 1 << 22  # and no more bytes than these
+COPY_BYTES = 1 << 19  # per copy, so that they stay in a core's cache
+MIN_COPY_ITEMS = 512  # at least so many: for fewer items NumPy does not release the interpreter lock
+MAX_COPY_BYTES = 1 << 22  # even if that is fewer than MIN_COPY_ITEMS
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A complete stream of one entry, as a reader needs it."""
+    """A complete stream of one entry."""
 
     folder: Path  # of the stream
     stream: Stream
     manifest: Manifest
 
     def file(self, shard: int) -> str:
-        """The file of a shard, inside the folder."""
+        """The file of a shard, relative to the folder."""
         return f"c/{shard}/{FORMATS[self.stream.format].file}"
 
     def path(self, shard: int) -> Path:
-        """The file of a shard."""
+        """Path of a shard's file."""
         return self.folder / self.file(shard)
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Planes that are neighbours in the result: [.., layers, kinds x tokens, ..] is one view of it."""
+    """Planes (a layer and a kind) of one source that form one view [.., layers, kinds x tokens, ..] of the result."""
 
     source: Source
     into_layers: slice  # of the result
     into_tokens: slice
-    layers: np.ndarray  # [l] of the source, one for each of the result's
-    kinds: np.ndarray  # [k]
+    layers: np.ndarray  # [l] indices in the source
+    kinds: np.ndarray  # [k] indices in the source
 
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
-        """(layer, kind), plane by plane."""
+        """(layer, kind) of every plane."""
         return [(layer, kind) for layer in self.layers.tolist() for kind in self.kinds.tolist()]
 
     def view(self, out: np.ndarray) -> np.ndarray:
-        """Its part of a result [rows, layers, tokens, width or more], as [rows, layers, kinds, tokens, width]."""
+        """This part of a result [rows, layers, tokens, width or more], as [rows, layers, kinds, tokens, width]."""
         stream = self.source.stream
         part = out[:, self.into_layers, self.into_tokens, : stream.width]
         return part.reshape(len(out), len(self.layers), len(self.kinds), stream.tokens, stream.width)
@@ -78,9 +78,8 @@ class Span:
 def spans(source: Source, planes: Sequence[tuple[int, int, int, int]]) -> list[Span]:
     """Join planes, each (result's layer, result's first token, source's layer, source's kind), into few spans."""
     tokens = source.stream.tokens
-    layers_of: dict[
-        tuple[int, tuple[int, ...]], list[tuple[int, int]]
-    ] = {}  # first token, kinds → (result's, own) layers
+    # (first token, kinds) → [(result's layer, source's layer)]
+    layers_of: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
     for layer, row in groupby(planes, key=lambda plane: plane[0]):
         for run in _runs(row, lambda plane: plane[1], tokens):
             kinds = tuple(kind for *_, kind in run)
@@ -105,24 +104,24 @@ def _runs(items: Iterable[T], place: Callable[[T], int], step: int) -> Iterator[
 
 
 class Shard:
-    """An open shard: where its chunks lie, and which of them were compared with their checksum."""
+    """An open shard: the offsets of its chunks, and which of them were compared with their checksum."""
 
-    def __init__(self, source: Source, number: int, descriptor: int, wanted: Sequence[Span] = ()) -> None:
-        self._descriptor = descriptor  # ours from here on
+    def __init__(self, source: Source, number: int, descriptor: int, spans: Sequence[Span] = ()) -> None:
+        self._descriptor = descriptor  # closed by this object
         stream, manifest = source.stream, source.manifest
         self._stream, self._path = stream, source.path(number)
         self._rows = len(stream.rows(number))
         self.blocks = -(-self._rows // stream.chunk_rows)
         first = number * stream.shard_blocks
         mine = slice(first, first + self.blocks)
-        self._starts = manifest.offsets[mine].astype(np.int64)  # [blocks, layers, kinds]
-        self._checksums = manifest.xxh3[mine]
+        self._starts = manifest.table("offsets")[mine].astype(np.int64)  # [blocks, layers, kinds]
+        self._checksums = manifest.table("xxh3_64")[mine]
         self._compared = np.zeros(self._starts.shape, bool)
         self._row_bytes, self._item = stream.row_bytes, np.dtype(f"V{stream.row_bytes}")  # an image's part of a chunk
         self._size = manifest.sizes[number]
         if os.fstat(descriptor).st_size != self._size:
             raise damaged(self._path, "its size is not the manifest's")
-        self._cold = self._absent(wanted)
+        self._cold = self._uncached(spans)
 
     def __del__(self) -> None:
         os.close(self._descriptor)
@@ -132,11 +131,7 @@ class Shard:
         return min(self._stream.chunk_rows, self._rows - block * self._stream.chunk_rows)
 
     def chunk(self, block: int, layer: int, kind: int, check: Check = "always") -> np.ndarray:
-        """[rows] as stored, one item per image, in memory of the thread that is overwritten by its next chunk.
-
-        Raises:
-            CacheUnusable: the checksum is wrong, or the disk does not give all of it.
-        """
+        """[rows] as stored, in a buffer that the thread's next chunk overwrites; CacheUnusable if the chunk is damaged."""
         data = _buffer(self.rows(block) * self._row_bytes)
         first, got = int(self._starts[block, layer, kind]), 0
         try:
@@ -154,7 +149,7 @@ class Shard:
         if check == "always" or (check == "once" and not self._compared[block, layer, kind]):
             if xxhash.xxh3_64_intdigest(data.data) != self._checksums[block, layer, kind]:
                 raise damaged(self._path, f"the checksum of chunk {block}, layer {self._stream.layers[layer]} is wrong")
-            self._compared[block, layer, kind] = True  # of two threads at once each compares for itself
+            self._compared[block, layer, kind] = True  # two threads may both compare it
 
     @cached_property
     def _bytes(self) -> np.ndarray:
@@ -172,14 +167,13 @@ class Shard:
 
     @cached_property
     def _items(self) -> np.ndarray:
-        """At every byte of the file the item that would begin there."""
+        """For every byte of the file, the item that would begin there."""
         return np.ndarray((self._size - self._row_bytes + 1,), self._item, self._bytes.data, strides=(1,))
 
     def put(self, block: int, span: Span, out: np.ndarray, where: Index, inside: Index, check: Check) -> None:
-        """out[where] = images `inside` of a block, decoded; out is [.., layers, tokens, width] of the whole result.
+        """out[where] = images `inside` of a block, decoded; `out` is the result [rows, layers, tokens, width].
 
-        Many images come with their chunks, read and compared one after another; few from the map, once their chunks are
-        compared. Errors are those of `chunk`.
+        Many images are copied chunk by chunk; few from the memory map, after their chunks were compared. Raises as `chunk`.
         """
         part = span.view(out)
         if isinstance(inside, slice) or 2 * len(inside) > self.rows(block):
@@ -195,36 +189,34 @@ class Shard:
         starts = self._starts[block, *planes] + (inside * self._row_bytes)[:, None, None]
         _put(part, where, self._items, starts, self._stream)
 
-    def _absent(self, wanted: Sequence[Span]) -> np.ndarray:
-        """Which chunks are not in the page cache, by their last byte: prefetching one that is costs as much as a copy."""
-        absent = np.zeros(self._starts.shape, bool)
+    def _uncached(self, spans: Sequence[Span]) -> np.ndarray:
+        """Which chunks' last bytes are not in the page cache: to prefetch a cached chunk costs as much as a copy."""
+        uncached = np.zeros(self._starts.shape, bool)
         if hasattr(os, "posix_fadvise"):
-            for span in wanted:
-                absent[np.ix_(np.arange(self.blocks), span.layers, span.kinds)] = True
+            for span in spans:
+                uncached[:, span.layers[:, None], span.kinds] = True
         if hasattr(os, "RWF_NOWAIT"):
             byte = [bytearray(1)]
-            for chunk in np.flatnonzero(absent).tolist():
+            for chunk in np.flatnonzero(uncached).tolist():
                 last = int(self._starts.flat[chunk]) + self._row_bytes - 1
                 try:
                     os.preadv(self._descriptor, byte, last, os.RWF_NOWAIT)
                 except BlockingIOError:
                     continue
-                except OSError:  # of a file system that cannot tell: all are asked for
+                except OSError:  # the file system cannot tell: all are prefetched
                     break
-                absent.flat[chunk] = False
-        return absent
+                uncached.flat[chunk] = False
+        return uncached
 
     def fetch(self, block: int, span: Span) -> None:
-        """Prefetch chunks that are about to be read, all at once."""
-        if not self._cold.any():
+        """Prefetch the chunks of a block that are about to be read, and not in the page cache."""
+        planes = block, span.layers[:, None], span.kinds
+        if not self._cold[planes].any():
             return
-        planes = np.ix_(np.array([block]), span.layers, span.kinds)
         starts = np.sort(self._starts[planes][self._cold[planes]])
-        if not len(starts):
-            return
         self._cold[planes] = False
         size = self.rows(block) * self._row_bytes
-        breaks = np.flatnonzero(np.diff(starts) > size + mmap.PAGESIZE) + 1  # a gap of less than a page is none
+        breaks = np.flatnonzero(np.diff(starts) > size + mmap.PAGESIZE) + 1  # smaller gaps are prefetched too
         for run in np.split(starts, breaks):
             os.posix_fadvise(self._descriptor, int(run[0]), int(run[-1]) + size - int(run[0]), os.POSIX_FADV_WILLNEED)
 
@@ -242,7 +234,7 @@ def _buffer(size: int) -> np.ndarray:
 
 def _put(into: np.ndarray, where: Index, items: np.ndarray, places: Index, stream: Stream) -> None:
     """into[where] = the decoded `items[places]`: [.., tokens, width] from [.., tokens, columns] as stored."""
-    whole = _whole(into) if stream.encoding.plain else None
+    whole = _whole(into) if stream.encoding.stored == stream.encoding.numbers else None  # else they must be decoded
     if whole is not None and isinstance(places, slice):
         whole[where] = items[places]
         return
@@ -251,17 +243,17 @@ def _put(into: np.ndarray, where: Index, items: np.ndarray, places: Index, strea
     step = max(1, COPY_BYTES // size, min(-(-MIN_COPY_ITEMS // items_each), MAX_COPY_BYTES // size))
     for start in range(0, len(items) if isinstance(places, slice) else len(places), step):
         some = slice(start, start + step)
-        kept = items[some] if isinstance(places, slice) else items[places[some]]
-        there = some if isinstance(where, slice) else where[some]
+        part = items[some] if isinstance(places, slice) else items[places[some]]
+        target = some if isinstance(where, slice) else where[some]
         if whole is not None:
-            whole[there] = kept
+            whole[target] = part
         else:
-            stored = kept.view(stream.encoding.stored).reshape(*kept.shape, stream.tokens, stream.columns)
-            into[there] = stream.encoding.decode(stored)
+            stored = part.view(stream.encoding.stored).reshape(*part.shape, stream.tokens, stream.columns)
+            into[target] = stream.encoding.decode(stored)
 
 
 def _whole(tokens: np.ndarray) -> np.ndarray | None:
-    """View [.., tokens, channels] as [..] of one item each, which NumPy copies faster; None if they are not contiguous."""
+    """View [.., tokens, channels] as [..] of one item each, which NumPy copies faster; None if not contiguous."""
     *_, step, stride = tokens.strides
     *outer, count, channels = tokens.shape
     if stride != tokens.itemsize or (count > 1 and step != channels * stride):
@@ -271,11 +263,7 @@ def _whole(tokens: np.ndarray) -> np.ndarray | None:
 
 
 def read_stored(source: Source, rows: range) -> np.ndarray:
-    """Rows of one block as stored, [rows, layers, kinds x tokens, columns]; every chunk is checked.
-
-    Raises:
-        CacheUnusable: a chunk is damaged.
-    """
+    """Rows of one block as stored, [rows, layers, kinds x tokens, columns]; CacheUnusable if a chunk is damaged."""
     stream = source.stream
     number = rows.start // stream.shard_rows
     path = source.path(number)

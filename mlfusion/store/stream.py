@@ -1,21 +1,18 @@
 """A stream: tokens that were extracted together, as one array [images, layers, kinds x tokens, width] in shards.
 
-An entry of the cache grows by streams. Asking for one more layer or token kind adds a stream and rewrites nothing. All of a
-stream's layers lie in one shard (few files), but its chunks hold one layer and one kind each, so that reading a layer
-touches that layer's bytes alone.
+An entry of the cache grows by streams: one more layer or token kind adds a stream and rewrites nothing. A shard holds all
+layers of a run of images (few files), a chunk one layer and one kind, so that reading a layer reads no bytes of another.
 
-A manifest holds sizes, digests, where each chunk lies and its checksums, apart from the shards. The commit record of a shard
-is a manifest of that one shard; the manifest of a stream joins them all, and its existence says that the stream is whole. A
-reader goes by the manifest alone: a shard that was swapped for another, sound in itself, does not match it.
-
-Pure arithmetic; nothing here does I/O.
+A manifest holds sizes and digests of shards, and offsets and checksums of chunks. The commit record of a shard is a manifest
+of that one shard; the manifest of a stream joins them all, and exists only when the stream is complete. A reader relies on
+the manifest alone: it refuses a shard that was replaced by another valid one. Nothing in this module does I/O.
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -28,15 +25,14 @@ from mlfusion.store.records import Count, Record
 
 Size = Annotated[int, msgspec.Meta(gt=0)]
 
-
 CHUNK_BYTES = 768 * 1024  # a chunk is read whole: large enough for one disk request, small enough to buffer
 SHARD_BYTES = 128 * 1024 * 1024
-SHARD_ROWS = (256, 2048)  # fewest and most images of a shard; a kill costs at most one shard
-MAX_SHARDS = 16  # unless the entry is too large: naming and flushing a shard takes as long as writing 10 MB more
+SHARD_ROWS = (256, 2048)  # fewest and most images of a shard; a kill loses at most one shard
+MAX_SHARDS = 16  # more only in a large entry: publishing a shard takes as long as writing 10 MB
 
 
 class Stream(Record, frozen=True):
-    """Shape and cutting of one array of tokens. Fixed when the stream begins, so that every writer cuts alike."""
+    """Shape, shard size and chunk size of one array of tokens; fixed when the stream begins, the same for every writer."""
 
     layers: tuple[Count, ...]
     kinds: tuple[TokenKind, ...]
@@ -59,7 +55,7 @@ class Stream(Record, frozen=True):
 
     @property
     def pairs(self) -> frozenset[Pair]:
-        """Every (layer, kind) held here."""
+        """Every (layer, kind) in this stream."""
         return frozenset((layer, kind) for layer in self.layers for kind in self.kinds)
 
     @property
@@ -69,7 +65,7 @@ class Stream(Record, frozen=True):
 
     @property
     def columns(self) -> int:
-        """Number of stored columns of a token: its width, and with int8 the bytes of its scale."""
+        """Stored numbers per token: its width, and with int8 the bytes of its scale."""
         return self.width + self.encoding.extra
 
     @property
@@ -118,10 +114,7 @@ def _power_of_two(at_least: int) -> int:
 def streams_for(
     shapes: Mapping[Pair, tuple[int, int]], *, images: int, dtype: Dtype, format: FormatName
 ) -> list[Stream]:
-    """The fewest streams that hold these pairs: a stream holds pairs of one shape, as the product of layers and kinds.
-
-    `shapes` is (layer, kind) → (tokens, width) of one image.
-    """
+    """The fewest streams that hold `shapes`, (layer, kind) → (tokens, width); in a stream every layer has the same kinds."""
     kinds_of: dict[tuple[int, int, int], list[TokenKind]] = {}
     for (layer, kind), (tokens, width) in sorted(shapes.items()):
         kinds_of.setdefault((layer, width, tokens), []).append(kind)
@@ -150,89 +143,64 @@ def streams_for(
     return streams
 
 
-OFFSETS, CRC32C, XXH3 = "<u8", "<u4", "<u8"  # types of the tables; msgspec writes their bytes as base64
+CHUNK = np.dtype([("offsets", "<u8"), ("crc32c", "<u4"), ("xxh3_64", "<u8")])
+"""Where in its shard a chunk begins; checksums of its rows without padding: that of Zarr's codec, and a faster one."""
 
 
-class Manifest(
-    Record,
-    frozen=True,
-    rename={
-        "sizes": "bytes",
-        "digests": "xxh3_128",
-        "offset_table": "offsets",
-        "crc32c_table": "crc32c",
-        "xxh3_table": "xxh3_64",
-    },
-):
-    """Consecutive shards of a stream; chunks are numbered through, block by block of rows."""
+class Manifest(Record, frozen=True, rename={"sizes": "bytes", "digests": "xxh3_128"}):
+    """Consecutive shards of a stream; their blocks of rows are numbered consecutively."""
 
     sizes: tuple[Count, ...]  # bytes of each shard's file
     digests: tuple[str, ...]  # xxh3-128 of each shard's file
     samples: tuple[str, ...]  # digest of ids, labels and images of each shard's rows
     skipped: dict[Count, str]  # row → why its image could not be read; such rows hold no numbers
     chunks: tuple[Count, Count, Count]  # [blocks, layers, kinds], the shape of the tables, in C order
-    offset_table: bytes
-    crc32c_table: bytes
-    xxh3_table: bytes
+    offsets: bytes  # tables of the fields of CHUNK; msgspec writes them as base64
+    crc32c: bytes
+    xxh3_64: bytes
 
     def __post_init__(self) -> None:
-        for table, kind in ((self.offset_table, OFFSETS), (self.crc32c_table, CRC32C), (self.xxh3_table, XXH3)):
-            if len(table) != math.prod(self.chunks) * np.dtype(kind).itemsize:
-                raise ValueError(f"a table of {len(table):,} bytes is not of shape {self.chunks}")
+        for name in CHUNK.names or ():
+            if (size := len(getattr(self, name))) != math.prod(self.chunks) * CHUNK[name].itemsize:
+                raise ValueError(f"a table of {size:,} bytes is not of shape {self.chunks}")
 
-    @property
-    def offsets(self) -> np.ndarray:
-        """Where in its shard a chunk's bytes begin."""
-        return np.frombuffer(self.offset_table, OFFSETS).reshape(self.chunks)
-
-    @property
-    def crc32c(self) -> np.ndarray:
-        """Checksum of a chunk's rows without padding, as in Zarr's codec."""
-        return np.frombuffer(self.crc32c_table, CRC32C).reshape(self.chunks)
-
-    @property
-    def xxh3(self) -> np.ndarray:
-        """The 64-bit xxh3 of the same bytes, several times faster."""
-        return np.frombuffer(self.xxh3_table, XXH3).reshape(self.chunks)
+    def table(self, name: str) -> np.ndarray:
+        """[blocks, layers, kinds] of a field of CHUNK."""
+        return np.frombuffer(getattr(self, name), CHUNK[name]).reshape(self.chunks)
 
     def fits(self, stream: Stream) -> bool:
-        """Whether it can describe the whole of a stream: its shards, blocks, planes and images, and where chunks lie."""
-        first = np.arange(0, stream.images, stream.chunk_rows)  # of each block; a shard is a whole number of blocks
+        """Whether shards, blocks, layers, kinds, images and offsets can be those of a whole stream."""
+        first = np.arange(0, stream.images, stream.chunk_rows)  # row of each block; a shard holds whole blocks
         if not (
             len(self.sizes) == len(self.digests) == len(self.samples) == stream.shards
             and self.chunks == (len(first), len(stream.layers), len(stream.kinds))
             and all(row < stream.images for row in self.skipped)
         ):
             return False
-        held = np.minimum(stream.images - first, stream.chunk_rows) * stream.row_bytes
-        last = np.array(self.sizes)[first // stream.shard_rows] - held  # where a block's chunks may begin at the latest
-        offsets = self.offsets.astype(np.int64)  # beyond its range they turn negative
+        nbytes = np.minimum(stream.images - first, stream.chunk_rows) * stream.row_bytes
+        last = np.array(self.sizes)[first // stream.shard_rows] - nbytes  # largest possible offset in each block
+        offsets = self.table("offsets").astype(np.int64)  # too large ones become negative
         return bool(np.all((offsets >= 0) & (offsets <= last[:, None, None])))
 
 
 class CommitRecord(Manifest, frozen=True):
-    """The record that is published together with one shard."""
+    """The record of one shard, published with it."""
 
     stream: str
     shard: Count
 
 
 class StreamManifest(Manifest, frozen=True):
-    """The record that seals a stream: it exists when all shards do."""
+    """The record of a complete stream."""
 
     stream: Stream
 
     @classmethod
     def join(cls, stream: Stream, parts: Sequence[Manifest]) -> "StreamManifest":
-        """One manifest of a stream's commit records, in the order of its shards."""
-        return cls(
-            stream=stream,
-            sizes=tuple(chain.from_iterable(part.sizes for part in parts)),
-            digests=tuple(chain.from_iterable(part.digests for part in parts)),
-            samples=tuple(chain.from_iterable(part.samples for part in parts)),
-            skipped=dict(chain.from_iterable(part.skipped.items() for part in parts)),
-            chunks=(sum(part.chunks[0] for part in parts), *parts[0].chunks[1:]),
-            offset_table=b"".join(part.offset_table for part in parts),
-            crc32c_table=b"".join(part.crc32c_table for part in parts),
-            xxh3_table=b"".join(part.xxh3_table for part in parts),
-        )
+        """The manifest of a stream from its shards' commit records, in order."""
+        joined: dict[str, Any] = {name: b"".join(getattr(part, name) for part in parts) for name in CHUNK.names or ()}
+        for name in ("sizes", "digests", "samples"):
+            joined[name] = tuple(chain.from_iterable(getattr(part, name) for part in parts))
+        skipped = dict(chain.from_iterable(part.skipped.items() for part in parts))
+        chunks = sum(part.chunks[0] for part in parts), *parts[0].chunks[1:]
+        return cls(stream=stream, skipped=skipped, chunks=chunks, **joined)

@@ -1,11 +1,11 @@
-"""Finds what is damaged in the cache, byte by byte, and moves it out of the way so that an extraction makes only that again.
+"""Finds damage in the cache, byte by byte, and moves damaged files away so that an extraction makes only these again.
 
-Every file is covered: the records and samples by their digests, a shard by the xxh3-128 of the whole file, so that bytes
-which no read would touch (padding, Zarr's index, HDF5's structures) count as well, and then chunk by chunk by both of its
-checksums, those that our reader compares and those of Zarr's codec. Nothing is deleted: what is taken out lies in
-`quarantine/` under the cache's root.
+Every file is checked: records and samples by their digests; a shard by the xxh3-128 of the whole file, which covers bytes that
+no reader uses (padding, Zarr's index, HDF5's structures), and chunk by chunk by both checksums, our reader's and that of
+Zarr's codec. Nothing is deleted: damaged files are moved to `quarantine/` under the cache's root.
 """
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -25,60 +25,51 @@ from mlfusion.store import records
 from mlfusion.store.entry import GROUP, TOKENS, Entry, zarr_group
 from mlfusion.store.feature_store import QUARANTINE, CachePath, FeatureStore
 from mlfusion.store.formats import FORMATS
-from mlfusion.store.records import FILES, Names, RunRecord, published
+from mlfusion.store.records import FILES, Names, RunRecord
 from mlfusion.store.shard import Source
 from mlfusion.store.stream import CommitRecord, Stream, StreamManifest
 from mlfusion.system import disk
 from mlfusion.system.progress import track
 
-READ_BYTES = 1 << 24  # read at a time
-
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not what it should be."""
+    """One damaged file or folder."""
 
     path: Path
     why: str
-    take: tuple[Path, ...]  # what a repair moves to quarantine: an extraction, or the repair itself, makes it again
-    remade: bool = False  # made again by the repair, from what is sound; else by the next extraction
+    quarantine: tuple[Path, ...]  # what a repair moves to quarantine
+    repairable: bool = False  # the repair makes it again, from undamaged files; else the next extraction does
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What `verify` found."""
+    """Result of `verify`."""
 
     entries: int
     damaged: tuple[Damage, ...]
-    quarantined: tuple[Path, ...]  # where a repair moved damaged files to
+    quarantined: tuple[Path, ...]  # new paths of damaged files that a repair moved
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion cache verify --json` prints."""
-        return {
-            "entries": self.entries,
-            "damaged": [
-                {"path": str(one.path), "why": one.why, "remade_by": "repair" if one.remade else "extract"}
-                for one in self.damaged
-            ],
-            "quarantined": [str(path) for path in self.quarantined],
-        }
+        damaged = [
+            {"path": str(one.path), "why": one.why, "remade_by": "repair" if one.repairable else "extract"}
+            for one in self.damaged
+        ]
+        return {"entries": self.entries, "damaged": damaged, "quarantined": list(map(str, self.quarantined))}
 
 
 def verify(cache: CachePath = None, *, repair: bool = False) -> Verification:
     """Read every byte of a cache, in all its layers, and compare it with its checksum.
 
-    Args:
-        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
-        repair: move what is damaged in the uppermost layer to quarantine; the next extraction makes it again.
-
-    Raises:
-        CacheUnusable: the cache cannot be opened, or not be written for a repair.
+    `repair` moves damaged files of the uppermost layer to quarantine; the next extraction makes them again. CacheUnusable if
+    the cache cannot be opened, or cannot be written for a repair.
     """
     store = FeatureStore(cache)
     damaged: list[Damage] = []
     moved: list[Path] = []
     layers = (store, *store.below)
-    folders = [(layer, path) for layer in layers for path in published(layer.folder) if path.is_dir()]
+    folders = [(layer, path) for layer in layers for path in disk.published(layer.folder) if path.is_dir()]
     with track("verifying", len(folders), "entries") as bar:
         for layer, path in folders:
             found = list(verify_entry(path))
@@ -90,14 +81,14 @@ def verify(cache: CachePath = None, *, repair: bool = False) -> Verification:
 
 
 def verify_entry(folder: Path) -> Iterator[Damage]:
-    """Everything damaged in one entry's folder; what was begun and is not finished is no damage."""
+    """All damage in one entry's folder; an incomplete stream is no damage."""
     try:
         entry = Entry(folder)
     except MlfusionError as err:
         yield Damage(folder / "entry.json", str(err), (folder / "entry.json",))
         entry = None
     for kind, name in ((Names, "names"), (RunRecord, "runs")):
-        for path in published(folder / name):
+        for path in disk.published(folder / name):
             with suppress(FileNotFoundError):
                 try:
                     records.read(path, kind)
@@ -110,13 +101,13 @@ def verify_entry(folder: Path) -> Iterator[Damage]:
             if (folder / name).read_bytes() != data:
                 yield Damage(folder / name, "it is not as it was written", (folder / name,))
     except MlfusionError as err:
-        # Which of the three is wrong cannot be told, and they are small.
+        # It is not known which of the three files is wrong, and they are small.
         yield Damage(folder, str(err), tuple(folder / name for name in FILES))
-        return  # what a shard's rows should be is not known without them
+        return  # without them the rows of a shard cannot be checked
     group = folder / GROUP
-    if not _reads(group, zarr_group(entry.key)):
-        yield Damage(group, "it is not what describes this group", (group,), remade=True)
-    for path in published(folder / TOKENS):
+    if not _has_text(group, zarr_group(entry.key)):
+        yield Damage(group, "it is not what describes this group", (group,), repairable=True)
+    for path in disk.published(folder / TOKENS):
         if path.is_dir():
             yield from _verify_stream(entry, path)
 
@@ -131,13 +122,13 @@ def _verify_stream(entry: Entry, folder: Path) -> Iterator[Damage]:
         except (MlfusionError, OSError):
             yield Damage(described, str(err), (folder,))
             return
-        yield Damage(described, str(err), (described,), remade=True)
+        yield Damage(described, str(err), (described,), repairable=True)
     if stream.name != folder.name:
         yield Damage(described, "it is another stream's", (folder,))
         return
     for name, text in FORMATS[stream.format].describe(stream).items():
-        if not _reads(folder / name, text):
-            yield Damage(folder / name, "it is not what describes this stream", (folder / name,), remade=True)
+        if not _has_text(folder / name, text):
+            yield Damage(folder / name, "it is not what describes this stream", (folder / name,), repairable=True)
     yield from _verify_shards(entry, stream, folder)
 
 
@@ -149,7 +140,7 @@ def _verify_shards(entry: Entry, stream: Stream, folder: Path) -> Iterator[Damag
     except FileNotFoundError:
         pass
     except (MlfusionError, OSError) as err:
-        yield Damage(sealed, str(err), (sealed,), remade=True)
+        yield Damage(sealed, str(err), (sealed,), repairable=True)
     commits: list[CommitRecord] = []
     missing = set(entry.missing_shards(stream))
     for shard in range(stream.shards):
@@ -163,33 +154,32 @@ def _verify_shards(entry: Entry, stream: Stream, folder: Path) -> Iterator[Damag
         except (MlfusionError, OSError) as err:
             yield Damage(place / "commit.json", str(err), (place, sealed))
             continue
-        if why := _wrong(Source(folder, stream, commits[-1]), shard):
+        if why := _shard_damage(Source(folder, stream, commits[-1]), shard):
             yield Damage(place, why, (place, sealed))
     if manifest is not None and len(commits) == stream.shards and StreamManifest.join(stream, commits) != manifest:
-        yield Damage(sealed, "it does not match the shards' records", (sealed,), remade=True)
+        yield Damage(sealed, "it does not match the shards' records", (sealed,), repairable=True)
 
 
-def _wrong(source: Source, shard: int) -> str:
-    """What is wrong with a shard's file, by its own record; '' if nothing is."""
+def _shard_damage(source: Source, shard: int) -> str:
+    """How a shard's file differs from its record, in words; '' if it does not."""
     record, stream = source.manifest, source.stream
-    digest = xxhash.xxh3_128()
     images = stream.rows(shard)
     rows = [images[at : at + stream.chunk_rows] for at in range(0, len(images), stream.chunk_rows)]  # chunk by chunk
     if record.chunks != (len(rows), len(stream.layers), len(stream.kinds)) or len(record.sizes) != 1:
         return "its record is another stream's"
-    checksums = ((crc32c.crc32c, record.crc32c), (xxhash.xxh3_64_intdigest, record.xxh3))
+    checksums = ((crc32c.crc32c, record.table("crc32c")), (xxhash.xxh3_64_intdigest, record.table("xxh3_64")))
+    offsets = record.table("offsets")
     layers: dict[range, set[int]] = {}
     try:
         with open(source.path(shard), "rb") as file:
-            while piece := file.read(READ_BYTES):
-                digest.update(piece)
+            digest = hashlib.file_digest(file, xxhash.xxh3_128)
             size = file.tell()
             if size != record.sizes[0]:
                 return f"{size:,} bytes instead of {record.sizes[0]:,}"
             if len(images) * stream.row_bytes > size:
                 return "it is another stream's"
             for (block, some), (layer, kind) in product(enumerate(rows), np.ndindex(record.chunks[1:])):
-                file.seek(int(record.offsets[block, layer, kind]))
+                file.seek(int(offsets[block, layer, kind]))
                 data = file.read(len(some) * stream.row_bytes)
                 if any(checksum(data) != table[block, layer, kind] for checksum, table in checksums):
                     layers.setdefault(some, set()).add(stream.layers[layer])
@@ -202,43 +192,32 @@ def _wrong(source: Source, shard: int) -> str:
 
 
 def repair_entry(root: Path, folder: Path, found: list[Damage]) -> list[Path]:
-    """Move what is damaged to quarantine and make again what follows from the rest; returns where things went.
-
-    Raises:
-        CacheUnusable: the cache cannot be written.
-    """
+    """Move damaged files to quarantine and restore the repairable ones; returns the new paths of what was moved."""
     with disk.translate_os_errors(root):
         moved = []
         restored: dict[Path, str] = {}
         for damage in found:
-            if damage.remade and damage.path.name == "stream.json":
+            if damage.repairable and damage.path.name == "stream.json":
                 stream = records.read(damage.path.parent / "manifest.json", StreamManifest).stream
                 restored[damage.path] = records.encode(stream)
-        for path in dict.fromkeys(path for damage in found for path in damage.take):
-            if not path.exists():
-                continue
-            aside = root / QUARANTINE / f"{uuid.uuid4().hex[:8]}" / path.relative_to(folder.parent)
-            aside.parent.mkdir(parents=True)
-            os.rename(path, aside)
-            moved.append(aside)
+        for path in dict.fromkeys(path for damage in found for path in damage.quarantine):
+            if path.exists():
+                moved.append(root / QUARANTINE / uuid.uuid4().hex[:8] / path.relative_to(folder.parent))
+                moved[-1].parent.mkdir(parents=True)
+                os.rename(path, moved[-1])
         for path, text in restored.items():
-            _restore(path, text)
+            disk.publish_text(path, text)
         if (folder / "entry.json").exists() and all((folder / name).exists() for name in FILES):
             entry = Entry(folder)
-            _restore(folder / GROUP, zarr_group(entry.key))
+            disk.publish_text(folder / GROUP, zarr_group(entry.key))
             for stream in entry.streams():
                 for name, text in FORMATS[stream.format].describe(stream).items():
-                    _restore(entry.folder(stream) / name, text)
+                    disk.publish_text(entry.folder(stream) / name, text)
             entry.seal()
         return moved
 
 
-def _restore(path: Path, text: str) -> None:
-    if not path.exists():
-        disk.publish_text(path, text)
-
-
-def _reads(path: Path, text: str) -> bool:
+def _has_text(path: Path, text: str) -> bool:
     try:
         return path.read_text(encoding="utf-8") == text
     except (OSError, ValueError):

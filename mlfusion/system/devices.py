@@ -1,4 +1,4 @@
-"""Chooses the device and the compute type: the best of this machine, or the one asked for."""
+"""Chooses the device and the compute type: the best of this machine, or the one that the user names."""
 
 import platform
 import re
@@ -11,24 +11,21 @@ from mlfusion.specs.identity import COMPUTES, Compute
 
 
 def pick_device(word: str) -> str:
-    """Resolve a device: 'auto' → the first of cuda, mps and cpu that is there; raises Unavailable for one that is not."""
+    """Resolve a device: 'auto' → the first available one of cuda, mps and cpu; raises Unavailable for any other."""
     tests = (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available), ("cpu", lambda: True))
-    there = [name for name, is_there in tests if is_there()]
+    available = [name for name, is_available in tests if is_available()]
     if word == "auto":
-        return there[0]
-    if word.split(":")[0] not in there:
-        raise Unavailable(f"no device {word!r} on this machine; allowed: auto, {', '.join(there)}")
+        return available[0]
+    if word.split(":")[0] not in available:
+        raise Unavailable(f"no device {word!r} on this machine; allowed: auto, {', '.join(available)}")
     return word
 
 
 def pick_compute(word: str, device: str) -> Compute:
     """Resolve a compute type: 'auto' → bfloat16 if the device has units for bfloat16 products, else float32.
 
-    The units are found by the device's properties, not by a measurement, because the answer is part of the features' key.
-    float16 can overflow in large models, so 'auto' never chooses it.
-
-    Raises:
-        UnknownName: it is not a compute type.
+    The choice depends on the device's properties, not on a measurement, because it is part of the features' key. 'auto' never
+    chooses float16, which can overflow in large models. Raises UnknownName if `word` is no compute type.
     """
     if word in COMPUTES:
         return word

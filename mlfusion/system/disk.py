@@ -1,8 +1,8 @@
 """Atomic file creation: a file or folder is written under a temporary name, flushed, and then renamed in one step.
 
-What exists under its own name is therefore whole. No lock is taken; of two writers the first wins and the second's draft
-is dropped. The names of drafts carry host and process, so that drafts of dead processes can be recognised and swept. Sealed
-JSON carries a digest of its own text, so that one changed byte is noticed.
+What has its final name is therefore complete. No lock is taken: of two writers the first wins, and the second's draft is
+removed. A draft's name contains host and process, so that drafts of dead processes are recognised and removed. Sealed JSON
+contains a digest of its own text, which shows any changed byte.
 """
 
 import errno
@@ -20,40 +20,40 @@ from pathlib import Path
 from mlfusion.errors import CacheUnusable, MlfusionError
 
 DRAFT = ".draft~"
-STALE = 24 * 3600.0  # seconds after which the draft of an unknown host counts as left behind
+STALE = 24 * 3600.0  # seconds after which the draft of another host is removed
 
 
 @once
-def here() -> str:
-    """The scope of process numbers: the host and, on Linux, the namespace of its process numbers (containers)."""
+def process_scope() -> str:
+    """The host and, on Linux, its namespace of process numbers (containers have their own)."""
     with suppress(OSError):
         return f"{socket.gethostname()}.{os.stat('/proc/self/ns/pid').st_ino}"
     return socket.gethostname()
 
 
 def claim() -> str:
-    """A unique word that names the process that writes it: host~process.start~random."""
-    return f"{here()}~{os.getpid()}.{_begun(os.getpid())}~{uuid.uuid4().hex[:8]}"
+    """A unique name of the calling process: host~process.start~random."""
+    return f"{process_scope()}~{os.getpid()}.{_start_time(os.getpid())}~{uuid.uuid4().hex[:8]}"
 
 
 def alive(claim: str) -> bool | None:
-    """Whether the process that made a claim lives; None where that cannot be known from here."""
+    """Whether the process that made a claim is alive; None if that cannot be known on this host."""
     parts = claim.split("~")
-    number, _, begun = parts[1].partition(".") if len(parts) == 3 else ("", "", "")
-    if not number.isdecimal() or parts[0] != here():
+    number, _, start = parts[1].partition(".") if len(parts) == 3 else ("", "", "")
+    if not number.isdecimal() or parts[0] != process_scope():
         return None
     try:
         os.kill(int(number), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's process
-    now = _begun(int(number))
-    return not begun or not now or begun == now  # process numbers are used again, in a container soon
+        pass  # another user's process
+    now = _start_time(int(number))
+    return not start or not now or start == now  # process numbers are reused, in containers soon
 
 
-def _begun(process: int) -> str:
-    """When a process started, in ticks since the machine was booted; '' where the system does not say."""
+def _start_time(process: int) -> str:
+    """When a process started, in ticks since boot; '' if the system does not tell."""
     with suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     return ""
@@ -74,26 +74,26 @@ def drafted(draft: Path) -> Iterator[Path]:
         raise
 
 
-def finished(folder: Path, marker: str) -> list[Path]:
-    """Sorted list of the folders in `folder` that hold the file `marker`; drafts are left out."""
+def published(folder: Path, marker: str = "") -> list[Path]:
+    """Sorted paths in `folder` that are not drafts; with `marker`, only folders that contain a file of that name."""
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith(DRAFT))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [folder / name for name in names if os.path.exists(f"{folder}/{name}/{marker}")]
+    return [folder / name for name in names if not marker or os.path.exists(f"{folder}/{name}/{marker}")]
 
 
 def sweep(folder: Path) -> None:
     """Remove the drafts in `folder` that dead processes left, and those of other hosts after a day."""
     for draft in folder.glob(f"{DRAFT}*"):
-        lives = alive(draft.name.removeprefix(DRAFT))
-        if lives is False or (lives is None and age(draft) > STALE):
+        owner_alive = alive(draft.name.removeprefix(DRAFT))
+        if owner_alive is False or (owner_alive is None and age(draft) > STALE):
             remove(draft)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; not an error if it is gone already."""
-    try:  # without a look at which it is: a prune may remove and restore its folder in between
+    """Remove a file or a folder; no error if it does not exist."""
+    try:  # without a check which of the two it is: a prune may remove and restore its folder in between
         path.unlink(missing_ok=True)
         return
     except IsADirectoryError:
@@ -112,18 +112,18 @@ def remove(path: Path) -> None:
 
 
 def clock(folder: Path) -> float:
-    """The current time by the file system of `folder`: times of files are compared with it, not with the host's clock."""
+    """The current time of the file system of `folder`, to compare files' times with; the host's clock may differ."""
     probe = draft_name(folder)
     with suppress(OSError):
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
         return now
-    return time.time()  # read-only: nothing can be removed for its age either
+    return time.time()  # read-only: nothing is removed by age either
 
 
 def age(path: Path) -> float:
-    """Seconds since `path` was last changed; 0 if it is gone."""
+    """Seconds since `path` was last changed; 0 if it does not exist."""
     try:
         changed = path.stat().st_mtime
     except OSError:
@@ -132,10 +132,10 @@ def age(path: Path) -> float:
 
 
 def publish_file(draft: Path, final: Path) -> bool:
-    """Give a flushed draft its name; False if that name was taken already (the first writer wins)."""
+    """Give a flushed draft its final name; False if that name exists (the first writer wins)."""
     won = True
     try:
-        os.link(draft, final)  # unlike rename, never replaces what is there
+        os.link(draft, final)  # unlike rename, never replaces a file
     except FileExistsError:
         won = False
     except OSError as err:
@@ -152,9 +152,9 @@ def publish_file(draft: Path, final: Path) -> bool:
 
 @contextmanager
 def atomic(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Create the file `path` in one step: yields a draft's path to write to, then flushes it and gives it its name.
+    """Create the file `path` in one step: yields the path of a draft, then flushes it and gives it its final name.
 
-    With `replace`, a file that already has this name is replaced; otherwise it stays. No draft is left, whatever fails.
+    An existing file stays, unless `replace`. No draft is left after an error.
     """
     draft = draft_name(path.parent)
     try:
@@ -171,13 +171,13 @@ def atomic(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def publish_text(path: Path, text: str) -> None:
-    """Create a text file in one step; a file that has the name already stays."""
+    """Create a text file in one step; an existing file stays."""
     with atomic(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def write(path: Path, text: str) -> None:
-    """Write and flush a new file inside a draft; nothing is left if that fails."""
+    """Write and flush a new file in a draft; no file is left after an error."""
     with drafted(path), open(path, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -204,27 +204,27 @@ def read_sealed(path: Path) -> bytes:
 
 
 def publish_folder(draft: Path, final: Path) -> bool:
-    """Give a folder that holds finished files its name; False if another writer was first."""
+    """Give a folder of finished files its final name; False if another writer was first."""
     with drafted(draft):
         for folder in (*(path for path in draft.rglob("*") if path.is_dir()), draft):
             flush(folder)
     while True:
         try:
-            os.rename(draft, final)  # onto a folder that is not empty this fails
+            os.rename(draft, final)  # fails if a folder that is not empty has this name
             break
         except OSError as err:
             if final.is_dir():
                 remove(draft)
                 return False
-            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else a prune took away what stood there
-                remove(draft)  # no lost race: a real failure
+            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else a prune removed the folder: try again
+                remove(draft)
                 raise
     flush(final.parent)
     return True
 
 
 def flush(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, survive a power loss."""
+    """fsync a file or a folder, so that its bytes or names survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -240,7 +240,7 @@ def nearest_existing(folder: Path) -> Path:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes of the file system that a folder lies on or would lie on."""
+    """Free bytes of the file system of a folder, existing or not."""
     return shutil.disk_usage(nearest_existing(folder)).free
 
 
@@ -253,10 +253,7 @@ def free_text(folder: Path) -> str:
 
 @contextmanager
 def translate_os_errors(root: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
-    """Turn errors of the disk into `CacheUnusable` with a sentence about the cache at `root`.
-
-    `needed` gives the bytes that are still to be written, for the sentence about a full disk.
-    """
+    """Turn disk errors into `CacheUnusable` about the cache at `root`; `needed` gives the bytes still to be written."""
     try:
         yield
     except OSError as err:

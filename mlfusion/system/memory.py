@@ -1,4 +1,4 @@
-"""How much memory is free, and how much a piece of work takes: measured, so that nobody has to guess what fits."""
+"""Measures free memory and the memory that a computation needs, so that users need not guess what fits."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ GROUP_FILES = {  # controllers → folder below the root, files of the limit and
 
 
 def available(device: str = "cpu") -> int:
-    """Bytes that this process may still take on a device: what is free, within the limits it is under."""
+    """Bytes that this process can still allocate on a device, within its limits."""
     where = torch.device(device)
     if where.type == "cuda":
         return torch.cuda.mem_get_info(where)[0]
@@ -30,7 +30,7 @@ def available(device: str = "cpu") -> int:
 
 
 def _of_machine() -> int | None:
-    """Bytes that the system can give without swapping."""
+    """Bytes that the system can allocate without swapping."""
     if (line := _line(Path("/proc/meminfo"), "MemAvailable:")) is not None:
         return line * 1024
     try:
@@ -40,7 +40,7 @@ def _of_machine() -> int | None:
 
 
 def _of_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes that the control groups of this process leave (versions 1 and 2); cached files count as free."""
+    """Bytes left by the control groups (versions 1 and 2) of this process; cached files count as free."""
     left = []
     try:
         entries = [line.split(":", 2) for line in own.read_text().splitlines()]
@@ -56,23 +56,23 @@ def _of_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
             if folder == base.parent:
                 break
             try:
-                limit, taken = (folder / most).read_text().strip(), int((folder / used).read_text())
+                limit, used_bytes = (folder / most).read_text().strip(), int((folder / used).read_text())
             except (OSError, ValueError):
                 continue
             if limit.isdecimal():
-                left.append(int(limit) - taken + (_line(folder / "memory.stat", idle) or 0))
+                left.append(int(limit) - used_bytes + (_line(folder / "memory.stat", idle) or 0))
     return min(left, default=None)
 
 
 def _of_process() -> int | None:
-    """Bytes that a limit on the address space leaves (`ulimit -v`)."""
+    """Bytes left by the limit on the address space (`ulimit -v`)."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    taken = _line(Path("/proc/self/status"), "VmSize:")
-    return None if limit == resource.RLIM_INFINITY or taken is None else limit - taken * 1024
+    used_bytes = _line(Path("/proc/self/status"), "VmSize:")
+    return None if limit == resource.RLIM_INFINITY or used_bytes is None else limit - used_bytes * 1024
 
 
 def _line(path: Path, name: str) -> int | None:
-    """The first number behind `name` at the start of a line."""
+    """The first number after `name` in a line that starts with it."""
     with suppress(OSError, ValueError, IndexError):
         for line in path.read_text().splitlines():
             if line.startswith(name):
@@ -81,11 +81,11 @@ def _line(path: Path, name: str) -> int | None:
 
 
 def is_shortage(err: BaseException) -> bool:
-    """Whether this says that memory ran out: torch has a class of its own for GPUs alone."""
-    said = str(err).lower()
+    """Whether this error means that memory ran out; torch has its own class only for GPUs."""
+    message = str(err).lower()
     return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(err, RuntimeError)
-        and any(word in said for word in ("out of memory", "can't allocate memory", "not enough memory"))
+        and any(word in message for word in ("out of memory", "can't allocate memory", "not enough memory"))
     )
 
 
@@ -99,7 +99,7 @@ def give_back(kind: str) -> None:
 
 @contextmanager
 def measured(kind: str = "cpu") -> Iterator[Callable[[], int]]:
-    """Yields a function that returns, after the with statement, the most bytes of new tensors that were alive within it."""
+    """Yield a function that returns, after the with statement, the peak bytes of the tensors created in it."""
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -110,7 +110,7 @@ def measured(kind: str = "cpu") -> Iterator[Callable[[], int]]:
 
 
 class Footprint(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside the with statement: those alive now, and their maximum."""
+    """Counts the bytes of the tensors that are created in the with statement: those alive now, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Footprint(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled here, and to tell the compiler so would load it, for more than a second.
+        # Nothing is compiled here; the default answer would load the compiler, which takes more than a second.
         return False
 
     def __torch_dispatch__(
@@ -138,8 +138,8 @@ class Footprint(TorchDispatchMode):
             self._known.add(number)
             self.alive += size
             self.most = max(self.most, self.alive)
-            weakref.finalize(storage, self._gone, number, size)
+            weakref.finalize(storage, self._freed, number, size)
 
-    def _gone(self, number: int, size: int) -> None:
+    def _freed(self, number: int, size: int) -> None:
         self._known.discard(number)
         self.alive -= size

@@ -29,7 +29,7 @@ class Bar:
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
-        self.note = ""  # shown behind the rate
+        self.note = ""  # shown after the rate
         self._start = time.monotonic()
         self._shown_at = self._start + SILENCE - LOG_EVERY
         self._live: Progress | None = None
@@ -70,7 +70,7 @@ class Bar:
 
     @property
     def rate(self) -> float:
-        """Units a second since the beginning."""
+        """Units per second since the start."""
         return self.done / max(time.monotonic() - self._start, 1e-9)
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class Bar:
 
 @contextmanager
 def track(title: str, total: int, unit: str) -> Iterator[Bar]:
-    """A bar that goes away when the work ends, however it ends."""
+    """A bar that is removed when the work ends, even by an error."""
     bar = Bar(title, total, unit)
     try:
         yield bar

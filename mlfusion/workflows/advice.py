@@ -186,7 +186,7 @@ def _pilot(
     store = FeatureStore(cache)
     train, test = (store.find(model=model, dataset=dataset, split=split) for split in ("train", "test"))
     newest = max(train, key=lambda entry: entry.extracted_at_ns(), default=None)
-    cached = newest.held() if newest else frozenset()
+    cached = newest.complete_pairs() if newest else frozenset()
     if newest is not None:
         candidates = parse_probes(probes, newest.spec.model.depth)
         if all(probe.representation.pairs(newest.spec.model.depth) <= cached for probe in candidates):
@@ -210,7 +210,7 @@ def _cached_pilot(newest: Entry, test: Sequence[Entry], probes: tuple[Probe, ...
         target=target,
         train_images=len(labels),
         all_images=len(labels) + max((entry.spec.data.images for entry in others), default=0),
-        cached=newest.held(),
+        cached=newest.complete_pairs(),
         bytes_of={},
         seconds_each=0.0,
         tokens=_reader(newest, rows),

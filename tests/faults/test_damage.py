@@ -49,7 +49,7 @@ def reads_right_or_refuses(root: Path) -> bool:
     """Read everything that the cache says it holds, by a fresh store; whether it refused."""
     try:
         entry = FeatureStore(root).entry(spec())
-        if entry is None or entry.held() != PAIRS:
+        if entry is None or entry.complete_pairs() != PAIRS:
             return True
         right(entry)
         assert entry.samples.content == samples().content
@@ -158,7 +158,7 @@ def test_shards_that_are_sound_but_not_these(format, cache, many, trial, tmp_pat
                 exchange(one, other)
             sound = (a / file).read_bytes()
             if not pairs:
-                offsets = entry.record(entry.streams()[1], int(a.name)).offsets.reshape(-1).astype(int)
+                offsets = entry.record(entry.streams()[1], int(a.name)).table("offsets").reshape(-1).astype(int)
                 one, other = random.choice(len(offsets), 2, replace=False)
                 data = bytearray(sound)
                 length = 4 * 4 * 2 + (4 if format == "zarr" else 0)  # a chunk and, in Zarr, its checksum

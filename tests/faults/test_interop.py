@@ -123,7 +123,7 @@ def test_flipped_bits(program, installed, many, trial, tmp_path):
     places = [(int(random.choice(inside)), int(random.integers(8))) for _ in range(many(25, 400))]
     if hdf5:  # and in the chunks alone
         stream = next(stream for stream in entry.streams() if stream.name in POOLED)
-        offsets = entry.record(stream, 2).offsets.reshape(-1)
+        offsets = entry.record(stream, 2).table("offsets").reshape(-1)
         size = stream.chunk_rows * stream.columns * stream.tokens * stream.encoding.stored.itemsize
         chunks = [(int(random.choice(offsets)) + int(random.integers(size)), int(random.integers(8))) for _ in places]
     else:
@@ -177,7 +177,7 @@ def test_hdf5s_own_programs(tool, many, trial, tmp_path):
             assert f"Dataset {{{len(rows)}, 3, 2, 4}}" in tool("h5ls", shard).decode()
             tool("h5dump", "-d", "tokens", "-b", "FILE", "-o", out, shard)
             assert out.read_bytes() == pooled()[rows.start : rows.stop].tobytes()
-    sound, offsets = shard.read_bytes(), entry.record(stream, number).offsets.reshape(-1)
+    sound, offsets = shard.read_bytes(), entry.record(stream, number).table("offsets").reshape(-1)
     for _ in range(many(3, 60)):
         with trial("a flipped bit read by h5dump"):
             at = int(random.choice(offsets)) + int(random.integers(stream.chunk_rows * 8))

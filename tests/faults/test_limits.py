@@ -185,7 +185,7 @@ def test_maps_are_bounded(many, trial, tmp_path):
     images = most * 3 * 8  # a shard holds eight
     entry = filled(tmp_path / "cache", images, 4, lambda rows: wide(rows)[..., :4])
     with trial("more shards than maps"), entry.open([1, 2], ["ap"]) as tokens:
-        tokens._most = most  # whatever this process's limit of descriptors
+        tokens._max_open = most  # whatever this process's limit of descriptors
         for row in range(0, images, 8):
             np.testing.assert_array_equal(tokens[[row]], wide([row])[..., :4])
             assert mapped_shards() <= most

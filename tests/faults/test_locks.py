@@ -49,7 +49,7 @@ def without_locks(root: Path) -> None:
     """Every lease is granted, whoever else holds it."""
 
     def take(held: leases.Leases, name: str) -> bool:
-        held._held[name] = disk.claim()
+        held._owned[name] = disk.claim()
         return True
 
     leases.Leases._take = take
@@ -81,7 +81,7 @@ def test_extractors_that_do_not_agree(many, trial, tmp_path):
             children = [Child(other_numbers, root, which) for which in (0, 1, 2)]
             assert [child.wait() for child in children] == [0, 0, 0], [child.said for child in children]
             entry = FeatureStore(root).entry(spec())
-            assert entry.held() == PAIRS
+            assert entry.complete_pairs() == PAIRS
             assert list(verify_entry(entry.path)) == []
             assert litter(root) == []
             for layer, kind in sorted(PAIRS):

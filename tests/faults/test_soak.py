@@ -71,7 +71,7 @@ def live(act, seed: int, stop: Path, told: Path) -> None:
 def sweep(root: Path, compared: Path, random: np.random.Generator) -> str:
     """Read an entry in one of the ways there are; every number is compared, and the file `compared` grows by a byte."""
     entry = FeatureStore(root).entry(spec(int(random.choice(SIZES))))
-    if entry is None or entry.held() != PAIRS:
+    if entry is None or entry.complete_pairs() != PAIRS:
         return "readings that found nothing whole"
     compare(entry, random)
     with open(compared, "ab") as file:

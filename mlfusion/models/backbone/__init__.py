@@ -1,4 +1,4 @@
-"""A frozen vision model, read by hooks: every layer and token kind asked for, from one forward pass.
+"""A frozen vision model, read by hooks: all requested layers and token kinds from one forward pass.
 
 Where to read is found by watching trial passes (`anatomy`), not looked up. By default layer ℓ is the output of the *second
 LayerNorm inside a block* (of block ℓ, counted from 0, for ℓ < L) and layer L the final norm: the study's choice (arXiv
@@ -108,7 +108,7 @@ class Backbone:
     def __call__(
         self, pixels: Float[Tensor, "B 3 height width"], pairs: Iterable[Pair]
     ) -> dict[Pair, Float[Tensor, "B _ _"]]:
-        """Run the model on finished pictures as deep as the deepest layer asked for → float32 tokens, on its device."""
+        """Run the model on preprocessed pictures up to the deepest requested layer → float32 tokens, on its device."""
         wanted: dict[int, list[TokenKind]] = {}
         for layer, kind in self.shapes(pairs):
             wanted.setdefault(layer, []).append(kind)

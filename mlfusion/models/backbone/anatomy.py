@@ -29,7 +29,7 @@ from mlfusion.models.backbone.tracing import Call, Watch
 from mlfusion.specs.identity import Hook
 
 FinalMode = Literal["hook", "apply", "raw"]
-"""What becomes of the last layer: the model norms all tokens; we apply its norm to all tokens; or nobody norms them."""
+"""Norm of the last layer: applied by the model to all tokens, by us to all tokens, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _final_norm(trace: Trace) -> Call | None:
 
 
 def _final_tap(trace: Trace, last: Tap, final: Call | None) -> tuple[FinalMode, Tap]:
-    """What becomes of the last layer, and where it is read; `last` is the last block's output."""
+    """The norm of the last layer, and where the layer is read; `last` is the last block's output."""
     if final is None:
         return "raw", last
     if math.prod(final.given_shape) != math.prod(trace.runs[-1].made_shape):

@@ -1,6 +1,6 @@
 """Finds which tokens are patches, which are special, and in which order the patches stand, from what the embedding gives.
 
-Patches are told from other tokens, and put in order, by a binary code: in the k-th picture, patch number n shows one of two
+A binary code tells patches from other tokens and gives their order: in the k-th picture, patch number n shows one of two
 textures, as the k-th binary digit of n says. Tokens that are the same in all pictures are CLS, registers and their like.
 """
 
@@ -30,7 +30,7 @@ SPECIAL_NAMES = (
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How the sequence that enters the first block is made up of special tokens and patches."""
+    """Positions of special tokens and patches in the sequence that enters the first block."""
 
     special: Special
     order: tuple[int, ...] | None  # raster place of each patch; None: unknown
@@ -71,15 +71,15 @@ def find_layout(
 
     def embedding(picture: Tensor) -> Tensor:
         """[channels, height, width] → [tokens, width] float32."""
-        held: list[Tensor] = []
+        captured: list[Tensor] = []
 
         def stop(tensor: Tensor) -> None:
-            held.append(tensor)
+            captured.append(tensor)
             raise StopForward
 
         with entry.hook(stop, name), suppress(StopForward):
             model(**to_arguments(picture[None]))
-        return entry.sequence(held[0])[0].float()
+        return entry.sequence(captured[0])[0].float()
 
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(1)

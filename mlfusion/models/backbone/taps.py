@@ -1,4 +1,4 @@
-"""Where the tokens of a layer are read, which of them are patches, and how they are reduced to the kinds that are stored."""
+"""Reads the tokens of a layer, finds the patches among them, and reduces them to the stored kinds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ Grid = tuple[int, int]
 
 
 class StopForward(Exception):
-    """Ends a forward pass early, from inside a hook, once the deepest layer asked for has been read. It is not an error."""
+    """Ends a forward pass, from inside a hook, after the deepest requested layer was read; it is not an error."""
 
 
 @dataclass(frozen=True)

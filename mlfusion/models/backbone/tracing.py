@@ -1,7 +1,7 @@
-"""Records one forward pass: which module ran when, and the shapes of its input and output. No tensor is kept alive.
+"""Records one forward pass: the order of module calls, and the shapes of their inputs and outputs. It keeps no tensor alive.
 
-Tensors are told apart by serial numbers: the same number is the same tensor object. That is how a norm is seen to feed an
-MLP, without a table of names that change between versions of transformers.
+Serial numbers identify tensors: the same number is the same tensor object. So the code sees that a norm feeds an MLP without
+a table of module names, which change between versions of transformers.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""What is done to an image before the model sees it: the model's own steps, read from its files, and part of the key.
+"""Image preprocessing: the model's own steps, read from its files; they are part of the key.
 
 `steps` computes them and writes them into the key; `processors` reads them from the files of transformers, timm and
 open_clip, or calls a processor of transformers whose rules are its own.

@@ -245,7 +245,7 @@ STUDY_STEPS: dict[str, tuple[int, str, str]] = {  # model_type → shortest edge
 
 
 def _from_study(folder: Path, config: Mapping[str, Any]) -> Steps:
-    timms = str(config.get("architecture")).startswith("vit_")  # which is what the study loads its supervised ViTs from
+    timms = str(config.get("architecture")).startswith("vit_")  # the study loads its supervised ViTs from these
     family = "vit" if timms else str(config.get("model_type"))
     if family not in STUDY_STEPS:
         raise BadModel(

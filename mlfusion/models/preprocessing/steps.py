@@ -236,7 +236,7 @@ def from_key(key: str) -> tuple[Steps | None, bool]:
         exif_transpose = body.pop("exif", None) == "upright"
         unmarked = json.dumps(body, sort_keys=True)
         body.pop("spare", None)
-        absent = {"size": None, "crop_size": None, "rescale_factor": None}  # what is not done is not in the key
+        absent = {"size": None, "crop_size": None, "rescale_factor": None}  # the key leaves out steps that are not done
         sizes = {name: edges(body[name]) for name in ("size", "crop_size") if name in body}
         colours = {name: tuple(map(float, body[name])) for name in ("image_mean", "image_std") if name in body}
         steps = Steps(**{**absent, **body, **sizes, **colours})
