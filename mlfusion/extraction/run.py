@@ -86,19 +86,7 @@ def extract(
     cache: CachePath = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> list[ExtractionResult]:
-    """Cache a frozen model's tokens of a data set; cached tokens are not computed again.
-
-    Args:
-        model: a catalogue name, an id on the hub, or a folder.
-        dataset: a catalogue name, an id on the hub, a folder or a file; or images in memory, by `mlfusion.array_dataset`.
-        features: options that decide the key of an entry and its streams.
-        compute: options that decide how the extraction runs.
-        cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
-        log: called with a message while waiting for another extractor of the same entry.
-
-    Raises:
-        MlfusionError: one of its kinds; see `mlfusion.errors`.
-    """
+    """Cache a frozen model's tokens of a data set; arguments and errors as in `mlfusion.extract`."""
     return fill(Request.of(model, dataset, features, compute), cache=cache, log=log)
 
 

@@ -37,20 +37,9 @@ def probe(
     storage: StorageOptions = StorageOptions(),
     log: Callable[[str], None] = lambda _: None,
 ) -> ProbeResult:
-    """Train and test probes on cached features, each by the study's protocol.
+    """Train and test probes on cached features; arguments and errors as in `mlfusion.probe`.
 
-    Args:
-        dataset: a catalogue name, an id on the hub, a folder or a file, as given to `extract`.
-        model: a catalogue name, an id on the hub, or a folder; None is every model whose features of the data set are cached.
-        probes: names as in `mlfusion ls probes`, or 'all': those of the study's ten that the cache can serve.
-        search: what decides the numbers of a row. With the precision 'auto' a stored row of either precision counts as done.
-        training: how training runs. Tokens that take more than half of the memory are read in batches as training goes on.
-        storage: folders of features and rows.
-        log: called with a line about what is reused and what is left out.
-
-    Raises:
-        NotCached: features are missing; says which `mlfusion extract` to run.
-        MlfusionError: any other error of the package.
+    Tokens that take more than half of the memory are read in batches during training.
     """
     store, results, trackers = FeatureStore(storage.cache), Results(Path(storage.results)), open_trackers(storage.track)
     rows: list[Row] = []

@@ -43,19 +43,7 @@ def rerun(
     device: str | None = None,
     memory: int | None = None,
 ) -> Rerun:
-    """Train a row's probe again from the row alone: its features by their keys, its probe, seed, grid and options.
-
-    Args:
-        row_id: its id, or the beginning of it.
-        keep: save arrays and trained probe if the scores are the same and they are missing.
-        storage: folders of features and rows.
-        device: device of the training; None is the row's own.
-        memory: memory limit in bytes; tokens are loaded or streamed as they were.
-
-    Raises:
-        NotCached: the features are missing; says how to make them again.
-        UnknownName: there is no such row.
-    """
+    """Train a row's probe again from the row alone, and compare; arguments and errors as in `mlfusion.rerun`."""
     store, results = FeatureStore(storage.cache), Results(Path(storage.results))
     row = results.named(row_id)
     [probe] = parse_probes(row.probe, row.depth)

@@ -152,7 +152,9 @@ def impossible(model: ModelSpec, pairs: frozenset[Pair]) -> str | None:
 
 def words_of(train: Entry, test: Entry | None = None) -> list[str]:
     """Options of the `mlfusion extract` that makes these entries again, without their tokens."""
-    splits = tuple(entry.names()[0].split for entry in (train, test) if entry) if test else ("train", "test")
+    splits = ("train", "test")
+    if test:
+        splits = (train.names()[0].split or "train", test.names()[0].split or "test")
     return feature_words(splits, train.spec.model.view, train.names()[0].options)
 
 

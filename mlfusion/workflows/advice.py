@@ -98,20 +98,7 @@ def advise(
     cache: CachePath = None,
     device: str = "auto",
 ) -> Advice:
-    """Recommend a probe for a model's features of a data set by a pilot study. Writes nothing to the cache.
-
-    Args:
-        model: a catalogue name, an id on the hub, or a folder.
-        dataset: a catalogue name, an id on the hub, a folder or a file.
-        pilot_options: number and seed of the training images in the pilot.
-        probes: the candidates, as in `mlfusion ls probes`.
-        cache: root of the feature cache, which is read only.
-        device: device of the forward pass, if the features are not cached.
-
-    Raises:
-        BadData: too few images in the pilot or in a class.
-        MlfusionError: any other of its kinds.
-    """
+    """Recommend a probe by a pilot; arguments and errors as in `mlfusion.advise`. Writes nothing into the cache."""
     start = time.perf_counter()
     if pilot_options.images < 2 * FOLDS:
         raise BadData(
