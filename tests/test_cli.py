@@ -12,7 +12,7 @@ from tiny import save_images, save_model
 from mlfusion import cli
 from mlfusion.probing import evaluation, grids
 from mlfusion.results import Results
-from mlfusion.specs.names import HEAD_NAMES
+from mlfusion.specs.names import HEAD_NAMES, STUDY
 
 BASELINE, ALF = "cls-last/linear", "cls+ap-all-layers/attentive"
 
@@ -94,7 +94,7 @@ def test_the_whole_journey(run, model, images, short_grid):
     assert "reused from the cache" in probed.err
     results = probed.json["results"]
     assert len(results) == 20
-    assert {row["probe"] for row in results} == set(cli.STUDY)
+    assert {row["probe"] for row in results} == set(STUDY)
     for row in results:
         assert set(row) >= {
             "model",
@@ -194,7 +194,7 @@ def test_all_and_more_by_name(run, model, images, short_grid):
     run("extract", "-m", model, "-d", images)
     words = ("probe", "-d", images, "--grid", "quick", "--seeds", "0", "--json")
     said = run(*words, "--probe", "all,cls-each-layer/linear").json["results"]
-    assert {row["probe"] for row in said} == {*cli.STUDY, *(f"cls-layer-{n}/linear" for n in range(1, 5))} - {
+    assert {row["probe"] for row in said} == {*STUDY, *(f"cls-layer-{n}/linear" for n in range(1, 5))} - {
         "all-tokens-last/attentive"
     }
 

@@ -3,7 +3,6 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +10,8 @@ from forms import parquet, rows, tars
 from tiny import save_images
 
 from mlfusion import cli, datasets
+from mlfusion.specs.definitions import all_definitions
+from mlfusion.specs.options import MAX_PIXELS, ReadOptions
 
 PAGE = Path(__file__).parent.parent / "docs" / "datasets.md"
 
@@ -73,11 +74,8 @@ def test_code_of_the_page_runs(code, place, monkeypatch):
 
 def test_the_page_names_every_option_and_every_form_of_file():
     text = PAGE.read_text()
-    from mlfusion.cli.data import READING
-
-    for annotation, _ in READING.values():
-        flag = get_args(annotation)[1].default
-        assert flag in text, flag
+    for one in all_definitions(ReadOptions).values():
+        assert f"--{one.flag}" in text, one.flag
     for suffix in datasets.SUFFIXES:
         assert suffix in text
-    assert f"{datasets.MAX_PIXELS:,}" in text
+    assert f"{MAX_PIXELS:,}" in text

@@ -626,7 +626,7 @@ def test_the_command_writes_figures_and_sets_scores_beside_the_published(tmp_pat
     assert {"against-paper.csv", "accuracy-dtd.svg", "table-1-ranks.tex"} <= files
     wrong = typed("report", str(tmp_path / "results"), "--against", "papers")
     assert wrong.exit_code == 1
-    assert "no comparison named 'papers'. Did you mean paper?" in wrong.output
+    assert "--against papers: allowed are paper" in wrong.output
     nothing = typed("report", str(tmp_path / "nothing"), "--figures", str(tmp_path / "f"))
     assert nothing.exit_code == 1
     assert "no results" in nothing.output and not (tmp_path / "f").exists()

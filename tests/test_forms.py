@@ -17,7 +17,7 @@ from tiny import save_images
 import mlfusion
 from mlfusion import datasets
 from mlfusion.datasets import ReadOptions
-from mlfusion.errors import BadData, UnknownName
+from mlfusion.errors import BadData, BadOption, UnknownName
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -143,7 +143,7 @@ def test_labels_of_json_keep_their_types(labels, target, want, tmp_path):
         ("path,label\n" + ROWS[0] + ",x\n", {"label_column": "age"}, r"no column 'age'; --label-column may be: path"),
         ("path,label\n" + ROWS[0] + ",x\n", {"image_column": "img"}, r"no column 'img'; --image-column may be: path"),
         ("path,label\n" + ROWS[0] + ",x\n", {"id_column": "key"}, r"no column 'key'; --id-column may be: path"),
-        ("path,label\n" + ROWS[0] + ",x\n", {"target": "text"}, "no target named 'text'"),
+        ("path,label\n" + ROWS[0] + ",x\n", {"target": "text"}, "--target text: allowed are class, labels, number"),
         ("path,label\ntrain/no.png,x\n" + ROWS[0] + ",y\n", {}, r"1 files that are not there, the first in row 1: train/no"),
         ("path,label\n" + f"{ROWS[0]},x\n" * 2, {}, r"has train/blue/000.png twice"),
         ("path,label\n" + ROWS[0] + "\n", {}, r"line 2: 2 columns are named and this line has another number"),
@@ -155,7 +155,7 @@ def test_labels_of_json_keep_their_types(labels, target, want, tmp_path):
     ],
 )  # fmt: skip
 def test_tables_that_cannot_be_used(text, words, message, tmp_path):
-    with pytest.raises((BadData, UnknownName), match=message):
+    with pytest.raises((BadData, BadOption, UnknownName), match=message):
         table(tmp_path, text, **words)
 
 

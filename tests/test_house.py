@@ -122,7 +122,6 @@ SWITCHED_OFF = {
     "probing/training/optimizer.py": 1,
     "report/figures/charts.py": 2,
     "results/database.py": 1,
-    "store/entry.py": 1,
     "store/features.py": 2,
     "store/formats.py": 1,
     "store/leases.py": 1,

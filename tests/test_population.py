@@ -134,7 +134,7 @@ def test_training_with_dropout_follows_the_literal_loop_given_the_same_masks() -
     for step in range(steps):
         losses.cross_entropy(probe(tokens[step], keep[step]), labels[step], weights).sum().backward()
         optimizer.clip(5.0)
-        optimizer.step(cosine(optimizer.lr, step, steps))
+        optimizer.step(cosine(optimizer.lr, step, steps).tolist())
     for i, module in enumerate(modules):
         batches = zip(tokens, labels, keep[:, i], strict=True)
         train_literally(
@@ -336,7 +336,7 @@ def test_linear_reaches_the_optimum_that_scikit_learn_finds() -> None:
     optimizer = AdamW(probe.parameters(), lr=[0.1, 0.03], weight_decay=[0.0, 0.0])
     for step in range(800):
         losses.cross_entropy(probe(inputs), truth, torch.ones(3, dtype=F64)).sum().backward()
-        optimizer.step(cosine(optimizer.lr, step, 800))
+        optimizer.step(cosine(optimizer.lr, step, 800).tolist())
     reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000).fit(x.reshape(240, 4), labels)
     expected = reference.predict_proba(x.reshape(240, 4))
     for probabilities in probe(inputs).softmax(-1).detach().numpy():

@@ -14,10 +14,11 @@ from PIL import Image
 from tiny import noise_images, save_model
 
 from mlfusion import models
-from mlfusion.errors import BadModel, UnknownName
+from mlfusion.errors import BadModel, BadOption
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import Steps, TransformersProcessor
+from mlfusion.specs.options import PREPARATIONS, FeatureOptions
 
 SIZES = [(50, 44), (224, 224), (31, 200), (257, 131), (300, 225), (20, 20)]  # height, width; some smaller than the crop
 
@@ -135,8 +136,8 @@ def test_a_family_that_the_study_has_not(tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "swin"}))
     with pytest.raises(BadModel, match=r"no model of the family swin .*clip, clip_vision_model, vit, dinov2, vit_mae"):
         preprocessing.read(folder, "paper")
-    with pytest.raises(UnknownName, match=r"no preprocessing named 'papre'.*paper"):
-        preprocessing.read(folder, "papre")
+    with pytest.raises(BadOption, match="--preprocess papre: allowed are exact, fast, paper"):
+        FeatureOptions(preprocess="papre")
 
 
 def test_timms_configuration_is_read(tmp_path):
@@ -299,11 +300,11 @@ def test_crops_show_a_quarter_of_the_image_or_more_of_about_its_shape(tmp_path):
 
 
 def test_names_of_views_and_refusals(tmp_path):
-    assert preprocessing.views(1) == ("plain",)
-    assert preprocessing.views(4) == ("plain", "flip", "crop1", "crop2")
+    assert FeatureOptions(views="1").views == ("plain",)
+    assert FeatureOptions(views="4").views == ("plain", "flip", "crop1", "crop2")
     folder = processor_folder(tmp_path / "m", "ViTImageProcessor", {})
-    with pytest.raises(UnknownName, match="no view named 'crop0'"):
-        preprocessing.read(folder, view="crop0")
+    with pytest.raises(BadOption, match="no view named 'crop0'"):
+        FeatureOptions(views="crop0")
     with pytest.raises(BadModel, match="--size 0"):
         preprocessing.read(folder, size=0)
     square = {"height": 48, "width": 48}
@@ -332,7 +333,7 @@ def test_another_size_keeps_the_share_that_is_cut_off(case, size, want, tmp_path
 
 @pytest.mark.parametrize("size", [None, 48])
 @pytest.mark.parametrize("view", ["plain", "flip", "crop2"])
-@pytest.mark.parametrize("word", preprocessing.VARIANTS)
+@pytest.mark.parametrize("word", PREPARATIONS)
 @pytest.mark.parametrize("family", ["vit", "clip", "dinov2"])
 def test_steps_are_made_again_from_the_key_that_they_wrote(family, word, view, size, tmp_path):
     steps = preprocessing.read(save_model(family, tmp_path / "m"), word, size=size, view=view, seed=7)

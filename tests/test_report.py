@@ -12,6 +12,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -429,15 +430,19 @@ def test_of_one_probe_and_seed_the_last_row_counts_and_the_other_is_told() -> No
 
 
 def test_what_was_run_can_be_run_again() -> None:
+    """By the words that find model and data set again, with the options of the rows; folders of the machine are not named."""
     rows = study(SCORES) + study({BASE: [0.9], "cls-layer-1/linear": [0.5]}, depth=1, model="my model")
     parsed = Page(page(rows, name="out.html"))
-    assert "mlfusion extract --model a-vit --dataset digits --tokens cls+ap@1-4,all@4" in parsed.text
-    assert (
-        "mlfusion probe --model a-vit --dataset digits --probe cls+ap-all-layers/linear --grid quick --seeds 0,1"
-        in (parsed.text)
+    assert "mlfusion extract --model org/a-vit --dataset digits --tokens cls+ap@1-4,all@4" in parsed.text
+    asked = "--grid quick --seeds 0,1 --precision float32"
+    assert f"mlfusion probe --model org/a-vit --dataset digits --probe cls+ap-all-layers/linear {asked}" in parsed.text
+    assert f"--probe {BASE},cls-each-layer/linear --grid quick --seeds 0 --precision float32" in parsed.text
+    sources = msgspec.structs.replace(
+        rows[0].sources, model="/secret/place/my vit", options=("--image-root", "/secret/x")
     )
-    assert f"--probe {BASE},cls-each-layer/linear --grid quick --seeds 0" in parsed.text
-    assert "--model 'my model'" in parsed.text
+    parsed = Page(page([msgspec.structs.replace(row, sources=sources) for row in rows], name="out.html"))
+    assert "--model 'DIR/my vit'" in parsed.text and "--image-root DIR/x" in parsed.text
+    assert "secret" not in parsed.text
     assert "mlfusion report --html out.html" in parsed.text
     for word in ("abc", "numpy"):
         assert word in parsed.text

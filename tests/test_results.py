@@ -431,7 +431,7 @@ def test_what_is_missing_stays_none_and_is_not_written(tmp_path: Path) -> None:
     assert (one.shots, one.smoothing, one.attention, one.selected.dropout) == (None, None, None, None)
     assert one.halving is one.streamed is False
     assert msgspec.to_builtins(one) == row_object() | {"classes": ("null", "µ-ein")} | {
-        name: msgspec.to_builtins(one)[name] for name in ("layers", "tokens", "features", "metrics")
+        name: msgspec.to_builtins(one)[name] for name in ("layers", "tokens", "features", "metrics", "sources")
     }
     assert decode(encode(one)) == one
     given = row(shots=2, halving=True, smoothing=0.1)

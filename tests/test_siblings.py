@@ -72,7 +72,7 @@ def test_the_papers_recipe_covers_the_published_scores() -> None:
     asked = recipe.load(PIPELINES / "paper" / "table1.toml")
     assert {score[0] for score in published()} == set(asked.models)
     assert {score[1] for score in published()} <= set(asked.datasets)
-    assert {probe.name for probe in asked.asked(12)[0]} == {score[2] for score in published()}
+    assert {probe.name for probe in asked.probes_and_tokens(12)[0]} == {score[2] for score in published()}
 
 
 def test_the_study_has_twenty_data_sets() -> None:

@@ -185,10 +185,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_images(tmp_path_factory.mktemp("data") / "colours", {"train": 8, "test": 4})
 
 
-def probed(model: Path, images: Path, names: str, **options: Any) -> list[tuple[Any, Path]]:
-    """Each row with the folder of its probe."""
-    dtype, making = options.pop("dtype", "float16"), options.pop("making", {})
-    mlfusion.extract(str(model), str(images), tokens="cls,ap,all@last", dtype=dtype, **making)
+def probed(model: Path, images: Path, names: str, **features: Any) -> list[tuple[Any, Path]]:
+    """Each row with the folder of its probe; `features` are options of the extraction."""
+    options = {name: features.pop(name) for name in ("cache", "log") if name in features}
+    mlfusion.extract(str(model), str(images), tokens="cls,ap,all@last", **features)
     done = mlfusion.probe(str(images), model=str(model), probes=names, grid="quick", seeds=(0,), save=True, **options)
     return [(row, Path("results") / "probes" / row.id) for row in done.rows]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import cast
 
 from mlfusion.report.summary import ComparisonGroup, Score
@@ -40,11 +41,19 @@ def _extract(group: ComparisonGroup) -> str:
     if kinds & {"cls", "ap"}:  # as the command does by default: they share a stream
         tokens |= {(layer, kind) for layer, kind in default if kind in kinds}
     sources = group.first.sources
-    return extract_command(sources.model, sources.dataset, tokens if tokens - default else (), sources.options)
+    options = [_without_folder(word) for word in sources.options]
+    model, dataset = _without_folder(sources.model), _without_folder(sources.dataset)
+    return extract_command(model, dataset, tokens if tokens - default else (), options)
 
 
 def _probe(group: ComparisonGroup, names: Sequence[str], search: SearchOptions) -> str:
-    return probe_command(group.first.sources.model, group.first.sources.dataset, names, search)
+    sources = group.first.sources
+    return probe_command(_without_folder(sources.model), _without_folder(sources.dataset), names, search)
+
+
+def _without_folder(word: str) -> str:
+    """A page is passed on: it does not say where a folder of this machine is."""
+    return f"DIR/{PurePath(word).name}" if PurePath(word).is_absolute() else word
 
 
 def _probe_names(scores: Sequence[Score], depth: int) -> list[str]:

@@ -79,8 +79,8 @@ class Tokens:
         return _prepared(self[rows], device, dtype, None)
 
     def iter_batches(
-        self, groups: Iterable[list[Int[np.ndarray, " b"]]]
-    ) -> Iterator[tuple[Int[np.ndarray, " b"], Num[Tensor, "b T D"]]]:
+        self, groups: Iterable[list[Int[np.ndarray, " _b"]]]
+    ) -> Iterator[tuple[Int[np.ndarray, " _b"], Num[Tensor, "_b T D"]]]:
         """Rows and tokens, in their own type, of every batch of `Schedule.order`'s groups.
 
         Tokens from the cache are read a group at a time, the next one in a thread. Callers should release each

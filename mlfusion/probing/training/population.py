@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -199,7 +199,7 @@ class _Workers:
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count) if count > 1 else None
-        self._last: dict[_Block, Future[None]] = {}
+        self._last: dict[Any, Future[None]] = {}
 
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
@@ -212,7 +212,7 @@ class _Workers:
             self._pool.shutdown(cancel_futures=True)
             torch.set_num_threads(self._threads)
 
-    def step(self, work: Callable[[_Block], None], blocks: Sequence[_Block]) -> int:
+    def step(self, work: Callable[[Any], None], blocks: Sequence[Any]) -> int:
         """Begin a step of all blocks; return the number of steps that ended meanwhile: 0 or 1."""
         if self._pool is None:
             for block in blocks:
@@ -227,13 +227,13 @@ class _Workers:
         return self._wait(self._last)
 
     @staticmethod
-    def _next(work: Callable[[_Block], None], block: _Block, before: "Future[None] | None") -> None:
+    def _next(work: Callable[[_Block], None], block: Any, before: "Future[None] | None") -> None:
         if before:
             before.result()  # begun earlier, so by another worker if it has not ended
         work(block)
 
     @staticmethod
-    def _wait(steps: "dict[_Block, Future[None]]") -> int:
+    def _wait(steps: "dict[Any, Future[None]]") -> int:
         for one in steps.values():
             one.result()
         return bool(steps)
