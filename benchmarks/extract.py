@@ -37,10 +37,11 @@ from mlfusion import models
 from mlfusion.cli.malloc import freed_memory_kept
 from mlfusion.extraction import loader
 from mlfusion.extraction.loader import Loader
-from mlfusion.extraction.request import ComputeOptions, FeatureOptions, Request
+from mlfusion.extraction.request import Request
 from mlfusion.extraction.run import fill, load
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
+from mlfusion.specs.options import ComputeOptions, FeatureOptions
 from mlfusion.system import devices
 
 BATCH = 32
@@ -95,8 +96,7 @@ class Ours:
         batch: int | None = BATCH,
     ) -> None:
         self.words: dict[str, Any] = {
-            "splits": "train",
-            "features": FeatureOptions(tokens=tokens, **making),
+            "features": FeatureOptions(splits=("train",), tokens=tokens, **making),
             "compute": ComputeOptions(device=device, batch_size=batch),
         }
         self.model, self.images = str(model), str(images)

@@ -28,6 +28,7 @@ import xxhash
 from mlfusion import datasets
 from mlfusion.datasets import ReadOptions
 from mlfusion.extraction.request import Images
+from mlfusion.specs.options import FeatureOptions
 
 REPEATS = 25
 
@@ -105,7 +106,7 @@ def main() -> None:
             datasets.load(str(path), reading)  # the datasets library makes its copy of Parquet the first time
             opened, _ = timed(lambda path=path, read=reading: datasets.load(str(path), read))
             data = datasets.load(str(path), reading)
-            seconds, spread = timed(lambda data=data: Images.of(data, "train"))
+            seconds, spread = timed(lambda data=data: Images.of(data, FeatureOptions(splits=("train",))))
             done = "found on opening" if reading.stream else f"{seconds:.2f} ± {spread / 2:.2f} s"
             whole = opened + seconds
             lines.append((form, f"{opened:.2f} s", done, f"{len(rows) / whole:,.0f}", f"{nbytes / whole / 1e9:.2f}"))
