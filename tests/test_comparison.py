@@ -167,10 +167,8 @@ def test_over_data_sets(tmp_path: Path) -> None:
         statistics.by_dataset([row("x"), row("y", features=["other", "keys"])])
 
 
-def test_fit_and_cost() -> None:
+def test_cost() -> None:
     rows = [row("a", train=0.9, test=0.7), row("b", train=1.0, test=0.6, parameters=2000, seconds=2.5, bytes=5000)]
-    found = statistics.fit(rows)
-    assert found.gap.mean == pytest.approx(0.3) and found.gap.sd == pytest.approx(np.std([0.2, 0.4], ddof=1))
     assert statistics.cost(rows) == statistics.Cost(2000, 2.0, 5000)
 
 

@@ -15,7 +15,8 @@ from tiny import save_images, save_model
 
 from mlfusion import cli, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
-from mlfusion.specs.options import PruneOptions
+from mlfusion.specs.definitions import build
+from mlfusion.specs.options import EntryFilter, PruneOptions
 from mlfusion.store import FeatureStore, RunRecord
 from mlfusion.store.housekeeping import (
     PruneResult,
@@ -161,7 +162,7 @@ def test_a_damaged_chunk_is_not_copied(tmp_path):
 
 
 def pruned(cache, *, needed=None, **criteria) -> PruneResult:
-    return prune(PruneOptions(**criteria), cache, needed=needed)
+    return prune(build(PruneOptions, criteria), cache, needed=needed)
 
 
 def decisions(store: FeatureStore, **criteria) -> dict[int, bool]:
@@ -175,12 +176,12 @@ def test_what_the_commands_do_is_done_by_functions(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     entry = new_entry(one)
     fill(entry, "zarr")
-    [(copied, nbytes)] = copy_entries(one, two, model="m", format="hdf5")
+    [(copied, nbytes)] = copy_entries(one, two, EntryFilter(model="m"), format="hdf5")
     assert (copied.key, nbytes) == (entry.key, entry.nbytes())
     [listed] = list_entries(two).entries
     assert (listed.tokens, listed.bytes, listed.skipped) == ("cls+ap@1-3", entry.nbytes(), 0)
     assert entry_paths(two) == [two]
-    assert entry_paths(two, dataset="d") == [copied.path]
+    assert entry_paths(two, EntryFilter(dataset="d")) == [copied.path]
     files = tree(two / "v2")
     assert disk_usage(two).entries == {("m", "d"): sum(map(len, files.values()))}
     assert verify(two).to_json() == {"entries": 1, "damaged": [], "quarantined": []}

@@ -9,33 +9,30 @@ import typer
 from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Model, with_options
 from mlfusion.cli.output import notify, print_json, print_rows
 from mlfusion.errors import CacheUnusable
-from mlfusion.specs.options import ComputeOptions, FeatureOptions, PruneOptions
+from mlfusion.specs.options import ComputeOptions, EntryFilter, FeatureOptions, PruneOptions
 
 if TYPE_CHECKING:
     from mlfusion.store import Entry
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Manage the feature cache.")
 
-SomeModel = Annotated[str | None, typer.Option("--model", "-m", help="Only entries of this model.")]
-SomeDataset = Annotated[str | None, typer.Option("--dataset", "-d", help="Only entries of this data set.")]
-SomeSplit = Annotated[str | None, typer.Option("--split", help="Only entries of this split.")]
 NewFormat = Annotated[
     str | None, typer.Option("--format", help="File format of the copy: zarr or hdf5; default: unchanged.")
 ]
 
 
 @app.command()
+@with_options
 def ls(
-    model: SomeModel = None,
-    dataset: SomeDataset = None,
-    split: SomeSplit = None,
+    *,
+    entries: EntryFilter,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """List cached entries: model, data set, split, tokens, size."""
     from mlfusion.store.housekeeping import list_entries
 
-    listing = list_entries(cache, model=model, dataset=dataset, split=split, reasons=as_json)
+    listing = list_entries(cache, entries, reasons=as_json)
     body = asdict(listing)
     if as_json:
         print_json(body)
@@ -142,11 +139,11 @@ def prune(options: PruneOptions, cache: Cache = None, as_json: AsJson = False) -
 
 
 @app.command()
+@with_options
 def export(
+    *,
     to: Annotated[Path, typer.Argument(help="Root of the cache to copy to; created if it does not exist.")],
-    model: SomeModel = None,
-    dataset: SomeDataset = None,
-    split: SomeSplit = None,
+    entries: EntryFilter,
     format: NewFormat = None,
     cache: Cache = None,
     as_json: AsJson = False,
@@ -154,16 +151,15 @@ def export(
     """Copy entries to another cache, optionally in another format; every chunk is checked while copying."""
     from mlfusion.store.housekeeping import copy_entries
 
-    names = {"model": model, "dataset": dataset, "split": split}
-    _print_copied(copy_entries(cache, [to], **names, format=format), as_json)  # type: ignore[arg-type]
+    _print_copied(copy_entries(cache, [to], entries, format=format), as_json)
 
 
 @app.command("import")
+@with_options
 def import_(
+    *,
     source: Annotated[Path, typer.Argument(help="Root of the cache to copy from.")],
-    model: SomeModel = None,
-    dataset: SomeDataset = None,
-    split: SomeSplit = None,
+    entries: EntryFilter,
     format: NewFormat = None,
     cache: Cache = None,
     as_json: AsJson = False,
@@ -171,8 +167,7 @@ def import_(
     """Copy entries of another cache into this one; every chunk is checked while copying."""
     from mlfusion.store.housekeeping import copy_entries
 
-    names = {"model": model, "dataset": dataset, "split": split}
-    _print_copied(copy_entries([source], cache, **names, format=format), as_json)  # type: ignore[arg-type]
+    _print_copied(copy_entries([source], cache, entries, format=format), as_json)
 
 
 def _print_copied(copied: "list[tuple[Entry, int]]", as_json: bool) -> None:
@@ -185,17 +180,17 @@ def _print_copied(copied: "list[tuple[Entry, int]]", as_json: bool) -> None:
 
 
 @app.command()
+@with_options
 def path(
-    model: SomeModel = None,
-    dataset: SomeDataset = None,
-    split: SomeSplit = None,
+    *,
+    entries: EntryFilter,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the root of the cache; with filters, the folders of matching entries."""
     from mlfusion.store.housekeeping import entry_paths
 
-    paths = [str(one) for one in entry_paths(cache, model=model, dataset=dataset, split=split)]
+    paths = [str(one) for one in entry_paths(cache, entries)]
     if as_json:
         print_json({"paths": paths})
         return

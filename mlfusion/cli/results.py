@@ -8,18 +8,14 @@ import typer
 
 from mlfusion.cli.options import AsJson, Cache, ResultsPath, with_options
 from mlfusion.cli.output import notify, print_json, print_rows
-from mlfusion.specs.options import FilterOptions
+from mlfusion.specs.options import RowFilter, SettingFilter
 
 if TYPE_CHECKING:
     from mlfusion.results import Row
-    from mlfusion.results.database import RowFilter
     from mlfusion.statistics.rows import Certainty, Comparison
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, compare and reproduce results.")
 
-OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only results of this model.")]
-OfDataset = Annotated[str | None, typer.Option("--dataset", "-d", help="Only results on this data set.")]
-OfProbe = Annotated[str | None, typer.Option("--probe", help="Only results of this probe.")]
 RowId = Annotated[str, typer.Argument(help="Id of a result, or the first characters of it (mlfusion results ls).")]
 RESULTS = Path("results")
 
@@ -28,8 +24,7 @@ RESULTS = Path("results")
 @with_options
 def ls(
     *,
-    filters: FilterOptions,
-    probe: OfProbe = None,
+    rows: RowFilter,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Number of newest results to list.")] = None,
     results_path: ResultsPath = RESULTS,
     as_json: AsJson = False,
@@ -38,18 +33,18 @@ def ls(
     from mlfusion.results import Results
 
     results = Results(results_path)
-    row_filter: RowFilter = {"model": filters.model, "dataset": filters.dataset, "grid": filters.grid, "probe": probe}
-    rows = results.listing(**row_filter, limit=limit if limit or as_json else 100)
+    chosen = rows.changed()
+    listed = results.listing(**chosen, limit=limit if limit or as_json else 100)
     if as_json:
-        print_json({"results": rows})
+        print_json({"results": listed})
         return
-    if not rows:
-        results.require(**row_filter)  # says what to do
+    if not listed:
+        results.require(**chosen)  # says what to do
     names = ("id", "model", "dataset", "probe", "seed", "grid", "metric", "val", "test", "seconds", "created")
     short = {"val": "{:.4f}", "test": "{:.4f}", "seconds": "{:.1f}", "seed": "{}"}
-    print_rows([{name: short.get(name, "{}").format(row[name]) for name in names} for row in rows])
-    if len(rows) < (total := results.count(**row_filter)):
-        notify(f"the newest {len(rows):,} of {total:,}; more with --limit")
+    print_rows([{name: short.get(name, "{}").format(row[name]) for name in names} for row in listed])
+    if len(listed) < (total := results.count(**chosen)):
+        notify(f"the newest {len(listed):,} of {total:,}; more with --limit")
 
 
 @app.command()
@@ -84,7 +79,7 @@ def compare(
     *,
     a: Annotated[str, typer.Argument(help="Name of a probe, or id of a result.")],
     b: Annotated[str, typer.Argument(help="Reference of the gains: name of a probe, or id of a result.")],
-    filters: FilterOptions,
+    rows: SettingFilter,
     level: Annotated[
         float, typer.Option("--level", min=0.5, max=0.999, help="Confidence level of the intervals.")
     ] = 0.95,
@@ -98,9 +93,7 @@ def compare(
     from mlfusion.results import Results
 
     bootstrap = statistics.Bootstrap(level=level, resamples=resamples)
-    comparisons = statistics.compare_named(
-        Results(results), a, b, model=filters.model, dataset=filters.dataset, grid=filters.grid, bootstrap=bootstrap
-    )
+    comparisons = statistics.compare_named(Results(results), a, b, bootstrap=bootstrap, **rows.changed())
     tests = statistics.over_datasets(comparisons)
     if as_json:
         bodies = {name: {"refused": one} if isinstance(one, str) else asdict(one) for name, one in tests.items()}
@@ -126,7 +119,7 @@ def compare(
 @with_options
 def rank(
     *,
-    filters: FilterOptions,
+    rows: SettingFilter,
     baseline: Annotated[str, typer.Option("--baseline", help="Reference probe of the gains.")] = "cls-last/linear",
     level: Annotated[
         float,
@@ -140,11 +133,7 @@ def rank(
     from mlfusion.results import Results
     from mlfusion.statistics import rank as rank_probes
 
-    result = rank_probes(
-        Results(results).require(model=filters.model, dataset=filters.dataset, grid=filters.grid),
-        baseline=baseline,
-        level=level,
-    )
+    result = rank_probes(Results(results).require(**rows.changed()), baseline=baseline, level=level)
     if as_json:
         print_json(asdict(result))
         return
@@ -174,11 +163,11 @@ def rank(
 
 
 @app.command()
+@with_options
 def export(
+    *,
     path: Annotated[Path, typer.Argument(help="File to write; its suffix sets the format: .csv, .parquet or .jsonl.")],
-    model: OfModel = None,
-    dataset: OfDataset = None,
-    probe: OfProbe = None,
+    rows: RowFilter,
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
@@ -186,12 +175,12 @@ def export(
     from mlfusion.results import Results
     from mlfusion.results.export import write
 
-    rows = Results(results).require(model=model, dataset=dataset, probe=probe)
-    write(rows, path)
+    chosen = Results(results).require(**rows.changed())
+    write(chosen, path)
     if as_json:
-        print_json({"path": str(path), "results": len(rows)})
+        print_json({"path": str(path), "results": len(chosen)})
     else:
-        typer.echo(f"{path}: {len(rows):,} results")
+        typer.echo(f"{path}: {len(chosen):,} results")
 
 
 @app.command("import")
@@ -245,13 +234,13 @@ def rerun(
 
 
 @app.command()
+@with_options
 def track(
+    *,
     where: Annotated[
         str, typer.Argument(help="Trackers: tensorboard:DIR, wandb:PROJECT or mlflow:URI, comma-separated.")
     ],
-    model: OfModel = None,
-    dataset: OfDataset = None,
-    probe: OfProbe = None,
+    rows: RowFilter,
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
@@ -261,13 +250,13 @@ def track(
     from mlfusion.system.progress import track as progress_bar
 
     trackers = open_trackers(where)
-    rows = Results(results).require(model=model, dataset=dataset, probe=probe)
-    with progress_bar("results", len(rows), "results") as bar:
-        log_rows(rows, trackers, bar.advance)
+    chosen = Results(results).require(**rows.changed())
+    with progress_bar("results", len(chosen), "results") as bar:
+        log_rows(chosen, trackers, bar.advance)
     if as_json:
-        print_json({"where": where, "results": len(rows)})
+        print_json({"where": where, "results": len(chosen)})
     else:
-        typer.echo(f"{len(rows):,} results shown in {where}")
+        typer.echo(f"{len(chosen):,} results shown in {where}")
 
 
 # --- printing --------------------------------------------------------------------------------------------------------

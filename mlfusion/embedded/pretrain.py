@@ -25,10 +25,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -164,7 +164,7 @@ def train_step(
     schedule = plan.schedule
     last = step >= schedule.steps - schedule.whole_last
     keep = (plan.network.image_px // plan.network.patch_px) ** 2 if last else schedule.kept_patches
-    weights = asdict(plan.weights)
+    weights = msgspec.structs.asdict(plan.weights)
 
     def work(crew: int) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         batch, draw = batch_of(bank, plan, step, crew)

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import msgspec
@@ -21,6 +21,8 @@ import numpy as np
 from mlfusion.errors import MlfusionError, ResultsUnusable, UnknownName
 from mlfusion.results.export import frame, read_lines
 from mlfusion.results.rows import NotARow, Row, check, decode, encode
+from mlfusion.specs.definitions import distribute
+from mlfusion.specs.options import RowFilter
 from mlfusion.system import disk
 
 if TYPE_CHECKING:
@@ -70,15 +72,6 @@ _SCHEMA = (
 """`body` is the row as JSON, without its classes: a list of a thousand names is stored once, not in every row."""
 
 
-class RowFilter(TypedDict, total=False):
-    """The model, data set, probe and grid that rows must have; None allows any."""
-
-    model: str | None
-    dataset: str | None
-    probe: str | None
-    grid: str | None
-
-
 class Results:
     """Every row of one folder, safe under several threads, processes and kills.
 
@@ -109,16 +102,16 @@ class Results:
             with self._writing() as connection:
                 _insert(connection, [row])
 
-    def rows(self, **chosen: Unpack[RowFilter]) -> list[Row]:
+    def rows(self, **chosen: str | None) -> list[Row]:
         """The rows, oldest first; none where nothing was saved yet."""
-        where, values = _where(**chosen)
+        where, values = _where(chosen)
         with self._reading() as connection:
             digests = connection.execute("SELECT digest, names FROM classes")
             lists = {digest: tuple(json.loads(names)) for digest, names in digests}
             found = connection.execute(f"SELECT classes, body FROM results {where} ORDER BY number", values)
             return [self._row(body, lists[classes]) for classes, body in found]
 
-    def require(self, **chosen: Unpack[RowFilter]) -> list[Row]:
+    def require(self, **chosen: str | None) -> list[Row]:
         """Like `rows`, for a reader that has nothing to say without any.
 
         Raises:
@@ -159,9 +152,9 @@ class Results:
             raise UnknownName("result", beginning, newest, otherwise="These are the newest; all: mlfusion results ls")
         raise self._nothing({})
 
-    def listing(self, *, limit: int | None = None, **chosen: Unpack[RowFilter]) -> list[dict[str, Any]]:
+    def listing(self, *, limit: int | None = None, **chosen: str | None) -> list[dict[str, Any]]:
         """`COLUMNS` of rows, oldest first; only of the newest `limit` if given. No row is decoded."""
-        where, values = _where(**chosen)
+        where, values = _where(chosen)
         with self._reading() as connection:
             found = connection.execute(
                 f"SELECT {', '.join(COLUMNS)} FROM results {where} ORDER BY number DESC LIMIT ?",
@@ -169,9 +162,9 @@ class Results:
             ).fetchall()
         return [dict(zip(COLUMNS, one, strict=True)) for one in reversed(found)]
 
-    def count(self, **chosen: Unpack[RowFilter]) -> int:
+    def count(self, **chosen: str | None) -> int:
         """The number of rows."""
-        where, values = _where(**chosen)
+        where, values = _where(chosen)
         with self._reading() as connection:
             return int(connection.execute(f"SELECT count(*) FROM results {where}", values).fetchone()[0])
 
@@ -253,7 +246,7 @@ class Results:
         taken = self.take(offered, folder)
         return taken, len(offered) - taken
 
-    def to_pandas(self, **chosen: Unpack[RowFilter]) -> "pandas.DataFrame":
+    def to_pandas(self, **chosen: str | None) -> "pandas.DataFrame":
         """Rows as a table, one column a field: 'metrics.loss', 'selected.lr'."""
         return frame(self.rows(**chosen))
 
@@ -424,11 +417,9 @@ def _newer(connection: sqlite3.Connection, rows: Iterable[Row]) -> list[Row]:
     return [row for row in last.values() if row.created > connection.execute(newest, (row.id,)).fetchone()[0]]
 
 
-def _where(
-    *, model: str | None = None, dataset: str | None = None, probe: str | None = None, grid: str | None = None
-) -> tuple[str, list[str]]:
-    """The SQL clause of a `RowFilter`, and its values."""
-    fields = {"model": model, "dataset": dataset, "probe": probe, "grid": grid}
-    given = {name: value for name, value in fields.items() if value is not None}
+def _where(chosen: Mapping[str, str | None]) -> tuple[str, list[str]]:
+    """The SQL clause of fields of `RowFilter`, and its values."""
+    [filters] = distribute(chosen, RowFilter)
+    given = filters.changed()
     clause = " AND ".join(f"{name} = ?" for name in given)
     return (f"WHERE {clause}" if given else ""), list(given.values())

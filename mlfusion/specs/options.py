@@ -261,11 +261,19 @@ class RunOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(Options):
-    """Options that select the cache entries to remove."""
+class EntryFilter(Options):
+    """Options that select entries of the cache; by default all."""
 
     model: str | None = option(None, text(), "Only entries of this model.", effect="bit", short="m")
     dataset: str | None = option(None, text(), "Only entries of this data set.", effect="bit", short="d")
+    split: str | None = option(None, text(), "Only entries of this split: train or test.", effect="bit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(Options):
+    """Options that select the cache entries to remove."""
+
+    entries: EntryFilter = EntryFilter()
     older: int | None = option(
         None,
         amount(TIMES, example="30d"),
@@ -285,12 +293,20 @@ class PruneOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilterOptions(Options):
-    """Options that select rows."""
+class SettingFilter(Options):
+    """Options that select rows of any probe."""
 
     model: str | None = option(None, text(), "Only rows of this model.", effect="bit", short="m")
     dataset: str | None = option(None, text(), "Only rows on this data set.", effect="bit", short="d")
     grid: GridName | None = option(None, one_of(GRID_NAMES), "Only rows of this grid: paper or quick.", effect="bit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFilter(Options):
+    """Options that select rows of the results; by default all."""
+
+    setting: SettingFilter = SettingFilter()
+    probe: str | None = option(None, text(), "Only rows of this probe.", effect="bit")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 `images`      over the test images of a data set: interval, difference (paired bootstrap), mcnemar, calibration, confusion
 `datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, against, ranking (Friedman, critical difference)
-`rows`        on rows: compare, by_dataset, over_datasets, rank, certainty, fit (train and test), cost; Spread over seeds
+`rows`        on rows: compare, by_dataset, over_datasets, rank, certainty, cost; Spread over seeds
 `cka`         similarity of layers: cka, cka_with, layer_cka (centred kernel alignment, linear or by an RBF)
 
 Functions of arrays or rows, each returning a frozen value. Scores are fractions; a gain is always shown with the two
@@ -23,7 +23,6 @@ from mlfusion.statistics.rows import (
     compare_named,
     compare_probes,
     cost,
-    fit,
     over_datasets,
     rank,
     setting,
@@ -52,7 +51,6 @@ __all__ = [
     "confusion",
     "cost",
     "difference",
-    "fit",
     "holm",
     "interval",
     "layer_cka",

@@ -1,18 +1,17 @@
-"""Statistics of rows: comparison of two probes, ranks over data sets, fit, cost, and the certainty of one row."""
+"""Statistics of rows: comparison of two probes, ranks over data sets, cost, and the certainty of one row."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import fsum, sqrt
 from statistics import fmean
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from mlfusion.errors import BadData, ResultsUnusable
 from mlfusion.results import Results, Row
-from mlfusion.results.database import RowFilter
 from mlfusion.specs.names import ALIASES
 from mlfusion.statistics import images
 from mlfusion.statistics.datasets import Against, Ranking, Signed, against, ranking, wilcoxon_or_reason
@@ -67,15 +66,6 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Train and test scores of a probe; the gap shows overfitting."""
-
-    train: Spread
-    test: Spread
-    gap: Spread  # train - test, seed by seed
-
-
-@dataclass(frozen=True)
 class Cost:
     """The cost of a probe: the maximum of parameters over seeds, and the mean time."""
 
@@ -87,15 +77,6 @@ class Cost:
 def setting(row: Row) -> Setting:
     """The setting of a row."""
     return Setting(row.model, row.dataset, row.grid, row.metric, row.features, row.options(), row.protocol)
-
-
-def fit(rows: Sequence[Row]) -> Fit:
-    """The fit of one probe, from one row per seed."""
-    return Fit(
-        Spread.of(row.train for row in rows),
-        Spread.of(row.test for row in rows),
-        Spread.of(row.train - row.test for row in rows),
-    )
 
 
 def cost(rows: Sequence[Row]) -> Cost:
@@ -210,7 +191,7 @@ def compare_probes(
 
 
 def compare_named(
-    results: Results, a: str, b: str, *, bootstrap: Bootstrap = BOOTSTRAP, **chosen: Unpack[RowFilter]
+    results: Results, a: str, b: str, *, bootstrap: Bootstrap = BOOTSTRAP, **chosen: str | None
 ) -> list[Comparison]:
     """Compare two probes in every setting of the chosen rows; or two results, if either is an id.
 

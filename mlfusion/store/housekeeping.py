@@ -18,13 +18,15 @@ import msgspec
 
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached, UnknownName
 from mlfusion.specs.names import token_words
-from mlfusion.specs.options import FormatName, PruneOptions
+from mlfusion.specs.options import EntryFilter, FormatName, PruneOptions
 from mlfusion.store.entry import Entry, folder_bytes
 from mlfusion.store.feature_store import QUARANTINE, TRASH, CachePath, FeatureStore, read_or_report
 from mlfusion.store.leases import in_use
 from mlfusion.store.shard import read_stored
 from mlfusion.system import disk
 from mlfusion.system.progress import track
+
+ALL = EntryFilter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +53,10 @@ class Listing:
     damaged: tuple[str, ...]
 
 
-def list_entries(
-    cache: CachePath = None,
-    *,
-    model: str | None = None,
-    dataset: str | None = None,
-    split: str | None = None,
-    reasons: bool = True,
-) -> Listing:
-    """List entries of all layers of a cache, by default all; with `reasons`, say why images were skipped."""
+def list_entries(cache: CachePath = None, chosen: EntryFilter = ALL, *, reasons: bool = True) -> Listing:
+    """List entries of all layers of a cache; with `reasons`, say why images were skipped."""
     damaged: list[str] = []
-    found = FeatureStore(cache).find(model=model, dataset=dataset, split=split, on_damage=damaged.append)
+    found = FeatureStore(cache).find(**chosen.changed(), on_damage=damaged.append)
     listed = [read_or_report(partial(_summary, entry, reasons), damaged.append) for entry in found]
     return Listing(entries=tuple(filter(None, listed)), damaged=tuple(damaged))
 
@@ -83,14 +78,12 @@ def _summary(entry: Entry, reasons: bool) -> EntrySummary:
     )
 
 
-def entry_paths(
-    cache: CachePath = None, *, model: str | None = None, dataset: str | None = None, split: str | None = None
-) -> list[Path]:
+def entry_paths(cache: CachePath = None, chosen: EntryFilter = ALL) -> list[Path]:
     """Absolute path of the cache's root; given a model, data set or split, the folders of its entries."""
     store = FeatureStore(cache)
-    if not (model or dataset or split):
+    if chosen == ALL:
         return [store.root.absolute()]
-    return [entry.path.absolute() for entry in store.find(model=model, dataset=dataset, split=split)]
+    return [entry.path.absolute() for entry in store.find(**chosen.changed())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +150,16 @@ def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[
     `needed` are keys of entries that stay, those of the results `options.unneeded`. MlfusionError if no criterion is given,
     since everything would be removed; CacheUnusable if the cache cannot be written.
     """
-    model, dataset, older, quota = options.model, options.dataset, options.older, options.size
-    if all(value is None for value in (model, dataset, older, quota, needed)):
+    older, quota = options.older, options.size
+    if options.entries == ALL and older is None and quota is None and needed is None:
         raise MlfusionError(
-            "what may go? name at least one of --model, --dataset, --older, --size, --unneeded; with --dry-run nothing is "
-            "removed"
+            "what may go? name at least one of --model, --dataset, --split, --older, --size, --unneeded; with --dry-run "
+            "nothing is removed"
         )
     store = FeatureStore(cache)
     sizes = {entry: entry.size() for entry in store.own_entries()}
     over = sum(sizes.values()) - quota if quota is not None else 0
-    named = {entry.key for entry in store.find(model=model, dataset=dataset)}
+    named = {entry.key for entry in store.find(**options.entries.changed())}
     read_at: dict[Entry, float] = {}
     for entry in sizes:
         with suppress(NotCached):  # another prune was faster
@@ -224,15 +217,9 @@ def empty_trash(root: Path) -> None:
 
 
 def copy_entries(
-    source: CachePath,
-    target: CachePath,
-    *,
-    model: str | None = None,
-    dataset: str | None = None,
-    split: str | None = None,
-    format: FormatName | None = None,
+    source: CachePath, target: CachePath, chosen: EntryFilter = ALL, *, format: FormatName | None = None
 ) -> list[tuple[Entry, int]]:
-    """Copy complete streams of entries, by default all, into another cache; returns each copy with the bytes of tokens written.
+    """Copy complete streams of entries into another cache; returns each copy with the bytes of tokens written.
 
     The tokens stay the same bit by bit; `format` is that of the copies, by default unchanged. A missing target is created.
     NotCached if there are no such entries; CacheUnusable if a chunk is damaged, or the source or target cannot be used.
@@ -242,7 +229,7 @@ def copy_entries(
     store, copies = FeatureStore(source), FeatureStore(target)
     if not store.root.is_dir():
         raise CacheUnusable(f"there is no cache at {store.root}")
-    found = store.find(model=model, dataset=dataset, split=split)
+    found = store.find(**chosen.changed())
     entries = [(entry, names) for entry in found if entry.complete_pairs() and (names := entry.names())]
     if not entries:
         raise NotCached(f"nothing of that in {store.root}; see: mlfusion cache ls --cache {store.root}")
