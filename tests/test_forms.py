@@ -199,7 +199,7 @@ def test_tars_are_read_where_they_lie(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     split = datasets.load(str(folder)).split("train")
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-    for row, (file, offset, size) in enumerate(split.encoded.where):
+    for row, (file, offset, size) in enumerate(split.encoded.positions):
         data = Path(split.encoded.files[file]).read_bytes()
         assert data[offset : offset + size] == split.encoded(row)
         assert data[offset - 512 : offset].startswith(f"s{row:07d}.png".encode())  # a tar's header is 512 bytes

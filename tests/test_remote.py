@@ -80,7 +80,7 @@ def test_a_hub_that_falls_silent_is_no_bad_image(monkeypatch):
     def silent(*_args, **_kwargs):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(remote, "opened", silent)
+    monkeypatch.setattr(remote, "open_file", silent)
     remote._range.cache_clear()
     ranges = remote.Ranges(("datasets/someone/colours@main/0.tar",), np.array([[0, 0, 9]]))
     split = datasets.Split("train", ("a",), np.zeros(1, np.int64), ("x",), ranges, datasets.Decoder())
@@ -130,7 +130,7 @@ def test_images_of_the_hubs_files_are_fetched_by_runs(monkeypatch, tmp_path):
     paths = tuple(str(tmp_path / name) for name in "ab")
     for path, body in zip(paths, bodies, strict=True):
         Path(path).write_bytes(body)
-    monkeypatch.setattr(remote, "LARGE", 600)
+    monkeypatch.setattr(remote, "MAX_RUN_BYTES", 600)
     remote._range.cache_clear()
     ranges = remote.Ranges(paths, where)
     assert [ranges(row) for row in range(8)] == [bodies[file][at : at + size] for file, at, size in where]

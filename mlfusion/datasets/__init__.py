@@ -1,4 +1,4 @@
-"""Data sets: sample i of a split is the same image with the same label for ever, on every machine.
+"""Data sets: sample i of a split is always the same image with the same label, on every machine.
 
 A data set is a catalogue name, an id on the Hugging Face hub, a folder or a file: class folders, tables of paths (CSV, JSON
 Lines), WebDataset tars, Parquet, arrays. Each form has a module that reads raw splits. One function encodes the labels of all
@@ -19,27 +19,19 @@ from mlfusion.datasets import files as _files
 from mlfusion.datasets import hub as _hub
 from mlfusion.datasets import remote as _remote
 from mlfusion.datasets import tars as _tars
-from mlfusion.datasets.catalogue import CATALOGUE, CatalogueRow
+from mlfusion.datasets.catalogue import CATALOGUE as CATALOGUE
+from mlfusion.datasets.catalogue import CatalogueRow as CatalogueRow
 from mlfusion.datasets.columns import SPLITS
-from mlfusion.datasets.images import SUFFIXES, Decoder
+from mlfusion.datasets.images import SUFFIXES as SUFFIXES
+from mlfusion.datasets.images import Decoder as Decoder
 from mlfusion.datasets.labels import encode_labels
-from mlfusion.datasets.resplit import canonical, split_by_ratio
-from mlfusion.datasets.split import DataSet, RawSplit, Split
+from mlfusion.datasets.resplit import ratio_text, split_by_ratio
+from mlfusion.datasets.split import DataSet as DataSet
+from mlfusion.datasets.split import RawSplit
+from mlfusion.datasets.split import Split as Split
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.specs.kinds import parse_ratio
 from mlfusion.specs.options import LabelKind, ReadOptions
-
-__all__ = [
-    "CATALOGUE",
-    "SUFFIXES",
-    "CatalogueRow",
-    "DataSet",
-    "Decoder",
-    "Split",
-    "array_dataset",
-    "load",
-    "pictures",
-]
 
 FORMS = (
     "train/<class>/<image> and test/<class>/<image>, or <class>/<image> with --split-ratio 0.8/0.2; train.csv and test.csv "
@@ -47,7 +39,7 @@ FORMS = (
 )
 
 
-def load(word: str, options: ReadOptions | None = None) -> DataSet:
+def load(reference: str, options: ReadOptions | None = None) -> DataSet:
     """Find a data set by catalogue name, hub id or path, download it if needed, and check its splits against each other.
 
     Raises:
@@ -55,26 +47,26 @@ def load(word: str, options: ReadOptions | None = None) -> DataSet:
         BadData: no images, columns or labels that cannot be used, one class only, or splits whose classes differ.
     """
     options = options or ReadOptions()
-    row = CATALOGUE.get(word)
-    path = Path(word).expanduser()
+    row = CATALOGUE.get(reference)
+    path = Path(reference).expanduser()
     if row and row.source == "embedded":
         return _resplit(_digits(), options)
     if not row and path.exists():
-        form, found = _read_path(path.resolve(), word, options)
-        return _build(path.resolve().name if path.is_dir() else path.stem, str(path.resolve()), form, found, options)
-    if not row and "/" not in word:
+        root = path.resolve()
+        form, splits = _read_path(root, reference, options)
+        return _build(root.name if path.is_dir() else path.stem, str(root), form, splits, options)
+    if not row and "/" not in reference:
         otherwise = f"Or an id on the hub, such as uoft-cs/cifar10, or a folder or file: {FORMS}"
-        raise UnknownName("data set", word, CATALOGUE, otherwise=otherwise)
-    source = row.source if row else word
+        raise UnknownName("data set", reference, CATALOGUE, otherwise=otherwise)
+    source = row.source if row else reference
     name = row.name if row else source.rsplit("/", 1)[-1]
     if options.stream:
-        form, found = _remote.streamed(source, options)
-        return _build(name, source, form, found, options)
-    downloaded = _hub.load(name, source, options)
-    if isinstance(downloaded, Path):
-        form, found = _read_path(downloaded, source, options)
-        return _build(name, source, form, found, options)
-    return _build(name, source, "hub data set", downloaded, options)
+        form, splits = _remote.read_hub(source, options)
+    elif isinstance(downloaded := _hub.load(name, source, options), Path):
+        form, splits = _read_path(downloaded, source, options)
+    else:
+        form, splits = "hub data set", downloaded
+    return _build(name, source, form, splits, options)
 
 
 def array_dataset(
@@ -105,9 +97,9 @@ def array_dataset(
         BadData: arrays of another shape or type.
     """
     options = ReadOptions(target=target, split_ratio=split_ratio, split_seed=split_seed)
-    found = _arrays.arrays(splits, options, name)
     names = None if classes is None else tuple(classes)
-    return _build(name, "arrays", "arrays", {key: replace(one, names=names) for key, one in found.items()}, options)
+    raw = {split: replace(one, names=names) for split, one in _arrays.arrays(splits, options, name).items()}
+    return _build(name, "arrays", "arrays", raw, options)
 
 
 def pictures(files: Sequence[str], decode: Decoder | None = None) -> Split:
@@ -123,77 +115,78 @@ def pictures(files: Sequence[str], decode: Decoder | None = None) -> Split:
     )
 
 
-def _read_path(path: Path, word: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
-    """The form of a folder or file, in words, and its raw splits."""
+def _read_path(path: Path, reference: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
+    """The name of the form of a folder or file, and its raw splits; `reference` is what the user named it, for messages."""
     if path.is_file():
-        return _read_file(path, word, options)
+        return _read_file(path, reference, options)
     children = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     splits = [name for name in SPLITS if name in children]
     if tables := _files.tables_in(path):
         return "tables of paths", _files.tables(tables, options)
     if tars := _tars.tars_in(path):
-        return "WebDataset tars", _tars.webdataset(tars, _tars.names_in(path), options)
+        return "WebDataset tars", _tars.webdataset(tars, _tars.read_class_names(path), options)
     if _hub.has_parquet(path, splits):
-        return _remote.in_place(path, options) if options.stream else ("Parquet files", _hub.parquet(path, options))
+        return _remote.read_folder(path, options) if options.stream else ("Parquet files", _hub.parquet(path, options))
     if "train" not in splits and any(path.glob("*.npy")):
         return "arrays", _arrays.npy(path, options)
     if "train" in splits or (options.split_ratio and children):
         return "class folders", _files.class_folders(path, splits, options)
     raise BadData(
-        f"{word} has {'the folders ' + ', '.join(children[:5]) if children else 'no folders'}; allowed: {FORMS}"
+        f"{reference} has {'the folders ' + ', '.join(children[:5]) if children else 'no folders'}; allowed: {FORMS}"
     )
 
 
-def _read_file(path: Path, word: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
+def _read_file(path: Path, reference: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
     if path.suffix in _files.TABLES:
         return "table of paths", _files.tables({"train": path}, options)
     if path.suffix == ".tar":
-        return "WebDataset tar", _tars.webdataset({"train": [str(path)]}, _tars.names_in(path.parent), options)
+        return "WebDataset tar", _tars.webdataset({"train": [str(path)]}, _tars.read_class_names(path.parent), options)
     if path.suffix == ".parquet":
         return "Parquet file", _hub.parquet(path, options)
     if path.suffix == ".npz":
         return "arrays", _arrays.npz(path, options)
     raise BadData(
-        f"{word} is no data set; allowed: a .csv, .tsv, .jsonl, .tar, .parquet or .npz file, or a folder: {FORMS}"
+        f"{reference} is no data set; allowed: a .csv, .tsv, .jsonl, .tar, .parquet or .npz file, or a folder: {FORMS}"
     )
 
 
-def _build(name: str, source: str, form: str, found: Mapping[str, RawSplit], options: ReadOptions) -> DataSet:
+def _build(name: str, source: str, form: str, raw: Mapping[str, RawSplit], options: ReadOptions) -> DataSet:
     """Raw splits → a checked data set: encodes the labels, and resplits on request."""
-    for split, one in found.items():
+    for split, one in raw.items():
         if not len(one.ids):
             raise BadData(f"{name}, split {split}: no images; allowed: {', '.join(sorted(SUFFIXES))}")
     if options.split_ratio is not None:  # the other splits need no labels
-        found = {"train": found[_source_split(found)]}
-    classes, labels = encode_labels(found, options.target, name)
+        raw = {"train": raw[_source_split(raw)]}
+    classes, labels = encode_labels(raw, options.target, name)
     splits = {
         split: Split(split, tuple(one.ids), labels[split], classes, one.encoded, one.decode, one.digests)
-        for split, one in found.items()
+        for split, one in raw.items()
     }
     full_name = f"{name}:{options.label_column}" if options.label_column else name
     return _resplit(DataSet(full_name, source, form, splits, exif_transpose=options.exif_transpose), options)
 
 
-def _source_split(found: Mapping[str, Any]) -> str:
+def _source_split(splits: Mapping[str, Any]) -> str:
     """The split to resplit: train, or the only one."""
-    if "train" in found:
+    if "train" in splits:
         return "train"
-    if len(found) == 1:
-        return next(iter(found))
-    raise BadData(f"--split-ratio splits the split train, or the only one; there are {', '.join(found)}")
+    if len(splits) == 1:
+        return next(iter(splits))
+    raise BadData(f"--split-ratio splits the split train, or the only one; there are {', '.join(splits)}")
 
 
 def _resplit(data: DataSet, options: ReadOptions) -> DataSet:
     if options.split_ratio is None:
-        return _checked(data)
+        return _check(data)
     ratio = parse_ratio(options.split_ratio)
     parts = split_by_ratio(data.splits[_source_split(data.splits)], ratio, options.split_seed)
-    words = canonical(ratio, options.split_seed)
-    name = f"{data.name}~{words.replace('/', '-').replace(' seed ', '~')}"  # safe in a file's name
-    return _checked(DataSet(name, data.source, data.form, parts, words, data.exif_transpose))
+    text = ratio_text(ratio, options.split_seed)
+    name = f"{data.name}~{text.replace('/', '-').replace(' seed ', '~')}"  # safe in a file's name
+    return _check(DataSet(name, data.source, data.form, parts, text, data.exif_transpose))
 
 
-def _checked(data: DataSet) -> DataSet:
+def _check(data: DataSet) -> DataSet:
+    """Return the data set; raises BadData if a probe cannot be trained on its labels."""
     for name, split in data.splits.items() if data.label_kind == "number" else ():
         if len(np.unique(split.labels)) < 2:
             raise BadData(f"{data.name}, split {name}: every label is {split.labels[0]:g}; a probe needs two or more")
@@ -202,13 +195,14 @@ def _checked(data: DataSet) -> DataSet:
     if data.label_kind != "class":
         return data
     present = {name: {s.classes[label] for label in np.unique(s.labels)} for name, s in data.splits.items()}
-    everything = set().union(*present.values())
-    if len(everything) < 2:
-        raise BadData(f"{data.name} has one class only ({next(iter(everything))}); a probe needs at least two")
+    all_classes = set().union(*present.values())
+    if len(all_classes) < 2:
+        raise BadData(f"{data.name} has one class only ({next(iter(all_classes))}); a probe needs at least two")
     for name, classes in present.items():
-        if absent := sorted(everything - classes):
-            shown = ", ".join(repr(c) for c in absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-            numeric = all(label.removeprefix("-").isdecimal() for label in everything) and len(everything) > 20
+        if missing := sorted(all_classes - classes):
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            shown = ", ".join(map(repr, missing[:5])) + more
+            numeric = all(label.removeprefix("-").isdecimal() for label in all_classes) and len(all_classes) > 20
             raise BadData(
                 f"{data.name}: the splits' classes differ: {name} has no image of {shown}; give every class images in "
                 "every split, or take the class out of all of them"
@@ -236,9 +230,9 @@ def _digits() -> DataSet:
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     labels = bunch.target.astype(np.int64)
-    turn = np.empty_like(labels)
+    rank = np.empty_like(labels)
     for label in range(10):
-        turn[labels == label] = np.arange((labels == label).sum())
+        rank[labels == label] = np.arange((labels == label).sum())
     classes = tuple(str(name) for name in bunch.target_names)
 
     def split(name: str, rows: np.ndarray) -> Split:
@@ -251,6 +245,6 @@ def _digits() -> DataSet:
             decode=_decode_digit,
         )
 
-    test = turn % 5 == 4  # every fifth of a class
+    test = rank % 5 == 4
     splits = {name: split(name, np.flatnonzero(rows)) for name, rows in (("train", ~test), ("test", test))}
     return DataSet("digits", "embedded", "embedded", splits)

@@ -1,8 +1,8 @@
 """The catalogue of data sets: rows of `catalogue.csv`, the study's twenty and the embedded one.
 
 Sizes and classes of training splits are the study's (arXiv 2601.09322). Test sizes are those of DataComp's task list for the
-same exports (mlfoundations/datacomp, tasklist.yml), and the hub's for dmlab. Terms are as the makers' pages state them,
-empty if they state none; look there before you use a set.
+same exports (mlfoundations/datacomp, tasklist.yml), and the hub's for dmlab. Terms are those on the authors' pages, empty if
+these state none; look there before you use a data set.
 """
 
 import csv

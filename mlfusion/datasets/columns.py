@@ -10,36 +10,37 @@ SPLITS = ("train", "test", "validation", "val")
 
 
 def choose_column(
-    what: str,
+    role: str,
     columns: Mapping[str, str],
     requested: str | None,
     likely: Sequence[str],
     usual: Sequence[str],
-    where: str,
+    location: str,
 ) -> str:
     """Return the column that the user names, or choose one by type and name.
 
     Args:
-        what: 'image', 'label' or 'id', for the message.
+        role: 'image', 'label' or 'id', for the message.
         columns: name → type in words.
         likely: columns whose type fits.
         usual: usual names, the best first. The first that is likely is chosen, or the only likely column; if none is
             likely, the first usual name that is a column.
+        location: the file or data set, for the message.
 
     Raises:
         BadData: lists the columns and their types.
     """
-    option = f"--{what}-column"
+    option = f"--{role}-column"
     if requested is not None:
         if requested in columns:
             return requested
-        raise BadData(f"{where} has no column {requested!r}; {option} may be: {list_columns(columns)}")
+        raise BadData(f"{location} has no column {requested!r}; {option} may be: {list_columns(columns)}")
     fitting = [name for name in usual if name in likely] or (list(likely) if len(likely) == 1 else [])
     fitting = fitting or ([name for name in usual if name in columns] if not likely else [])
     if fitting:
         return fitting[0]
     raise BadData(
-        f"{where}: which column holds the {what} is not plain; give {option}, one of: {list_columns(columns)}"
+        f"{location}: which column holds the {role} is not plain; give {option}, one of: {list_columns(columns)}"
     )
 
 
@@ -48,10 +49,12 @@ def list_columns(columns: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
 
 
-def require_unique(ids: Sequence[str], where: str) -> tuple[str, ...]:
+def require_unique(ids: Sequence[str], location: str) -> tuple[str, ...]:
     """Return the ids; raises BadData if two of them are equal."""
     if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        again = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise BadData(f"{where} has {again} twice; take one out, or give a column of different ids with --id-column")
+        earlier: set[str] = set()
+        repeated = next(name for name in ids if name in earlier or earlier.add(name))  # type: ignore[func-returns-value]
+        raise BadData(
+            f"{location} has {repeated} twice; take one out, or give a column of different ids with --id-column"
+        )
     return tuple(ids)

@@ -10,18 +10,18 @@ import numpy as np
 from mlfusion.datasets.split import DataSet, Split
 from mlfusion.errors import BadData, BadImage
 
-FIRST = 3  # ids that are shown of a split
+SHOWN_IDS = 3  # number of ids that are shown of each split
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadCheck:
     """The result of reading every image of a split."""
 
-    unreadable: dict[str, str]  # id → why
+    unreadable: dict[str, str]  # id → error message
     smallest: tuple[int, int] | None  # width, height, by area
     largest: tuple[int, int] | None
-    repeated: int  # images whose bytes equal those of an earlier image of the split
-    elsewhere: dict[str, int]  # earlier split → images whose bytes are in it too
+    repeated: int  # number of images whose bytes equal those of an earlier image of the split
+    elsewhere: dict[str, int]  # earlier split → number of images whose bytes are in it too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,14 @@ def describe(
     data: DataSet, *, check: bool = False, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> list[SplitSummary]:
     """Summarise every split; with `check`, decode all images. `progress` gets split, images done, and their total."""
-    seen: dict[str, set[bytes]] = {}
+    digests_of: dict[str, set[bytes]] = {}
     return [
         SplitSummary(
             split=split.name,
             images=len(split),
             labels=_labels(split),
-            first_ids=split.ids[:FIRST],
-            checked=_check(split, seen, progress) if check else None,
+            first_ids=split.ids[:SHOWN_IDS],
+            checked=_check(split, digests_of, progress) if check else None,
         )
         for split in data.splits.values()
     ]
@@ -59,17 +59,16 @@ def describe(
 def _labels(split: Split) -> dict[str, float]:
     if split.label_kind == "number":
         return {"least": float(split.labels.min()), "most": float(split.labels.max())}
-    counts = (
-        split.labels.sum(0) if split.label_kind == "labels" else np.bincount(split.labels, minlength=len(split.classes))
-    )
-    found: dict[str, float] = {"fewest": int(counts.min()), "most": int(counts.max())}
-    if split.label_kind == "labels":
-        found["mean"] = round(float(split.labels.sum(1).mean()), 3)
-    return found
+    if split.label_kind == "class":
+        counts = np.bincount(split.labels, minlength=len(split.classes))
+        return {"fewest": int(counts.min()), "most": int(counts.max())}
+    counts = split.labels.sum(0)
+    mean = round(float(split.labels.sum(1).mean()), 3)
+    return {"fewest": int(counts.min()), "most": int(counts.max()), "mean": mean}
 
 
-def _check(split: Split, seen: dict[str, set[bytes]], progress: Callable[[str, int, int], None]) -> ReadCheck:
-    def look(row: int) -> tuple[bytes, tuple[int, int] | str]:
+def _check(split: Split, digests_of: dict[str, set[bytes]], progress: Callable[[str, int, int], None]) -> ReadCheck:
+    def read(row: int) -> tuple[bytes, tuple[int, int] | str]:
         digest = b""
         try:
             digest = split.digest(row)
@@ -81,21 +80,21 @@ def _check(split: Split, seen: dict[str, set[bytes]], progress: Callable[[str, i
 
     unreadable: dict[str, str] = {}
     sizes: set[tuple[int, int]] = set()
-    own: set[bytes] = set()
-    repeated, elsewhere = 0, dict.fromkeys(seen, 0)
+    digests: set[bytes] = set()
+    repeated, elsewhere = 0, dict.fromkeys(digests_of, 0)
     with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as pool:
-        for row, (digest, found) in enumerate(pool.map(look, range(len(split)))):
-            if isinstance(found, str):
-                unreadable[split.ids[row]] = found
+        for row, (digest, size) in enumerate(pool.map(read, range(len(split)))):
+            if isinstance(size, str):
+                unreadable[split.ids[row]] = size
             else:
-                sizes.add(found)
+                sizes.add(size)
             if digest:
-                repeated += digest in own
-                own.add(digest)
-                for name, others in seen.items():
+                repeated += digest in digests
+                digests.add(digest)
+                for name, others in digests_of.items():
                     elsewhere[name] += digest in others
             progress(split.name, row + 1, len(split))
-    seen[split.name] = own
+    digests_of[split.name] = digests
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     return ReadCheck(
         unreadable=unreadable,

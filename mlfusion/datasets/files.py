@@ -1,4 +1,4 @@
-"""Reads images that are files: folders of class folders, and tables of paths. No path may lead out of its folder."""
+"""Reads image files from folders of class folders, and from tables of paths. No path may lead out of its folder."""
 
 import csv
 import json
@@ -16,8 +16,8 @@ from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
 
 TABLES = (".csv", ".tsv", ".jsonl")
-BESIDE = ("metadata", "labels")
-"""Names of a table in the folder of its split's images; the first is the hub's."""
+TABLE_NAMES = ("metadata", "labels")
+"""Names of a table that lies in the folder of its split's images; the hub uses the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +36,18 @@ class Files:
 
 
 def class_folders(root: Path, splits: Sequence[str], options: ReadOptions) -> dict[str, RawSplit]:
-    """<split>/<class>/…/<image>, or with no splits <class>/…/<image>, in the order of the paths; no link may lead out."""
+    """Read <split>/<class>/…/<image>, or <class>/…/<image>, in the order of the paths; BadData if a link leads out."""
     files = {name: _class_files(root, name) for name in splits or ("",)}
-    classes = tuple(sorted({label for found in files.values() for label, _ in found}))
+    classes = tuple(sorted({label for images in files.values() for label, _ in images}))
     return {
         name or "train": RawSplit(
-            ids=(paths := tuple(path for _, path in found)),
-            labels=[label for label, _ in found],
+            ids=(paths := tuple(path for _, path in images)),
+            labels=[label for label, _ in images],
             encoded=Files(str(root), paths),
             decode=decoder(options),
             names=classes,
         )
-        for name, found in files.items()
+        for name, images in files.items()
     }
 
 
@@ -55,31 +55,31 @@ def _class_files(root: Path, split: str) -> list[tuple[str, str]]:
     """(class, path below the root) of every image, sorted by path."""
     top = root / split
     _refuse_outside(top, root)
-    found = []
+    images = []
     for path in _walk(top, root):
         inner = path.removeprefix(f"{split}/") if split else path
-        label, part, _ = inner.partition("/")
-        if part:
-            found.append((label, path))
-    if not found:
+        label, rest, _ = inner.partition("/")
+        if rest:
+            images.append((label, path))
+    if not images:
         shown = f"{split}/<class>/<image>" if split else "train/<class>/<image>"
         raise BadData(f"{top} holds no images; allowed: {shown} with {', '.join(sorted(SUFFIXES))}")
-    return sorted(found, key=lambda item: item[1])
+    return sorted(images, key=lambda item: item[1])
 
 
 def _walk(folder: Path, root: Path) -> Iterator[str]:
-    with os.scandir(folder) as found:
-        for one in found:
-            if one.name.startswith("."):
+    with os.scandir(folder) as items:
+        for item in items:
+            if item.name.startswith("."):
                 continue
-            if one.is_symlink():
-                _refuse_outside(Path(one.path), root)
-                if one.is_dir():
-                    raise BadData(f"{one.path} is a link to a folder; put the folder itself there")
-            if one.is_dir(follow_symlinks=False):
-                yield from _walk(Path(one.path), root)
-            elif os.path.splitext(one.name)[1].lower() in SUFFIXES:
-                yield Path(one.path).relative_to(root).as_posix()
+            if item.is_symlink():
+                _refuse_outside(Path(item.path), root)
+                if item.is_dir():
+                    raise BadData(f"{item.path} is a link to a folder; put the folder itself there")
+            if item.is_dir(follow_symlinks=False):
+                yield from _walk(Path(item.path), root)
+            elif _is_image_path(item.name):
+                yield Path(item.path).relative_to(root).as_posix()
 
 
 def _refuse_outside(path: Path, root: Path) -> None:
@@ -91,41 +91,41 @@ def _refuse_outside(path: Path, root: Path) -> None:
 
 
 def tables_in(root: Path) -> dict[str, Path]:
-    """A folder's tables by split: <split>.csv, or <split>/metadata.csv as the hub has them."""
-    found: dict[str, Path] = {}
+    """Split → its table in a folder: <split>.csv, or <split>/metadata.csv, which is the hub's form."""
+    paths: dict[str, Path] = {}
     for split in SPLITS:
         for suffix in TABLES:
-            for path in (root / f"{split}{suffix}", *(root / split / f"{name}{suffix}" for name in BESIDE)):
+            for path in (root / f"{split}{suffix}", *(root / split / f"{name}{suffix}" for name in TABLE_NAMES)):
                 if path.is_file():
-                    found.setdefault(split, path)
-    return found
+                    paths.setdefault(split, path)
+    return paths
 
 
-def tables(found: dict[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
+def tables(paths: dict[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
     """Read one table per split, or one table for all, whose column `split`, if it has one, names each row's split."""
     splits = {}
-    for split, path in found.items():
+    for split, path in paths.items():
         columns, rows = read_table(path)
-        where = str(path)
+        location = str(path)
         parts: dict[str, list[int]] = {}
-        named = len(found) == 1 and "split" in columns
+        has_split_column = len(paths) == 1 and "split" in columns
         for row, cells in enumerate(rows):
-            parts.setdefault(str(cells.get("split")) if named else split, []).append(row)
+            parts.setdefault(str(cells.get("split")) if has_split_column else split, []).append(row)
         root = Path(options.image_root or path.parent).expanduser().resolve()
-        likely = [name for name in columns if _names_an_image(rows[0].get(name))]
-        image = choose_column("image", columns, options.image_column, likely, IMAGES, where)
+        likely = [name for name in columns if _is_image_path(rows[0].get(name))]
+        image = choose_column("image", columns, options.image_column, likely, IMAGES, location)
         others = [name for name in columns if name not in (image, options.id_column, "split")]
         usual = [name for name in LABELS if name in others]
-        label = choose_column("label", columns, options.label_column, usual or others, LABELS, where)
+        label = choose_column("label", columns, options.label_column, usual or others, LABELS, location)
         if options.id_column is not None:
-            choose_column("id", columns, options.id_column, (), (), where)
-        paths = _paths(root, [cells.get(image) for cells in rows], where)
+            choose_column("id", columns, options.id_column, (), (), location)
+        files = _resolve_paths(root, [cells.get(image) for cells in rows], location)
         for name, chosen in parts.items():
-            ids = tuple(str(rows[row][options.id_column]) if options.id_column else paths[row] for row in chosen)
+            ids = tuple(str(rows[row][options.id_column]) if options.id_column else files[row] for row in chosen)
             splits[name] = RawSplit(
-                ids=require_unique(ids, where),
+                ids=require_unique(ids, location),
                 labels=[rows[row].get(label) for row in chosen],
-                encoded=Files(str(root), tuple(paths[row] for row in chosen)),
+                encoded=Files(str(root), tuple(files[row] for row in chosen)),
                 decode=decoder(options),
             )
     return splits
@@ -195,33 +195,34 @@ def _common_type(one: str, other: str) -> str:
     return "number" if {one, other} == {"number", "whole number"} else "text" if "text" in (one, other) else "mixed"
 
 
-def _names_an_image(value: Any) -> bool:
+def _is_image_path(value: Any) -> bool:
     return isinstance(value, str) and os.path.splitext(value)[1].lower() in SUFFIXES
 
 
-def _paths(root: Path, written: Sequence[Any], where: str) -> list[str]:
+def _resolve_paths(root: Path, cells: Sequence[Any], location: str) -> list[str]:
     """The paths relative to the root, checked: each names a file that exists below the root."""
-    real: dict[str, bool] = {}
-    paths, absent = [], []
-    for row, path in enumerate(written):
+    is_inside: dict[str, bool] = {}
+    paths, missing = [], []
+    for row, path in enumerate(cells):
         if not isinstance(path, str) or not path:
-            raise BadData(f"{where}, row {row + 1} names no image; allowed: a path below {root}")
-        whole = os.path.normpath(os.path.join(root, path))
-        folder = os.path.dirname(whole)
-        if folder not in real:
-            real[folder] = Path(os.path.realpath(folder)).is_relative_to(root)
-        if not real[folder] or (os.path.islink(whole) and not Path(os.path.realpath(whole)).is_relative_to(root)):
+            raise BadData(f"{location}, row {row + 1} names no image; allowed: a path below {root}")
+        full_path = os.path.normpath(os.path.join(root, path))
+        folder = os.path.dirname(full_path)
+        if folder not in is_inside:
+            is_inside[folder] = Path(os.path.realpath(folder)).is_relative_to(root)
+        is_link = os.path.islink(full_path)
+        if not is_inside[folder] or (is_link and not Path(os.path.realpath(full_path)).is_relative_to(root)):
             raise BadData(
-                f"{where}, row {row + 1}: {path} leads out of {root}; put the image into that folder, or say with "
+                f"{location}, row {row + 1}: {path} leads out of {root}; put the image into that folder, or say with "
                 "--image-root where paths begin"
             )
-        if not os.path.isfile(whole):
-            absent.append((row, path))
-        paths.append(os.path.relpath(whole, root))
-    if absent:
-        row, path = absent[0]
+        if not os.path.isfile(full_path):
+            missing.append((row, path))
+        paths.append(os.path.relpath(full_path, root))
+    if missing:
+        row, path = missing[0]
         raise BadData(
-            f"{where} names {len(absent):,} files that are not there, the first in row {row + 1}: {path}; paths begin at "
+            f"{location} names {len(missing):,} files that are not there, the first in row {row + 1}: {path}; paths begin at "
             f"{root}, or where --image-root says"
         )
     return paths

@@ -12,7 +12,7 @@ from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.errors import BadData, Unavailable
 from mlfusion.specs.options import ReadOptions
 
-KEY = "__key__"  # the datasets library's name for a WebDataset sample's
+KEY = "__key__"  # column in which the datasets library stores the key of a WebDataset sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Cells:
 
     table: Any  # datasets.Dataset of this column alone, not decoded
     column: str
-    root: str | None  # below which files lie that a cell may name instead of holding bytes
+    root: str | None  # folder of the files that cells may name instead of holding bytes
 
     def __call__(self, row: int) -> bytes:
         return cell_bytes(self.table[row][self.column], self.root)
@@ -50,22 +50,22 @@ def load(name: str, source: str, options: ReadOptions) -> Path | dict[str, RawSp
     """
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    with reaching(name, source):
+    with translate_hub_errors(name, source):
         offline = constants.is_offline_mode()
         files = [] if offline else [f.rfilename for f in HfApi().dataset_info(source, timeout=10).siblings or ()]
         if any(file.endswith(".tar") for file in files) or (offline and "/wds_" in source):
-            # Read where they lie: the datasets library would unpack them into a second copy, and may take them for text.
+            # The tars are not given to the datasets library, which would unpack a second copy and may read them as text.
             return Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.tar", "*classnames.txt"]))
         return _from_library(name, options, None, source, options.config)
 
 
 @contextmanager
-def reaching(name: str, source: str | None = None) -> Iterator[None]:
+def translate_hub_errors(name: str, source: str | None = None) -> Iterator[None]:
     """Translate the errors of the hub and of the network to `Unavailable`, inside the with statement."""
     import datasets as library
     from huggingface_hub import errors
 
-    # The hub's client hands on its transport's errors; offline mode is an OSError.
+    # The hub's client raises the errors of its HTTP library; offline mode is an OSError.
     unreachable = (OSError, errors.HTTPError)  # type: ignore[attr-defined]
     try:
         yield
@@ -82,7 +82,7 @@ def reaching(name: str, source: str | None = None) -> Iterator[None]:
 
 
 def has_parquet(root: Path, splits: Sequence[str]) -> bool:
-    """Whether a folder holds Parquet files where the hub puts them."""
+    """Whether a folder holds Parquet files in the places that the hub uses."""
     if splits:
         return any(next(folder.glob("*.parquet"), None) for folder in (root, *(root / split for split in splits)))
     return next(root.rglob("*.parquet"), None) is not None
@@ -98,7 +98,7 @@ def parquet(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
 def _from_library(
     name: str, options: ReadOptions, root: Path | None, source: str, config: str | None = None, data_files: Any = None
 ) -> dict[str, RawSplit]:
-    """Raw splits of what the datasets library loads from a source; `root` as in `Cells`."""
+    """Load a source by the datasets library → its raw splits; `root` as in `Cells`."""
     import datasets as library
 
     library.disable_progress_bars()
@@ -122,31 +122,31 @@ class TableColumns:
     names: tuple[str, ...] | None  # class names that label numbers stand for
 
 
-def choose_columns(features: Any, options: ReadOptions, where: str) -> TableColumns:
-    """Choose a table's columns, as the user says or by type and name; raises BadData, which lists them, if none fits."""
+def choose_columns(features: Any, options: ReadOptions, location: str) -> TableColumns:
+    """Choose a table's columns by the user's options, else by type and name; raises BadData, which lists them, if none fits."""
     import datasets as library
 
     columns = {column: _type(feature) for column, feature in features.items()}
     pictures = [column for column, kind in columns.items() if kind == "image"]
     raw = [column for column, kind in columns.items() if kind == "bytes"]
-    image = choose_column("image", columns, options.image_column, pictures or raw, IMAGES, where)
+    image = choose_column("image", columns, options.image_column, pictures or raw, IMAGES, location)
     if columns[image] not in ("image", "bytes"):
-        raise BadData(f"{where}: {image} holds no images; --image-column may be: {list_columns(columns)}")
-    usual = [column for column in LABELS if column in columns]
-    typed = [column for column, kind in columns.items() if kind.startswith("class of")]
-    likely = [column for column in usual if column in typed] or typed[:1] or usual
-    label = choose_column("label", columns, options.label_column, likely, LABELS, where)
+        raise BadData(f"{location}: {image} holds no images; --image-column may be: {list_columns(columns)}")
+    usual_labels = [column for column in LABELS if column in columns]
+    class_columns = [column for column, kind in columns.items() if kind.startswith("class of")]
+    likely = [column for column in usual_labels if column in class_columns] or class_columns[:1] or usual_labels
+    label = choose_column("label", columns, options.label_column, likely, LABELS, location)
     if options.id_column is not None:
-        choose_column("id", columns, options.id_column, (), (), where)
+        choose_column("id", columns, options.id_column, (), (), location)
     inner = getattr(features[label], "feature", features[label])
     names = tuple(inner.names) if isinstance(inner, library.ClassLabel) else None
     return TableColumns(image, label, options.id_column, columns[image] == "image", names)
 
 
-def _raw_split(where: str, split: str, table: Any, options: ReadOptions, root: Path | None) -> RawSplit:
+def _raw_split(location: str, split: str, table: Any, options: ReadOptions, root: Path | None) -> RawSplit:
     import datasets as library
 
-    columns = choose_columns(table.features, options, where)
+    columns = choose_columns(table.features, options, location)
     images = table.select_columns([columns.image])
     if columns.decoded:
         images = images.cast_column(columns.image, library.Image(decode=False))
@@ -154,12 +154,12 @@ def _raw_split(where: str, split: str, table: Any, options: ReadOptions, root: P
         ids = list(map(str, table[columns.id][:]))
     else:
         ids = [f"{split}/{key}" for key in (table[KEY][:] if KEY in table.features else range(len(table)))]
-    # Where the library unpacks what a hub data set's files hold.
-    place = root or Path(os.path.realpath(library.config.HF_CACHE_HOME))
+    # The library unpacks the files of a hub data set below this folder.
+    folder = root or Path(os.path.realpath(library.config.HF_CACHE_HOME))
     return RawSplit(
-        ids=require_unique(ids, where),
+        ids=require_unique(ids, location),
         labels=table.with_format(None)[columns.label][:],
-        encoded=Cells(images, columns.image, str(place)),
+        encoded=Cells(images, columns.image, str(folder)),
         decode=decoder(options),
         names=columns.names,
     )

@@ -23,7 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000
 _pil_limit = threading.Lock()
 
 
-def _opened(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Open an image of up to `max_pixels`, which may be more than PIL's own limit.
 
     PIL has one limit for the whole process: it is raised only while such an image is opened, and then put back.
@@ -46,9 +46,9 @@ class Decoder:
     """Encoded bytes → RGB image; of an animation, the first frame.
 
     * The size is checked before anything is decoded; an image of more than `max_pixels` is refused.
-    * 16-bit grey keeps its high byte, as PIL itself reads 16-bit colour; PIL's conversion would turn all above 255 white.
-    * Integers and floats of 32 bits have no range that would say what is white, and are refused.
-    * An orientation in the EXIF is left alone, as in the study and in the hub's image processors, unless `exif_transpose`.
+    * 16-bit grey keeps its high byte, as PIL does for 16-bit colour; PIL's own conversion would make all above 255 white.
+    * Integers and floats of 32 bits are refused: nothing says which value is white.
+    * The EXIF orientation is ignored, as in the study and in the hub's image processors, unless `exif_transpose` is set.
 
     Transparency is dropped, CMYK, palettes and grey are converted as PIL does.
     """
@@ -61,7 +61,7 @@ class Decoder:
         if not data:
             raise BadImage("the file is empty")
         try:
-            with _opened(data, self.max_pixels) as image:
+            with _open(data, self.max_pixels) as image:
                 if (pixels := image.width * image.height) > self.max_pixels:
                     raise BadImage(self._too_large(f"{image.width:,} x {image.height:,} = {pixels:,}"))
                 return self._rgb(image)
@@ -78,13 +78,13 @@ class Decoder:
         return f"{pixels} pixels; allowed are {self.max_pixels:,}: raise --max-pixels if you trust where it is from"
 
     def _rgb(self, image: Image.Image) -> Image.Image:
-        # A PNG or PGM that is read as 32-bit integers holds 16 of them.
-        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-        if image.mode in ("I", "F") and not deep:
+        # PIL reads some 16-bit PNG and PGM files as 32-bit integers.
+        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        if image.mode in ("I", "F") and not is_16_bit:
             raise BadImage("32-bit pixels, of which nothing says what is white; save it with 8 or 16 bits")
         if self.exif_transpose:
             image = ImageOps.exif_transpose(image)
-        if deep:
+        if is_16_bit:
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # the same colours, without PIL's warning

@@ -12,7 +12,7 @@ from mlfusion.errors import BadData
 from mlfusion.specs.kinds import SPLIT_PARTS
 
 
-def canonical(ratio: tuple[float, ...], seed: int) -> str:
+def ratio_text(ratio: tuple[float, ...], seed: int) -> str:
     """The canonical text of a ratio and seed, which is part of the key: '0.8/0.1/0.1 seed 0'."""
     return "/".join(f"{share:.6g}" for share in ratio) + f" seed {seed}"
 
@@ -24,15 +24,15 @@ def split_by_ratio(split: Split, ratio: tuple[float, ...], seed: int) -> dict[st
     two images in every stratum, and within one image over all strata.
     """
     part = np.full(len(split), -1)
-    owed = np.zeros(len(ratio))  # fractions of an image carried over from earlier strata
+    carried = np.zeros(len(ratio))  # fractions of an image carried over from earlier strata
     for rows in strata(split, seed):
-        exact = owed + np.array(ratio) * len(rows)
+        exact = carried + np.array(ratio) * len(rows)
         counts = np.floor(np.array(ratio) * len(rows) + 1e-9).astype(int)
         while counts.sum() < len(rows):
             counts[np.argmax(exact - counts)] += 1
         if split.label_kind == "class":
             _fill_empty_parts(counts, split.classes[split.labels[rows[0]]])
-        owed = exact - counts
+        carried = exact - counts
         part[rows] = np.repeat(np.arange(len(ratio)), counts)
     names = SPLIT_PARTS[len(ratio)]
     return {name: split.take(np.flatnonzero(part == i), name) for i, name in enumerate(names)}
@@ -44,14 +44,14 @@ def strata(split: Split, seed: int) -> list[np.ndarray]:
     shuffled = np.lexsort((np.array(split.ids), hashes)) if len(split) else np.arange(0)
     if split.label_kind == "number":
         ranked = shuffled[np.argsort(split.labels[shuffled], kind="stable")]
-        # Numbers of similar size go to different parts; the seed shuffles each twenty of them.
+        # Each chunk of twenty similar numbers is shuffled, so that every part gets numbers of all sizes.
         chunks = np.array_split(ranked, max(1, len(ranked) // 20))
-        return [some[np.argsort(hashes[some], kind="stable")] for some in chunks]
-    keys = split.labels if split.label_kind == "class" else _rarest(split.labels)
+        return [chunk[np.argsort(hashes[chunk], kind="stable")] for chunk in chunks]
+    keys = split.labels if split.label_kind == "class" else _rarest_labels(split.labels)
     return [shuffled[keys[shuffled] == key] for key in np.unique(keys)]
 
 
-def _rarest(labels: np.ndarray) -> np.ndarray:
+def _rarest_labels(labels: np.ndarray) -> np.ndarray:
     """Each image's rarest label, from labels [N, C]; -1 for an image without labels."""
     rank = np.argsort(np.argsort(labels.sum(0), kind="stable"))
     return np.where(labels.any(1), np.where(labels > 0, rank, len(rank)).argmin(1), -1)

@@ -31,7 +31,7 @@ class Split:
     classes: tuple[str, ...]  # empty if labels are numbers
     encoded: Encoded
     decode: Callable[[bytes], Image.Image]  # → RGB; a function of the bytes alone
-    digests: np.ndarray | None = None  # [images, 16] uint8, if reading the set has computed them
+    digests: np.ndarray | None = None  # [images, 16] uint8, if they are known from reading the data set
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,11 +76,11 @@ class Split:
 class Subset:
     """Some rows of another split's images."""
 
-    whole: Encoded
+    base: Encoded
     rows: np.ndarray  # [images] int64
 
     def __call__(self, row: int) -> bytes:
-        return self.whole(int(self.rows[row]))
+        return self.base(int(self.rows[row]))
 
 
 @dataclass(frozen=True, eq=False)
