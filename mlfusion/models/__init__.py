@@ -26,7 +26,7 @@ class Checkpoint:
     """A model's files on this machine, with its hook point and changed settings."""
 
     folder: Path
-    name: str  # for people; hook point and changed settings follow a colon
+    name: str  # for display; hook point and changed settings follow a colon
     source: str  # hub id, or the folder's absolute path; hook point and changed settings follow a colon
     revision: str | None  # commit on the hub
     hook: Hook = "norm2"
@@ -35,14 +35,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's dimensions, as its configuration says."""
+    """A model's dimensions, by its configuration."""
 
     depth: int  # L, the number of blocks
     width: int  # D, the channels of a token in the last block
     patch_px: int | None
 
 
-def locate(word: str) -> Checkpoint:
+def locate(reference: str) -> Checkpoint:
     """Find a model, and download it if needed: 'NAME', or 'NAME:HOOK,key=value' for a hook point and changed settings.
 
     Raises:
@@ -50,7 +50,7 @@ def locate(word: str) -> Checkpoint:
         Unavailable: no network, no such repository, or a gated one.
         BadModel: a folder without config.json or weights.
     """
-    ref = parse_model(word)
+    ref = parse_model(reference)
     row = CATALOGUE.get(ref.name)
     if row and row.embedded:
         folder, name, source, revision = row.embedded, row.name, row.source, None
@@ -83,9 +83,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float32", view: str = "plain") -> ModelSpec:
-    """Return the identity of this model's features: weights and architecture, from its files, and the other words as given.
+    """Return the identity of this model's features: weights and architecture, by its files, and the other arguments.
 
-    `preprocess` is the `key` of its preprocessing, and `view` the name of the view that it says, for people.
+    `preprocess` is the `key` of its preprocessing, and `view` the name of the view in that key, for display.
     """
     config, dimensions = configuration(checkpoint), shape(checkpoint)
     return ModelSpec(
@@ -104,7 +104,7 @@ def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float3
 
 
 def shape(checkpoint: Checkpoint) -> Shape:
-    """Depth, which sums over stages, width and patch size; raises BadModel if the configuration says no depth or width."""
+    """Depth (the sum over stages), width and patch size; raises BadModel if the configuration has no depth or width."""
     config = configuration(checkpoint)
     vision = getattr(config, "vision_config", config)
     depths, widths = getattr(vision, "depths", None), getattr(vision, "hidden_sizes", None)
@@ -115,7 +115,7 @@ def shape(checkpoint: Checkpoint) -> Shape:
             f"{checkpoint.name} ({config.model_type}) has no depth and width in its configuration (num_hidden_layers and "
             "hidden_size, or depths and hidden_sizes); allowed: vision transformers and residual networks"
         )
-    # The number of overlapping patches follows from their distance.
+    # Where patches overlap, their number follows from the stride and not from their size.
     patch = getattr(vision, "patch_stride", None) or getattr(vision, "patch_size", None)
     if isinstance(patch, (list, tuple)):
         patch = patch[-1]
@@ -123,7 +123,7 @@ def shape(checkpoint: Checkpoint) -> Shape:
 
 
 def configuration(checkpoint: Checkpoint) -> Any:
-    """A checkpoint's configuration in transformers' terms, whichever library wrote it, with the changed settings.
+    """A checkpoint's configuration as one of transformers, whichever library wrote it, with the changed settings.
 
     Raises:
         BadModel: transformers cannot read it.
@@ -144,9 +144,9 @@ def configuration(checkpoint: Checkpoint) -> Any:
         ) from err
     vision = getattr(config, "vision_config", config)
     for key, value in checkpoint.settings:
-        if key not in (known := vision.to_dict()):
-            raise UnknownName("setting", key, known)
-        old = known[key]
+        if key not in (settings := vision.to_dict()):
+            raise UnknownName("setting", key, settings)
+        old = settings[key]
         allowed = (int, float) if type(old) is float else type(old)
         if old is not None and value is not None and not isinstance(value, allowed):
             raise BadModel(f"{key}={value} is a {type(value).__name__}; allowed: {type(old).__name__}, such as {old}")
@@ -166,9 +166,9 @@ def _without_cosmetics(config: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def _sha256(files: tuple[Path, ...]) -> str:
-    """SHA-256 of the files' bytes, not of names and dates, which can be wrong. It takes about a second per gigabyte."""
-    whole = hashlib.sha256()
+    """SHA-256 of the files' bytes, since names and dates can be wrong. It takes about a second per gigabyte."""
+    total = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

@@ -1,8 +1,8 @@
 """The catalogue of models: one row of `catalogue.csv` for each name.
 
-A name stands for one commit, its revision, so that it gives the same numbers in years to come; revisions were taken from
-public records of snapshots of these repositories. A repository without such a record has no row: it is used by its hub id,
-which means its newest state, and the commit of that state is part of the key.
+A name stands for one commit, its revision, and so gives the same numbers in future years; the revisions come from public
+records of snapshots of these repositories. A repository without such a record has no row: it is used by its hub id, which
+means its newest state, and the commit of that state is part of the key.
 """
 
 import csv
@@ -19,8 +19,8 @@ class CatalogueRow:
     """One line of the catalogue."""
 
     name: str
-    source: str  # hub id, or "embedded:<folder>" for what ships with the package
-    revision: str | None = None  # commit on the hub; none for what ships with the package
+    source: str  # hub id, or "embedded:<folder>" for a model that ships with the package
+    revision: str | None = None  # commit on the hub; None for a model that ships with the package
     family: str
     image_px: int  # height and width of the input
     depth: int  # L, the number of blocks of all stages together

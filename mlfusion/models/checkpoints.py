@@ -2,7 +2,7 @@
 
 Neither library is needed. timm writes `config.json` with an `architecture` and the tensors of its VisionTransformer;
 open_clip writes `open_clip_config.json` and a state dict whose image tower begins with `visual.`. This module finds the class
-that fits, by the names and shapes of the tensors; `backbone.conversion` renames the tensors.
+that fits, by the tensors' names and shapes; `backbone.conversion` renames the tensors.
 """
 
 import json
@@ -21,16 +21,16 @@ WEIGHTS: dict[Layout, tuple[str, ...]] = {
     "timm": _HUB,
     "open_clip": ("open_clip*.safetensors", "open_clip*.bin", "*.safetensors", "*.bin", "*.pt"),
 }
-"""Patterns of the files that hold the weights; the first one that matches files counts."""
+"""Patterns of the files that hold the weights; the first one that matches a file is used."""
 
 TIMM_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
-"""Width → attention heads of timm's vision transformers (timm/models/vision_transformer.py), if no file says the number."""
+"""Width → attention heads of timm's vision transformers (timm/models/vision_transformer.py), if no file gives the number."""
 
 BLOCK = re.compile(
     r"blocks\.(\d+)\.(?:norm[12]\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc[12]\.(?:weight|bias)|ls[12]\.gamma)"
 )
 OUTSIDE = re.compile(r"(?:cls|dist|reg)_token|pos_embed|(?:patch_embed\.proj|norm|fc_norm|norm_pre)\.(?:weight|bias)")
-LEFT_OUT = re.compile(r"(?:head|head_dist|pre_logits)\.")  # classifiers
+CLASSIFIER = re.compile(r"(?:head|head_dist|pre_logits)\.")
 RESBLOCK = re.compile(
     r"visual\.transformer\.resblocks\.(\d+)\.(?:ln_[12]\.(?:weight|bias)|attn\.(?:in_proj_(?:weight|bias)|out_proj\.(?:weight|bias))"
     r"|mlp\.c_(?:fc|proj)\.(?:weight|bias))"
@@ -41,7 +41,7 @@ VISUAL = re.compile(
 
 
 def layout(folder: Path) -> Layout:
-    """The library in whose format a folder is."""
+    """The library whose format a folder has."""
     config = read_json(folder / "config.json")
     if "model_type" in config and config["model_type"] != "timm_wrapper":
         return "transformers"
@@ -63,16 +63,16 @@ def _from_timm(folder: Path, files: tuple[Path, ...]) -> Any:
 
     config = read_json(folder / "config.json")
     name, arguments = str(config["architecture"]), config.get("model_args") or {}
-    shapes = {key: shape for key, shape in shapes_of(files).items() if not LEFT_OUT.match(key)}
-    strange = sorted(key for key in shapes if not BLOCK.fullmatch(key) and not OUTSIDE.fullmatch(key))
-    if strange or "patch_embed.proj.weight" not in shapes or "pos_embed" not in shapes:
+    shapes = {key: shape for key, shape in shapes_of(files).items() if not CLASSIFIER.match(key)}
+    unknown = sorted(key for key in shapes if not BLOCK.fullmatch(key) and not OUTSIDE.fullmatch(key))
+    if unknown or "patch_embed.proj.weight" not in shapes or "pos_embed" not in shapes:
         raise BadModel(
-            f"timm's {name} has {strange[0] if strange else 'no patch_embed and pos_embed'}, for which transformers has no "
+            f"timm's {name} has {unknown[0] if unknown else 'no patch_embed and pos_embed'}, for which transformers has no "
             "class; allowed: plain ViT, DeiT, MAE, CLIP and DINOv2 of timm (no rotary positions, no pooling by attention). "
             "Many others have a repository in transformers' own format, such as google/siglip-base-patch16-224"
         )
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
-    inner, hidden = shapes["blocks.0.mlp.fc1.weight"][0], shapes["blocks.0.mlp.fc2.weight"][1]
+    fc1_rows, fc2_columns = shapes["blocks.0.mlp.fc1.weight"][0], shapes["blocks.0.mlp.fc2.weight"][1]
     heads = arguments.get("num_heads") or TIMM_HEADS.get(width)
     if heads is None:
         raise BadModel(
@@ -82,7 +82,7 @@ def _from_timm(folder: Path, files: tuple[Path, ...]) -> Any:
     _, height, _ = config["pretrained_cfg"]["input_size"]
     common: dict[str, Any] = {
         "hidden_size": width,
-        "num_hidden_layers": 1 + max(int(found[1]) for key in shapes if (found := BLOCK.fullmatch(key))),
+        "num_hidden_layers": 1 + max(int(match[1]) for key in shapes if (match := BLOCK.fullmatch(key))),
         "num_attention_heads": int(heads),
         "patch_size": patch,
         "image_size": int(height),
@@ -92,23 +92,23 @@ def _from_timm(folder: Path, files: tuple[Path, ...]) -> Any:
     if "norm_pre.weight" in shapes:
         del common["qkv_bias"]
         common |= {"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu" if "quickgelu" in name else "gelu"}
-        return transformers.CLIPVisionConfig(**common, intermediate_size=inner)
+        return transformers.CLIPVisionConfig(**common, intermediate_size=fc1_rows)
     if "reg_token" in shapes or "blocks.0.ls1.gamma" in shapes:
-        swiglu = inner == 2 * hidden
-        ratio = round(1.5 * hidden / width if swiglu else inner / width)
+        swiglu = fc1_rows == 2 * fc2_columns
+        ratio = round(1.5 * fc2_columns / width if swiglu else fc1_rows / width)
         # The class makes a SwiGLU two thirds as wide, rounded up to a multiple of eight.
-        if hidden != ((int(width * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else width * ratio):
+        if fc2_columns != ((int(width * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else width * ratio):
             raise BadModel(
-                f"timm's {name} has an MLP of {hidden} channels; allowed: a whole multiple of its width, {width}"
+                f"timm's {name} has an MLP of {fc2_columns} channels; allowed: a whole multiple of its width, {width}"
             )
         common |= {"mlp_ratio": ratio, "use_swiglu_ffn": swiglu}
         if "reg_token" in shapes:
             return transformers.Dinov2WithRegistersConfig(**common, num_register_tokens=shapes["reg_token"][1])
         return transformers.Dinov2Config(**common)
     if "cls_token" not in shapes:
-        return transformers.IJepaConfig(**common, intermediate_size=inner)
+        return transformers.IJepaConfig(**common, intermediate_size=fc1_rows)
     kind = transformers.DeiTConfig if "dist_token" in shapes else transformers.ViTConfig
-    return kind(**common, intermediate_size=inner)
+    return kind(**common, intermediate_size=fc1_rows)
 
 
 def _from_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
@@ -117,10 +117,10 @@ def _from_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
     config = read_json(folder / "open_clip_config.json").get("model_cfg") or {}
     vision = config.get("vision_cfg") or {}
     shapes = {key: shape for key, shape in shapes_of(files).items() if key.startswith("visual.")}
-    strange = sorted(key for key in shapes if not RESBLOCK.fullmatch(key) and not VISUAL.fullmatch(key))
-    if strange or "visual.conv1.weight" not in shapes:
+    unknown = sorted(key for key in shapes if not RESBLOCK.fullmatch(key) and not VISUAL.fullmatch(key))
+    if unknown or "visual.conv1.weight" not in shapes:
         raise BadModel(
-            f"the image tower of open_clip in {folder.name} has {strange[0] if strange else 'no visual.conv1'}, for which "
+            f"the image tower of open_clip in {folder.name} has {unknown[0] if unknown else 'no visual.conv1'}, for which "
             "transformers has no class; allowed: plain vision transformers of open_clip, with a class token"
         )
     width, _, patch, _ = shapes["visual.conv1.weight"]
@@ -128,7 +128,7 @@ def _from_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
     return transformers.CLIPVisionConfig(
         architectures=["CLIPVisionModelWithProjection"],
         hidden_size=width,
-        num_hidden_layers=1 + max(int(found[1]) for key in shapes if (found := RESBLOCK.fullmatch(key))),
+        num_hidden_layers=1 + max(int(match[1]) for key in shapes if (match := RESBLOCK.fullmatch(key))),
         num_attention_heads=width // int(vision.get("head_width", 64)),
         intermediate_size=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
         patch_size=patch,
@@ -142,20 +142,20 @@ def _from_open_clip(folder: Path, files: tuple[Path, ...]) -> Any:
 @lru_cache(maxsize=8)
 def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
     """Tensor name → shape, of safetensors by the headers alone; raises BadModel if a file holds anything but tensors."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
             if file.suffix == ".safetensors":
-                with open(file, "rb") as opened:
-                    header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-                found |= {key: tuple(one["shape"]) for key, one in header.items() if key != "__metadata__"}
+                with open(file, "rb") as stream:
+                    header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+                shapes |= {key: tuple(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
             else:
-                found |= {key: tuple(tensor.shape) for key, tensor in unpickled(file).items()}
+                shapes |= {key: tuple(tensor.shape) for key, tensor in unpickled(file).items()}
         except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as err:
             raise BadModel(
                 f"{file} holds no tensors that can be read ({err}); allowed: safetensors, or plain tensors"
             ) from err
-    return found
+    return shapes
 
 
 def unpickled(file: Path) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def unpickled(file: Path) -> dict[str, Any]:
     for key in ("state_dict", "model"):
         if isinstance(body, dict) and isinstance(body.get(key), dict):
             body = body[key]
-    if not isinstance(body, dict) or not all(isinstance(one, torch.Tensor) for one in body.values()):
+    if not isinstance(body, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in body.values()):
         raise BadModel(f"{file} holds no tensors by name; allowed: a state dict")
     return body
 

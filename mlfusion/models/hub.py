@@ -24,7 +24,7 @@ class RepositoryInfo:
     gated: bool
 
 
-def download(hub_id: str, word: str, revision: str | None) -> Path:
+def download(hub_id: str, reference: str, revision: str | None) -> Path:
     """Download a snapshot of configuration and weights, as safetensors if the repository has them → its folder.
 
     Raises:
@@ -32,16 +32,16 @@ def download(hub_id: str, word: str, revision: str | None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    with _translated_errors(hub_id, word, revision):
-        # First what it is, then the weights, and of several forms only the first: a repository may hold four.
+    with _translate_errors(hub_id, reference, revision):
+        # The configuration tells the layout. A repository may hold the weights in four formats: only the first is downloaded.
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=CONFIGURATION))
         for pattern in checkpoints.WEIGHTS[checkpoints.layout(folder)]:
-            wanted = [*CONFIGURATION, pattern, f"{pattern}.index.json"]
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+            patterns = [*CONFIGURATION, pattern, f"{pattern}.index.json"]
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
             if any(folder.glob(pattern)):
                 return folder
     raise Unavailable(
-        f"the weights of {word} are not on this machine, and the hub gave none "
+        f"the weights of {reference} are not on this machine, and the hub gave none "
         f"({', '.join(checkpoints.WEIGHTS[checkpoints.layout(folder)])}); connect and try again, or give another --model"
     )
 
@@ -54,11 +54,11 @@ def find_local(hub_id: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
-    whole = any(any(folder.glob(pattern)) for pattern in checkpoints.WEIGHTS[checkpoints.layout(folder)])
-    return folder if whole and any((folder / name).is_file() for name in CONFIGURATION) else None
+    has_weights = any(any(folder.glob(pattern)) for pattern in checkpoints.WEIGHTS[checkpoints.layout(folder)])
+    return folder if has_weights and any((folder / name).is_file() for name in CONFIGURATION) else None
 
 
-def fetch_info(hub_id: str, word: str, revision: str | None) -> RepositoryInfo:
+def fetch_info(hub_id: str, reference: str, revision: str | None) -> RepositoryInfo:
     """Ask the hub about a repository, and check that you may read it.
 
     Raises:
@@ -66,11 +66,11 @@ def fetch_info(hub_id: str, word: str, revision: str | None) -> RepositoryInfo:
     """
     from huggingface_hub import HfApi
 
-    with _translated_errors(hub_id, word, revision):
+    with _translate_errors(hub_id, reference, revision):
         info = HfApi().model_info(hub_id, revision=revision, files_metadata=True, timeout=10)
         if info.gated:
             HfApi().auth_check(hub_id)
-    sizes = {one.rfilename: one.size or 0 for one in info.siblings or []}
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     names = [name for name in sizes if "/" not in name]
     layout: checkpoints.Layout = "open_clip" if "config.json" not in names else "transformers"
     by_pattern = ([name for name in names if fnmatch(name, pattern)] for pattern in checkpoints.WEIGHTS[layout])
@@ -106,11 +106,11 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def _translated_errors(hub_id: str, word: str, revision: str | None) -> Iterator[None]:
-    """Translate the errors of the hub and of the network, each with what to do, inside the with statement."""
+def _translate_errors(hub_id: str, reference: str, revision: str | None) -> Iterator[None]:
+    """Translate the errors of the hub and of the network to `Unavailable`, inside the with statement."""
     from huggingface_hub import errors
 
-    # What the hub's client raises where there is no network, under whichever name its HTTP library goes.
+    # The error that the hub's client raises without a network belongs to its HTTP library, which depends on its version.
     http: Any = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     try:
         yield
@@ -129,6 +129,6 @@ def _translated_errors(hub_id: str, word: str, revision: str | None) -> Iterator
         ) from err
     except (errors.LocalEntryNotFoundError, http, ConnectionError, TimeoutError, OSError) as err:
         raise Unavailable(
-            f"{word} is not on this machine and the hub cannot be reached ({type(err).__name__}); connect, or give a "
+            f"{reference} is not on this machine and the hub cannot be reached ({type(err).__name__}); connect, or give a "
             f"folder with --model, or try the embedded model: --model {EMBEDDED}"
         ) from err

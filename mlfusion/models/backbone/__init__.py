@@ -1,8 +1,8 @@
 """A frozen vision model, read by hooks: all requested layers and token kinds from one forward pass.
 
-Where to read is found by watching trial passes (`anatomy`), not looked up. By default layer ℓ is the output of the *second
-LayerNorm inside a block* (of block ℓ, counted from 0, for ℓ < L) and layer L the final norm: the study's choice (arXiv
-2601.09322; `blocks.i.norm2` and `norm` in timm's words). Other hook points go by name.
+The places to read are found by recording trial passes (`anatomy`), not by a table. By default layer ℓ is the output of the
+*second LayerNorm inside a block* (of block ℓ, counted from 0, for ℓ < L) and layer L the final norm: the study's choice (arXiv
+2601.09322; `blocks.i.norm2` and `norm` in timm's words). Other hook points have names.
 """
 
 from collections.abc import Iterable
@@ -17,10 +17,10 @@ from mlfusion import models
 from mlfusion.errors import BadModel
 from mlfusion.models.backbone.anatomy import Anatomy, dissect
 from mlfusion.models.backbone.loading import LoadedTower, forward_arguments, load
-from mlfusion.models.backbone.taps import Reducer, StopForward, Tap, count
+from mlfusion.models.backbone.taps import Reducer, StopForward, Tap
 from mlfusion.models.preprocessing import Preprocessing, read
 from mlfusion.shapes import Float
-from mlfusion.specs.identity import HOOKS, KINDS, Compute, Hook, Pair, TokenKind
+from mlfusion.specs.identity import GRID_SIDES, HOOKS, KINDS, Compute, Hook, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges
 
 __all__ = ["Anatomy", "Backbone", "Tap", "dissect"]
@@ -37,7 +37,7 @@ class Backbone:
         preprocessing: Preprocessing | None = None,
         compute: Compute = "float32",
     ) -> None:
-        """Load the weights and find the layers; without `preprocessing` it is the model's own.
+        """Load the weights and find the layers; `preprocessing` is by default the model's own.
 
         Raises:
             BadModel: weights that the forward pass needs are missing, no blocks are found, or they have no such hook point.
@@ -52,15 +52,15 @@ class Backbone:
         self._arguments = partial(forward_arguments, self._model, shape.patch_px)
         pixels = (3, *self.preprocessing.pixels)
         self.anatomy = dissect(self._model, self._arguments, pixels, depth=shape.depth, name=self.name)
-        if lost := sorted(key for key in loaded.missing if key.rpartition(".")[0] in self.anatomy.used):
+        if missing := sorted(key for key in loaded.missing if key.rpartition(".")[0] in self.anatomy.used):
             raise BadModel(
-                f"the weights of {self.name} lack {len(lost)} tensors that the forward pass needs, such as {lost[0]}; "
+                f"the weights of {self.name} lack {len(missing)} tensors that the forward pass needs, such as {missing[0]}; "
                 "the features would be random. Allowed: a checkpoint of the class its config.json names"
             )
         for part in (self._model, loaded.projection):
             if part is not None:
                 _convert(part, self._dtype)
-        self.projects = (  # to a space that images share with texts: the hook point 'projected'
+        self.projects = (  # whether it has the hook point 'projected', in a space that images share with texts
             loaded.projection is not None and not loaded.missing_projection and self.anatomy.final_mode != "raw"
         )
         self._taps = self._taps_at(checkpoint.hook, loaded)
@@ -78,7 +78,15 @@ class Backbone:
 
     def count(self, layer: int, kind: TokenKind) -> int:
         """Tokens of this kind per image at a layer; 0 if the layer has none."""
-        return count(kind, self._taps[layer], self.anatomy.special) if layer in self._taps else 0
+        tap, special = self._taps.get(layer), self.anatomy.special
+        if tap is None:
+            return 0
+        if kind in GRID_SIDES:
+            side = GRID_SIDES[kind]
+            return side * side if tap.grid is not None and min(tap.grid) >= side else 0
+        if kind == "all":
+            return tap.tokens
+        return {"cls": len(special.cls), "dist": len(special.dist), "registers": len(special.registers)}.get(kind, 1)
 
     def shapes(self, pairs: Iterable[Pair]) -> dict[Pair, tuple[int, int]]:
         """Return (tokens per image, width) of each (layer, kind).
@@ -86,7 +94,7 @@ class Backbone:
         Raises:
             BadModel: the model has no such token, or no such layer at its hook point; the message says which it has.
         """
-        found: dict[Pair, tuple[int, int]] = {}
+        shapes: dict[Pair, tuple[int, int]] = {}
         for layer, kind in sorted(pairs):
             tap = self._taps.get(layer)
             if tap is None:
@@ -94,44 +102,44 @@ class Backbone:
                     f"{self.name} has no layer {layer} at this hook point; allowed: --layers {layer_ranges(self._taps)}"
                 )
             if not (tokens := self.count(layer, kind)):
-                there = ", ".join(k for k in KINDS if self.count(layer, k))
+                available = ", ".join(k for k in KINDS if self.count(layer, k))
                 raise BadModel(
-                    f"{self.name} has no cls token; allowed: {there}. So take --tokens ap, and probes such as "
+                    f"{self.name} has no cls token; allowed: {available}. So take --tokens ap, and probes such as "
                     "ap-last/linear or ap-all-layers/attentive"
                     if kind == "cls"
-                    else f"{self.name} has no {kind} tokens at layer {layer}; allowed: {there}"
+                    else f"{self.name} has no {kind} tokens at layer {layer}; allowed: {available}"
                 )
-            found[layer, kind] = tokens, tap.width
-        return found
+            shapes[layer, kind] = tokens, tap.width
+        return shapes
 
     @torch.inference_mode()
     def __call__(
         self, pixels: Float[Tensor, "B 3 height width"], pairs: Iterable[Pair]
     ) -> dict[Pair, Float[Tensor, "B _ _"]]:
         """Run the model on preprocessed pictures up to the deepest requested layer → float32 tokens, on its device."""
-        wanted: dict[int, list[TokenKind]] = {}
+        kinds_of: dict[int, list[TokenKind]] = {}
         for layer, kind in self.shapes(pairs):
-            wanted.setdefault(layer, []).append(kind)
-        read: dict[Pair, Tensor] = {}
+            kinds_of.setdefault(layer, []).append(kind)
+        tokens_of: dict[Pair, Tensor] = {}
 
         def read_layer(layer: int, output: Tensor) -> None:
             sequence = self._taps[layer].sequence(output)
-            for kind in wanted[layer]:
-                read[layer, kind] = self._reducers[layer](sequence, kind)
-            if layer == max(wanted):
+            for kind in kinds_of[layer]:
+                tokens_of[layer, kind] = self._reducers[layer](sequence, kind)
+            if layer == max(kinds_of):
                 raise StopForward
 
-        # A convolution may use TF32 by default, which would make the patch embedding's numbers depend on the device.
+        # Convolutions use TF32 by default, which would make the patch embedding's numbers depend on the device.
         with ExitStack() as hooks, torch.backends.cudnn.flags(allow_tf32=False), suppress(StopForward):
-            for layer in sorted(wanted):
+            for layer in sorted(kinds_of):
                 hooks.enter_context(self._taps[layer].hook(partial(read_layer, layer), self.name))
             self._model(**self._arguments(pixels.to(self.device, self._dtype)))
-        if absent := {(layer, kind) for layer in wanted for kind in wanted[layer]} - set(read):
+        if absent := {(layer, kind) for layer in kinds_of for kind in kinds_of[layer]} - set(tokens_of):
             raise BadModel(f"{self.name}: the forward pass never came to {sorted(absent)}")
-        return {pair: tokens.float() for pair, tokens in read.items()}
+        return {pair: tokens.float() for pair, tokens in tokens_of.items()}
 
     def _taps_at(self, hook: Hook, loaded: LoadedTower) -> dict[int, Tap]:
-        """The place where each layer is read at this hook point."""
+        """Layer → the place where it is read at this hook point."""
         taps = dict(self.anatomy.taps.get("norm2" if hook == "projected" else hook, {}))
         if hook == "projected":
             if loaded.projection is None or not self.projects:
@@ -151,7 +159,7 @@ class Backbone:
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert weights and saved statistics to another type; what a module computes for itself, such as angles, stays."""
+    """Convert weights and saved statistics to another type, but not buffers that a module computes itself, such as angles."""
     for module in model.modules():
         saved = module._buffers.keys() - module._non_persistent_buffers_set
         for tensor in [*module._parameters.values(), *(module._buffers[name] for name in saved)]:

@@ -1,7 +1,6 @@
 """Renames the tensors of timm and open_clip to transformers' names; tensors are split and copied, never computed.
 
-The names written here are those of checkpoints on the hub, which every version of transformers reads, not those of its
-modules, which change.
+The new names are those of checkpoints on the hub, which every version of transformers reads. The names of its modules change.
 """
 
 import re
@@ -36,7 +35,7 @@ CLIP = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-OPEN_CLIP = {  # to timm's words, which the table above goes on from
+OPEN_CLIP = {  # to timm's names, which CLIP maps to transformers'
     "ln_1": "norm1",
     "ln_2": "norm2",
     "attn.in_proj_": "attn.qkv.",
@@ -53,54 +52,54 @@ def tensors(folder: Path, files: tuple[Path, ...], config: Any) -> dict[str, Ten
         weights |= load_file(file) if file.suffix == ".safetensors" else checkpoints.unpickled(file)
     if checkpoints.layout(folder) == "open_clip":
         weights = _to_timm_names(weights)
-    weights = {name: tensor for name, tensor in weights.items() if not checkpoints.LEFT_OUT.match(name)}
-    own = {"clip_vision_model": _clip, "dinov2": _dinov2, "dinov2_with_registers": _dinov2}
-    convert = own.get(config.model_type, _vit)
+    weights = {name: tensor for name, tensor in weights.items() if not checkpoints.CLASSIFIER.match(name)}
+    converters = {"clip_vision_model": _clip, "dinov2": _dinov2, "dinov2_with_registers": _dinov2}
+    convert = converters.get(config.model_type, _vit)
     return {name: tensor.float().contiguous() for name, tensor in convert(weights, config).items()}
 
 
 def _to_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's image tower → timm's names; the text tower is left out."""
-    outside = {
+    outside_blocks = {
         "visual.conv1.weight": ("patch_embed.proj.weight", lambda t: t),
         "visual.class_embedding": ("cls_token", lambda t: t[None, None]),
         "visual.positional_embedding": ("pos_embed", lambda t: t[None]),
         "visual.proj": ("projection", lambda t: t.T),
     }
-    made: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if name in outside:
-            new, change = outside[name]
-            made[new] = change(tensor)
+        if name in outside_blocks:
+            new, change = outside_blocks[name]
+            renamed[new] = change(tensor)
         elif name.startswith("visual.ln_"):
-            made[name.replace("visual.ln_pre", "norm_pre").replace("visual.ln_post", "norm")] = tensor
-        elif found := re.fullmatch(r"visual\.transformer\.resblocks\.(\d+)\.(.*)", name):
-            part = found[2]
+            renamed[name.replace("visual.ln_pre", "norm_pre").replace("visual.ln_post", "norm")] = tensor
+        elif match := re.fullmatch(r"visual\.transformer\.resblocks\.(\d+)\.(.*)", name):
+            part = match[2]
             for old, new in OPEN_CLIP.items():
                 part = part.replace(old, new)
-            made[f"blocks.{found[1]}.{part}"] = tensor
-    return made
+            renamed[f"blocks.{match[1]}.{part}"] = tensor
+    return renamed
 
 
 def _blocks(
-    weights: dict[str, Tensor], words: dict[str, str], prefix: str, qkv: tuple[str, str, str]
+    weights: dict[str, Tensor], names: dict[str, str], prefix: str, qkv: tuple[str, str, str]
 ) -> dict[str, Tensor]:
-    """The blocks' tensors under their new names; queries, keys and values, which timm stacks, each on their own."""
-    made: dict[str, Tensor] = {}
+    """The blocks' tensors under their new names; timm's stacked queries, keys and values are split."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if not (found := re.fullmatch(r"blocks\.(\d+)\.(.*?)(\.weight|\.bias|)", name)):
+        if not (match := re.fullmatch(r"blocks\.(\d+)\.(.*?)(\.weight|\.bias|)", name)):
             continue
-        number, part, end = found.groups()
-        new = f"{prefix}.{number}.{words[part]}{end}"
+        number, part, end = match.groups()
+        new = f"{prefix}.{number}.{names[part]}{end}"
         if part == "attn.qkv":
-            made |= {new.format(word): piece for word, piece in zip(qkv, tensor.chunk(3), strict=True)}
+            renamed |= {new.format(role): piece for role, piece in zip(qkv, tensor.chunk(3), strict=True)}
         else:
-            made[new] = tensor
-    return made
+            renamed[new] = tensor
+    return renamed
 
 
 def _positions(weights: dict[str, Tensor], config: Any) -> Tensor:
-    """[1, tokens, width]; where the class token has none of its own (timm's no_embed_class), it gets zeros."""
+    """Positions [1, tokens, width]; a class token without a position (timm's no_embed_class) gets zeros."""
     positions = weights["pos_embed"]
     patches = (config.image_size // config.patch_size) ** 2
     if positions.shape[1] == patches and "cls_token" in weights:
@@ -110,41 +109,41 @@ def _positions(weights: dict[str, Tensor], config: Any) -> Tensor:
 
 
 def _final(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The final norm; fc_norm, which timm gives the mean of the patches alone, is the norm of all tokens to us."""
+    """The final norm; timm applies fc_norm to the mean of the patches, and here it is the norm of all tokens."""
     old = "norm" if "norm.weight" in weights else "fc_norm"
     return {f"{name}.{part}": weights[f"{old}.{part}"] for part in ("weight", "bias") if f"{old}.{part}" in weights}
 
 
-def _embedded(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    words = {"cls_token": "cls_token", "dist_token": "distillation_token", "reg_token": "register_tokens"}
-    made = {f"embeddings.{new}": weights[old] for old, new in words.items() if old in weights}
-    made["embeddings.position_embeddings"] = _positions(weights, config)
+def _embeddings(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    names = {"cls_token": "cls_token", "dist_token": "distillation_token", "reg_token": "register_tokens"}
+    renamed = {f"embeddings.{new}": weights[old] for old, new in names.items() if old in weights}
+    renamed["embeddings.position_embeddings"] = _positions(weights, config)
     for part in ("weight", "bias"):
         if (name := f"patch_embed.proj.{part}") in weights:
-            made[f"embeddings.patch_embeddings.projection.{part}"] = weights[name]
-    return made
+            renamed[f"embeddings.patch_embeddings.projection.{part}"] = weights[name]
+    return renamed
 
 
-def _vit(weights: dict[str, Tensor], config: Any, words: dict[str, str] = VIT) -> dict[str, Tensor]:
-    blocks = _blocks(weights, words, "encoder.layer", ("query", "key", "value"))
-    return _embedded(weights, config) | blocks | _final(weights, "layernorm")
+def _vit(weights: dict[str, Tensor], config: Any, names: dict[str, str] = VIT) -> dict[str, Tensor]:
+    blocks = _blocks(weights, names, "encoder.layer", ("query", "key", "value"))
+    return _embeddings(weights, config) | blocks | _final(weights, "layernorm")
 
 
 def _dinov2(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    words = DINOV2 | ({"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"} if config.use_swiglu_ffn else {})
-    made = _vit(weights, config, words)
-    made["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)  # unused, but expected by the class
+    names = DINOV2 | ({"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"} if config.use_swiglu_ffn else {})
+    renamed = _vit(weights, config, names)
+    renamed["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)  # unused, but expected by the class
     for number in range(config.num_hidden_layers):
         for half in (1, 2):  # without LayerScale: times one
-            made.setdefault(f"encoder.layer.{number}.layer_scale{half}.lambda1", torch.ones(config.hidden_size))
-    return made
+            renamed.setdefault(f"encoder.layer.{number}.layer_scale{half}.lambda1", torch.ones(config.hidden_size))
+    return renamed
 
 
 def _clip(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    made = _blocks(weights, CLIP, "encoder.layers", ("q", "k", "v"))
-    made["embeddings.class_embedding"] = weights["cls_token"][0, 0]
-    made["embeddings.patch_embedding.weight"] = weights["patch_embed.proj.weight"]
-    made["embeddings.position_embedding.weight"] = _positions(weights, config)[0]
-    made |= {f"pre_layrnorm.{part}": weights[f"norm_pre.{part}"] for part in ("weight", "bias")}
-    made = {f"vision_model.{name}": tensor for name, tensor in (made | _final(weights, "post_layernorm")).items()}
-    return made | ({"visual_projection.weight": weights["projection"]} if "projection" in weights else {})
+    renamed = _blocks(weights, CLIP, "encoder.layers", ("q", "k", "v"))
+    renamed["embeddings.class_embedding"] = weights["cls_token"][0, 0]
+    renamed["embeddings.patch_embedding.weight"] = weights["patch_embed.proj.weight"]
+    renamed["embeddings.position_embedding.weight"] = _positions(weights, config)[0]
+    renamed |= {f"pre_layrnorm.{part}": weights[f"norm_pre.{part}"] for part in ("weight", "bias")}
+    renamed = {f"vision_model.{name}": tensor for name, tensor in (renamed | _final(weights, "post_layernorm")).items()}
+    return renamed | ({"visual_projection.weight": weights["projection"]} if "projection" in weights else {})

@@ -30,7 +30,7 @@ class Special:
     other: tuple[int, ...] = ()  # of unknown purpose, such as YOLOS' detection tokens
 
     @property
-    def every(self) -> tuple[int, ...]:
+    def all_positions(self) -> tuple[int, ...]:
         """All positions, sorted."""
         return tuple(sorted((*self.cls, *self.dist, *self.registers, *self.other)))
 
@@ -40,7 +40,7 @@ class Tap:
     """The place where one layer's tokens are read, and what they are."""
 
     module: nn.Module
-    entering: bool = False  # read the module's input, not its output
+    at_input: bool = False  # read the module's input, not its output
     norm: nn.Module | None = None  # applied to all tokens that are read
     channels_first: bool = False  # 4-D maps are [images, channels, height, width]
     tokens: int = 0  # per image, special tokens included
@@ -51,7 +51,7 @@ class Tap:
 
     def hook(self, read: Callable[[Tensor], None], name: str) -> RemovableHandle:
         """Give `read` the tensor of this place in every pass, until the handle is removed; `name` is the model's."""
-        if not self.entering:
+        if not self.at_input:
             return self.module.register_forward_hook(lambda _, __, output: read(tensor_of(output, name)))
         return self.module.register_forward_pre_hook(
             lambda _, args, kwargs: read(tensor_of(first_tensor((*args, *kwargs.values())), name)), with_kwargs=True
@@ -64,37 +64,27 @@ class Tap:
         return output if self.norm is None else self.norm(output)
 
 
-def count(kind: TokenKind, tap: Tap, special: Special) -> int:
-    """Tokens of this kind per image at a layer; 0 if the layer has none."""
-    if kind in GRID_SIDES:
-        side = GRID_SIDES[kind]
-        return side * side if tap.grid is not None and min(tap.grid) >= side else 0
-    if kind == "all":
-        return tap.tokens
-    return {"cls": len(special.cls), "dist": len(special.dist), "registers": len(special.registers)}.get(kind, 1)
-
-
 class Reducer:
     """Reduces the sequences of one layer to token kinds."""
 
     def __init__(self, tap: Tap, special: Special) -> None:
         self._grid = tap.grid
         self._order = torch.tensor(tap.order) if tap.order is not None else None
-        self._places = {kind: _places(getattr(special, kind)) for kind in ("cls", "dist", "registers")}
-        self._patches = _places(sorted(set(range(tap.tokens)) - set(special.every)))
+        self._positions = {kind: _as_slice(getattr(special, kind)) for kind in ("cls", "dist", "registers")}
+        self._patches = _as_slice(sorted(set(range(tap.tokens)) - set(special.all_positions)))
 
     def __call__(self, sequence: Float[Tensor, "B T D"], kind: TokenKind) -> Float[Tensor, "B tokens D"]:
         """The tokens of a kind; a copy, so that the whole layer can be freed."""
         if kind == "all":
             return sequence.clone()
-        if kind in self._places:
-            return sequence[:, self._places[kind]].clone()
+        if kind in self._positions:
+            return sequence[:, self._positions[kind]].clone()
         patches = sequence[:, self._patches]
         if kind in GRID_SIDES:
-            return self._pooled(patches, GRID_SIDES[kind])
+            return self._pool(patches, GRID_SIDES[kind])
         return _STATISTICS[kind](patches)
 
-    def _pooled(self, patches: Float[Tensor, "B patches D"], side: int) -> Float[Tensor, "B {side*side} D"]:
+    def _pool(self, patches: Float[Tensor, "B patches D"], side: int) -> Float[Tensor, "B {side*side} D"]:
         """Means over a grid of side × side cells, in raster order; a patch at the border of two cells counts in both."""
         assert self._grid is not None
         if self._order is not None:
@@ -104,13 +94,13 @@ class Reducer:
         return F.adaptive_avg_pool2d(maps, side).flatten(2).transpose(1, 2)
 
 
-def _places(tokens: Sequence[int]) -> slice | list[int]:
-    """The positions as a slice if they are contiguous, as in most models: then no index has to go to the device."""
-    contiguous = list(tokens) == list(range(tokens[0], tokens[-1] + 1)) if tokens else False
-    return slice(tokens[0], tokens[-1] + 1) if contiguous else list(tokens)
+def _as_slice(positions: Sequence[int]) -> slice | list[int]:
+    """The positions as a slice if they are contiguous, as in most models: a slice needs no index on the device."""
+    contiguous = list(positions) == list(range(positions[0], positions[-1] + 1)) if positions else False
+    return slice(positions[0], positions[-1] + 1) if contiguous else list(positions)
 
 
-# Means in float32, whatever the model computes in: a mean of hundreds of bfloat16 numbers is off in its third digit.
+# Means are computed in float32: a mean of hundreds of bfloat16 numbers is wrong in its third digit.
 _STATISTICS: dict[TokenKind, Callable[[Tensor], Tensor]] = {
     "ap": lambda patches: patches.mean(1, keepdim=True, dtype=torch.float32),
     "max": lambda patches: patches.amax(1, keepdim=True),

@@ -1,7 +1,7 @@
 """Records one forward pass: the order of module calls, and the shapes of their inputs and outputs. It keeps no tensor alive.
 
-Serial numbers identify tensors: the same number is the same tensor object. So the code sees that a norm feeds an MLP without
-a table of module names, which change between versions of transformers.
+Each tensor object has a number of its own. The numbers show that a norm feeds an MLP without a table of module names, which
+change between versions of transformers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,28 +19,28 @@ from mlfusion.errors import BadModel
 
 @dataclass
 class Call:
-    """One run of one module. Times are steps of a common clock."""
+    """One call of one module. `begin` and `end` are steps of a common clock."""
 
     module: nn.Module
     begin: int
     end: int = -1
-    given: int = -1  # serial number of its first tensor
-    given_shape: tuple[int, ...] = ()
-    made: int = -1  # of its first output
-    made_shape: tuple[int, ...] = ()
+    input_id: int = -1  # number of its first input tensor
+    input_shape: tuple[int, ...] = ()
+    output_id: int = -1  # number of its first output tensor
+    output_shape: tuple[int, ...] = ()
 
 
-class Watch:
+class CallRecorder:
     """The calls of one forward pass, in the order in which they began."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self._serials: Any = WeakIdKeyDictionary()
-        self._clock, self._numbers = count(), count()
-        self._open: list[Call] = []
+        self._ids: Any = WeakIdKeyDictionary()
+        self._clock, self._next_id = count(), count()
+        self._running: list[Call] = []
 
     def first(self, module: nn.Module) -> Call | None:
-        """The first run of a module."""
+        """The first call of a module."""
         return next((call for call in self.calls if call.module is module), None)
 
     def within(self, outer: Call) -> Iterator[Call]:
@@ -48,8 +48,8 @@ class Watch:
         return (call for call in self.calls if outer.begin < call.begin and call.end < outer.end)
 
     @contextmanager
-    def on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Watch these modules inside the with statement."""
+    def recording(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Record the calls of these modules inside the with statement."""
         with ExitStack() as hooks:
             for module in modules:
                 hooks.enter_context(module.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -58,22 +58,22 @@ class Watch:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call = Call(module, next(self._clock))
-        if (given := first_tensor((*args, *kwargs.values()))) is not None:
-            call.given, call.given_shape = self._serial(given), tuple(given.shape)
-        self._open.append(call)
+        if (tensor := first_tensor((*args, *kwargs.values()))) is not None:
+            call.input_id, call.input_shape = self._id_of(tensor), tuple(tensor.shape)
+        self._running.append(call)
         self.calls.append(call)
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
-        call = self._open.pop()
+        call = self._running.pop()
         assert call.module is module
         call.end = next(self._clock)
-        if (made := main_output(output)) is not None:
-            call.made, call.made_shape = self._serial(made), tuple(made.shape)
+        if (tensor := main_output(output)) is not None:
+            call.output_id, call.output_shape = self._id_of(tensor), tuple(tensor.shape)
 
-    def _serial(self, tensor: Tensor) -> int:
-        if tensor not in self._serials:
-            self._serials[tensor] = next(self._numbers)
-        return self._serials[tensor]
+    def _id_of(self, tensor: Tensor) -> int:
+        if tensor not in self._ids:
+            self._ids[tensor] = next(self._next_id)
+        return self._ids[tensor]
 
 
 def first_tensor(values: Iterable[Any]) -> Tensor | None:
@@ -92,7 +92,7 @@ def main_output(output: Any) -> Tensor | None:
 
 def tensor_of(output: Any, name: str) -> Tensor:
     """A module's main output; raises BadModel, with the model's name, if it is not a tensor."""
-    found = main_output(output)
-    if found is None:
+    tensor = main_output(output)
+    if tensor is None:
         raise BadModel(f"{name}: a block gives {type(output).__name__}, not a tensor")
-    return found
+    return tensor

@@ -1,7 +1,7 @@
 """Image preprocessing: the model's own steps, read from its files; they are part of the key.
 
 `steps` computes them and writes them into the key; `processors` reads them from the files of transformers, timm and
-open_clip, or calls a processor of transformers whose rules are its own.
+open_clip, or calls a processor of transformers that has rules of its own.
 """
 
 from mlfusion.models.preprocessing.processors import Preprocessing, TransformersProcessor, read

@@ -15,9 +15,9 @@ from mlfusion.errors import BadModel, first_line
 from mlfusion.models.checkpoints import read_json
 from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges
 
-KNOWN: dict[str, dict[str, Any]] = {
-    # Defaults of transformers' processors for what their configuration leaves out; `square`: how they take a size that is
-    # one number.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    # Defaults of transformers' processors for settings that their configuration omits. `square`: whether a size of one
+    # number means height and width; else it is the shortest edge. `of`: the colours.
     "CLIP": {"size": 224, "square": False, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "clip"},
     "Bit": {"size": 224, "square": False, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "clip"},
     "ViT": {"size": 224, "square": True, "resample": 2, "of": "half"},
@@ -37,7 +37,7 @@ COLOURS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean and 
 
 
 class TransformersProcessor:
-    """A processor of transformers whose steps are not `Steps`: it is called as it is, and returns finished floats."""
+    """A processor of transformers whose steps are not `Steps`: it is called unchanged, and returns finished floats."""
 
     dtype, decodes_jpeg, view = torch.float32, False, "plain"
 
@@ -54,11 +54,11 @@ class TransformersProcessor:
 
     def picture(self, image: Image.Image, name: str = "") -> np.ndarray:
         """One image → [3, height, width] float32."""
-        made = self._processor(images=[image.convert("RGB")], return_tensors="np")["pixel_values"]
-        return np.asarray(made, np.float32)[0]
+        pixels = self._processor(images=[image.convert("RGB")], return_tensors="np")["pixel_values"]
+        return np.asarray(pixels, np.float32)[0]
 
     def from_jpeg(self, data: bytes, name: str = "", max_pixels: int = 2**63) -> np.ndarray | None:
-        """None: there is no fast path."""
+        """Return None: there is no fast path."""
         return None
 
     def finish(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
@@ -94,32 +94,32 @@ def read(
         BadModel: neither this code nor transformers can read the folder, or the study has no recipe for the model's family.
     """
     config = read_json(folder / "config.json")
-    found = _from_study(folder, config) if variant.startswith("paper") else _from_files(folder, config)
-    if isinstance(found, TransformersProcessor):
+    steps = _from_study(folder, config) if variant.startswith("paper") else _from_files(folder, config)
+    if isinstance(steps, TransformersProcessor):
         if variant != "exact" or size is not None or view != "plain":
             raise BadModel(
                 f"the processor of {folder.name} has rules of its own; allowed with it: --preprocess exact, no --size and "
                 "no views"
             )
-        return found
+        return steps
     if size is not None:
-        found = _with_size(found, size)
-    if variant.endswith("fast") and found.resample in ("bilinear", "bicubic"):  # the filters that torch has for bytes
-        found = dataclasses.replace(found, kernel="torch-uint8")
-    return dataclasses.replace(found, view=view, seed=seed)
+        steps = _with_size(steps, size)
+    if variant.endswith("fast") and steps.resample in ("bilinear", "bicubic"):  # the filters that torch has for bytes
+        steps = dataclasses.replace(steps, kernel="torch-uint8")
+    return dataclasses.replace(steps, view=view, seed=seed)
 
 
 def _with_size(steps: Steps, size: int) -> Steps:
     """The same steps for a square input of another size."""
     if size < 1:
         raise BadModel(f"--size {size}: allowed are 1 and more")
-    whole, crop = steps.size, steps.crop_size
-    if isinstance(whole, int):
+    resize, crop = steps.size, steps.crop_size
+    if isinstance(resize, int):
         assert crop is not None
-        whole = round(whole * size / min(crop))
-    elif whole is not None:
-        whole = (round(whole[0] * size / crop[0]), round(whole[1] * size / crop[1])) if crop else (size, size)
-    return dataclasses.replace(steps, size=whole, crop_size=crop and (size, size))
+        resize = round(resize * size / min(crop))
+    elif resize is not None:
+        resize = (round(resize[0] * size / crop[0]), round(resize[1] * size / crop[1])) if crop else (size, size)
+    return dataclasses.replace(steps, size=resize, crop_size=crop and (size, size))
 
 
 def _from_files(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
@@ -130,14 +130,13 @@ def _from_files(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
         return _from_open_clip(clip, read_json(folder / "open_clip_config.json"))
     settings = read_json(folder / "preprocessor_config.json") or read_json(folder / "video_preprocessor_config.json")
     names = ("image_processor_type", "feature_extractor_type", "video_processor_type")
-    name = next((str(settings[one]) for one in names if settings.get(one)), "")
-    if _family(name) in KNOWN and not settings.get("do_pad"):
-        return _from_transformers(_family(name), settings)
-    processor = _processor(folder)
-    settings, name = processor.to_dict(), type(processor).__name__
-    if _family(name) in KNOWN and not settings.get("do_pad"):
-        return _from_transformers(_family(name), settings)
-    return TransformersProcessor(processor)
+    name = next((str(settings[key]) for key in names if settings.get(key)), "")
+    if _family(name) not in DEFAULTS or settings.get("do_pad"):
+        processor = _processor(folder)
+        settings, name = processor.to_dict(), type(processor).__name__
+        if _family(name) not in DEFAULTS or settings.get("do_pad"):
+            return TransformersProcessor(processor)
+    return _from_transformers(_family(name), settings)
 
 
 def _family(name: str) -> str:
@@ -148,11 +147,11 @@ def _family(name: str) -> str:
 
 
 def _from_transformers(family: str, settings: Mapping[str, Any]) -> Steps:
-    """The steps of a processor of transformers, as it reads its configuration, in the older forms too."""
-    known = KNOWN[family]
-    settings = {**known, **{name: value for name, value in settings.items() if value is not None}}
+    """The steps of a processor of transformers with this configuration, which may have an older form."""
+    defaults = DEFAULTS[family]
+    settings = {**defaults, **{name: value for name, value in settings.items() if value is not None}}
     size, crop = _size_and_crop(family, settings)
-    mean, std = COLOURS[known["of"]]
+    mean, std = COLOURS[defaults["of"]]
     normalizes = settings.get("do_normalize", True)
     try:
         resample = {number: name for name, number in FILTERS.items()}[int(settings["resample"])]
@@ -162,7 +161,7 @@ def _from_transformers(family: str, settings: Mapping[str, Any]) -> Steps:
         size=size,
         crop_size=crop,
         resample=resample,
-        kernel=known.get("kernel", "pil"),
+        kernel=defaults.get("kernel", "pil"),
         rescale_factor=float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else None,
         image_mean=_per_channel(settings.get("image_mean", mean)) if normalizes else None,
         image_std=_per_channel(settings.get("image_std", std)) if normalizes else None,
@@ -172,20 +171,20 @@ def _from_transformers(family: str, settings: Mapping[str, Any]) -> Steps:
 def _size_and_crop(
     family: str, settings: Mapping[str, Any]
 ) -> tuple[tuple[int, int] | int | None, tuple[int, int] | None]:
-    """The resize and the centre crop of a processor of transformers; None: it does not resize, or not crop."""
+    """The resize and the centre crop of a processor of transformers; None if it does not resize, or does not crop."""
     crop = _square(settings["crop_size"]) if settings.get("do_center_crop") else None
     if not settings.get("do_resize", True):
         return None, crop
     if family == "Siglip2":
-        # NaFlex cuts images of any shape into at most so many patches; the cache needs one shape: the square.
+        # NaFlex takes images of any shape with a limited number of patches; the cache needs one shape: a square.
         side = settings.get("patch_size", 16) * math.isqrt(settings.get("max_num_patches", 256))
         return (side, side), crop
-    if family == "VJEPA2":  # its size always follows from the crop
+    if family == "VJEPA2":  # the processor computes its size from the crop
         return int(_square(settings["crop_size"])[0] * 256 / 224), crop
-    number = isinstance(settings["size"], (int, float))
-    size = _square(settings["size"]) if number and KNOWN[family]["square"] else edges(settings["size"])
+    is_number = isinstance(settings["size"], (int, float))
+    size = _square(settings["size"]) if is_number and DEFAULTS[family]["square"] else edges(settings["size"])
     if family == "ConvNext" and isinstance(size, int):
-        # Below 384 pixels a margin is resized and cut off, from there on images are squashed.
+        # Below 384 pixels images are resized with a margin and cropped; larger sizes squash the image.
         return (int(size / settings["crop_pct"]), (size, size)) if size < 384 else ((size, size), crop)
     return size, crop
 
@@ -222,7 +221,7 @@ def _from_open_clip(settings: Mapping[str, Any], config: Mapping[str, Any]) -> S
 def _torchvision(
     size: tuple[int, int] | int, crop: tuple[int, int], settings: Mapping[str, Any], resample: str, colours: str
 ) -> Steps:
-    """A resize and a crop as torchvision rounds them; `resample` and `colours` hold where the settings do not say."""
+    """A resize and a crop with torchvision's rounding; `resample` and `colours` are the defaults of the settings."""
     mean, std = COLOURS[colours]
     return Steps(
         size=size,
@@ -245,8 +244,8 @@ STUDY_STEPS: dict[str, tuple[int, str, str]] = {  # model_type → shortest edge
 
 
 def _from_study(folder: Path, config: Mapping[str, Any]) -> Steps:
-    timms = str(config.get("architecture")).startswith("vit_")  # the study loads its supervised ViTs from these
-    family = "vit" if timms else str(config.get("model_type"))
+    is_timm = str(config.get("architecture")).startswith("vit_")  # the study's supervised ViTs
+    family = "vit" if is_timm else str(config.get("model_type"))
     if family not in STUDY_STEPS:
         raise BadModel(
             f"the study has no model of the family {family} of {folder.name}; allowed with --preprocess paper: "
@@ -265,6 +264,6 @@ def _processor(folder: Path) -> Any:
     except (OSError, ValueError, ImportError) as err:
         raise BadModel(
             f"{folder.name}: no image processor can be made ({first_line(err)}); the folder needs a "
-            f"preprocessor_config.json of one of {', '.join(KNOWN)}, or of another processor "
+            f"preprocessor_config.json of one of {', '.join(DEFAULTS)}, or of another processor "
             "that has a PIL form in transformers"
         ) from err

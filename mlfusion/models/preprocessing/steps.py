@@ -1,12 +1,11 @@
-"""Resize, crop, rescale and normalise: what is done to an image before the model sees it, and how the cache's key says it.
+"""Resizes, crops, rescales and normalises images for the model, and writes these steps into the cache's key.
 
 The reference is the model's image processor in transformers, in its PIL form. This code gives the same numbers to the bit,
-needs neither torchvision nor the processor's class, and splits the work in two. `Steps.picture` is what a worker does for
-one image and ends in bytes, a quarter of the floats' memory; `Steps.finish` turns a batch of them into the numbers that the
-model takes, on the model's device.
+needs neither torchvision nor the processor's class, and has two stages. A worker calls `Steps.picture` for one image, which
+returns bytes, a quarter of the floats' memory; `Steps.finish` converts a batch of them to the model's input, on its device.
 
-The fast path decodes JPEG by libjpeg-turbo directly, large images at a reduced scale, and resizes bytes by torch. Most of
-its pixels equal the exact ones and the others differ by one level; docs/measurements/speed.md shows what that does to features.
+The fast path decodes JPEG by libjpeg-turbo directly, large images at a reduced scale, and resizes bytes by torch. Most of its
+pixels equal the exact ones and the others differ by one level; docs/measurements/speed.md shows the effect on features.
 """
 
 import dataclasses
@@ -53,7 +52,7 @@ class Steps:
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
     view: str = "plain"  # 'plain', 'flip', 'crop1', …: which part of the image is shown, and whether mirrored
-    seed: int = 0  # decides where random crops lie
+    seed: int = 0  # of the positions of random crops
 
     def __post_init__(self) -> None:
         if self.crop_size is None and not isinstance(self.size, tuple):
@@ -83,7 +82,7 @@ class Steps:
         image = image if image.mode == "RGB" else image.convert("RGB")
         box, mirrored = self.region(image.height, image.width, name)
         if box:
-            # Not by Image.crop, which refuses what is larger than PIL's limit.
+            # Image.crop refuses images that are larger than PIL's limit.
             top, left, height, width = box
             image = Image.fromarray(np.asarray(image)[top : top + height, left : left + width])
         height, width = self.pixels if box else self._resized_shape(image.height, image.width)
@@ -99,7 +98,7 @@ class Steps:
         """Decode, resize and crop a JPEG file by the fast path.
 
         Returns None for a file that is not a JPEG in grey or YCbCr, is damaged, or has more than `max_pixels` pixels: PIL
-        decodes those, or says what is wrong.
+        decodes such files, or raises an error that says what is wrong.
         """
         if data[:2] != b"\xff\xd8" or (shape := _jpeg_shape(data)) is None or shape[0] * shape[1] > max_pixels:
             return None
@@ -120,10 +119,10 @@ class Steps:
         self, pixels: UInt8[np.ndarray, "_ _ 3"], height: int, width: int
     ) -> Num[np.ndarray, "3 {height} {width}"]:
         """Resize with antialiasing, as PIL does it."""
-        whole = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         if self.kernel == "torch-float32":
-            whole = whole.float() * (self.rescale_factor or 1)
-        return torch.nn.functional.interpolate(whole, (height, width), mode=self.resample, antialias=True)[0].numpy()
+            batch = batch.float() * (self.rescale_factor or 1)
+        return torch.nn.functional.interpolate(batch, (height, width), mode=self.resample, antialias=True)[0].numpy()
 
     def _crop_and_mirror(self, pixels: np.ndarray, mirrored: bool) -> np.ndarray:
         if self.crop_size and pixels.shape[1:] != self.crop_size:
@@ -133,8 +132,8 @@ class Steps:
     def region(self, height: int, width: int, name: str) -> tuple[tuple[int, int, int, int] | None, bool]:
         """The part of an image that this view shows, (top, left, height, width) or None for all; and whether it is mirrored.
 
-        Crops are those of torchvision's `RandomResizedCrop`: 0.25 to 1 of the area, aspect ratio 3/4 to 4/3, uniform
-        position. They are a function of the seed, the view and the sample's id alone.
+        Crops have the distribution of torchvision's `RandomResizedCrop`: 0.25 to 1 of the area, aspect ratio 3/4 to 4/3,
+        uniform position. They depend only on the seed, the view and the sample's id.
         """
         if not self.view.startswith("crop"):
             return None, self.view == "flip"
@@ -154,25 +153,25 @@ class Steps:
 
         `out`: a tensor to write into, of that shape or with more images; reused memory is faster than new.
         """
-        made = torch.empty(pictures.shape, device=pictures.device) if out is None else out[: len(pictures)]
-        made.copy_(pictures)
+        floats = torch.empty(pictures.shape, device=pictures.device) if out is None else out[: len(pictures)]
+        floats.copy_(pictures)
         factor = self.rescale_factor
         if factor is not None and pictures.dtype == torch.uint8:
-            if self._divides:
-                made.div_(1 / factor)
+            if self._division_is_exact:
+                floats.div_(1 / factor)
             else:
-                made.copy_(made.double().mul_(factor))
+                floats.copy_(floats.double().mul_(factor))
         if self.image_mean is not None and self.image_std is not None:
-            colours = torch.tensor([self.image_mean, self.image_std], device=made.device)
-            made.sub_(colours[0, :, None, None]).div_(colours[1, :, None, None])
-        return made
+            colours = torch.tensor([self.image_mean, self.image_std], device=floats.device)
+            floats.sub_(colours[0, :, None, None]).div_(colours[1, :, None, None])
+        return floats
 
     def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "B 3 height width"]:
         """Images → the model's input."""
         return self.finish(torch.from_numpy(np.stack([self.picture(image) for image in images])))
 
     @cached_property
-    def _divides(self) -> bool:
+    def _division_is_exact(self) -> bool:
         """Whether dividing in float32 gives, for every byte, transformers' product in float64 rounded to float32."""
         assert self.rescale_factor is not None
         byte = torch.arange(256)
@@ -188,9 +187,9 @@ class Steps:
         return (longer, self.size) if width <= height else (self.size, longer)
 
     def key(self, *, exif_transpose: bool = False) -> str:
-        """Canonical JSON for `ModelSpec.preprocess`, in transformers' words where it has them; `from_key` reads it back.
+        """Canonical JSON for `ModelSpec.preprocess`, with transformers' names if they exist; `from_key` reads it.
 
-        `exif_transpose`: the data set turns images as their EXIF says before these steps.
+        `exif_transpose`: whether the data set rotates images by their EXIF orientation before these steps.
         """
         body = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         for name in body.keys() & {"size", "crop_size"}:
@@ -210,11 +209,11 @@ def _centre_crop(
 ) -> Num[np.ndarray, "3 {size[0]} {size[1]}"]:
     """The middle of an image, padded with zeros if the image is smaller."""
     offsets, pads = [], []
-    for have, want in zip(pixels.shape[1:], size, strict=True):
-        margin, lack = max(have - want, 0), max(want - have, 0)
+    for current, target in zip(pixels.shape[1:], size, strict=True):
+        margin, padding = max(current - target, 0), max(target - current, 0)
         offsets.append(margin // 2 if rounding == "floor" else round(margin / 2))
-        before = -(-lack // 2) if rounding == "floor" else lack // 2
-        pads.append((before, lack - before))
+        before = -(-padding // 2) if rounding == "floor" else padding // 2
+        pads.append((before, padding - before))
     if any(map(any, pads)):
         pixels = np.pad(pixels, ((0, 0), *pads))
     top, left = offsets
@@ -222,12 +221,12 @@ def _centre_crop(
 
 
 def canonical(body: Mapping[str, Any], exif_transpose: bool) -> str:
-    """The JSON text of a preprocessing, with the mark of images that are turned as their EXIF says."""
+    """The JSON text of a preprocessing; it has a mark if images are rotated by their EXIF orientation."""
     return json.dumps({**body, "exif": "upright"} if exif_transpose else body, sort_keys=True)
 
 
 def from_key(key: str) -> tuple[Steps | None, bool]:
-    """The steps whose `key` this is, and whether images are turned as their EXIF says.
+    """The steps that have this `key`, and whether images are rotated by their EXIF orientation.
 
     The steps are None if a processor of transformers, or another version of this code, wrote the key.
     """
@@ -236,7 +235,7 @@ def from_key(key: str) -> tuple[Steps | None, bool]:
         exif_transpose = body.pop("exif", None) == "upright"
         unmarked = json.dumps(body, sort_keys=True)
         body.pop("spare", None)
-        absent = {"size": None, "crop_size": None, "rescale_factor": None}  # the key leaves out steps that are not done
+        absent = {"size": None, "crop_size": None, "rescale_factor": None}  # the key omits steps that are not done
         sizes = {name: edges(body[name]) for name in ("size", "crop_size") if name in body}
         colours = {name: tuple(map(float, body[name])) for name in ("image_mean", "image_std") if name in body}
         steps = Steps(**{**absent, **body, **sizes, **colours})
@@ -260,9 +259,9 @@ def edges(value: Any) -> tuple[int, int] | int:
 
 
 def _jpeg_scale(source: tuple[int, ...], target: tuple[int, ...]) -> int:
-    """8, 4, 2 or 1: the JPEG is decoded at one part in so many of its height and width."""
+    """The divisor of a JPEG's height and width at which it is decoded: 8, 4, 2 or 1."""
     for scale in (8, 4, 2):
-        if all(have >= scale * JPEG_MARGIN * want for have, want in zip(source, target, strict=True)):
+        if all(side >= scale * JPEG_MARGIN * target_side for side, target_side in zip(source, target, strict=True)):
             return scale
     return 1
 
@@ -279,7 +278,7 @@ def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
 def _decode_jpeg(data: bytes, height: int, width: int, scale: int) -> np.ndarray | None:
     """[height / scale, width / scale, 3] uint8, rounded up; None if the file is damaged.
 
-    Decoded by simplejpeg (libjpeg-turbo without PIL's copies) if it is installed, else by PIL: the same bytes.
+    simplejpeg (libjpeg-turbo without PIL's copies) decodes it if it is installed, else PIL, to the same bytes.
     """
     try:
         import simplejpeg
@@ -287,9 +286,9 @@ def _decode_jpeg(data: bytes, height: int, width: int, scale: int) -> np.ndarray
         simplejpeg = None
     try:
         if simplejpeg is not None:
-            # The smallest of the scales n/8 that gives at least this many pixels: 8 / scale of them.
-            least = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
-            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **least)
+            # simplejpeg takes the smallest of the scales n/8 that gives at least this size, which is 1 / scale.
+            min_size = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **min_size)
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             if scale > 1:
                 image.draft("RGB", (-(-width // scale), -(-height // scale)))
