@@ -1,6 +1,6 @@
 """Storage types of tokens: float16, bfloat16, float32, or int8 with a scale per token.
 
-NumPy and Zarr have no bfloat16, so its bits are stored as uint16. As int8 a vector of D numbers is stored as D integers in
+NumPy and Zarr have no bfloat16, so its bits are stored as uint16. An int8 token of D numbers is stored as D integers in
 -127..127, followed by the four bytes of the float32 scale that they are multiplied with (little-endian). In every encoding
 the fill value of a missing part decodes to NaN, never to plausible numbers.
 """
@@ -15,7 +15,7 @@ from mlfusion.specs.identity import Dtype
 
 INT8_MAX = 127  # -128 is left unused so that the range is symmetric
 SCALE_BYTES = 4
-CHECK_ITEMS = 1 << 17  # per comparison, so that they stay in a core's cache
+CHECK_ITEMS = 1 << 17  # numbers in one comparison, so few that they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _floats(name: Dtype) -> Encoding:
 
 
 def _finite(stored: Num[np.ndarray, "*N D"], infinity: int) -> Bool[np.ndarray, "*N"]:
-    """Whether floats are finite, by their bits as integers, which compare faster: those of infinity and NaN are largest."""
+    """Whether floats are finite. Their bits are compared as integers, which is faster: infinity and NaN are the largest."""
     sign = 1 << 8 * stored.itemsize - 1
     bits = np.ascontiguousarray(stored).view(f"<u{stored.itemsize}")
     signed = bits.view(f"<i{stored.itemsize}")
@@ -74,8 +74,8 @@ def _to_int8(tokens: Float[np.ndarray, "*N D"]) -> Num[np.ndarray, "*N D+4"]:
     tokens = np.asarray(tokens, np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         scale = np.abs(tokens).max(-1, keepdims=True) / np.float32(INT8_MAX)
-        whole = np.rint(tokens / np.where(scale > 0, scale, 1)).clip(-INT8_MAX, INT8_MAX)
-        integers = np.nan_to_num(whole).astype(np.int8)
+        rounded = np.rint(tokens / np.where(scale > 0, scale, 1)).clip(-INT8_MAX, INT8_MAX)
+        integers = np.nan_to_num(rounded).astype(np.int8)
     return np.concatenate([integers, np.ascontiguousarray(scale, "<f4").view(np.int8)], -1)
 
 

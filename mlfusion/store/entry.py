@@ -2,7 +2,7 @@
 
 <key>/entry.json          the FeatureSpec whose digest is the folder's name
       ids.json labels.npy digests.npy      row by row: sample id, label, digest of the image's bytes
-      names/<digest>.json the names under which users extracted this model and data set
+      names/<digest>.json the names that users gave for this model and data set
       runs/<id>.json      provenance of each extraction: versions, device, rates; never part of the key
       leases/ pins/       marks of the processes that extract or read it
       tokens/<stream>/    stream.json; c/<shard>/ with the shard and its commit record, published in one step; and, once
@@ -39,10 +39,10 @@ FOLDERS = (TOKENS, "names", "runs", "leases", "pins")
 
 
 class ShardDraft:
-    """A shard being written. `publish` gives it its name; leaving the `with` before that leaves nothing behind."""
+    """A shard that is being written. `publish` gives it its name; without it, the `with` removes the draft at its end."""
 
     def __init__(self, folder: Path, samples: Samples, stream: Stream, shard: int) -> None:
-        """`folder` is the stream's, `samples` are all rows of the entry."""
+        """`folder` is the stream's folder, `samples` are all rows of the entry."""
         self._samples, self.stream, self.shard = samples, stream, shard
         self.row = stream.rows(shard).start  # the next image to append
         self._skipped: dict[int, str] = {}
@@ -105,11 +105,11 @@ class ShardDraft:
 
 
 class Entry:
-    """Reads and writes one folder of the cache; `below` are the same entry's folders in lower layers, which are only read."""
+    """Reads and writes one folder of the cache; `lower` are the same entry's folders in lower layers, which are only read."""
 
-    def __init__(self, path: Path, below: Sequence["Entry"] = ()) -> None:
+    def __init__(self, path: Path, lower: Sequence["Entry"] = ()) -> None:
         """Read the entry's record: NotCached if it was removed, CacheUnusable if it is damaged or of a newer format."""
-        self.path, self.below, self.key = path, tuple(below), path.name
+        self.path, self.lower, self.key = path, tuple(lower), path.name
         file = path / "entry.json"
         try:
             self.spec = records.read(file, FeatureSpec, versioned=path)
@@ -133,13 +133,13 @@ class Entry:
 
     def names(self) -> list[Names]:
         """All pairs of names under which this entry was extracted, the earliest first."""
-        every: dict[Names, None] = {}
-        for entry in (self, *self.below):
-            with suppress(FileNotFoundError), os.scandir(entry.path / "names") as found:
-                files = [file for file in found if file.name.endswith(".json")]
+        names: dict[Names, None] = {}
+        for entry in (self, *self.lower):
+            with suppress(FileNotFoundError), os.scandir(entry.path / "names") as items:
+                files = [file for file in items if file.name.endswith(".json")]
                 for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name)):
-                    every[records.read(Path(file.path), Names)] = None
-        return list(every)
+                    names[records.read(Path(file.path), Names)] = None
+        return list(names)
 
     def folder(self, stream: Stream) -> Path:
         """Folder of a stream."""
@@ -174,14 +174,14 @@ class Entry:
         for stream in self.streams():
             with suppress(FileNotFoundError):
                 found |= dict.fromkeys(stream.pairs, Source(self.folder(stream), stream, self.manifest(stream)))
-        for entry in self.below:
+        for entry in self.lower:
             found = entry.sources() | found
         return found
 
     def complete_pairs(self) -> frozenset[Pair]:
         """Every (layer, kind) of which all shards are published, in any layer of the cache."""
-        below = (entry.complete_pairs() for entry in self.below)
-        return frozenset().union(*(stream.pairs for stream in self.complete_streams()), *below)
+        lower = (entry.complete_pairs() for entry in self.lower)
+        return frozenset().union(*(stream.pairs for stream in self.complete_streams()), *lower)
 
     def skipped(self, sources: Mapping[Pair, Source] | None = None) -> dict[int, str]:
         """Row → why its image could not be read; `sources` saves reading the manifests again."""
@@ -202,7 +202,7 @@ class Entry:
 
     def extracted_at_ns(self) -> int:
         """Time of the last extraction that wrote or reused this entry, in nanoseconds; only compared, never shown."""
-        return max(entry._modified("names") for entry in (self, *self.below))
+        return max(entry._modified("names") for entry in (self, *self.lower))
 
     def read_at(self) -> float:
         """Time at which this was last extracted or read, in seconds of the file system's clock."""
@@ -254,7 +254,7 @@ class Entry:
         return ShardDraft(self.folder(stream), self.samples, stream, shard)
 
     def seal(self) -> None:
-        """Publish the manifest of every stream whose shards are complete; CacheUnusable if one holds other samples' rows."""
+        """Publish the manifest of every stream with all shards; CacheUnusable if a shard holds rows of other samples."""
         for stream in self.streams():
             path = self.folder(stream) / "manifest.json"
             if not path.exists() and not self.missing_shards(stream):
@@ -307,7 +307,7 @@ class Entry:
                 planes.setdefault(source, []).append((li, ends[ki], *source.stream.plane(layer, kind)))
         width = max(source.stream.width for source in planes)
         return TokenReader(
-            [span for source, where in planes.items() for span in spans(source, where)],
+            [span for source, positions in planes.items() for span in spans(source, positions)],
             (self.spec.data.images, len(layers), ends[-1], width),
             list(self.skipped(sources)),
             check,
@@ -338,7 +338,7 @@ def draft_entry(folder: Path, spec: FeatureSpec, rows: Samples) -> Path:
 
 
 def restore_missing_files(path: Path, spec: FeatureSpec, rows: Samples) -> None:
-    """Write again the small files and folders that a repair or an interrupted prune took out of an entry."""
+    """Write again the small files and folders that a repair or an interrupted prune removed from an entry."""
     for name in FOLDERS:
         if not (path / name).is_dir():
             (path / name).mkdir(exist_ok=True)
@@ -362,9 +362,9 @@ def zarr_group(key: str) -> str:
 def folder_bytes(folder: str | Path) -> int:
     """Bytes of all files below a folder; 0 if it does not exist."""
     total = 0
-    with suppress(FileNotFoundError), os.scandir(folder) as found:
-        for one in found:
+    with suppress(FileNotFoundError), os.scandir(folder) as items:
+        for item in items:
             with suppress(FileNotFoundError):
-                inner = one.is_dir(follow_symlinks=False)
-                total += folder_bytes(one.path) if inner else one.stat(follow_symlinks=False).st_size
+                is_folder = item.is_dir(follow_symlinks=False)
+                total += folder_bytes(item.path) if is_folder else item.stat(follow_symlinks=False).st_size
     return total

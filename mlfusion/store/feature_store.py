@@ -1,7 +1,7 @@
 """The cache as a whole: entries by key, by name, in one folder or in layers, and how an extraction fills one.
 
-Any number of extractors may fill one entry: each takes leases on the shards it is about to make, skips those that others
-hold, and waits for them at the end. However an extraction ends, published shards stay, drafts and leases are removed.
+Any number of extractors may fill one entry: each takes leases on the shards that it writes next, skips those that others have
+leased, and waits for them at the end. When an extraction ends or fails, published shards stay; drafts and leases are removed.
 """
 
 import logging
@@ -44,7 +44,7 @@ Missing = dict[Stream, set[int]]
 """Stream → numbers of the shards that are missing."""
 
 Piece = tuple[range, list[Stream]]
-"""Rows of at most one shard of each of these streams, all of which lack them."""
+"""(rows of at most one shard of each stream, streams that lack these rows)."""
 
 
 def default_root() -> str:
@@ -53,7 +53,7 @@ def default_root() -> str:
 
 
 class Gap:
-    """The missing tokens of one entry, for one extractor. Made by `FeatureStore.filling`.
+    """The missing tokens of one entry, for one extractor. `FeatureStore.filling` creates it.
 
     for pieces in gap.rounds():
         for rows, streams in pieces:
@@ -63,7 +63,7 @@ class Gap:
 
     def __init__(self, entry: Entry, pairs: frozenset[Pair], log: Callable[[str], None]) -> None:
         self.entry, self._requested, self._log = entry, pairs, log
-        self.pairs = pairs  # of all streams of this round: a stream is filled as a whole
+        self.pairs = pairs  # of all streams of this round, since all pairs of a stream are filled together
         self._leases = Leases(entry.path / "leases")
         self.renew = self._leases.renew  # to be called after every batch
         self._cleanup = ExitStack()
@@ -158,14 +158,14 @@ def missing_bytes(missing: Missing) -> int:
 
 
 class FeatureStore:
-    """Entries by key, in one folder, or in layers: one's own cache above caches that are only read."""
+    """Entries by key, in one folder, or in layers: the user's own cache above caches that are only read."""
 
     def __init__(self, cache: CachePath = None) -> None:
         """Open a cache, existing or not; CacheUnusable if a newer mlfusion made it, or a lower layer does not exist."""
-        self.root, *below = _roots(cache)
+        self.root, *lower = _roots(cache)
         self.folder = self.root / f"v{FORMAT}"  # of the entries
-        self.below = tuple(FeatureStore([root]) for root in below)
-        for layer in self.below:
+        self.lower = tuple(FeatureStore([root]) for root in lower)
+        for layer in self.lower:
             if not layer.root.is_dir():
                 raise CacheUnusable(f"there is no cache at {layer.root}, which was named as one to read from")
         if (marker := self.root / MARKER).is_file():
@@ -177,14 +177,14 @@ class FeatureStore:
 
     def by_key(self, key: str) -> Entry | None:
         """The entry of this key in the uppermost layer that has it, joined with those of lower layers."""
-        found = [entry for layer in self.below if (entry := layer.by_key(key))]
+        lower = [entry for layer in self.lower if (entry := layer.by_key(key))]
         with suppress(NotCached):
-            return Entry(self.folder / key, found)
-        return Entry(found[0].path, found[1:]) if found else None
+            return Entry(self.folder / key, lower)
+        return Entry(lower[0].path, lower[1:]) if lower else None
 
     def entries(self, on_damage: OnDamage | None = None) -> Iterator[Entry]:
         """All entries of all layers, complete or not; damaged ones are skipped and reported, by default to the log."""
-        layers = (self, *self.below)
+        layers = (self, *self.lower)
         keys = {path.name for layer in layers for path in disk.published(layer.folder, "entry.json")}
         yield from filter(None, (read_or_report(partial(self.by_key, key), on_damage) for key in sorted(keys)))
 
@@ -257,7 +257,7 @@ class FeatureStore:
         entry.mark_used(names)
 
     def reuse(self, spec: FeatureSpec, samples: Samples, names: Names) -> Entry:
-        """The entry of complete features; writes small files that a repair took out, NotCached if a prune removed it."""
+        """The entry of complete features; restores small files that a repair removed, NotCached if a prune removed it."""
         entry = self.entry(spec)
         if entry is None:
             raise NotCached(removed_message(self.folder / spec.key))
@@ -306,10 +306,10 @@ def read_or_report(read: Callable[[], T | None], on_damage: OnDamage | None = No
 def _match(names: Names, model: ModelRef | None, dataset: str | None) -> bool:
     """Whether the user's words for a model and a data set refer to an entry with these names."""
 
-    def same(word: str, name: str, source: str, suffix: str = "") -> bool:
-        if Path(word).exists():  # two folders or files may have the same name: their paths are compared
-            return source == str(Path(word).resolve()) + suffix
-        return word + suffix in (name, source)
+    def same(reference: str, name: str, source: str, suffix: str = "") -> bool:
+        if Path(reference).exists():  # two folders or files may have the same name: their paths are compared
+            return source == str(Path(reference).resolve()) + suffix
+        return reference + suffix in (name, source)
 
     if dataset is not None and not same(dataset, names.dataset, names.dataset_source):
         return False
@@ -320,9 +320,9 @@ def _roots(cache: CachePath) -> list[Path]:
     if cache is None or cache == "":
         cache = default_root()
     if isinstance(cache, (str, os.PathLike)):
-        word = os.fspath(cache)
+        text = os.fspath(cache)
         # The name of an existing folder may contain the separator.
-        cache = [word] if Path(word).expanduser().is_dir() else [part for part in word.split(os.pathsep) if part]
+        cache = [text] if Path(text).expanduser().is_dir() else [part for part in text.split(os.pathsep) if part]
     roots = [Path(root).expanduser() for root in cache]
     if not roots:
         raise MlfusionError("--cache names no folder; allowed: PATH, or several as MINE:SHARED")
@@ -331,11 +331,11 @@ def _roots(cache: CachePath) -> list[Path]:
 
 def differences(one: FeatureSpec, other: FeatureSpec) -> list[tuple[str, object, object]]:
     """Fields in which two specs differ: (name, value of `one`, value of `other`)."""
-    found: list[tuple[str, object, object]] = []
+    changed: list[tuple[str, object, object]] = []
     for group in ("model", "data", None):
         a, b = (getattr(one, group), getattr(other, group)) if group else (one, other)
         for field in fields(a):
             values = getattr(a, field.name), getattr(b, field.name)
             if field.compare and field.name not in ("model", "data") and values[0] != values[1]:
-                found.append((f"{group}.{field.name}" if group else field.name, *values))
-    return found
+                changed.append((f"{group}.{field.name}" if group else field.name, *values))
+    return changed

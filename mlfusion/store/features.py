@@ -48,10 +48,10 @@ class Selection:
 
 
 def load_features(
-    model: str, dataset: str, split: str, wanted: Selection = Selection(), *, cache: CachePath = None
+    model: str, dataset: str, split: str, selection: Selection = Selection(), *, cache: CachePath = None
 ) -> Features[np.ndarray]:
     """Cached tokens as NumPy arrays; arguments and errors as in `mlfusion.load_features`."""
-    opened = open_features(model, dataset, split, wanted, cache=cache)
+    opened = open_features(model, dataset, split, selection, cache=cache)
     with opened.tokens as reader:
         return Features(reader.read(), *(getattr(opened, each.name) for each in fields(Features)[1:]))
 
@@ -60,25 +60,25 @@ def open_features(
     model: str,
     dataset: str,
     split: str,
-    wanted: Selection = Selection(),
+    selection: Selection = Selection(),
     *,
     cache: CachePath = None,
     check: Check = "once",
 ) -> Features[TokenReader]:
     """Cached tokens that are read on demand; arguments and errors as in `mlfusion.open_features`."""
     # Entries of the same names differ in content, preprocessing or storage type.
-    entry = max(_find_split(FeatureStore(cache), model, dataset, split, wanted.view), key=Entry.extracted_at_ns)
+    entry = max(_find_split(FeatureStore(cache), model, dataset, split, selection.view), key=Entry.extracted_at_ns)
     depth = entry.spec.model.depth
-    chosen = parse_layers(wanted.layers, depth) if isinstance(wanted.layers, str) else tuple(wanted.layers)
-    kinds = tuple(wanted.tokens.split(",")) if isinstance(wanted.tokens, str) else tuple(wanted.tokens)
-    require(entry, parse_tokens(kinds, layer_ranges(chosen), depth), model, dataset)
+    layers = parse_layers(selection.layers, depth) if isinstance(selection.layers, str) else tuple(selection.layers)
+    kinds = tuple(selection.tokens.split(",")) if isinstance(selection.tokens, str) else tuple(selection.tokens)
+    require(entry, parse_tokens(kinds, layer_ranges(layers), depth), model, dataset)
     rows, samples = entry.rows(), entry.samples
     return Features(
-        tokens=entry.open(chosen, kinds, check=check),  # type: ignore[arg-type]
+        tokens=entry.open(layers, kinds, check=check),  # type: ignore[arg-type]
         labels=samples.labels[rows],
         ids=tuple(samples.ids[row] for row in rows),
         classes=samples.classes,
-        layers=chosen,
+        layers=layers,
         kinds=kinds,  # type: ignore[arg-type]
         key=entry.key,
     )
@@ -107,7 +107,7 @@ class SplitPair:
 
 def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[SplitPair]:
     """The newest train and test features of one model, or of every model, on a data set; NotCached if there is no pair."""
-    found: dict[str, list[tuple[Names, Entry, Entry]]] = {}
+    pairs_of: dict[str, list[tuple[Names, Entry, Entry]]] = {}
     trains, tests = (
         [entry for entry in store.find(model=model, dataset=dataset, split=split) if entry.spec.model.view == "plain"]
         for split in ("train", "test")
@@ -116,22 +116,22 @@ def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[Sp
         for test in tests:
             if _shared_options(train.spec) == _shared_options(test.spec):
                 name = train.names()[0]
-                found.setdefault(model or name.model_source, []).append((name, train, test))
-    if not found:
+                pairs_of.setdefault(model or name.model_source, []).append((name, train, test))
+    if not pairs_of:
         raise NotCached(_not_cached(store, model, dataset, [e.spec.data.split for e in (*trains, *tests)]))
     pairs = []
-    for alike in found.values():
+    for candidates in pairs_of.values():
         # The newest train decides, then the newest test: after a change of the data set old splits pair with new ones.
-        name, train, test = max(alike, key=lambda each: (each[1].extracted_at_ns(), each[2].extracted_at_ns()))
-        pairs.append(SplitPair(name.model, name.dataset, train, test, older=len(alike) - 1))
+        name, train, test = max(candidates, key=lambda pair: (pair[1].extracted_at_ns(), pair[2].extracted_at_ns()))
+        pairs.append(SplitPair(name.model, name.dataset, train, test, older=len(candidates) - 1))
     return pairs
 
 
 def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str) -> None:
     """Raise NotCached with the command that extracts the rest unless `pairs` are complete; BadModel if none can."""
     if absent := pairs - entry.complete_pairs():
-        if none := impossible(entry.spec.model, absent):
-            raise BadModel(f"{model} {none}")
+        if reason := impossible(entry.spec.model, absent):
+            raise BadModel(f"{model} {reason}")
         by_kind = sorted(absent, key=lambda pair: pair[1])
         raise NotCached(
             f"{entry.spec.data.split} features of {model} on {dataset} lack {pair_words(by_kind)}; run: "
@@ -140,7 +140,7 @@ def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str) -> N
 
 
 def impossible(model: ModelSpec, pairs: frozenset[Pair]) -> str | None:
-    """Why no extraction can give `pairs`, and which tokens the model has; None if one can, or it is not known."""
+    """Why no extraction can give `pairs`, and which tokens the model has; None if one can, or if that is not known."""
     lacking = sorted({kind for _, kind in pairs if kind not in model.kinds}, key=KINDS.index) if model.kinds else []
     if not lacking:
         return None
@@ -151,7 +151,7 @@ def impossible(model: ModelSpec, pairs: frozenset[Pair]) -> str | None:
 
 
 def words_of(train: Entry, test: Entry | None = None) -> list[str]:
-    """Options of the `mlfusion extract` that makes these entries again, without their tokens."""
+    """Options of the `mlfusion extract` that creates these entries again, without those of tokens."""
     splits = ("train", "test")
     if test:
         splits = (train.names()[0].split or "train", test.names()[0].split or "test")
@@ -164,13 +164,13 @@ def _shared_options(spec: FeatureSpec) -> tuple[object, ...]:
 
 
 def _find_split(store: FeatureStore, model: str, dataset: str, split: str, view: str) -> list[Entry]:
-    every = store.find(model=model, dataset=dataset, split=split)
-    entries = [entry for entry in every if entry.spec.model.view == view]
-    if every and not entries:
-        options = feature_words(("train", "test"), view, every[0].names()[0].options)
+    all_views = store.find(model=model, dataset=dataset, split=split)
+    entries = [entry for entry in all_views if entry.spec.model.view == view]
+    if all_views and not entries:
+        options = feature_words(("train", "test"), view, all_views[0].names()[0].options)
         raise NotCached(
             f"{split} features of {model} on {dataset} are cached of the views "
-            f"{', '.join(sorted({e.spec.model.view for e in every}))}, not of {view}; run: "
+            f"{', '.join(sorted({e.spec.model.view for e in all_views}))}, not of {view}; run: "
             + extract_command(model, dataset, options=options)
         )
     if not entries:

@@ -1,8 +1,8 @@
 """Writes shards in two file formats, Zarr v3 and HDF5; the reader is the same for both.
 
-Both store chunks uncompressed, and a writer records the offset of each. So the reader reads either by offset, at the speed of
-a memory map, and compares one checksum, xxh3, which is several times faster than crc32c; each format's own checksum serves
-other programs. zarr-python and h5py read the same files, a few times slower.
+Both store chunks uncompressed, and a writer records the offset of each. So the reader reads chunks of both by offset, at the
+speed of a memory map, and compares one checksum, xxh3, which is several times faster than crc32c; other programs use the
+format's own checksum. zarr-python and h5py read the same files, a few times slower.
 """
 
 import io
@@ -127,16 +127,16 @@ class ZarrWriter(ShardWriter):
         return np.ndarray(shape, f"V{size}", self._block, strides=(size, self._planes[1] * step, step))
 
     def append(self, stored: np.ndarray) -> None:
-        into = self._rows
-        rows = np.ascontiguousarray(stored).reshape(-1).view(into.dtype).reshape(-1, *into.shape[1:])
+        block = self._rows
+        rows = np.ascontiguousarray(stored).reshape(-1).view(block.dtype).reshape(-1, *block.shape[1:])
         while len(rows):
-            count = min(len(rows), len(into) - self._filled)
-            into[self._filled : self._filled + count] = rows[:count]
+            count = min(len(rows), len(block) - self._filled)
+            block[self._filled : self._filled + count] = rows[:count]
             self._filled += count
             rows = rows[count:]
-            if self._filled == len(into):
+            if self._filled == len(block):
                 self._flush()
-                into = self._rows
+                block = self._rows
 
     def _flush(self) -> None:
         """Queue a block for writing, once the previous one is written."""
@@ -154,7 +154,7 @@ class ZarrWriter(ShardWriter):
     def _write(self, memory: bytearray, filled: int) -> None:
         used, size = filled * self._stream.row_bytes, self._chunk_bytes
         block = np.frombuffer(memory, np.uint8)
-        for start, place in zip(range(0, len(block), size + CRC_BYTES), np.ndindex(self._planes), strict=True):
+        for start, plane in zip(range(0, len(block), size + CRC_BYTES), np.ndindex(self._planes), strict=True):
             chunk = block[start : start + size + CRC_BYTES]
             rows, whole = chunk[:used], chunk[:size]
             whole[used:] = 0  # a chunk has its full shape: rows after the last image are padding
@@ -162,9 +162,9 @@ class ZarrWriter(ShardWriter):
             chunk[size:] = np.frombuffer(checksum.to_bytes(CRC_BYTES, "little"), np.uint8)
             self._digest.update(chunk.data)
             offset = self._blocks * len(block) + start
-            self._index[self._blocks, *place, 0] = offset, len(chunk)
+            self._index[self._blocks, *plane, 0] = offset, len(chunk)
             row_crc = checksum if used == size else crc32c.crc32c(rows.data)
-            self._chunks[self._blocks, *place] = offset, row_crc, xxhash.xxh3_64_intdigest(rows.data)
+            self._chunks[self._blocks, *plane] = offset, row_crc, xxhash.xxh3_64_intdigest(rows.data)
         write_all(self._file, block.data)
         self._blocks += 1
         self._idle.append(memory)

@@ -38,7 +38,7 @@ class EntrySummary:
     split: str
     images: int
     skipped: int  # images that could not be read
-    tokens: str  # as --tokens takes them; '(not complete)' while none is
+    tokens: str  # in the form of --tokens; '(not complete)' if none are
     dtype: str
     bytes: int  # of the complete streams in the uppermost layer's folder
     key: str
@@ -56,9 +56,9 @@ class Listing:
 def list_entries(cache: CachePath = None, chosen: EntryFilter = ALL, *, reasons: bool = True) -> Listing:
     """List entries of all layers of a cache; with `reasons`, say why images were skipped."""
     damaged: list[str] = []
-    found = FeatureStore(cache).find(**chosen.changed(), on_damage=damaged.append)
-    listed = [read_or_report(partial(_summary, entry, reasons), damaged.append) for entry in found]
-    return Listing(entries=tuple(filter(None, listed)), damaged=tuple(damaged))
+    entries = FeatureStore(cache).find(**chosen.changed(), on_damage=damaged.append)
+    summaries = [read_or_report(partial(_summary, entry, reasons), damaged.append) for entry in entries]
+    return Listing(entries=tuple(filter(None, summaries)), damaged=tuple(damaged))
 
 
 def _summary(entry: Entry, reasons: bool) -> EntrySummary:
@@ -92,7 +92,7 @@ class DiskUsage:
 
     root: Path
     entries: dict[tuple[str, str], int]  # (model, data set) → bytes, the largest first
-    beside: dict[str, int]  # folder that may be deleted (quarantine, trash) → bytes
+    beside: dict[str, int]  # other folder, which may be deleted (quarantine, trash) → bytes
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion cache du --json` prints."""
@@ -136,11 +136,11 @@ class PruneResult:
     @property
     def bytes_freed(self) -> int:
         """Bytes on disk of the entries that were removed."""
-        return sum(each.bytes for each in self.decisions if each.removed)
+        return sum(decision.bytes for decision in self.decisions if decision.removed)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion cache prune --json` prints."""
-        decisions = [asdict(each) for each in self.decisions]
+        decisions = [asdict(decision) for decision in self.decisions]
         return {"dry_run": self.dry_run, "entries": decisions, "bytes_freed": self.bytes_freed}
 
 
@@ -158,12 +158,12 @@ def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[
         )
     store = FeatureStore(cache)
     sizes = {entry: entry.size() for entry in store.own_entries()}
-    over = sum(sizes.values()) - quota if quota is not None else 0
-    named = {entry.key for entry in store.find(**options.entries.changed())}
+    excess = sum(sizes.values()) - quota if quota is not None else 0
+    selected = {entry.key for entry in store.find(**options.entries.changed())}
     read_at: dict[Entry, float] = {}
     for entry in sizes:
         with suppress(NotCached):  # another prune was faster
-            read_at |= {entry: entry.read_at()} if entry.key in named else {}
+            read_at |= {entry: entry.read_at()} if entry.key in selected else {}
     now, decisions = disk.clock(store.root), []
     if not options.dry_run:
         empty_trash(store.root)
@@ -173,11 +173,11 @@ def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[
             why = "results were made from it"
         elif older is not None and idle < older:
             why = "used lately"
-        elif quota is not None and over <= 0:
+        elif quota is not None and excess <= 0:
             why = "the rest fits"
         why = why or in_use(entry.path) or ("" if options.dry_run else remove_entry(store.root, entry.path))
         if not why:
-            over -= sizes[entry]
+            excess -= sizes[entry]
         decisions.append(
             PruneDecision(
                 model=spec.model.name,
@@ -260,7 +260,7 @@ def copy_entry(
         stream = msgspec.structs.replace(source.stream, format=format or source.stream.format)
         target.begin([stream])
         # Another writer may have begun the stream first, with other shard sizes.
-        stream = next(one for one in target.streams() if one.name == stream.name)
+        stream = next(begun for begun in target.streams() if begun.name == stream.name)
         step = min(stream.chunk_rows, source.stream.chunk_rows)  # powers of two: a step never leaves a block
         skipped = source.manifest.skipped
         for shard in target.missing_shards(stream):

@@ -2,7 +2,7 @@
 
 Neither is a lock. Publishing is safe without them (the first writer wins), so a lost or ignored lease only costs duplicate
 work. A lease is taken over when its holder is dead, or when it was not renewed for its whole term *as measured by the process
-that wants it, on its own clock*: clocks of different hosts are never compared.
+that takes it over, on its own clock*: clocks of different hosts are never compared.
 """
 
 import os
@@ -26,9 +26,8 @@ class Leases:
         self._folder = folder
         self.term = TERM if term is None else term
         self._owned: dict[str, str] = {}  # name → the claim that we wrote into it
-        self._seen: dict[
-            str, tuple[tuple[int, int, str], float]
-        ] = {}  # name → last observed state, and when it was new
+        # name → last observed state, and the time of its first observation
+        self._observed: dict[str, tuple[tuple[int, int, str], float]] = {}
         self._renewed = time.monotonic()
         self._lock = threading.RLock()
 
@@ -42,21 +41,21 @@ class Leases:
         return True
 
     def _take(self, name: str) -> bool:
-        path, mine = self._folder / name, disk.claim()
+        path, claim = self._folder / name, disk.claim()
         state = _state(path)
         if state is not None:
-            seen, since = self._seen.get(name, (None, 0.0))
-            if seen != state:
+            observed, since = self._observed.get(name, (None, 0.0))
+            if observed != state:
                 since = time.monotonic()
-                self._seen[name] = state, since
+                self._observed[name] = state, since
             if disk.alive(state[2]) is not False and time.monotonic() - since <= self.term:
                 return False
             _remove_unchanged(path, state)
         with disk.drafted(disk.draft_name(self._folder)) as draft:
-            draft.write_text(mine, encoding="utf-8")
+            draft.write_text(claim, encoding="utf-8")
             with suppress(FileNotFoundError):
                 if _link(draft, path):
-                    self._owned[name] = mine
+                    self._owned[name] = claim
             draft.unlink(missing_ok=True)
         return name in self._owned
 
@@ -66,10 +65,10 @@ class Leases:
             if time.monotonic() - self._renewed < self.term / RENEWALS:
                 return
             self._renewed = time.monotonic()
-            for name, mine in list(self._owned.items()):
+            for name, claim in list(self._owned.items()):
                 path = self._folder / name
                 with suppress(OSError):
-                    if path.read_text(encoding="utf-8") == mine:
+                    if path.read_text(encoding="utf-8") == claim:
                         os.utime(path)
                         continue
                 del self._owned[name]  # another worker took it over; this one finishes its work anyway
@@ -78,10 +77,10 @@ class Leases:
         """Release some leases; default all."""
         with self._lock:
             for name in list(self._owned) if names is None else names:
-                mine = self._owned.pop(name, None)
+                claim = self._owned.pop(name, None)
                 path = self._folder / name
                 with suppress(OSError):
-                    if mine is not None and path.read_text(encoding="utf-8") == mine:
+                    if claim is not None and path.read_text(encoding="utf-8") == claim:
                         path.unlink()
 
     def holder(self, name: str) -> str:
@@ -116,22 +115,21 @@ class Pin:
 
 def in_use(folder: Path) -> str:
     """How processes that may be alive use an entry's folder, in words; '' if none does."""
-    if any(_may_live(path, PIN_TERM) for path in disk.published(folder / "pins")):
+    if any(_may_be_alive(path, PIN_TERM) for path in disk.published(folder / "pins")):
         return "it is being read"
-    return (
-        "it is being extracted" if any(_may_live(path, TERM * 10) for path in disk.published(folder / "leases")) else ""
-    )
+    leased = any(_may_be_alive(path, TERM * 10) for path in disk.published(folder / "leases"))
+    return "it is being extracted" if leased else ""
 
 
 def sweep(folder: Path) -> None:
     """Remove leases and pins of dead processes, and those of other hosts after a day."""
     for path in disk.published(folder):
         state = _state(path)
-        if state is not None and not _may_live(path, disk.STALE):
+        if state is not None and not _may_be_alive(path, disk.STALE):
             _remove_unchanged(path, state)
 
 
-def _may_live(path: Path, term: float) -> bool:
+def _may_be_alive(path: Path, term: float) -> bool:
     claim = path.name
     if claim.count("~") != 2:  # a lease: the claim is its text
         try:
@@ -145,8 +143,8 @@ def _may_live(path: Path, term: float) -> bool:
 def _state(path: Path) -> tuple[int, int, str] | None:
     """(inode, time, text): differs between two holders of a lease, and after each renewal."""
     try:
-        about = path.stat()
-        return about.st_ino, about.st_mtime_ns, path.read_text(encoding="utf-8")
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns, path.read_text(encoding="utf-8")
     except OSError:
         return None
 

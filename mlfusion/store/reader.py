@@ -75,7 +75,7 @@ class BufferPool:
 
 
 class TokenReader:
-    """Tokens of some layers and kinds of one entry. Made by `Entry.open`; close it, or use it in a `with`.
+    """Tokens of some layers and kinds of one entry. `Entry.open` creates it; close it, or use it in a `with`.
 
     with entry.open([6, 12], ["cls", "ap"]) as tokens:
         tokens.shape                    # (images, 2 layers, 2 tokens, width)
@@ -110,12 +110,12 @@ class TokenReader:
         # Files are opened relative to these descriptors, so a reader still finds them after a prune moved the folder.
         self._folders: dict[Path, int] = {}
         for folder in folders:
-            for last in (False, False, True):
+            for last_attempt in (False, False, True):
                 try:
                     self._folders[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
                     break
                 except FileNotFoundError as err:
-                    if last:
+                    if last_attempt:
                         self.close()
                         raise NotCached(removed_message(folder)) from err
                     time.sleep(0.1)  # a prune that finds our pin moves the folder back
@@ -125,8 +125,8 @@ class TokenReader:
         out = self._empty(self._images)
         jobs = [(span, shard) for span in self._spans for shard in range(span.source.stream.shards)]
 
-        def copy(some: np.ndarray) -> None:
-            for span, number in (jobs[job] for job in some.tolist()):
+        def copy(chosen: np.ndarray) -> None:
+            for span, number in (jobs[job] for job in chosen.tolist()):
                 shard, stream = self._shard(span.source, number), span.source.stream
                 for block in range(shard.blocks):
                     shard.fetch(block, span)
@@ -178,7 +178,7 @@ class TokenReader:
         elif sum(size) != len(order):
             raise ValueError(f"batches of {sum(size)} images in all, and there are {len(order)}")
         ends = np.cumsum([0, *size])
-        turns = _turns(ends, np.cumsum([len(group) for group in groups]))
+        steps = _plan_steps(ends, np.cumsum([len(group) for group in groups]))
 
         def fill(rest: np.ndarray, start: int, stop: int) -> np.ndarray:
             memory = self._empty(len(rest) + stop - start)
@@ -191,16 +191,16 @@ class TokenReader:
         memory = self._empty(0)
         with ThreadPoolExecutor(1) as ahead:
             waiting: Future[np.ndarray] | None = None
-            for (start, first), (stop, whole), after in zip(turns, turns[1:], [*turns[2:], None], strict=False):
+            for (start, first), (stop, complete), after in zip(steps, steps[1:], [*steps[2:], None], strict=False):
                 memory = waiting.result() if waiting else fill(memory, start, stop)
                 waiting = None
-                while batches and batches[0][1] <= whole:
+                while batches and batches[0][1] <= complete:
                     a, b = batches.popleft()
                     yield order[a:b], memory[a - first : b - first]
                     if after and waiting is None:
-                        # The caller asks for a second batch, so it has released the memory of the turn before, which can
-                        # be filled. What is left of this turn belongs to a batch of the next.
-                        waiting = ahead.submit(fill, memory[whole - first :], stop, after[0])
+                        # The caller asks for a second batch, so it has released the memory of the step before, which can
+                        # be filled. The rest of this step belongs to a batch of the next.
+                        waiting = ahead.submit(fill, memory[complete - first :], stop, after[0])
 
     def _groups(self, seed: int, rows: np.ndarray | None) -> list[np.ndarray]:
         """Groups of rows that are in memory at the same time, each [n] int64, in the order of the pass."""
@@ -210,14 +210,14 @@ class TokenReader:
         block = (chosen if self._rows is None else self._rows[chosen]) // size
         numbers = random.permutation(-(-self._images // size))
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        together = max(MIN_SHUFFLE_BLOCKS, SHUFFLE_BYTES // (size * row_bytes))
+        group_blocks = max(MIN_SHUFFLE_BLOCKS, SHUFFLE_BYTES // (size * row_bytes))
         group = np.empty(len(numbers), np.int64)
-        count = -(-len(numbers) // together)
+        count = -(-len(numbers) // group_blocks)
         group[numbers] = np.arange(len(numbers)) * count // max(len(numbers), 1)  # groups of similar size
-        mixed = random.permutation(len(chosen))
-        mixed = mixed[np.argsort(group[block[mixed]], kind="stable")]
-        cuts = np.flatnonzero(np.diff(group[block[mixed]])) + 1
-        return np.split(chosen[mixed], cuts)
+        shuffled = random.permutation(len(chosen))
+        shuffled = shuffled[np.argsort(group[block[shuffled]], kind="stable")]
+        cuts = np.flatnonzero(np.diff(group[block[shuffled]])) + 1
+        return np.split(chosen[shuffled], cuts)
 
     def _gather(self, images: np.ndarray, out: np.ndarray, check: Check) -> None:
         """Read the tokens of `images` into `out`, chunk after chunk."""
@@ -229,20 +229,20 @@ class TokenReader:
             self._shard(span.source, number // blocks).fetch(number % blocks, span)
 
         def put(job: tuple[Span, int, np.ndarray]) -> None:
-            span, number, where = job
+            span, number, targets = job
             stream = span.source.stream
             shard, block = self._shard(span.source, number // stream.shard_blocks), number % stream.shard_blocks
-            inside = images[where] % stream.chunk_rows
-            sort = np.argsort(inside)
-            if np.array_equal(inside[sort], np.arange(shard.rows(block))):  # the whole block
-                shard.put(block, span, out, where[sort], ALL, check)
+            offsets = images[targets] % stream.chunk_rows
+            sort = np.argsort(offsets)
+            if np.array_equal(offsets[sort], np.arange(shard.rows(block))):  # the whole block
+                shard.put(block, span, out, targets[sort], ALL, check)
                 return
             try:
-                shard.put(block, span, out, where, inside, check)
+                shard.put(block, span, out, targets, offsets, check)
             except MemoryError:
                 with self._lock:
                     self._shards.clear()  # unmaps the shards that no other thread is reading
-                shard.put(block, span, out, where, inside, check)
+                shard.put(block, span, out, targets, offsets, check)
 
         if out.nbytes < SMALL_RESULT_BYTES:
             for job in jobs:
@@ -312,19 +312,17 @@ def _runs(blocks: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Each distinct block number, with the indices at which it occurs."""
     order = np.argsort(blocks, kind="stable")
     numbers, starts = np.unique(blocks[order], return_index=True)
-    return list(
-        zip(numbers.tolist(), np.split(order, starts[1:]), strict=False)
-    )  # without blocks, split gives one empty part
+    return list(zip(numbers.tolist(), np.split(order, starts[1:]), strict=False))  # split gives one part of no blocks
 
 
-def _turns(ends: np.ndarray, read: np.ndarray) -> list[tuple[int, int]]:
-    """Steps of a pass, each (images read so far, images in whole batches so far); a step completes at least one batch.
+def _plan_steps(ends: np.ndarray, read: np.ndarray) -> list[tuple[int, int]]:
+    """Steps of a pass, each (images read so far, images in complete batches so far); a step completes at least one batch.
 
     `ends` and `read` are the cumulative numbers of images of the batches and of the groups, which are read at once.
     """
-    turns = [(0, 0)]
+    steps = [(0, 0)]
     for stop in read.tolist():
-        whole = int(ends[np.searchsorted(ends, stop, "right") - 1])
-        if whole > turns[-1][1]:  # else the next group joins this step
-            turns.append((stop, whole))
-    return turns
+        complete = int(ends[np.searchsorted(ends, stop, "right") - 1])
+        if complete > steps[-1][1]:  # else the next group joins this step
+            steps.append((stop, complete))
+    return steps

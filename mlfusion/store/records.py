@@ -40,7 +40,7 @@ class CacheMarker(Record, frozen=True):
 
 
 class Names(Record, frozen=True):
-    """Names of a model and a data set as the user gave them, and what they resolved to; not part of the key."""
+    """Names that a user gave for a model and a data set, and their resolved sources; not part of the key."""
 
     model: str
     model_source: str  # a catalogue's source, a hub id, or a folder
@@ -48,12 +48,12 @@ class Names(Record, frozen=True):
     dataset_source: str
     model_argument: str = ""  # for `mlfusion extract`: a catalogue's name, a hub id, or a path
     dataset_argument: str = ""
-    split: str = ""  # 'test', or 'test=validation' where the validation split stands for it
+    split: str = ""  # 'test', or 'test=validation' if the validation split replaces it
     options: tuple[str, ...] = ()  # command-line words of the other options that are not at their default
 
 
 class RunPart(Record, frozen=True):
-    """Working time of one part of an extraction, and its rate meanwhile."""
+    """Working time of one part of an extraction, and its rate in this time."""
 
     seconds: Seconds
     images_per_second: Seconds
@@ -140,12 +140,12 @@ class Samples:
 
     def files(self) -> dict[str, bytes]:
         """Name → exact content of the files that hold the samples."""
-        found = {"ids.json": json.dumps(self.ids, ensure_ascii=False).encode()}
+        contents = {"ids.json": json.dumps(self.ids, ensure_ascii=False).encode()}
         labels = self.labels.astype(self.labels.dtype.newbyteorder("<"))
         for name, table in (("labels.npy", labels), ("digests.npy", self.digests)):
             np.save(file := io.BytesIO(), table, allow_pickle=False)
-            found[name] = file.getvalue()
-        return found
+            contents[name] = file.getvalue()
+        return contents
 
     @classmethod
     def read(cls, folder: Path, classes: tuple[str, ...]) -> "Samples":
@@ -158,9 +158,9 @@ class Samples:
         )
 
     def digest_of(self, rows: range) -> str:
-        """Digest of some rows, which a shard's record holds to show that its rows are those of these samples."""
-        some = slice(rows.start, rows.stop)
-        text = json.dumps([rows.start, self.ids[some], self.labels[some].tolist(), self.digests[some].tobytes().hex()])
+        """Digest of some rows; a shard's record holds it as proof that the shard's rows are those of these samples."""
+        part = slice(rows.start, rows.stop)
+        text = json.dumps([rows.start, self.ids[part], self.labels[part].tolist(), self.digests[part].tobytes().hex()])
         return xxhash.xxh3_128_hexdigest(text.encode())
 
 

@@ -1,8 +1,8 @@
 """Reads the chunks of one shard's file, compares them with their checksums, and copies them into a result.
 
 A chunk holds one layer and one kind of a run of images. If most of a block is read, each chunk is read into a core's cache,
-compared and copied from there, so that it is loaded from memory once. Single images are copied from a memory map of the
-shard, after their chunks were compared.
+compared and copied from there, so that memory is read only once. Single images are copied from a memory map of the shard,
+after their chunks were compared.
 """
 
 import errno
@@ -31,9 +31,9 @@ Check = Literal["once", "always", "never"]
 Index = np.ndarray | slice
 T = TypeVar("T")
 
-COPY_BYTES = 1 << 19  # per copy, so that they stay in a core's cache
-MIN_COPY_ITEMS = 512  # at least so many: for fewer items NumPy does not release the interpreter lock
-MAX_COPY_BYTES = 1 << 22  # even if that is fewer than MIN_COPY_ITEMS
+COPY_BYTES = 1 << 19  # bytes of one copy, so few that they stay in a core's cache
+MIN_COPY_ITEMS = 512  # items of one copy: for fewer NumPy does not release the interpreter lock
+MAX_COPY_BYTES = 1 << 22  # limit of a copy, even if it then has fewer than MIN_COPY_ITEMS
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +58,8 @@ class Span:
     """Planes (a layer and a kind) of one source that form one view [.., layers, kinds x tokens, ..] of the result."""
 
     source: Source
-    into_layers: slice  # of the result
-    into_tokens: slice
+    out_layers: slice  # of the result
+    out_tokens: slice
     layers: np.ndarray  # [l] indices in the source
     kinds: np.ndarray  # [k] indices in the source
 
@@ -71,7 +71,7 @@ class Span:
     def view(self, out: np.ndarray) -> np.ndarray:
         """This part of a result [rows, layers, tokens, width or more], as [rows, layers, kinds, tokens, width]."""
         stream = self.source.stream
-        part = out[:, self.into_layers, self.into_tokens, : stream.width]
+        part = out[:, self.out_layers, self.out_tokens, : stream.width]
         return part.reshape(len(out), len(self.layers), len(self.kinds), stream.tokens, stream.width)
 
 
@@ -113,15 +113,15 @@ class Shard:
         self._rows = len(stream.rows(number))
         self.blocks = -(-self._rows // stream.chunk_rows)
         first = number * stream.shard_blocks
-        mine = slice(first, first + self.blocks)
-        self._starts = manifest.table("offsets")[mine].astype(np.int64)  # [blocks, layers, kinds]
-        self._checksums = manifest.table("xxh3_64")[mine]
+        blocks = slice(first, first + self.blocks)
+        self._starts = manifest.table("offsets")[blocks].astype(np.int64)  # [blocks, layers, kinds]
+        self._checksums = manifest.table("xxh3_64")[blocks]
         self._compared = np.zeros(self._starts.shape, bool)
         self._row_bytes, self._item = stream.row_bytes, np.dtype(f"V{stream.row_bytes}")  # an image's part of a chunk
         self._size = manifest.sizes[number]
         if os.fstat(descriptor).st_size != self._size:
             raise damaged(self._path, "its size is not the manifest's")
-        self._cold = self._uncached(spans)
+        self._uncached = self._find_uncached(spans)
 
     def __del__(self) -> None:
         os.close(self._descriptor)
@@ -133,13 +133,13 @@ class Shard:
     def chunk(self, block: int, layer: int, kind: int, check: Check = "always") -> np.ndarray:
         """[rows] as stored, in a buffer that the thread's next chunk overwrites; CacheUnusable if the chunk is damaged."""
         data = _buffer(self.rows(block) * self._row_bytes)
-        first, got = int(self._starts[block, layer, kind]), 0
+        first, done = int(self._starts[block, layer, kind]), 0
         try:
-            while got < len(data):
-                more = os.preadv(self._descriptor, [data[got:].data], first + got)
-                if more == 0:
+            while done < len(data):
+                count = os.preadv(self._descriptor, [data[done:].data], first + done)
+                if count == 0:
                     raise damaged(self._path, "it ends before its time")
-                got += more
+                done += count
         except OSError as err:
             raise damaged(self._path, f"the disk does not give all of it ({err.strerror})") from err
         self._compare(data, block, layer, kind, check)
@@ -170,15 +170,15 @@ class Shard:
         """For every byte of the file, the item that would begin there."""
         return np.ndarray((self._size - self._row_bytes + 1,), self._item, self._bytes.data, strides=(1,))
 
-    def put(self, block: int, span: Span, out: np.ndarray, where: Index, inside: Index, check: Check) -> None:
-        """out[where] = images `inside` of a block, decoded; `out` is the result [rows, layers, tokens, width].
+    def put(self, block: int, span: Span, out: np.ndarray, targets: Index, offsets: Index, check: Check) -> None:
+        """out[targets] = images number `offsets` of a block, decoded; `out` is the result [rows, layers, tokens, width].
 
         Many images are copied chunk by chunk; few from the memory map, after their chunks were compared. Raises as `chunk`.
         """
         part = span.view(out)
-        if isinstance(inside, slice) or 2 * len(inside) > self.rows(block):
+        if isinstance(offsets, slice) or 2 * len(offsets) > self.rows(block):
             for plane, pair in zip(np.ndindex(part.shape[1:3]), span.pairs, strict=True):
-                _put(part[:, *plane], where, self.chunk(block, *pair, check), inside, self._stream)
+                _put(part[:, *plane], targets, self.chunk(block, *pair, check), offsets, self._stream)
             return
         planes = span.layers[:, None], span.kinds
         if check == "always" or (check == "once" and not self._compared[block, *planes].all()):
@@ -186,11 +186,11 @@ class Shard:
                 first = int(self._starts[block, *pair])
                 mapped = self._bytes[first : first + self.rows(block) * self._row_bytes]
                 self._compare(mapped, block, *pair, check)
-        starts = self._starts[block, *planes] + (inside * self._row_bytes)[:, None, None]
-        _put(part, where, self._items, starts, self._stream)
+        starts = self._starts[block, *planes] + (offsets * self._row_bytes)[:, None, None]
+        _put(part, targets, self._items, starts, self._stream)
 
-    def _uncached(self, spans: Sequence[Span]) -> np.ndarray:
-        """Which chunks' last bytes are not in the page cache: to prefetch a cached chunk costs as much as a copy."""
+    def _find_uncached(self, spans: Sequence[Span]) -> np.ndarray:
+        """Whether each chunk's last byte is not in the page cache: to prefetch a cached chunk costs as much as a copy."""
         uncached = np.zeros(self._starts.shape, bool)
         if hasattr(os, "posix_fadvise"):
             for span in spans:
@@ -203,7 +203,7 @@ class Shard:
                     os.preadv(self._descriptor, byte, last, os.RWF_NOWAIT)
                 except BlockingIOError:
                     continue
-                except OSError:  # the file system cannot tell: all are prefetched
+                except OSError:  # the file system does not support this: all are prefetched
                     break
                 uncached.flat[chunk] = False
         return uncached
@@ -211,10 +211,10 @@ class Shard:
     def fetch(self, block: int, span: Span) -> None:
         """Prefetch the chunks of a block that are about to be read, and not in the page cache."""
         planes = block, span.layers[:, None], span.kinds
-        if not self._cold[planes].any():
+        if not self._uncached[planes].any():
             return
-        starts = np.sort(self._starts[planes][self._cold[planes]])
-        self._cold[planes] = False
+        starts = np.sort(self._starts[planes][self._uncached[planes]])
+        self._uncached[planes] = False
         size = self.rows(block) * self._row_bytes
         breaks = np.flatnonzero(np.diff(starts) > size + mmap.PAGESIZE) + 1  # smaller gaps are prefetched too
         for run in np.split(starts, breaks):
@@ -226,33 +226,34 @@ _buffers = threading.local()
 
 def _buffer(size: int) -> np.ndarray:
     """[size] uint8; every call of a thread returns the same memory."""
-    if len(getattr(_buffers, "one", ())) < size:
-        _buffers.one = np.empty(size, np.uint8)
-    found: np.ndarray = _buffers.one[:size]
-    return found
+    if len(getattr(_buffers, "memory", ())) < size:
+        _buffers.memory = np.empty(size, np.uint8)
+    buffer: np.ndarray = _buffers.memory[:size]
+    return buffer
 
 
-def _put(into: np.ndarray, where: Index, items: np.ndarray, places: Index, stream: Stream) -> None:
-    """into[where] = the decoded `items[places]`: [.., tokens, width] from [.., tokens, columns] as stored."""
-    whole = _whole(into) if stream.encoding.stored == stream.encoding.numbers else None  # else they must be decoded
-    if whole is not None and isinstance(places, slice):
-        whole[where] = items[places]
+def _put(out: np.ndarray, targets: Index, items: np.ndarray, sources: Index, stream: Stream) -> None:
+    """out[targets] = the decoded `items[sources]`: [.., tokens, width] from [.., tokens, columns] as stored."""
+    # Numbers that need no decoding are copied as whole items.
+    out_items = _as_items(out) if stream.encoding.stored == stream.encoding.numbers else None
+    if out_items is not None and isinstance(sources, slice):
+        out_items[targets] = items[sources]
         return
-    size = max(1, math.prod(into.shape[1:]) * into.itemsize)
-    items_each = max(1, math.prod(into.shape[1:-2]))
-    step = max(1, COPY_BYTES // size, min(-(-MIN_COPY_ITEMS // items_each), MAX_COPY_BYTES // size))
-    for start in range(0, len(items) if isinstance(places, slice) else len(places), step):
-        some = slice(start, start + step)
-        part = items[some] if isinstance(places, slice) else items[places[some]]
-        target = some if isinstance(where, slice) else where[some]
-        if whole is not None:
-            whole[target] = part
+    size = max(1, math.prod(out.shape[1:]) * out.itemsize)
+    items_per_row = max(1, math.prod(out.shape[1:-2]))
+    step = max(1, COPY_BYTES // size, min(-(-MIN_COPY_ITEMS // items_per_row), MAX_COPY_BYTES // size))
+    for start in range(0, len(items) if isinstance(sources, slice) else len(sources), step):
+        rows = slice(start, start + step)
+        part = items[rows] if isinstance(sources, slice) else items[sources[rows]]
+        destination = rows if isinstance(targets, slice) else targets[rows]
+        if out_items is not None:
+            out_items[destination] = part
         else:
             stored = part.view(stream.encoding.stored).reshape(*part.shape, stream.tokens, stream.columns)
-            into[target] = stream.encoding.decode(stored)
+            out[destination] = stream.encoding.decode(stored)
 
 
-def _whole(tokens: np.ndarray) -> np.ndarray | None:
+def _as_items(tokens: np.ndarray) -> np.ndarray | None:
     """View [.., tokens, channels] as [..] of one item each, which NumPy copies faster; None if not contiguous."""
     *_, step, stride = tokens.strides
     *outer, count, channels = tokens.shape

@@ -65,7 +65,7 @@ class Stream(Record, frozen=True):
 
     @property
     def columns(self) -> int:
-        """Stored numbers per token: its width, and with int8 the bytes of its scale."""
+        """Stored numbers per token: its width, plus the bytes of its scale in int8."""
         return self.width + self.encoding.extra
 
     @property
@@ -144,7 +144,7 @@ def streams_for(
 
 
 CHUNK = np.dtype([("offsets", "<u8"), ("crc32c", "<u4"), ("xxh3_64", "<u8")])
-"""Where in its shard a chunk begins; checksums of its rows without padding: that of Zarr's codec, and a faster one."""
+"""Offset of a chunk in its shard; checksums of its rows without padding: that of Zarr's codec, and a faster one."""
 
 
 class Manifest(Record, frozen=True, rename={"sizes": "bytes", "digests": "xxh3_128"}):

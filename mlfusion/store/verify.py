@@ -1,4 +1,4 @@
-"""Finds damage in the cache, byte by byte, and moves damaged files away so that an extraction makes only these again.
+"""Finds damage in the cache, byte by byte, and moves damaged files away, so that the next extraction replaces only these.
 
 Every file is checked: records and samples by their digests; a shard by the xxh3-128 of the whole file, which covers bytes that
 no reader uses (padding, Zarr's index, HDF5's structures), and chunk by chunk by both checksums, our reader's and that of
@@ -38,8 +38,8 @@ class Damage:
 
     path: Path
     why: str
-    quarantine: tuple[Path, ...]  # what a repair moves to quarantine
-    repairable: bool = False  # the repair makes it again, from undamaged files; else the next extraction does
+    quarantine: tuple[Path, ...]  # paths that a repair moves to quarantine
+    repairable: bool = False  # whether the repair restores it from undamaged files; else the next extraction does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion cache verify --json` prints."""
         damaged = [
-            {"path": str(one.path), "why": one.why, "remade_by": "repair" if one.repairable else "extract"}
-            for one in self.damaged
+            {"path": str(damage.path), "why": damage.why, "remade_by": "repair" if damage.repairable else "extract"}
+            for damage in self.damaged
         ]
         return {"entries": self.entries, "damaged": damaged, "quarantined": list(map(str, self.quarantined))}
 
@@ -62,8 +62,8 @@ class Verification:
 def verify(cache: CachePath = None, *, repair: bool = False) -> Verification:
     """Read every byte of a cache, in all its layers, and compare it with its checksum.
 
-    `repair` moves damaged files of the uppermost layer to quarantine; the next extraction makes them again. CacheUnusable if
-    the cache cannot be opened, or cannot be written for a repair.
+    `repair` moves damaged files of the uppermost layer to quarantine; the next extraction replaces them. CacheUnusable if the
+    cache cannot be opened, or cannot be written for a repair.
     """
     store = FeatureStore(cache)
     damaged: list[Damage] = []
@@ -113,18 +113,18 @@ def verify_entry(folder: Path) -> Iterator[Damage]:
 
 
 def _verify_stream(entry: Entry, folder: Path) -> Iterator[Damage]:
-    described, sealed = folder / "stream.json", folder / "manifest.json"
+    stream_path, manifest_path = folder / "stream.json", folder / "manifest.json"
     try:
-        stream = records.read(described, Stream)
+        stream = records.read(stream_path, Stream)
     except (MlfusionError, OSError) as err:
         try:
-            stream = records.read(sealed, StreamManifest).stream
+            stream = records.read(manifest_path, StreamManifest).stream
         except (MlfusionError, OSError):
-            yield Damage(described, str(err), (folder,))
+            yield Damage(stream_path, str(err), (folder,))
             return
-        yield Damage(described, str(err), (described,), repairable=True)
+        yield Damage(stream_path, str(err), (stream_path,), repairable=True)
     if stream.name != folder.name:
-        yield Damage(described, "it is another stream's", (folder,))
+        yield Damage(stream_path, "it is another stream's", (folder,))
         return
     for name, text in FORMATS[stream.format].describe(stream).items():
         if not _has_text(folder / name, text):
@@ -133,31 +133,31 @@ def _verify_stream(entry: Entry, folder: Path) -> Iterator[Damage]:
 
 
 def _verify_shards(entry: Entry, stream: Stream, folder: Path) -> Iterator[Damage]:
-    sealed = folder / "manifest.json"
+    manifest_path = folder / "manifest.json"
     manifest: StreamManifest | None = None
     try:
         manifest = entry.manifest(stream)
     except FileNotFoundError:
         pass
     except (MlfusionError, OSError) as err:
-        yield Damage(sealed, str(err), (sealed,), repairable=True)
+        yield Damage(manifest_path, str(err), (manifest_path,), repairable=True)
     commits: list[CommitRecord] = []
     missing = set(entry.missing_shards(stream))
     for shard in range(stream.shards):
-        place = folder / "c" / str(shard)
+        shard_folder = folder / "c" / str(shard)
         if shard in missing:
             if manifest is not None:
-                yield Damage(place, "the shard is not there", (sealed,))
+                yield Damage(shard_folder, "the shard is not there", (manifest_path,))
             continue
         try:
             commits.append(entry.record(stream, shard))
         except (MlfusionError, OSError) as err:
-            yield Damage(place / "commit.json", str(err), (place, sealed))
+            yield Damage(shard_folder / "commit.json", str(err), (shard_folder, manifest_path))
             continue
         if why := _shard_damage(Source(folder, stream, commits[-1]), shard):
-            yield Damage(place, why, (place, sealed))
+            yield Damage(shard_folder, why, (shard_folder, manifest_path))
     if manifest is not None and len(commits) == stream.shards and StreamManifest.join(stream, commits) != manifest:
-        yield Damage(sealed, "it does not match the shards' records", (sealed,), repairable=True)
+        yield Damage(manifest_path, "it does not match the shards' records", (manifest_path,), repairable=True)
 
 
 def _shard_damage(source: Source, shard: int) -> str:
@@ -178,15 +178,15 @@ def _shard_damage(source: Source, shard: int) -> str:
                 return f"{size:,} bytes instead of {record.sizes[0]:,}"
             if len(images) * stream.row_bytes > size:
                 return "it is another stream's"
-            for (block, some), (layer, kind) in product(enumerate(rows), np.ndindex(record.chunks[1:])):
+            for (block, part), (layer, kind) in product(enumerate(rows), np.ndindex(record.chunks[1:])):
                 file.seek(int(offsets[block, layer, kind]))
-                data = file.read(len(some) * stream.row_bytes)
+                data = file.read(len(part) * stream.row_bytes)
                 if any(checksum(data) != table[block, layer, kind] for checksum, table in checksums):
-                    layers.setdefault(some, set()).add(stream.layers[layer])
+                    layers.setdefault(part, set()).add(stream.layers[layer])
     except OSError as err:
         return f"it cannot be read ({err.strerror})"
     if layers:
-        parts = (f"layers {layer_ranges(some)} of rows {rows.start}-{rows.stop - 1}" for rows, some in layers.items())
+        parts = (f"layers {layer_ranges(part)} of rows {rows.start}-{rows.stop - 1}" for rows, part in layers.items())
         return "wrong bytes: " + "; ".join(parts)
     return "" if digest.hexdigest() == record.digests[0] else "wrong bytes: beside the tokens (index or padding)"
 
