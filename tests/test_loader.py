@@ -84,14 +84,14 @@ def test_no_more_is_made_than_the_buffers_hold():
     def counting(data: bytes) -> Image.Image:
         with lock:
             made.append(int(data))
-        if len(made) == 4 * (1 + loader.AHEAD):
+        if len(made) == 4 * (1 + loader.PREFETCHED_BATCHES):
             enough.set()
         return one(data)
 
     feed = Loader(split(list(range(80)), counting), STEPS, 4, workers=4)(batches(80, 4))
     next(feed)
     assert enough.wait(10)
-    assert sorted(made) == list(range(4 * (1 + loader.AHEAD)))
+    assert sorted(made) == list(range(4 * (1 + loader.PREFETCHED_BATCHES)))
     feed.close()
 
 
@@ -103,7 +103,7 @@ def test_a_buffer_is_used_again_only_when_it_is_free():
         addresses.append(batch.pictures.data_ptr())
         batch.free = partial(waited.append, len(addresses))
     assert waited == list(range(1, 11))
-    assert len(set(addresses)) == loader.AHEAD + 1
+    assert len(set(addresses)) == loader.PREFETCHED_BATCHES + 1
 
 
 @pytest.mark.skipif(not loader.can_fork(), reason="this system does not fork")

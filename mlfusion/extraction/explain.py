@@ -83,10 +83,8 @@ def _difference_texts(spec: FeatureSpec, samples: Samples, nearest: Entry) -> li
         elif name == "data.content":
             texts.append((name, _images(samples, nearest.samples), ""))
         elif name == "model.weights":
-            ours, theirs = (
-                f"{str(requested)[:16]}… ({spec.model.name})",
-                f"{str(cached)[:16]}… ({nearest.spec.model.name})",
-            )
+            ours = f"{str(requested)[:16]}… ({spec.model.name})"
+            theirs = f"{str(cached)[:16]}… ({nearest.spec.model.name})"
             texts.append((f"{name} (sha256)", ours, theirs))
         else:
             texts.append((name, _short(requested), _short(cached)))

@@ -40,7 +40,7 @@ class Forward:
         Raises:
             MlfusionError: the memory is too small for one image.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         parts: list[dict[Pair, Tensor]] = []
         at = 0
         while at < len(pictures):
@@ -56,7 +56,7 @@ class Forward:
                 )
             else:
                 self.batch_size, self.shrunk = max(1, len(piece) // 2), True
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - start
         return parts[0] if len(parts) == 1 else {pair: torch.cat([part[pair] for part in parts]) for pair in parts[0]}
 
     def _pass(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor] | None:
@@ -70,29 +70,29 @@ class Forward:
         else:
             self.passes += 1
             return tokens
-        memory.give_back(self.backbone.device.type)
+        memory.empty_cache(self.backbone.device.type)
         return None
 
     def _to_device(self, pictures: Tensor) -> Tensor:
-        there = pictures.to(self.backbone.device, non_blocking=True)
-        if there.is_cuda:
+        on_device = pictures.to(self.backbone.device, non_blocking=True)
+        if on_device.is_cuda:
             event = torch.cuda.Event()
             event.record()
             self.wait_for_copy = event.synchronize
-        if self._buffer is None or len(self._buffer) < len(there):
-            self._buffer = torch.empty(there.shape, device=there.device)
-        return self.steps.finish(there, self._buffer)
+        if self._buffer is None or len(self._buffer) < len(on_device):
+            self._buffer = torch.empty(on_device.shape, device=on_device.device)
+        return self.steps.finish(on_device, self._buffer)
 
     def _fitting_batch_size(self, pairs: frozenset[Pair]) -> int:
         kind = self.backbone.device.type
         largest = MAX_BATCH_SIZES.get(kind, MAX_BATCH_SIZES["cpu"])
         blank = torch.zeros(TRIAL_IMAGES, 3, *self.steps.pixels, dtype=self.steps.dtype)
         try:
-            with memory.measured(kind) as taken:
+            with memory.measured(kind) as peak_bytes:
                 self.backbone(self.steps.finish(blank.to(self.backbone.device)), pairs)
         except (RuntimeError, MemoryError) as err:
             if not memory.is_shortage(err):
                 raise
             return 1
-        fits = int(MEMORY_SHARE * memory.available(str(self.backbone.device)) / max(taken() / TRIAL_IMAGES, 1))
+        fits = int(MEMORY_SHARE * memory.available(str(self.backbone.device)) / max(peak_bytes() / TRIAL_IMAGES, 1))
         return max(1, min(largest, 1 << max(fits, 1).bit_length() - 1))

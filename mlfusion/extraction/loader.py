@@ -27,7 +27,7 @@ from mlfusion import datasets
 from mlfusion.errors import BadData, BadImage, MlfusionError
 from mlfusion.models.preprocessing import Preprocessing
 
-AHEAD = 2  # batches that are decoded while one is in use
+PREFETCHED_BATCHES = 2  # batches that are decoded while one is in use
 IMAGES_PER_TASK = 4
 NICENESS = 10  # of decoding threads, so that the forward pass has priority on a shared processor
 MAX_PROCESSES = 32
@@ -53,17 +53,17 @@ def picture(split: datasets.Split, row: int, steps: Preprocessing) -> np.ndarray
 
 @dataclass(eq=False)
 class LoadedBatch(Generic[T]):
-    """A batch, valid until the next one is asked for."""
+    """A batch, valid until the next one is requested."""
 
     rows: range
     payload: T  # passed through with the rows
-    pictures: Tensor  # [rows, 3, height, width], as `picture` makes them; black for unread images
+    pictures: Tensor  # [rows, 3, height, width], see `picture`; black for unread images
     unread: dict[int, str]  # row → error message of an unreadable image
     free: Callable[[], None] = lambda: None  # returns when the pictures are no longer needed; replaceable
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _DecodeTask:
     """The task of a worker: decode rows into a buffer."""
 
     split: datasets.Split
@@ -71,15 +71,15 @@ class _Job:
     ring: Tensor  # [slots, images, 3, height, width]
 
     def __call__(self, slot: int, at: int, rows: range) -> Decoded:
-        began = time.perf_counter()
+        start = time.perf_counter()
         unread: dict[int, str] = {}
-        for row, place in zip(rows, self.ring[slot][at : at + len(rows)].numpy(), strict=True):
+        for row, target in zip(rows, self.ring[slot][at : at + len(rows)].numpy(), strict=True):
             try:
-                place[:] = picture(self.split, row, self.steps)
+                target[:] = picture(self.split, row, self.steps)
             except BadImage as err:
-                place[:] = 0
+                target[:] = 0
                 unread[row] = str(err)
-        return time.perf_counter() - began, unread
+        return time.perf_counter() - start, unread
 
 
 @dataclass
@@ -102,8 +102,8 @@ class Loader:
         Raises:
             BadData: an image cannot be read, and `skip_bad` is not set.
         """
-        ring = _ring((AHEAD + 1, self.batch_size, 3, *self.steps.pixels), self.steps.dtype)
-        pool, fill = self._pool(_Job(self.split, self.steps, ring))
+        ring = _ring((PREFETCHED_BATCHES + 1, self.batch_size, 3, *self.steps.pixels), self.steps.dtype)
+        pool, fill = self._pool(_DecodeTask(self.split, self.steps, ring))
         pending: deque[tuple[LoadedBatch[T], list[Future[Decoded]]]] = deque()
         with pool, _pinned(ring, self.pinned):
             try:
@@ -112,19 +112,19 @@ class Loader:
                     starts = range(0, len(rows), IMAGES_PER_TASK)
                     futures = [pool.submit(fill, slot, at, rows[at : at + IMAGES_PER_TASK]) for at in starts]
                     pending.append((LoadedBatch(rows, payload, ring[slot][: len(rows)], {}), futures))
-                    if len(pending) > AHEAD:  # the next batch goes into the buffer of this one
-                        yield (one := self._ready(*pending.popleft()))
-                        one.free()
+                    if len(pending) > PREFETCHED_BATCHES:  # the next batch goes into the buffer of this one
+                        yield (batch := self._ready(*pending.popleft()))
+                        batch.free()
                 while pending:
-                    yield (one := self._ready(*pending.popleft()))
-                    one.free()
+                    yield (batch := self._ready(*pending.popleft()))
+                    batch.free()
             finally:
                 for _, futures in pending:
                     for future in futures:
                         future.cancel()
 
-    def _ready(self, loaded: LoadedBatch[T], futures: list[Future[Decoded]]) -> LoadedBatch[T]:
-        began = time.perf_counter()
+    def _ready(self, batch: LoadedBatch[T], futures: list[Future[Decoded]]) -> LoadedBatch[T]:
+        start = time.perf_counter()
         for future in futures:
             try:
                 seconds, unread = future.result()
@@ -134,22 +134,23 @@ class Loader:
                     "with fewer of them: --workers 2. What was extracted is kept"
                 ) from err
             self.busy += seconds
-            loaded.unread |= unread
-        self.waited += time.perf_counter() - began
-        if loaded.unread and not self.skip_bad:
+            batch.unread |= unread
+        self.waited += time.perf_counter() - start
+        if batch.unread and not self.skip_bad:
             raise BadData(
-                f"{loaded.unread[min(loaded.unread)]}; mend or remove it, or go on without such images by --skip-bad. What "
+                f"{batch.unread[min(batch.unread)]}; mend or remove it, or go on without such images by --skip-bad. What "
                 "was extracted is kept"
             )
-        return loaded
+        return batch
 
-    def _pool(self, job: _Job) -> tuple[Executor, Callable[[int, int, range], Decoded]]:
+    def _pool(self, task: _DecodeTask) -> tuple[Executor, Callable[[int, int, range], Decoded]]:
         if not self.processes:
-            return ThreadPoolExecutor(self.workers or processor_count(), initializer=_lower_priority), job
+            return ThreadPoolExecutor(self.workers or processor_count(), initializer=_lower_priority), task
         # Forked processes share the split and the buffers.
         workers = self.workers or min(MAX_PROCESSES, max(1, processor_count() - 1))
         fork = multiprocessing.get_context("fork")
-        return ProcessPoolExecutor(workers, fork, initializer=_init_worker, initargs=(job, os.getpid())), _run_in_worker
+        pool = ProcessPoolExecutor(workers, fork, initializer=_init_worker, initargs=(task, os.getpid()))
+        return pool, _run_in_worker
 
 
 def processor_count() -> int:
@@ -170,12 +171,12 @@ def _lower_priority() -> None:
             os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
 
 
-_job: _Job | None = None  # the task of this worker process
+_task: _DecodeTask | None = None  # the task of this worker process
 
 
-def _init_worker(job: _Job, parent: int) -> None:
-    global _job
-    _job = job
+def _init_worker(task: _DecodeTask, parent: int) -> None:
+    global _task
+    _task = task
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
@@ -188,8 +189,8 @@ def _exit_with_parent(parent: int) -> None:
 
 
 def _run_in_worker(slot: int, at: int, rows: range) -> Decoded:
-    assert _job is not None
-    return _job(slot, at, rows)
+    assert _task is not None
+    return _task(slot, at, rows)
 
 
 def _ring(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -97,7 +97,7 @@ def estimate(
     store = FeatureStore(cache)
     planned: list[PlannedSplit] = []
     backbone: Backbone | None = None
-    rate, spent = None, 0.0
+    rate, elapsed = None, 0.0
     batch = request.compute.batch_size or MAX_BATCH_SIZES["cpu"]
     for job in request.jobs:
         entry = store.entry(job.spec)
@@ -108,7 +108,7 @@ def estimate(
             if rate is None and trial is not None:
                 pairs = frozenset(pair for stream in missing for pair in stream.pairs)
                 forward = Forward(backbone, job.steps, pairs, request.compute.batch_size)
-                rate, spent = _trial(forward, job.split, pairs, request.compute, trial)
+                rate, elapsed = _trial(forward, job.split, pairs, request.compute, trial)
                 batch = forward.batch_size
         planned.append(_planned(job, entry, missing, batch))
     return Plan(
@@ -117,7 +117,7 @@ def estimate(
         splits=tuple(planned),
         free_bytes=disk.free_bytes(store.root),
         images_per_second=rate,
-        trial_seconds=spent,
+        trial_seconds=elapsed,
     )
 
 
@@ -127,14 +127,14 @@ def _planned(job: Job, entry: Entry | None, missing: Missing, batch_size: int) -
     files = 0 if entry else FILES["entry"]
     for stream, shards in missing.items():
         files += FILES["shard"] * len(shards)
-        if len(shards) == stream.shards:  # nothing of it is there
+        if len(shards) == stream.shards:  # the whole stream is missing
             files += FILES["stream"] + (stream.format == "zarr")
         for shard in shards:
             rows = stream.rows(shard)
             images[rows.start : rows.stop] = True
     # A batch never crosses the end of a shard.
-    cut = missing or (entry.streams() if entry else [])
-    step = min((stream.shard_rows for stream in cut), default=count)
+    streams = missing or (entry.streams() if entry else [])
+    step = min((stream.shard_rows for stream in streams), default=count)
     steps = [range(at, min(at + step, count)) for at in range(0, count, step)]
     batches = [-(-len(rows) // batch_size) for rows in steps]
     passes = sum(count for count, rows in zip(batches, steps, strict=True) if images[rows.start])
@@ -163,13 +163,13 @@ def _trial(
                 yield range(at, min(at + forward.batch_size, len(split))), None
 
     images, start = 0, 0.0
-    for one in loading(forward, split, replace(compute, skip_bad=True))(rounds()):
-        for tokens in forward(one.pictures, pairs).values():
+    for batch in loading(forward, split, replace(compute, skip_bad=True))(rounds()):
+        for tokens in forward(batch.pictures, pairs).values():
             tokens.cpu()
         if not start:
             start = time.monotonic()
             continue
-        images += len(one.rows)
-        if (spent := time.monotonic() - start) >= seconds:
+        images += len(batch.rows)
+        if (elapsed := time.monotonic() - start) >= seconds:
             break
-    return images / spent, spent
+    return images / elapsed, elapsed

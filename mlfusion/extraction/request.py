@@ -45,9 +45,8 @@ class Images:
                 name=data.name,
             )
             splits.append((split, samples, spec))
-        return cls(
-            data, tuple(splits), _argument(dataset, datasets.CATALOGUE) if isinstance(dataset, str) else data.name
-        )
+        argument = _argument(dataset, datasets.CATALOGUE) if isinstance(dataset, str) else data.name
+        return cls(data, tuple(splits), argument)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +96,7 @@ class Request:
             for steps in views
         ]
         # Options that the entry's names do not contain, for the printed command that extracts it again.
-        remembered = replace(
+        recorded = replace(
             features, splits=("train", "test"), layers="all", tokens="cls,ap", hook=None, settings=(), views=("plain",)
         )
         names = Names(
@@ -107,7 +106,7 @@ class Request:
             dataset_source=data.source,
             model_argument=_argument(ref.name, models.CATALOGUE) + ref.suffix,
             dataset_argument=images.argument,
-            options=tuple(replace(remembered, compute=precision).words()),
+            options=tuple(replace(recorded, compute=precision).words()),
         )
         jobs = tuple(
             Job(
@@ -115,9 +114,9 @@ class Request:
                 samples,
                 FeatureSpec(model=model_spec, data=spec, dtype=features.dtype),
                 steps,
-                msgspec.structs.replace(names, split=word),
+                msgspec.structs.replace(names, split=name),
             )
-            for word, (split, samples, spec) in zip(features.splits, images.splits, strict=True)
+            for name, (split, samples, spec) in zip(features.splits, images.splits, strict=True)
             for model_spec, steps in zip(model_specs, views, strict=True)
         )
         pairs = parse_tokens(features.tokens, features.layers, model_specs[0].depth)
@@ -134,10 +133,10 @@ class Request:
         return tuple(kind for kind in KINDS if any(k == kind for _, k in self.pairs))
 
 
-def _argument(word: str, catalogue: Container[str]) -> str:
+def _argument(reference: str, catalogue: Container[str]) -> str:
     """An argument that is valid in every working directory: the absolute path of a folder or file, else the name."""
-    path = Path(word).expanduser()
-    return str(path.resolve()) if word not in catalogue and path.exists() else word
+    path = Path(reference).expanduser()
+    return str(path.resolve()) if reference not in catalogue and path.exists() else reference
 
 
 def _samples(name: str, split: datasets.Split) -> Samples:
@@ -147,8 +146,8 @@ def _samples(name: str, split: datasets.Split) -> Samples:
         ThreadPoolExecutor(min(8, loader.processor_count() + 1)) as pool,
     ):
         digests = bytearray()
-        for one in pool.map(split.digest, range(len(split))):
-            digests += one
+        for digest in pool.map(split.digest, range(len(split))):
+            digests += digest
             bar.advance()
     table = np.frombuffer(bytes(digests), np.uint8).reshape(len(split), 16)
     return Samples(split.ids, split.labels, table, split.classes)

@@ -1,7 +1,7 @@
-"""Stage 1: fills the gaps of the cache. Every image passes through the model at most once, whatever tokens are missing.
+"""Stage 1: fills the gaps of the cache. Every image passes through the model at most once for all missing tokens together.
 
-A block of rows is run if any stream lacks the shard of these rows. The pass ends at the deepest missing layer, and every
-incomplete stream takes its tokens from it.
+A block of rows is run if any stream lacks the shard of these rows. The pass ends at the deepest missing layer, and gives the
+tokens of every incomplete stream.
 """
 
 import platform
@@ -29,9 +29,7 @@ from mlfusion.store import CachePath, Entry, FeatureStore, Gap, Piece, RunPart, 
 from mlfusion.system.devices import device_name
 from mlfusion.system.progress import Bar, track
 
-BOTTLENECK_SHARE = (
-    0.1  # a part is the bottleneck if the forward pass waited for it for more than this share of the time
-)
+BOTTLENECK_SHARE = 0.1  # the forward pass waits for the bottleneck for more than this share of the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,21 +108,19 @@ def fill(
     results: list[ExtractionResult] = []
     backbone: Backbone | None = None
     for job in request.jobs:
-        began = time.monotonic()
-        work = _Work(job, request.compute)
+        start = time.monotonic()
+        work = _FillLoop(job, request.compute)
         if request.pairs <= store.complete_pairs(job.spec):
             entry = store.reuse(job.spec, job.samples, job.names)
         else:
             backbone = backbone or model(request)
-            shapes = backbone.shapes(
-                request.pairs
-            )  # raises for a token that the model lacks, before anything is written
+            shapes = backbone.shapes(request.pairs)  # raises before anything is written if the model lacks a token
             spec = replace(job.spec, model=replace(job.spec.model, kinds=tuple(backbone.kinds)))
             filling = store.filling(spec, job.samples, job.names, shapes, format=request.compute.format, log=log)
             with filling as gap:
                 work.run(gap, backbone)
                 if work.written:
-                    gap.entry.record_run(_provenance(gap.entry, work, time.monotonic() - began))
+                    gap.entry.record_run(_provenance(gap.entry, work, time.monotonic() - start))
             entry = gap.entry
         results.append(
             ExtractionResult(
@@ -135,7 +131,7 @@ def fill(
                 images_reused=len(job.split) - work.written,
                 images_skipped=len(entry.skipped()),
                 forward_passes=work.passes,
-                seconds=time.monotonic() - began,
+                seconds=time.monotonic() - start,
                 view=job.steps.view,
                 rate=work.rate,
                 bottleneck=work.bottleneck,
@@ -144,7 +140,7 @@ def fill(
     return results
 
 
-class _Work:
+class _FillLoop:
     """The loop that fills the gaps of one entry, and its measurements."""
 
     def __init__(self, job: Job, compute: ComputeOptions) -> None:
@@ -191,20 +187,20 @@ class _Work:
                 self._fill(gap, self.forward, pieces, bar)
 
     def _fill(self, gap: Gap, forward: Forward, pieces: Iterator[Piece], bar: Bar) -> None:
-        began = time.monotonic() - self.seconds
+        start = time.monotonic() - self.seconds
         feed = loading(forward, self.split, self.compute)
         self.loaders.append(feed)
         # Decoding, computing, writing and flushing overlap. Complete shards are published however the loop ends.
         with Writer(gap) as writer:
             self.writers.append(writer)
-            for one in feed(_batches(pieces, forward.batch_size)):
-                writer.put(one, run_batch(forward, one))
+            for batch in feed(_batches(pieces, forward.batch_size)):
+                writer.put(batch, run_batch(forward, batch))
                 gap.renew()
-                self.written += len(one.rows)
-                self.seconds = time.monotonic() - began
+                self.written += len(batch.rows)
+                self.seconds = time.monotonic() - start
                 bar.note = f"limit: {self.bottleneck}"
-                bar.to(one.rows.stop)
-        self.seconds = time.monotonic() - began
+                bar.to(batch.rows.stop)
+        self.seconds = time.monotonic() - start
 
 
 def _batches(pieces: Iterator[Piece], size: int) -> Iterator[Batch]:
@@ -228,7 +224,7 @@ def loading(forward: Forward, split: datasets.Split, compute: ComputeOptions) ->
     )
 
 
-def _provenance(entry: Entry, work: _Work, seconds: float) -> RunRecord:
+def _provenance(entry: Entry, work: _FillLoop, seconds: float) -> RunRecord:
     """The record of a run: versions, device, rates. It is not part of the key."""
     forward, device = work.forward, work.compute.device
     assert forward is not None
@@ -238,9 +234,9 @@ def _provenance(entry: Entry, work: _Work, seconds: float) -> RunRecord:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     parts = {  # seconds of work of each part
-        "decoding": sum(each.busy for each in work.loaders),
-        "forward": forward.seconds + sum(each.awaited for each in work.writers),
-        "writing": sum(each.busy for each in work.writers),
+        "decoding": sum(part.busy for part in work.loaders),
+        "forward": forward.seconds + sum(part.awaited for part in work.writers),
+        "writing": sum(part.busy for part in work.writers),
     }
     return RunRecord(
         when=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -260,8 +256,8 @@ def _provenance(entry: Entry, work: _Work, seconds: float) -> RunRecord:
         bottleneck=work.bottleneck,
         waited={name: round(value, 3) for name, value in work.waited.items()},
         parts={
-            name: RunPart(seconds=round(each, 3), images_per_second=round(work.written / max(each, 1e-9), 2))
-            for name, each in parts.items()
+            name: RunPart(seconds=round(part, 3), images_per_second=round(work.written / max(part, 1e-9), 2))
+            for name, part in parts.items()
         },
         streams=tuple(stream.name for stream in entry.streams()),
         layers=layer_ranges(layer for stream in entry.streams() for layer in stream.layers),

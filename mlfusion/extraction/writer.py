@@ -13,7 +13,7 @@ from mlfusion.extraction.loader import LoadedBatch
 from mlfusion.specs.identity import Pair
 from mlfusion.store import Gap, ShardDraft, Stream
 
-QUEUED = 2  # largest number of batches that wait to be written
+MAX_QUEUED_BATCHES = 2  # largest number of batches that wait to be written
 
 Batch = tuple[range, list[Stream]]
 """(rows of one forward pass, streams that store them)."""
@@ -27,20 +27,20 @@ class _PendingTokens:
     wait: Callable[[], None]  # returns when the copy is complete
 
 
-def run_batch(forward: Forward, one: LoadedBatch[list[Stream]]) -> _PendingTokens:
+def run_batch(forward: Forward, batch: LoadedBatch[list[Stream]]) -> _PendingTokens:
     """Run a batch and start copying its tokens. On a GPU the call does not wait, so the next batch can be queued."""
-    tokens = forward(one.pictures, frozenset(pair for stream in one.payload for pair in stream.pairs))
-    parts = {stream: _assemble(tokens, stream) for stream in one.payload}
+    tokens = forward(batch.pictures, frozenset(pair for stream in batch.payload for pair in stream.pairs))
+    parts = {stream: _assemble(tokens, stream) for stream in batch.payload}
     if forward.backbone.device.type != "cuda":
         return _PendingTokens({stream: part.cpu() for stream, part in parts.items()}, lambda: None)
-    there = {
+    on_host = {
         stream: torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
         for stream, part in parts.items()
     }
     event = torch.cuda.Event()
     event.record()
-    one.free = forward.wait_for_copy  # the buffer is in use until the copy is complete
-    return _PendingTokens(there, event.synchronize)
+    batch.free = forward.wait_for_copy  # the buffer is in use until the copy is complete
+    return _PendingTokens(on_host, event.synchronize)
 
 
 class Writer:
@@ -58,13 +58,13 @@ class Writer:
         self.awaited = 0.0  # seconds spent on waiting for the device
         self.blocked = 0.0  # seconds that the loop waited for the writer
 
-    def put(self, one: LoadedBatch[list[Stream]], tokens: _PendingTokens) -> None:
+    def put(self, batch: LoadedBatch[list[Stream]], tokens: _PendingTokens) -> None:
         """Queue a batch's tokens, in the order of rows. Raises the error of an earlier batch."""
-        self._queue.append(self._filling.submit(self._fill, one.rows, tokens, one.unread))
-        began, awaited = time.perf_counter(), self.awaited
-        while len(self._queue) > QUEUED:
+        self._queue.append(self._filling.submit(self._fill, batch.rows, tokens, batch.unread))
+        start, awaited = time.perf_counter(), self.awaited
+        while len(self._queue) > MAX_QUEUED_BATCHES:
             self._queue.popleft().result()
-        self.blocked += max(0.0, time.perf_counter() - began - (self.awaited - awaited))
+        self.blocked += max(0.0, time.perf_counter() - start - (self.awaited - awaited))
         while self._published and self._published[0].done():
             self._published.popleft().result()
 
@@ -72,10 +72,10 @@ class Writer:
         if self._failed:
             return  # a draft lacks the rows of an earlier batch and must not be extended
         self._failed = True
-        began = time.perf_counter()
+        start = time.perf_counter()
         tokens.wait()
         arrived = time.perf_counter()
-        self.awaited += arrived - began
+        self.awaited += arrived - start
         for stream, part in tokens.parts.items():
             if stream not in self._drafts:
                 self._drafts[stream] = self._gap.draft(stream, rows.start // stream.shard_rows)

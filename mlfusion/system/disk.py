@@ -1,6 +1,6 @@
 """Atomic file creation: a file or folder is written under a temporary name, flushed, and then renamed in one step.
 
-What has its final name is therefore complete. No lock is taken: of two writers the first wins, and the second's draft is
+A file with its final name is therefore complete. No lock is taken: of two writers the first wins, and the second's draft is
 removed. A draft's name contains host and process, so that drafts of dead processes are recognised and removed. Sealed JSON
 contains a digest of its own text, which shows any changed byte.
 """
@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache as once
+from functools import cache
 from pathlib import Path
 
 from mlfusion.errors import CacheUnusable, MlfusionError
@@ -23,7 +23,7 @@ DRAFT = ".draft~"
 STALE = 24 * 3600.0  # seconds after which the draft of another host is removed
 
 
-@once
+@cache
 def process_scope() -> str:
     """The host and, on Linux, its namespace of process numbers (containers have their own)."""
     with suppress(OSError):
@@ -48,12 +48,12 @@ def alive(claim: str) -> bool | None:
         return False
     except PermissionError:
         pass  # another user's process
-    now = _start_time(int(number))
-    return not start or not now or start == now  # process numbers are reused, in containers soon
+    current = _start_time(int(number))
+    return not start or not current or start == current  # process numbers are reused, in containers soon
 
 
 def _start_time(process: int) -> str:
-    """When a process started, in ticks since boot; '' if the system does not tell."""
+    """Start time of a process in ticks since boot; '' if the system does not tell it."""
     with suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     return ""
@@ -93,7 +93,7 @@ def sweep(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder; no error if it does not exist."""
-    try:  # without a check which of the two it is: a prune may remove and restore its folder in between
+    try:  # without a check of the type first: a prune may remove and restore its folder between check and removal
         path.unlink(missing_ok=True)
         return
     except IsADirectoryError:
@@ -112,14 +112,14 @@ def remove(path: Path) -> None:
 
 
 def clock(folder: Path) -> float:
-    """The current time of the file system of `folder`, to compare files' times with; the host's clock may differ."""
+    """The current time of the file system of `folder`, for comparison with files' times; the host's clock may differ."""
     probe = draft_name(folder)
     with suppress(OSError):
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
         return now
-    return time.time()  # read-only: nothing is removed by age either
+    return time.time()  # the folder is read-only, so nothing in it is removed by age
 
 
 def age(path: Path) -> float:
@@ -133,21 +133,21 @@ def age(path: Path) -> float:
 
 def publish_file(draft: Path, final: Path) -> bool:
     """Give a flushed draft its final name; False if that name exists (the first writer wins)."""
-    won = True
+    created = True
     try:
         os.link(draft, final)  # unlike rename, never replaces a file
     except FileExistsError:
-        won = False
+        created = False
     except OSError as err:
         if err.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             remove(draft)
             raise
-        won = not final.exists()  # no hard links here: of two writers in the same instant the later one wins
-        if won:
+        created = not final.exists()  # no hard links here: of two writers in the same instant the later one wins
+        if created:
             os.rename(draft, final)
     draft.unlink(missing_ok=True)
     flush(final.parent)
-    return won
+    return created
 
 
 @contextmanager
@@ -258,12 +258,12 @@ def translate_os_errors(root: Path, needed: Callable[[], int] | None = None) -> 
         yield
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            wanted = ""
+            size = ""
             if needed is not None:
                 with suppress(OSError, MlfusionError):
-                    wanted = f"{needed() / 1e6:,.3f} MB are needed, "
+                    size = f"{needed() / 1e6:,.3f} MB are needed, "
             raise CacheUnusable(
-                f"no space left for the cache at {root}: {wanted}{free_text(root)}; what was written is safe: "
+                f"no space left for the cache at {root}: {size}{free_text(root)}; what was written is safe: "
                 "free some space, or choose another place with --cache, and run the same command again"
             ) from err
         if err.errno == errno.EIO:

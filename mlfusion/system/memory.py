@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GROUP_FILES = {  # controllers → folder below the root, files of the limit and the use, and the line of idle bytes
+GROUP_FILES = {  # controllers → folder below the root, files of the limit and of the use, name of the idle bytes
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
@@ -21,25 +21,25 @@ GROUP_FILES = {  # controllers → folder below the root, files of the limit and
 
 def available(device: str = "cpu") -> int:
     """Bytes that this process can still allocate on a device, within its limits."""
-    where = torch.device(device)
-    if where.type == "cuda":
-        return torch.cuda.mem_get_info(where)[0]
-    if where.type == "mps":
+    target = torch.device(device)
+    if target.type == "cuda":
+        return torch.cuda.mem_get_info(target)[0]
+    if target.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return max(0, min(limit for limit in (_of_machine(), _of_group(), _of_process()) if limit is not None))
+    return max(0, min(limit for limit in (_machine_bytes(), _group_bytes(), _process_bytes()) if limit is not None))
 
 
-def _of_machine() -> int | None:
+def _machine_bytes() -> int | None:
     """Bytes that the system can allocate without swapping."""
-    if (line := _line(Path("/proc/meminfo"), "MemAvailable:")) is not None:
-        return line * 1024
+    if (kilobytes := _number_after(Path("/proc/meminfo"), "MemAvailable:")) is not None:
+        return kilobytes * 1024
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None
 
 
-def _of_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+def _group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
     """Bytes left by the control groups (versions 1 and 2) of this process; cached files count as free."""
     left = []
     try:
@@ -49,29 +49,29 @@ def _of_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
     for _, controllers, path in entries:
         if controllers and "memory" not in controllers.split(","):
             continue
-        inner, most, used, idle = GROUP_FILES[controllers and "memory"]
-        base = root / inner
-        inside = base / path.lstrip("/")
-        for folder in (inside, *inside.parents):
+        subfolder, limit_name, use_name, idle_name = GROUP_FILES[controllers and "memory"]
+        base = root / subfolder
+        own_folder = base / path.lstrip("/")
+        for folder in (own_folder, *own_folder.parents):
             if folder == base.parent:
                 break
             try:
-                limit, used_bytes = (folder / most).read_text().strip(), int((folder / used).read_text())
+                limit, used_bytes = (folder / limit_name).read_text().strip(), int((folder / use_name).read_text())
             except (OSError, ValueError):
                 continue
             if limit.isdecimal():
-                left.append(int(limit) - used_bytes + (_line(folder / "memory.stat", idle) or 0))
+                left.append(int(limit) - used_bytes + (_number_after(folder / "memory.stat", idle_name) or 0))
     return min(left, default=None)
 
 
-def _of_process() -> int | None:
+def _process_bytes() -> int | None:
     """Bytes left by the limit on the address space (`ulimit -v`)."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    used_bytes = _line(Path("/proc/self/status"), "VmSize:")
+    used_bytes = _number_after(Path("/proc/self/status"), "VmSize:")
     return None if limit == resource.RLIM_INFINITY or used_bytes is None else limit - used_bytes * 1024
 
 
-def _line(path: Path, name: str) -> int | None:
+def _number_after(path: Path, name: str) -> int | None:
     """The first number after `name` in a line that starts with it."""
     with suppress(OSError, ValueError, IndexError):
         for line in path.read_text().splitlines():
@@ -89,7 +89,7 @@ def is_shortage(err: BaseException) -> bool:
     )
 
 
-def give_back(kind: str) -> None:
+def empty_cache(kind: str) -> None:
     """Release the memory that torch caches on a kind of device."""
     if kind == "cuda":
         torch.cuda.empty_cache()
@@ -125,10 +125,10 @@ class Footprint(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in inputs:
                 self._count(leaf.untyped_storage())
         return out
 
