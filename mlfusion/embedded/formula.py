@@ -51,11 +51,11 @@ def draw_into(
 ) -> None:
     """Draw `instances` of every class of every family into an array `[patterns, px, px]`, such as a memory map."""
     rows = [(f, k, i) for f in families for k in range(classes) for i in range(instances)]
-    began = time.perf_counter()
+    start = time.perf_counter()
     for row, (family, klass, instance) in enumerate(rows):
         ink[row] = pattern(family, klass, instance, ink.shape[1], seed)
         if (row + 1) % 256 == 0 or row + 1 == len(rows):
-            progress({"stage": "draw", "done": row + 1, "of": len(rows), "seconds": time.perf_counter() - began})
+            progress({"stage": "draw", "done": row + 1, "of": len(rows), "seconds": time.perf_counter() - start})
 
 
 def label_bank(ink: np.ndarray, families: Sequence[str], classes: int, instances: int) -> Bank:

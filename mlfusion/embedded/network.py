@@ -57,13 +57,13 @@ def embed(vit: ViTModel, pictures: Tensor, keep: int, draw: torch.Generator) -> 
     projection = parts.patch_embeddings.projection
     patch_px: Any = vit.config.patch_size
     patches = F.unfold(pictures, patch_px, stride=patch_px).transpose(1, 2).to(projection.weight.dtype)
-    places = parts.position_embeddings[:, 1:]
+    positions = parts.position_embeddings[:, 1:]
     if keep < patches.shape[1]:
         chosen = torch.rand(patches.shape[:2], generator=draw).topk(keep, dim=1).indices
         patches = patches.gather(1, chosen[:, :, None].expand(-1, -1, patches.shape[2]))
         # A product with 0 and 1 instead of indexing: its gradient is a sum in a fixed order.
-        places = F.one_hot(chosen, places.shape[1]).to(places.dtype) @ places[0]
-    tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + places
+        positions = F.one_hot(chosen, positions.shape[1]).to(positions.dtype) @ positions[0]
+    tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + positions
     cls = parts.cls_token + parts.position_embeddings[:, :1]
     return torch.cat([cls.expand(len(pictures), -1, -1), tokens], 1)
 

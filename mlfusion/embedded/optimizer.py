@@ -34,8 +34,8 @@ class MuonAdamW:
         # Matrices of the heads decay; vectors, positions and the CLS token do not.
         decays = {True: [n for n in rest if self.live[n].ndim == 2], False: [n for n in rest if self.live[n].ndim != 2]}
         groups = [
-            {"params": [self.master[n] for n in names], "weight_decay": plan.weight_decay * on}
-            for on, names in decays.items()
+            {"params": [self.master[n] for n in names], "weight_decay": plan.weight_decay * decay}
+            for decay, names in decays.items()
         ]
         self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.98))
         self._copy_to_model()

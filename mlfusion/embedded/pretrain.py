@@ -74,12 +74,12 @@ def losses_of(
     of_patches = cross_entropy(heads.formula_of_patches(mean), batch.labels)
     shown = batch.fill_shows
     codes = F.normalize(heads.contrast(torch.cat([cls, mean], 1)).float(), dim=1)
-    alike = (codes @ codes.T / recipe.weights.temperature).fill_diagonal_(-torch.inf)
+    similarity = (codes @ codes.T / recipe.weights.temperature).fill_diagonal_(-torch.inf)
     partner = torch.arange(len(codes)).roll(len(codes) // 2)
     return {
         "formula": (of_cls + of_patches) / 2,
         "fill": cross_entropy(heads.fill(mean[shown]), batch.fill_labels[shown]) if shown.any() else mean.sum() * 0,
-        "contrast": F.cross_entropy(alike, partner),
+        "contrast": F.cross_entropy(similarity, partner),
         "layout": F.smooth_l1_loss(heads.layout(cls).float(), batch.layout),
         "grain": F.smooth_l1_loss(heads.grain(mean).float(), batch.grain),
     }
@@ -132,9 +132,9 @@ def pretrain(
         end.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         while step < plan.schedule.steps:
-            began = time.perf_counter()
+            start = time.perf_counter()
             losses = train_step(model, optimizer, bank, plan, step, crews)
-            step, seconds = step + 1, seconds + time.perf_counter() - began
+            step, seconds = step + 1, seconds + time.perf_counter() - start
             history.append([round(losses[name], 4) for name in OBJECTIVES])
             if step % plan.schedule.checkpoint_every == 0 or step == plan.schedule.steps:
                 with disk.atomic(checkpoint, replace=True) as draft:
@@ -166,7 +166,7 @@ def train_step(
     keep = (plan.network.image_px // plan.network.patch_px) ** 2 if last else schedule.kept_patches
     weights = msgspec.structs.asdict(plan.weights)
 
-    def work(crew: int) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+    def run_crew(crew: int) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         batch, draw = batch_of(bank, plan, step, crew)
         losses = losses_of(model, batch, plan, keep, draw)
         total = torch.stack([weights[name] * losses[name] for name in OBJECTIVES]).sum()
@@ -175,7 +175,7 @@ def train_step(
         return gradients, {name: losses[name].item() for name in OBJECTIVES}
 
     # Summed in the crews' order, not in that of their arrival: floating-point sums depend on it.
-    results = list(crews.map(work, range(schedule.crews)))
+    results = list(crews.map(run_crew, range(schedule.crews)))
     gradient = {
         name: torch.stack([gradients[i].float() for gradients, _ in results]).sum(0) / schedule.crews
         for i, name in enumerate(optimizer.live)

@@ -96,10 +96,10 @@ def load_recipe(path: Path) -> Recipe:
 def check_values(path: Path, recipe: Recipe) -> None:
     """Refuse values that the types allow and training does not."""
     net, images, plan = recipe.network, recipe.images, recipe.schedule
-    strange = sorted(set(images.families) - set(FAMILIES))
+    unknown = sorted(set(images.families) - set(FAMILIES))
     patches = (net.image_px // net.patch_px) ** 2
     for wrong, message in (
-        (strange, f"families has no {', '.join(strange)}; it may name {', '.join(FAMILIES)}"),
+        (unknown, f"families has no {', '.join(unknown)}; it may name {', '.join(FAMILIES)}"),
         (not set(images.families) & set(TEXTURES), f"families needs a texture: one of {', '.join(TEXTURES)}"),
         (net.image_px % net.patch_px, "image_px must be a multiple of patch_px"),
         (net.width % net.heads, "width must be a multiple of heads"),

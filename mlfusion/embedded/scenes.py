@@ -37,12 +37,12 @@ def scene(ink: Tensor, fill: Tensor, shape: Tensor, draw: torch.Generator) -> Sc
 
     # Black or white grounds are commoner than any one gray between them.
     light = (1.4 * uniform(b, 1, 1) - 0.2).clamp(0, 1)
-    gap = 0.3 + 0.7 * uniform(b, 1, 1)
+    contrast = 0.3 + 0.7 * uniform(b, 1, 1)
     # The figure lies `gap` above or below the ground in lightness, whichever there is room for.
-    upwards = torch.where(uniform(b, 1, 1) < 0.5, light + gap <= 1, light - gap < 0)
-    other = torch.where(upwards, light + gap, light - gap).clamp(0, 1)
-    wander = (uniform(b, 2, 1) - 0.5) * torch.tensor([0.0, 0.5])[None, :, None]
-    lightness = torch.cat([light + wander, other + wander.flip(0)], 1)
+    upwards = torch.where(uniform(b, 1, 1) < 0.5, light + contrast <= 1, light - contrast < 0)
+    other = torch.where(upwards, light + contrast, light - contrast).clamp(0, 1)
+    spread = (uniform(b, 2, 1) - 0.5) * torch.tensor([0.0, 0.5])[None, :, None]
+    lightness = torch.cat([light + spread, other + spread.flip(0)], 1)
     tint = (uniform(b, 4, 3) - 0.5) * (1.2 * uniform(b, 1, 1))
     tinted = uniform(b) > 0.3
     tint = tint * tinted[:, None, None]
@@ -61,66 +61,66 @@ def scene(ink: Tensor, fill: Tensor, shape: Tensor, draw: torch.Generator) -> Sc
     )
 
 
-def warp(ink: Tensor, zoom: Tensor, turn: Tensor, shift: Tensor, flip: Tensor, px: int, outside: str) -> Tensor:
+def warp(ink: Tensor, zoom: Tensor, angle: Tensor, shift: Tensor, flip: Tensor, px: int, padding: str) -> Tensor:
     """Resample patterns `[b, p, p]` by a camera that sees `zoom` times their width, rotated by radians → `[b, 1, px, px]`."""
-    c, s = torch.cos(turn) * zoom, torch.sin(turn) * zoom
+    c, s = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     sign = 1 - 2 * flip.float()
     view = torch.stack([torch.stack([c * sign, -s, shift[:, 0]], -1), torch.stack([s * sign, c, shift[:, 1]], -1)], 1)
     grid = F.affine_grid(view, [len(ink), 1, px, px], align_corners=False)
-    return F.grid_sample(ink[:, None], grid, padding_mode=outside, align_corners=False)
+    return F.grid_sample(ink[:, None], grid, padding_mode=padding, align_corners=False)
 
 
-def view(what: Scene, px: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def view(scenes: Scene, px: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Render scenes once → pictures `[b, 3, px, px]` in −1 … 1, and `layout` and `grain` of the undisturbed pictures."""
-    b = len(what.ink)
+    b = len(scenes.ink)
 
     def uniform(low: float, high: float, *size: int) -> Tensor:
         return torch.rand(b, *size, generator=draw) * (high - low) + low
 
     flip = torch.rand(b, generator=draw) < 0.5
     # A shape stays mostly in the picture, a texture is looked at from near or far.
-    still = torch.zeros_like(flip)
-    shape_ink = warp(what.ink, uniform(0.75, 1.45), uniform(-0.3, 0.3), uniform(-0.3, 0.3, 2), still, px, "zeros")
+    unflipped = torch.zeros_like(flip)
+    shape_ink = warp(scenes.ink, uniform(0.75, 1.45), uniform(-0.3, 0.3), uniform(-0.3, 0.3, 2), unflipped, px, "zeros")
     zoom = uniform(0.4, 1.0)
-    whole = warp(what.ink, zoom, uniform(-0.3, 0.3), (1 - zoom)[:, None] * uniform(-1, 1, 2), flip, px, "reflection")
-    ink = torch.where(what.shape[:, None, None, None], shape_ink, whole)
-    fill = warp(what.fill, uniform(0.4, 1.0), uniform(-0.3, 0.3), uniform(-0.3, 0.3, 2), flip, px, "reflection")
+    whole = warp(scenes.ink, zoom, uniform(-0.3, 0.3), (1 - zoom)[:, None] * uniform(-1, 1, 2), flip, px, "reflection")
+    ink = torch.where(scenes.shape[:, None, None, None], shape_ink, whole)
+    fill = warp(scenes.fill, uniform(0.4, 1.0), uniform(-0.3, 0.3), uniform(-0.3, 0.3, 2), flip, px, "reflection")
 
     axis = torch.linspace(-1, 1, px)
     slope = uniform(-1, 1, 2)
     ramp = slope[:, 0, None, None, None] * axis + slope[:, 1, None, None, None] * axis[:, None]
-    a, z, c, d = (what.colours[:, i, :, None, None] for i in range(4))
-    by = what.ground[:, None, None, None]
-    on = what.figure[:, None, None, None]
-    mix = torch.where(by == 2, fill, torch.where(by == 1, (ramp + 1) / 2, 0.0))
+    a, z, c, d = (scenes.colours[:, i, :, None, None] for i in range(4))
+    ground_kind = scenes.ground[:, None, None, None]
+    figure_kind = scenes.figure[:, None, None, None]
+    mix = torch.where(ground_kind == 2, fill, torch.where(ground_kind == 1, (ramp + 1) / 2, 0.0))
     ground = torch.lerp(a.expand(-1, -1, px, px), z, mix)
-    ground_or_a = torch.where(what.shape[:, None, None, None], ground, torch.lerp(a, z, ink))
-    mix = torch.where(on == 2, fill, torch.where(on == 1, ink, 0.0))
+    ground_or_a = torch.where(scenes.shape[:, None, None, None], ground, torch.lerp(a, z, ink))
+    mix = torch.where(figure_kind == 2, fill, torch.where(figure_kind == 1, ink, 0.0))
     figure = torch.lerp(c.expand(-1, -1, px, px), d, mix)
     clean = torch.lerp(ground_or_a, figure, ink)
     clean = clean * (1 + uniform(-0.25, 0.25, 1, 1, 1) * ramp)
     clean = (clean - 0.5) * uniform(0.75, 1.2, 1, 1, 1) + 0.5 + uniform(-0.1, 0.1, 1, 1, 1)
-    clean = (clean + uniform(-0.08, 0.08, 3, 1, 1) * what.tinted[:, None, None, None]).clamp(0, 1)
+    clean = (clean + uniform(-0.08, 0.08, 3, 1, 1) * scenes.tinted[:, None, None, None]).clamp(0, 1)
 
-    seen = clean
+    picture = clean
     # Something in the way: a plain rectangle over a fifth of the pictures.
     corner, size = uniform(-1, 0.6, 2), uniform(0.3, 0.8, 2)
     offset = axis - corner[:, :, None]  # [b, 2, px]
     within = (offset > 0) & (offset < size[:, :, None])
     hidden = within[:, None, None, 0] & within[:, None, 1, :, None] & (uniform(0, 1) < 0.2)[:, None, None, None]
-    seen = torch.where(hidden, uniform(0, 1, 3, 1, 1), seen)
+    picture = torch.where(hidden, uniform(0, 1, 3, 1, 1), picture)
     # Pictures come in all sizes: some were small before they were scaled up. Rows come in random order: slices will do.
     parts, at = [], 0
     for side in (8, 12, 16, 24, 32):
         n = b // 14
-        small = F.interpolate(seen[at : at + n], size=(side, side), mode="area")
+        small = F.interpolate(picture[at : at + n], size=(side, side), mode="area")
         mode = "bilinear" if side % 3 else "bicubic"
         parts.append(F.interpolate(small, size=(px, px), mode=mode, align_corners=False))
         at += n
-    seen = torch.cat([*parts, seen[at:]])
-    noise = torch.randn(seen.shape, generator=draw) * (uniform(0, 0.08, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.4))
+    picture = torch.cat([*parts, picture[at:]])
+    noise = torch.randn(picture.shape, generator=draw) * (uniform(0, 0.08, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.4))
     edge = edges(clean)
-    return (seen + noise).clamp(0, 1) * 2 - 1, layout(clean, ink, edge), grain(clean, edge)
+    return (picture + noise).clamp(0, 1) * 2 - 1, layout(clean, ink, edge), grain(clean, edge)
 
 
 LAYOUT = 6 * 6 + 3 * 6 * 6 + 8 * 6 * 6  # numbers in `layout`
@@ -131,15 +131,15 @@ Edges = tuple[Tensor, Tensor, Tensor]  # at full, half and quarter size: 8 direc
 def edges(picture: Tensor) -> Edges:
     """The strength of the edges in each of 8 directions, at three sizes of the picture `[b, 3, px, px]`."""
     gray = picture.mean(1, keepdim=True)
-    found = []
+    strengths = []
     for _ in range(3):
         dx = F.pad(gray[..., 2:] - gray[..., :-2], (1, 1))
         dy = F.pad(gray[..., 2:, :] - gray[..., :-2, :], (0, 0, 1, 1))
         direction = torch.atan2(dy, dx) * (8 / torch.pi)  # a full turn is 16, so that half turns fold onto 8
-        apart = torch.remainder(direction - torch.arange(8.0)[None, :, None, None] + 4, 8) - 4
-        found.append((1 - apart.abs()).clamp(min=0) * torch.sqrt(dx * dx + dy * dy))
+        distance = torch.remainder(direction - torch.arange(8.0)[None, :, None, None] + 4, 8) - 4
+        strengths.append((1 - distance.abs()).clamp(min=0) * torch.sqrt(dx * dx + dy * dy))
         gray = F.avg_pool2d(gray, 2)
-    return found[0], found[1], found[2]
+    return strengths[0], strengths[1], strengths[2]
 
 
 def layout(clean: Tensor, ink: Tensor, edge: Edges) -> Tensor:
@@ -176,14 +176,14 @@ class Pair:
 def pair(bank: Bank, rows: np.ndarray, fills: np.ndarray, px: int, draw: torch.Generator) -> Pair:
     """Compose scenes of the patterns `rows` and textures `fills` of a bank, and render each twice."""
     shape = torch.from_numpy(np.isin(rows, bank.shapes))
-    what = scene(torch.from_numpy(bank.ink[rows]), torch.from_numpy(bank.ink[fills]), shape, draw)
-    both = view(what, px, draw), view(what, px, draw)
-    pictures, where, surface = map(torch.cat, zip(*both, strict=True))
+    scenes = scene(torch.from_numpy(bank.ink[rows]), torch.from_numpy(bank.ink[fills]), shape, draw)
+    both = view(scenes, px, draw), view(scenes, px, draw)
+    pictures, layouts, grains = map(torch.cat, zip(*both, strict=True))
     return Pair(
         pictures=pictures,
-        layout=where,
-        grain=surface,
+        layout=layouts,
+        grain=grains,
         labels=torch.from_numpy(bank.labels[rows]).repeat(2),
         fill_labels=torch.from_numpy(bank.labels[fills]).repeat(2),
-        fill_shows=what.fill_shows.repeat(2),
+        fill_shows=scenes.fill_shows.repeat(2),
     )

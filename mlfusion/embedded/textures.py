@@ -100,12 +100,12 @@ def weave(klass: Rng, rng: Rng, px: int) -> Gray:
 
 
 def neighbour_cells(
-    x: Gray, y: Gray, cells: float, loose: float, brick: float, rng: Rng
+    x: Gray, y: Gray, cells: float, looseness: float, brick: float, rng: Rng
 ) -> Iterator[tuple[Gray, Gray, Gray]]:
     """For each of the 3 × 3 cells round every pixel: offset from the cell's seed point (in cells), its lot, 0 … 1."""
     side = int(cells * 3) + 8
-    jitter = ((rng.random((3, side, side), dtype=np.float32) - 0.5) * np.float32(loose)).astype(np.float32)
-    lots = rng.random((side, side), dtype=np.float32)
+    jitter = ((rng.random((3, side, side), dtype=np.float32) - 0.5) * np.float32(looseness)).astype(np.float32)
+    values = rng.random((side, side), dtype=np.float32)
     u, v = x * np.float32(cells / 2), y * np.float32(cells / 2)
     row = np.floor(v).astype(np.int32)
     for dj in (-1, 0, 1):
@@ -114,14 +114,14 @@ def neighbour_cells(
         col = np.floor(u - slide).astype(np.int32)
         for di in (-1, 0, 1):
             i = col + di
-            seat = (j % side, i % side)
-            yield u - (i + 0.5 + slide + jitter[0][seat]), v - (j + 0.5 + jitter[1][seat]), lots[seat]
+            index = (j % side, i % side)
+            yield u - (i + 0.5 + slide + jitter[0][index]), v - (j + 0.5 + jitter[1][index]), values[index]
 
 
 def cell(klass: Rng, rng: Rng, px: int) -> Gray:
     """Cells round seed points on a jittered lattice (Worley): honeycomb, cobbles, cracks, scales, bricks, mosaics."""
     cells = math.exp(klass.uniform(math.log(2.5), math.log(12)))
-    loose = klass.choice([0.0, 0.3, 0.7, 1.0])
+    looseness = klass.choice([0.0, 0.3, 0.7, 1.0])
     brick = klass.choice([0.0, 0.5])
     norm = int(klass.integers(0, 3))
     reading = int(klass.integers(0, 5))
@@ -130,25 +130,25 @@ def cell(klass: Rng, rng: Rng, px: int) -> Gray:
 
     x, y = deformed_plane(px, rng, angle=0.2, scale=1.25, shift=1.0, stretch=0.1)
     first = np.full((px, px), 9, dtype=np.float32)
-    second, lot = first.copy(), np.zeros_like(first)
-    for p, q, seat in neighbour_cells(x * np.float32(flat), y, cells, loose, brick, rng):
+    second, value = first.copy(), np.zeros_like(first)
+    for p, q, cell_value in neighbour_cells(x * np.float32(flat), y, cells, looseness, brick, rng):
         p, q = np.abs(p), np.abs(q)
         d = np.sqrt(p * p + q * q) if norm == 0 else p + q if norm == 1 else np.maximum(p, q)
-        near = d < first
-        second = np.where(near, first, np.minimum(second, d))
-        first, lot = np.where(near, d, first), np.where(near, seat, lot)
+        closer = d < first
+        second = np.where(closer, first, np.minimum(second, d))
+        first, value = np.where(closer, d, first), np.where(closer, cell_value, value)
     if reading < 2:
         return stretch_contrast(second - first if reading else first)
     if reading < 4:
         inside = np.clip((second - first) / np.float32(cut), 0, 1)
-        return lot * inside if reading == 3 else inside
+        return value * inside if reading == 3 else inside
     return 1 - np.clip((first - np.float32(cut)) * np.float32(px / cells / 2) + 0.5, 0, 1)
 
 
 def scatter(klass: Rng, rng: Rng, px: int) -> Gray:
     """One small wavy figure strewn over a lattice, turned and sized at random: dots, petals, confetti, foliage."""
     cells = math.exp(klass.uniform(math.log(2.0), math.log(8)))
-    loose = klass.choice([0.0, 0.4, 0.8])
+    looseness = klass.choice([0.0, 0.4, 0.8])
     brick = klass.choice([0.0, 0.5])
     petals, depth = int(klass.integers(2, 8)), klass.uniform(0, 0.6) * (klass.random() < 0.7)
     size, spread = klass.uniform(0.22, 0.55), klass.uniform(0, 0.35)
@@ -160,20 +160,20 @@ def scatter(klass: Rng, rng: Rng, px: int) -> Gray:
     x, y = deformed_plane(px, rng, angle=0.2, scale=1.25, shift=1.0, stretch=0.1)
     facing = np.float32(rng.uniform(-math.pi, math.pi))
     ink = np.zeros((px, px), dtype=np.float32)
-    for p, q, lot in neighbour_cells(x, y, cells, loose, brick, rng):
-        near = np.maximum(np.abs(p), np.abs(q)) < 1.2
-        p, q, lot = p[near], q[near], lot[near]
-        turn = facing + (lot * 7 % 1 - 0.5) * np.float32(2 * spin)
+    for p, q, value in neighbour_cells(x, y, cells, looseness, brick, rng):
+        nearby = np.maximum(np.abs(p), np.abs(q)) < 1.2
+        p, q, value = p[nearby], q[nearby], value[nearby]
+        turn = facing + (value * 7 % 1 - 0.5) * np.float32(2 * spin)
         c, s = np.cos(turn), np.sin(turn)
         p, q = c * p + s * q, (c * q - s * p) / np.float32(slim)
-        edge = np.float32(size) * (1 + np.float32(spread) * (lot * 13 % 1 - 0.5) * 2)
+        edge = np.float32(size) * (1 + np.float32(spread) * (value * 13 % 1 - 0.5) * 2)
         if depth:
             edge = edge * (1 + np.float32(depth) * np.cos(np.float32(petals) * np.arctan2(q, p)))
         inside = np.hypot(p, q) - edge
         if hollow:
             inside = np.abs(inside) - np.float32(0.06)
-        part = np.clip(0.5 - inside * np.float32(px / cells), 0, 1) * (1 - np.float32(tones) * lot)
-        ink[near] = np.maximum(ink[near], part)
+        part = np.clip(0.5 - inside * np.float32(px / cells), 0, 1) * (1 - np.float32(tones) * value)
+        ink[nearby] = np.maximum(ink[nearby], part)
     return ink
 
 
