@@ -68,7 +68,7 @@ def verify(cache: CachePath = None, *, repair: bool = False) -> Verification:
     store = FeatureStore(cache)
     damaged: list[Damage] = []
     moved: list[Path] = []
-    layers = (store, *store.below)
+    layers = (store, *store.lower)
     folders = [(layer, path) for layer in layers for path in disk.published(layer.folder) if path.is_dir()]
     with track("verifying", len(folders), "entries") as bar:
         for layer, path in folders:
