@@ -17,7 +17,7 @@ from mlfusion.specs.options import ReadOptions
 
 TABLES = (".csv", ".tsv", ".jsonl")
 TABLE_NAMES = ("metadata", "labels")
-"""Names of a table that lies in the folder of its split's images; the hub uses the first."""
+"""Names of a table in the folder of its split's images; the hub uses the first."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,7 +57,7 @@ class Decoder:
     max_pixels: int = MAX_PIXELS
 
     def __call__(self, data: bytes) -> Image.Image:
-        """Decode one image; raises BadImage, which says why, if the bytes are not an image that can be read."""
+        """Decode one image; raises BadImage, which gives the reason, if they are not a readable image."""
         if not data:
             raise BadImage("the file is empty")
         try:

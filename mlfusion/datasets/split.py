@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,20 +68,14 @@ class Split:
             name=name,
             ids=tuple(self.ids[row] for row in rows),
             labels=self.labels[rows],
-            encoded=Subset(self.encoded, rows),
+            encoded=partial(_read_row_of, self.encoded, rows),
             digests=None if self.digests is None else self.digests[rows],
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Subset:
-    """Some rows of another split's images."""
-
-    base: Encoded
-    rows: np.ndarray  # [images] int64
-
-    def __call__(self, row: int) -> bytes:
-        return self.base(int(self.rows[row]))
+def _read_row_of(encoded: Encoded, rows: np.ndarray, row: int) -> bytes:
+    """The bytes of image number `row` among some rows [images] int64 of another split."""
+    return encoded(int(rows[row]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +99,7 @@ class DataSet:
     form: str  # kind of folder or file, in words
     splits: Mapping[str, Split]
     resplit: str = ""  # ratio and seed if we made the splits: '0.8/0.1/0.1 seed 0'
-    exif_transpose: bool = False  # images are rotated as their EXIF orientation says
+    exif_transpose: bool = False  # whether images are rotated by their EXIF orientation
 
     @property
     def label_kind(self) -> LabelKind:

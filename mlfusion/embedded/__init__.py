@@ -1,1 +1,1 @@
-"""The model that ships with the package, and how it is made: images by formula, and pre-training on them."""
+"""The model that ships with the package, and its creation: images by formula, and pre-training on them."""

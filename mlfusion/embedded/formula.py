@@ -1,12 +1,9 @@
-"""Images by formula: what the embedded model is trained on, in place of photographs.
+"""Images by formula: the training data of the embedded model, instead of photographs.
 
 Formula-driven supervised learning (Kataoka et al., arXiv 2101.08515 and 2206.09132; Takashima et al., arXiv 2303.01112)
-draws its images and its labels from mathematics. A *class* is a set of formula parameters; an *instance* is one rendering
-of them, with new phases, noise and small deformations. No photograph, no licence and no download is needed, and the data
-set is as large as one cares to draw.
-
-`pattern(family, klass, instance, px, seed)` is a pure function of its arguments: one gray picture, uint8 `[px, px]`.
-`draw_into` draws many into one array. Colour, background and viewpoint are added by `scenes`.
+computes images and labels from formulas. A *class* is a set of formula parameters; an *instance* is one rendering of them,
+with new phases, noise and small deformations. It needs no photographs, licence or download, and the size of the data set is
+free. `pattern` draws one picture, `draw_into` many into one array; `scenes` adds colour, background and viewpoint.
 """
 
 import time
@@ -24,7 +21,7 @@ FAMILIES = SHAPES | TEXTURES
 
 
 def pattern(family: str, klass: int, instance: int, px: int = 96, seed: int = 0) -> np.ndarray:
-    """One picture by formula: uint8 `[px, px]`, 0 the empty ground, 255 full ink. A pure function of its arguments."""
+    """One gray picture, uint8 `[px, px]`: 0 is the empty ground, 255 full ink. A pure function of the arguments."""
     draw = FAMILIES[family]
     gray = draw(stream("class", seed, family, klass), stream("instance", seed, family, klass, instance), px)
     return (gray * 255 + 0.5).astype(np.uint8)

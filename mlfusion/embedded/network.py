@@ -32,7 +32,7 @@ class PretrainingModel(nn.Module):
         net = recipe.network
         torch.manual_seed(recipe.schedule.seed)
         self.vit = ViTModel(vit_config(net), add_pooling_layer=False)
-        with torch.no_grad():  # drawn here: versions of transformers may draw them differently
+        with torch.no_grad():  # initialised here, since versions of transformers may do it differently
             self.vit.embeddings.cls_token.normal_(0, 0.02)
             self.vit.embeddings.position_embeddings.normal_(0, 0.02)
         self.heads = ObjectiveHeads(net.width, recipe.images.classes * len(recipe.images.families))
@@ -61,7 +61,7 @@ def embed(vit: ViTModel, pictures: Tensor, keep: int, draw: torch.Generator) -> 
     if keep < patches.shape[1]:
         chosen = torch.rand(patches.shape[:2], generator=draw).topk(keep, dim=1).indices
         patches = patches.gather(1, chosen[:, :, None].expand(-1, -1, patches.shape[2]))
-        # A product with 0 and 1 instead of indexing: its gradient is a sum in a fixed order.
+        # The gradient of this product with 0 and 1 is a sum in a fixed order; that of indexing is not.
         positions = F.one_hot(chosen, positions.shape[1]).to(positions.dtype) @ positions[0]
     tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + positions
     cls = parts.cls_token + parts.position_embeddings[:, :1]
@@ -69,10 +69,10 @@ def embed(vit: ViTModel, pictures: Tensor, keep: int, draw: torch.Generator) -> 
 
 
 def encode(vit: ViTModel, tokens: Tensor) -> Tensor:
-    """The blocks and the final norm, `[b, t, width]` → the same; what `ViTModel` computes, with its weights.
+    """The blocks and the final norm of `ViTModel`, `[b, t, width]` → `[b, t, width]`.
 
-    Queries, keys and values in one product and attention in plain batched ones: for a few dozen tokens, about half the
-    time of the fused CPU kernel's forward and backward pass.
+    One product gives queries, keys and values, and plain batched products the attention. For a few dozen tokens that takes
+    about half the time of the fused CPU kernel's forward and backward pass.
     """
     b, t, width = tokens.shape
     heads = vit.config.num_attention_heads

@@ -21,8 +21,8 @@ def orthogonalise(update: Tensor) -> Tensor:
 class MuonAdamW:
     """Muon for the matrices inside the blocks, AdamW for all else, over float32 masters of the bfloat16 weights."""
 
-    def __init__(self, model: PretrainingModel, plan: Schedule) -> None:
-        self.plan = plan
+    def __init__(self, model: PretrainingModel, schedule: Schedule) -> None:
+        self.schedule = schedule
         self.live = dict(model.named_parameters())
         self.master = {name: p.detach().float().clone() for name, p in self.live.items()}
         inner = [n for n, p in self.live.items() if n.startswith("vit.layers.") and p.ndim == 2]
@@ -31,10 +31,10 @@ class MuonAdamW:
         ]
         self.momentum = {n: torch.zeros_like(self.master[n]) for n in inner}
         rest = [n for n in self.live if n not in self.momentum]
-        # Matrices of the heads decay; vectors, positions and the CLS token do not.
+        # Weight decay applies to the heads' matrices, but not to vectors, positions and the CLS token.
         decays = {True: [n for n in rest if self.live[n].ndim == 2], False: [n for n in rest if self.live[n].ndim != 2]}
         groups = [
-            {"params": [self.master[n] for n in names], "weight_decay": plan.weight_decay * decay}
+            {"params": [self.master[n] for n in names], "weight_decay": schedule.weight_decay * decay}
             for decay, names in decays.items()
         ]
         self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.98))
@@ -66,7 +66,7 @@ class MuonAdamW:
                 # Scaled to the size of Adam's updates (Liu et al. 2025), so that one rate serves both.
                 step = rate * 0.2 * max(update.shape[1:]) ** 0.5
                 for name, u, m in zip(names, update, old, strict=True):
-                    self.master[name].mul_(1 - rate * self.plan.weight_decay).sub_(u, alpha=step)
+                    self.master[name].mul_(1 - rate * self.schedule.weight_decay).sub_(u, alpha=step)
                     self.momentum[name] = m
         self._copy_to_model()
 

@@ -9,13 +9,13 @@ contrast  the other picture of the same scene (NT-Xent among the pictures of a c
 layout    the places of ink, colours and edges (smooth L1, of CLS): the other objectives would discard place and colour
 grain     mean and spread of the colours, edges by size and direction (smooth L1, of the mean patch token)
 
-The recipe and its seed determine pictures, order and initial weights. Every step draws from a stream named by (seed, step,
-crew), so that a run that was stopped goes on from its checkpoint with the same numbers. Another machine, with other
-kernels, computes the same with other roundings.
+The recipe and its seed determine pictures, order and initial weights. The random stream of each step is named by (seed, step,
+crew), so that a run that was stopped continues from its checkpoint with the same numbers. On another machine, with other
+kernels, only the rounding differs.
 
-Made for few cores: bfloat16 products over float32 master weights, some patches left out of nearly every step (arXiv
-2212.00794), Muon for the matrices (Jordan et al. 2024), and a batch split into parts, the crews, each of which one thread
-takes from the pictures to the gradient.
+It is designed for few cores: bfloat16 products with float32 master weights, only some patches in most steps (arXiv
+2212.00794), Muon for the matrices (Jordan et al. 2024), and a batch of several parts, the crews; one thread computes all of
+a crew's step, from the pictures to the gradient.
 """
 
 import json
@@ -51,11 +51,11 @@ OBJECTIVES = ("formula", "fill", "contrast", "layout", "grain")
 
 def batch_of(bank: Bank, recipe: Recipe, step: int, crew: int) -> tuple[Pair, torch.Generator]:
     """The pictures of one crew in one step, and the stream that drew them."""
-    plan = recipe.schedule
-    rng = stream("pretrain", plan.seed, step, crew)
+    schedule = recipe.schedule
+    rng = stream("pretrain", schedule.seed, step, crew)
     draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    rows = rng.integers(len(bank.ink), size=plan.scenes)
-    fills = rng.choice(bank.textures, size=plan.scenes)
+    rows = rng.integers(len(bank.ink), size=schedule.scenes)
+    fills = rng.choice(bank.textures, size=schedule.scenes)
     return pair(bank, rows, fills, recipe.network.image_px, draw), draw
 
 
@@ -85,11 +85,11 @@ def losses_of(
     }
 
 
-def learning_rate(plan: Schedule, step: int) -> float:
+def learning_rate(schedule: Schedule, step: int) -> float:
     """The learning rate of a step: linear warm-up, constant, linear decay."""
-    up = (step + 1) / max(plan.warmup, 1)
-    down = (plan.steps - step) / max(plan.cooldown, 1)
-    return plan.learning_rate * min(1.0, up, down)
+    up = (step + 1) / max(schedule.warmup, 1)
+    down = (schedule.steps - step) / max(schedule.cooldown, 1)
+    return schedule.learning_rate * min(1.0, up, down)
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
@@ -103,20 +103,20 @@ def pretrain(
     Args:
         recipe: a TOML file, see `Recipe`.
         out: a folder; its files are replaced when the run is complete, a model card in it is left alone.
-        work: a folder for the bank of patterns (about 160 MB) and the checkpoint, from which the same call goes on after an
-            interruption; default: one named by the recipe's digest, where the system keeps temporary files.
+        work: a folder for the bank of patterns (about 160 MB) and the checkpoint, from which the same call continues after an
+            interruption; default: a folder named by the recipe's digest, among the system's temporary files.
         progress: gets a dict at every step: stage, done, of, seconds, and the losses.
 
     Raises:
         BadRecipe: the recipe has an unknown or wrong field, or lacks one.
     """
-    plan = load_recipe(recipe)
-    work = work or Path(tempfile.gettempdir()) / f"mlfusion-pretrain-{plan.digest}"
+    parsed = load_recipe(recipe)
+    work = work or Path(tempfile.gettempdir()) / f"mlfusion-pretrain-{parsed.digest}"
     work.mkdir(parents=True, exist_ok=True)
     report_progress = progress or (lambda event: None)
-    bank = pattern_bank(plan, work, report_progress)
-    model = PretrainingModel(plan).bfloat16()
-    optimizer = MuonAdamW(model, plan.schedule)
+    bank = pattern_bank(parsed, work, report_progress)
+    model = PretrainingModel(parsed).bfloat16()
+    optimizer = MuonAdamW(model, parsed.schedule)
     checkpoint = work / "checkpoint.pt"
     step, seconds, history = 0, 0.0, []
     if checkpoint.exists():
@@ -124,57 +124,57 @@ def pretrain(
         optimizer.restore(saved["optimizer"])
         step, seconds, history = saved["step"], saved["seconds"], saved["history"]
 
-    # Crews are the parallelism. Threads inside each operation would mostly wait: these are too small to share.
+    # Only crews run in parallel: operations are too small to be divided between threads.
     with (
-        ThreadPoolExecutor(plan.schedule.crews, initializer=torch.set_num_threads, initargs=(1,)) as crews,
+        ThreadPoolExecutor(parsed.schedule.crews, initializer=torch.set_num_threads, initargs=(1,)) as crews,
         ExitStack() as end,
     ):
         end.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
-        while step < plan.schedule.steps:
+        while step < parsed.schedule.steps:
             start = time.perf_counter()
-            losses = train_step(model, optimizer, bank, plan, step, crews)
+            losses = train_step(model, optimizer, bank, parsed, step, crews)
             step, seconds = step + 1, seconds + time.perf_counter() - start
             history.append([round(losses[name], 4) for name in OBJECTIVES])
-            if step % plan.schedule.checkpoint_every == 0 or step == plan.schedule.steps:
+            if step % parsed.schedule.checkpoint_every == 0 or step == parsed.schedule.steps:
                 with disk.atomic(checkpoint, replace=True) as draft:
                     saved = {"step": step, "seconds": seconds, "history": history, "optimizer": optimizer.state()}
                     torch.save(saved, draft)
-            report_progress({"stage": "train", "done": step, "of": plan.schedule.steps, "seconds": seconds, **losses})
+            report_progress({"stage": "train", "done": step, "of": parsed.schedule.steps, "seconds": seconds, **losses})
     report = {
-        "recipe": plan.digest,
+        "recipe": parsed.digest,
         "steps": step,
-        "pictures": step * plan.schedule.crews * plan.schedule.scenes * 2,
+        "pictures": step * parsed.schedule.crews * parsed.schedule.scenes * 2,
         "patterns": len(bank.ink),
         "seconds": round(seconds),
         "losses": dict(zip(OBJECTIVES, np.mean(history[-50:], axis=0).round(3).tolist(), strict=True)),
     }
-    write_folder(plan, optimizer.master, report, Path(out))
+    write_folder(parsed, optimizer.master, report, Path(out))
     checkpoint.unlink()
     (work / PATTERNS).unlink()
-    with suppress(OSError):  # the caller keeps something of his own there
+    with suppress(OSError):  # the caller may have other files there
         work.rmdir()
     return report | {"out": str(out)}
 
 
 def train_step(
-    model: PretrainingModel, optimizer: MuonAdamW, bank: Bank, plan: Recipe, step: int, crews: ThreadPoolExecutor
+    model: PretrainingModel, optimizer: MuonAdamW, bank: Bank, recipe: Recipe, step: int, crews: ThreadPoolExecutor
 ) -> dict[str, float]:
     """Pictures, losses, gradients, update; returns the losses."""
-    schedule = plan.schedule
+    schedule = recipe.schedule
     last = step >= schedule.steps - schedule.whole_last
-    keep = (plan.network.image_px // plan.network.patch_px) ** 2 if last else schedule.kept_patches
-    weights = msgspec.structs.asdict(plan.weights)
+    keep = (recipe.network.image_px // recipe.network.patch_px) ** 2 if last else schedule.kept_patches
+    weights = msgspec.structs.asdict(recipe.weights)
 
     def run_crew(crew: int) -> tuple[tuple[Tensor, ...], dict[str, float]]:
-        batch, draw = batch_of(bank, plan, step, crew)
-        losses = losses_of(model, batch, plan, keep, draw)
+        batch, draw = batch_of(bank, recipe, step, crew)
+        losses = losses_of(model, batch, recipe, keep, draw)
         total = torch.stack([weights[name] * losses[name] for name in OBJECTIVES]).sum()
-        # An objective without an example in this step (a fill that shows nowhere) has a gradient of zero.
+        # An objective without an example in this step (no picture shows a fill) has a gradient of zero.
         gradients = torch.autograd.grad(total, list(optimizer.live.values()), materialize_grads=True)
         return gradients, {name: losses[name].item() for name in OBJECTIVES}
 
-    # Summed in the crews' order, not in that of their arrival: floating-point sums depend on it.
+    # The sum is in the crews' order, not in that of their arrival, since floating-point sums depend on the order.
     results = list(crews.map(run_crew, range(schedule.crews)))
     gradient = {
         name: torch.stack([gradients[i].float() for gradients, _ in results]).sum(0) / schedule.crews
@@ -184,9 +184,9 @@ def train_step(
     return {name: sum(losses[name] for _, losses in results) / schedule.crews for name in OBJECTIVES}
 
 
-def pattern_bank(plan: Recipe, work: Path, progress: Callable[[dict[str, Any]], None]) -> Bank:
-    """The bank of patterns as a memory map in `work`; drawn if it is not there."""
-    images, seed = plan.images, plan.schedule.seed
+def pattern_bank(recipe: Recipe, work: Path, progress: Callable[[dict[str, Any]], None]) -> Bank:
+    """The bank of patterns as a memory map in `work`; it is drawn if it does not exist."""
+    images, seed = recipe.images, recipe.schedule.seed
     path = work / PATTERNS
     shape = (len(images.families) * images.classes * images.instances, images.pattern_px, images.pattern_px)
 
@@ -198,9 +198,9 @@ def pattern_bank(plan: Recipe, work: Path, progress: Callable[[dict[str, Any]], 
     return label_bank(np.load(path, mmap_mode="r"), images.families, images.classes, images.instances)
 
 
-def write_folder(plan: Recipe, master: dict[str, Tensor], report: dict[str, Any], out: Path) -> None:
-    """The Hugging Face folder: config, float16 weights, preprocessing, and what the run took."""
-    net = plan.network
+def write_folder(recipe: Recipe, master: dict[str, Tensor], report: dict[str, Any], out: Path) -> None:
+    """Write the Hugging Face folder: config, float16 weights, preprocessing, and the report of the run."""
+    net = recipe.network
     vit = ViTModel(vit_config(net), add_pooling_layer=False)
     vit.load_state_dict({n.removeprefix("vit."): p for n, p in master.items() if n.startswith("vit.")})
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ def write_folder(plan: Recipe, master: dict[str, Tensor], report: dict[str, Any]
 
 
 def preprocessing(net: Network) -> dict[str, Any]:
-    """Squash to the input size, RGB, 0 … 255 to −1 … 1: as `ViTImageProcessor` reads it."""
+    """The settings of `ViTImageProcessor`: RGB, squashed to the input size, 0 … 255 mapped to −1 … 1."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_convert_rgb": True,

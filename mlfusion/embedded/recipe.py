@@ -1,4 +1,4 @@
-"""The recipe of pre-training: all that determines the embedded model's weights, read strictly from a TOML file."""
+"""The recipe of pre-training, read strictly from a TOML file: it determines the embedded model's weights."""
 
 import hashlib
 import json
@@ -41,8 +41,8 @@ class Schedule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     steps: Positive
     crews: Positive  # parts of a batch, one thread each; the contrastive loss is within a part
     scenes: Annotated[int, Meta(ge=2)]  # per crew and step, each in two pictures; contrast needs two
-    kept_patches: int  # patches of a picture that the network sees, until the last steps
-    whole_last: int  # steps at the end that see every patch
+    kept_patches: int  # patches of a picture that the network gets, until the last steps
+    whole_last: int  # steps at the end in which the network gets every patch
     learning_rate: float
     weight_decay: float
     warmup: int  # steps with a rising rate
@@ -62,7 +62,7 @@ class Weights(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that determines the weights."""
+    """The whole recipe, which determines the weights."""
 
     network: Network
     images: Images
@@ -76,7 +76,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe; raises BadRecipe unless every field is there and right, and nothing else is."""
+    """Read a recipe; raises BadRecipe if a field is missing, unknown or wrong."""
     try:
         recipe = msgspec.toml.decode(Path(path).read_bytes(), type=Recipe)
     except OSError as err:
@@ -94,8 +94,8 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def check_values(path: Path, recipe: Recipe) -> None:
-    """Refuse values that the types allow and training does not."""
-    net, images, plan = recipe.network, recipe.images, recipe.schedule
+    """Raise BadRecipe for values that have the right type but cannot be used in training."""
+    net, images, schedule = recipe.network, recipe.images, recipe.schedule
     unknown = sorted(set(images.families) - set(FAMILIES))
     patches = (net.image_px // net.patch_px) ** 2
     for wrong, message in (
@@ -103,10 +103,10 @@ def check_values(path: Path, recipe: Recipe) -> None:
         (not set(images.families) & set(TEXTURES), f"families needs a texture: one of {', '.join(TEXTURES)}"),
         (net.image_px % net.patch_px, "image_px must be a multiple of patch_px"),
         (net.width % net.heads, "width must be a multiple of heads"),
-        (not 1 <= plan.kept_patches <= patches, f"kept_patches must lie in 1 … {patches}, the patches of a picture"),
+        (not 1 <= schedule.kept_patches <= patches, f"kept_patches must lie in 1 … {patches}, the patches of a picture"),
         (
-            not all(0 <= part <= plan.steps for part in (plan.whole_last, plan.warmup, plan.cooldown)),
-            f"whole_last, warmup and cooldown are steps, 0 … {plan.steps}",
+            not all(0 <= part <= schedule.steps for part in (schedule.whole_last, schedule.warmup, schedule.cooldown)),
+            f"whole_last, warmup and cooldown are steps, 0 … {schedule.steps}",
         ),
     ):  # fmt: skip
         if wrong:

@@ -14,7 +14,7 @@ from mlfusion.embedded.formula import Bank
 class Scene:
     """Content of a picture before a viewpoint is chosen: a figure or a texture, its colours and its background."""
 
-    ink: Tensor  # float32 [b, px, px], the pattern the label is about
+    ink: Tensor  # float32 [b, px, px], the pattern whose class is the label
     fill: Tensor  # float32 [b, px, px], a second texture, in the ground or in the figure
     shape: Tensor  # bool [b]: a figure on a ground, else a texture everywhere
     colours: Tensor  # float32 [b, 4, 3]: two of the ground, two of the figure
@@ -35,10 +35,10 @@ def scene(ink: Tensor, fill: Tensor, shape: Tensor, draw: torch.Generator) -> Sc
     def uniform(*size: int) -> Tensor:
         return torch.rand(*size, generator=draw)
 
-    # Black or white grounds are commoner than any one gray between them.
+    # Black and white grounds are more frequent than any gray between them.
     light = (1.4 * uniform(b, 1, 1) - 0.2).clamp(0, 1)
     contrast = 0.3 + 0.7 * uniform(b, 1, 1)
-    # The figure lies `gap` above or below the ground in lightness, whichever there is room for.
+    # The figure is lighter or darker than the ground by `contrast`, whichever stays within 0 … 1.
     upwards = torch.where(uniform(b, 1, 1) < 0.5, light + contrast <= 1, light - contrast < 0)
     other = torch.where(upwards, light + contrast, light - contrast).clamp(0, 1)
     spread = (uniform(b, 2, 1) - 0.5) * torch.tensor([0.0, 0.5])[None, :, None]
@@ -46,7 +46,7 @@ def scene(ink: Tensor, fill: Tensor, shape: Tensor, draw: torch.Generator) -> Sc
     tint = (uniform(b, 4, 3) - 0.5) * (1.2 * uniform(b, 1, 1))
     tinted = uniform(b) > 0.3
     tint = tint * tinted[:, None, None]
-    # Half of the scenes have one hue per side, the others four of their own.
+    # In half of the scenes ground and figure have one hue each; in the others all four colours differ.
     tint = torch.where(uniform(b, 1, 1) < 0.5, tint[:, (0, 0, 2, 2)], tint)
     ground = torch.multinomial(torch.tensor([0.4, 0.2, 0.4]).expand(b, 3), 1, generator=draw)[:, 0]
     figure = torch.multinomial(torch.tensor([0.45, 0.3, 0.25]).expand(b, 3), 1, generator=draw)[:, 0]
@@ -62,7 +62,7 @@ def scene(ink: Tensor, fill: Tensor, shape: Tensor, draw: torch.Generator) -> Sc
 
 
 def warp(ink: Tensor, zoom: Tensor, angle: Tensor, shift: Tensor, flip: Tensor, px: int, padding: str) -> Tensor:
-    """Resample patterns `[b, p, p]` by a camera that sees `zoom` times their width, rotated by radians → `[b, 1, px, px]`."""
+    """Resample patterns `[b, p, p]` → `[b, 1, px, px]`: a view of `zoom` times their width, rotated by `angle` radians."""
     c, s = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     sign = 1 - 2 * flip.float()
     view = torch.stack([torch.stack([c * sign, -s, shift[:, 0]], -1), torch.stack([s * sign, c, shift[:, 1]], -1)], 1)
@@ -78,7 +78,7 @@ def view(scenes: Scene, px: int, draw: torch.Generator) -> tuple[Tensor, Tensor,
         return torch.rand(b, *size, generator=draw) * (high - low) + low
 
     flip = torch.rand(b, generator=draw) < 0.5
-    # A shape stays mostly in the picture, a texture is looked at from near or far.
+    # Shapes are moved but stay mostly in the picture; textures are enlarged.
     unflipped = torch.zeros_like(flip)
     shape_ink = warp(scenes.ink, uniform(0.75, 1.45), uniform(-0.3, 0.3), uniform(-0.3, 0.3, 2), unflipped, px, "zeros")
     zoom = uniform(0.4, 1.0)
@@ -103,13 +103,13 @@ def view(scenes: Scene, px: int, draw: torch.Generator) -> tuple[Tensor, Tensor,
     clean = (clean + uniform(-0.08, 0.08, 3, 1, 1) * scenes.tinted[:, None, None, None]).clamp(0, 1)
 
     picture = clean
-    # Something in the way: a plain rectangle over a fifth of the pictures.
+    # A plain rectangle hides a part of a fifth of the pictures.
     corner, size = uniform(-1, 0.6, 2), uniform(0.3, 0.8, 2)
     offset = axis - corner[:, :, None]  # [b, 2, px]
     within = (offset > 0) & (offset < size[:, :, None])
     hidden = within[:, None, None, 0] & within[:, None, 1, :, None] & (uniform(0, 1) < 0.2)[:, None, None, None]
     picture = torch.where(hidden, uniform(0, 1, 3, 1, 1), picture)
-    # Pictures come in all sizes: some were small before they were scaled up. Rows come in random order: slices will do.
+    # Some pictures are reduced and enlarged again, as small images are. Rows are in random order, so slices can be taken.
     parts, at = [], 0
     for side in (8, 12, 16, 24, 32):
         n = b // 14
@@ -163,7 +163,7 @@ def grain(clean: Tensor, edge: Edges) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Scenes seen twice: the second half of every field shows the scenes of the first half again."""
+    """Two views of each scene: the second half of every field shows the scenes of the first half again."""
 
     pictures: Tensor  # float32 [2b, 3, px, px]
     layout: Tensor  # float32 [2b, LAYOUT]

@@ -10,7 +10,7 @@ from mlfusion.embedded.plane import Gray, Rng, coverage, deformed_plane
 
 
 def fractal(klass: Rng, rng: Rng, px: int) -> Gray:
-    """An iterated function system: where 2 to 4 contractions, applied again and again, send a point (2101.08515)."""
+    """An iterated function system: the points that repeated application of 2 to 4 contractions reaches (2101.08515)."""
     while True:
         n = int(klass.integers(2, 5))
         turn = klass.uniform(-math.pi, math.pi, (2, n))
@@ -114,7 +114,7 @@ def chaikin(points: np.ndarray) -> np.ndarray:
 
 
 def solid(klass: Rng, rng: Rng, px: int) -> Gray:
-    """A body of two to five boxes, discs, bars and wedges, joined or cut away, often mirrored: a thing's silhouette."""
+    """A silhouette of two to five boxes, discs, bars and wedges, joined or cut away, often mirrored."""
     parts = int(klass.integers(2, 6))
     kinds = klass.integers(0, 4, parts)
     centre = klass.uniform(-0.55, 0.55, (parts, 2))

@@ -102,7 +102,7 @@ def weave(klass: Rng, rng: Rng, px: int) -> Gray:
 def neighbour_cells(
     x: Gray, y: Gray, cells: float, looseness: float, brick: float, rng: Rng
 ) -> Iterator[tuple[Gray, Gray, Gray]]:
-    """For each of the 3 × 3 cells round every pixel: offset from the cell's seed point (in cells), its lot, 0 … 1."""
+    """For each of the 3 × 3 cells around every pixel: x and y from the cell's seed point (in cells), and its random value."""
     side = int(cells * 3) + 8
     jitter = ((rng.random((3, side, side), dtype=np.float32) - 0.5) * np.float32(looseness)).astype(np.float32)
     values = rng.random((side, side), dtype=np.float32)
@@ -119,7 +119,7 @@ def neighbour_cells(
 
 
 def cell(klass: Rng, rng: Rng, px: int) -> Gray:
-    """Cells round seed points on a jittered lattice (Worley): honeycomb, cobbles, cracks, scales, bricks, mosaics."""
+    """Cells around seed points on a jittered lattice (Worley): honeycomb, cobbles, cracks, scales, bricks, mosaics."""
     cells = math.exp(klass.uniform(math.log(2.5), math.log(12)))
     looseness = klass.choice([0.0, 0.3, 0.7, 1.0])
     brick = klass.choice([0.0, 0.5])
@@ -146,7 +146,7 @@ def cell(klass: Rng, rng: Rng, px: int) -> Gray:
 
 
 def scatter(klass: Rng, rng: Rng, px: int) -> Gray:
-    """One small wavy figure strewn over a lattice, turned and sized at random: dots, petals, confetti, foliage."""
+    """One small wavy figure at the points of a lattice, in random sizes and directions: dots, petals, confetti, foliage."""
     cells = math.exp(klass.uniform(math.log(2.0), math.log(8)))
     looseness = klass.choice([0.0, 0.4, 0.8])
     brick = klass.choice([0.0, 0.5])

@@ -23,7 +23,7 @@ class Explained:
     entry: Entry | None
     lacking: frozenset[Pair]
     nearest: Entry | None
-    differences: tuple[tuple[str, str, str], ...]  # (field, value asked for, value in the nearest entry)
+    differences: tuple[tuple[str, str, str], ...]  # (field, requested value, value in the nearest entry)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion cache explain --json` prints."""

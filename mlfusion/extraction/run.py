@@ -130,7 +130,7 @@ def fill(
                 images_written=work.written,
                 images_reused=len(job.split) - work.written,
                 images_skipped=len(entry.skipped()),
-                forward_passes=work.passes,
+                forward_passes=work.forward.passes if work.forward else 0,
                 seconds=time.monotonic() - start,
                 view=job.steps.view,
                 rate=work.rate,
@@ -150,11 +150,6 @@ class _FillLoop:
         self.forward: Forward | None = None
         self.loaders: list[Loader] = []
         self.writers: list[Writer] = []
-
-    @property
-    def passes(self) -> int:
-        """Number of batches that went through the model."""
-        return self.forward.passes if self.forward else 0
 
     @property
     def rate(self) -> float:

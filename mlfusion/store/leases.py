@@ -91,7 +91,7 @@ class Leases:
 
 
 class Pin:
-    """A reader's mark in an entry; none is made in a read-only cache."""
+    """A reader's mark in an entry; a read-only cache gets none."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._process = folder / disk.claim(), os.getpid()

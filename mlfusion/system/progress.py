@@ -5,14 +5,13 @@ On a terminal the bar is live; in a log it is a line every ten seconds.
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 SILENCE = 2.0  # seconds before anything is shown
-LOG_EVERY = 10.0  # seconds between lines where there is no terminal
+LOG_EVERY = 10.0  # seconds between lines in a log
 
 _quiet = False
 
@@ -79,14 +78,9 @@ class Bar:
             self._live.stop()
 
 
-@contextmanager
-def track(title: str, total: int, unit: str) -> Iterator[Bar]:
-    """A bar that is removed when the work ends, even by an error."""
-    bar = Bar(title, total, unit)
-    try:
-        yield bar
-    finally:
-        bar.close()
+def track(title: str, total: int, unit: str) -> closing[Bar]:
+    """A bar that is removed when the with statement ends, even by an error."""
+    return closing(Bar(title, total, unit))
 
 
 def duration(seconds: float) -> str:

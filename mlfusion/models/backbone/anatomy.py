@@ -37,7 +37,7 @@ class Anatomy:
     """The places of a model's layers and tokens, found by `dissect`."""
 
     blocks: tuple[nn.Module, ...]
-    lists: str  # the paths of the lists that hold the blocks
+    lists: str  # the path of the lists that hold the blocks: 'layers', 'stages.*.layers'
     norm2: str | None  # the second norm's name inside a block; None: blocks are read at their output
     final: str | None  # the final norm's path; None: the last block's output is not normed
     final_mode: FinalMode
@@ -106,7 +106,7 @@ def dissect(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...]
     end = (final or trace.runs[-1]).end
     return Anatomy(
         blocks=trace.blocks,
-        lists=_pattern([paths[block] for block in trace.blocks]),
+        lists=re.sub(r"\.\d+\.", ".*.", re.sub(r"\.?\d+$", "", paths[trace.blocks[0]])),
         norm2=norm2,
         final=paths[final.module] if final is not None else None,
         final_mode=final_mode,
@@ -283,11 +283,6 @@ def _channels_first(run: Call, recorder: CallRecorder) -> bool:
     # Height or width equals the channels, or there is no norm: the convolutions' number of input channels decides.
     convolutions = [call for call in inner if isinstance(call.module, nn.Conv2d)]
     return any(call.input_id == run.input_id or call.module.in_channels == second != last for call in convolutions)
-
-
-def _pattern(paths: Sequence[str]) -> str:
-    """'layers.0', 'layers.1' → 'layers'; 'stages.0.layers.0', … → 'stages.*.layers'."""
-    return re.sub(r"\.\d+\.", ".*.", re.sub(r"\.?\d+$", "", paths[0]))
 
 
 def _stages(model: nn.Module, blocks: Sequence[nn.Module]) -> list[int]:
