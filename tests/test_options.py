@@ -22,7 +22,7 @@ from mlfusion.cli import reference
 from mlfusion.cli.options import with_options
 from mlfusion.errors import BadOption
 from mlfusion.probing import grids
-from mlfusion.specs.definitions import EFFECTS, Options, all_definitions, command, definitions, parts
+from mlfusion.specs.definitions import EFFECTS, Options, all_definitions, command, definitions, nested_classes
 from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS
 from mlfusion.specs.options import (
     FORMATS,
@@ -48,7 +48,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("kind", reference.option_classes())
 def test_every_field_is_defined_and_classified(kind: type[Options]) -> None:
     fields = {field.name for field in dataclasses.fields(kind)}
-    assert fields == {name for name, _ in definitions(kind)} | set(parts(kind))
+    assert fields == {name for name, _ in definitions(kind)} | set(nested_classes(kind))
     for name, one in definitions(kind):
         assert one.effect in EFFECTS, name
         assert re.match(r"[A-Z]", one.help), f"the help of {name} is a sentence"

@@ -9,16 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from mlfusion.errors import BadOption
-from mlfusion.specs.definitions import Option, Options, all_definitions, build, defaults_of
+from mlfusion.specs.definitions import Option, Options, all_definitions, build
 from mlfusion.specs.options import ComputeOptions, StorageOptions
 
 MODEL = "formula-vit"  # the embedded default, which works offline
 DATASET = "digits"
 
 
-def _completions(words: Iterable[str], typed: str) -> list[str]:
+def _completions(words: Iterable[str], incomplete: str) -> list[str]:
     """Completions of the last word of a comma-separated list."""
-    before, comma, last = typed.rpartition(",")
+    before, comma, last = incomplete.rpartition(",")
     return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
 
 
@@ -50,36 +50,34 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     define defaults.
     """
     own = inspect.signature(command, eval_str=True)
-    classes = {name: each.annotation for name, each in own.parameters.items() if _is_options(each.annotation)}
+    annotations = {name: parameter.annotation for name, parameter in own.parameters.items()}
+    classes = {name: cls for name, cls in annotations.items() if isinstance(cls, type) and issubclass(cls, Options)}
 
     @wraps(command)
-    def run(**given: Any) -> None:
-        for name, kind in classes.items():
-            given[name] = build(kind, dict(_values(kind, given)))
-        command(**given)
+    def run(**arguments: Any) -> None:
+        for name, cls in classes.items():
+            arguments[name] = build(cls, dict(_values(cls, arguments)))
+        command(**arguments)
 
     parameters: list[inspect.Parameter] = []
-    for name, each in own.parameters.items():
-        parameters += _parameters(classes[name]) if name in classes else [each.replace(kind=each.KEYWORD_ONLY)]
+    for name, parameter in own.parameters.items():
+        keyword_only = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters += _parameters(classes[name]) if name in classes else [keyword_only]
     del run.__wrapped__
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-def _is_options(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Options)
-
-
-def _parameters(kind: type[Options]) -> Iterator[inspect.Parameter]:
+def _parameters(cls: type[Options]) -> Iterator[inspect.Parameter]:
     """Yield one parameter for each field, and a hidden one for each former name of the field."""
-    defaults = defaults_of(kind)
-    for field, one in all_definitions(kind).items():
-        for name, flag in _spellings(field, one).items():
-            typed = bool if one.kind.typed is bool else one.kind.typed | None
-            text = help_text(one, defaults[field])
-            letters = [f"-{one.short}"] if one.short and flag == one.flag else []
-            option = typer.Option(f"--{flag}", *letters, help=text, hidden=flag != one.flag, show_default=False)
+    for field, definition in all_definitions(cls).items():
+        for name, flag in _flags(field, definition).items():
+            typed = bool if definition.kind.typed is bool else definition.kind.typed | None
+            current = flag == definition.flag
+            letters = [f"-{definition.short}"] if definition.short and current else []
+            text = help_text(definition)
+            option = typer.Option(f"--{flag}", *letters, help=text, hidden=not current, show_default=False)
             yield inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -88,35 +86,34 @@ def _parameters(kind: type[Options]) -> Iterator[inspect.Parameter]:
             )
 
 
-def _spellings(field: str, one: Option) -> dict[str, str]:
+def _flags(field: str, definition: Option) -> dict[str, str]:
     """Names of the parameters that set a field → names of their options."""
-    return {field: one.flag} | {f"{field}_{old}": old.replace("_", "-") for old in one.former}
+    return {field: definition.flag} | {f"{field}_{old}": old.replace("_", "-") for old in definition.former}
 
 
-def help_text(one: Option, default: Any) -> str:
+def help_text(definition: Option) -> str:
     """The help of an option, with its default."""
-    shown = one.kind.words(default) if default and default is not True else ""
-    return f"{one.help} [default: {shown}]" if shown else one.help
+    default = definition.default
+    shown = definition.kind.words(default) if default and default is not True else ""
+    return f"{definition.help} [default: {shown}]" if shown else definition.help
 
 
-def _values(kind: type[Options], given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Remove the fields of a class from the given options, under their present or former names, and yield their values."""
-    for field, one in all_definitions(kind).items():
-        words = {flag: given.pop(name) for name, flag in _spellings(field, one).items()}
+def _values(cls: type[Options], arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Remove the fields of a class from the arguments, under their present or former names, and yield their values."""
+    for field, definition in all_definitions(cls).items():
+        words = {flag: arguments.pop(name) for name, flag in _flags(field, definition).items()}
         set_words = [(flag, word) for flag, word in words.items() if word not in (None, False, [])]
         if len(set_words) > 1:
             raise BadOption(f"--{set_words[0][0]} and --{set_words[1][0]} are one option; give one of them")
         for _, word in set_words:
-            yield field, one.kind.parse(word)
+            yield field, definition.kind.parse(word)
 
 
-def single(kind: type[Options], field: str) -> Any:
+def single(cls: type[Options], field: str) -> Any:
     """The annotation of a single option of a class, for a command that does not take the whole class."""
-    one = all_definitions(kind)[field]
-    return Annotated[
-        one.kind.typed if defaults_of(kind)[field] is not None else one.kind.typed | None,
-        typer.Option(f"--{one.flag}", help=one.help),
-    ]
+    definition = all_definitions(cls)[field]
+    typed = definition.kind.typed if definition.default is not None else definition.kind.typed | None
+    return Annotated[typed, typer.Option(f"--{definition.flag}", help=definition.help)]
 
 
 Cache = single(StorageOptions, "cache")

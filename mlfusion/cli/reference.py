@@ -9,7 +9,7 @@ from typing import Any
 import typer.main
 
 from mlfusion.specs import options
-from mlfusion.specs.definitions import EFFECTS, Options, all_definitions, defaults_of
+from mlfusion.specs.definitions import EFFECTS, Options, definitions
 
 CALLS: dict[str, str] = {
     "extract": "mlfusion.extract",
@@ -57,8 +57,8 @@ def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the full name of every command, such as 'cache ls', and the command."""
     from mlfusion.cli import app
 
-    whole: Any = group or typer.main.get_command(app)
-    for name, command in whole.commands.items():
+    root: Any = group or typer.main.get_command(app)
+    for name, command in root.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{before}{name} ")
         else:
@@ -67,8 +67,8 @@ def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
 
 def option_classes() -> list[type[Options]]:
     """Every options class, in the order of definition."""
-    found = [each for each in vars(options).values() if isinstance(each, type) and issubclass(each, Options)]
-    return [each for each in found if each is not Options]
+    classes = [value for value in vars(options).values() if isinstance(value, type) and issubclass(value, Options)]
+    return [cls for cls in classes if cls is not Options]
 
 
 def page() -> str:
@@ -80,19 +80,13 @@ def page() -> str:
         rows = [_row(param) for param in command.params if not param.hidden and param.name != "help"]
         lines += ["| option | meaning |", "|---|---|", *rows, ""] if rows else []
     lines.append("## Options classes\n\nThe last column is the effect of a change of the option.\n")
-    for kind in option_classes():
-        defaults = defaults_of(kind)
-        own = {
-            name: one for name, one in all_definitions(kind).items() if name in vars(kind).get("__annotations__", {})
-        }
-        lines.append(f"### `{kind.__name__}`\n\n{' '.join((kind.__doc__ or '').split())}\n")
+    for cls in option_classes():
+        lines.append(f"### `{cls.__name__}`\n\n{' '.join((cls.__doc__ or '').split())}\n")
         lines += ["| field | option | meaning | default | effect |", "|---|---|---|---|---|"]
-        for name, one in own.items():
+        for name, one in definitions(cls):
             former = "".join(f" (before: `--{old.replace('_', '-')}`)" for old in one.former)
-            default = f"`{defaults[name]!r}`"
-            lines.append(
-                f"| `{name}` | `--{one.flag}`{former} | {_cell(one.help)} | {default} | {EFFECTS[one.effect]} |"
-            )
+            cells = f"`{name}`", f"`--{one.flag}`{former}", _cell(one.help), f"`{one.default!r}`", EFFECTS[one.effect]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 

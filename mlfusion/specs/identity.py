@@ -104,9 +104,8 @@ class ModelSpec:
     depth: int = field(compare=False)  # L, the number of blocks: layers are 1..L, L being the final norm
     width: int = field(compare=False)  # D, the channels of a token
     view: str = field(default="plain", compare=False)  # the view in `preprocess`
-    kinds: tuple[TokenKind, ...] = field(
-        default=(), compare=False
-    )  # token kinds of the last layer; empty: not known yet
+    # Token kinds of the last layer; empty: not known yet.
+    kinds: tuple[TokenKind, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,8 @@ class Kind:
 
     typed: Any  # type on the command line: str, int, float, bool or list[str]
     fault: Callable[[Any], str | None]
-    parse: Callable[[Any], Any] = lambda given: given
-    read: Callable[[Any], Any] = lambda given: given
+    parse: Callable[[Any], Any] = lambda raw: raw
+    read: Callable[[Any], Any] = lambda raw: raw
     words: Callable[[Any], str | list[str]] = str
 
 
@@ -42,10 +42,10 @@ def text() -> Kind:
 def path() -> Kind:
     """A path, or several paths separated as in the variable PATH; in Python also `pathlib` paths and lists of paths."""
 
-    def read(given: Any) -> Any:
-        if isinstance(given, (list, tuple)):
-            return os.pathsep.join(map(os.fspath, given))
-        return os.fspath(given) if isinstance(given, os.PathLike) else given
+    def read(raw: Any) -> Any:
+        if isinstance(raw, (list, tuple)):
+            return os.pathsep.join(map(os.fspath, raw))
+        return os.fspath(raw) if isinstance(raw, os.PathLike) else raw
 
     return Kind(str, lambda v: None if isinstance(v, str) and v else "allowed is a path", read=read)
 
@@ -67,10 +67,10 @@ def device_name() -> Kind:
     return Kind(str, lambda v: None if isinstance(v, str) and good.fullmatch(v) else message)
 
 
-def whole(least: int) -> Kind:
-    """A whole number of at least `least`."""
-    message = f"allowed are whole numbers from {least}"
-    return Kind(int, lambda v: None if type(v) is int and v >= least else message)
+def whole(minimum: int) -> Kind:
+    """A whole number of at least `minimum`."""
+    message = f"allowed are whole numbers from {minimum}"
+    return Kind(int, lambda v: None if type(v) is int and v >= minimum else message)
 
 
 def share() -> Kind:
@@ -83,53 +83,53 @@ def share() -> Kind:
     )
 
 
-def amount(units: Mapping[str, int] = UNITS, *, example: str = "4GB", least: int = 0) -> Kind:
+def amount(units: Mapping[str, int] = UNITS, *, example: str = "4GB", minimum: int = 0) -> Kind:
     """An amount with its unit: '4GB' on the command line and in recipes, 4_000_000_000 in Python."""
 
-    def parse(given: Any) -> Any:
+    def parse(raw: Any) -> Any:
         for unit, factor in units.items():
-            number = given.removesuffix(unit) if isinstance(given, str) else given
-            if number != given and re.fullmatch(r"\d+(\.\d+)?", number):
+            number = raw.removesuffix(unit) if isinstance(raw, str) else raw
+            if number != raw and re.fullmatch(r"\d+(\.\d+)?", number):
                 return round(float(number) * factor)
-        return given
+        return raw
 
     def words(value: int) -> str:
-        least = min(units, key=units.__getitem__)
-        unit = max((u for u in units if value % units[u] == 0), key=units.__getitem__, default=least)
+        smallest = min(units, key=units.__getitem__)
+        unit = max((u for u in units if value % units[u] == 0), key=units.__getitem__, default=smallest)
         return f"{value // units[unit]}{unit}" if value % units[unit] == 0 else f"{value / units[unit]!r}{unit}"
 
     message = f"allowed is a number with one of {', '.join(units)}, such as {example}"
-    return Kind(str, lambda v: None if type(v) is int and v >= least else message, parse, parse, words)
+    return Kind(str, lambda v: None if type(v) is int and v >= minimum else message, parse, parse, words)
 
 
-def numbers(least: int, *, example: str, whole_set: bool = False) -> Kind:
-    """Whole numbers, comma-separated; with `whole_set` also 'all', which is None."""
-    also = ' and "all"' if whole_set else ""
-    message = f"allowed is a list of whole numbers from {least}{also}, such as {example}"
+def numbers(minimum: int, *, example: str, allow_all: bool = False) -> Kind:
+    """Whole numbers, comma-separated; with `allow_all` also 'all', which is None."""
+    addition = ' and "all"' if allow_all else ""
+    message = f"allowed is a list of whole numbers from {minimum}{addition}, such as {example}"
 
-    def one(word: Any) -> Any:
-        if isinstance(word, str):
-            word = word.strip()
-            if whole_set and word == "all":
-                return None
-            return int(word) if re.fullmatch(r"\d+", word) else word
-        return word
+    def parse_one(word: Any) -> Any:
+        if not isinstance(word, str):
+            return word
+        word = word.strip()
+        if allow_all and word == "all":
+            return None
+        return int(word) if re.fullmatch(r"\d+", word) else word
 
-    def read(given: Any) -> Any:
-        parts = given.split(",") if isinstance(given, str) else given
-        return tuple(map(one, parts)) if isinstance(parts, (list, tuple)) else given
+    def read(raw: Any) -> Any:
+        parts = raw.split(",") if isinstance(raw, str) else raw
+        return tuple(map(parse_one, parts)) if isinstance(parts, (list, tuple)) else raw
 
     def fault(value: Any) -> str | None:
         if not (isinstance(value, tuple) and value):
             return message
-        if not all((whole_set and n is None) or (type(n) is int and n >= least) for n in value):
+        if not all((allow_all and n is None) or (type(n) is int and n >= minimum) for n in value):
             return message
-        return repeated(value)
+        return repetition_fault(value)
 
     return Kind(str, fault, read, read, lambda v: ",".join("all" if n is None else str(n) for n in v))
 
 
-def repeated(values: Sequence[Any]) -> str | None:
+def repetition_fault(values: Sequence[Any]) -> str | None:
     """The error message for a repeated value, or None."""
     return next((f"{value!r} comes twice" for value in dict.fromkeys(values) if values.count(value) > 1), None)
 
@@ -142,18 +142,18 @@ def is_view(word: str) -> bool:
 def view_names() -> Kind:
     """Views, comma-separated, or their number, counted from 'plain', 'flip', 'crop1', 'crop2', …"""
 
-    def read(given: Any) -> Any:
-        if isinstance(given, str) and re.fullmatch(r"[1-9]\d*", given):
-            return ("plain", "flip", *(f"crop{n}" for n in range(1, int(given) - 1)))[: int(given)]
-        if isinstance(given, str):
-            return tuple(word.strip() for word in given.split(","))
-        return tuple(given) if isinstance(given, list) else given
+    def read(raw: Any) -> Any:
+        if isinstance(raw, str) and re.fullmatch(r"[1-9]\d*", raw):
+            return ("plain", "flip", *(f"crop{n}" for n in range(1, int(raw) - 1)))[: int(raw)]
+        if isinstance(raw, str):
+            return tuple(word.strip() for word in raw.split(","))
+        return tuple(raw) if isinstance(raw, list) else raw
 
     def fault(value: Any) -> str | None:
         if not (isinstance(value, tuple) and value and all(isinstance(word, str) for word in value)):
             return f"allowed are view names ({VIEW_NAMES}) or their number"
         faults = [f"no view named {word!r}; there are {VIEW_NAMES}" for word in value if not is_view(word)]
-        return "; ".join([*faults, *filter(None, [repeated(value)])]) or None
+        return "; ".join([*faults, *filter(None, [repetition_fault(value)])]) or None
 
     return Kind(str, fault, read, read, ",".join)
 
@@ -161,15 +161,15 @@ def view_names() -> Kind:
 def split_names() -> Kind:
     """Splits, comma-separated; 'test=validation' uses the validation split as the test split."""
 
-    def read(given: Any) -> Any:
-        if isinstance(given, str):
-            return tuple(part.strip() for part in given.split(","))
-        return tuple(given) if isinstance(given, list) else given
+    def read(raw: Any) -> Any:
+        if isinstance(raw, str):
+            return tuple(part.strip() for part in raw.split(","))
+        return tuple(raw) if isinstance(raw, list) else raw
 
     def fault(value: Any) -> str | None:
         if not (isinstance(value, tuple) and value and all(isinstance(word, str) and word for word in value)):
             return "allowed are names of splits, such as train,test or train,test=validation"
-        return repeated([word.partition("=")[0] for word in value])
+        return repetition_fault([word.partition("=")[0] for word in value])
 
     return Kind(str, fault, read, read, ",".join)
 
@@ -197,8 +197,8 @@ def parse_ratio(words: Any) -> tuple[float, ...]:
     if len(parts) in SPLIT_PARTS and all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", part.strip()) for part in parts):
         shares = [float(part) for part in parts]
         total = math.fsum(shares)
-        if min(shares) > 0 and any(math.isclose(total, whole, rel_tol=1e-6) for whole in (1, 100)):
-            return tuple(each / total for each in shares)
+        if min(shares) > 0 and any(math.isclose(total, expected, rel_tol=1e-6) for expected in (1, 100)):
+            return tuple(number / total for number in shares)
     raise ValueError("allowed are shares of train/test or train/validation/test, such as 0.8/0.2 or 80/10/10")
 
 
@@ -210,13 +210,13 @@ def settings() -> Kind:
         key, equals, value = word.partition("=")
         return (key, setting_value(value)) if key and equals else word
 
-    def read(given: Any) -> Any:
-        if isinstance(given, Mapping):
-            return tuple(sorted(given.items()))
-        if isinstance(given, (list, tuple)):
-            pairs = [parse_one(each) if isinstance(each, str) else each for each in given]
+    def read(raw: Any) -> Any:
+        if isinstance(raw, Mapping):
+            return tuple(sorted(raw.items()))
+        if isinstance(raw, (list, tuple)):
+            pairs = [parse_one(each) if isinstance(each, str) else each for each in raw]
             return tuple(sorted(pairs)) if all(isinstance(each, tuple) for each in pairs) else tuple(pairs)
-        return given
+        return raw
 
     def fault(value: Any) -> str | None:
         if not isinstance(value, tuple) or not all(isinstance(each, tuple) and len(each) == 2 for each in value):
@@ -224,12 +224,12 @@ def settings() -> Kind:
         for name, each in value:
             if not isinstance(each, plain) and each is not None:
                 return f"{name} = {each!r}: allowed are text, numbers, true and false"
-        return repeated([name for name, _ in value])
+        return repetition_fault([name for name, _ in value])
 
     def words(value: Any) -> list[str]:
         return [f"{name}={setting_text(each)}" for name, each in value]
 
-    return Kind(list[str], fault, lambda given: read(given or []), read, words)
+    return Kind(list[str], fault, lambda raw: read(raw or []), read, words)
 
 
 def checked(check: Callable[[str], object]) -> Kind:
@@ -244,7 +244,7 @@ def checked(check: Callable[[str], object]) -> Kind:
             return str(err)
         return None
 
-    def read(given: Any) -> Any:
-        return ",".join(given) if isinstance(given, (list, tuple)) and all(isinstance(w, str) for w in given) else given
+    def read(raw: Any) -> Any:
+        return ",".join(raw) if isinstance(raw, (list, tuple)) and all(isinstance(w, str) for w in raw) else raw
 
     return Kind(str, fault, read=read)

@@ -73,9 +73,8 @@ class ModelRef:
     def with_defaults(self, hook: Hook | None, settings: Iterable[tuple[str, Setting]]) -> "ModelRef":
         """The same model with this hook point and these settings, unless its name has its own."""
         merged = dict(settings) | dict(self.settings)
-        return ModelRef(
-            self.name, self.hook if self.hook != "norm2" else hook or "norm2", tuple(sorted(merged.items()))
-        )
+        own_hook = self.hook if self.hook != "norm2" else hook or "norm2"
+        return ModelRef(self.name, own_hook, tuple(sorted(merged.items())))
 
 
 def parse_model(word: str) -> ModelRef:
@@ -271,7 +270,7 @@ def expand_braces(words: str | Iterable[str]) -> list[str]:
     for word in parts:
         if match := _BRACES.search(word):
             around = word[: match.start()], word[match.end() :]
-            expanded += expand_braces([each.strip().join(around) for each in match[1].split(",")])
+            expanded += expand_braces([part.strip().join(around) for part in match[1].split(",")])
         else:
             expanded.append(word.strip())
     return expanded
@@ -301,9 +300,10 @@ def parse_probes(names: str | Sequence[str], depth: int) -> tuple[Probe, ...]:
                 )
             words = ["all"] if match["kinds"] == "all-tokens" else match["kinds"].split("+")
             kinds = tuple(kind for kind in KINDS if kind in words)
-            ats = [f"layer-{n}" for n in range(1, depth + 1)] if match["at"] == "each-layer" else [match["at"]]
+            every_layer = [f"layer-{n}" for n in range(1, depth + 1)]
+            positions = every_layer if match["at"] == "each-layer" else [match["at"]]
             count = int(match["heads"]) if match["heads"] else None
-            probes.update({Probe(Representation(kinds, at), match["head"], count): None for at in ats})
+            probes.update({Probe(Representation(kinds, at), match["head"], count): None for at in positions})
     for probe in probes:
         probe.representation.layers(depth)  # raises for a layer that the model lacks, before a run starts
     return tuple(probes)

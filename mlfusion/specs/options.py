@@ -187,7 +187,7 @@ class SearchOptions(Options):
     )
     shots: tuple[int | None, ...] = option(
         (None,),
-        numbers(2, example="4,16", whole_set=True),
+        numbers(2, example="4,16", allow_all=True),
         "Few-shot training: numbers of training images per class, such as 2,4,8,all.",
         effect="id",
     )
@@ -213,7 +213,7 @@ class TrainingOptions(Options):
     device: str = option("cpu", device_name(), "Device: auto, cpu, cuda or mps.", effect="rounding")
     memory: int | None = option(
         None,
-        amount(least=1),
+        amount(minimum=1),
         "Memory limit for training, such as 4GB; default: most of the free memory.",
         effect="rounding",
     )
