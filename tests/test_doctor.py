@@ -22,23 +22,23 @@ def findings(model: str | None = None) -> dict[str, doctor.Finding]:
 def test_the_machine_alone_is_looked_at_offline():
     found = findings()
     assert list(found) == ["libraries", "device", "kernels", "memory", "cache", "hub"]
-    assert "HF_HUB_OFFLINE is set" in found["hub"].found
-    assert found["hub"].do == "unset HF_HUB_OFFLINE to download models"
+    assert "HF_HUB_OFFLINE is set" in found["hub"].description
+    assert found["hub"].advice == "unset HF_HUB_OFFLINE to download models"
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here, so nothing that had to be compiled")
 def test_where_there_is_a_compiler_the_kernels_are_compiled():
     """Installation goes on without them: a mistake in their source would otherwise be seen by nobody."""
-    assert "not compiled" not in findings()["kernels"].found
+    assert "not compiled" not in findings()["kernels"].description
 
 
 def test_a_model_is_followed_as_far_as_its_first_features(tmp_path):
     folder = zoo.save("DINOv2, registers", tmp_path / "m")
     found = findings(f"{folder}:block")
     assert all(one.state != "problem" for one in found.values())
-    assert found["blocks"].found == "3 in encoder.layer; the second norm is norm2; the final norm is layernorm"
-    assert found["tokens"].found.startswith("cls (1), ap (1), registers (4), max (1)")
-    assert found["hook points"].found.endswith("attn (layers 1-3), mlp (layers 1-3)")
+    assert found["blocks"].description == "3 in encoder.layer; the second norm is norm2; the final norm is layernorm"
+    assert found["tokens"].description.startswith("cls (1), ap (1), registers (4), max (1)")
+    assert found["hook points"].description.endswith("attn (layers 1-3), mlp (layers 1-3)")
     assert found["features"].state == "ok"
 
 
@@ -64,7 +64,7 @@ def test_what_is_wrong_is_named_and_ends_with_exit_code_1(model, check, message)
 def test_weights_that_are_missing_are_found(tmp_path):
     folder = save_model("vit", tmp_path / "m")
     (folder / "model.safetensors").unlink()
-    assert "holds no weights" in findings(str(folder))["model"].found
+    assert "holds no weights" in findings(str(folder))["model"].description
 
 
 def at(endpoint: str, home: Path, monkeypatch) -> None:
@@ -89,10 +89,10 @@ def test_the_hub_is_asked_what_a_download_takes_and_whether_one_may(tmp_path, mo
     weights = ("config.json", "preprocessor_config.json", "model.safetensors")
     assert remote.nbytes == sum((folder / name).stat().st_size for name in weights)
     assert remote.revision == hub.COMMIT
-    assert "not pinned" in found["name"].found
-    assert (found["access"].state, found["access"].do) == ("ok", "mlfusion extract -m someone/tiny")
-    assert (locked.state, "hf auth login" in locked.do) == ("problem", True)
-    assert "no model 'someone/nothing'" in absent.found
+    assert "not pinned" in found["name"].description
+    assert (found["access"].state, found["access"].advice) == ("ok", "mlfusion extract -m someone/tiny")
+    assert (locked.state, "hf auth login" in locked.advice) == ("problem", True)
+    assert "no model 'someone/nothing'" in absent.description
     assert not any("resolve" in path for path in asked)  # nothing was downloaded
 
 
@@ -100,5 +100,5 @@ def test_a_hub_that_is_not_there_is_said_so(tmp_path, monkeypatch):
     at("http://127.0.0.1:9", tmp_path, monkeypatch)
     found = findings("openai/clip-vit-base-patch32")
     assert found["hub"].state == "note"
-    assert "cannot be reached" in found["hub"].found
-    assert "cannot be reached" in found["access"].found
+    assert "cannot be reached" in found["hub"].description
+    assert "cannot be reached" in found["access"].description

@@ -20,23 +20,19 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check libraries, device, memory, disk and hub, and the access, files, blocks and tokens of a model; download nothing."""
+    from msgspec import to_builtins
+
     from mlfusion.workflows import doctor as diagnostics
 
     findings = []
     for finding in diagnostics.doctor(model, cache=cache, device=device):
         findings.append(finding)
         if not as_json:
-            typer.echo(
-                f"{MARKS[finding.state]}  {finding.check}: {finding.found}"
-                + (f"\n      → {finding.do}" if finding.do else "")
-            )
+            typer.echo(f"{MARKS[finding.state]}  {finding.check}: {finding.description}")
+            if finding.advice:
+                typer.echo(f"      → {finding.advice}")
+    passed = diagnostics.passed(findings)
     if as_json:
-        print_json(
-            {
-                "model": model,
-                "sound": diagnostics.sound(findings),
-                "findings": [vars(finding) for finding in findings],
-            }
-        )
-    if not diagnostics.sound(findings):
+        print_json({"model": model, "sound": passed, "findings": to_builtins(findings)})
+    if not passed:
         raise typer.Exit(1)

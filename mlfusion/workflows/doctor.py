@@ -3,12 +3,12 @@
 import os
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 import torch
+from msgspec import Struct, field
 
 from mlfusion import models
 from mlfusion.errors import MlfusionError, Unavailable, UnknownName
@@ -28,14 +28,13 @@ EXTRAS = {"altair": "pip install 'mlfusion[report]' for the figures of reports"}
 LOADING_FACTOR = 2.0  # memory for loading a model and running one batch, by the size of its weights
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """The result of one check."""
 
     check: str
     state: State
-    found: str
-    do: str = ""  # what the user can do about it
+    description: str = field(name="found")
+    advice: str = field(default="", name="do")  # what the user can do about it
 
 
 def doctor(model: str | None = None, *, cache: CachePath = None, device: str = "auto") -> Iterator[Finding]:
@@ -73,9 +72,9 @@ def _libraries() -> Finding:
     return Finding("libraries", "ok", ", ".join(installed))
 
 
-def _device(word: str) -> Finding:
+def _device(requested: str) -> Finding:
     try:
-        device = pick_device(word)
+        device = pick_device(requested)
     except Unavailable as err:
         return Finding("device", "problem", str(err), "--device auto")
     if device.startswith("cuda"):
@@ -94,10 +93,10 @@ def _device(word: str) -> Finding:
 
 
 def _kernels() -> Finding:
-    if (why := kernels.why_unavailable()) is None:
+    if (reason := kernels.why_unavailable()) is None:
         return Finding("kernels", "ok", "attentive probes train by AVX-512 BF16")
-    advice = "install a C compiler, then mlfusion again: with it they train faster" if "compiler" in why else ""
-    return Finding("kernels", "note", f"attentive probes train by PyTorch alone: {why}", advice)
+    advice = "install a C compiler, then mlfusion again: with it they train faster" if "compiler" in reason else ""
+    return Finding("kernels", "note", f"attentive probes train by PyTorch alone: {reason}", advice)
 
 
 def _memory() -> Finding:
@@ -107,38 +106,33 @@ def _memory() -> Finding:
     return Finding("memory", "ok", f"{free / 1e9:.1f} GB free")
 
 
-def _cache(place: CachePath) -> Finding:
-    root = Path(os.fspath(place) if isinstance(place, (str, os.PathLike)) else default_root()).expanduser().absolute()
-    parent = disk.nearest_existing(root)
+def _cache(path: CachePath) -> Finding:
+    root = Path(os.fspath(path) if isinstance(path, (str, os.PathLike)) else default_root()).expanduser().absolute()
     free = disk.free_bytes(root)
     status = f"{root}{'' if root.exists() else ' (not there yet)'}, {free / 1e9:.1f} GB free"
-    if not os.access(parent, os.W_OK):
-        return Finding(
-            "cache", "problem", f"{status}, not writable", "name another place by --cache or $MLFUSION_CACHE"
-        )
+    if not os.access(disk.nearest_existing(root), os.W_OK):
+        advice = "name another place by --cache or $MLFUSION_CACHE"
+        return Finding("cache", "problem", f"{status}, not writable", advice)
     if free < 1e9:
-        return Finding(
-            "cache", "problem", status, "make room with mlfusion cache prune, or name another place by --cache"
-        )
+        advice = "make room with mlfusion cache prune, or name another place by --cache"
+        return Finding("cache", "problem", status, advice)
     return Finding("cache", "ok", status)
 
 
 def _hub() -> Finding:
-    who = "logged in" if hub.logged_in() else "not logged in, which only gated models need (hf auth login)"
+    login = "logged in" if hub.logged_in() else "not logged in, which only gated models need (hf auth login)"
     if hub.offline():
-        return Finding(
-            "hub", "note", f"not asked, HF_HUB_OFFLINE is set; {who}", "unset HF_HUB_OFFLINE to download models"
-        )
+        advice = "unset HF_HUB_OFFLINE to download models"
+        return Finding("hub", "note", f"not asked, HF_HUB_OFFLINE is set; {login}", advice)
     try:
         hub.fetch_info("google/vit-base-patch16-224", "the hub", None)
     except Unavailable:
-        return Finding(
-            "hub", "note", f"cannot be reached; {who}", "connect to download models; what is here works without"
-        )
-    return Finding("hub", "ok", f"reached; {who}")
+        advice = "connect to download models; what is here works without"
+        return Finding("hub", "note", f"cannot be reached; {login}", advice)
+    return Finding("hub", "ok", f"reached; {login}")
 
 
-def sound(findings: Iterable[Finding]) -> bool:
+def passed(findings: Iterable[Finding]) -> bool:
     """Whether none of the findings is a problem."""
     return all(finding.state != "problem" for finding in findings)
 
@@ -146,13 +140,13 @@ def sound(findings: Iterable[Finding]) -> bool:
 # --- a model ---------------------------------------------------------------------------------------------------------
 
 
-def _model(word: str, device: str) -> Iterator[Finding]:
+def _model(name: str, device: str) -> Iterator[Finding]:
     try:
-        ref = parse_model(word)
+        ref = parse_model(name)
         row = models.CATALOGUE.get(ref.name)
         local = bool(row and row.embedded) or Path(ref.name).expanduser().is_dir()
         if not row and not local and "/" not in ref.name:
-            models.locate(word)  # raises an error with the names that exist
+            models.locate(name)  # raises an error with the names that exist
     except UnknownName as err:
         yield Finding("name", "problem", str(err), "mlfusion ls models")
         return
@@ -169,74 +163,63 @@ def _model(word: str, device: str) -> Iterator[Finding]:
         yield from _access(source, ref.name, revision, copy)
         if copy is None:
             return
-    yield from _files(word, device)
+    yield from _files(name, device)
 
 
-def _access(source: str, word: str, revision: str | None, copy: Path | None) -> Iterator[Finding]:
+def _access(source: str, name: str, revision: str | None, copy: Path | None) -> Iterator[Finding]:
     """Check that the model is on this machine, or else that it can be downloaded."""
     if copy is not None:
         yield Finding("copy", "ok", f"on this machine: {copy}")
     if hub.offline():
         if copy is None:
-            yield Finding(
-                "copy",
-                "problem",
-                "not on this machine, and HF_HUB_OFFLINE is set",
-                f"unset HF_HUB_OFFLINE; or where there is a network: hf download {source}"
-                + (f" --revision {revision}" if revision else "")
-                + f", and copy its folder below {hub.cache_folder()}",
-            )
+            download = f"hf download {source}" + (f" --revision {revision}" if revision else "")
+            place = f"and copy its folder below {hub.cache_folder()}"
+            advice = f"unset HF_HUB_OFFLINE; or where there is a network: {download}, {place}"
+            yield Finding("copy", "problem", "not on this machine, and HF_HUB_OFFLINE is set", advice)
         return
     try:
-        remote = hub.fetch_info(source, word, revision)
+        remote = hub.fetch_info(source, name, revision)
     except Unavailable as err:
-        yield Finding("access", "note" if copy else "problem", str(err), "" if copy else _advice(err))
+        advice = (
+            "ask for access, then: hf auth login" if "gated" in str(err) else "connect, or give a folder with --model"
+        )
+        yield Finding("access", "note" if copy else "problem", str(err), "" if copy else advice)
         return
     free = disk.free_bytes(hub.cache_folder())
     status = f"may be read{', gated' if remote.gated else ''}; licence {remote.licence or 'not said'}"
+    download = f"{status}; a download takes {remote.nbytes / 1e9:.2f} GB"
     if copy is not None:
         yield Finding("access", "ok", status)
     elif remote.nbytes > free:
-        yield Finding(
-            "access",
-            "problem",
-            f"{status}; a download takes {remote.nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {hub.cache_folder()}",
-            "make room, or set HF_HUB_CACHE to another disk",
-        )
+        description = f"{download} and {free / 1e9:.2f} GB are free in {hub.cache_folder()}"
+        yield Finding("access", "problem", description, "make room, or set HF_HUB_CACHE to another disk")
     else:
-        yield Finding(
-            "access", "ok", f"{status}; a download takes {remote.nbytes / 1e9:.2f} GB", f"mlfusion extract -m {word}"
-        )
+        yield Finding("access", "ok", download, f"mlfusion extract -m {name}")
 
 
-def _advice(err: Unavailable) -> str:
-    return "ask for access, then: hf auth login" if "gated" in str(err) else "connect, or give a folder with --model"
-
-
-def _files(word: str, device: str) -> Iterator[Finding]:
+def _files(name: str, device: str) -> Iterator[Finding]:
     """Check that the model's files can be read, up to the first features."""
     try:
-        checkpoint = models.locate(word)
+        checkpoint = models.locate(name)
         files = models.weight_files(checkpoint.folder)
-        yield Finding(
-            "files", "ok", f"{checkpoints.layout(checkpoint.folder)} format, {_size(files)}, {checkpoint.folder}"
-        )
+        layout = checkpoints.layout(checkpoint.folder)
+        yield Finding("files", "ok", f"{layout} format, {_size(files)}, {checkpoint.folder}")
         shape = models.shape(checkpoint)
         yield Finding("configuration", "ok", f"{shape.depth} layers of width {shape.width}")
         steps = preprocessing.read(checkpoint.folder)
         yield Finding("preprocessing", "ok", f"pictures of {steps.pixels[0]} x {steps.pixels[1]} px")
         needed = int(LOADING_FACTOR * sum(file.stat().st_size for file in files))
         if needed > (free := available("cpu")):
-            yield Finding(
-                "memory", "problem", f"about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} free", "free some memory"
-            )
+            description = f"about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} free"
+            yield Finding("memory", "problem", description, "free some memory")
             return
-        yield from _read(Backbone(checkpoint, pick_device(device), preprocessing=steps))
+        yield from _features(Backbone(checkpoint, pick_device(device), preprocessing=steps))
     except MlfusionError as err:
         yield Finding("model", "problem", str(err))
 
 
-def _read(backbone: Backbone) -> Iterator[Finding]:
+def _features(backbone: Backbone) -> Iterator[Finding]:
+    """Check the blocks, tokens and hook points of a model, and the features of a gray picture."""
     anatomy = backbone.anatomy
     norm = f"the second norm is {anatomy.norm2}" if anatomy.norm2 else "no second norm, so read at their output"
     final = {
@@ -249,8 +232,7 @@ def _read(backbone: Backbone) -> Iterator[Finding]:
     hooks = [f"{hook} (layers {layer_ranges(anatomy.taps[hook])})" for hook in HOOKS if hook in anatomy.taps]
     yield Finding("hook points", "ok", ", ".join(hooks + ["projected"] * backbone.projects))
     pixels = torch.zeros(1, 3, *backbone.preprocessing.pixels)
-    finite = all(torch.isfinite(one).all() for one in backbone(pixels, [(backbone.depth, "ap")]).values())
-    if finite:
+    if all(torch.isfinite(tokens).all() for tokens in backbone(pixels, [(backbone.depth, "ap")]).values()):
         yield Finding("features", "ok", "a picture went through")
     else:
         yield Finding("features", "problem", "a gray picture gives numbers that are not finite", "look at the weights")
