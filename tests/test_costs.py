@@ -25,10 +25,10 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A clock by which every step of a trial takes one second, whatever the machine is at."""
     ticks = count()
     monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    for measured in (costs._training, costs._solving):
+    for measured in (costs._step_seconds, costs._search_seconds):
         measured.cache_clear()
     yield
-    for measured in (costs._training, costs._solving):
+    for measured in (costs._step_seconds, costs._search_seconds):
         measured.cache_clear()
 
 
@@ -86,4 +86,4 @@ def test_classes_are_rounded_up_to_the_next_trial() -> None:
     problems = [replace(SMALL, classes=classes) for classes in (2, 16, 17, 128, 5000)]
     for problem in problems:
         seconds("cls-last/linear", problem)
-    assert costs._training.cache_info().misses == 3  # of 16, 128 and 1,024 classes
+    assert costs._step_seconds.cache_info().misses == 3  # of 16, 128 and 1,024 classes

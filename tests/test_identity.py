@@ -106,12 +106,12 @@ def test_auto_is_resolved_and_either_precision_answers(head: str, fast: bool, mo
     machine(monkeypatch, fast=fast)
     [probe] = parse_probes(f"cls-last/{head}", 4)
     asked = job(probe=probe, precision="auto")
-    answers = [one.search.precision for one in asked.answers("cpu")]
+    answers = [one.search.precision for one in asked.equivalents("cpu")]
     solved = head in ("ridge", "logistic", "knn")  # no matrix product of theirs is ever narrowed
     assert answers == (["float32"] if solved else ["bfloat16", "float32"] if fast else ["float32", "bfloat16"])
     assert asked.resolved("cpu").search.precision == answers[0]
     for precision in ("float32", "bfloat16"):
-        explicit = job(probe=probe, precision=precision).answers("cpu")
+        explicit = job(probe=probe, precision=precision).equivalents("cpu")
         assert [one.search.precision for one in explicit] == ["float32" if solved else precision]
 
 

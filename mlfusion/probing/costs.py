@@ -36,7 +36,7 @@ class Problem:
 def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: str = "cpu") -> float:
     """Time to choose and refit one seed's probe, roughly: the number of steps is exact, the rate of a step is measured here."""
     if probe.head in SOLVERS:
-        return _solving(probe.head, problem.tokens, problem.width, search) * problem.images / IMAGES[-1]
+        return _search_seconds(probe.head, problem.tokens, problem.width, search) * problem.images / IMAGES[-1]
     grid = grids.SEARCH_GRIDS[search.grid]
     schedule, configurations = grid.schedule(problem.images), len(grid.configurations(probe.head))
     stages = grids.rungs(configurations, schedule.steps, halving=search.halving)
@@ -49,8 +49,8 @@ def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: st
         heads=heads if HEADS[probe.head].has_attention else 1,
     )
     batch = max((b for b in IMAGES if b <= schedule.batch_size), default=IMAGES[0])
-    rate = _training(probe.head, shape, batch, Numerics.of(device, search.precision))
-    return rate * (steps + schedule.steps) * schedule.batch_size / batch
+    per_step = _step_seconds(probe.head, shape, batch, Numerics.of(device, search.precision))
+    return per_step * (steps + schedule.steps) * schedule.batch_size / batch
 
 
 def _random_tokens(images: int, tokens: int, width: int, classes: int) -> Tokens:
@@ -60,16 +60,16 @@ def _random_tokens(images: int, tokens: int, width: int, classes: int) -> Tokens
 
 
 @cache
-def _training(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> float:
+def _step_seconds(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> float:
     """Seconds of one step of one configuration on a batch."""
     # One configuration per thread: a grid has more, and keeps all threads busy.
     count = torch.get_num_threads()
-    chosen = [Configuration(1e-3, 1e-2 + k, 0.1) for k in range(count)]
+    configurations = [Configuration(1e-3, 1e-2 + k, 0.1) for k in range(count)]
     tokens = _random_tokens(images, shape.tokens, shape.width, shape.classes)
     schedule = Schedule(images, steps=100, batch_size=images, batches=1)
     ends: list[float] = []
     for _ in population.train(
-        Population(head, shape, chosen, seed=0),
+        Population(head, shape, configurations, seed=0),
         TrainingData(tokens, np.arange(images), schedule, until=STEPS),
         numerics,
         progress=lambda _: ends.append(time.perf_counter()),
@@ -82,9 +82,9 @@ def _training(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> 
 
 
 @cache
-def _solving(head: Head, tokens: int, width: int, search: SearchOptions) -> float:
-    """Seconds of a whole search over a few images of two classes."""
+def _search_seconds(head: Head, tokens: int, width: int, search: SearchOptions) -> float:
+    """Seconds of a whole search over the largest trial batch, with two classes."""
     samples = _random_tokens(IMAGES[-1], tokens, width, 2)
-    began = time.perf_counter()
+    start = time.perf_counter()
     protocol.fit(head, samples, lambda: samples, target=OneClass(2), options=FitOptions(seed=0, search=search))
-    return time.perf_counter() - began
+    return time.perf_counter() - start

@@ -45,7 +45,7 @@ def probe(
     rows: list[Row] = []
     trained, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
-        chosen, missing = _servable(pair, probes, model or pair.train.names()[0].model_argument, dataset)
+        chosen, missing = _select(pair, probes, model or pair.train.names()[0].model_argument, dataset)
         left_out += missing
         for line in missing:
             log(line)
@@ -58,7 +58,8 @@ def probe(
         pair_rows, count = run(
             pair, jobs_of(chosen, search), results, training, save=storage.save, trackers=trackers, log=log
         )
-        rows, trained = rows + pair_rows, trained + count
+        rows += pair_rows
+        trained += count
     return ProbeResult(rows, trained, left_out)
 
 
@@ -80,14 +81,14 @@ def run(
     device = resources.device
     rows: list[Row] = []
     trained = 0
-    found = {job: stored(results, job, pair.keys, device) for job in jobs}
-    unsaved = {job for job, row in found.items() if row and save and not (_folder(results, row) / saved.CARD).is_file()}
-    if done := sum(row is not None for row in found.values()):
-        log(f"{done} of {len(jobs)} results are in {results.root} already and are not made again")
+    existing = {job: stored(results, job, pair.keys, device) for job in jobs}
+    unsaved = {job for job, row in existing.items() if row and save and not _is_saved(results, row)}
+    if count := sum(row is not None for row in existing.values()):
+        log(f"{count} of {len(jobs)} results are in {results.root} already and are not made again")
     if unsaved:
         log(f"{len(unsaved)} of them are trained again, since their probes were not kept")
     for job in jobs:
-        row = found[job]
+        row = existing[job]
         if row is None:
             new = train(pair, job.resolved(device), resources)
             row = new.row
@@ -108,15 +109,15 @@ def run(
     return rows, trained
 
 
-def stored(results: Results, job: "Job", features: tuple[str, str], device: str = "cpu") -> Row | None:
+def stored(results: Results, job: Job, features: tuple[str, str], device: str = "cpu") -> Row | None:
     """The stored row of a job on these features, or None; with precision 'auto' a row of either precision counts."""
-    found = (results.find(one.row_id(features)) for one in job.answers(device))
-    return next((row for row in found if row is not None), None)
+    candidates = (results.find(resolved.row_id(features)) for resolved in job.equivalents(device))
+    return next((row for row in candidates if row is not None), None)
 
 
-def same_scores(one: Row, other: Row) -> bool:
+def same_scores(a: Row, b: Row) -> bool:
     """Whether scores and choice are the same to the last bit."""
-    return all(getattr(one, name) == getattr(other, name) for name in ("val", "test", "train", "selected"))
+    return all(getattr(a, name) == getattr(b, name) for name in ("val", "test", "train", "selected"))
 
 
 def _folder(results: Results, row: Row) -> Path:
@@ -124,7 +125,11 @@ def _folder(results: Results, row: Row) -> Path:
     return results.root / "probes" / row.id
 
 
-def save_probe(results: Results, row: Row, trained: "Trained") -> str:
+def _is_saved(results: Results, row: Row) -> bool:
+    return (_folder(results, row) / saved.CARD).is_file()
+
+
+def save_probe(results: Results, row: Row, trained: Trained) -> str:
     """Save the trained probe of a row; return a line that says where."""
     saved.save(_folder(results, row), trained.card, trained.weights)
     return f"{row.probe}, seed {row.seed}, is kept in {_folder(results, row)}"
@@ -137,7 +142,7 @@ def _not_saved(results: Results, row: Row, again: Row) -> str:
     )
 
 
-def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: str) -> tuple[list[Probe], list[str]]:
+def _select(pair: SplitPair, names: str | Sequence[str], model: str, dataset: str) -> tuple[list[Probe], list[str]]:
     """The probes to train, and a line for each probe of 'all' that is left out because its tokens are not cached.
 
     Raises:
@@ -153,12 +158,9 @@ def _servable(pair: SplitPair, names: str | Sequence[str], model: str, dataset: 
     for probe in parse_probes("all", depth) if "all" in words else ():
         if absent := probe.representation.pairs(depth) - pair.complete_pairs:
             reason = impossible(pair.train.spec.model, absent)
-            way = extract_command(model, dataset, absent, words_of(pair.train, pair.test))
-            missing.append(
-                f"{probe.name} is left out: {model} {reason}"
-                if reason
-                else f"{probe.name} is left out, its tokens are not cached; to have it: {way}"
-            )
+            command = extract_command(model, dataset, absent, words_of(pair.train, pair.test))
+            explanation = f": {model} {reason}" if reason else f", its tokens are not cached; to have it: {command}"
+            missing.append(f"{probe.name} is left out{explanation}")
         else:
             chosen[probe] = None
     return list(chosen), missing

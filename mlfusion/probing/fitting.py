@@ -1,7 +1,7 @@
 """Fitting of one job: reads its tokens, runs the protocol, and returns its row, arrays and weights."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from mlfusion.store import Entry, TokenReader
 from mlfusion.store.features import SplitPair
 from mlfusion.system.devices import pick_device
 from mlfusion.system.memory import available
-from mlfusion.system.progress import track as bar_of
+from mlfusion.system.progress import track
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,22 @@ def train(pair: SplitPair, job: Job, resources: Resources) -> Trained:
 
 
 def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
-    with ExitStack() as opened:
-        train = _tokens(pair.train, job.probe, resources, opened)
+    with ExitStack() as stack:
+        train = _tokens(pair.train, job.probe, resources, stack)
         streamed = isinstance(train.values, TokenReader)
         target = target_of(train.labels, len(pair.train.spec.data.classes), smoothing=job.search.smoothing)
         if job.shots is not None:
             train = train.of(splits.draw(train.labels, job.shots, classes=target.outputs, seed=job.seed))
-        spare = resources.memory - (0 if streamed else train.nbytes)
-        with bar_of(f"{job.probe.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
+        free = resources.memory - (0 if streamed else train.nbytes)
+        with track(f"{job.probe.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
             outcome = protocol.fit(
                 job.probe.head,
                 train,
-                lambda: _tokens(pair.test, job.probe, replace(resources, streams=None), opened),
+                lambda: _tokens(pair.test, job.probe, replace(resources, streams=None), stack),
                 target=target,
                 options=FitOptions(seed=job.seed, heads=job.probe.attention_heads(), search=job.search),
                 training=TrainingOptions(
-                    device=resources.device, memory=max(1, spare) if resources.device == "cpu" else None
+                    device=resources.device, memory=max(1, free) if resources.device == "cpu" else None
                 ),
                 progress=bar.to,
             )
@@ -83,13 +83,21 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
         return Fitted(job, resources.device, target, outcome, images, train.shape[1], streamed)
 
 
-def _tokens(entry: Entry, probe: Probe, resources: Resources, opened: ExitStack) -> Tokens:
-    """Tokens [images, tokens, width], layer by layer, CLS before AP; in memory, or streamed during training."""
-    layers = probe.representation.layers(entry.spec.model.depth)
+@contextmanager
+def open_tokens(entry: Entry, probe: Probe) -> Iterator[Tokens]:
+    """The tokens [images, tokens, width] that a probe reads, layer by layer, CLS before AP, streamed from the cache.
+
+    Raises:
+        MlfusionError: the entry cannot be read.
+    """
     rows, samples = entry.rows(), entry.samples
-    ids = tuple(samples.ids[row] for row in rows)
-    reader = opened.enter_context(entry.open(layers, probe.representation.kinds))
-    tokens = Tokens(reader, samples.labels[rows], ids)
+    with entry.open(probe.representation.layers(entry.spec.model.depth), probe.representation.kinds) as reader:
+        yield Tokens(reader, samples.labels[rows], tuple(samples.ids[row] for row in rows))
+
+
+def _tokens(entry: Entry, probe: Probe, resources: Resources, stack: ExitStack) -> Tokens:
+    """The tokens that a probe reads, in memory, or streamed during training."""
+    tokens = stack.enter_context(open_tokens(entry, probe))
     if resources.streams if resources.streams is not None else tokens.nbytes > resources.memory / 2:
         return tokens
-    return Tokens(tokens[:], tokens.labels, ids)
+    return Tokens(tokens[:], tokens.labels, tokens.ids)

@@ -1,4 +1,4 @@
-"""Jobs: a job is one row to make, given by a probe and its search options, which determine the row's id."""
+"""Jobs: a job is one row to train, described by a probe and its search options, which determine the row's id."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ PROTOCOL = 3
 
 @dataclass(frozen=True)
 class Job:
-    """One row to make: `search` has one seed and one number of shots."""
+    """One row to train: `search` has one seed and one number of shots."""
 
     probe: Probe
     search: SearchOptions
@@ -38,8 +38,8 @@ class Job:
         solved = self.probe.head in SOLVERS
         return self._with("float32" if solved else resolve(self.search.precision, device))
 
-    def answers(self, device: str) -> list["Job"]:
-        """The resolved jobs whose row answers this one: with 'auto' those of either precision, this machine's own first."""
+    def equivalents(self, device: str) -> list["Job"]:
+        """The resolved jobs whose row serves for this one: with 'auto' both precisions, that of this machine first."""
         own = self.resolved(device)
         if self.search.precision != "auto" or self.probe.head in SOLVERS:
             return [own]

@@ -25,5 +25,5 @@ def cross_entropy(
     """Cross-entropy with class weights, averaged as `torch.nn.CrossEntropyLoss` does."""
     (k, b, _), labels = logits.shape, labels.to(torch.int64)
     flat, repeated = logits.flatten(0, 1), labels.repeat(k)
-    each = F.cross_entropy(flat, repeated, weight=weights, reduction="none", label_smoothing=smoothing)
-    return each.view(k, b).sum(1) / weights[labels].sum()
+    losses = F.cross_entropy(flat, repeated, weight=weights, reduction="none", label_smoothing=smoothing)
+    return losses.view(k, b).sum(1) / weights[labels].sum()

@@ -27,25 +27,25 @@ def scores(labels: Int[np.ndarray, " N"], probabilities: Float[np.ndarray, "N C"
     present = np.isin(classes, labels)
     recall = metrics.recall_score(labels, predicted, labels=classes, average=None, zero_division=0)
     # With five classes or fewer, every label is among the first five; scikit-learn would warn.
-    within = len(classes) <= TOP or metrics.top_k_accuracy_score(labels, probabilities, k=TOP, labels=classes)
+    top5 = len(classes) <= TOP or metrics.top_k_accuracy_score(labels, probabilities, k=TOP, labels=classes)
     macro_f1 = metrics.f1_score(labels, predicted, labels=classes[present], average="macro", zero_division=0)
     return {
         "balanced_accuracy": balanced_accuracy(labels, predicted),
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
-        "top5": float(within),
+        "top5": float(top5),
         "macro_f1": float(macro_f1),
-        "recall": [float(r) if there else None for r, there in zip(recall, present, strict=True)],
+        "recall": [float(r) if occurs else None for r, occurs in zip(recall, present, strict=True)],
         "loss": float(metrics.log_loss(labels, probabilities, labels=classes)),
     }
 
 
-def mean_average_precision(labels: Shaped[np.ndarray, "N C"], scored: Float[np.ndarray, "N C"]) -> float:
+def mean_average_precision(labels: Shaped[np.ndarray, "N C"], confidences: Float[np.ndarray, "N C"]) -> float:
     """Mean of the average precisions of the labels that occur.
 
     The average precision is the area under the curve of precision against recall, without interpolation. Labels are 0 or 1;
     a higher score means a surer prediction.
     """
-    return float(np.nanmean(_average_precision(labels, scored)))
+    return float(np.nanmean(_average_precision(labels, confidences)))
 
 
 def label_scores(labels: Shaped[np.ndarray, "N C"], probabilities: Float[np.ndarray, "N C"]) -> dict[str, Any]:
@@ -55,12 +55,12 @@ def label_scores(labels: Shaped[np.ndarray, "N C"], probabilities: Float[np.ndar
         mean_average_precision; average_precision of each label, None for a label that no image has; micro_f1 and macro_f1 at a
         threshold of one half; loss, the mean binary cross-entropy in nats.
     """
-    each = _average_precision(labels, probabilities)
+    per_label = _average_precision(labels, probabilities)
     predicted = probabilities > 0.5
     clipped = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
     return {
-        "mean_average_precision": float(np.nanmean(each)),
-        "average_precision": [None if np.isnan(value) else float(value) for value in each],
+        "mean_average_precision": float(np.nanmean(per_label)),
+        "average_precision": [None if np.isnan(value) else float(value) for value in per_label],
         "micro_f1": float(metrics.f1_score(labels, predicted, average="micro", zero_division=0)),
         "macro_f1": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0)),
         "loss": float(-(labels * np.log(clipped) + (1 - labels) * np.log(1 - clipped)).mean()),
@@ -81,7 +81,9 @@ def number_scores(labels: Num[np.ndarray, " N"], predicted: Num[np.ndarray, " N"
     }
 
 
-def _average_precision(labels: Shaped[np.ndarray, "N C"], scored: Float[np.ndarray, "N C"]) -> Float[np.ndarray, " C"]:
-    """NaN for a label that no image has."""
-    pairs = zip(labels.T, scored.T, strict=True)
+def _average_precision(
+    labels: Shaped[np.ndarray, "N C"], confidences: Float[np.ndarray, "N C"]
+) -> Float[np.ndarray, " C"]:
+    """The average precision of each label; NaN for a label that no image has."""
+    pairs = zip(labels.T, confidences.T, strict=True)
     return np.array([metrics.average_precision_score(*pair) if pair[0].any() else np.nan for pair in pairs])

@@ -10,7 +10,7 @@ import torch
 
 from mlfusion.errors import BadData
 from mlfusion.probing.heads import HeadModule, HeadShape
-from mlfusion.probing.search import DEFAULTS, SOLVERS, FitOptions, Training
+from mlfusion.probing.search import SOLVERS, FitOptions, Training
 from mlfusion.probing.targets import Target, kind_of
 from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import LARGEST_BATCH, Tokens
@@ -46,7 +46,7 @@ def fit(
     *,
     target: Target,
     options: FitOptions,
-    training: TrainingOptions = DEFAULTS,
+    training: TrainingOptions = TrainingOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Choose a configuration on a stratified fifth of train, refit it on all of train, test it once.
@@ -63,7 +63,7 @@ def fit(
     Raises:
         BadData: no probe can be trained on the tokens or labels, or the test split does not match.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     _check(train, target, "train")
     target.check_choice(train.labels)
     search = SOLVERS.get(head, Training)(head, train, target, options, training, progress)
@@ -71,52 +71,52 @@ def fit(
     best = choose(score, loss)
     probe = search.refit(best)
     on_train = target.predictions(search.outputs(probe, search.everything, search.block)[0])
-    unseen = _unseen(test, train, target)
-    predictions, attention = predict(probe, unseen, target, block=search.block, device=search.device)
-    found = target.scores(unseen.labels, predictions)
+    test_tokens = _checked_test(test, train, target)
+    predictions, attention = predict(probe, test_tokens, target, block=search.block, device=search.device)
+    metrics = target.scores(test_tokens.labels, predictions)
     return Outcome(
         seed=options.seed,
         metric=target.metric,
         val=float(score[best]),
-        test=found[target.metric],
+        test=metrics[target.metric],
         train=target.score(train.labels, on_train.cpu().numpy()),
-        metrics=found,
+        metrics=metrics,
         selected=search.selected(best),
         configurations=len(score),
         parameters=sum(p.numel() for p in probe.parameters()),
         shape=search.shape,
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - start,
         predictions=predictions,
         attention=attention,
         weights={name: value[0].detach().cpu().numpy().copy() for name, value in probe.state_dict().items()},
     )
 
 
-def _unseen(test: Callable[[], Tokens], train: Tokens, target: Target) -> Tokens:
+def _checked_test(test: Callable[[], Tokens], train: Tokens, target: Target) -> Tokens:
     """The test split, checked against train."""
-    unseen = test()
-    _check(unseen, target, "test")
-    if unseen.shape[1:] != train.shape[1:]:
+    tokens = test()
+    _check(tokens, target, "test")
+    if tokens.shape[1:] != train.shape[1:]:
         raise BadData(
-            f"test has tokens of shape {unseen.shape[1:]} and train {train.shape[1:]}; "
+            f"test has tokens of shape {tokens.shape[1:]} and train {train.shape[1:]}; "
             "allowed: the same tokens and width, so extract both splits with the same model, layers and tokens"
         )
-    return unseen
+    return tokens
 
 
-def choose(accuracy: Num[np.ndarray, " K"], loss: Num[np.ndarray, " K"]) -> int:
-    """Index of the best configuration: highest accuracy, then lowest loss, then the first.
+def choose(score: Num[np.ndarray, " K"], loss: Num[np.ndarray, " K"]) -> int:
+    """Index of the best configuration: highest score, then lowest loss, then the first.
 
     Raises:
         BadData: every configuration diverged.
     """
-    sound = np.isfinite(loss)
-    if not sound.any():
+    finite = np.isfinite(loss)
+    if not finite.any():
         raise BadData(
             "every configuration of the grid diverged; allowed: tokens on which at least one trains. "
             "Extract them again, with --dtype float32, and look at the images if that does not help"
         )
-    return int(np.lexsort((np.where(sound, loss, np.inf), -np.where(sound, accuracy, -np.inf)))[0])
+    return int(np.lexsort((np.where(finite, loss, np.inf), -np.where(finite, score, -np.inf)))[0])
 
 
 def predict(
@@ -151,14 +151,13 @@ def _check(tokens: Tokens, target: Target, name: str) -> None:
             "labels of one kind. Extract both splits of one data set"
         )
     target.check(labels, name)
-    if tokens.is_streamed:  # the cache refuses at writing what is not finite
+    if tokens.is_streamed:  # the cache does not store numbers that are not finite
         return
     block = max(1, 2**24 // (shape[1] * shape[2]))
     for start in range(0, shape[0], block):
-        part = tokens[start : start + block]
-        finite = torch.isfinite(part).flatten(1).all(1)
+        finite = torch.isfinite(tokens[start : start + block]).flatten(1).all(1)
         if not finite.all():
-            row = start + int(finite.tolist().index(False))
+            row = start + finite.tolist().index(False)
             raise BadData(
                 f"{name} row {row}{f' ({ids[row]})' if ids else ''} has a token that is NaN or infinite; allowed: finite "
                 "numbers. Extract that image again, with --dtype float32 if the model's activations overflow float16"

@@ -31,8 +31,8 @@ class Rerun:
     def scores(self) -> list[tuple[str, Any, Any]]:
         """(name, then, now) of scores and choice."""
         names = ("val", "test", "train")
-        found = [(name, getattr(self.row, name), getattr(self.again, name)) for name in names]
-        return [*found, ("selected", self.row.selected.given(), self.again.selected.given())]
+        scores = [(name, getattr(self.row, name), getattr(self.again, name)) for name in names]
+        return [*scores, ("selected", self.row.selected.given(), self.again.selected.given())]
 
 
 def rerun(
@@ -51,19 +51,19 @@ def rerun(
     job = Job(probe, row.search())
     resources = Resources.of(TrainingOptions(device=device or row.device, memory=memory), streams=row.streamed)
     again = train(pair, job, resources)
-    then, now = ({"code": each.code, "device": each.device, **each.versions} for each in (row, again.row))
+    then, now = ({"code": r.code, "device": r.device, **r.versions} for r in (row, again.row))
     differs = [f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
     if row.protocol != again.row.protocol:
         differs.append(f"protocol {row.protocol} then, {again.row.protocol} now")
-    done = Rerun(row, again.row, differs)
-    if keep and done.same:
+    result = Rerun(row, again.row, differs)
+    if keep and result.same:
         results.keep_arrays(row, again.arrays)
         save_probe(results, row, again)
-    return done
+    return result
 
 
 def _pair_of(store: FeatureStore, row: Row, probe: Probe) -> SplitPair:
-    """The features that a row was made from, by their keys."""
+    """The features that a row was trained on, found by their keys."""
     train, test = (store.by_key(key) for key in row.features)
     if train is None or test is None:
         raise NotCached(

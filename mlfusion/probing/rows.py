@@ -121,9 +121,9 @@ def arrays_of(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
     """The arrays of the test images: predictions, labels and attention."""
     outcome = fitted.outcome
     # Probabilities lose nothing that matters in half the bytes; numbers might, and may be larger than float16 holds.
-    kind = np.float32 if fitted.target.kind == "number" else np.float16
+    dtype = np.float32 if fitted.target.kind == "number" else np.float16
     arrays = {
-        "probabilities": outcome.predictions.astype(kind),
+        "probabilities": outcome.predictions.astype(dtype),
         "labels": pair.test.samples.labels[pair.test.rows()],
     }
     if outcome.attention is not None:

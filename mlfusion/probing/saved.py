@@ -138,7 +138,7 @@ def readme(card: Card) -> str:
         ],
     )
     scores = "".join(f"| {split} | {card.scores[split]:.4f} |\n" for split in ("test", "val", "train"))
-    chosen = ", ".join(f"{name} {value:g}" for name, value in card.selected.given().items())
+    selected = ", ".join(f"{name} {value:g}" for name, value in card.selected.given().items())
     layers = ", ".join(map(str, card.layers))
     classes = ", ".join(card.classes) if len(card.classes) <= 20 else f"{len(card.classes)}, named in `{CARD}`"
     return f"""---
@@ -161,7 +161,7 @@ mlfusion predict --probe FOLDER image.jpg
 | {metric} | |
 |---|---:|
 {scores}
-Seed {card.seed}; chosen on the validation part: {chosen}. Classes: {classes}. Made {card.created} by mlfusion
+Seed {card.seed}; chosen on the validation part: {selected}. Classes: {classes}. Made {card.created} by mlfusion
 {card.versions.get("mlfusion", "")} ({card.code}).
 """
 
@@ -181,15 +181,15 @@ def load(folder: Path) -> tuple[Card, HeadModule]:
             "--save`, which says where it is"
         ) from err
     except (OSError, ValueError) as err:
-        raise ResultsUnusable(f"{folder / CARD} cannot be read ({err}); {AGAIN}") from err
+        raise ResultsUnusable(f"{folder / CARD} cannot be read ({err}); {REMAKE}") from err
     number = body.get("format") if isinstance(body, dict) else None
     if isinstance(number, int) and number != FORMAT:
-        way = "Update mlfusion: pip install -U mlfusion" if number > FORMAT else AGAIN[0].upper() + AGAIN[1:]
-        raise ResultsUnusable(f"{folder} is of format {number}; this version reads format {FORMAT}. {way}")
+        advice = "Update mlfusion: pip install -U mlfusion" if number > FORMAT else REMAKE[0].upper() + REMAKE[1:]
+        raise ResultsUnusable(f"{folder} is of format {number}; this version reads format {FORMAT}. {advice}")
     if number is None or body.get("tensors") != hashlib.sha256(tensors).hexdigest():
-        raise ResultsUnusable(f"{folder} is damaged: {TENSORS} is not the one that {CARD} names; {AGAIN}")
+        raise ResultsUnusable(f"{folder} is damaged: {TENSORS} is not the one that {CARD} names; {REMAKE}")
     try:
-        _check_words(body)
+        _check_names(body)
         card = msgspec.convert(body, Card)
         probe = _build(card, load_tensors(tensors))
     except (
@@ -201,24 +201,24 @@ def load(folder: Path) -> tuple[Card, HeadModule]:
         UnknownName,
         SafetensorError,
     ) as err:
-        raise ResultsUnusable(f"{folder} holds no probe that can be built ({first_line(err)}); {AGAIN}") from err
+        raise ResultsUnusable(f"{folder} holds no probe that can be built ({first_line(err)}); {REMAKE}") from err
     probe.eval()
     return card, probe
 
 
-AGAIN = "make it again with `mlfusion probe --save` and a fresh --results PATH"
+REMAKE = "make it again with `mlfusion probe --save` and a fresh --results PATH"
 
 
-def _check_words(body: dict[str, Any]) -> None:
+def _check_names(body: dict[str, Any]) -> None:
     """Refuse a card with names that this version does not know.
 
     Raises:
         UnknownName: lists the names that are allowed.
     """
-    words = [("head", body["head"], HEAD_NAMES), ("dtype", body["dtype"], DTYPES)]
-    for what, word, known in [*words, *(("token kind", kind, KINDS) for kind in body["kinds"])]:
-        if word not in known:
-            raise UnknownName(what, word, known)
+    names = [("head", body["head"], HEAD_NAMES), ("dtype", body["dtype"], DTYPES)]
+    for field, name, known in [*names, *(("token kind", kind, KINDS) for kind in body["kinds"])]:
+        if name not in known:
+            raise UnknownName(field, name, known)
 
 
 def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> HeadModule:
@@ -232,11 +232,11 @@ def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> HeadModule:
             raise ValueError(f"weights of shape {tuple(state['weight'].shape[1:])}")
         return FixedLinear(state["weight"], state["bias"])
     if card.head == "knn":
-        chosen = Neighbourhood(int(tensors["neighbours"]), float(tensors["temperature"]))
+        neighbourhood = Neighbourhood(int(tensors["neighbours"]), float(tensors["temperature"]))
         bank, values = state["bank"][0], state["values"][0]
         if bank.shape != (len(values), shape.tokens * shape.width) or values.shape[1] != shape.classes:
             raise ValueError(f"{tuple(bank.shape)} neighbours and votes of {tuple(values.shape)}")
-        return Neighbours(bank, values, [chosen], target.kind)
+        return Neighbours(bank, values, [neighbourhood], target.kind)
     probe = HEADS[card.head](shape, seeds=[0], dropouts=[0.0])
     probe.load_state_dict(state)  # of another shape, or another name: refused
     return probe

@@ -14,7 +14,7 @@ from mlfusion.probing.grids import SEARCH_GRIDS, rungs
 from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
 from mlfusion.probing.losses import Loss
 from mlfusion.probing.solvers.design import Design, penalties
-from mlfusion.probing.solvers.logistic import AT_ONCE, Logistic
+from mlfusion.probing.solvers.logistic import BATCH, Logistic
 from mlfusion.probing.solvers.neighbours import Neighbourhood, neighbourhoods, neighbours
 from mlfusion.probing.solvers.ridge import Ridge
 from mlfusion.probing.splits import split
@@ -27,7 +27,6 @@ from mlfusion.shapes import Float, Int
 from mlfusion.specs.names import Head
 from mlfusion.specs.options import SearchOptions, TrainingOptions
 
-DEFAULTS = TrainingOptions()
 Scores = tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]
 
 
@@ -51,7 +50,7 @@ class Search(ABC):
         train: Tokens,
         target: Target,
         options: FitOptions,
-        training: TrainingOptions = DEFAULTS,
+        training: TrainingOptions = TrainingOptions(),
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Split train into a fitted and a held-out part."""
@@ -83,17 +82,17 @@ class Search(ABC):
 
     def outputs(self, probe: HeadModule, rows: Int[np.ndarray, " n"], block: int) -> Float[Tensor, "K n C"]:
         """Outputs of a probe for some images of train, `block` at a time."""
-        read = population.read(probe, self.train, rows, block=block, device=self.device)
-        return torch.cat([outputs for outputs, _ in read], dim=1)
+        batches = population.read(probe, self.train, rows, block=block, device=self.device)
+        return torch.cat([outputs for outputs, _ in batches], dim=1)
 
     def measure(self, outputs: Float[Tensor, "K n C"], rows: Int[np.ndarray, " n"], loss: Loss) -> Scores:
         """Scores and losses of outputs for these images."""
         truth = self.train.labels[rows]
-        sound = torch.isfinite(outputs).flatten(1).all(1)
+        finite = torch.isfinite(outputs).flatten(1).all(1).tolist()
         losses = loss(outputs, torch.from_numpy(truth).to(outputs.device)).double().cpu().numpy()
         predicted = self.target.predictions(outputs).cpu().numpy()
-        scores = [self.target.score(truth, p) if good else -np.inf for p, good in zip(predicted, sound, strict=True)]
-        return np.array(scores), np.where(sound.cpu().numpy(), losses, np.inf)
+        scores = [self.target.score(truth, p) if good else -np.inf for p, good in zip(predicted, finite, strict=True)]
+        return np.array(scores), np.where(finite, losses, np.inf)
 
 
 class Training(Search):
@@ -104,13 +103,13 @@ class Training(Search):
     configuration that gets to the end has the score that it would have had without halving.
     """
 
-    def __init__(self, *given: Any) -> None:
+    def __init__(self, *arguments: Any) -> None:
         """Arguments are those of `Search`.
 
         Raises:
             BadData: the number of attention heads does not fit the tokens.
         """
-        super().__init__(*given)
+        super().__init__(*arguments)
         head, options, t, d = self.head, self.options, self.shape.tokens, self.shape.width
         heads = (t if options.heads is None else options.heads) if HEADS[head].has_attention else 1
         if not 1 <= heads <= d:
@@ -130,23 +129,23 @@ class Training(Search):
     def scores(self) -> Scores:
         """Scores as in `Search`; -inf and inf for a configuration that halving stopped."""
         score, loss = np.empty(0), np.empty(0)
-        alive = np.arange(len(self.configurations))
-        measure = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
+        running = np.arange(len(self.configurations))
+        loss_function = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
         for members, until in self.rungs:
-            if members < len(alive):
-                alive = np.sort(alive[np.lexsort((loss[alive], -score[alive]))[:members]])
+            if members < len(running):
+                running = np.sort(running[np.lexsort((loss[running], -score[running]))[:members]])
             score, loss = (np.full(len(self.configurations), value) for value in (-np.inf, np.inf))
-            chosen = [self.configurations[k] for k in alive]
+            configurations = [self.configurations[k] for k in running]
             data = TrainingData(self.train, self.fitted, self.choosing, until)
-            for group, probe in self._train(chosen, data, measure):
+            for group, probe in self._train(configurations, data, loss_function):
                 outputs = self.outputs(probe, self.held_out, self.choosing.batch_size)
-                score[alive[group]], loss[alive[group]] = self.measure(outputs, self.held_out, measure)
+                score[running[group]], loss[running[group]] = self.measure(outputs, self.held_out, loss_function)
         return score, loss
 
     def refit(self, best: int) -> HeadModule:
-        measure = self.target.loss(self.train.labels, self.device, torch.float32)
+        loss_function = self.target.loss(self.train.labels, self.device, torch.float32)
         data = TrainingData(self.train, self.everything, self.refitting)
-        [(_, probe)] = self._train([self.configurations[best]], data, measure)
+        [(_, probe)] = self._train([self.configurations[best]], data, loss_function)
         return probe
 
     def selected(self, best: int) -> dict[str, float | int]:
@@ -159,16 +158,10 @@ class Training(Search):
         return selected | {"steps": self.refitting.steps, "batch_size": self.refitting.batch_size}
 
     def _train(
-        self, chosen: Sequence[Configuration], data: TrainingData, loss: Loss
+        self, configurations: Sequence[Configuration], data: TrainingData, loss: Loss
     ) -> Iterator[tuple[slice, HeadModule]]:
-        return population.train(
-            Population(self.head, self.shape, chosen, self.options.seed),
-            data,
-            self.numerics,
-            memory=self.memory,
-            progress=self.advance,
-            loss=loss,
-        )
+        members = Population(self.head, self.shape, configurations, self.options.seed)
+        return population.train(members, data, self.numerics, memory=self.memory, progress=self.advance, loss=loss)
 
 
 class SolvedSearch(Search):
@@ -179,8 +172,8 @@ class SolvedSearch(Search):
         """The settings of a grid, as dataclasses."""
         return penalties(name)
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.settings = self.grid(self.options.search.grid)
         self.steps = len(self.settings)
 
@@ -189,12 +182,12 @@ class SolvedSearch(Search):
         """Outputs of the probes of all settings, in order, for the n images held out."""
 
     def scores(self) -> Scores:
-        found = []
+        measured = []
         for outputs in self.solve():
             loss = self.target.loss(self.train.labels[self.fitted], str(outputs.device), outputs.dtype)
-            found.append(self.measure(outputs, self.held_out, loss))
+            measured.append(self.measure(outputs, self.held_out, loss))
             self.advance(len(outputs))
-        scores, losses = zip(*found, strict=True)
+        scores, losses = zip(*measured, strict=True)
         return np.concatenate(scores), np.concatenate(losses)
 
     def selected(self, best: int) -> dict[str, float | int]:
@@ -204,8 +197,8 @@ class SolvedSearch(Search):
 class RidgeSearch(SolvedSearch):
     """Penalties of ridge regression, chosen by leave-one-out scores on all of train, which need no further fit."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.fitted = self.held_out = self.everything
         self.ridge = Ridge(Design(self.train, self.everything, self.target, self.device))
 
@@ -225,7 +218,7 @@ class LogisticSearch(SolvedSearch):
 
     def refit(self, best: int) -> HeadModule:
         logistic = Logistic(Design(self.train, self.everything, self.target, self.device))
-        [*_, (_, probe)] = logistic.solve([*self.settings[:best:AT_ONCE], self.settings[best]])
+        [*_, (_, probe)] = logistic.solve([*self.settings[:best:BATCH], self.settings[best]])
         return probe.last()
 
 
@@ -235,12 +228,12 @@ class NeighbourSearch(SolvedSearch):
     grid = staticmethod(neighbourhoods)
 
     def solve(self) -> Iterator[Float[Tensor, "K n C"]]:
-        yield self.outputs(self._of(self.fitted, self.settings), self.held_out, self.block)
+        yield self.outputs(self._neighbours(self.fitted, self.settings), self.held_out, self.block)
 
     def refit(self, best: int) -> HeadModule:
-        return self._of(self.everything, [self.settings[best]])
+        return self._neighbours(self.everything, [self.settings[best]])
 
-    def _of(self, rows: Int[np.ndarray, " N"], chosen: Sequence[Neighbourhood]) -> HeadModule:
+    def _neighbours(self, rows: Int[np.ndarray, " N"], chosen: Sequence[Neighbourhood]) -> HeadModule:
         return neighbours(self.train, rows, chosen, self.target, self.device)
 
 

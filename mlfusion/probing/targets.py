@@ -69,7 +69,7 @@ class Target(ABC):
 
     @abstractmethod
     def scores(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> dict[str, Any]:
-        """Every metric of a result, including that of `score`."""
+        """All metrics of a result, including that of `score`."""
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,10 @@ def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0) -> Ta
         raise BadData("labels are smoothed only where an image has one class; leave --smoothing out")
     if kind is SeveralLabels:
         return SeveralLabels(classes)
-    sound = labels[np.isfinite(labels)].astype(np.float64)
-    deviation = float(sound.std()) if len(sound) else 0.0
-    return Number(1, float(sound.mean()) if len(sound) else 0.0, deviation or 1.0)
+    finite = labels[np.isfinite(labels)].astype(np.float64)
+    if not len(finite):
+        return Number(1)
+    return Number(1, float(finite.mean()), float(finite.std()) or 1.0)
 
 
 def kind_of(labels: np.ndarray) -> type[Target]:
@@ -282,4 +283,4 @@ def kind_of(labels: np.ndarray) -> type[Target]:
     )
 
 
-TARGETS: dict[str, type[Target]] = {one.kind: one for one in (OneClass, SeveralLabels, Number)}
+TARGETS: dict[str, type[Target]] = {target.kind: target for target in (OneClass, SeveralLabels, Number)}

@@ -19,6 +19,7 @@ from mlfusion.errors import BadData
 from mlfusion.extraction import run
 from mlfusion.extraction.request import Request
 from mlfusion.probing import costs, protocol
+from mlfusion.probing.fitting import open_tokens
 from mlfusion.probing.search import FitOptions
 from mlfusion.probing.targets import Target, target_of
 from mlfusion.probing.training.batches import Tokens
@@ -80,8 +81,8 @@ class Advice:
     @property
     def cheapest_equivalent(self) -> Candidate:
         """The cheapest candidate that does not differ significantly from the best one."""
-        alike = [candidate for candidate in self.candidates if candidate.behind is None or candidate.behind.low <= 0]
-        return min(alike, key=lambda candidate: (candidate.seconds, -candidate.score.value))
+        equivalent = [candidate for candidate in self.candidates if not candidate.behind or candidate.behind.low <= 0]
+        return min(equivalent, key=lambda candidate: (candidate.seconds, -candidate.score.value))
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion advise --json` prints."""
@@ -187,7 +188,7 @@ def _cached_pilot(newest: Entry, test: Sequence[Entry], probes: tuple[Probe, ...
     labels = newest.samples.labels[newest.rows()]
     target = target_of(labels, len(newest.spec.data.classes))
     rows = sample_rows(target.strata(labels), options.images, options.seed)
-    others = [entry for entry in test if entry.spec.model == newest.spec.model]
+    test_images = [entry.spec.data.images for entry in test if entry.spec.model == newest.spec.model]
     return _Pilot(
         model=newest.names()[0].model,
         dataset=newest.names()[0].dataset,
@@ -196,7 +197,7 @@ def _cached_pilot(newest: Entry, test: Sequence[Entry], probes: tuple[Probe, ...
         labels=labels[rows],
         target=target,
         train_images=len(labels),
-        all_images=len(labels) + max((entry.spec.data.images for entry in others), default=0),
+        all_images=len(labels) + max(test_images, default=0),
         cached=newest.complete_pairs(),
         bytes_of={},
         seconds_each=0.0,
@@ -211,17 +212,17 @@ def _extracted_pilot(
     split = data.split("train")
     target = target_of(split.labels, len(split.classes))
     rows = sample_rows(target.strata(split.labels), options.images, options.seed)
-    part = replace(data, splits={"train": split.take(rows, "train")})
-    request = Request.of(model, part, FeatureOptions(splits=("train",)), ComputeOptions(device=device))
+    subset = replace(data, splits={"train": split.take(rows, "train")})
+    request = Request.of(model, subset, FeatureOptions(splits=("train",)), ComputeOptions(device=device))
     depth = request.jobs[0].spec.model.depth
     candidates = parse_probes(probes, depth)
-    request = replace(
-        request, pairs=frozenset(pair for probe in candidates for pair in probe.representation.pairs(depth))
-    )
+    pairs = frozenset(pair for probe in candidates for pair in probe.representation.pairs(depth))
+    request = replace(request, pairs=pairs)
     loaded = run.load(request)
     start = time.perf_counter()
     [extracted] = run.fill(request, cache=folder, model=lambda _: loaded)
     seconds = (time.perf_counter() - start) / len(rows)
+    streams = {pair: source.stream for pair, source in extracted.entry.sources().items()}
     return _Pilot(
         model=request.names.model,
         dataset=request.names.dataset,
@@ -232,9 +233,7 @@ def _extracted_pilot(
         train_images=len(split),
         all_images=sum(len(data.split(name)) for name in ("train", "test")),
         cached=frozenset(),
-        bytes_of={
-            pair: source.stream.tokens * source.stream.width * 2 for pair, source in extracted.entry.sources().items()
-        },
+        bytes_of={pair: stream.tokens * stream.width * 2 for pair, stream in streams.items()},
         seconds_each=seconds,
         tokens=_reader(extracted.entry, np.arange(len(rows))),
     )
@@ -242,11 +241,8 @@ def _extracted_pilot(
 
 def _reader(entry: Entry, rows: np.ndarray) -> Callable[[Probe], Tokens]:
     def tokens(probe: Probe) -> Tokens:
-        layers = probe.representation.layers(entry.spec.model.depth)
-        with entry.open(layers, probe.representation.kinds) as reader:
-            samples = entry.samples
-            ids = tuple(samples.ids[row] for row in entry.rows())
-            return Tokens(reader, samples.labels[entry.rows()], ids).of(rows)
+        with open_tokens(entry, probe) as opened:
+            return opened.of(rows)
 
     return tokens
 
@@ -269,24 +265,24 @@ def sample_rows(strata: np.ndarray, images: int, seed: int) -> np.ndarray:
 def folds(strata: np.ndarray, seed: int) -> np.ndarray:
     """The fold in which each image is left out [N], stratified."""
     random = np.random.default_rng(seed + 1)
-    part = np.empty(len(strata), np.int64)
+    fold_of = np.empty(len(strata), np.int64)
     for number, label in enumerate(np.unique(strata)):
         rows = random.permutation(np.flatnonzero(strata == label))
-        part[rows] = (np.arange(len(rows)) + number) % FOLDS
-    return part
+        fold_of[rows] = (np.arange(len(rows)) + number) % FOLDS
+    return fold_of
 
 
 def _cross_validate(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, tuple[int, ...]]]:
     """Predictions [images, outputs] of each candidate by probes that were not trained on the image; and its tokens' shape."""
-    parts = folds(pilot.target.strata(pilot.labels), seed)
+    fold_of = folds(pilot.target.strata(pilot.labels), seed)
     search = SearchOptions(grid="quick", precision=resolve("auto", "cpu"))
     outcomes: dict[Probe, tuple[np.ndarray, tuple[int, ...]]] = {}
     with track(f"pilot of {pilot.model} on {pilot.dataset}", len(pilot.probes) * FOLDS, "fits") as bar:
         for probe in pilot.probes:
             tokens = pilot.tokens(probe)
             predictions = np.zeros((len(tokens), pilot.target.outputs), np.float32)
-            for part in range(FOLDS):
-                fitted, left_out = (np.flatnonzero((parts != part) == inside) for inside in (True, False))
+            for fold in range(FOLDS):
+                fitted, left_out = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
                 outcome = protocol.fit(
                     probe.head,
                     tokens.of(fitted),

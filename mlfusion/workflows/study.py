@@ -200,7 +200,9 @@ class _Planner:
         probes, all_pairs = recipe.probes_and_tokens(spec.model.depth)
         jobs = jobs_of(probes, recipe.search)
         keys = spec.key, tested.key
-        missing = tuple(job for job in jobs if not any(one.row_id(keys) in self._done for one in job.answers("cpu")))
+        missing = tuple(
+            job for job in jobs if not any(same.row_id(keys) in self._done for same in job.equivalents("cpu"))
+        )
         pairs = frozenset(pair for job in missing for pair in job.probe.representation.pairs(spec.model.depth))
         # Tokens and views that the recipe names are cached even if no probe reads them.
         request = replace(request, pairs=all_pairs if recipe.all_tokens or len(recipe.features.views) > 1 else pairs)

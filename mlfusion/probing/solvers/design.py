@@ -64,32 +64,32 @@ class Design:
         width = int(np.prod(tokens.shape[1:]))
         total = self.weights.sum()
         self.centre = torch.zeros(width, device=self.device, dtype=F64)
-        for some, x in self.blocks():
-            self.centre += self.weights[some] @ x / total
+        for block, x in self.blocks():
+            self.centre += self.weights[block] @ x / total
         if width <= len(rows):
             gram = torch.zeros(width, width, device=self.device, dtype=F64)
-            for some, x in self.blocks():
-                centred = (x - self.centre) * self.weights[some].sqrt()[:, None]
+            for block, x in self.blocks():
+                centred = (x - self.centre) * self.weights[block].sqrt()[:, None]
                 gram.addmm_(centred.T, centred)
             eigenvalues, basis = torch.linalg.eigh(gram)
         else:
             centred = torch.cat([x - self.centre for _, x in self.blocks()]) * self.weights.sqrt()[:, None]
             eigenvalues, left = torch.linalg.eigh(centred @ centred.T)
             basis = centred.T @ left / eigenvalues.clamp(min=1e-300).sqrt()
-        sound = eigenvalues > eigenvalues.max() * 1e-14  # smaller ones are rounding; the images span no more
-        self.eigenvalues, self.basis = eigenvalues[sound], basis[:, sound]  # [r], [F, r]
+        nonzero = eigenvalues > eigenvalues.max() * 1e-14  # smaller ones are rounding; the images span no more
+        self.eigenvalues, self.basis = eigenvalues[nonzero], basis[:, nonzero]  # [r], [F, r]
         self.rotated = torch.cat([(x - self.centre) @ self.basis for _, x in self.blocks()])  # z [N, r]
 
     def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "b F"]]]:
-        """Images in float64, a block at a time, with their places among `rows`."""
+        """Images in float64, a block at a time, with their positions in `rows`."""
         width = int(np.prod(self.tokens.shape[1:]))
         step = max(1, BLOCK // width)
         for start in range(0, len(self.rows), step):
-            some = slice(start, min(start + step, len(self.rows)))
-            yield some, self.tokens.normalised(self.rows[some], self.device, F64).flatten(1)
+            block = slice(start, min(start + step, len(self.rows)))
+            yield block, self.tokens.normalised(self.rows[block], self.device, F64).flatten(1)
 
-    def back(self, rotated: Float[Tensor, "K C r"], bias: Float[Tensor, "K C"]) -> FixedLinear:
-        """Maps of z and biases → the same maps of x, in float32."""
+    def unrotated(self, rotated: Float[Tensor, "K C r"], bias: Float[Tensor, "K C"]) -> FixedLinear:
+        """Maps of z and their biases → the same maps of x, in float32."""
         weight = rotated @ self.basis.T
         return FixedLinear(weight.float(), (bias - weight @ self.centre).float())
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mlfusion.shapes import Float, Int
 
-HISTORY = 10  # steps that are remembered
-MOST_ITERATIONS = 1000  # as in CLIP's protocol
+HISTORY = 10  # number of previous steps in the inverse Hessian
+MAX_ITERATIONS = 1000  # as in CLIP's protocol
 TOLERANCE = 1e-8  # relative to the loss
 
 Function = Callable[[Float[Tensor, "k P"], Int[Tensor, " k"]], tuple[Float[Tensor, " k"], Float[Tensor, "k P"]]]
@@ -31,41 +31,42 @@ def minimise(function: Function, start: Float[Tensor, "K P"]) -> Float[Tensor, "
     is done when ten steps gained less than `TOLERANCE` of its value and its squared gradient is as small.
     """
     result = start.clone()
-    which = torch.arange(len(start), device=start.device)
+    indices = torch.arange(len(start), device=start.device)
     x = start.clone()
-    value, gradient = function(x, which)
+    value, gradient = function(x, indices)
     steps: list[Tensor] = []
     changes: list[Tensor] = []
-    past: list[Tensor] = [value]
-    for _ in range(MOST_ITERATIONS):
-        direction = -_inverse(gradient, steps, changes)
+    history: list[Tensor] = [value]
+    for _ in range(MAX_ITERATIONS):
+        direction = -_inverse_hessian_product(gradient, steps, changes)
         slope = (direction * gradient).sum(1)
         uphill = slope >= 0  # by rounding only
         direction[uphill], slope[uphill] = -gradient[uphill], -gradient[uphill].square().sum(1)
         if not steps:  # no scale is known yet
             shorter = 1 / direction.norm(dim=1).clamp(min=1.0)
             direction, slope = direction * shorter[:, None], slope * shorter
-        new, new_value, new_gradient = _backtrack(function, which, _Point(x, value, gradient), direction, slope)
+        new, new_value, new_gradient = _backtrack(function, indices, _Point(x, value, gradient), direction, slope)
         steps, changes = [*steps, new - x][-HISTORY:], [*changes, new_gradient - gradient][-HISTORY:]
         x, value, gradient = new, new_value, new_gradient
-        past = [*past, value][-11:]
+        history = [*history, value][-11:]
         small = gradient.square().sum(1) <= TOLERANCE * (value.abs() + 1e-300)
-        settled = (past[0] - value <= TOLERANCE * value.abs()) & small if len(past) == 11 else torch.zeros_like(small)
-        done = settled | (value == past[-2])  # no step is found that rounding does not hide
+        full = len(history) == 11
+        settled = (history[0] - value <= TOLERANCE * value.abs()) & small if full else torch.zeros_like(small)
+        done = settled | (value == history[-2])  # rounding hides the effect of any further step
         if bool(done.any()):
-            result[which[done]] = x[done]
-            rest = ~done
-            which, x, value, gradient = which[rest], x[rest], value[rest], gradient[rest]
-            steps, changes, past = [s[rest] for s in steps], [t[rest] for t in changes], [p[rest] for p in past]
-            if not len(which):
+            result[indices[done]] = x[done]
+            active = ~done
+            indices, x, value, gradient = indices[active], x[active], value[active], gradient[active]
+            steps, changes, history = ([t[active] for t in tensors] for tensors in (steps, changes, history))
+            if not len(indices):
                 return result
-    result[which] = x
+    result[indices] = x
     return result
 
 
 def _backtrack(
     function: Function,
-    which: Int[Tensor, " k"],
+    indices: Int[Tensor, " k"],
     at: _Point,
     direction: Float[Tensor, "k P"],
     slope: Float[Tensor, " k"],
@@ -76,28 +77,28 @@ def _backtrack(
     """
     new = _Point(at.x.clone(), at.value.clone(), at.gradient.clone())
     size = torch.ones_like(at.value)
-    todo = torch.arange(len(at.x), device=at.x.device)
+    remaining = torch.arange(len(at.x), device=at.x.device)
     for _ in range(40):
-        tried = at.x[todo] + size[todo, None] * direction[todo]
-        value, gradient = function(tried, which[todo])
-        good = value <= at.value[todo] + 1e-4 * size[todo] * slope[todo]
-        taken = todo[good]
-        new.x[taken], new.value[taken], new.gradient[taken] = tried[good], value[good], gradient[good]
-        todo = todo[~good]
-        if not len(todo):
+        x = at.x[remaining] + size[remaining, None] * direction[remaining]
+        value, gradient = function(x, indices[remaining])
+        fallen = value <= at.value[remaining] + 1e-4 * size[remaining] * slope[remaining]
+        accepted = remaining[fallen]
+        new.x[accepted], new.value[accepted], new.gradient[accepted] = x[fallen], value[fallen], gradient[fallen]
+        remaining = remaining[~fallen]
+        if not len(remaining):
             break
-        size[todo] *= 0.5
+        size[remaining] *= 0.5
     return new
 
 
-def _inverse(
+def _inverse_hessian_product(
     gradient: Float[Tensor, "k P"], steps: list[Float[Tensor, "k P"]], changes: list[Float[Tensor, "k P"]]
 ) -> Float[Tensor, "k P"]:
     """The inverse Hessian by the two-loop recursion, times the gradient."""
     q, coefficients = gradient.clone(), []
     for step, change in zip(reversed(steps), reversed(changes), strict=True):
         curvature = (step * change).sum(1)
-        rho = torch.where(curvature > 0, 1 / curvature, 0.0)  # no step was taken: nothing is learnt
+        rho = torch.where(curvature > 0, 1 / curvature, 0.0)  # curvature is 0 if no step was taken
         alpha = rho * (step * q).sum(1)
         q -= alpha[:, None] * change
         coefficients.append((rho, alpha))

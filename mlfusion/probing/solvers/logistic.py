@@ -12,15 +12,15 @@ from mlfusion.probing.solvers.lbfgs import minimise
 from mlfusion.probing.targets import OneClass
 from mlfusion.shapes import Float
 
-AT_ONCE = 8  # penalties that L-BFGS follows together
+BATCH = 8  # penalties that are solved together
 
 
 class Logistic:
     """Σ w · cross-entropy + ½λ‖W‖² at its minimum, the bias free: multinomial for classes, one by one for several labels.
 
     The linear probe of CLIP (arXiv 2103.00020, A.3). L-BFGS runs in the rotated coordinates, where the curvature at W = 0 is
-    diagonal and is divided out, for `AT_ONCE` penalties together: of the path, from strong to weak, each run starts
-    where the one before ended.
+    diagonal and is divided out, for `BATCH` penalties together, from strong to weak: each batch starts at the last
+    solution of the one before.
     """
 
     def __init__(self, design: Design) -> None:
@@ -28,22 +28,22 @@ class Logistic:
             raise BadData("logistic regression has no numbers; allowed: classes or labels. For numbers take ridge")
         self.design = design
         self.classes = design.targets.shape[1]
-        self.one = isinstance(design.target, OneClass)
+        self.multinomial = isinstance(design.target, OneClass)
 
     def solve(self, path: Sequence[Penalty]) -> Iterator[tuple[slice, FixedLinear]]:
         """Slices of the path, strong penalties first, each with its probe."""
         r = self.design.rotated.shape[1]
         start = self.design.rotated.new_zeros(self.classes, r + 1)
-        for first in range(0, len(path), AT_ONCE):
-            run = slice(first, min(first + AT_ONCE, len(path)))
-            penalties = torch.tensor([one.penalty for one in path[run]], device=self.design.device, dtype=F64)
-            found = self._minimum(penalties, start)  # [K, C, r + 1]
-            start = found[-1]
-            yield run, self.design.back(found[..., :r], found[..., r])
+        for first in range(0, len(path), BATCH):
+            batch = slice(first, min(first + BATCH, len(path)))
+            penalties = torch.tensor([each.penalty for each in path[batch]], device=self.design.device, dtype=F64)
+            minima = self._minima(penalties, start)  # [K, C, r + 1]
+            start = minima[-1]
+            yield batch, self.design.unrotated(minima[..., :r], minima[..., r])
 
-    def _minimum(self, penalties: Float[Tensor, " K"], start: Float[Tensor, "C R"]) -> Float[Tensor, "K C R"]:
-        """The minima, R = r + 1: the bias stands last."""
-        curvature = 1 / self.classes if self.one else 0.25
+    def _minima(self, penalties: Float[Tensor, " K"], start: Float[Tensor, "C R"]) -> Float[Tensor, "K C R"]:
+        """The minima; R is r + 1, and the bias is the last number."""
+        curvature = 1 / self.classes if self.multinomial else 0.25
         ones = penalties.new_ones(len(penalties), 1) * self.design.weights.sum()
         eigenvalues = torch.cat([self.design.eigenvalues.expand(len(penalties), -1), ones], dim=1)
         penalty = torch.cat([penalties[:, None].expand(-1, eigenvalues.shape[1] - 1), 0 * ones], dim=1)
@@ -57,20 +57,19 @@ class Logistic:
             loss = loss + 0.5 * (own_penalty * map_.square()).sum((1, 2))
             return loss, ((gradient + own_penalty * map_) * own_scale).flatten(1)
 
-        found = minimise(function, (start / scale).flatten(1))
-        return found.view(shape) * scale
+        return minimise(function, (start / scale).flatten(1)).view(shape) * scale
 
     def _loss(self, map_: Float[Tensor, "K C R"]) -> tuple[Float[Tensor, " K"], Float[Tensor, "K C R"]]:
         """The weighted sum of losses and its gradient."""
         design, (k, c, _) = self.design, map_.shape
         z, targets = design.rotated, design.targets
         logits = torch.matmul(z, map_[..., :-1].flatten(0, 1).T).view(-1, k, c) + map_[..., -1]  # [N, K, C]
-        if self.one:
-            each = torch.logsumexp(logits, dim=-1) - (logits * targets[:, None]).sum(-1)
+        if self.multinomial:
+            losses = torch.logsumexp(logits, dim=-1) - (logits * targets[:, None]).sum(-1)
             slope = torch.softmax(logits, dim=-1) - targets[:, None]
         else:
-            each = (F.softplus(logits) - logits * targets[:, None]).sum(-1)
+            losses = (F.softplus(logits) - logits * targets[:, None]).sum(-1)
             slope = torch.sigmoid(logits) - targets[:, None]
         slope = slope * design.weights[:, None, None]
         gradient = (slope.flatten(1).T @ z).view(k, c, -1)
-        return design.weights @ each, torch.cat([gradient, slope.sum(0)[..., None]], dim=-1)
+        return design.weights @ losses, torch.cat([gradient, slope.sum(0)[..., None]], dim=-1)

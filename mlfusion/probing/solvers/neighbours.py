@@ -26,7 +26,7 @@ class Neighbourhood:
 
 
 def neighbourhoods(name: str) -> tuple[Neighbourhood, ...]:
-    """21 neighbourhoods, or 3 for grid 'quick'."""
+    """21 settings, or 3 for grid 'quick'."""
     quick = name == "quick"
     counts, temperatures = ((1, 10, 50), (0.07,)) if quick else ((1, 5, 10, 20, 50, 100, 200), (0.02, 0.07, 0.2))
     return tuple(Neighbourhood(*point) for point in product(counts, temperatures))
@@ -47,56 +47,55 @@ class Neighbours(HeadModule):
     temperature: Tensor  # [K]
 
     def __init__(
-        self, bank: Float[Tensor, "N TD"], values: Float[Tensor, "N C"], chosen: Sequence[Neighbourhood], kind: str
+        self, bank: Float[Tensor, "N TD"], values: Float[Tensor, "N C"], settings: Sequence[Neighbourhood], kind: str
     ) -> None:
         """Normalised training tokens, what each image votes for, and the kind of target."""
         super().__init__()
         self.kind = kind
         self.register_buffer("bank", bank[None])
         self.register_buffer("values", values[None])
-        self.register_buffer("neighbours", torch.tensor([one.neighbours for one in chosen]))
-        self.register_buffer("temperature", torch.tensor([one.temperature for one in chosen]))
+        self.register_buffer("neighbours", torch.tensor([one.neighbours for one in settings]))
+        self.register_buffer("temperature", torch.tensor([one.temperature for one in settings]))
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
         """Normalised tokens → outputs, whose softmax or sigmoid are the votes."""
-        most = min(int(self.neighbours.max()), self.bank.shape[1])
-        votes = self.values.shape[2] * most
-        parts = tokens.split(max(1, BLOCK // max(votes, 4 * most)))
-        p = torch.cat([self._votes(part, most) for part in parts], dim=1)
+        count = min(int(self.neighbours.max()), self.bank.shape[1])
+        parts = tokens.split(max(1, BLOCK // (count * max(self.values.shape[2], 4))))
+        p = torch.cat([self._votes(part, count) for part in parts], dim=1)
         if self.kind == "class":
             return (p + torch.finfo(p.dtype).tiny).log()
         return torch.logit(p, eps=1e-7) if self.kind == "labels" else p
 
-    def _votes(self, tokens: Float[Tensor, "B T D"], most: int) -> Float[Tensor, "K B C"]:
-        cosine, where = self._nearest(tokens.flatten(1) / tokens.shape[1], most)
-        values = self.values[0][where]  # [B, most, C]
-        found = []
+    def _votes(self, tokens: Float[Tensor, "B T D"], nearest: int) -> Float[Tensor, "K B C"]:
+        cosine, indices = self._nearest(tokens.flatten(1) / tokens.shape[1], nearest)
+        values = self.values[0][indices]  # [B, nearest, C]
+        votes = []
         for count, temperature in zip(self.neighbours.tolist(), self.temperature.tolist(), strict=True):
             weights = torch.softmax(cosine[:, :count] / temperature, dim=1)
-            found.append(torch.einsum("bn,bnc->bc", weights, values[:, :count]))
-        return torch.stack(found)
+            votes.append(torch.einsum("bn,bnc->bc", weights, values[:, :count]))
+        return torch.stack(votes)
 
     def _nearest(
-        self, queries: Float[Tensor, "B TD"], most: int
-    ) -> tuple[Float[Tensor, "B {most}"], Int[Tensor, "B {most}"]]:
-        """Cosines of the nearest images, in falling order, and which they are."""
-        step = max(most, BLOCK // max(len(queries), self.bank.shape[2]))
+        self, queries: Float[Tensor, "B TD"], count: int
+    ) -> tuple[Float[Tensor, "B {count}"], Int[Tensor, "B {count}"]]:
+        """Cosines of the nearest images, in falling order, and their indices."""
+        step = max(count, BLOCK // max(len(queries), self.bank.shape[2]))
         cosine = queries.new_full((len(queries), 0), -math.inf)
-        where = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
+        indices = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
         for start in range(0, self.bank.shape[1], step):
             block = self.bank[0, start : start + step].to(queries.dtype)
-            near = queries @ block.T
+            block_cosine = queries @ block.T
             rows = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
-            cosine, rank = torch.cat([cosine, near], dim=1).topk(min(most, cosine.shape[1] + near.shape[1]), dim=1)
-            where = torch.cat([where, rows], dim=1).gather(1, rank)
-        return cosine, where
+            cosine, rank = torch.cat([cosine, block_cosine], dim=1).topk(min(count, start + len(block)), dim=1)
+            indices = torch.cat([indices, rows], dim=1).gather(1, rank)
+        return cosine, indices
 
 
 def neighbours(
-    tokens: Tokens, rows: Int[np.ndarray, " N"], chosen: Sequence[Neighbourhood], target: Target, device: str
+    tokens: Tokens, rows: Int[np.ndarray, " N"], settings: Sequence[Neighbourhood], target: Target, device: str
 ) -> Neighbours:
     """The probe whose votes are those of images `rows`."""
     device = float64_device(device)
     bank = tokens.normalised(rows, device).flatten(1)
     values = torch.from_numpy(target.regressand(tokens.labels[rows])).to(device, torch.float32)
-    return Neighbours(bank, values, chosen, target.kind)
+    return Neighbours(bank, values, settings, target.kind)

@@ -34,7 +34,7 @@ class Ridge:
         """The probe fitted to all images."""
         factor = self._factor(self._left_out(setting))
         rotated = (self.product / (self.design.eigenvalues + setting.penalty)[:, None]).T
-        return self.design.back(factor * rotated[None], self._outputs(self.mean, factor)[None])
+        return self.design.unrotated(factor * rotated[None], self._outputs(self.mean, factor)[None])
 
     def _left_out(self, setting: Penalty) -> Float[Tensor, "N C"]:
         design = self.design
@@ -53,11 +53,11 @@ class Ridge:
         loss = self.design.target.loss(labels, self.design.device, F64)
         truth = torch.from_numpy(labels).to(self.design.device)
 
-        def at(place: int) -> float:
-            return float(loss(self._outputs(scores, SCALES[place])[None], truth)[0])
+        def loss_at(index: int) -> float:
+            return float(loss(self._outputs(scores, SCALES[index])[None], truth)[0])
 
         low, high = 0, len(SCALES) - 1
         while low < high:  # the loss is convex in the factor: it falls, then rises
             middle = (low + high) // 2
-            low, high = (low, middle) if at(middle) <= at(middle + 1) else (middle + 1, high)
+            low, high = (low, middle) if loss_at(middle) <= loss_at(middle + 1) else (middle + 1, high)
         return SCALES[low]

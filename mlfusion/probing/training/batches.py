@@ -65,8 +65,8 @@ class Tokens:
             if isinstance(rows, slice):
                 return self.values[rows]
             return self.values[to_device(torch.from_numpy(rows), self.values.device)]
-        some = self.values[rows]
-        return torch.from_numpy(some if some.flags.writeable else some.copy()).view(-1, *self.shape[1:])
+        values = self.values[rows]
+        return torch.from_numpy(values if values.flags.writeable else values.copy()).view(-1, *self.shape[1:])
 
     def of(self, rows: Int[np.ndarray, " b"]) -> "Tokens":
         """The tokens of images `rows`, in memory."""
@@ -76,7 +76,7 @@ class Tokens:
         self, rows: Int[np.ndarray, " b"], device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "b T D"]:
         """Tokens of these images, each scaled to length 1 over its width (a zero token stays zero)."""
-        return _prepared(self[rows], device, dtype, None)
+        return _normalise_and_jitter(self[rows], device, dtype, None)
 
     def iter_batches(
         self, groups: Iterable[list[Int[np.ndarray, " _b"]]]
@@ -90,14 +90,14 @@ class Tokens:
             yield from ((rows, self[rows]) for group in groups for rows in group)
             return
         with ThreadPoolExecutor(1) as pool:
-            before: tuple[list[np.ndarray], Future[Tensor]] | None = None
+            previous: tuple[list[np.ndarray], Future[Tensor]] | None = None
             for group in chain(groups, [None]):
-                begun = (group, pool.submit(self.__getitem__, np.concatenate(group))) if group else None
-                if before:
-                    rows, read = before
-                    yield from zip(rows, read.result().split([len(each) for each in rows]), strict=True)
-                    del read
-                before = begun
+                submitted = (group, pool.submit(self.__getitem__, np.concatenate(group))) if group else None
+                if previous:
+                    rows, tokens = previous
+                    yield from zip(rows, tokens.result().split([len(batch) for batch in rows]), strict=True)
+                    del tokens
+                previous = submitted
 
 
 def stream(*words: str | float) -> int:
@@ -112,7 +112,7 @@ class Schedule:
     images: int  # N
     steps: int
     batch_size: int
-    batches: int  # an epoch
+    batches: int  # per epoch
 
     @classmethod
     def of(cls, images: int, *, epochs: int = 40, least_steps: int = 1000) -> "Schedule":
@@ -125,8 +125,8 @@ class Schedule:
     @property
     def sizes(self) -> list[int]:
         """Images of each batch of an epoch; they differ by one at most."""
-        each, more = divmod(self.images, self.batches)
-        return [each + 1] * more + [each] * (self.batches - more)
+        size, remainder = divmod(self.images, self.batches)
+        return [size + 1] * remainder + [size] * (self.batches - remainder)
 
     def order(self, tokens: Tokens, rows: Int[np.ndarray, " N"], seed: int) -> Iterator[list[Int[np.ndarray, " b"]]]:
         """The rows of every batch of all steps, in groups of whole batches that are shuffled among themselves.
@@ -137,22 +137,22 @@ class Schedule:
         """
         generator = np.random.default_rng(stream("order", seed))
         _, t, d = tokens.shape
-        together = max(1, SHUFFLE_BYTES * len(tokens) // tokens.nbytes)  # images of a group
-        run = min(1 << (RUN_NUMBERS // (t * d)).bit_length(), max(1, together // MIN_RUNS))
-        count = math.ceil(self.batches / max(1, together // self.batch_size))
-        left = self.steps
-        while left > 0:
-            for group in _epoch(rows, self.sizes, count, run, generator):
-                yield group[:left]
-                left -= len(group)
-                if left <= 0:
+        group_images = max(1, SHUFFLE_BYTES * len(tokens) // tokens.nbytes)
+        run = min(1 << (RUN_NUMBERS // (t * d)).bit_length(), max(1, group_images // MIN_RUNS))
+        groups = math.ceil(self.batches / max(1, group_images // self.batch_size))
+        remaining = self.steps
+        while remaining > 0:
+            for group in _epoch(rows, self.sizes, groups, run, generator):
+                yield group[:remaining]
+                remaining -= len(group)
+                if remaining <= 0:
                     return
 
 
 def _epoch(
     rows: Int[np.ndarray, " N"], sizes: list[int], groups: int, run: int, order: np.random.Generator
 ) -> Iterator[list[Int[np.ndarray, " b"]]]:
-    """Rows of every batch of an epoch, in so many groups."""
+    """Rows of every batch of an epoch, in `groups` groups; `run` neighbouring rows stay together in a group."""
     if groups > 1:
         runs = np.split(rows, np.flatnonzero(np.diff(rows // run)) + 1)
         rows = np.concatenate([runs[n] for n in order.permutation(len(runs))])
@@ -174,10 +174,10 @@ def batches(
 ) -> Iterator[tuple[Float[Tensor, "B T D"], Shaped[Tensor, "B ..."]]]:
     """Jittered tokens and labels of every step; order and jitter follow from `seed` alone, whatever the device."""
     jitter = np.random.Generator(np.random.SFC64(stream("jitter", seed)))
-    for chosen, values in train.iter_batches(schedule.order(train, rows, seed)):
-        batch = _prepared(values, device, dtype, jitter)
+    for batch_rows, values in train.iter_batches(schedule.order(train, rows, seed)):
+        batch = _normalise_and_jitter(values, device, dtype, jitter)
         del values
-        yield batch, to_device(torch.from_numpy(train.labels[chosen]), device)
+        yield batch, to_device(torch.from_numpy(train.labels[batch_rows]), device)
 
 
 def to_device(values: Shaped[Tensor, "..."], device: torch.device | str) -> Shaped[Tensor, "..."]:
@@ -187,26 +187,26 @@ def to_device(values: Shaped[Tensor, "..."], device: torch.device | str) -> Shap
     return values.to(device, non_blocking=True)
 
 
-def _prepared(
+def _normalise_and_jitter(
     values: Num[Tensor, "b T D"], device: torch.device | str, dtype: torch.dtype, jitter: np.random.Generator | None
 ) -> Float[Tensor, "b T D"]:
     """Tokens in their own type → scaled to length 1 on the device, with noise from N(0, 0.05²) added to about half of them."""
-    where, shape, jittered = torch.device(device), values.shape[1:], np.empty(0, np.int64)
+    device, shape, jittered = torch.device(device), values.shape[1:], np.empty(0, np.int64)
     if jitter is not None:
         jittered = np.flatnonzero(jitter.random(len(values)) < JITTER_PROBABILITY)
     step = max(1, _PIECE // math.prod(shape))
     pieces = [slice(start, start + step) for start in range(0, len(values), step)]
-    near = [jittered[(some.start <= jittered) & (jittered < some.stop)] for some in pieces]
-    if where.type == "cpu":
+    rows_by_piece = [jittered[(piece.start <= jittered) & (jittered < piece.stop)] for piece in pieces]
+    if device.type == "cpu":
         out = torch.empty(values.shape, dtype=dtype)
-        for some, rows in zip(pieces, near, strict=True):
-            F.normalize(values[some].to(dtype), dim=-1, out=out[some])
+        for piece, rows in zip(pieces, rows_by_piece, strict=True):
+            F.normalize(values[piece].to(dtype), dim=-1, out=out[piece])
             if jitter is not None and len(rows):
-                out[torch.from_numpy(rows)] += _noise(jitter, [rows], shape, where)
+                out[torch.from_numpy(rows)] += _noise(jitter, [rows], shape, device)
         return out
-    out = F.normalize(to_device(values, where).to(dtype), dim=-1)
+    out = F.normalize(to_device(values, device).to(dtype), dim=-1)
     if jitter is not None and len(jittered):
-        out[to_device(torch.from_numpy(jittered), where)] += _noise(jitter, near, shape, where).to(dtype)
+        out[to_device(torch.from_numpy(jittered), device)] += _noise(jitter, rows_by_piece, shape, device).to(dtype)
     return out
 
 
@@ -215,15 +215,15 @@ def _noise(
 ) -> Float[Tensor, "b T D"]:
     """Noise for the images of all parts, in float32, by a table of quantiles: faster than exact normals and as good for jitter.
 
-    The processor draws the places in the table, 16 bits each, so that every device gets the same noise.
+    The processor draws the indices into the table, 16 bits each, so that every device gets the same noise.
     """
     random_bytes = b"".join(jitter.bytes(2 * len(rows) * math.prod(shape)) for rows in parts)
-    places = to_device(torch.frombuffer(bytearray(random_bytes), dtype=torch.int16), device)
-    return _quantiles(device).take(places.long()).view(-1, *shape)  # place -1 is the last
+    indices = to_device(torch.frombuffer(bytearray(random_bytes), dtype=torch.int16), device)
+    return _quantiles(device).take(indices.long()).view(-1, *shape)  # index -1 is the last
 
 
 @cache
 def _quantiles(device: torch.device) -> Float[Tensor, " 65536"]:
     """Medians of 65,536 equally likely parts of N(0, 0.05²), scaled to that variance; the largest is 4.3 deviations."""
-    middles = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16)
-    return (JITTER_STD * middles / middles.std(correction=0)).float().to(device)
+    medians = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16)
+    return (JITTER_STD * medians / medians.std(correction=0)).float().to(device)

@@ -29,11 +29,11 @@ class AdamW:
         moments = [[torch.zeros_like(p) for p in values] for _ in range(2)]
         steps = [torch.zeros(len(lr), device=p.device) for p in values]
         self._state = values, *moments, steps
-        # Views of each configuration's part: making them anew costs more than a step of a small probe.
-        self._members = [tuple([each[k] for each in one] for one in self._state) for k in range(len(lr))]
+        # Views of each configuration's part are made once: making them costs more than a step of a small probe.
+        self._members = [tuple([tensor[k] for tensor in kind] for kind in self._state) for k in range(len(lr))]
         # One call updates neighbouring configurations with the same rate and decay.
         runs = groupby(range(len(lr)), key=lambda k: (lr[k], weight_decay[k]))
-        self._runs = [(weight_decay[own[0]], own) for own in (list(ks) for _, ks in runs)]
+        self._runs = [(weight_decay[members[0]], members) for members in (list(ks) for _, ks in runs)]
         self._factored: dict[int, kernels.FactoredGradient] = {}
         kernels.register(self.parameters)
 
@@ -62,14 +62,14 @@ class AdamW:
         with_gradient = [n for n, p in enumerate(self.parameters) if p.grad is not None]
         without_gradient = [n for n, p in enumerate(self.parameters) if p.grad is None and n not in self._factored]
         gradients = [self.parameters[n].grad.contiguous().unbind() for n in with_gradient]  # type: ignore[union-attr]
-        for decay, own in self._runs:
-            lr = rates[own[0]]
+        for decay, members in self._runs:
+            lr = rates[members[0]]
             values, first, second, steps = (
-                [self._members[k][i][n] for k in own for n in with_gradient] for i in range(4)
+                [self._members[k][i][n] for k in members for n in with_gradient] for i in range(4)
             )
             adamw(
                 values,
-                [gradient[k] for k in own for gradient in gradients],
+                [gradient[k] for k in members for gradient in gradients],
                 first,
                 second,
                 [],
@@ -83,12 +83,11 @@ class AdamW:
                 eps=EPS,
                 maximize=False,
             )
-            for value in (
-                self._members[k][0][n] for k in own for n in without_gradient
-            ):  # the gradient is zero: only the decay
+            # The gradient of these is zero, so that only the decay changes them.
+            for value in (self._members[k][0][n] for k in members for n in without_gradient):
                 value.sub_(value * (lr * decay))
         for n, factored in self._factored.items():
-            value, moment, square, count = (one[n] for one in self._state)
+            value, moment, square, count = (tensors[n] for tensors in self._state)
             count += 1
             first_correction, second_correction = (1 - beta ** int(count[0]) for beta in BETAS)
             pairs = [
@@ -101,8 +100,9 @@ class AdamW:
             self.parameters[n].grad = None
 
     def _pop_factored(self) -> None:
-        found = {n: kernels.pop_gradient(p) for n, p in enumerate(self.parameters)}
-        self._factored |= {n: gradient for n, gradient in found.items() if gradient is not None}
+        for n, parameter in enumerate(self.parameters):
+            if (gradient := kernels.pop_gradient(parameter)) is not None:
+                self._factored[n] = gradient
 
 
 def cosine(lr: Float[Tensor, " K"], step: int, steps: int) -> Float[Tensor, " K"]:

@@ -94,14 +94,14 @@ def needs(head: Head, shape: HeadShape, images: int, numerics: Numerics = Numeri
         tokens = torch.ones(images, shape.tokens, shape.width, device=numerics.device, dtype=numerics.dtype)
         labels = torch.zeros(images, dtype=torch.int64, device=numerics.device)
     with Footprint() as block_memory:
-        block = _Block(Population(head, shape, (Configuration(1e-3, 1e-2, 0.1),), seed=0), numerics, _squares)
+        block = _Block(Population(head, shape, (Configuration(1e-3, 1e-2, 0.1),), seed=0), numerics, _mean_square)
     with Footprint() as step:
         block.step(tokens, labels, 0, 1)
     # Tensors that the probes share, such as standardised tokens, are made by the first probe and live as long as the batch.
     return Needs(batch.most + step.alive, block_memory.alive, step.most - step.alive)
 
 
-def _squares(outputs: Float[Tensor, "K B C"], _: Shaped[Tensor, "B ..."]) -> Float[Tensor, " K"]:
+def _mean_square(outputs: Float[Tensor, "K B C"], _: Shaped[Tensor, "B ..."]) -> Float[Tensor, " K"]:
     return outputs.float().square().mean((1, 2))
 
 
@@ -123,22 +123,22 @@ class Layout:
             BadData: not even one configuration fits into memory.
         """
         # A step of one small configuration is shorter than the overhead of Python: fewer workers, each with a few.
-        few = max(1, min(MIN_BLOCK, CACHE_BYTES // (need.each + need.step)))
-        workers = 1 if shared else max(1, min(threads, count // few))
+        smallest_block = max(1, min(MIN_BLOCK, CACHE_BYTES // (need.each + need.step)))
+        workers = 1 if shared else max(1, min(threads, count // smallest_block))
         while workers > 1 and BATCHES_AHEAD * need.batch + workers * (need.each + need.step) > memory:
             workers -= 1
         batch = need.batch * (BATCHES_AHEAD if workers > 1 else 1)
-        room = memory - batch - workers * need.step
-        if room < need.each:
-            raise BadData(_too_little(need, memory))
-        together = min(count, room // need.each)
+        free = memory - batch - workers * need.step
+        if free < need.each:
+            raise BadData(_too_little_memory(need, memory))
+        together = min(count, free // need.each)
         if shared:
             return cls(max(1, min(together, (memory - need.batch) // (need.each + need.step))), together, 1)
         # Too many configurations exceed a core's caches; too few wait for Python.
-        most = max(1, min(max(MIN_BLOCK, CACHE_BYTES // (need.each + need.step)), together // workers))
-        while most > 1 and batch + together * need.each + workers * most * need.step > memory:
-            most -= 1
-        return cls(together, most, workers)
+        block = max(1, min(max(MIN_BLOCK, CACHE_BYTES // (need.each + need.step)), together // workers))
+        while block > 1 and batch + together * need.each + workers * block * need.step > memory:
+            block -= 1
+        return cls(together, block, workers)
 
     def groups(self, count: int) -> list[list[slice]]:
         """The blocks of every group, as slices of the population."""
@@ -149,7 +149,7 @@ class Layout:
         ]
 
 
-def _too_little(need: Needs, memory: int) -> str:
+def _too_little_memory(need: Needs, memory: int) -> str:
     parts = (need.batch + need.step + need.each, need.batch, need.step + need.each, memory)
     least, tokens, probe, free = (f"{part / 1e6:,.1f} MB" for part in parts)
     return (
@@ -166,15 +166,15 @@ class _Block:
         members = population.configurations
         self.probe = HEADS[population.head](
             population.shape,
-            seeds=[one.seed(population.seed) for one in members],
-            dropouts=[one.dropout for one in members],
+            seeds=[member.seed(population.seed) for member in members],
+            dropouts=[member.dropout for member in members],
         )
         self.probe.to(torch.device(numerics.device), numerics.dtype)
         self.probe.train()
         self._optimizer = AdamW(
             self.probe.parameters(),
-            lr=[one.lr for one in members],
-            weight_decay=[one.weight_decay for one in members],
+            lr=[member.lr for member in members],
+            weight_decay=[member.weight_decay for member in members],
         )
         self._dtype, self._loss = numerics.dtype, loss
         device = torch.device(numerics.device).type
@@ -218,24 +218,24 @@ class _Workers:
             for block in blocks:
                 work(block)
             return 1
-        before = self._last
-        self._last = {block: self._pool.submit(self._next, work, block, before.get(block)) for block in blocks}
-        return self._wait(before)
+        previous = self._last
+        self._last = {block: self._pool.submit(self._next, work, block, previous.get(block)) for block in blocks}
+        return self._wait(previous)
 
     def finish(self) -> int:
         """Wait for the step that was begun; return the number of steps that ended: 0 or 1."""
         return self._wait(self._last)
 
     @staticmethod
-    def _next(work: Callable[[_Block], None], block: Any, before: "Future[None] | None") -> None:
-        if before:
-            before.result()  # begun earlier, so by another worker if it has not ended
+    def _next(work: Callable[[_Block], None], block: Any, previous: "Future[None] | None") -> None:
+        if previous:
+            previous.result()  # it started earlier, so another worker runs it if it has not ended
         work(block)
 
     @staticmethod
     def _wait(steps: "dict[Any, Future[None]]") -> int:
-        for one in steps.values():
-            one.result()
+        for future in steps.values():
+            future.result()
         return bool(steps)
 
 
@@ -269,7 +269,7 @@ def train(
     if loss is None:
         weights = torch.from_numpy(class_weights(data.tokens.labels[data.rows], population.shape.classes))
         loss = partial(cross_entropy, weights=weights.to(numerics.device, numerics.dtype))
-    tokens, schedule = _placed(data.tokens, numerics), replace(data.schedule, steps=data.until or data.schedule.steps)
+    tokens, schedule = _move(data.tokens, numerics), replace(data.schedule, steps=data.until or data.schedule.steps)
     layout = layout or Layout.of(
         len(population),
         needs(population.head, population.shape, schedule.batch_size, numerics),
@@ -303,7 +303,7 @@ def _run(
         report()
 
 
-def _placed(tokens: Tokens, numerics: Numerics) -> Tokens:
+def _move(tokens: Tokens, numerics: Numerics) -> Tokens:
     """The tokens, copied to an accelerator if they take less than half of its memory."""
     if not numerics.is_accelerated or isinstance(tokens.values, Tensor):
         return tokens
