@@ -20,7 +20,7 @@ from tiny import save_images, save_model
 from typer.testing import CliRunner, Result
 
 import mlfusion
-from mlfusion.analysis.similarity import to_the_last
+from mlfusion.analysis.similarity import similarity_to_last
 from mlfusion.cli import app
 from mlfusion.errors import BadData, MlfusionError, Unavailable
 from mlfusion.report import Picture, Strip, early_and_late, overlay, page, published, tables, write_figures, write_page
@@ -381,7 +381,7 @@ def test_similarity_of_layers_is_that_of_the_gram_matrices(tmp_path: Path) -> No
     depth = test.entry.spec.model.depth
     scores = {f"cls-layer-{layer}/linear": [0.5] for layer in range(1, depth + 1)}
     rows = study(scores, depth=depth, model="m", dataset="d", features=["gone", test.entry.key])
-    found = to_the_last(rows, cache=tmp_path / "cache")["m", "d"]
+    found = similarity_to_last(rows, cache=tmp_path / "cache")["m", "d"]
     features = mlfusion.load_features(str(model), str(data), "test", cache=tmp_path / "cache")
     for k, kind in enumerate(("cls", "ap")):
         assert [found[kernel][kind][depth] for kernel in ("linear", "rbf")] == pytest.approx([1, 1])
@@ -391,7 +391,9 @@ def test_similarity_of_layers_is_that_of_the_gram_matrices(tmp_path: Path) -> No
             assert found["rbf"][kind][layer] == pytest.approx(literal_cka(*grams(*held, sigma=0.2)), abs=1e-6)
     said: list[str] = []
     assert (
-        to_the_last(study(scores, depth=depth, features=["gone", "gone"]), cache=tmp_path / "cache", log=said.append)
+        similarity_to_last(
+            study(scores, depth=depth, features=["gone", "gone"]), cache=tmp_path / "cache", log=said.append
+        )
         == {}
     )
     assert "are not in" in said[0]

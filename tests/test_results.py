@@ -510,7 +510,7 @@ def test_a_table_has_a_column_for_each_field(tmp_path: Path) -> None:
 
 
 def test_exports_say_the_same(tmp_path: Path) -> None:
-    for form in export.FORMS:
+    for form in export.FORMATS:
         export.write(study(), tmp_path / "deep" / f"rows.{form}")
     comma, columns = pandas.read_csv(tmp_path / "deep/rows.csv"), pandas.read_parquet(tmp_path / "deep/rows.parquet")
     assert list(comma.columns) == list(columns.columns) == list(export.frame(study()).columns)

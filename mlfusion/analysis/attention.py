@@ -65,8 +65,8 @@ def side(tokens: int) -> int:
 def maps(row: Row, attention: np.ndarray) -> np.ndarray:
     """Share of each patch in the attention of a probe over all tokens: [images, side, side].
 
-    Layers are summed; the share of a pooled patch (grid4 and such) is distributed over the patches below it. The rest to 1
-    belongs to tokens that are no patches. `attention` is the stored array of the row, [images, tokens].
+    Layers are summed; the share of a pooled patch (grid4 and such) is distributed over the patches below it. The
+    remainder to 1 belongs to tokens that are no patches. `attention` is the stored array of the row, [images, tokens].
 
     Raises:
         BadData: the probe reads no patches, or the shapes do not fit.
@@ -88,15 +88,15 @@ def maps(row: Row, attention: np.ndarray) -> np.ndarray:
             "as all-tokens-last/attentive, or over pooled patches"
         )
     edge = max(part.shape[1] for part in parts)
-    return np.sum([_spread(part, edge) for part in parts], axis=0)
+    return np.sum([_resample(part, edge) for part in parts], axis=0)
 
 
-def _spread(shares: np.ndarray, edge: int) -> np.ndarray:
+def _resample(shares: np.ndarray, edge: int) -> np.ndarray:
     """[images, a, a] → [images, edge, edge] with the same sums: each share is distributed evenly over its area."""
     a = shares.shape[1]
     # The weight of coarse row j in fine row i is their overlap.
-    at = np.arange(edge)[:, None] / edge
-    begin, end = np.maximum(at, np.arange(a) / a), np.minimum(at + 1 / edge, (np.arange(a) + 1) / a)
+    fine = np.arange(edge)[:, None] / edge
+    begin, end = np.maximum(fine, np.arange(a) / a), np.minimum(fine + 1 / edge, (np.arange(a) + 1) / a)
     weights = np.clip(end - begin, 0, None) * a
     return np.asarray(weights @ shares @ weights.T)
 
@@ -147,24 +147,24 @@ def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None)
             f"the test features of row {row.id} ({row.features[1]}) are not in the cache, so that nothing says which "
             f"images it was tested on; name the cache that has them with --cache, or extract {source} again"
         )
-    steps, exif_transpose = _prepared(entry.spec.model.preprocess, row.sources.model)
+    steps, exif_transpose = _preprocessing(entry.spec.model.preprocess, row.sources.model)
     split = datasets.load(source, ReadOptions(exif_transpose=exif_transpose)).split("test")
-    place = {name: number for number, name in enumerate(split.ids)}
-    samples, rows = entry.samples, entry.rows()
-    if any(samples.ids[number] not in place for number in rows):
+    row_of_id = {name: number for number, name in enumerate(split.ids)}
+    ids = [entry.samples.ids[number] for number in entry.rows()]
+    if any(name not in row_of_id for name in ids):
         raise BadData(
             f"{source} has other test images than row {row.id} was tested on; give the same ones with --dataset"
         )
-    return RowImages(split, np.array([place[samples.ids[number]] for number in rows]), steps)
+    return RowImages(split, np.array([row_of_id[name] for name in ids]), steps)
 
 
-def _prepared(key: str, model: str) -> tuple[preprocessing.Preprocessing | None, bool]:
+def _preprocessing(key: str, model: str) -> tuple[preprocessing.Preprocessing | None, bool]:
     """The preprocessing with this key, or None if it is unknown; and whether EXIF orientation was applied."""
     steps, exif_transpose = preprocessing.from_key(key)
     if steps is not None:
         return steps, exif_transpose
     try:
-        own = preprocessing.read(models.locate(model).folder)
+        current = preprocessing.read(models.locate(model).folder)
     except MlfusionError:
         return None, exif_transpose
-    return own if own.key(exif_transpose=exif_transpose) == key else None, exif_transpose
+    return current if current.key(exif_transpose=exif_transpose) == key else None, exif_transpose

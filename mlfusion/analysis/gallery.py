@@ -67,28 +67,28 @@ def of_study(
     Strips whose images or features are not available are left out with a message to `log`.
     """
     strips: dict[str, list[Strip]] = {}
-    for dataset in dict.fromkeys(each.dataset for each in rows):
-        candidates = [each for each in rows if each.dataset == dataset and each.attention is not None]
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        candidates = [row for row in rows if row.dataset == dataset and row.attention is not None]
         for probe in ("all-tokens-last/attentive", "cls+ap-all-layers/attentive"):
-            row = next((each for each in candidates if each.probe == probe and each.model == candidates[0].model), None)
+            row = next((row for row in candidates if row.probe == probe and row.model == candidates[0].model), None)
             if row is None:
                 continue
             try:
                 strips.setdefault(dataset, []).extend(of_row(row, results, cache=cache))
             except MlfusionError as err:
                 log(f"no pictures of {dataset} by {probe}: {' '.join(str(err).split())}")
-    return {dataset: found_strips for dataset, found_strips in strips.items() if found_strips}
+    return {dataset: dataset_strips for dataset, dataset_strips in strips.items() if dataset_strips}
 
 
 def examples(labels: np.ndarray, count: int) -> list[int]:
     """Select `count` images of as many classes as possible: the first of each class, then the second."""
     if labels.ndim != 1 or labels.dtype.kind == "f":
         return list(range(min(count, len(labels))))
-    turn = np.empty(len(labels), np.int64)
+    rank = np.empty(len(labels), np.int64)  # the position of each image in its class
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        turn[rows] = np.arange(len(rows))
-    return sorted(int(row) for row in np.lexsort((labels, turn))[:count])
+        rank[rows] = np.arange(len(rows))
+    return sorted(int(row) for row in np.lexsort((labels, rank))[:count])
 
 
 def _captions(row: Row, arrays: dict[str, np.ndarray]) -> list[str]:
@@ -97,6 +97,6 @@ def _captions(row: Row, arrays: dict[str, np.ndarray]) -> list[str]:
     if labels.ndim != 1 or labels.dtype.kind == "f" or not names:
         return [""] * len(labels)
     return [
-        names[true] if true == taken else f"{names[true]}, taken for {names[taken]}"
-        for true, taken in zip(labels, predicted.argmax(1), strict=True)
+        names[true] if true == guess else f"{names[true]}, taken for {names[guess]}"
+        for true, guess in zip(labels, predicted.argmax(1), strict=True)
     ]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from mlfusion.report.figures.layers import Cka
 from mlfusion.results import Row
 from mlfusion.specs.identity import STUDY_KINDS, TokenKind
 from mlfusion.statistics.cka import Kernel, cka_with
@@ -11,13 +12,10 @@ from mlfusion.store import CachePath, Entry, FeatureStore
 
 MAX_IMAGES = 2_000  # evenly spaced test images: enough for the unbiased estimate; more would take minutes
 
-Similar = dict[tuple[str, str], dict[Kernel, dict[str, dict[int, float]]]]
-"""{(model, data set): {kernel: {token kind: {layer: CKA with the last layer}}}}."""
 
-
-def to_the_last(
+def similarity_to_last(
     rows: Iterable[Row], *, cache: CachePath = None, log: Callable[[str], None] = lambda _: None
-) -> Similar:
+) -> Cka:
     """Unbiased CKA, linear and RBF, of the CLS and AP tokens of every cached layer with the last layer's, on test images.
 
     `log` is called with a message for each row whose features are no longer cached.
@@ -26,7 +24,7 @@ def to_the_last(
         CacheUnusable: a checksum is wrong.
     """
     store = FeatureStore(cache)
-    similarity: Similar = {}
+    similarity: dict[tuple[str, str], dict[Kernel, dict[str, dict[int, float]]]] = {}
     keys = {(row.model, row.dataset): row.features[1] for row in rows if "-layer-" in row.probe}
     for (model, dataset), key in keys.items():
         entry = store.by_key(key)

@@ -4,6 +4,7 @@ Nothing heavy is imported before it is needed: `mlfusion --help` starts neither 
 """
 
 import os
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -192,20 +193,18 @@ def pretrain(
     from mlfusion.embedded.pretrain import pretrain as run_pretrain
     from mlfusion.system.progress import Bar
 
-    bars: list[Bar] = []
+    bar: Bar | None = None
+    with ExitStack() as stack:
 
-    def show_progress(event: dict[str, Any]) -> None:
-        if not bars or bars[-1].title != event["stage"]:
-            bars.append(Bar(event["stage"], event["of"], "steps" if event["stage"] == "train" else "patterns"))
-            for bar in bars[:-1]:
-                bar.close()
-        bars[-1].to(event["done"])
+        def show_progress(event: dict[str, Any]) -> None:
+            nonlocal bar
+            if bar is None or bar.title != event["stage"]:
+                stack.close()
+                unit = "steps" if event["stage"] == "train" else "patterns"
+                bar = stack.enter_context(closing(Bar(event["stage"], event["of"], unit)))
+            bar.to(event["done"])
 
-    try:
         summary = run_pretrain(recipe, out, progress=show_progress)
-    finally:
-        for bar in bars:
-            bar.close()
     typer.echo(f"{out}: {summary['steps']:,} steps, {summary['seconds']:,} s")
 
 

@@ -37,7 +37,7 @@ def advise(
                 "probe": candidate.probe,
                 "pilot, %": f"{100 * candidate.score.value:.1f}",
                 "from - to": f"{100 * candidate.score.low:.1f} - {100 * candidate.score.high:.1f}",
-                "gain, points": _signed(candidate.gain),
+                "gain, points": _difference_text(candidate.gain),
                 "cache, MB": f"{candidate.bytes / 1e6:,.1f}",
                 "extraction": duration(candidate.extract_seconds) if candidate.extract_seconds else "cached",
                 "probing": duration(candidate.probe_seconds),
@@ -46,7 +46,7 @@ def advise(
         ]
     )
     metric = result.metric.replace("_", " ")
-    over = f", {_signed(result.best.gain)} points over cls-last/linear" if result.best.gain else ""
+    over = f", {_difference_text(result.best.gain)} points over cls-last/linear" if result.best.gain else ""
     typer.echo(
         f"\nA pilot on {result.images:,} of {result.train_images:,} training images, {duration(result.seconds)}: {metric} of "
         "images left out, with 95 % intervals; probing is one seed of the paper's grid. The test images were not looked at.\n"
@@ -55,11 +55,11 @@ def advise(
     if result.cheapest_equivalent is not result.best:
         typer.echo(
             f"{result.cheapest_equivalent.probe} is cheaper, and the pilot cannot tell it from the best "
-            f"({_signed(result.cheapest_equivalent.behind)} points behind)."
+            f"({_difference_text(result.cheapest_equivalent.behind)} points behind)."
         )
 
 
-def _signed(gain: Any) -> str:
+def _difference_text(gain: Any) -> str:
     return (
         f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})".replace("-", "\N{MINUS SIGN}")
         if gain

@@ -17,12 +17,6 @@ OPTIONS = {
 }
 
 
-def _tuned_by_user() -> bool:
-    return any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
-        "GLIBC_TUNABLES", ""
-    )
-
-
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Inside the context glibc reuses freed memory for the next training step: fresh pages cost a fifth of a step.
@@ -30,7 +24,10 @@ def freed_memory_kept() -> Iterator[None]:
     On exit glibc's defaults are restored. The context has no effect with another C library, or if environment variables
     tune the allocator (MALLOC_…, GLIBC_TUNABLES).
     """
-    if platform.libc_ver()[0] != "glibc" or _tuned_by_user():
+    tuned_by_user = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
+        name.startswith("MALLOC_") for name in os.environ
+    )
+    if platform.libc_ver()[0] != "glibc" or tuned_by_user:
         yield
         return
     library = ctypes.CDLL(None)

@@ -45,7 +45,7 @@ def set_verbosity(volume: int) -> None:
     logger, handler = logging.getLogger("mlfusion"), logging.StreamHandler()
     handler.set_name(HANDLER)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if volume > 0 else "%(message)s"))
-    for old in [one for one in logger.handlers if one.get_name() == HANDLER]:
+    for old in [existing for existing in logger.handlers if existing.get_name() == HANDLER]:
         logger.removeHandler(old)
     logger.addHandler(handler)
     logger.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.DEBUG}[volume])
@@ -71,11 +71,11 @@ def print_rows(rows: Sequence[dict[str, Any]], empty: str = "") -> None:
     lines += [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     right = [isinstance(value, int) and not isinstance(value, bool) for value in rows[0].values()]
-    text = []
+    padded = []
     for line in lines:  # rich needs seconds for thousands of rows
         cells = zip(line, widths, right, strict=True)
-        text.append("  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in cells))
-    typer.echo("\n".join(each.rstrip() for each in text))
+        padded.append("  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in cells))
+    typer.echo("\n".join(line.rstrip() for line in padded))
 
 
 def _cell(value: Any) -> str:
@@ -106,10 +106,10 @@ def print_extracted(result: dict[str, Any], write: Any = typer.echo) -> None:
         f"{result['images_reused']:,} reused{skipped}; {result['forward_passes']} forward passes; "
         f"{result['bytes'] / 1e6:,.1f} MB in {result['key']}"
     )
-    for name, why in list(result["skipped"].items())[:SHOWN]:
-        write(f"  skipped {name}: {why}")
-    if (more := len(result["skipped"]) - SHOWN) > 0:
-        write(f"  and {more:,} more: mlfusion cache ls --json")
+    for name, reason in list(result["skipped"].items())[:SHOWN]:
+        write(f"  skipped {name}: {reason}")
+    if (hidden := len(result["skipped"]) - SHOWN) > 0:
+        write(f"  and {hidden:,} more: mlfusion cache ls --json")
 
 
 def print_table(rows: Iterable[Any], *, long: bool = False) -> None:

@@ -29,9 +29,9 @@ def report(
     rows = store.require()
     cka = None
     if options.cka:
-        from mlfusion.analysis.similarity import to_the_last
+        from mlfusion.analysis.similarity import similarity_to_last
 
-        cka = to_the_last(rows, cache=cache, log=notify)
+        cka = similarity_to_last(rows, cache=cache, log=notify)
     if options.html:
         write_page(rows, Path(options.html), results=store, cka=cka)
     if options.figures:

@@ -56,20 +56,20 @@ def show(row: RowId, results_path: ResultsPath = RESULTS, as_json: AsJson = Fals
     from mlfusion.statistics import certainty
 
     results = Results(results_path)
-    found = results.named(row)
-    details, fields = certainty(results, found), to_builtins(found)
-    rerun_command = f"mlfusion results rerun {found.id} --results {results_path}"
+    stored = results.named(row)
+    details, fields = certainty(results, stored), to_builtins(stored)
+    rerun_command = f"mlfusion results rerun {stored.id} --results {results_path}"
     if as_json:
         print_json({"result": fields, **to_builtins(details), "rerun": rerun_command})
         return
     metrics = fields.pop("metrics")
     del fields["attention"]
-    lines = fields | {"classes": len(found.classes)}
+    lines = fields | {"classes": len(stored.classes)}
     lines |= {f"metrics.{name}": value for name, value in metrics.items() if isinstance(value, float)}
     width = max(map(len, lines))
     for name, value in lines.items():
         typer.echo(f"{name.ljust(width)}  {_format_value(value)}")
-    _print_certainty(found, details)
+    _print_certainty(stored, details)
     typer.echo(f"\nagain: {rerun_command}")
 
 
@@ -99,7 +99,7 @@ def compare(
         bodies = {name: {"refused": one} if isinstance(one, str) else asdict(one) for name, one in tests.items()}
         print_json({"comparisons": [asdict(one) for one in comparisons], "over_datasets": bodies})
         return
-    print_rows([_compared(one) for one in comparisons])
+    print_rows([_comparison_cells(one) for one in comparisons])
     for one in comparisons:
         for mark in one.marks:
             notify(f"{one.model} on {one.dataset}: {mark}")
@@ -143,15 +143,8 @@ def rank(
         test = tests.get(probe)
         p, q = (p_value(value) if value is not None else "too few" for value in (test.p, test.q)) if test else ("", "")
         gain = points(test.mean) if test else ""
-        line = {
-            "probe": probe,
-            "mean rank": f"{mean_rank:.2f}",
-            "mean score": percent(mean),
-            "gain": gain,
-            "p": p,
-            "q": q,
-        }
-        lines.append(line)
+        line = {"probe": probe, "mean rank": f"{mean_rank:.2f}", "mean score": percent(mean), "gain": gain}
+        lines.append(line | {"p": p, "q": q})
     print_rows(lines)
     typer.echo(
         f"{ranking.datasets} data sets; Friedman p-value {p_value(ranking.friedman)}; mean ranks that differ by more than "
@@ -220,11 +213,8 @@ def rerun(
         print_json({"id": result.row.id, "same": result.same, "scores": scores, "differs": result.differs})
     else:
         for name, pair in scores.items():
-            text = (
-                f"{_format_value(pair['then'])} then and now"
-                if pair["then"] == pair["now"]
-                else f"{pair['then']} then, {pair['now']} now"
-            )
+            same = pair["then"] == pair["now"]
+            text = f"{_format_value(pair['then'])} then and now" if same else f"{pair['then']} then, {pair['now']} now"
             typer.echo(f"{name}: {text}")
         for line in result.differs:
             notify(line)
@@ -279,10 +269,14 @@ def _print_certainty(row: "Row", details: "Certainty") -> None:
         notify(details.missing)
 
 
-def _compared(comparison: "Comparison") -> dict[str, Any]:
+def _comparison_cells(comparison: "Comparison") -> dict[str, Any]:
     from mlfusion.report.numbers import mean_sd, p_value, points
 
     difference = comparison.images
+    heading, interval = "over images", "no arrays"
+    if difference:
+        heading = f"{100 * difference.level:.0f} % over images"
+        interval = f"{points(difference.low)} to {points(difference.high)}"
     return {
         "model": comparison.model,
         "dataset": comparison.dataset,
@@ -290,9 +284,7 @@ def _compared(comparison: "Comparison") -> dict[str, Any]:
         f"B: {comparison.b}": mean_sd(comparison.score_b),
         "gain, points": mean_sd(comparison.gain, points),
         "seeds": comparison.gain.n,
-        f"{100 * difference.level:.0f} % over images"
-        if difference
-        else "over images": f"{points(difference.low)} to {points(difference.high)}" if difference else "no arrays",
+        heading: interval,
         "p, bootstrap": p_value(difference.p) if difference else "",
         "p, McNemar": " ".join(p_value(test.p) for test in comparison.mcnemar),
     }

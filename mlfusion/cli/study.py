@@ -40,7 +40,7 @@ def run(
     planned = study.plan(loaded, storage, device=options.device)
     _print_plan(planned, dry_run=dry_run, as_json=as_json)
     if dry_run:
-        _end(planned.failures)
+        _exit_if_failed(planned.failures)
         return
     result = study.run(planned, log=notify)
     for extracted in result.extracted:
@@ -48,12 +48,12 @@ def run(
     page = html or Path(storage.results) / f"{recipe.stem}.html"
     if result.rows:
         results = Results(Path(storage.results))
-        _page(result.rows, page, results, storage.cache)
+        _write_page(result.rows, page, results, storage.cache)
         if markdown:
             # --data is a folder of this machine: the page does not name it.
             words = replace(options, data="DIR" if options.data else None, device="auto").words()
             rerun_command = command("run", [str(recipe), *words, "--markdown", str(markdown)])
-            _text(result.rows, markdown, results, recipe, rerun_command)
+            _write_findings(result.rows, markdown, results, recipe, rerun_command)
     if as_json:
         print_json(
             {
@@ -67,7 +67,7 @@ def run(
     elif result.rows:
         print_table(result.rows)
         typer.echo(f"report: {page}" + (f", {markdown}" if markdown else ""))
-    _end(result.failures)
+    _exit_if_failed(result.failures)
 
 
 def _print_plan(planned: "Plan", *, dry_run: bool, as_json: bool) -> None:
@@ -99,7 +99,7 @@ def _print_plan(planned: "Plan", *, dry_run: bool, as_json: bool) -> None:
         )
 
 
-def _page(rows: "list[Row]", path: Path, results: "Results", cache: str | None) -> None:
+def _write_page(rows: "list[Row]", path: Path, results: "Results", cache: str | None) -> None:
     """Write the page, with figures of images if the images are available."""
     from mlfusion.analysis import gallery
     from mlfusion.report import write_page
@@ -107,7 +107,7 @@ def _page(rows: "list[Row]", path: Path, results: "Results", cache: str | None) 
     write_page(rows, path, results=results, pictures=gallery.of_study(rows, results, cache=cache, log=notify))
 
 
-def _text(rows: "list[Row]", path: Path, results: "Results", recipe: Path, command: str) -> None:
+def _write_findings(rows: "list[Row]", path: Path, results: "Results", recipe: Path, command: str) -> None:
     """Write the findings as Markdown; the head of the recipe gives the title and the introduction."""
     from mlfusion.report import write_findings
     from mlfusion.workflows.recipe import about
@@ -124,7 +124,7 @@ def _text(rows: "list[Row]", path: Path, results: "Results", recipe: Path, comma
     )
 
 
-def _end(failures: "tuple[Failure, ...]") -> None:
+def _exit_if_failed(failures: "tuple[Failure, ...]") -> None:
     """Print the failures last, where they are seen, and exit 1 if there are any."""
     for failure in failures:
         notify(f"error: {failure}")

@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 DATABASE = "results.sqlite"
 ARRAYS = "arrays"
 FORMAT = 2
-APPLICATION = 0x6D6C6678  # 'mlfx': tells our files from other SQLite databases
-OLDEST = (3, 38, 0)  # from here on SQLite always knows JSON
-PATIENCE = 60.0  # seconds to wait for other writers; each holds the lock for milliseconds
+APPLICATION_ID = 0x6D6C6678  # 'mlfx': distinguishes our files from other SQLite databases
+MIN_SQLITE = (3, 38, 0)  # from here on SQLite always has its JSON functions
+TIMEOUT = 60.0  # seconds to wait for other writers; each holds the lock for milliseconds
 
 COLUMNS = {
     "id": "TEXT",
@@ -66,7 +66,7 @@ _SCHEMA = (
 )""",
     "CREATE UNIQUE INDEX by_id ON results (id)",
     "CREATE INDEX by_place ON results (dataset, model, probe, seed)",
-    f"PRAGMA application_id = {APPLICATION}",
+    f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {FORMAT}",
 )
 """`body` is the row as JSON, without its classes: a list of a thousand names is stored once, not in every row."""
@@ -97,7 +97,7 @@ class Results:
         check(row)
         if arrays is not None:
             self.keep_arrays(row, arrays)
-        with self._explained("save"):
+        with self._errors("save"):
             self.root.mkdir(parents=True, exist_ok=True)
             with self._writing() as connection:
                 _insert(connection, [row])
@@ -108,8 +108,8 @@ class Results:
         with self._reading() as connection:
             digests = connection.execute("SELECT digest, names FROM classes")
             lists = {digest: tuple(json.loads(names)) for digest, names in digests}
-            found = connection.execute(f"SELECT classes, body FROM results {where} ORDER BY number", values)
-            return [self._row(body, lists[classes]) for classes, body in found]
+            records = connection.execute(f"SELECT classes, body FROM results {where} ORDER BY number", values)
+            return [self._row(body, lists[classes]) for classes, body in records]
 
     def require(self, **chosen: str | None) -> list[Row]:
         """Like `rows`, for a reader that has nothing to say without any.
@@ -119,15 +119,15 @@ class Results:
         """
         if rows := self.rows(**chosen):
             return rows
-        raise self._nothing(chosen)
+        raise self._no_rows(chosen)
 
     def find(self, row_id: str) -> Row | None:
         """The row with this id, or None."""
         with self._reading() as connection:
-            found = connection.execute(
+            record = connection.execute(
                 "SELECT c.names, r.body FROM results r JOIN classes c ON c.digest = r.classes WHERE r.id = ?", (row_id,)
             ).fetchone()
-        return self._row(found[1], tuple(json.loads(found[0]))) if found else None
+        return self._row(record[1], tuple(json.loads(record[0]))) if record else None
 
     def named(self, beginning: str) -> Row:
         """The one row whose id begins with these characters.
@@ -141,26 +141,26 @@ class Results:
                 "SELECT id FROM results WHERE ? AND id >= ? AND id < ? ORDER BY id LIMIT 9",
                 (bool(beginning), beginning, beginning + "\U0010ffff"),
             )
-            found = [row_id for (row_id,) in matches]
-        if beginning in found:
-            found = [beginning]
-        if len(found) == 1 and (row := self.find(found[0])):
+            ids = [row_id for (row_id,) in matches]
+        if beginning in ids:
+            ids = [beginning]
+        if len(ids) == 1 and (row := self.find(ids[0])):
             return row
-        if found:
-            raise UnknownName("result", beginning, found, otherwise="Several begin so: give more of the id.")
-        if newest := [one["id"] for one in self.listing(limit=5)]:
+        if ids:
+            raise UnknownName("result", beginning, ids, otherwise="Several begin so: give more of the id.")
+        if newest := [record["id"] for record in self.listing(limit=5)]:
             raise UnknownName("result", beginning, newest, otherwise="These are the newest; all: mlfusion results ls")
-        raise self._nothing({})
+        raise self._no_rows({})
 
     def listing(self, *, limit: int | None = None, **chosen: str | None) -> list[dict[str, Any]]:
         """`COLUMNS` of rows, oldest first; only of the newest `limit` if given. No row is decoded."""
         where, values = _where(chosen)
         with self._reading() as connection:
-            found = connection.execute(
+            records = connection.execute(
                 f"SELECT {', '.join(COLUMNS)} FROM results {where} ORDER BY number DESC LIMIT ?",
                 [*values, -1 if limit is None else limit],
             ).fetchall()
-        return [dict(zip(COLUMNS, one, strict=True)) for one in reversed(found)]
+        return [dict(zip(COLUMNS, record, strict=True)) for record in reversed(records)]
 
     def count(self, **chosen: str | None) -> int:
         """The number of rows."""
@@ -174,14 +174,14 @@ class Results:
         Raises:
             ResultsUnusable: there are none; says how to make them again.
         """
-        path = self._arrays_of(row)
+        path = self._arrays_path(row)
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as err:
-            what = "were not kept" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
+            state = "were not kept" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
             raise ResultsUnusable(
-                f"the arrays of result {row.id} {what}: {path}. Make them again with `mlfusion results rerun {row.id} "
+                f"the arrays of result {row.id} {state}: {path}. Make them again with `mlfusion results rerun {row.id} "
                 f"--keep --results {self.root}`"
             ) from err
 
@@ -193,7 +193,7 @@ class Results:
         """
         if pickled := [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]:
             raise ValueError(f"arrays of Python objects cannot be read back: {', '.join(pickled)}")
-        with self._explained("save"), self._drafted(row) as draft, draft.open("xb") as file:
+        with self._errors("save"), self._draft(row) as draft, draft.open("xb") as file:
             np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
 
     def take(self, rows: Iterable[Row], arrays: Path | None = None) -> int:
@@ -204,20 +204,19 @@ class Results:
         Raises:
             ResultsUnusable: one of them is no row.
         """
-        offered = list(rows)
-        for number, row in enumerate(offered, 1):
+        imported = list(rows)
+        for number, row in enumerate(imported, 1):
             try:
                 check(row)
             except NotARow as err:
                 raise ResultsUnusable(f"row {number} is no result: {err}. Nothing was taken over") from err
         with self._reading() as connection:
-            candidates = _newer(connection, offered)
-        with self._explained("save"):
+            candidates = _newer(connection, imported)
+        with self._errors("save"):
             self.root.mkdir(parents=True, exist_ok=True)
-            source_results = Results(arrays) if arrays is not None else None
             for row in candidates:
-                if source_results is not None and (source := source_results._arrays_of(row)).is_file():
-                    with self._drafted(row) as draft:
+                if arrays is not None and (source := Results(arrays)._arrays_path(row)).is_file():
+                    with self._draft(row) as draft:
                         shutil.copyfile(source, draft)
             with self._writing() as connection:
                 newer = _newer(connection, candidates)
@@ -235,16 +234,16 @@ class Results:
         folder: Path | None = None
         if source.suffix == ".jsonl":
             try:
-                offered = read_lines(source)
+                rows = read_lines(source)
             except OSError as err:
                 raise MlfusionError(
                     f"cannot read {str(source)!r}: {err.strerror}; allowed: a folder or a .jsonl file"
                 ) from err
         else:
             other = Results(source)
-            offered, folder = other.require(), other.root
-        taken = self.take(offered, folder)
-        return taken, len(offered) - taken
+            rows, folder = other.require(), other.root
+        imported = self.take(rows, folder)
+        return imported, len(rows) - imported
 
     def to_pandas(self, **chosen: str | None) -> "pandas.DataFrame":
         """Rows as a table, one column a field: 'metrics.loss', 'selected.lr'."""
@@ -271,7 +270,7 @@ class Results:
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """A connection that sees one state of the database while others write; an empty database if there is no file."""
-        with self._explained("read"):
+        with self._errors("read"):
             if self.root.exists() and not self.root.is_dir():
                 raise NotADirectoryError(f"{self.root} is not a folder")
             if self.path.exists():
@@ -284,16 +283,14 @@ class Results:
                 _create(connection)
                 yield connection
 
-    def _arrays_of(self, row: Row) -> Path:
+    def _arrays_path(self, row: Row) -> Path:
         return self.root / ARRAYS / f"{row.id}.npz"
 
-    @contextmanager
-    def _drafted(self, row: Row) -> Iterator[Path]:
+    def _draft(self, row: Row) -> AbstractContextManager[Path]:
         """A path to write the arrays of a row to; the file gets its name once it is whole."""
-        path = self._arrays_of(row)
+        path = self._arrays_path(row)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with disk.atomic(path, replace=True) as draft:
-            yield draft
+        return disk.atomic(path, replace=True)
 
     def _row(self, body: str, classes: tuple[str, ...]) -> Row:
         """A stored row with its classes, which are stored in their own table."""
@@ -304,12 +301,12 @@ class Results:
                 f"{self.path} holds what is no result: {err}. Rows are written by `mlfusion probe`; name another folder "
                 "with --results PATH"
             ) from err
-        msgspec.structs.force_setattr(row, "classes", classes)  # nobody else has this row yet
+        msgspec.structs.force_setattr(row, "classes", classes)  # no other reference to this row exists yet
         return row
 
     # --- errors ------------------------------------------------------------------------------------------------------
 
-    def _nothing(self, chosen: Mapping[str, object]) -> ResultsUnusable:
+    def _no_rows(self, chosen: Mapping[str, object]) -> ResultsUnusable:
         filters = " and ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
         if filters and self.count():
             return ResultsUnusable(
@@ -322,25 +319,25 @@ class Results:
         )
 
     @contextmanager
-    def _explained(self, doing: str) -> Iterator[None]:
+    def _errors(self, action: str) -> Iterator[None]:
         """Raise errors of the disk and the database as `ResultsUnusable`, with a sentence."""
         try:
             yield
         except (OSError, sqlite3.Error) as err:
             name = getattr(err, "sqlite_errorname", "")
-            why = getattr(err, "strerror", None) or str(err)
-            cannot = f"cannot {doing} results in {str(self.root)!r}: {why}"
+            reason = getattr(err, "strerror", None) or str(err)
+            cannot = f"cannot {action} results in {str(self.root)!r}: {reason}"
             if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
                 message = (
-                    f"{self.path} is damaged ({why}). Keep a copy, and save what can be read with SQLite's own tool: "
+                    f"{self.path} is damaged ({reason}). Keep a copy, and save what can be read with SQLite's own tool: "
                     f"sqlite3 {self.path} .recover | sqlite3 recovered.sqlite; or name another folder with --results PATH"
                 )
             elif name.startswith(("SQLITE_BUSY", "SQLITE_PROTOCOL", "SQLITE_IOERR_LOCK", "SQLITE_IOERR_UNLOCK")):
                 message = (
-                    f"{cannot}. Another process holds them for over {PATIENCE:.0f} s, or this file system has no locks: keep "
+                    f"{cannot}. Another process holds them for over {TIMEOUT:.0f} s, or this file system has no locks: keep "
                     "results on a local disk with --results PATH, and bring them together with `mlfusion results import PATH`"
                 )
-            elif doing == "read" and name in (
+            elif action == "read" and name in (
                 "SQLITE_READONLY_ROLLBACK",
                 "SQLITE_READONLY_RECOVERY",
                 "SQLITE_CANTOPEN",
@@ -349,7 +346,7 @@ class Results:
                     f"{cannot}. A writer was stopped in the middle and what it began must be undone first, for which this "
                     "folder may not be written: open it once with `mlfusion results ls` where it may, or copy it"
                 )
-            elif doing == "save":
+            elif action == "save":
                 message = (
                     f"{cannot}. Nothing was lost but this row; make room there or allow writing, or name another folder with "
                     "--results PATH, and run it again"
@@ -361,14 +358,14 @@ class Results:
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     """Open the database; `mode` 'rwc' creates it, 'rw' does not. A database without write permission is opened read-only."""
-    place = f"file:{quote(str(path.absolute()))}?mode={mode}"
-    return sqlite3.connect(place, uri=True, timeout=PATIENCE, isolation_level=None)
+    uri = f"file:{quote(str(path.absolute()))}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, timeout=TIMEOUT, isolation_level=None)
 
 
 def _create(connection: sqlite3.Connection) -> None:
-    if sqlite3.sqlite_version_info < OLDEST:
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
         raise ResultsUnusable(
-            f"this Python has SQLite {sqlite3.sqlite_version}; results need {'.'.join(map(str, OLDEST))} or newer (2022): "
+            f"this Python has SQLite {sqlite3.sqlite_version}; results need {'.'.join(map(str, MIN_SQLITE))} or newer (2022): "
             "use another Python"
         )
     for statement in _SCHEMA:
@@ -384,7 +381,7 @@ def _format(connection: sqlite3.Connection, path: Path) -> int:
     [number] = connection.execute("PRAGMA user_version").fetchone()
     [owner] = connection.execute("PRAGMA application_id").fetchone()
     [tables] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if tables and owner != APPLICATION:
+    if tables and owner != APPLICATION_ID:
         raise ResultsUnusable(f"{path} is not a database of mlfusion's; name another folder with --results PATH")
     if number > FORMAT:
         raise ResultsUnusable(
@@ -420,6 +417,6 @@ def _newer(connection: sqlite3.Connection, rows: Iterable[Row]) -> list[Row]:
 def _where(chosen: Mapping[str, str | None]) -> tuple[str, list[str]]:
     """The SQL clause of fields of `RowFilter`, and its values."""
     [filters] = distribute(chosen, RowFilter)
-    given = filters.changed()
-    clause = " AND ".join(f"{name} = ?" for name in given)
-    return (f"WHERE {clause}" if given else ""), list(given.values())
+    values = filters.changed()
+    clause = " AND ".join(f"{name} = ?" for name in values)
+    return (f"WHERE {clause}" if values else ""), list(values.values())

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMS = ("csv", "parquet", "jsonl")
+FORMATS = ("csv", "parquet", "jsonl")
 
 
 def flat(part: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested objects: {"metrics": {"loss": 0.1}} → {"metrics.loss": 0.1}. Lists stay lists."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in part.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            fields |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return found
+            fields[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return fields
 
 
 def frame(rows: Iterable[Row]) -> "pandas.DataFrame":
@@ -39,9 +39,9 @@ def frame(rows: Iterable[Row]) -> "pandas.DataFrame":
     objects = [flat(msgspec.to_builtins(row)) for row in rows]
     columns: dict[str, Any] = {name: [item.get(name) for item in objects] for name in _columns(objects)}
     for name, values in columns.items():
-        given = [value for value in values if value is not None]
+        present = [value for value in values if value is not None]
         # Whole numbers with missing values need pandas' nullable integers: 2 shots are not 2.0.
-        if 0 < len(given) < len(values) and all(type(value) is int for value in given):
+        if 0 < len(present) < len(values) and all(type(value) is int for value in present):
             columns[name] = pandas.array(values, dtype="Int64")
     return pandas.DataFrame(columns)
 
@@ -59,25 +59,26 @@ def write(rows: Iterable[Row], path: Path) -> None:
         UnknownName: the ending is not one of these.
         ResultsUnusable: it cannot be written.
     """
-    form = path.suffix.removeprefix(".")
-    if form not in FORMS:
-        raise UnknownName("form of export", form, FORMS, otherwise="The ending of the path decides, as in results.csv.")
+    format = path.suffix.removeprefix(".")
+    if format not in FORMATS:
+        hint = "The ending of the path decides, as in results.csv."
+        raise UnknownName("form of export", format, FORMATS, otherwise=hint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk.atomic(path, replace=True) as draft:
-            _draft(list(rows), draft, form)
+            _write_draft(list(rows), draft, format)
     except OSError as err:
         raise ResultsUnusable(
             f"cannot write {str(path)!r}: {err.strerror or err}; allowed: a path in a folder that can be written"
         ) from err
 
 
-def _draft(rows: list[Row], path: Path, form: str) -> None:
-    if form == "parquet":
+def _write_draft(rows: list[Row], path: Path, format: str) -> None:
+    if format == "parquet":
         frame(rows).to_parquet(path, index=False)
         return
     with path.open("x", encoding="utf-8", newline="") as file:
-        if form == "jsonl":
+        if format == "jsonl":
             file.writelines(encode(row).decode() + "\n" for row in rows)
             return
         objects = [flat(msgspec.to_builtins(row)) for row in rows]

@@ -242,31 +242,31 @@ _ALLOWED = {
 
 def _sentence(message: str, value: Any) -> str:
     """Translate `msgspec`'s message about a value ('Expected `int`, got `str` - at `$.seed`'), into plain words."""
-    what, _, where = message.partition(" - at `$")
-    where, found = _at(value, where.strip("`."))
-    where = where or "row"
-    if lacking := re.search(r"required field `(\w+)`", what):
-        return f"{where} lacks {lacking[1]}"
-    if "matching regex" in what:
-        return f"{where} {found!r} cannot name a file; allowed: letters, digits, '_', '-' and '.'"
-    if where in _ALLOWED and isinstance(found, str):
-        return f"{where} is {_shown(found)}; allowed: {', '.join(map(repr, _ALLOWED[where]))}"
-    expected = re.match(r"Expected `(\w+)", what)
-    noun = _NOUNS.get(expected[1]) if expected and " of length" not in what else None
-    return f"{where} is {_shown(found)}, not {noun}" if noun else f"{where} is {_shown(found)}: {what}"
+    problem, _, location = message.partition(" - at `$")
+    path, part = _part_at(value, location.strip("`."))
+    path = path or "row"
+    if lacking := re.search(r"required field `(\w+)`", problem):
+        return f"{path} lacks {lacking[1]}"
+    if "matching regex" in problem:
+        return f"{path} {part!r} cannot name a file; allowed: letters, digits, '_', '-' and '.'"
+    if path in _ALLOWED and isinstance(part, str):
+        return f"{path} is {_shortened(part)}; allowed: {', '.join(map(repr, _ALLOWED[path]))}"
+    expected = re.match(r"Expected `(\w+)", problem)
+    noun = _NOUNS.get(expected[1]) if expected and " of length" not in problem else None
+    return f"{path} is {_shortened(part)}, not {noun}" if noun else f"{path} is {_shortened(part)}: {problem}"
 
 
-def _at(value: Any, path: str) -> tuple[str, Any]:
+def _part_at(value: Any, path: str) -> tuple[str, Any]:
     """The path and the part of a value at 'metrics.recall[1]'; '[...]' is the first entry of `versions` that is no text."""
-    named = ""
+    name = ""
     for part in re.findall(r"\w+|\[\d+\]|\[\.\.\.\]", path):
         if part == "[...]":
             part = next((key for key, item in value.items() if not isinstance(item, str)), "")
         value = value[int(part[1:-1])] if part.startswith("[") else value[part]
-        named += part if part.startswith("[") or not named else f".{part}"
-    return named, value
+        name += part if part.startswith("[") or not name else f".{part}"
+    return name, value
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

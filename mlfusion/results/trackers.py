@@ -26,7 +26,7 @@ class Tracker(Protocol):
 
 
 def settings(row: Row) -> dict[str, str | int | float]:
-    """The options of a row, which trackers call hyper-parameters; those that were not used are left out."""
+    """The options of a row, which trackers call hyper-parameters, without those that were not used."""
     fields = to_builtins(row)
     names = ("model", "dataset", "probe", "seed", "grid", "metric", "parameters", "code", "id")
     options = ("shots", "halving", "smoothing", "precision", "device", "protocol")
@@ -43,11 +43,11 @@ def scores(row: Row) -> dict[str, float]:
 def layers(row: Row) -> dict[str, dict[int, float]]:
     """{token kind: {layer: share of the attention}}; empty for a probe of a single layer."""
     attention = row.attention
-    found: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    shares: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     if attention and len(set(attention.layers)) > 1:
         for layer, kind, mean in zip(attention.layers, attention.kinds, attention.mean, strict=True):
-            found[kind][layer] += mean
-    return found
+            shares[kind][layer] += mean
+    return shares
 
 
 def title(row: Row) -> str:
@@ -58,34 +58,34 @@ def title(row: Row) -> str:
 class TensorBoard:
     """A folder that `tensorboard --logdir` reads: scalars, attention by layer, and hyper-parameters with their scores."""
 
-    def __init__(self, where: str) -> None:
-        """`where` is the folder; default runs."""
-        self.folder = Path(where or "runs")
+    def __init__(self, location: str) -> None:
+        """`location` is the folder; default runs."""
+        self.folder = Path(location or "runs")
         self._writer = _imported("torch.utils.tensorboard.writer", "tensorboard", "TensorBoard").SummaryWriter
 
     def log(self, row: Row) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         words = row.model, row.dataset, row.probe, row.seed, row.id
-        place = "__".join(re.sub(r"[^\w+.-]|_", "-", str(word)) for word in words)  # a folder's name on any file system
-        then = datetime.fromisoformat(row.created).timestamp()
-        with self._writer(str(self.folder / place)) as writer:
+        name = "__".join(re.sub(r"[^\w+.-]|_", "-", str(word)) for word in words)  # a folder's name on any file system
+        created = datetime.fromisoformat(row.created).timestamp()
+        with self._writer(str(self.folder / name)) as writer:
             numbers = scores(row)
-            for one in hparams(settings(row), dict(numbers)):
-                writer.file_writer.add_summary(one, walltime=then)
+            for summary in hparams(settings(row), dict(numbers)):
+                writer.file_writer.add_summary(summary, walltime=created)
             for name, value in numbers.items():
-                writer.add_scalar(name, value, walltime=then)
+                writer.add_scalar(name, value, walltime=created)
             for kind, shares in layers(row).items():
                 for layer, share in shares.items():
-                    writer.add_scalar(f"attention/{kind}", share, layer, walltime=then)
+                    writer.add_scalar(f"attention/{kind}", share, layer, walltime=created)
 
 
 class WandB:
     """Weights & Biases, one run per row. WANDB_MODE, WANDB_DIR and the login are configured as usual there."""
 
-    def __init__(self, where: str) -> None:
-        """`where` is the project; default mlfusion."""
-        self.project, self._wandb = where or "mlfusion", _imported("wandb", "wandb", "Weights & Biases")
+    def __init__(self, location: str) -> None:
+        """`location` is the project; default mlfusion."""
+        self.project, self._wandb = location or "mlfusion", _imported("wandb", "wandb", "Weights & Biases")
 
     def log(self, row: Row) -> None:
         run = self._wandb.init(
@@ -110,21 +110,21 @@ class WandB:
 class MLflow:
     """An MLflow server or database, one run per row in the experiment mlfusion."""
 
-    def __init__(self, where: str) -> None:
-        """`where` is the tracking URI; default MLflow's own, such as $MLFLOW_TRACKING_URI."""
+    def __init__(self, location: str) -> None:
+        """`location` is the tracking URI; default MLflow's own, such as $MLFLOW_TRACKING_URI."""
         self._mlflow, self._experiment = _imported("mlflow", "mlflow", "MLflow"), ""
-        self._client = self._mlflow.MlflowClient(tracking_uri=where or None)
+        self._client = self._mlflow.MlflowClient(tracking_uri=location or None)
 
     def log(self, row: Row) -> None:
         entities, client = self._mlflow.entities, self._client
         if not self._experiment:
-            found = client.get_experiment_by_name("mlfusion")
-            self._experiment = found.experiment_id if found else client.create_experiment("mlfusion")
-        then = round(1000 * datetime.fromisoformat(row.created).timestamp())
-        run = client.create_run(self._experiment, start_time=then, run_name=title(row), tags={"mlfusion.id": row.id})
-        metrics = [entities.Metric(name, value, then, 0) for name, value in scores(row).items()]
+            existing = client.get_experiment_by_name("mlfusion")
+            self._experiment = existing.experiment_id if existing else client.create_experiment("mlfusion")
+        created = round(1000 * datetime.fromisoformat(row.created).timestamp())
+        run = client.create_run(self._experiment, start_time=created, run_name=title(row), tags={"mlfusion.id": row.id})
+        metrics = [entities.Metric(name, value, created, 0) for name, value in scores(row).items()]
         metrics += [
-            entities.Metric(f"attention/{kind}", share, then, layer)
+            entities.Metric(f"attention/{kind}", share, created, layer)
             for kind, shares in layers(row).items()
             for layer, share in shares.items()
         ]
@@ -144,21 +144,21 @@ def open_trackers(words: str | Sequence[str]) -> list[Tracker]:
         Unavailable: its extra is not installed; says how to.
     """
     parts = [part.strip() for part in (words.split(",") if isinstance(words, str) else words)]
-    found: list[Tracker] = []
+    trackers: list[Tracker] = []
     for part in filter(None, parts):
-        name, _, where = part.partition(":")
+        name, _, location = part.partition(":")
         if name not in TRACKERS:
             raise UnknownName("tracker", name, TRACKERS, otherwise="A place may follow, as in tensorboard:runs.")
-        found.append(TRACKERS[name](where))
-    return found
+        trackers.append(TRACKERS[name](location))
+    return trackers
 
 
-def log_rows(rows: Iterable[Row], trackers: Sequence[Tracker], done: Callable[[], object] = lambda: None) -> None:
-    """Log stored rows to trackers; `done` is called after each row."""
+def log_rows(rows: Iterable[Row], trackers: Sequence[Tracker], progress: Callable[[], object] = lambda: None) -> None:
+    """Log stored rows to trackers; `progress` is called after each row."""
     for row in rows:
         for tracker in trackers:
             tracker.log(row)
-        done()
+        progress()
 
 
 def _imported(module: str, extra: str, product: str) -> Any:

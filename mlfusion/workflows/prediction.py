@@ -81,8 +81,8 @@ def predict(
         BadData: an image cannot be read.
     """
     card, head = saved.load(Path(probe))
-    checkpoint = models.locate(_word(model, card.backbone.source))
-    steps, spec, exif_transpose = _as_trained(checkpoint, card.backbone)
+    checkpoint = models.locate(_model_reference(model, card.backbone.source))
+    steps, spec, exif_transpose = _training_setup(checkpoint, card.backbone)
     current = identity(spec)
     if differing := [name for name, value in current.items() if getattr(card.backbone, name) != value]:
         raise BadModel(
@@ -90,9 +90,8 @@ def predict(
             f"{' and '.join(differing)} differ{'s' if len(differing) == 1 else ''}. Allowed: the same weights and "
             "preprocessing, so give their folder with --model, or train the probe again on this model's features"
         )
-    pictures = datasets.pictures(
-        [str(image) for image in images], datasets.Decoder(exif_transpose, max_pixels or MAX_PIXELS)
-    )
+    decoder = datasets.Decoder(exif_transpose, max_pixels or MAX_PIXELS)
+    pictures = datasets.pictures([str(image) for image in images], decoder)
     backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps, compute=spec.compute)
     results: list[Prediction] = []
     for start in range(0, len(pictures), batch_size):
@@ -102,31 +101,26 @@ def predict(
         # The labels are unknown and not used.
         tokens = Tokens(values, np.zeros(len(values), np.int64))
         predictions, _ = protocol.predict(head, tokens, card.target())
-        results += [
-            _prediction(card, pictures.ids[row], prediction, top)
-            for row, prediction in zip(rows, predictions, strict=True)
-        ]
+        for row, prediction in zip(rows, predictions, strict=True):
+            results.append(_prediction(card, pictures.ids[row], prediction, top))
     return results
 
 
-def _as_trained(checkpoint: models.Checkpoint, card: saved.Backbone) -> tuple[Preprocessing, ModelSpec, bool]:
+def _training_setup(checkpoint: models.Checkpoint, card: saved.Backbone) -> tuple[Preprocessing, ModelSpec, bool]:
     """The preprocessing of the probe's training, the model with it, and whether EXIF orientation is applied."""
     compute: Compute = card.compute if card.compute in COMPUTES else "float32"
     rebuilt, exif_transpose = preprocessing.from_key(card.preparation)
     steps = rebuilt or preprocessing.read(checkpoint.folder)  # a custom processor: the model's own
-    return (
-        steps,
-        models.identify(checkpoint, steps.key(exif_transpose=exif_transpose), compute, steps.view),
-        exif_transpose,
-    )
+    spec = models.identify(checkpoint, steps.key(exif_transpose=exif_transpose), compute, steps.view)
+    return steps, spec, exif_transpose
 
 
 def _tokens(backbone: Backbone, pixels: Tensor, card: saved.Card) -> np.ndarray:
     """Tokens [images, tokens, width] in the order and the precision of the cache."""
     pairs = [(layer, kind) for layer in card.layers for kind in card.kinds]
-    read = backbone(pixels, pairs)
+    tokens = backbone(pixels, pairs)
     encoding = ENCODINGS[card.dtype]
-    parts = [encoding.decode(encoding.encode(read[pair].cpu().numpy())) for pair in pairs]
+    parts = [encoding.decode(encoding.encode(tokens[pair].cpu().numpy())) for pair in pairs]
     width = max(part.shape[-1] for part in parts)
     padded = [np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[-1]))) for part in parts]
     return np.concatenate(padded, axis=1)
@@ -139,7 +133,7 @@ def _prediction(card: saved.Card, image: str, prediction: np.ndarray, top: int) 
     return Prediction(image, tuple((card.classes[i], float(prediction[i])) for i in best), None)
 
 
-def _word(model: str | None, source: str) -> str:
+def _model_reference(model: str | None, source: str) -> str:
     """The model argument, or the source in the card, as a model reference with the card's hook point and settings."""
     card = parse_model(source)
     if model is None:

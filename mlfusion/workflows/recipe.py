@@ -10,7 +10,7 @@ size = 448                                                    # any option of `m
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,9 @@ def load(path: Path, *, data: Path | str | None = None, seeds: tuple[int, ...] |
         faults += [(_line(text, key, word), fault) for word, fault in key_faults]
     faults += [(0, f"{name} is missing") for name in ("models", "datasets") if name not in body]
     if faults:
-        lines = [f"line {line}: {fault}" if line else fault for line, fault in sorted(faults, key=lambda each: each[0])]
+        lines = [
+            f"line {line}: {fault}" if line else fault for line, fault in sorted(faults, key=lambda fault: fault[0])
+        ]
         raise BadRecipe(f"{path}: " + "; ".join(lines))
     return Recipe.of(**values | ({"seeds": seeds} if seeds else {}))
 
@@ -145,8 +147,9 @@ Parsed = tuple[Any, Faults]
 """(value, faults)."""
 
 
-def _is_list_of(value: Any, kind: type, good: Callable[[Any], bool] = bool) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(each) is kind and good(each) for each in value)
+def _list_faults(key: str, value: Any) -> Faults:
+    is_list = isinstance(value, list) and value and all(isinstance(word, str) and word for word in value)
+    return [] if is_list else [(None, f"{key} = {value!r}: allowed is a list of names in quotes")]
 
 
 def _duplicates(key: str, words: Iterable[Any]) -> Faults:
@@ -156,8 +159,8 @@ def _duplicates(key: str, words: Iterable[Any]) -> Faults:
 
 def _sources(key: str, value: Any, data: Path | str | None) -> Parsed:
     """Names of models or data sets. Hub ids are not checked here."""
-    if not _is_list_of(value, str):
-        return value, [(None, f"{key} = {value!r}: allowed is a list of names in quotes")]
+    if list_faults := _list_faults(key, value):
+        return value, list_faults
     from mlfusion import datasets, models
 
     kind, known = ("model", models.CATALOGUE) if key == "models" else ("data set", datasets.CATALOGUE)
@@ -194,9 +197,8 @@ def _unknown(kind: str, word: str, known: Iterable[str]) -> str | None:
 
 
 def _probes(key: str, value: Any) -> Parsed:
-    if not _is_list_of(value, str):
-        return value, [(None, f"{key} = {value!r}: allowed is a list of names in quotes")]
-    faults: Faults = []
+    if faults := _list_faults(key, value):
+        return value, faults
     for word in value:
         try:
             parse_probes(expand_braces([word]), MAX_DEPTH)
@@ -206,24 +208,24 @@ def _probes(key: str, value: Any) -> Parsed:
 
 
 KEYS: dict[str, tuple[str, Option]] = {
-    name: (field, one)
-    for kind in (FeatureOptions, ComputeOptions, SearchOptions)
-    for field, one in all_definitions(kind).items()
-    if kind is not ComputeOptions or field in ("format", "skip_bad")  # the other options belong to the machine
-    for name in (one.name, *one.former)
+    name: (field, definition)
+    for cls in (FeatureOptions, ComputeOptions, SearchOptions)
+    for field, definition in all_definitions(cls).items()
+    if cls is not ComputeOptions or field in ("format", "skip_bad")  # the other options belong to the machine
+    for name in (definition.name, *definition.former)
 }
 """Key, present or former → (field of an options class, definition)."""
 
-NAMES = ("models", "datasets", "probes", *(name for name, (_, one) in KEYS.items() if name == one.name))
+NAMES = ("models", "datasets", "probes", *(name for name, (_, definition) in KEYS.items() if name == definition.name))
 
 
 def _option(key: str, value: Any, data: Path | str | None) -> Parsed:
     """Parse and check the value of an option by its definition."""
-    field, one = KEYS[key]
-    parsed, faults = one.kind.read(value), []
+    field, definition = KEYS[key]
+    parsed, faults = definition.kind.read(value), []
     if field == "image_root" and isinstance(parsed, str):
         return _resolve_data(parsed, data)
-    if fault := one.kind.fault(parsed):
+    if fault := definition.kind.fault(parsed):
         quoted = re.findall(r"'([^']+)'", fault)
         faults.append((next((w for w in quoted if w in str(value)), None), f"{key} = {value!r}: {fault}"))
     elif field == "splits" and [word.partition("=")[0] for word in parsed] != ["train", "test"]:

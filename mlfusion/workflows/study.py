@@ -53,7 +53,7 @@ class Case:
     @property
     def keys(self) -> tuple[str, str]:
         """The keys of the train and test features that probes read."""
-        train, test = (spec.key for spec in _read_by_probes(self.request))
+        train, test = (spec.key for spec in _plain_specs(self.request))
         return train, test
 
     @property
@@ -190,16 +190,16 @@ class _Planner:
         self._done = {row.id for row in Results(Path(storage.results)).rows()}
         self._images: dict[str, Images | MlfusionError] = {}
         self._rates: dict[str, float] = {}
-        self._model = _Loaded()
+        self._model = _ModelLoader()
 
     def case(self, model: str, dataset: str) -> Case:
         """Plan one model on one data set; raises MlfusionError if one of them is not available or not usable."""
         recipe, images = self.recipe, self._read(dataset)
         request = Request.of(model, images, recipe.features, replace(recipe.compute, device=self.device))
-        spec, tested = _read_by_probes(request)
+        spec, test_spec = _plain_specs(request)
         probes, all_pairs = recipe.probes_and_tokens(spec.model.depth)
         jobs = jobs_of(probes, recipe.search)
-        keys = spec.key, tested.key
+        keys = spec.key, test_spec.key
         missing = tuple(
             job for job in jobs if not any(same.row_id(keys) in self._done for same in job.equivalents("cpu"))
         )
@@ -212,8 +212,8 @@ class _Planner:
             stage_one = estimate(request, cache=self.cache, trial=trial, model=self._model)
             if stage_one.images_per_second:
                 self._rates[model] = stage_one.images_per_second
-            if any(split.images_to_run for split in stage_one.splits):
-                seconds = sum(split.images_to_run for split in stage_one.splits) / self._rates[model]
+            if images_to_run := sum(split.images_to_run for split in stage_one.splits):
+                seconds = images_to_run / self._rates[model]
         return Case(
             model=model,
             dataset=dataset,
@@ -222,7 +222,7 @@ class _Planner:
             missing=missing,
             stage_one=stage_one,
             extract_seconds=seconds,
-            probe_seconds=sum(self._probing(job, request, len(spec.data.classes)) for job in missing),
+            probe_seconds=sum(self._probe_seconds(job, request, len(spec.data.classes)) for job in missing),
         )
 
     def _read(self, dataset: str) -> Images:
@@ -237,14 +237,14 @@ class _Planner:
         return images
 
     @staticmethod
-    def _probing(job: Job, request: Request, classes: int) -> float:
+    def _probe_seconds(job: Job, request: Request, classes: int) -> float:
         split, spec = request.jobs[0].split, request.jobs[0].spec
         representation = job.probe.representation
-        each = sum(_tokens(kind, request) for kind in representation.kinds)
+        tokens_per_layer = sum(_tokens(kind, request) for kind in representation.kinds)
         return costs.seconds(
             job.probe,
             costs.Problem(
-                tokens=len(representation.layers(spec.model.depth)) * each,
+                tokens=len(representation.layers(spec.model.depth)) * tokens_per_layer,
                 width=spec.model.width,
                 classes=classes,
                 images=job.shots * classes if job.shots else len(split),
@@ -262,13 +262,13 @@ def _tokens(kind: TokenKind, request: Request) -> int:
     return GRID_SIDES.get(kind, 1) ** 2
 
 
-def _read_by_probes(request: Request) -> tuple[FeatureSpec, FeatureSpec]:
-    """The plain views of train and test."""
+def _plain_specs(request: Request) -> tuple[FeatureSpec, FeatureSpec]:
+    """The specs of the plain views of train and test, which probes read."""
     train, test = (job.spec for job in request.jobs if job.steps.view == "plain")
     return train, test
 
 
-class _Loaded:
+class _ModelLoader:
     """Loads the model of a request, and keeps the last one for its next data set."""
 
     def __init__(self) -> None:
@@ -285,7 +285,7 @@ def run(planned: Plan, *, log: Callable[[str], None] = lambda _: None) -> StudyR
 
     If a case fails, its error is in the result, and the rows that it finished are kept.
     """
-    storage, model = planned.storage, _Loaded()
+    storage, model = planned.storage, _ModelLoader()
     store, results, trackers = FeatureStore(storage.cache), Results(Path(storage.results)), open_trackers(storage.track)
     rows: list[Row] = []
     extracted: list[ExtractionResult] = []
@@ -307,6 +307,6 @@ def run(planned: Plan, *, log: Callable[[str], None] = lambda _: None) -> StudyR
 
 
 def _pair(case: Case, store: FeatureStore) -> SplitPair:
-    train, test = (store.entry(spec) for spec in _read_by_probes(case.request))
+    train, test = (store.entry(spec) for spec in _plain_specs(case.request))
     assert train is not None and test is not None  # filled just now
     return SplitPair(case.request.names.model, case.request.names.dataset, train, test, older=0)
