@@ -63,7 +63,7 @@ def test_pooled_patches_lie_on_the_patches_that_they_are_of():
 def test_spreading_a_map_loses_nothing(a, b, seed):
     coarse, fine = min(a, b), max(a, b)
     shares = np.random.default_rng(seed).random((3, coarse, coarse))
-    spread = attention._spread(shares, fine)
+    spread = attention._resample(shares, fine)
     assert spread.shape == (3, fine, fine)
     np.testing.assert_allclose(spread.sum((1, 2)), shares.sum((1, 2)))
     if fine % coarse == 0:

@@ -157,7 +157,7 @@ def test_over_data_sets(tmp_path: Path) -> None:
     )
     assert [one.dataset for one in compared] == [f"set-{number}" for number in range(6)]
     test = statistics.over_datasets(compared)["a-vit"]
-    assert isinstance(test, statistics.Signed) and test.p == 2**-6 and test.mean == pytest.approx(0.045)
+    assert isinstance(test, statistics.SignedRank) and test.p == 2**-6 and test.mean == pytest.approx(0.045)
     assert "of 5 data sets is refused" in str(statistics.over_datasets(compared[:5])["a-vit"])
     table = statistics.by_dataset(rows)
     assert table["ap-last/linear"]["set-3"] == pytest.approx(0.55) and len(table["cls-last/linear"]) == 6

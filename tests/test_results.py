@@ -213,7 +213,7 @@ def test_a_writer_killed_in_the_middle_of_a_commit_leaves_the_state_before(tmp_p
 def test_who_waits_too_long_for_another_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Results(tmp_path)
     store.append(row("a"))
-    monkeypatch.setattr(database, "PATIENCE", 0.05)
+    monkeypatch.setattr(database, "TIMEOUT", 0.05)
     with sqlite3.connect(store.path, isolation_level=None) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(MlfusionError, match=r"cannot save results.*locked.*has no locks.*mlfusion results import"):

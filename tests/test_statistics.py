@@ -270,7 +270,7 @@ def test_holm_by_hand() -> None:
 
 def test_against_a_baseline() -> None:
     gains = {"good": [0.01 * k for k in range(1, 9)], "bad": [-0.01] * 8, "few": [0.5] * 3}
-    good, bad, few = statistics.against(gains)
+    good, bad, few = statistics.gain_tests(gains)
     assert good.p == 2**-8 and good.q == pytest.approx(2**-7) and good.significant
     assert bad.p is not None and bad.p > 0.9 and not bad.significant
     assert few.p is few.q is None and not few.significant and few.refused and "of 3 data sets" in few.refused

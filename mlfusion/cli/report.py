@@ -39,7 +39,7 @@ def report(
     if options.markdown:
         write_markdown(rows, Path(options.markdown))
     if options.against:
-        Console().print(published.table(compare_with_published(rows), most=MAX_SHOWN))
+        Console().print(published.table(compare_with_published(rows), max_lines=MAX_SHOWN))
     else:
         print_table(rows, long=options.long)
     if options.html:

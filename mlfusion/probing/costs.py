@@ -75,7 +75,7 @@ def _step_seconds(head: Head, shape: HeadShape, images: int, numerics: Numerics)
         progress=lambda _: ends.append(time.perf_counter()),
     ):
         pass
-    if len(ends) > STEPS:  # in several groups, because there is little memory
+    if len(ends) > STEPS:  # little memory: several groups were trained
         count = -(-count * STEPS // len(ends))
         ends = ends[:STEPS]
     return (ends[-1] - ends[0]) / (STEPS - 1) / count

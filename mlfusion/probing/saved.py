@@ -238,5 +238,5 @@ def _build(card: Card, tensors: Mapping[str, np.ndarray]) -> HeadModule:
             raise ValueError(f"{tuple(bank.shape)} neighbours and votes of {tuple(values.shape)}")
         return Neighbours(bank, values, [neighbourhood], target.kind)
     probe = HEADS[card.head](shape, seeds=[0], dropouts=[0.0])
-    probe.load_state_dict(state)  # of another shape, or another name: refused
+    probe.load_state_dict(state)  # refuses tensors of another shape or name
     return probe

@@ -70,7 +70,7 @@ class Search(ABC):
 
     @abstractmethod
     def scores(self) -> Scores:
-        """Score and loss of every configuration on images it was not fitted to; -inf and inf if it diverged."""
+        """Score and loss of every configuration on images that it was not fitted to; -inf and inf if it diverged."""
 
     @abstractmethod
     def refit(self, best: int) -> HeadModule:
@@ -99,8 +99,8 @@ class Training(Search):
     """Configurations that are trained in lockstep.
 
     With `halving`, all are trained for a ninth of the steps, the best third of them for a third, and the best third of those
-    to the end (successive halving, arXiv 1502.07943). Each stage starts again, in the schedule of the whole training: a
-    configuration that gets to the end has the score that it would have had without halving.
+    to the end (successive halving, arXiv 1502.07943). Each stage starts again, with the schedule of the whole training: a
+    configuration that reaches the end has the same score as without halving.
     """
 
     def __init__(self, *arguments: Any) -> None:

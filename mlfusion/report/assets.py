@@ -38,16 +38,16 @@ def data_tables() -> Assets:
 
     bundle = read_package_file("html", "dt_bundle.js")
     # The bundle is a module; a page of one file can import none. Its exports are made a global's fields instead.
-    head, found, tail = bundle.rpartition("export{")
+    head, export, tail = bundle.rpartition("export{")
     names, _, rest = tail.partition("}")
     pairs = re.findall(r"([\w$]+) as ([\w$]+)", names)
-    if not found or "jQuery" not in {name for _, name in pairs}:
+    if not export or "jQuery" not in {name for _, name in pairs}:
         raise Unavailable(
             f"itables {itables.__version__} does not hold DataTables in the form that the page takes it in; allowed: a version "
             "from 2.5 on. Type: pip install 'mlfusion[report]'"
         )
-    given = ",".join(f"{name}:{inner}" for inner, name in pairs)
-    script = f'(()=>{{"use strict";{head}window.dataTables={{{given}}};{rest.lstrip(";")}\n}})();'
+    exports = ",".join(f"{name}:{inner}" for inner, name in pairs)
+    script = f'(()=>{{"use strict";{head}window.dataTables={{{exports}}};{rest.lstrip(";")}\n}})();'
     return Assets(_embedded(script, "</script"), _embedded(read_package_file("html", "dt_bundle.css"), "</style"))
 
 

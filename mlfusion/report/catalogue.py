@@ -1,4 +1,4 @@
-"""The figures of a report, in the one list that both the page and the files are drawn from."""
+"""The figures of a report, in one list that both the page and the files use."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Literal
 
 from mlfusion.report import published
 from mlfusion.report.figures.accuracy import accuracy
-from mlfusion.report.figures.attention import Attended, attended, attention, top_share
+from mlfusion.report.figures.attention import GroupAttention, attention, group_attentions, top_share
 from mlfusion.report.figures.cost import cost
 from mlfusion.report.figures.drawing import Figure
 from mlfusion.report.figures.gains import by_heads, by_model, by_probe, by_token
@@ -45,13 +45,13 @@ class ReportData:
         return studies(self.groups)
 
     @cached_property
-    def attended(self) -> list[Attended]:
-        """The groups of all studies that have attention over layers, each with it."""
-        return [pair for study in self.studies for pair in attended(study.select())]
+    def attentions(self) -> list[GroupAttention]:
+        """The groups of all studies that have attention over layers, each with its attention."""
+        return [pair for study in self.studies for pair in group_attentions(study.select())]
 
     @cached_property
-    def compared(self) -> list[published.PublishedComparison]:
-        """Our scores beside the published ones."""
+    def comparisons(self) -> list[published.PublishedComparison]:
+        """Our scores compared with the published ones."""
         return published.compare(self.groups)
 
 
@@ -94,10 +94,9 @@ STUDY_FIGURES = (
 
 
 def group_figure(section: SectionName, groups: Sequence[ComparisonGroup], data: ReportData) -> Figure | None:
-    """The groups' figure of one section, on the colour scale of the whole report; None where there is nothing to draw."""
-    top = top_share(data.attended) if data.attended else None
+    """The groups' figure of one section, on the colour scale of the whole report; None if there is nothing to draw."""
     [draw] = [one.draw for one in GROUP_FIGURES if one.section == section]
-    return draw(groups, data, top)
+    return draw(groups, data, top_share(data.attentions))
 
 
 def group_figures(groups: Sequence[ComparisonGroup], data: ReportData) -> list[Figure]:
@@ -130,13 +129,12 @@ def figure_files(data: ReportData, *, paper: bool) -> Iterator[tuple[str, Figure
     for dataset, strips in (data.pictures or {}).items():
         for strip in strips:
             yield slug(f"{dataset}-{strip.name}"), strip_figure(strip)
-    if paper and (figure := published.figure(data.compared)):
+    if paper and (figure := published.figure(data.comparisons)):
         yield figure.name, figure
 
 
 def _group_files(study: Study, data: ReportData) -> Iterator[tuple[str, Figure]]:
-    pairs = attended(study.select())
-    top = top_share(pairs) if pairs else None
+    top = top_share(group_attentions(study.select()))
     for one in GROUP_FIGURES:
         for name in study.models if one.one_per == "model" else study.datasets:
             groups = study.select(model=name) if one.one_per == "model" else study.select(dataset=name)
@@ -150,5 +148,5 @@ def table_files(data: ReportData) -> list[tuple[str, ScoreTable]]:
 
 
 def _file_name(name: str, study: Study) -> str:
-    """'gains-by-probe', or of one of several studies of the same rows 'gains-by-probe.quick-grid'."""
+    """'gains-by-probe'; 'gains-by-probe.quick-grid' if the rows have several studies."""
     return slug(name) + (f".{slug(study.name)}" if study.name else "")

@@ -14,7 +14,7 @@ from mlfusion.specs.options import SearchOptions
 
 
 def reproduction_commands(groups: Iterable[ComparisonGroup], page: str) -> list[str]:
-    """For each group an `extract`, and a `probe` for each search that makes its rows; then the `report` of the page."""
+    """The commands of each group, `extract` and one `probe` per search of its rows; then the `report` of the page."""
     commands = []
     for group in groups:
         by_search: dict[SearchOptions, list[Score]] = {}
@@ -38,7 +38,7 @@ def _extract(group: ComparisonGroup) -> str:
     tokens = cast(set[Pair], set(group.tokens))
     kinds = {kind for _, kind in tokens}
     default: set[Pair] = {(layer, kind) for layer in range(1, group.first.depth + 1) for kind in ("cls", "ap")}
-    if kinds & {"cls", "ap"}:  # as the command does by default: they share a stream
+    if kinds & {"cls", "ap"}:  # they share a stream, and the command caches all layers by default
         tokens |= {(layer, kind) for layer, kind in default if kind in kinds}
     sources = group.first.sources
     options = [_without_folder(word) for word in sources.options]
@@ -61,9 +61,9 @@ def _probe_names(scores: Sequence[Score], depth: int) -> list[str]:
     names = [score.probe for score in scores]
     if set(STUDY) <= set(names):
         names = ["all", *(name for name in names if name not in STUDY)]
-    for series in dict.fromkeys(found[0] for score in scores if (found := score.layerwise)):
+    for series in dict.fromkeys(score.layerwise[0] for score in scores if score.layerwise):
         kinds, _, head = series.partition("/")
-        whole = [f"{kinds}-layer-{layer}/{head}" for layer in range(1, depth + 1)]
-        if set(whole) <= set(names):
-            names = [*(name for name in names if name not in whole), f"{kinds}-each-layer/{head}"]
+        every_layer = [f"{kinds}-layer-{layer}/{head}" for layer in range(1, depth + 1)]
+        if set(every_layer) <= set(names):
+            names = [*(name for name in names if name not in every_layer), f"{kinds}-each-layer/{head}"]
     return names

@@ -42,7 +42,7 @@ def write_figures(
     data = ReportData(rows, cka=cka, pictures=pictures)
     written: list[Path] = []
     for name, figure in figure_files(data, paper=paper):
-        written += _write(folder, name, _drawn(figure) | {".csv": to_csv(figure.numbers)})
+        written += _write(folder, name, _drawings(figure) | {".csv": to_csv(figure.numbers)})
         for other, records in figure.more_numbers.items():
             written += _write(folder, f"{name}-{other}", {".csv": to_csv(records)})
     for name, table in table_files(data):
@@ -58,7 +58,7 @@ def write_strips(strips: Sequence[Strip], folder: Path | str) -> list[Path]:
         MlfusionError: the folder cannot be written.
         Unavailable: Altair is not installed; says what to install.
     """
-    return [path for strip in strips for path in _write(folder, strip.name, _drawn(strip_figure(strip)))]
+    return [path for strip in strips for path in _write(folder, strip.name, _drawings(strip_figure(strip)))]
 
 
 def write_markdown(rows: Sequence[Row], path: Path | str) -> Path:
@@ -70,7 +70,7 @@ def write_markdown(rows: Sequence[Row], path: Path | str) -> Path:
     return write_whole(Path(path), terminal.markdown(rows))
 
 
-def _drawn(figure: Figure) -> dict[str, str | bytes]:
+def _drawings(figure: Figure) -> dict[str, str | bytes]:
     return {".svg": (drawing := svg(figure)), ".png": png(drawing)}
 
 

@@ -17,7 +17,7 @@ from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import ALF, ComparisonGroup, code_versions, comparison_groups
 from mlfusion.results import Results, Row
 from mlfusion.specs.names import BASELINE, layer_ranges
-from mlfusion.statistics.datasets import against
+from mlfusion.statistics.datasets import gain_tests
 from mlfusion.statistics.rows import Comparison, by_dataset, compare_probes, cost
 from mlfusion.system.progress import duration
 
@@ -49,8 +49,8 @@ def page_text(rows: Sequence[Row], results: Results, *, title: str, about: str, 
     parts = [f"# {title}", about, f"```\n{command}\n```", _provenance(groups)]
     for study in studies(groups):
         name = f" ({study.name})" if study.name else ""
-        each = [tables.markdown(tables.of_model(study, model)) for model in study.models if study.probes]
-        parts += [text.strip().replace("### ", "## ", 1) for text in each]
+        texts = [tables.markdown(tables.of_model(study, model)) for model in study.models if study.probes]
+        parts += [text.strip().replace("### ", "## ", 1) for text in texts]
         if uncertainty := [*_cases(study, results), *_tests(study)]:
             parts += [f"## Uncertainty{name}", *uncertainty]
         parts += [f"## Cost{name}", _costs(study)]
@@ -64,19 +64,19 @@ def _provenance(groups: Sequence[ComparisonGroup]) -> str:
     architectures = ", ".join(f"{name} ({one.depth} layers of width {one.width})" for name, one in models.items())
     seeds = layer_ranges(seed for group in groups for seed in group.seeds)
     dates = sorted(row.created[:10] for group in groups for row in group.rows)
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    dates_text = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     sizes = [
         (name, count(one.images.train), count(one.images.test), str(len(one.classes))) for name, one in datasets.items()
     ]
-    return _under(
-        f"This command writes this page. Its rows were computed on {when} by mlfusion at "
+    return _table_section(
+        f"This command writes this page. Its rows were computed on {dates_text} by mlfusion at "
         f"{', '.join(code_versions(groups))}. Models: {architectures}. Grid: "
         f"{', '.join(dict.fromkeys(group.grid for group in groups))}; seeds {seeds}.",
         tables.markdown_lines(["data set", "train images", "test images", "classes"], sizes),
     )
 
 
-def _under(text: str, lines: Sequence[str], *after: str) -> str:
+def _table_section(text: str, lines: Sequence[str], *after: str) -> str:
     """A sentence, the table under it, and further paragraphs."""
     return "\n\n".join([text, "\n".join(lines), *after])
 
@@ -91,21 +91,21 @@ def _cases(study: Study, results: Results) -> list[str]:
     return parts
 
 
-def _case_table(probe: str, compared: Sequence[Comparison]) -> str:
+def _case_table(probe: str, cases: Sequence[Comparison]) -> str:
     heads = ["model", "data set", f"`{BASELINE}`", f"`{probe}`", "gain, points", "over seeds", "over images", "p"]
     lines = []
-    for one in compared:
+    for one in cases:
         images, gain = one.images, plus_minus(one.gain.sd).strip()
         interval = f"{points(images.low)} to {points(images.high)} | {p_value(images.p)}" if images else "|"
         scores = percent(one.score_b.mean), percent(one.score_a.mean)
         lines.append((one.model, one.dataset, *scores, points(one.gain.mean), gain, interval))
-    above = sum(one.images.low > 0 for one in compared if one.images)
-    below = sum(one.images.high < 0 for one in compared if one.images)
-    return _under(
+    above = sum(one.images.low > 0 for one in cases if one.images)
+    below = sum(one.images.high < 0 for one in cases if one.images)
+    return _table_section(
         f"`{probe}` against `{BASELINE}`: 95 % interval and p from a paired bootstrap of the mean over seeds; both probes get "
         "the same resampled test images.",
         tables.markdown_lines(heads, lines, texts=2),
-        f"On average {points(fmean(one.gain.mean for one in compared))} points over {plural(len(compared), 'case', 'cases')}; "
+        f"On average {points(fmean(one.gain.mean for one in cases))} points over {plural(len(cases), 'case', 'cases')}; "
         f"the interval lies above 0 in {above} and below it in {below}.",
     )
 
@@ -123,13 +123,13 @@ def _tests(study: Study) -> list[str]:
         }
         if len(base) < 2 or not gains:
             continue
-        tested = against(gains)
+        tests = gain_tests(gains)
         place = f"Over the {len(base)} data sets of {model}"
-        if refused := next((one.refused for one in tested if one.refused), None):
+        if refused := next((one.refused for one in tests if one.refused), None):
             parts.append(f"{place}: {refused}.")
         lines = [
             (f"`{one.name}`", points(one.mean), p_value(one.p), p_value(one.q))
-            for one in tested
+            for one in tests
             if one.p is not None and one.q is not None
         ]
         text = (
@@ -137,19 +137,21 @@ def _tests(study: Study) -> list[str]:
             "p adjusted over these probes by Benjamini and Hochberg."
         )
         if lines:
-            parts.append(_under(text, tables.markdown_lines(["probe", "mean gain, points", "p", "adjusted"], lines)))
+            parts.append(
+                _table_section(text, tables.markdown_lines(["probe", "mean gain, points", "p", "adjusted"], lines))
+            )
     return parts
 
 
 def _costs(study: Study) -> str:
     lines = []
     for model, probe in product(study.models, study.probes):
-        if each := [cost(score.rows) for score in study.scores(probe, model=model)]:
-            parameters = count(max(one.parameters for one in each))
-            time, size = duration(fmean(one.seconds for one in each)), sum(one.bytes for one in each)
+        if costs := [cost(score.rows) for score in study.scores(probe, model=model)]:
+            parameters = count(max(one.parameters for one in costs))
+            time, size = duration(fmean(one.seconds for one in costs)), sum(one.bytes for one in costs)
             lines.append((model, f"`{probe}`", parameters, time, f"{size / 1e6:,.1f} MB"))
     rows, seconds = sum(len(group.rows) for group in study.groups), sum(group.seconds for group in study.groups)
-    return _under(
+    return _table_section(
         "Cost of one probe, with its grid and refit; means over seeds and data sets. Times are wall-clock times, which include "
         "other load on the machine.",
         tables.markdown_lines(["model", "probe", "parameters", "time", "tokens in the cache"], lines, texts=2),

@@ -67,7 +67,7 @@ def page(data: ReportData, *, title: str = TITLE, name: str = "report.html") -> 
 
     parts = sections(data, name)
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"count": count, "whole": _unbroken({row.probe for row in data.rows}), "packed": _packed}
+    env.filters |= {"count": count, "whole": _keep_together({row.probe for row in data.rows}), "packed": _packed}
     return env.from_string(_file("page.html")).render(
         title=title,
         opening=sentences.opening(groups),
@@ -90,7 +90,7 @@ def page(data: ReportData, *, title: str = TITLE, name: str = "report.html") -> 
     )
 
 
-def _unbroken(probes: set[str]) -> Any:
+def _keep_together(probes: set[str]) -> Any:
     """A template filter that keeps names of probes in one line; each part is escaped."""
     import markupsafe
 

@@ -23,18 +23,20 @@ DataTable = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """One column; each text is sent once, numbers as they are."""
+    """One column; each text is written once, numbers as they are."""
 
     title: str
     kind: Literal["text", "code", "percent", "points", "count", "duration", "setting"]
     cells: Sequence[Any]
     hidden: bool = False
 
-    def sent(self) -> tuple[dict[str, Any], list[Any]]:
-        """(properties for the script, cells: a text as its position among `words`, a score as (mean, deviation))."""
+    def to_json(self) -> tuple[dict[str, Any], list[Any]]:
+        """(properties for the script, cells: a text as its position in `words`, a score as (mean, deviation))."""
         head = {"title": self.title, "kind": self.kind} | ({"hidden": True} if self.hidden else {})
         if self.kind not in ("text", "code"):
-            return head, [tuple(map(rounded, one)) if isinstance(one, tuple) else rounded(one) for one in self.cells]
+            return head, [
+                tuple(map(rounded, cell)) if isinstance(cell, tuple) else rounded(cell) for cell in self.cells
+            ]
         position = {word: i for i, word in enumerate(dict.fromkeys(self.cells))}
         return head | {"words": list(position)}, [position[cell] for cell in self.cells]
 
@@ -90,19 +92,19 @@ def published_table(compared: Sequence[PublishedComparison]) -> DataTable:
 
 
 def listed_rows(groups: Sequence[ComparisonGroup]) -> list[Row]:
-    """All rows, or those that are not of a single layer, or none: as many as the page has room for."""
+    """The rows for the page: all, or those that are not of a single layer, or none, so that at most MAX_ROWS are listed."""
     rows = [row for group in groups for row in group.rows]
-    some = [row for row in rows if "-layer-" not in row.probe]
-    return next((listed for listed in (rows, some) if len(listed) <= MAX_ROWS), [])
+    without_layers = [row for row in rows if "-layer-" not in row.probe]
+    return next((listed for listed in (rows, without_layers) if len(listed) <= MAX_ROWS), [])
 
 
 def rows_table(rows: Sequence[Row]) -> DataTable:
-    """One line per row, with its metrics and the chosen hyper-parameters; columns without a value are left out."""
+    """One line per row, with its metrics and the selected hyper-parameters; columns without a value are left out."""
 
     def metric(name: str) -> list[Any]:
         return [getattr(row.metrics, name, None) for row in rows]
 
-    def chosen(name: str) -> list[Any]:
+    def selected(name: str) -> list[Any]:
         return [getattr(row.selected, name) for row in rows]
 
     columns = [
@@ -116,14 +118,14 @@ def rows_table(rows: Sequence[Row]) -> DataTable:
         Column("Macro-F1", "percent", metric("macro_f1")),
         Column("Validation", "percent", [row.val for row in rows]),
         Column("Train", "percent", [row.train for row in rows]),
-        Column("Learning rate", "setting", chosen("lr")),
-        Column("Weight decay", "setting", chosen("weight_decay")),
-        Column("Penalty", "setting", chosen("penalty")),
-        Column("Neighbours", "count", chosen("neighbours")),
-        Column("Dropout", "setting", chosen("dropout")),
-        Column("Heads", "count", chosen("heads")),
-        Column("Steps", "count", chosen("steps")),
-        Column("Batch", "count", chosen("batch_size")),
+        Column("Learning rate", "setting", selected("lr")),
+        Column("Weight decay", "setting", selected("weight_decay")),
+        Column("Penalty", "setting", selected("penalty")),
+        Column("Neighbours", "count", selected("neighbours")),
+        Column("Dropout", "setting", selected("dropout")),
+        Column("Heads", "count", selected("heads")),
+        Column("Steps", "count", selected("steps")),
+        Column("Batch", "count", selected("batch_size")),
         Column("Time", "duration", [row.seconds for row in rows]),
         Column("Grid", "text", [row.grid for row in rows]),
         Column("Code", "text", [row.code for row in rows]),
@@ -162,7 +164,7 @@ def runs_table(groups: Sequence[ComparisonGroup]) -> DataTable:
 
 
 def _table(columns: Sequence[Column]) -> DataTable:
-    heads, cells = zip(*(column.sent() for column in columns), strict=True)
+    heads, cells = zip(*(column.to_json() for column in columns), strict=True)
     return {"columns": list(heads), "rows": [list(row) for row in zip(*cells, strict=True)]}
 
 

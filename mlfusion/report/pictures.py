@@ -82,10 +82,10 @@ def mean_layers(attention: np.ndarray, layers: Sequence[int]) -> np.ndarray:
     Raises:
         BadData: the shapes do not match.
     """
-    shares, at = np.asarray(attention, dtype=np.float64), np.asarray(layers, dtype=np.float64)
-    if shares.ndim != 2 or shares.shape[1:] != at.shape:
-        raise BadData(f"attention of shape {shares.shape} over {at.size} tokens; allowed: [images, {at.size}]")
-    return (shares @ at) / shares.sum(axis=1)
+    shares, depths = np.asarray(attention, dtype=np.float64), np.asarray(layers, dtype=np.float64)
+    if shares.ndim != 2 or shares.shape[1:] != depths.shape:
+        raise BadData(f"attention of shape {shares.shape} over {depths.size} tokens; allowed: [images, {depths.size}]")
+    return (shares @ depths) / shares.sum(axis=1)
 
 
 def early_and_late(
@@ -99,20 +99,20 @@ def early_and_late(
         picture: test image i as a picture; its caption is followed by the mean layer.
         count: number of images in each strip, at most half of all.
     """
-    at = mean_layers(attention, layers)
-    order = np.argsort(at, kind="stable")
+    means = mean_layers(attention, layers)
+    order = np.argsort(means, kind="stable")
     count = min(count, len(order) // 2)
-    middle, last = float(np.median(at)), max(layers)
+    median, last = float(np.median(means)), max(layers)
 
     def strip(name: str, extreme: str, rows: np.ndarray) -> Strip:
         pictures = []
         for row in rows:
             original = picture(int(row))
-            caption = f"{original.caption}, layer {at[row]:.1f}" if original.caption else f"layer {at[row]:.1f}"
+            caption = ", ".join(filter(None, [original.caption, f"layer {means[row]:.1f}"]))
             pictures.append(Picture(original.image, caption, original.attention))
         description = (
-            f"The {len(rows)} of {len(at)} test images with the {extreme} mean layer of attention, which stands under each "
-            f"(the last layer is {last}; the median is {middle:.1f})."
+            f"The {len(rows)} of {len(means)} test images with the {extreme} mean layer of attention, which stands under each "
+            f"(the last layer is {last}; the median is {median:.1f})."
         )
         return Strip(f"Attention in {name} layers", description, tuple(pictures), name=f"read-{name}")
 

@@ -82,65 +82,63 @@ def compare(groups: Sequence[ComparisonGroup]) -> list[PublishedComparison]:
     ]
 
 
-def summarize(found: Sequence[PublishedComparison]) -> str:
+def summarize(compared: Sequence[PublishedComparison]) -> str:
     """The comparison in a few sentences; says so if no score is in common."""
-    if not found:
+    if not compared:
         known = published_scores()
         models, sets = (", ".join(dict.fromkeys(key[i] for key in known)) for i in (0, 1))
         return (
             f"No score is in common with the published ones ({SOURCE}): they are balanced accuracies of {models} on {sets}, by "
             "the study's ten probes without options."
         )
-    flagged = sum(one.flagged for one in found)
-    mean, size = fmean(one.difference for one in found), fmean(abs(one.difference) for one in found)
-    models_count = plural(len({one.group.model for one in found}), "model", "models")
-    sets_count = plural(len({one.group.dataset for one in found}), "data set", "data sets")
-    quick = any(one.group.grid != "paper" for one in found)
+    flagged = sum(one.flagged for one in compared)
+    mean, size = fmean(one.difference for one in compared), fmean(abs(one.difference) for one in compared)
+    models_count = plural(len({one.group.model for one in compared}), "model", "models")
+    sets_count = plural(len({one.group.dataset for one in compared}), "data set", "data sets")
+    quick = any(one.group.grid != "paper" for one in compared)
     return (
-        f"{count(len(found))} {'score is' if len(found) == 1 else 'scores are'} in common with the published ones ({SOURCE}; "
-        f"one seed): {models_count}, {sets_count}. Ours are {points(mean)} points above theirs on average; the mean absolute "
-        f"difference is {percent(size)} points. {flagged or 'None'} {'is' if flagged == 1 else 'are'} flagged: the difference "
-        f"exceeds {LARGE * 100:g} point and twice its standard deviation over seeds."
+        f"{count(len(compared))} {'score is' if len(compared) == 1 else 'scores are'} in common with the published ones "
+        f"({SOURCE}; one seed): {models_count}, {sets_count}. Ours are {points(mean)} points above theirs on average; the mean "
+        f"absolute difference is {percent(size)} points. {flagged or 'None'} {'is' if flagged == 1 else 'are'} flagged: the "
+        f"difference exceeds {LARGE * 100:g} point and twice its standard deviation over seeds."
         + (" Rows of the quick grid are not a fair comparison." if quick else "")
     )
 
 
-def table(found: Sequence[PublishedComparison], most: int) -> RenderableType:
+def table(compared: Sequence[PublishedComparison], max_lines: int) -> RenderableType:
     """A table for the terminal: all comparisons if they are few, else the flagged ones, the largest differences first."""
-    flagged = sorted((one for one in found if one.flagged), key=lambda one: -abs(one.difference))
-    shown = list(found) if len(found) <= most else flagged[:most]
-    summary = Text(summarize(found))
+    flagged = sorted((one for one in compared if one.flagged), key=lambda one: -abs(one.difference))
+    shown = list(compared) if len(compared) <= max_lines else flagged[:max_lines]
+    summary = Text(summarize(compared))
     if not shown:
         return summary
     lines = bare_table(None, ["model", "data set", "probe"], ["ours, %", "published", "difference, points", ""])
     for one in shown:
-        place, scores = (
-            (one.group.model, one.group.dataset, one.score.probe),
-            (mean_sd(one.score.test), percent(one.published)),
-        )
+        place = one.group.model, one.group.dataset, one.score.probe
+        scores = mean_sd(one.score.test), percent(one.published), points(one.difference)
         flag, style = ("flagged", "bold") if one.flagged else ("", "")
-        lines.add_row(*place, *scores, points(one.difference), flag, style=style)
-    left = len(found) - len(shown)
-    rest = [Text(f"{count(left)} more are in the page (--html) and in the CSV of --figures")] if left else []
-    return Group(lines, *rest, Text(), summary)
+        lines.add_row(*place, *scores, flag, style=style)
+    hidden = len(compared) - len(shown)
+    note = [Text(f"{count(hidden)} more are in the page (--html) and in the CSV of --figures")] if hidden else []
+    return Group(lines, *note, Text(), summary)
 
 
-def figure(found: Sequence[PublishedComparison]) -> Figure | None:
+def figure(compared: Sequence[PublishedComparison]) -> Figure | None:
     """Our scores against the published ones, one panel per model; None if no score is in common."""
-    if not found:
+    if not compared:
         return None
-    records = [one.record() for one in found]
-    ends = [100 * value for one in found for value in (one.score.test.mean, one.published)]
+    records = [one.record() for one in compared]
+    ends = [100 * value for one in compared for value in (one.score.test.mean, one.published)]
     spec = _spec(min(ends), max(max(ends), min(ends) + 1))
     return Figure(
         "against-paper",
         "Comparison with the published scores",
         f"Balanced accuracy on test in percent; on the dashed line both are equal. Filled: flagged. Published: {SOURCE}, one "
         "seed.",
-        summarize(found),
+        summarize(compared),
         [
             Panel(model, spec, [record for record in records if record["model"] == model], width=300)
-            for model in dict.fromkeys(one.group.model for one in found)
+            for model in dict.fromkeys(one.group.model for one in compared)
         ],
         records,
         page_width="narrow",

@@ -24,7 +24,7 @@ from mlfusion.report.summary import (
 )
 from mlfusion.report.tables import slug
 
-FEW = 4
+MAX_TOP_CASES = 4
 """Up to this number of cases (a model on a data set) are drawn at the top; more are drawn with their data set."""
 
 OVER_STUDIES: Mapping[SectionName, str] = {
@@ -46,22 +46,16 @@ class Section:
     figures: Sequence[Figure] = ()
     tables: Mapping[str, DataTable] = field(default_factory=dict)  # {id of its element: table}
     body: Literal["figures", "accuracy", "attention", "layers", "datasets", "runs"] = "figures"  # macro of page.html
-    content: Any = None  # what that macro shows besides figures and tables
+    content: Any = None  # the data of that macro besides figures and tables
     contents: Sequence[tuple[str, str]] = ()  # (anchor, label) of its entries in the table of contents
 
 
 def sections(data: ReportData, page: str) -> list[Section]:
     """Every section that is not empty; `page` is the file name that the last command writes."""
     over = [partial(_over_studies, name=name, title=title) for name, title in OVER_STUDIES.items()]
-    makers: list[Callable[[ReportData], Section | None]] = [
-        _accuracy,
-        _attention,
-        _layers,
-        *over,
-        _published,
-        _datasets,
-    ]
-    return [*(section for make in makers if (section := make(data))), _runs(data, page)]
+    builders: list[Callable[[ReportData], Section | None]] = [_accuracy, _attention, _layers, *over]
+    builders += [_published, _datasets]
+    return [*(section for build in builders if (section := build(data))), _runs(data, page)]
 
 
 def _accuracy(data: ReportData) -> Section:
@@ -92,13 +86,13 @@ def _accuracy(data: ReportData) -> Section:
 
 def _figures_at_the_top(data: ReportData, section: SectionName) -> list[Figure]:
     """The figure of all cases if they are few, else none."""
-    figure = group_figure(section, data.groups, data) if len(data.groups) <= FEW else None
+    figure = group_figure(section, data.groups, data) if len(data.groups) <= MAX_TOP_CASES else None
     return [figure] if figure else []
 
 
 def _attention(data: ReportData) -> Section:
-    figure = group_figure("attention", [group for group, _ in data.attended], data)
-    texts = [sentences.attention(group, found) for group, found in data.attended]
+    figure = group_figure("attention", [group for group, _ in data.attentions], data)
+    texts = [sentences.attention(group, attention) for group, attention in data.attentions]
     entries = [("attention", "Attention")] if figure else []
     return Section("attention", "Attention over layers", [figure] if figure else [], {}, "attention", texts, entries)
 
@@ -121,11 +115,11 @@ def _over_studies(data: ReportData, name: SectionName, title: str) -> Section | 
 
 
 def _published(data: ReportData) -> Section | None:
-    figure = published.figure(data.compared)
+    figure = published.figure(data.comparisons)
     if not figure:
         return None
-    tables = {"published": page_tables.published_table(data.compared)}
-    text = published.summarize(data.compared)
+    tables = {"published": page_tables.published_table(data.comparisons)}
+    text = published.summarize(data.comparisons)
     return Section("paper", figure.title, [figure], tables, content=text, contents=[("paper", figure.title)])
 
 
@@ -155,7 +149,7 @@ def _dataset_parts(data: ReportData) -> Iterator[DatasetPart]:
     names = dict.fromkeys(name for study in data.studies for name in study.datasets)
     for i, name in enumerate(dict.fromkeys([*names, *(data.pictures or {})])):
         groups = [group for study in data.studies for group in study.select(dataset=name)]
-        figures = group_figures(groups, data) if len(data.groups) > FEW else []
+        figures = group_figures(groups, data) if len(data.groups) > MAX_TOP_CASES else []
         predictions = classification.predictions(groups, data.results) if data.results else None
         if predictions:
             figures += classification.figures(predictions)
@@ -164,7 +158,7 @@ def _dataset_parts(data: ReportData) -> Iterator[DatasetPart]:
             yield DatasetPart(
                 name,
                 f"dataset-{slug(name)}",
-                _about(name, groups),
+                _facts(name, groups),
                 [replace(figure, name=f"{figure.name}-{i}") for figure in figures],
                 strips,
                 classification.confusions(predictions) if predictions else [],
@@ -172,7 +166,7 @@ def _dataset_parts(data: ReportData) -> Iterator[DatasetPart]:
             )
 
 
-def _about(name: str, groups: Sequence[ComparisonGroup]) -> str:
+def _facts(name: str, groups: Sequence[ComparisonGroup]) -> str:
     """The data set's domain, classes and images, and its best score, in one line."""
     if not groups:
         return ""

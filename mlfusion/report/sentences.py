@@ -33,10 +33,10 @@ def opening(groups: Sequence[ComparisonGroup]) -> str:
     probes = list(dict.fromkeys(main.probe for _, _, main, _ in gains))
     verb = "reaches" if len(probes) == 1 else "reach"
     mean, base = fmean(main.test.mean for _, _, main, _ in gains), fmean(base.test.mean for _, base, *_ in gains)
-    each = [gain.mean for *_, gain in gains]
+    means = [gain.mean for *_, gain in gains]
     return (
         f"{head}: on average {enumerated(probes)} {verb} {_whole_percent(mean)} against {_whole_percent(base)} for {BASELINE} "
-        f"({points(fmean(each))} points, from {points(min(each))} to {points(max(each))})."
+        f"({points(fmean(means))} points, from {points(min(means))} to {points(max(means))})."
     )
 
 
@@ -51,18 +51,18 @@ def _counted(directions: Sequence[int]) -> str:
 
 def warnings(groups: Sequence[ComparisonGroup]) -> list[str]:
     """Warnings before a comparison: metrics or versions of the code that differ."""
-    found = []
+    texts = []
     metrics = list(dict.fromkeys(metric_name(group.metric) for group in groups))
     if len(metrics) > 1:
-        found.append(
+        texts.append(
             f"The rows have {len(metrics)} metrics ({enumerated(metrics)}); nothing is compared or averaged across them."
         )
     if marked := sum(score.other_code for group in groups for score in group.scores):
-        found.append(
+        texts.append(
             f"{plural(marked, 'score was', 'scores were')} made by another version of the code than the baseline that the gain "
             f"is counted from (marked {DAGGER})."
         )
-    return found
+    return texts
 
 
 def answer(group: ComparisonGroup) -> str:
@@ -114,7 +114,7 @@ def chance_level(groups: Sequence[ComparisonGroup]) -> str:
 
 
 def attention(group: ComparisonGroup, tokens: LayerAttention) -> str:
-    """Which layer gets the largest share of the attention, compared with an even share."""
+    """The layer with the largest share of the attention, compared with an even share."""
     shares, deepest = tokens.by_layer, max(tokens.by_layer)
     peak = max(shares, key=lambda layer: shares[layer])
     at_peak = {kind: share for (layer, kind), share in zip(tokens.tokens, tokens.mean, strict=True) if layer == peak}

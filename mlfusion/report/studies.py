@@ -13,7 +13,7 @@ from mlfusion.report.summary import ComparisonGroup, Score, metric_name, probe_o
 class Study:
     """Groups that one figure may compare over models or data sets: one grid, one metric, the same options."""
 
-    name: str  # what distinguishes it from the other studies of the same rows, such as 'quick grid'; empty if alone
+    name: str  # the difference from other studies of the same rows, such as 'quick grid'; empty if alone
     groups: tuple[ComparisonGroup, ...]  # one for each model and data set, the one with the newest row
 
     @property
@@ -25,13 +25,13 @@ class Study:
     def models(self) -> tuple[str, ...]:
         """Models in the order of the catalogue; others follow in order of appearance."""
         names = dict.fromkeys(group.model for group in self.groups)
-        return tuple(sorted(names, key=partial(_place, list(models.CATALOGUE))))
+        return tuple(sorted(names, key=partial(_position, list(models.CATALOGUE))))
 
     @cached_property
     def datasets(self) -> tuple[str, ...]:
         """Data sets by domain, then in the order of the catalogue; others follow in order of appearance."""
         known, names = list(datasets.CATALOGUE), dict.fromkeys(group.dataset for group in self.groups)
-        return tuple(sorted(names, key=lambda name: (DOMAINS.index(domain(name)), _place(known, name))))
+        return tuple(sorted(names, key=lambda name: (DOMAINS.index(domain(name)), _position(known, name))))
 
     @cached_property
     def probes(self) -> tuple[str, ...]:
@@ -39,17 +39,17 @@ class Study:
         return tuple(sorted({score.probe for group in self.groups for score in group.probes}, key=probe_order))
 
     @cached_property
-    def _by_place(self) -> dict[tuple[str, str], tuple[ComparisonGroup, dict[str, Score]]]:
+    def _by_case(self) -> dict[tuple[str, str], tuple[ComparisonGroup, dict[str, Score]]]:
         return {(g.model, g.dataset): (g, {score.probe: score for score in g.scores}) for g in self.groups}
 
     def select(self, *, model: str | None = None, dataset: str | None = None) -> list[ComparisonGroup]:
         """The groups of a model, of a data set or of both, by model, then by data set."""
-        chosen = [[model] if model else self.models, [dataset] if dataset else self.datasets]
-        return [self._by_place[place][0] for place in product(*chosen) if place in self._by_place]
+        cases = product([model] if model else self.models, [dataset] if dataset else self.datasets)
+        return [self._by_case[case][0] for case in cases if case in self._by_case]
 
     def score(self, group: ComparisonGroup, probe: str) -> Score | None:
         """The score of a probe in one of the groups, or None."""
-        return self._by_place[group.model, group.dataset][1].get(probe)
+        return self._by_case[group.model, group.dataset][1].get(probe)
 
     def scores(self, probe: str, *, model: str | None = None, dataset: str | None = None) -> list[Score]:
         """The scores of a probe, in the order of `select`."""
@@ -57,7 +57,7 @@ class Study:
         return [score for group in groups if (score := self.score(group, probe))]
 
 
-def _place(known: Sequence[str], name: str) -> int:
+def _position(known: Sequence[str], name: str) -> int:
     """The position of a name among those known; all others come last."""
     return known.index(name) if name in known else len(known)
 
@@ -74,14 +74,14 @@ def domain(dataset: str) -> str:
 
 def studies(groups: Sequence[ComparisonGroup]) -> list[Study]:
     """Group by grid, metric and options, the largest study first: different metrics are never compared."""
-    found: dict[tuple[str, str, str], dict[tuple[str, str], ComparisonGroup]] = {}
+    by_setting: dict[tuple[str, str, str], dict[tuple[str, str], ComparisonGroup]] = {}
     for group in groups:
-        places = found.setdefault((group.grid, group.metric, group.options), {})
-        known = places.get((group.model, group.dataset))
-        if known is None or known.newest < group.newest:
-            places[group.model, group.dataset] = group
-    keys = sorted(found, key=lambda key: -sum(len(group.scores) for group in found[key].values()))
+        cases = by_setting.setdefault((group.grid, group.metric, group.options), {})
+        previous = cases.get((group.model, group.dataset))
+        if previous is None or previous.newest < group.newest:
+            cases[group.model, group.dataset] = group
+    keys = sorted(by_setting, key=lambda key: -sum(len(group.scores) for group in by_setting[key].values()))
     labels = [(f"{grid} grid", metric_name(metric), options or "no options") for grid, metric, options in keys]
     differ = [len(set(words)) > 1 for words in zip(*labels, strict=True)]
-    names = [", ".join(word for word, which in zip(words, differ, strict=True) if which) for words in labels]
-    return [Study(name, tuple(found[key].values())) for name, key in zip(names, keys, strict=True)]
+    names = [", ".join(word for word, differs in zip(words, differ, strict=True) if differs) for words in labels]
+    return [Study(name, tuple(by_setting[key].values())) for name, key in zip(names, keys, strict=True)]

@@ -35,7 +35,7 @@ class Score:
     """The scores of one probe on one model's features of one data set, over its seeds."""
 
     probe: str
-    rows: tuple[Row, ...]  # one a seed, by seed
+    rows: tuple[Row, ...]  # one per seed, sorted by seed
     test: Spread
     val: Spread
     train: Spread
@@ -149,8 +149,9 @@ class ComparisonGroup:
         """{series: {layer: score}}; a series ends in the last-layer probe of its kind, if that was run."""
         series: dict[str, dict[int, Score]] = {}
         for score in self.scores:
-            if found := score.layerwise:
-                series.setdefault(found[0], {})[found[1]] = score
+            if score.layerwise:
+                name, layer = score.layerwise
+                series.setdefault(name, {})[layer] = score
         for score in self.scores:
             if (match := _LAST.fullmatch(score.probe)) and (name := f"{match['kinds']}/{match['head']}") in series:
                 series[name].setdefault(self.first.depth, score)
@@ -171,9 +172,9 @@ class ComparisonGroup:
     def gain_standard_error(self) -> float | None:
         """Standard error of the main probe's gain from the number of test images, as if the probes had different images.
 
-        The probes share their images, so the true error is smaller; rows cannot tell by how much. For an accuracy it is the
-        standard error of a binomial share; for R² that of a squared correlation, 2 R (1 - R²) / √n (Olkin and Finn 1995);
-        for an average precision it is None, since rows cannot give it.
+        The probes share their images, so the true error is smaller, by an amount that rows cannot give. An accuracy has the
+        standard error of a binomial share; R² has that of a squared correlation, 2 R (1 - R²) / √n (Olkin and Finn 1995).
+        The result is None for an average precision, since rows cannot give its error.
         """
         means = [min(1.0, max(0.0, score.test.mean)) for score in (self.main, self.baseline) if score]
         if self.metric == "balanced_accuracy":
@@ -206,12 +207,13 @@ class LayerAttention:
     def of(cls, score: Score) -> "LayerAttention":
         """Average over seeds; a seed whose tokens differ from those of the first is left out."""
         attentions = [row.attention for row in score.rows if row.attention and _over_layers(row)]
-        same = [each for each in attentions if (each.layers, each.kinds) == (attentions[0].layers, attentions[0].kinds)]
+        first = attentions[0]
+        same = [each for each in attentions if (each.layers, each.kinds) == (first.layers, first.kinds)]
         means, deviations = (
             tuple(fmean(values) for values in zip(*seeds, strict=True))
             for seeds in ([each.mean for each in same], [each.sd for each in same])
         )
-        return cls(score.probe, tuple(zip(same[0].layers, same[0].kinds, strict=True)), means, deviations, len(same))
+        return cls(score.probe, tuple(zip(first.layers, first.kinds, strict=True)), means, deviations, len(same))
 
     @cached_property
     def by_layer(self) -> dict[int, float]:
@@ -223,12 +225,11 @@ class LayerAttention:
 
 
 def _over_layers(row: Row) -> bool:
+    """Whether a row has attention over several layers, with one token per layer and kind."""
     attention = row.attention
     if attention is None or len(set(attention.layers)) < 2:
         return False
-    return len(set(zip(attention.layers, attention.kinds, strict=True))) == len(
-        attention.kinds
-    )  # one token a layer and kind
+    return len(set(zip(attention.layers, attention.kinds, strict=True))) == len(attention.kinds)
 
 
 def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:

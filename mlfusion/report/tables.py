@@ -13,9 +13,10 @@ from mlfusion.errors import BadData
 from mlfusion.report.figures.drawing import Record
 from mlfusion.report.numbers import capitalized, from_to, percent, plus_minus, points
 from mlfusion.report.studies import Study, domain
-from mlfusion.report.summary import DAGGER, OTHER_CODE
+from mlfusion.report.summary import DAGGER, OTHER_CODE, ComparisonGroup
 from mlfusion.specs.names import BASELINE
-from mlfusion.statistics import FEWEST, Spread, wilcoxon
+from mlfusion.statistics import Spread, wilcoxon
+from mlfusion.statistics.datasets import MIN_DATASETS
 
 LEVEL = 0.05
 
@@ -52,9 +53,9 @@ Line = tuple[str, Sequence[Cell]]
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """One table: a line a data set under its domain, a column a probe."""
+    """One table: a line per data set under its domain, a column per probe."""
 
-    name: str  # of its files
+    name: str  # name of its files
     title: str
     note: str
     columns: Sequence[str]
@@ -78,18 +79,18 @@ def by_significance(study: Study) -> ScoreTable:
         if not scores:
             continue
         best = max(scores, key=lambda probe: fmean(scores[probe].values()))
-        tested |= len(scores) > 1 and len(scores[best]) >= FEWEST
+        tested |= len(scores) > 1 and len(scores[best]) >= MIN_DATASETS
         marks |= {(dataset, p): "bold" for p in scores if p == best or _no_worse(scores[p], scores[best])}
-    how = f"Bold: the best of the row; nothing is tested with fewer than {FEWEST} models."
+    marking = f"Bold: the best of the row; nothing is tested with fewer than {MIN_DATASETS} models."
     if tested:
         test = f"(one-sided Wilcoxon signed-rank test over models, p < {LEVEL})"
-        how = f"Bold: not significantly worse than the best of the row {test}."
-    return _table(study, "table-1-significance", how, marks)
+        marking = f"Bold: not significantly worse than the best of the row {test}."
+    return _table(study, "table-1-significance", marking, marks)
 
 
 def _no_worse(scores: Mapping[str, float], best: Mapping[str, float]) -> bool:
     """Whether a signed-rank test over models does not find scores worse than the best; False where nothing is tested."""
-    if len(scores) < FEWEST:
+    if len(scores) < MIN_DATASETS:
         return False
     try:
         return wilcoxon([best[model] - score for model, score in scores.items()]).p >= LEVEL
@@ -100,16 +101,16 @@ def _no_worse(scores: Mapping[str, float], best: Mapping[str, float]) -> bool:
 def by_rank(study: Study) -> ScoreTable:
     """Table 1 by rank: the best of each row is bold, the second underlined; the last line is the mean rank."""
     marks: dict[tuple[str, str], Mark] = {}
-    each: dict[str, list[float]] = {}
+    ranks_of: dict[str, list[float]] = {}
     for dataset in study.datasets:
         means = {probe: fmean(scores.values()) for probe, scores in _over_models(study, dataset).items()}
         for probe, rank in ranks(means).items():
-            each.setdefault(probe, []).append(rank)
+            ranks_of.setdefault(probe, []).append(rank)
             if rank < 3:
                 marks[dataset, probe] = "bold" if rank < 2 else "underline"
-    mean_ranks = {probe: fmean(values) for probe, values in each.items() if len(values) == len(study.datasets)}
-    how = f"Bold: the best of the row, underlined: the second. Mean rank over {len(study.datasets)} data sets, 1 the best."
-    table = _table(study, "table-1-ranks", how, marks)
+    mean_ranks = {probe: fmean(values) for probe, values in ranks_of.items() if len(values) == len(study.datasets)}
+    marking = f"Bold: the best of the row, underlined: the second. Mean rank over {len(study.datasets)} data sets, 1 the best."
+    table = _table(study, "table-1-ranks", marking, marks)
     foot = [*table.foot, ("Mean rank", _rank_cells(study.probes, mean_ranks))]
     added = [Record(dataset="mean rank", domain="", probe=p, rank=rank) for p, rank in mean_ranks.items()]
     return replace(table, foot=foot, numbers=[*table.numbers, *added])
@@ -148,12 +149,12 @@ def slug(name: str) -> str:
 def _over_models(study: Study, dataset: str) -> dict[str, dict[str, float]]:
     """{probe: {model: score}} for probes that every model of the data set has: other means are not comparable."""
     groups = [group for group in study.groups if group.dataset == dataset]
-    found = {p: {g.model: score.test.mean for g in groups if (score := study.score(g, p))} for p in study.probes}
-    return {probe: scores for probe, scores in found.items() if len(scores) == len(groups)}
+    by_probe = {p: {g.model: score.test.mean for g in groups if (score := study.score(g, p))} for p in study.probes}
+    return {probe: scores for probe, scores in by_probe.items() if len(scores) == len(groups)}
 
 
-def _table(study: Study, name: str, how: str, marks: Mapping[tuple[str, str], Mark]) -> ScoreTable:
-    """The table of a study; `how` explains its marks in the note."""
+def _table(study: Study, name: str, marking: str, marks: Mapping[tuple[str, str], Mark]) -> ScoreTable:
+    """The table of a study; `marking` explains its marks in the note."""
     places = list(product(study.datasets, study.probes))
     cells = {place: _cell(study, *place, marks.get(place, "")) for place in places}
     domains: dict[str, list[Line]] = {}
@@ -164,7 +165,7 @@ def _table(study: Study, name: str, how: str, marks: Mapping[tuple[str, str], Ma
         means = [_mean([cells[dataset, probe] for dataset in sets]) for probe in study.probes]
         foot.append((f"Mean of {len(sets)}", means))
     numbers = [_number(*place, cell) for place, cell in cells.items() if cell.test is not None]
-    note = _note(study, how, list(cells.values()))
+    note = _note(study, marking, list(cells.values()))
     return ScoreTable(name, "Scores and gains", note, study.probes, list(domains.items()), foot, numbers)
 
 
@@ -185,7 +186,7 @@ def _cell(study: Study, dataset: str, probe: str, mark: Mark) -> Cell:
 
 
 def _mean(cells: Sequence[Cell]) -> Cell:
-    """Means over data sets, if all models have the probe on each."""
+    """The means over data sets, if all models have the probe on each of them."""
     tests = [cell.test for cell in cells if cell.test is not None and not cell.few]
     if len(tests) < len(cells):
         return Cell()
@@ -203,13 +204,12 @@ def _number(dataset: str, probe: str, cell: Cell) -> Record:
     return record.extended(gain_sd=sd, n=gain.n if gain else None, mark=cell.mark, other_code=other)
 
 
-def _note(study: Study, how: str, cells: Sequence[Cell]) -> str:
+def _note(study: Study, marking: str, cells: Sequence[Cell]) -> str:
     over = f"models (n = {len(study.models)})" if len(study.models) > 1 else "seeds"
-    seeds = from_to(score.test.n for group in study.groups for score in group.probes)
     parts = [
         f"{capitalized(study.metric)} on test in percent, with the gain in points over {BASELINE} and ± one standard deviation "
-        f"over {over}; {seeds} {'seed' if seeds == '1' else 'seeds'}.",
-        how,
+        f"over {over}; {seed_counts(study.groups)}.",
+        marking,
     ]
     if any(cell.test is None or cell.few for cell in cells):
         parts.append(
@@ -219,6 +219,12 @@ def _note(study: Study, how: str, cells: Sequence[Cell]) -> str:
     if any(cell.other_code for cell in cells):
         parts.append(OTHER_CODE)
     return " ".join(filter(None, parts))
+
+
+def seed_counts(groups: Iterable[ComparisonGroup]) -> str:
+    """'1 seed', '3 seeds' or '1 to 5 seeds': the numbers of seeds of the groups' scores."""
+    counts = {score.test.n for group in groups for score in group.probes}
+    return from_to(counts) + (" seed" if counts == {1} else " seeds")
 
 
 def markdown(table: ScoreTable) -> str:
@@ -250,7 +256,7 @@ _LATEX |= {"±": r"$\pm$", DAGGER: r"$\dagger$", "\N{MINUS SIGN}": "$-$"} | {c: 
 
 
 def _tex(text: str) -> str:
-    """Text as LaTeX shows it."""
+    """The text with LaTeX's special characters escaped."""
     return text.translate(str.maketrans(_LATEX))
 
 

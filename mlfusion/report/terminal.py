@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlfusion.report.numbers import count, from_to, mean_sd, percent, points, short_count
+from mlfusion.report.numbers import count, mean_sd, percent, points, short_count
 from mlfusion.report.sentences import answer, opening
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import (
@@ -19,20 +19,20 @@ from mlfusion.report.summary import (
     mean_gain,
     metric_name,
 )
-from mlfusion.report.tables import markdown_lines
+from mlfusion.report.tables import markdown_lines, seed_counts
 from mlfusion.results import Row
 from mlfusion.system.progress import duration
 
 COLUMNS = ("test", "gain, points", "val", "param.", "time", "n")
 
-MANY = 2
+MAX_DATASETS = 2
 """With more data sets than this, each model gets one table with a column per data set."""
 
 
 def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> RenderableType:
-    """For `rich.Console.print`: a table for each model and data set, with a sentence that answers the question.
+    """A table for each model and data set, with a sentence that answers the question, for `rich.Console.print`.
 
-    For more data sets, a table for each model instead: a line per probe, a column per data set.
+    With more than two data sets, each model has one table instead: a line per probe, a column per data set.
 
     Args:
         rows: rows of any models and data sets.
@@ -43,20 +43,20 @@ def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> Rende
         MlfusionError: there are no rows.
     """
     groups = comparison_groups(rows)
-    every = studies(groups)
+    all_studies = studies(groups)
     parts: list[RenderableType] = []
-    if long or all(len(study.datasets) <= MANY for study in every):
+    if long or all(len(study.datasets) <= MAX_DATASETS for study in all_studies):
         for group in groups:
             parts += [_table(group), *_footnote(group.scores), Text(answer(group)), Text()]
         return Group(*parts[:-1])
-    for study in every:
+    for study in all_studies:
         for model in study.models:
             parts += [*_side_by_side(study, model, width), Text()]
-    left = len(groups) - sum(len(study.groups) for study in every)
+    older = len(groups) - sum(len(study.groups) for study in all_studies)
     singles = sum(score.layerwise is not None for group in groups for score in group.scores)
     notes = [opening(groups)]
     notes += [f"{count(singles)} scores of single layers are not in these tables."] if singles else []
-    notes += [f"{count(left)} older sets of features are not shown."] if left else []
+    notes += [f"{count(older)} older sets of features are not shown."] if older else []
     notes.append("For validation scores, parameters and times type: mlfusion report --long.")
     return Group(*parts, Text(" ".join(notes)))
 
@@ -71,69 +71,57 @@ def _side_by_side(study: Study, model: str, width: int) -> Iterator[RenderableTy
     probes = [probe for probe in study.probes if study.scores(probe, model=model)]
     if not probes:
         return
-    columns = [_column(study, group.dataset, [group], probes) for group in groups]
+    columns = [_Column(study, group.dataset, [group], probes) for group in groups]
     if len(groups) > 1:
-        columns.append(_column(study, "mean", groups, probes))
-    left = max(map(len, probes))
-    about = f"   {study.metric}, %, and gain in points, {_seeds(groups)}" + f", {study.name}" * bool(study.name)
+        columns.append(_Column(study, "mean", groups, probes))
+    name_width = max(map(len, probes))
+    about = f"   {study.metric}, %, and gain in points, {seed_counts(groups)}" + f", {study.name}" * bool(study.name)
     title: Text | None = Text.assemble((model, "bold"), (about, "dim"))
     while columns:
-        taken = _fitting(columns, width - left - 2)
-        table = bare_table(title, [""], [column.head for column in columns[:taken]])
+        count = _fitting(columns, width - name_width - 2)
+        table = bare_table(title, [""], [column.head for column in columns[:count]])
         for number, probe in enumerate(probes):
-            table.add_row(probe, *(column.cells[number] for column in columns[:taken]))
+            table.add_row(probe, *(column.cells[number] for column in columns[:count]))
         yield table
-        columns, title = columns[taken:], None
+        columns, title = columns[count:], None
         if columns:
             yield Text()
     yield from _footnote([score for group in groups for score in group.probes])
 
 
-def _fitting(columns: "Sequence[_Column]", room: int) -> int:
-    """Number of columns that fit into `room` characters, at least one."""
-    taken = 0
-    while taken < len(columns) and (room := room - columns[taken].width - 2) >= -2:
-        taken += 1
-    return max(taken, 1)
+def _fitting(columns: "Sequence[_Column]", width: int) -> int:
+    """Number of columns that fit into `width` characters, at least one."""
+    count = 0
+    while count < len(columns) and (width := width - columns[count].width - 2) >= -2:
+        count += 1
+    return max(count, 1)
 
 
 class _Column:
-    """A data set, or their mean: a cell per probe, with aligned numbers; the best score is bold."""
+    """A data set, or the mean over several: a cell per probe that all groups have, with aligned numbers; the best is bold."""
 
-    def __init__(self, head: str, cells: Sequence[tuple[float, str] | None]) -> None:
-        scores = [percent(cell[0]) if cell else "" for cell in cells]
-        gains = [cell[1] if cell else "" for cell in cells]
-        wide, far = max(map(len, scores)), max(map(len, gains))
-        best = max((cell[0] for cell in cells if cell), default=None)
+    def __init__(self, study: Study, head: str, groups: Sequence[ComparisonGroup], probes: Sequence[str]) -> None:
+        by_probe = [[score for group in groups if (score := study.score(group, probe))] for probe in probes]
+        complete = [scores if len(scores) == len(groups) else [] for scores in by_probe]
+        means = [fmean(score.test.mean for score in scores) if scores else None for scores in complete]
+        scores = ["" if mean is None else percent(mean) for mean in means]
+        gains = [_gain_text(scores) if scores else "" for scores in complete]
+        score_width, gain_width = max(map(len, scores)), max(map(len, gains))
+        best = max((mean for mean in means if mean is not None), default=None)
         self.head = head
-        self.width = max(len(head), wide + (far + 1 if far else 0))
+        self.width = max(len(head), score_width + (gain_width + 1 if gain_width else 0))
         self.cells = [
             Text.assemble(
-                (score.rjust(wide), "bold" if cell and cell[0] == best else ""),
-                (f" {gain.ljust(far)}" if far else "", "dim"),
+                (score.rjust(score_width), "bold" if score and mean == best else ""),
+                (f" {gain.ljust(gain_width)}" if gain_width else "", "dim"),
             )
-            for cell, score, gain in zip(cells, scores, gains, strict=True)
+            for mean, score, gain in zip(means, scores, gains, strict=True)
         ]
-
-
-def _column(study: Study, head: str, groups: Sequence[ComparisonGroup], probes: Sequence[str]) -> _Column:
-    """The column of one data set, or of means over several, for probes that all groups have."""
-    cells: list[tuple[float, str] | None] = []
-    for probe in probes:
-        scores = [score for group in groups if (score := study.score(group, probe))]
-        whole = len(scores) == len(groups)
-        cells.append((fmean(score.test.mean for score in scores), _gain_text(scores)) if whole else None)
-    return _Column(head, cells)
 
 
 def _gain_text(scores: Sequence[Score]) -> str:
     gain = mean_gain(scores)
     return "" if gain is None else points(gain) + DAGGER * any(score.other_code for score in scores)
-
-
-def _seeds(groups: Sequence[ComparisonGroup]) -> str:
-    numbers = {score.test.n for group in groups for score in group.probes}
-    return from_to(numbers) + (" seed" if numbers == {1} else " seeds")
 
 
 def bare_table(title: Text | None, texts: Sequence[str], numbers: Sequence[str]) -> Table:

@@ -79,11 +79,11 @@ class Selected(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @classmethod
     def of(cls, values: Mapping[str, float | int]) -> "Selected":
-        """From the hyper-parameters of a head, by name."""
+        """The hyper-parameters of a head from a dictionary by name."""
         return msgspec.convert(values, cls)
 
     def given(self) -> dict[str, float | int]:
-        """Those that the head has, by name."""
+        """The hyper-parameters that the head has, by name."""
         return msgspec.to_builtins(self)
 
 
@@ -122,15 +122,15 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     dataset: str
     probe: str  # "cls+ap-all-layers/attentive"
     seed: int
-    metric: str  # what val, test and train are: balanced_accuracy, mean_average_precision or r2
-    val: Finite  # of the chosen configuration, on the 20 % of train held out for the choice
+    metric: str  # metric of val, test and train: balanced_accuracy, mean_average_precision or r2
+    val: Finite  # score of the chosen configuration on the 20 % of train held out for the choice
     test: Finite  # computed once, after the choice
     train: Finite
     metrics: AnyMetrics
     selected: Selected
     grid: GridName
-    configurations: int  # number of those scored on the validation part
-    parameters: int  # of one probe
+    configurations: int  # number of configurations scored on the validation part
+    parameters: int  # number of parameters of one probe
     seconds: Finite
     layers: tuple[int, ...]  # layers that the probe reads
     tokens: tuple[str, ...]  # token kinds that the probe reads
@@ -145,9 +145,9 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     created: str  # ISO 8601
     protocol: int  # `probing.jobs.PROTOCOL`; rows of different protocols are not compared
     device: str  # device of the training
-    precision: RowPrecision  # of the matrix products in training; 'auto' is resolved
+    precision: RowPrecision  # precision of the matrix products in training; 'auto' is resolved
     bytes: int  # size of the tokens it reads in the cache before compression, train and test
-    sources: Sources  # where model and data set come from
+    sources: Sources  # sources of the model and the data set
     shots: int | None = None  # training images per class; None: all
     halving: bool = False  # weak configurations were stopped early
     smoothing: Finite | None = None  # label smoothing; None: no smoothing
@@ -223,7 +223,7 @@ def check(row: Row) -> None:
     from_object(msgspec.to_builtins(row))
 
 
-# --- what is wrong with a value, in words ----------------------------------------------------------------------------
+# --- error messages about values  ----------------------------------------------------------------------------
 
 _NOUNS = {
     "float": "a finite number",

@@ -35,7 +35,7 @@ class Option:
     help: str  # one sentence
     effect: Effect
     default: Any
-    name: str = ""  # in recipes, and with dashes on the command line; empty: the field's name
+    name: str = ""  # name in recipes, and with dashes on the command line; empty: the field's name
     former: tuple[str, ...] = ()  # earlier names, which are still accepted
     short: str = ""  # a letter for the command line
 

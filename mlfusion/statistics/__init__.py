@@ -1,7 +1,7 @@
 """Uncertainty of results: spreads, intervals, tests, ranks, calibration and similarity, by SciPy and scikit-learn. No torch.
 
 `images`      over the test images of a data set: interval, difference (paired bootstrap), mcnemar, calibration, confusion
-`datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, against, ranking (Friedman, critical difference)
+`datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, gain_tests, ranking (Friedman, critical difference)
 `rows`        on rows: compare, by_dataset, over_datasets, rank, certainty, cost; Spread over seeds
 `cka`         similarity of layers: cka, cka_with, layer_cka (centred kernel alignment, linear or by an RBF)
 
@@ -11,7 +11,7 @@ test sets.
 """
 
 from mlfusion.statistics.cka import cka, cka_with, layer_cka
-from mlfusion.statistics.datasets import FEWEST, Against, Ranking, Signed, adjust, against, holm, ranking, wilcoxon
+from mlfusion.statistics.datasets import GainTest, Ranking, SignedRank, adjust, gain_tests, holm, ranking, wilcoxon
 from mlfusion.statistics.images import Bootstrap, Calibration, calibration, confusion, difference, interval, mcnemar
 from mlfusion.statistics.rows import (
     Cost,
@@ -29,17 +29,15 @@ from mlfusion.statistics.rows import (
 )
 
 __all__ = [
-    "FEWEST",
-    "Against",
     "Bootstrap",
     "Calibration",
     "Cost",
+    "GainTest",
     "Ranking",
     "Setting",
-    "Signed",
+    "SignedRank",
     "Spread",
     "adjust",
-    "against",
     "by_dataset",
     "calibration",
     "certainty",
@@ -51,6 +49,7 @@ __all__ = [
     "confusion",
     "cost",
     "difference",
+    "gain_tests",
     "holm",
     "interval",
     "layer_cka",

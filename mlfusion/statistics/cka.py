@@ -38,9 +38,9 @@ def cka(
 
 
 def cka_with(
-    last: np.ndarray, *, kernel: Kernel = "linear", sigma: float = SIGMA, debiased: bool = True
+    fixed: np.ndarray, *, kernel: Kernel = "linear", sigma: float = SIGMA, debiased: bool = True
 ) -> Callable[[np.ndarray], float]:
-    """The same with one representation fixed, for comparison with many others: its own terms are computed once."""
+    """CKA with one fixed representation, for comparison with many others: its own terms are computed once."""
     if kernel not in get_args(Kernel):
         raise UnknownName("kernel", kernel, get_args(Kernel))
 
@@ -50,7 +50,7 @@ def cka_with(
     def hsic(a: np.ndarray, b: np.ndarray) -> float:
         return _hsic(a, b, debiased) if kernel == "linear" else float((a * b).sum())
 
-    reference = prepared(last)
+    reference = prepared(fixed)
     own = hsic(reference, reference)
 
     def to_reference(x: np.ndarray) -> float:
@@ -69,12 +69,12 @@ def layer_cka(tokens: np.ndarray, *, debiased: bool = True) -> np.ndarray:
     layer_cka(features.tokens[:, :, 0])
     """
     layers = [_centred(tokens[:, layer]) for layer in range(tokens.shape[1])]
-    own = [_hsic(one, one, debiased) for one in layers]
-    found = np.empty((len(layers), len(layers)))
-    for i, one in enumerate(layers):
+    own = [_hsic(layer, layer, debiased) for layer in layers]
+    similarity = np.empty((len(layers), len(layers)))
+    for i, layer in enumerate(layers):
         for j in range(i + 1):
-            found[i, j] = found[j, i] = _ratio(_hsic(one, layers[j], debiased), own[i], own[j])
-    return found
+            similarity[i, j] = similarity[j, i] = _ratio(_hsic(layer, layers[j], debiased), own[i], own[j])
+    return similarity
 
 
 def _centred(x: np.ndarray) -> np.ndarray:
@@ -102,8 +102,8 @@ def _rbf(x: np.ndarray, sigma: float) -> np.ndarray:
     """RBF Gram matrix [N, N] of centred features; zeros if most images coincide, since then no width can be chosen."""
     squares = (x**2).sum(1)
     distances = np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0)  # squared
-    middle = float(np.median(distances[np.triu_indices(len(x), 1)]))
-    return np.exp(distances / (-2 * sigma**2 * middle)) if middle else np.zeros_like(distances)
+    median = float(np.median(distances[np.triu_indices(len(x), 1)]))
+    return np.exp(distances / (-2 * sigma**2 * median)) if median else np.zeros_like(distances)
 
 
 def _centred_gram(k: np.ndarray, debiased: bool) -> np.ndarray:

@@ -13,14 +13,14 @@ import numpy as np
 
 from mlfusion.errors import BadData
 
-FEWEST = 6
+MIN_DATASETS = 6
 """Minimum number of data sets for a test: with fewer, no two-sided signed-rank test can give p < 0.05."""
 
 ALPHA = 0.05
 
 
 @dataclass(frozen=True)
-class Signed:
+class SignedRank:
     """Wilcoxon's signed-rank test of n differences against 0."""
 
     n: int
@@ -31,45 +31,45 @@ class Signed:
 
 
 @dataclass(frozen=True)
-class Against:
-    """One probe against the baseline over data sets; p and q are None where there are too few of them."""
+class GainTest:
+    """The test of a probe's gains over the baseline, one per data set; p and q are None if there are too few data sets."""
 
     name: str
     n: int
     mean: float  # mean of the gains
     median: float
-    p: float | None  # one-sided: it gains
+    p: float | None  # one-sided, for a gain above 0
     q: float | None  # p adjusted for all probes tested together (Benjamini and Hochberg)
     significant: bool  # q below the level
     refused: str | None  # why p is None
 
 
 @dataclass(frozen=True)
-class Pair:
+class RankedPair:
     """Two ranked probes, with the p-values of the hypothesis that they are equally good."""
 
     a: str
     b: str
     nemenyi: float
-    holm: float  # of Wilcoxon's two-sided test, adjusted by Holm's
+    holm: float  # p-value of Wilcoxon's two-sided test, adjusted by Holm's method
 
 
 @dataclass(frozen=True)
 class Ranking:
     """Mean ranks over data sets, 1 the best, as a critical-difference diagram shows them."""
 
-    names: tuple[str, ...]  # by mean rank
+    names: tuple[str, ...]  # sorted by mean rank
     ranks: tuple[float, ...]
-    means: tuple[float, ...]  # of the scores
+    means: tuple[float, ...]  # mean scores
     datasets: int
     friedman: float  # p-value of the hypothesis that all are equally good
-    critical_difference: float  # of two mean ranks, by Nemenyi
+    critical_difference: float  # smallest significant difference of two mean ranks, by Nemenyi
     level: float
-    groups: tuple[tuple[str, ...], ...]  # neighbours that differ by no more than that; at least two each
-    pairs: tuple[Pair, ...]
+    groups: tuple[tuple[str, ...], ...]  # neighbours that do not differ significantly; at least two each
+    pairs: tuple[RankedPair, ...]
 
 
-def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> Signed:
+def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> SignedRank:
     """Test whether differences, one per data set, are above 0. The test is exact for up to 50 without ties (up to 9 with
     ties), and else uses the normal approximation.
 
@@ -83,22 +83,22 @@ def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> S
     values = np.asarray(differences, np.float64)
     # Differences of rounded scores are equal only up to the last bit.
     nonzero = np.round(values[values != 0], 12)
-    if len(nonzero) < FEWEST:
+    if len(nonzero) < MIN_DATASETS:
         equal = f" ({len(values) - len(nonzero)} of {len(values)} are exactly 0)" if len(nonzero) < len(values) else ""
         raise BadData(
             f"a signed-rank test of {len(nonzero)} data set{'s' if len(nonzero) != 1 else ''}{equal} is refused: with fewer "
-            f"than {FEWEST} it cannot give a two-sided p below 0.05, whatever they show. Probe more data sets, or look at each "
-            "with `mlfusion results compare`, which tests over images"
+            f"than {MIN_DATASETS} it cannot give a two-sided p below 0.05, whatever they show. Probe more data sets, or look "
+            "at each with `mlfusion results compare`, which tests over images"
         )
     tied = len(np.unique(np.abs(nonzero))) < len(nonzero)
-    # With ties SciPy's exact p-value goes through all 2ⁿ signs, which takes it half a second from twelve on.
+    # With ties SciPy's exact p-value enumerates all 2ⁿ signs, which takes half a second for n = 12.
     p = float(
         test(nonzero, alternative=alternative, method="asymptotic" if tied and len(nonzero) > 9 else "auto").pvalue
     )
-    return Signed(len(values), float(values.mean()), float(np.median(values)), p, alternative)
+    return SignedRank(len(values), float(values.mean()), float(np.median(values)), p, alternative)
 
 
-def wilcoxon_or_reason(differences: Sequence[float], alternative: str = "greater") -> Signed | str:
+def wilcoxon_or_reason(differences: Sequence[float], alternative: str = "greater") -> SignedRank | str:
     """The test, or why it is refused."""
     try:
         return wilcoxon(differences, alternative=alternative)
@@ -123,24 +123,24 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def against(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> list[Against]:
-    """Several probes against one baseline: one-sided signed-rank tests, adjusted together.
+def gain_tests(gains: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> list[GainTest]:
+    """Test the gains of several probes over one baseline by one-sided signed-rank tests, adjusted together.
 
     `gains` holds each probe's gains over the baseline, one per data set (mean over seeds); `level` is the false discovery rate.
     """
     tests = {name: wilcoxon_or_reason(values) for name, values in gains.items()}
-    found = {name: test.p for name, test in tests.items() if isinstance(test, Signed)}
-    adjusted = dict(zip(found, adjust(list(found.values())).tolist(), strict=True))
+    p_values = {name: test.p for name, test in tests.items() if isinstance(test, SignedRank)}
+    adjusted = dict(zip(p_values, adjust(list(p_values.values())).tolist(), strict=True))
     return [
-        Against(
+        GainTest(
             name,
             len(values),
             float(np.mean(values)),
             float(np.median(values)),
-            found.get(name),
+            p_values.get(name),
             adjusted.get(name),
             adjusted.get(name, 1.0) < level,
-            None if name in found else str(tests[name]),
+            None if name in p_values else str(tests[name]),
         )
         for name, values in gains.items()
     ]
@@ -162,10 +162,10 @@ def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> R
             "ranks need every probe on every data set; allowed: scores of the same data sets in the same order"
         )
     k, n = len(names), lengths.pop() if lengths else 0
-    if k < 3 or n < FEWEST:
+    if k < 3 or n < MIN_DATASETS:
         raise BadData(
             f"ranks of {k} probes on {n} data sets are refused: Friedman's test needs three probes, and says nothing of fewer "
-            f"than {FEWEST} data sets. Probe more of them, or compare two probes with `mlfusion results compare`"
+            f"than {MIN_DATASETS} data sets. Probe more of them, or compare two probes with `mlfusion results compare`"
         )
     table = np.array([scores[name] for name in names], np.float64)  # [k, n]
     ranks = rankdata(-np.round(table, 12), axis=0).mean(1)
@@ -174,12 +174,14 @@ def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> R
     unit = sqrt(k * (k + 1) / (6 * n))
     critical = float(studentized_range.ppf(1 - level, k, np.inf)) / sqrt(2) * unit
     order = np.argsort(ranks, kind="stable").tolist()
-    two = list(combinations(order, 2))
-    tests = [wilcoxon_or_reason((table[a] - table[b]).tolist(), "two-sided") for a, b in two]
-    signed = holm([test.p if isinstance(test, Signed) else 1.0 for test in tests])  # of too few nothing is claimed
+    indices = list(combinations(order, 2))
+    tests = [wilcoxon_or_reason((table[a] - table[b]).tolist(), "two-sided") for a, b in indices]
+    # A test that is refused, because there are too few differences, claims nothing: its p-value is 1.
+    signed = holm([test.p if isinstance(test, SignedRank) else 1.0 for test in tests])
+    nemenyi = [float(studentized_range.sf(abs(ranks[a] - ranks[b]) / unit * sqrt(2), k, np.inf)) for a, b in indices]
     pairs = tuple(
-        Pair(names[a], names[b], float(studentized_range.sf(abs(ranks[a] - ranks[b]) / unit * sqrt(2), k, np.inf)), p)
-        for (a, b), p in zip(two, signed.tolist(), strict=True)
+        RankedPair(names[a], names[b], *p_values)
+        for (a, b), *p_values in zip(indices, nemenyi, signed.tolist(), strict=True)
     )
     return Ranking(
         tuple(names[i] for i in order),

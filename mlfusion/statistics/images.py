@@ -48,7 +48,7 @@ class Bootstrap:
             weights = np.bincount((flat + offsets).ravel(), minlength=images * len(flat)).reshape(len(flat), images)
             return score(weights.astype(np.float64)).reshape(rows.shape[:-1])
 
-        found = bootstrap(
+        result = bootstrap(
             (np.arange(images),),
             statistic,
             vectorized=True,
@@ -58,8 +58,8 @@ class Bootstrap:
             method=self.method,
             rng=np.random.default_rng(self.seed),
         )
-        low, high = found.confidence_interval
-        return float(low), float(high), found.bootstrap_distribution
+        low, high = result.confidence_interval
+        return float(low), float(high), result.bootstrap_distribution
 
 
 BOOTSTRAP = Bootstrap()
@@ -135,9 +135,9 @@ def interval(
         BadData: labels and predictions do not match, or are fewer than two.
         UnknownName: there is no such metric for such labels.
     """
-    score = _mean(labels, predictions, metric)
+    score = _mean_measure(labels, predictions, metric)
     low, high, _ = bootstrap.resample(score, len(labels))
-    return Interval(_whole(score, labels), low, high, bootstrap.level, bootstrap.resamples)
+    return Interval(_full_score(score, labels), low, high, bootstrap.level, bootstrap.resamples)
 
 
 def difference(
@@ -152,12 +152,12 @@ def difference(
 
     The p-value is the smallest level at which the percentile interval still contains 0. Arguments and errors as in `interval`.
     """
-    score_a, score_b = _mean(labels, a, metric), _mean(labels, b, metric)
+    score_a, score_b = _mean_measure(labels, a, metric), _mean_measure(labels, b, metric)
     low, high, distribution = bootstrap.resample(lambda w: score_a(w) - score_b(w), len(labels))
-    at_a, at_b = _whole(score_a, labels), _whole(score_b, labels)
+    a_score, b_score = _full_score(score_a, labels), _full_score(score_b, labels)
     tail = min(np.count_nonzero(distribution <= 0), np.count_nonzero(distribution >= 0))
     p = min(1.0, 2 * (tail + 1) / (bootstrap.resamples + 1))
-    return Difference(at_a, at_b, at_a - at_b, low, high, bootstrap.level, float(p), bootstrap.resamples)
+    return Difference(a_score, b_score, a_score - b_score, low, high, bootstrap.level, float(p), bootstrap.resamples)
 
 
 def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
@@ -170,8 +170,8 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
     """
     from scipy.stats import binomtest
 
-    for one in (a, b):
-        _check(labels, one)
+    for probabilities in (a, b):
+        _check(labels, probabilities)
     if labels.ndim != 1 or labels.dtype.kind == "f":
         raise BadData("McNemar's test counts images that are right or wrong; allowed: one class an image")
     right_a, right_b = a.argmax(1) == labels, b.argmax(1) == labels
@@ -186,18 +186,18 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15
     `labels` are classes [N], `probabilities` [N, C].
     """
     _check(labels, probabilities)
-    sure = probabilities.max(1).astype(np.float64)
+    top = probabilities.max(1).astype(np.float64)
     right = probabilities.argmax(1) == labels
     edges = np.linspace(0, 1, bins + 1)
-    at = np.clip(np.searchsorted(edges, sure, side="left") - 1, 0, bins - 1)
-    count = np.bincount(at, minlength=bins)
-    confidence, accuracy = (np.bincount(at, each, bins) / np.maximum(count, 1) for each in (sure, right))
+    bin_of = np.clip(np.searchsorted(edges, top, side="left") - 1, 0, bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    confidence, accuracy = (np.bincount(bin_of, values, bins) / np.maximum(count, 1) for values in (top, right))
     columns = (column.tolist() for column in (edges[:-1], edges[1:], count, confidence, accuracy))
     return Calibration(
         float((count * np.abs(confidence - accuracy)).sum() / len(labels)),
         tuple(
-            Bin(low, high, images, sure if images else None, right if images else None)
-            for low, high, images, sure, right in zip(*columns, strict=True)
+            Bin(low, high, images, mean if images else None, share if images else None)
+            for low, high, images, mean, share in zip(*columns, strict=True)
         ),
     )
 
@@ -249,31 +249,31 @@ def _balanced_accuracy(labels: np.ndarray, probabilities: np.ndarray) -> Measure
 
 def _macro_f1(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
     predicted = probabilities.argmax(1)
-    truth, taken = (_by_class(classes, probabilities.shape[1]) for classes in (labels, predicted))
+    truth, guesses = (_by_class(classes, probabilities.shape[1]) for classes in (labels, predicted))
     right, present = predicted == labels, np.unique(labels)
 
     def score(weights: np.ndarray) -> np.ndarray:
-        both = truth(weights) + taken(weights)
+        both = truth(weights) + guesses(weights)
         with np.errstate(invalid="ignore"):
             return np.nanmean((2 * truth(weights * right) / both)[:, present], axis=1)
 
     return score
 
 
-def _average(each: np.ndarray) -> Measure:
-    each = each.astype(np.float64)
-    return lambda weights: weights @ each / weights.sum(1)
+def _average(values: np.ndarray) -> Measure:
+    values = values.astype(np.float64)
+    return lambda weights: weights @ values / weights.sum(1)
 
 
-def _own(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def _own_class(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Probability of each image's own class [N, 1]."""
     return np.take_along_axis(probabilities, labels[:, None], axis=1)
 
 
-def _mean_average_precision(labels: np.ndarray, scored: np.ndarray) -> Measure:
+def _mean_average_precision(labels: np.ndarray, scores: np.ndarray) -> Measure:
     """The area under precision against recall without interpolation; images with the same score count together."""
     orders, ends = [], []
-    for column in scored.T:
+    for column in scores.T:
         order = np.argsort(-column, kind="stable")
         ordered = column[order]
         last = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
@@ -281,15 +281,15 @@ def _mean_average_precision(labels: np.ndarray, scored: np.ndarray) -> Measure:
         ends.append(last[np.searchsorted(last, np.arange(len(ordered)))])  # the last image with the same score
 
     def score(weights: np.ndarray) -> np.ndarray:
-        each = np.full((len(weights), labels.shape[1]), np.nan)
+        by_label = np.full((len(weights), labels.shape[1]), np.nan)
         for c, (order, end) in enumerate(zip(orders, ends, strict=True)):
             w = weights[:, order]
             positive = w * labels[order, c]
             hits, counted = positive.cumsum(1)[:, end], w.cumsum(1)[:, end]
             precision = np.divide(hits, counted, out=np.zeros_like(hits), where=counted > 0)
             total = positive.sum(1)
-            np.divide((positive * precision).sum(1), total, out=each[:, c], where=total > 0)
-        return np.nanmean(each, axis=1)
+            np.divide((positive * precision).sum(1), total, out=by_label[:, c], where=total > 0)
+        return np.nanmean(by_label, axis=1)
 
     return score
 
@@ -318,9 +318,9 @@ METRICS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
     "class": {
         "balanced_accuracy": _balanced_accuracy,
         "accuracy": lambda labels, probabilities: _average(probabilities.argmax(1) == labels),
-        "top5": lambda labels, p: _average((p > _own(labels, p)).sum(1) < TOP),
+        "top5": lambda labels, p: _average((p > _own_class(labels, p)).sum(1) < TOP),
         "macro_f1": _macro_f1,
-        "loss": lambda labels, p: _average(-np.log(np.maximum(_own(labels, p)[:, 0].astype(np.float64), _TINY))),
+        "loss": lambda labels, p: _average(-np.log(np.maximum(_own_class(labels, p)[:, 0].astype(np.float64), _TINY))),
     },
     "labels": {"mean_average_precision": _mean_average_precision},
     "number": {
@@ -332,16 +332,16 @@ METRICS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
 """{kind of labels: {metric: measure}}: one class per image, several labels, or a number."""
 
 
-def _mean(labels: np.ndarray, predictions: Predictions, metric: str) -> Measure:
-    """The mean over seeds."""
-    each = [predictions] if isinstance(predictions, np.ndarray) else predictions
-    if not each:
+def _mean_measure(labels: np.ndarray, predictions: Predictions, metric: str) -> Measure:
+    """The mean of a metric over seeds, as a function of weights."""
+    seeds = [predictions] if isinstance(predictions, np.ndarray) else predictions
+    if not seeds:
         raise BadData("no predictions; allowed: those of one seed or more")
-    scores = [measure(labels, one, metric) for one in each]
+    scores = [measure(labels, of_seed, metric) for of_seed in seeds]
     return scores[0] if len(scores) == 1 else lambda weights: np.mean([score(weights) for score in scores], axis=0)
 
 
-def _whole(score: Measure, labels: np.ndarray) -> float:
+def _full_score(score: Measure, labels: np.ndarray) -> float:
     """The score of all images, with equal weights."""
     return float(score(np.ones((1, len(labels))))[0])
 

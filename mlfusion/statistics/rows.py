@@ -14,7 +14,7 @@ from mlfusion.errors import BadData, ResultsUnusable
 from mlfusion.results import Results, Row
 from mlfusion.specs.names import ALIASES
 from mlfusion.statistics import images
-from mlfusion.statistics.datasets import Against, Ranking, Signed, against, ranking, wilcoxon_or_reason
+from mlfusion.statistics.datasets import GainTest, Ranking, SignedRank, gain_tests, ranking, wilcoxon_or_reason
 from mlfusion.statistics.images import BOOTSTRAP, Bootstrap, Calibration, Difference, Interval, McNemar
 
 
@@ -28,7 +28,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """From one value per seed."""
+        """The spread of one value per seed."""
         numbers = list(values)
         mean, n = fmean(numbers), len(numbers)
         # `statistics.stdev` computes with fractions: ten seconds for a hundred thousand rows.
@@ -62,7 +62,7 @@ class Comparison:
     gain: Spread  # A - B, seed by seed: the variation over training runs
     images: Difference | None  # A - B over the test images; None if arrays are missing
     mcnemar: tuple[McNemar, ...]  # one per seed; empty if arrays are missing or images have no single class
-    marks: tuple[str, ...]  # what else differs between the two
+    marks: tuple[str, ...]  # other differences between the two
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,24 @@ def cost(rows: Sequence[Row]) -> Cost:
 
 
 def by_dataset(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """{probe: {data set: mean test score over seeds}}, as `against` and `ranking` need them, for one model and setting.
+    """{probe: {data set: mean test score over seeds}}, as `gain_tests` and `ranking` need them, for one model and setting.
 
     Raises:
         BadData: rows of several models, grids, options, metrics or protocols, whose scores do not belong in one table.
     """
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     kinds: dict[str, set[str]] = defaultdict(set)
-    places: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    features: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for row in rows:
         shared = setting(row)
         values = (shared.model, shared.grid, shared.metric, shared.options, shared.protocol)
         for name, value in zip(("models", "grids", "metrics", "options", "protocols"), values, strict=True):
             kinds[name].add(str(value) or "none")
-        places[shared.dataset].add(shared.features)
+        features[shared.dataset].add(shared.features)
         scores[row.probe][row.dataset].append(row.test)
-    if mixed := [f"{name} {', '.join(sorted(given))}" for name, given in kinds.items() if len(given) > 1]:
+    if mixed := [f"{name} {', '.join(sorted(values))}" for name, values in kinds.items() if len(values) > 1]:
         raise BadData(f"these rows cannot stand in one table, they are of {' and '.join(mixed)}; choose one of each")
-    if several := [name for name, features in places.items() if len(features) > 1]:
+    if several := [name for name, keys in features.items() if len(keys) > 1]:
         raise BadData(
             f"rows on {', '.join(several)} were made from several sets of features; allowed: one a data set. Take the rows "
             "of one, by their 'features'"
@@ -142,7 +142,7 @@ def compare(
                 f"{one.id} and {other.id} were tested on other images, or in another order; allowed: the same test "
                 "split. Extract and probe both again from the data set as it is now"
             )
-        predictions_a, predictions_b = ([arrays["probabilities"] for arrays in each] for each in (arrays_a, arrays_b))
+        predictions_a, predictions_b = ([arrays["probabilities"] for arrays in seeds] for seeds in (arrays_a, arrays_b))
         image_difference = images.difference(
             labels, predictions_a, predictions_b, metric=one.metric, bootstrap=bootstrap
         )
@@ -178,13 +178,13 @@ def compare_probes(
             grouped[setting(row)][row.probe].append(row)
     both = {
         key: by_probe
-        for key, by_probe in sorted(grouped.items(), key=lambda each: each[0][:2])
+        for key, by_probe in sorted(grouped.items(), key=lambda item: item[0][:2])
         if {row.seed for row in by_probe[a]} & {row.seed for row in by_probe[b]}
     }
     if not both:
-        there = ", ".join(sorted({row.probe for row in rows})[:12])
+        existing = ", ".join(sorted({row.probe for row in rows})[:12])
         raise BadData(
-            f"no data set has rows of both {a} and {b} with a seed, grid and protocol in common; there are rows of {there}. "
+            f"no data set has rows of both {a} and {b} with a seed, grid and protocol in common; there are rows of {existing}. "
             f"Make them with `mlfusion probe --probe {a},{b}`"
         )
     return [compare(results, by_probe[a], by_probe[b], bootstrap=bootstrap) for by_probe in both.values()]
@@ -211,25 +211,25 @@ def _probe_name(word: str) -> str | None:
     return word if "/" in word else ALIASES.get(word.lower())
 
 
-def over_datasets(compared: Sequence[Comparison]) -> dict[str, Signed | str]:
+def over_datasets(comparisons: Sequence[Comparison]) -> dict[str, SignedRank | str]:
     """{model: one-sided signed-rank test that A is better than B over its data sets, or why there is none}."""
     gains: dict[str, list[float]] = defaultdict(list)
-    for one in compared:
-        gains[one.model].append(one.gain.mean)
+    for comparison in comparisons:
+        gains[comparison.model].append(comparison.gain.mean)
     return {model: wilcoxon_or_reason(values) for model, values in gains.items()}
 
 
 @dataclass(frozen=True)
-class Rank:
+class ProbeRanking:
     """Mean ranks of probes over data sets, and tests of their gains over the baseline."""
 
     ranking: Ranking
-    against: tuple[Against, ...]  # one per other probe; empty without rows of the baseline
+    against: tuple[GainTest, ...]  # one per other probe; empty without rows of the baseline
     baseline: str
     left_out: tuple[str, ...]  # probes without rows on every data set
 
 
-def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> Rank:
+def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> ProbeRanking:
     """Rank the probes of one model and setting over the data sets that most of them have, by mean test scores.
 
     Several seeds of a probe are averaged. `baseline` is the name or alias of the probe that gains are counted from, `level` the
@@ -239,23 +239,22 @@ def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> Rank:
         BadData: the scores do not belong in one table, or the data sets are too few.
     """
     table, baseline = by_dataset(rows), _probe_name(baseline) or baseline
-    most = max((frozenset(sets) for sets in table.values()), key=len, default=frozenset())
-    whole = {probe: sets for probe, sets in table.items() if sets.keys() >= most}
-    order = sorted(most)
-    scores = {probe: [sets[name] for name in order] for probe, sets in whole.items()}
+    datasets = sorted(max((frozenset(sets) for sets in table.values()), key=len, default=frozenset()))
+    complete = {probe: sets for probe, sets in table.items() if sets.keys() >= set(datasets)}
+    scores = {probe: [sets[name] for name in datasets] for probe, sets in complete.items()}
     base = scores.get(baseline, [])
     others = {probe: values for probe, values in scores.items() if base and probe != baseline}
     gains = {probe: np.subtract(values, base).tolist() for probe, values in others.items()}
-    return Rank(
+    return ProbeRanking(
         ranking=ranking(scores, level=1 - level),
-        against=tuple(against(gains, level=1 - level)),
+        against=tuple(gain_tests(gains, level=1 - level)),
         baseline=baseline,
-        left_out=tuple(sorted(table.keys() - whole.keys())),
+        left_out=tuple(sorted(table.keys() - complete.keys())),
     )
 
 
-class Confused(msgspec.Struct, frozen=True):
-    """Test images of one class that were taken for another."""
+class Confusion(msgspec.Struct, frozen=True):
+    """Test images of one class that were classified as another."""
 
     name: str = msgspec.field(name="class")
     taken_for: str
@@ -269,7 +268,7 @@ class Certainty:
 
     interval: Interval | None = None
     calibration: Calibration | None = None
-    confusions: tuple[Confused, ...] | None = None  # the most frequent
+    confusions: tuple[Confusion, ...] | None = None  # the most frequent
     missing: str | None = None  # why the arrays are missing, and what to do
 
 
@@ -285,11 +284,11 @@ def certainty(results: Results, row: Row, *, confusions: int = 5) -> Certainty:
         return Certainty(interval)
     counts = images.confusion(labels, predictions)
     wrong = [(int(counts[i, j]), i, j) for i, j in zip(*counts.nonzero(), strict=True) if i != j]
-    most = tuple(
-        Confused(row.classes[i], row.classes[j], many, int(counts[i].sum()))
-        for many, i, j in sorted(wrong, reverse=True)[:confusions]
+    most_frequent = tuple(
+        Confusion(row.classes[i], row.classes[j], count, int(counts[i].sum()))
+        for count, i, j in sorted(wrong, reverse=True)[:confusions]
     )
-    return Certainty(interval, images.calibration(labels, predictions), most)
+    return Certainty(interval, images.calibration(labels, predictions), most_frequent)
 
 
 def _paired(a: list[Row], b: list[Row]) -> tuple[list[Row], list[Row]]:

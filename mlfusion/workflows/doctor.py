@@ -34,7 +34,7 @@ class Finding(Struct, frozen=True):
     check: str
     state: State
     description: str = field(name="found")
-    advice: str = field(default="", name="do")  # what the user can do about it
+    advice: str = field(default="", name="do")  # action for the user
 
 
 def doctor(model: str | None = None, *, cache: CachePath = None, device: str = "auto") -> Iterator[Finding]:

@@ -36,7 +36,7 @@ TRIAL_SECONDS = 2.0  # duration of the trial of each model, whose rate is used f
 class Case:
     """One model on one data set: the requested work, the missing part of it, and its estimated duration."""
 
-    model: str  # as in the recipe
+    model: str  # name in the recipe
     dataset: str
     request: Request  # for the tokens of the missing jobs
     jobs: tuple[Job, ...]

@@ -16,8 +16,8 @@ HIDDEN = 128  # the paper's L
 class AbMIL(HeadModule):
     """K gated attention poolings (arXiv 1802.04712, equation 9; AbMILP as a probe in arXiv 2412.03215), linear map.
 
-    Token t weighs exp(wᵀ(tanh(V x_t + c) ⊙ σ(U x_t + d))), and nothing folds: the scores are not linear in the tokens.
-    Tokens get a LayerNorm without scale and shift, since they come of length 1, where the gates would be all but linear.
+    Token t has the weight exp(wᵀ(tanh(V x_t + c) ⊙ σ(U x_t + d))). The scores are not linear in the tokens, so nothing can be
+    folded. Tokens of length 1 would make the gates almost linear, so they get a LayerNorm without scale and shift.
     """
 
     def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:

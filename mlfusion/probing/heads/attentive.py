@@ -33,9 +33,9 @@ from mlfusion.shapes import Float
 
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
-MASK_SEED = 0x9E3779B97F4A7C15  # tells the seeds of dropout masks from those of the initialisation
-CHUNK_BYTES = 1 << 25  # of averages that are made and projected at a time
-SAVED_BYTES = 1 << 26  # of averages that are saved for the backward pass; more are computed again
+MASK_SEED = 0x9E3779B97F4A7C15  # makes the seeds of dropout masks differ from those of the initialisation
+CHUNK_BYTES = 1 << 25  # maximum size of the averages that are computed and projected at a time
+SAVED_BYTES = 1 << 26  # maximum size of the averages that are saved for the backward pass; more are computed again
 
 
 class Attentive(HeadModule):
@@ -43,7 +43,7 @@ class Attentive(HeadModule):
 
     LN_q(q0) attends to LN_k(x), LN_v(x) with H heads of width e = 2⌊D/H⌋, then output projection, BatchNorm, Linear.
     The shift of LN_k is not among the parameters: it adds the same constant to every score of a head, which the softmax
-    takes out again, so it has neither effect nor gradient.
+    cancels, so it has neither effect nor gradient.
     """
 
     has_dropout: ClassVar[bool] = True
@@ -70,7 +70,7 @@ class Attentive(HeadModule):
         self.register_buffer("running_var", torch.ones(k, d))
         self.classifier, self.classifier_bias = classifier(streams, shape.classes, d)
         self.dropouts = tuple(dropouts)
-        # Not the seeds of the initialisation: the first masks would repeat its numbers.
+        # With the seeds of the initialisation, the first masks would repeat its numbers.
         self._mask_streams = generators([seed ^ MASK_SEED for seed in seeds])
 
     def forward(
@@ -85,11 +85,11 @@ class Attentive(HeadModule):
         k, h, _, d = self.to_value.shape
         flat_mask = self.draw_mask(tokens) if mask is None else mask.permute(1, 3, 0, 2).reshape(b, t, k * h)
         inputs = PoolInputs(standardize(tokens), flat_mask, mean_removed=self.training)
-        with torch.autocast(tokens.device.type, enabled=False):  # Pool says itself which products are of which type
+        with torch.autocast(tokens.device.type, enabled=False):  # Pool itself sets the type of each product
             parameters = self.to_value, self.value_scale, self.value_shift, self.to_output
             pooled = Pool.apply(inputs, self._folded(), *parameters)
-            # What is added to every image alike has no gradient in training: BatchNorm takes it out again. The little
-            # that rounding would leave, AdamW would blow up to steps of the full learning rate.
+            # A constant over all images has no gradient in training, since BatchNorm subtracts it. Rounding would leave a
+            # small gradient, which AdamW would scale up to steps of the full learning rate.
             pooled = pooled + (self.output_bias.detach() if self.training else self.output_bias)[..., None]
             normed = F.batch_norm(
                 pooled.view(1, k * d, b),
@@ -128,8 +128,8 @@ class Attentive(HeadModule):
 class Fold(torch.autograd.Function):
     """Keys projected onto the query, W_kᵀ W_q q / √e of every head.
 
-    By hand because products with a single column are slow, and those with a single row are not; and because the gradients
-    of W_q and W_k are products of two vectors, which need not be written out for an optimiser that takes the factors.
+    The gradients are written by hand, because products with a single column are slow and those with a single row are not,
+    and because the gradients of W_q and W_k are products of two vectors, whose factors the optimiser can take.
     """
 
     @staticmethod
@@ -163,7 +163,7 @@ class Fold(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class PoolInputs:
-    """What `Pool` needs besides parameters; none of it has a gradient."""
+    """The inputs of `Pool` besides its parameters; they have no gradient."""
 
     x: Float[Tensor, "B T D"]  # standardised tokens, in the type of the products
     mask: Float[Tensor, "B T KH"] | None  # dropout factors
@@ -171,7 +171,7 @@ class PoolInputs:
 
 
 class _Saved(NamedTuple):
-    """The tensors that `Pool.forward` leaves for the backward pass, in order; chunks of averages follow them."""
+    """The tensors that `Pool.forward` saves for the backward pass, in order; chunks of averages follow them."""
 
     x: Tensor  # [B, T, D]
     to_value: Tensor  # [K, H, E, D]
@@ -190,9 +190,10 @@ class _Saved(NamedTuple):
 class Pool(torch.autograd.Function):
     """Tokens averaged by softmax of their scores, projected by every head, and the heads joined by the output projection.
 
-    By hand because tokens need no gradient, and for the layout: every product writes its result as the next one reads it,
-    the averages and their gradients, which are the largest tensors there are, by strides, and all else with the images
-    last, [K, H·E, B] and [K, D, B]. Products are of the type of the tokens, softmax and gradients of that of the parameters.
+    The gradients are written by hand, because tokens need no gradient, and because of the layout: every product writes its
+    result as the next one reads it. The averages and their gradients, which are the largest tensors, are written by strides;
+    all others have the images last, [K, H·E, B] and [K, D, B]. Products have the type of the tokens; softmax and gradients
+    have that of the parameters.
     """
 
     @staticmethod
@@ -286,7 +287,7 @@ def _folded_gradients(saved: _Saved, grad_values: Float[Tensor, "KH E B"]) -> Fl
     else:
         grad_attention = _attention_gradients(x, grad_values, saved.projections).to(attention.dtype)
     if mask is not None:
-        # Of masked = mask · attention, and of excess = Σ (masked − attention).
+        # The gradients of masked = mask · attention and of excess = Σ (masked − attention).
         grad_excess = torch.bmm(saved.bias[:, None].to(x.dtype), grad_values)[:, 0].T.to(attention.dtype)[:, None]
         grad_attention = grad_attention.add_(grad_excess).mul_(mask).sub_(grad_excess)
     grad_logits = torch.ops.aten._softmax_backward_data(grad_attention, attention, 1, attention.dtype)
@@ -297,7 +298,7 @@ def _folded_gradients(saved: _Saved, grad_values: Float[Tensor, "KH E B"]) -> Fl
 def _bias_gradients(
     saved: _Saved, grad_values: Float[Tensor, "KH E B"], mean_removed: bool
 ) -> Float[Tensor, "K HE"] | None:
-    """Gradient by to_value · shift; None where its factor is the same for all images and BatchNorm takes it out."""
+    """Gradient by to_value · shift; None if its factor is the same for all images, since BatchNorm then subtracts it."""
     if saved.excess is None and mean_removed:
         return None
     (k, h, e, _), (b, dtype) = saved.to_value.shape, (len(saved.x), saved.attention.dtype)

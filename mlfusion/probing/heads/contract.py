@@ -26,7 +26,7 @@ class HeadShape:
 class HeadModule(nn.Module, ABC):
     """A population of K configurations of one head; a population of one is the plain head.
 
-    Every parameter and buffer carries a leading axis K, and no number of one configuration depends on another. A head that
+    Every parameter and buffer has a leading axis K, and no number of one configuration depends on another. A head that
     is trained is built from `(shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float])`: one seed and one
     rate of dropout for each configuration; `seeds[k]` starts all random numbers of configuration k.
     """
@@ -90,9 +90,9 @@ def dropout_mask(
 ) -> Float[Tensor, "..."]:
     """Factors in float32: 0 at `rate`, to 1 part in 65,536, and otherwise the number that makes their expectation exactly 1.
 
-    The random bits come from the processor's generator, so that every device drops the same.
+    The random bits come from the processor's generator, so that every device drops the same weights.
     """
     count, dropped = math.prod(size), round(rate * 2**16)
-    words = torch.empty(-(-count // 4), dtype=torch.int64)  # each (slow) draw gives four numbers of 16 bits
+    words = torch.empty(-(-count // 4), dtype=torch.int64)  # a draw is slow and gives four numbers of 16 bits
     bits = to_device(words.random_(-(2**63), None, generator=stream).view(torch.int16)[:count], device)
     return (bits >= dropped - 2**15).view(size) * (2**16 / (2**16 - dropped))

@@ -1,6 +1,6 @@
 """Optional AVX-512 BF16 kernels for the attentive head; PyTorch is the fallback.
 
-`kernels.c` says what they compute. Without a compiler at installation, on another processor or device, or in another
+`kernels.c` documents the computations. Without a compiler at installation, on another processor or device, or in another
 precision, PyTorch computes the same, up to the order of summation: here, or in `attentive` for the functions that need
 packed projections.
 """
@@ -22,25 +22,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mlfusion.shapes import Float, Int
 
 WIDTH_MULTIPLE = 32  # the width of tokens must be a multiple
-NUMBERS_PER_THREAD = 1 << 21  # fewer are not worth a thread of their own
+NUMBERS_PER_THREAD = 1 << 21  # minimum for which a thread of its own is faster
 
-_on = os.environ.get("MLFUSION_KERNELS") != "0"
+_enabled = os.environ.get("MLFUSION_KERNELS") != "0"
 
 
 @contextmanager
 def off() -> Iterator[None]:
     """Context in which PyTorch computes everything, in all threads; MLFUSION_KERNELS=0 in the environment does the same."""
-    global _on
-    before, _on = _on, False
+    global _enabled
+    before, _enabled = _enabled, False
     try:
         yield
     finally:
-        _on = before
+        _enabled = before
 
 
 def why_unavailable() -> str | None:
     """Why the kernels cannot be used here, or None if they can."""
-    if not _on:
+    if not _enabled:
         return "switched off"
     if (compiled := _compiled()) is None:
         return "not compiled: there was no C compiler at installation"
@@ -53,7 +53,7 @@ def why_unavailable() -> str | None:
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, if they are switched on and this processor has their instructions and no faster ones."""
-    return _usable() if _on else None
+    return _usable() if _enabled else None
 
 
 @cache
@@ -63,10 +63,8 @@ def _usable() -> ctypes.CDLL | None:
 
 @cache
 def _compiled() -> ctypes.CDLL | None:
-    found = importlib.util.find_spec("mlfusion.probing.heads._kernels")
-    if found is None or found.origin is None:
-        return None
-    return ctypes.CDLL(found.origin)
+    spec = importlib.util.find_spec("mlfusion.probing.heads._kernels")
+    return ctypes.CDLL(spec.origin) if spec and spec.origin else None
 
 
 def supports_weight(weight: Float[Tensor, "... D"]) -> bool:
@@ -81,7 +79,7 @@ def supports_weight(weight: Float[Tensor, "... D"]) -> bool:
 
 
 def supports_inputs(x: Float[Tensor, "B T D"], weight: Float[Tensor, "... D"]) -> bool:
-    """Whether the kernels that multiply tokens, or what is made of them, by these weights can be used."""
+    """Whether the kernels that multiply tokens, or results computed from them, by these weights can be used."""
     return x.dtype is torch.bfloat16 and x.is_contiguous() and supports_weight(weight) and x.device == weight.device
 
 
@@ -173,7 +171,7 @@ def row_sums(
 
 @dataclass(frozen=True, eq=False)
 class FactoredGradient:
-    """A gradient [K, R, D] by its factors: dense · scale + left ⊗ right. Each part may be missing."""
+    """The factors of a gradient [K, R, D] = dense · scale + left ⊗ right. Each part may be missing."""
 
     shape: tuple[int, int, int]
     dense: Float[Tensor, "K R D"] | None = None  # bfloat16
@@ -200,7 +198,7 @@ class FactoredGradient:
         return out.sqrt().float()
 
     def scaled(self, factors: Float[Tensor, " K"]) -> Self:
-        """Each configuration's gradient by its factor."""
+        """Each configuration's gradient multiplied by its factor."""
         k, _, d = self.shape
         scale = self.scale
         if self.dense is not None:

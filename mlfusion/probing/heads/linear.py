@@ -12,7 +12,7 @@ from mlfusion.shapes import Float
 
 
 class LinearMap(HeadModule, ABC):
-    """K linear maps of the concatenated tokens of an image, through one product; subclasses say where weights come from."""
+    """K linear maps of the concatenated tokens of an image, computed by one product; subclasses define the weights."""
 
     max_grad_norm: ClassVar[float | None] = None
     has_attention: ClassVar[bool] = False
@@ -21,7 +21,7 @@ class LinearMap(HeadModule, ABC):
     bias: nn.Parameter  # [K, C]
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        # (B, T·D) × (T·D, K·C): the widest product there is, for all configurations at once.
+        # (B, T·D) × (T·D, K·C): one wide product for all configurations.
         logits = F.linear(tokens.flatten(1), self.weight.flatten(0, 1), self.bias.flatten())
         return logits.view(len(tokens), *self.bias.shape).transpose(0, 1)
 

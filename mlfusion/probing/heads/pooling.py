@@ -1,6 +1,6 @@
 """Building blocks that heads share: attention pooling for a whole population, and layers with the axis K in front.
 
-Where a query is a learned constant, keys fold into one vector a head, and tokens are averaged before they are projected,
+If a query is a learned constant, keys fold into one vector per head, and tokens are averaged before they are projected,
 so that no tensor as wide as a projection exists per token; `attentive` has the derivation.
 """
 
@@ -28,8 +28,8 @@ def head_count(width: int) -> int:
 def standardize(tokens: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes D"]:
     """Mean 0 and variance 1 over D: LayerNorm without scale and shift, the same for all configurations.
 
-    Under autocast the result has the type of autocast's products.
-    It is remembered as long as the batch exists, for the parts of a population that are trained on the batch in turn.
+    Under autocast the result has the type of autocast's products. The result is kept as long as the batch exists, for the
+    blocks of a population that are trained on the batch one after another.
     """
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
@@ -57,7 +57,7 @@ def linear(
 
 
 class _Linear(torch.autograd.Function):
-    """Its gradients are laid out as the weights are, so that AdamW need not transpose them."""
+    """A linear layer whose gradients have the layout of its weights, so that AdamW need not transpose them."""
 
     @staticmethod
     def forward(

@@ -17,9 +17,9 @@ EPSILON = 1e-6  # keeps the power's gradient finite at the smallest value
 class SimPool(HeadModule):
     """K poolings (Σ_t a_t (x_t − min)^γ)^(1/γ) with a = softmax(K x̂ · Q mean(x) / √D) (arXiv 2309.06891), linear map.
 
-    The query depends on the image, but keys still fold into it: Kᵀ Q mean(x) is one vector an image, not one a token. The
-    minimum is that of the image, where the paper's code takes the batch's, by which the score of an image would depend
-    on its neighbours. LayerNorm has no scale and shift here; they would be the same as a factor in Q, K and the map.
+    The query depends on the image, but keys still fold into it: Kᵀ Q mean(x) is one vector per image, not one per token.
+    The minimum is taken over the image. The paper's code takes it over the batch, so that the score of an image would
+    depend on its neighbours. LayerNorm has no scale and shift here; they would be the same as a factor in Q, K and the map.
     """
 
     def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:

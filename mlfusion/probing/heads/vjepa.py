@@ -29,13 +29,13 @@ class AttentivePooler(HeadModule, ABC):
     """K poolers: blocks of self-attention, then q + attention(q, LN(x)), then + MLP(LN(·)), then a linear map.
 
     The query is a constant: keys fold into it, tokens are averaged before they are projected to values, and the bias of
-    the keys, which adds the same to every score of a head, is not among the parameters. Subclasses say how deep it is.
+    the keys, which adds the same to every score of a head, is not among the parameters. Subclasses define the depth.
     """
 
     depth: ClassVar[int]  # number of blocks, with the pooling block
 
     def __init__(self, shape: HeadShape, *, seeds: Sequence[int], dropouts: Sequence[float] = ()) -> None:
-        """Weights from N(0, 0.02²) cut at ±2, what enters a residual by 1/√(2·block) less; biases 0. Heads 64 wide."""
+        """Weights from N(0, 0.02²) cut at ±2, those into a residual divided by √(2·block); biases 0; heads 64 wide."""
         super().__init__()
         k, d, h, streams = len(seeds), shape.width, head_count(shape.width), generators(seeds)
         self.blocks = nn.ModuleList(_Block(streams, d, rank=rank) for rank in range(1, self.depth))

@@ -40,9 +40,9 @@ def minimise(function: Function, start: Float[Tensor, "K P"]) -> Float[Tensor, "
     for _ in range(MAX_ITERATIONS):
         direction = -_inverse_hessian_product(gradient, steps, changes)
         slope = (direction * gradient).sum(1)
-        uphill = slope >= 0  # by rounding only
+        uphill = slope >= 0  # happens only because of rounding
         direction[uphill], slope[uphill] = -gradient[uphill], -gradient[uphill].square().sum(1)
-        if not steps:  # no scale is known yet
+        if not steps:  # the scale of a step is not known yet
             shorter = 1 / direction.norm(dim=1).clamp(min=1.0)
             direction, slope = direction * shorter[:, None], slope * shorter
         new, new_value, new_gradient = _backtrack(function, indices, _Point(x, value, gradient), direction, slope)

@@ -14,10 +14,10 @@ class Ridge:
     """Σ w ‖y − Wx − b‖² + λ‖W‖² at its minimum (Hoerl & Kennard, 1970), for any number of λ from one factorisation.
 
     y is the number, or 1 for a class or label and 0 for the others. The score of an image by a probe fitted without it
-    needs no fit: (ŷ − h y) / (1 − h), h being the image's leverage (Allen, 1974). By those scores λ is chosen.
+    needs no fit: (ŷ − h y) / (1 − h), h being the image's leverage (Allen, 1974). These scores choose λ.
 
-    Scores of classes and labels are no logits: they are taken relative to one half, times the factor that makes the left-out
-    labels most probable, which orders nothing anew.
+    Scores of classes and labels are not logits: one half is subtracted, and they are multiplied by the factor that makes the
+    left-out labels most probable, which does not change their order.
     """
 
     def __init__(self, design: Design) -> None:

@@ -1,8 +1,8 @@
 """Training of a whole grid of configurations in lockstep, on one pass over the tokens.
 
-All configurations see the same images, in the same order, with the same jitter. What belongs to one configuration (start,
-dropout masks, learning rate, weight decay, gradient clipping) is a vector over the population, so each ends where it would
-have ended alone.
+All configurations see the same images, in the same order, with the same jitter. Everything else (initialisation, dropout
+masks, learning rate, weight decay, gradient clipping) is a vector over the population, so each configuration gets the same
+result as alone.
 
 A population is trained in blocks of few configurations. A block is small enough for a core's caches, and one thread works on
 it: a grid has more configurations than a machine has cores, so that matrix products need not be split among threads that wait
@@ -75,7 +75,7 @@ class TrainingData:
     tokens: Tokens
     rows: np.ndarray  # [N], those of `tokens` to train on
     schedule: Schedule  # for N images
-    until: int | None = None  # stop after so many steps of the schedule
+    until: int | None = None  # number of steps of the schedule after which training stops
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _Block:
 class _Workers:
     """Threads that step blocks, one block a thread; one worker alone uses all of torch's threads for each block.
 
-    No worker waits for the others at the end of a step: it goes on with the next batch, which is prepared meanwhile.
+    No worker waits for the others at the end of a step: it continues with the next batch, which is prepared meanwhile.
     """
 
     def __init__(self, count: int) -> None:
@@ -249,14 +249,14 @@ def train(
     progress: Callable[[int], None] | None = None,
     loss: Loss | None = None,
 ) -> Iterator[tuple[slice, HeadModule]]:
-    """Train all configurations, as many at once as fit into memory.
+    """Train all configurations, as many at the same time as fit into memory.
 
     Args:
         population: the configurations.
         data: the images to train on.
         numerics: device and types. With bfloat16 products, parameters, softmax, BatchNorm and loss stay as wide as `dtype`.
         memory: limit in bytes, by default most of the free memory; results do not depend on it.
-        layout: the partition of the population, by default as fits `memory`; results do not depend on it either.
+        layout: the partition of the population, by default one that fits `memory`; results do not depend on it either.
         progress: called after each step with the number of configurations that took it.
         loss: outputs [K, B, C] and labels → [K]; by default cross-entropy with class weights.
 

@@ -12,17 +12,17 @@ from mlfusion.report.numbers import percent
 from mlfusion.report.studies import domain
 from mlfusion.report.summary import ALF, ComparisonGroup, LayerAttention
 
-Attended = tuple[ComparisonGroup, LayerAttention]
+GroupAttention = tuple[ComparisonGroup, LayerAttention]
 
 
-def attended(groups: Sequence[ComparisonGroup]) -> list[Attended]:
-    """The groups that have attention over layers, each with it."""
-    return [(group, found) for group in groups if (found := group.attention)]
+def group_attentions(groups: Sequence[ComparisonGroup]) -> list[GroupAttention]:
+    """The groups that have attention over layers, each with its attention."""
+    return [(group, layers) for group in groups if (layers := group.attention)]
 
 
-def top_share(pairs: Sequence[Attended]) -> float:
-    """The largest share in percent: the end of a colour scale that several figures have in common."""
-    return max(100 * mean for _, found in pairs for mean in found.mean)
+def top_share(pairs: Sequence[GroupAttention]) -> float | None:
+    """The largest share in percent, which ends the colour scale that several figures share; None without pairs."""
+    return max((100 * mean for _, layers in pairs for mean in layers.mean), default=None)
 
 
 def attention(groups: Sequence[ComparisonGroup], top: float | None = None) -> Figure | None:
@@ -30,17 +30,17 @@ def attention(groups: Sequence[ComparisonGroup], top: float | None = None) -> Fi
 
     `top` is the end of the colour scale in percent, by default the largest share.
     """
-    with_attention = attended(groups)
-    if not with_attention:
+    attentions = group_attentions(groups)
+    top = top or top_share(attentions)
+    if top is None:
         return None
-    top = top or top_share(with_attention)
-    by_model: dict[str, list[Attended]] = {}
-    for pair in with_attention:
+    by_model: dict[str, list[GroupAttention]] = {}
+    for pair in attentions:
         by_model.setdefault(pair[0].model, []).append(pair)
-    panels = [_panel(pairs, top, alone=len(with_attention) == 1) for pairs in by_model.values()]
+    panels = [_panel(pairs, top, alone=len(attentions) == 1) for pairs in by_model.values()]
     description = "; ".join(
-        f"{group.name}: " + ", ".join(f"layer {layer} {percent(share)} %" for layer, share in found.by_layer.items())
-        for group, found in with_attention
+        f"{group.name}: " + ", ".join(f"layer {layer} {percent(share)} %" for layer, share in layers.by_layer.items())
+        for group, layers in attentions
     )
     return Figure(
         "attention",
@@ -110,25 +110,25 @@ class _Layout:
         return 0.55 if self.dense else 0.45
 
 
-def _panel(pairs: Sequence[Attended], top: float, *, alone: bool) -> Panel:
+def _panel(pairs: Sequence[GroupAttention], top: float, *, alone: bool) -> Panel:
     """The panel of one model, with a row per data set."""
     model = pairs[0][0].model
     usual = pairs[0][1].probe if len(pairs) == 1 else ALF
     domains = [domain(group.dataset) for group, _ in pairs]
     grouped = len(set(domains)) > 1
     records: list[Record] = []
-    for i, (group, found) in enumerate(pairs):
+    for i, (group, attention) in enumerate(pairs):
         name = group.name if alone else group.name.removeprefix(f"{model} on ")
-        if found.probe != usual:
-            name += f", {found.probe}"
-        begins = i == 0 or domains[i] != domains[i - 1]
-        heading = domains[i] if grouped and begins else ""
-        first, *others = attention_records(name, found)
+        if attention.probe != usual:
+            name += f", {attention.probe}"
+        is_first = i == 0 or domains[i] != domains[i - 1]
+        heading = domains[i] if grouped and is_first else ""
+        first, *others = attention_records(name, attention)
         records += [first.extended(name=name, group=heading), *others]  # written once per row
-    layers = tuple(sorted({layer for _, found in pairs for layer, _ in found.tokens}))
+    layers = tuple(sorted({layer for _, attention in pairs for layer, _ in attention.tokens}))
     kinds = tuple(dict.fromkeys(str(record["kind"]) for record in records))
     for kind in kinds:  # written once, above the first cell of the kind
-        i = next(i for i, one in enumerate(records) if one["kind"] == kind and one["layer"] == layers[0])
+        i = next(i for i, record in enumerate(records) if record["kind"] == kind and record["layer"] == layers[0])
         records[i] = records[i].extended(top=f"{kind} tokens")
     return Panel("" if alone else model, _spec(_Layout(len(pairs), layers, kinds, top, grouped)), records, width=760)
 

@@ -22,7 +22,7 @@ class Dot:
     """One value of a line."""
 
     label: str  # the data set, the model, or both
-    x: float  # in percent or points
+    x: float  # a score in percent, or a gain in points
     scored: str  # the absolute score, for the tooltip
 
 
@@ -56,11 +56,11 @@ class LineGroup:
 
 def grouped(lines: Iterable[tuple[str, Line]]) -> list[LineGroup]:
     """(name of its group, line) → groups in order of appearance; lines without dots are left out."""
-    found: dict[str, list[Line]] = {}
+    by_name: dict[str, list[Line]] = {}
     for name, line in lines:
         if line.dots:
-            found.setdefault(name, []).append(line)
-    return [LineGroup(name, members) for name, members in found.items()]
+            by_name.setdefault(name, []).append(line)
+    return [LineGroup(name, members) for name, members in by_name.items()]
 
 
 def describe(groups: Iterable[LineGroup]) -> str:
@@ -76,12 +76,12 @@ def box_panels(views: Sequence[tuple[str, Sequence[LineGroup]]], axis: str, *, z
     values += [0.0] * zero
     if not values:
         return []
-    placed = [(title, *_placed(groups)) for title, groups in views]
-    return [Panel(title, _spec(height, axis, extent(values), zero), records) for title, records, height in placed]
+    panels = [(title, *_positioned(groups)) for title, groups in views]
+    return [Panel(title, _spec(height, axis, extent(values), zero), records) for title, records, height in panels]
 
 
-def _placed(groups: Sequence[LineGroup]) -> tuple[list[Record], int]:
-    """Records with their places from the top, and the height, all in pixels; a group's name stands above its lines."""
+def _positioned(groups: Sequence[LineGroup]) -> tuple[list[Record], int]:
+    """Records with their positions from the top, and the height, all in pixels; a group's name stands above its lines."""
     records: list[Record] = []
     at = 0.0
     for group in groups:
@@ -136,10 +136,9 @@ def _spec(height: int, axis: str, domain: tuple[float, float], zero: bool) -> di
     left, right = alt.value(0), alt.value("width")
     layers = [guide.mark_rule(style="guide").encode(x=left, x2=right, y=y)]
     if zero:
-        piece = alt.Y(
-            "top:Q", scale=charts.pixel_scale(height), axis=None
-        )  # one segment per line, so that it crosses no name
-        layers.append(guide.mark_rule(style="baseline").encode(x=alt.XDatum(0), y=piece, y2="bottom:Q"))
+        # One segment per line, so that it crosses no name.
+        segment = alt.Y("top:Q", scale=charts.pixel_scale(height), axis=None)
+        layers.append(guide.mark_rule(style="baseline").encode(x=alt.XDatum(0), y=segment, y2="bottom:Q"))
     bar, tick = box.mark_bar(style="box", size=13), {"style": "median", "size": 15}
     name = of_kind("name").mark_text(style="name", align="left", baseline="middle")
     value = of_kind("value").mark_text(style="value", align="right", baseline="middle")

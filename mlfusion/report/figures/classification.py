@@ -15,10 +15,10 @@ from mlfusion.report.summary import ComparisonGroup, Score
 from mlfusion.results import Results
 from mlfusion.statistics import Calibration, calibration, confusion
 
-MOST_CLASSES = 30
+MAX_CLASSES = 30
 """Maximum size of a readable matrix; with more classes only the most frequent confusions are listed."""
 
-MOST_PAIRS = 10
+MAX_PAIRS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,21 +63,16 @@ def _pooled(score: Score, results: Results) -> tuple[np.ndarray, np.ndarray] | N
 
 def source(predictions: Predictions) -> str:
     """A sentence that names the probe, its model and the number of seeds."""
-    images = (
-        f"the test images of {predictions.seeds} seeds, pooled"
-        if predictions.seeds > 1
-        else "the test images of one seed"
-    )
-    return (
-        f"{predictions.score.probe} on {predictions.group.model}, which has the best validation score here: {images}."
-    )
+    seeds = f"{predictions.seeds} seeds, pooled" if predictions.seeds > 1 else "one seed"
+    probe, model = predictions.score.probe, predictions.group.model
+    return f"{probe} on {model}, which has the best validation score here: the test images of {seeds}."
 
 
 def confusions(predictions: Predictions) -> list[tuple[str, str, int, str]]:
     """(class, predicted class, images, percent of the class), the most frequent first."""
     counts, classes = predictions.counts, predictions.group.first.classes
     wrong = counts - np.diag(np.diag(counts))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_PAIRS]
     return [
         (classes[true], classes[predicted], int(n), percent(n / counts[true].sum()))
         for true, predicted in zip(*np.unravel_index(order, counts.shape), strict=True)
@@ -87,7 +82,7 @@ def confusions(predictions: Predictions) -> list[tuple[str, str, int, str]]:
 
 def figures(predictions: Predictions) -> list[Figure]:
     """The confusion matrix where there are few enough classes, and the reliability curve."""
-    matrix = [_matrix(predictions)] if len(predictions.group.first.classes) <= MOST_CLASSES else []
+    matrix = [_matrix(predictions)] if len(predictions.group.first.classes) <= MAX_CLASSES else []
     return [*matrix, _reliability(predictions)]
 
 
@@ -167,16 +162,11 @@ def _reliability_spec(names: tuple[str, ...]) -> dict[str, Any]:
     y = alt.Y("accuracy:Q", title="accuracy", scale=scale, axis=axis)
     colour, shape = charts.series_channels("probe", names)
     tooltip = charts.tooltip("probe:N", ("confidence:Q", "", ".3f"), ("accuracy:Q", "", ".3f"), "images:Q")
-    even = base.transform_aggregate(n="count()").mark_rule(style="baseline")
-    ends = {
-        "x": alt.XDatum(0, scale=scale),
-        "x2": alt.X2Datum(1),
-        "y": alt.YDatum(0, scale=scale),
-        "y2": alt.Y2Datum(1),
-    }
+    diagonal = base.transform_aggregate(n="count()").mark_rule(style="baseline")
+    start = {"x": alt.XDatum(0, scale=scale), "y": alt.YDatum(0, scale=scale)}
     dot = base.mark_point(style="dot", filled=True)
     layers = [
-        even.encode(**ends),
+        diagonal.encode(**start, x2=alt.X2Datum(1), y2=alt.Y2Datum(1)),
         base.mark_line(style="series").encode(x=x, y=y, color=colour),
         dot.encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip),
     ]

@@ -28,14 +28,14 @@ def cost(study: Study) -> Figure | None:
     cases = len(next(iter(scores.values())))
     records = [_record(probe, probe_scores) for probe, probe_scores in scores.items()]
     heads = tuple(dict.fromkeys([*HEADS, *(head_of(probe) for probe in scores)]))
-    reach = extent(record.number("test") for record in records)
+    score_range = extent(record.number("test") for record in records)
     axes = {"parameters": "parameters of the probe", "seconds": "seconds of probing (grid and refit)"}
     panels = []
     for name, title in axes.items():
         costs = [max(record.number(name), MIN_COST) for record in records]
         axis = _Axis(name, title, (min(costs) / 1.5, max(costs) * 1.5))
-        spec = _spec(axis, f"{study.metric} on test, %", reach, heads)
-        panels.append(Panel(capitalized(title), spec, _placed(records, axis, reach)))
+        spec = _spec(axis, f"{study.metric} on test, %", score_range, heads)
+        panels.append(Panel(capitalized(title), spec, _with_label_sides(records, axis, score_range)))
     over = f", averaged over the {cases} cases (a model on a data set) that have all of these" if cases > 1 else ""
     return Figure(
         "cost",
@@ -54,10 +54,10 @@ def cost(study: Study) -> Figure | None:
 def _shared(study: Study) -> dict[str, list[Score]]:
     """{probe: its scores in the cases that have all of these probes}; probes run in the fewest cases are left out first."""
     groups = study.groups
-    where = {p: {i for i, group in enumerate(groups) if study.score(group, p)} for p in study.probes}
-    while where and not (cases := set.intersection(*where.values())):
-        del where[min(where, key=lambda probe: len(where[probe]))]
-    return {p: [score for i in sorted(cases) if (score := study.score(groups[i], p))] for p in where}
+    cases_of = {p: {i for i, group in enumerate(groups) if study.score(group, p)} for p in study.probes}
+    while cases_of and not (cases := set.intersection(*cases_of.values())):
+        del cases_of[min(cases_of, key=lambda probe: len(cases_of[probe]))]
+    return {p: [score for i in sorted(cases) if (score := study.score(groups[i], p))] for p in cases_of}
 
 
 def _record(probe: str, scores: Sequence[Score]) -> Record:
@@ -81,9 +81,9 @@ class _Axis(NamedTuple):
     ends: tuple[float, float]
 
 
-def _placed(records: Sequence[Record], axis: _Axis, reach: tuple[float, float]) -> list[Record]:
+def _with_label_sides(records: Sequence[Record], axis: _Axis, score_range: tuple[float, float]) -> list[Record]:
     """Each record with the side of its dot on which its name stands."""
-    (first, last), (low, high) = axis.ends, reach
+    (first, last), (low, high) = axis.ends, score_range
     across = [WIDTH * log(max(record.number(axis.name), MIN_COST) / first) / log(last / first) for record in records]
     down = [HEIGHT * (high - record.number("test")) / (high - low) for record in records]
     dots = list(zip(across, down, strict=True))
@@ -93,7 +93,7 @@ def _placed(records: Sequence[Record], axis: _Axis, reach: tuple[float, float]) 
 
 def label_sides(names: Sequence[str], dots: Sequence[tuple[float, float]]) -> list[str]:
     """The side of its dot on which each name stands: the first that overlaps no name and no dot, and stays in the panel."""
-    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+    occupied: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
     sides = []
     for name, (x, y) in zip(names, dots, strict=True):
         length = LETTER * len(name)
@@ -103,30 +103,30 @@ def label_sides(names: Sequence[str], dots: Sequence[tuple[float, float]]) -> li
             "above": (x - length / 2, y - 20, x + length / 2, y - 8),
             "below": (x - length / 2, y + 8, x + length / 2, y + 20),
         }
-        overlaps = {side: _overlap(box, taken) for side, box in boxes.items()}
+        overlaps = {side: _overlap(box, occupied) for side, box in boxes.items()}
         side = min(overlaps, key=lambda side: overlaps[side])
-        taken.append(boxes[side])
+        occupied.append(boxes[side])
         sides.append(side)
     return sides
 
 
-def _overlap(box: Box, taken: Sequence[Box]) -> float:
-    """Pixels of a box that lie outside the panel or, across, on boxes that are taken."""
+def _overlap(box: Box, occupied: Sequence[Box]) -> float:
+    """Pixels of a box that lie outside the panel or, across, on boxes that are occupied."""
     left, top, right, bottom = box
     outside = sum(max(0.0, beyond) for beyond in (-left, right - WIDTH, -top, bottom - HEIGHT))
     return outside + sum(
         max(0.0, min(right, other[2]) - max(left, other[0])) * (min(bottom, other[3]) > max(top, other[1]))
-        for other in taken
+        for other in occupied
     )
 
 
 @lru_cache(maxsize=64)
-def _spec(axis: _Axis, score: str, reach: tuple[float, float], heads: tuple[str, ...]) -> dict[str, Any]:
+def _spec(axis: _Axis, score: str, score_range: tuple[float, float], heads: tuple[str, ...]) -> dict[str, Any]:
     alt, base = charts.base_chart()
     costs = alt.Axis(format="~s", grid=False, tickCount=4, labelOverlap="greedy", labelSeparation=6)
     scale = alt.Scale(type="log", domain=list(axis.ends), nice=False)
     x = alt.X(f"{axis.name}:Q", title=axis.title, scale=scale, axis=costs)
-    y = alt.Y("test:Q", title=score, scale=charts.exact_scale(reach, 14), axis=alt.Axis(tickCount=5))
+    y = alt.Y("test:Q", title=score, scale=charts.exact_scale(score_range, 14), axis=alt.Axis(tickCount=5))
     colour, shape = charts.series_channels("head", heads)
     numbers = [("parameters:Q", "", ",.0f"), ("seconds:Q", "", ",.1f")]
     tooltip = charts.tooltip("probe:N", ("scored:N", "test"), *numbers, ("n:Q", "cases"))

@@ -39,7 +39,7 @@ class Record(Mapping[str, Value]):
         return len(self._values)
 
     def number(self, name: str) -> float:
-        """A value that must be a number.
+        """The value as a number.
 
         Raises:
             TypeError: it is absent or a text.
@@ -50,11 +50,11 @@ class Record(Mapping[str, Value]):
         return float(value)
 
     def extended(self, **more: Value) -> "Record":
-        """The same with more values, or other ones."""
+        """A copy of the record with added or replaced values."""
         return Record(self._values, **more)
 
     def without(self, *names: str) -> "Record":
-        """The same without some values."""
+        """A copy of the record without some values."""
         return Record({name: value for name, value in self._values.items() if name not in names})
 
 
@@ -121,9 +121,9 @@ def combined_spec(figure: Figure) -> dict[str, Any]:
         view = {key: value for key, value in panel.spec.items() if key not in ("$schema", "config")}
         views.append(view | {"width": panel.width, "data": {"name": f"{DATA}-{i}"}, "title": panel.title})
     columns = min(figure.columns, len(views))
-    across = columns * (max(panel.width for panel in figure.panels) + 40)
+    total_width = columns * (max(panel.width for panel in figure.panels) + 40)
     body = {"concat": views, "columns": columns, "spacing": 36, "resolve": {"scale": {"color": "shared"}}}
-    note = wrap(figure.note, ceil(across / 6.2), break_long_words=False, break_on_hyphens=False)
+    note = wrap(figure.note, ceil(total_width / 6.2), break_long_words=False, break_on_hyphens=False)
     title_style = {
         "fontSize": 16,
         "subtitleFontSize": 12,
@@ -136,7 +136,7 @@ def combined_spec(figure: Figure) -> dict[str, Any]:
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "title": title_style | {"text": figure.title, "subtitle": note},
         "datasets": datasets,
-        "vconcat": [*([_legend(figure.legend, across)] if figure.legend else []), body],
+        "vconcat": [*([_legend(figure.legend, total_width)] if figure.legend else []), body],
         "config": theme,
     }
 
@@ -145,13 +145,13 @@ def _legend(entries: Sequence[LegendEntry], width: int) -> dict[str, Any]:
     """The legend as a row of symbols and labels, broken into lines of `width` pixels."""
     x, y, layers = 0.0, 6.0, []
     for entry in entries:
-        room = 40 + 6.8 * len(entry.label)
-        if x and x + room > width:
+        entry_width = 40 + 6.8 * len(entry.label)
+        if x and x + entry_width > width:
             x, y = 0.0, y + 20
         colour = LIGHT.series[entry.colour - 1] if entry.colour else LIGHT.quiet
         layers += _symbol(entry.symbol, x, y, colour)
         layers.append(_fixed({"type": "text", "align": "left", "style": "name", "text": entry.label}, x + 24, y))
-        x += room
+        x += entry_width
     return {"width": width, "height": y + 8, "layer": layers, "data": {"values": [{}]}}
 
 
@@ -187,7 +187,7 @@ def png(drawing: str, scale: float = 2) -> bytes:
 
 
 def extent(values: Iterable[float]) -> tuple[float, float]:
-    """From the lowest to the highest value, at least two points wide: a narrower axis would magnify noise."""
+    """The lowest and the highest value, moved apart to at least two points: a narrower axis would magnify noise."""
     numbers = list(values)
     missing = max(0.0, 2 - (max(numbers) - min(numbers))) / 2
     return min(numbers) - missing, max(numbers) + missing

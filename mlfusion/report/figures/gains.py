@@ -9,7 +9,7 @@ from mlfusion.report.numbers import percent, points
 from mlfusion.report.studies import Study
 from mlfusion.report.summary import ALF, HEADS, ComparisonGroup, Score, head_of
 from mlfusion.specs.names import ALIASES, BASELINE
-from mlfusion.statistics import FEWEST, Against, against
+from mlfusion.statistics.datasets import MIN_DATASETS, GainTest, gain_tests
 
 COMPARED = {ALIASES["aat"]: "AAT", "cls+ap-all-layers/linear": "linear, all layers", ALF: "ALF"}
 """The three probes that the study compares with each other over models."""
@@ -29,7 +29,9 @@ def by_probe(study: Study) -> Figure | None:
     tests: list[Record] = []
     for model in study.models:
         gains = {probe: dots for probe in probes if (dots := _gains(study, probe, model=model))}
-        tested = {one.name: one for one in against({probe: [dot.x / 100 for dot in gains[probe]] for probe in gains})}
+        tested = {
+            one.name: one for one in gain_tests({probe: [dot.x / 100 for dot in gains[probe]] for probe in gains})
+        }
         tests += [_test(model, one) for one in tested.values()]
         most = max(map(len, gains.values()), default=0)
         groups = []
@@ -114,21 +116,21 @@ def by_token(study: Study) -> Figure | None:
 
 def by_heads(study: Study) -> Figure | None:
     """Figure A12: an attentive probe's gains by its number of heads; None if no case was run with two numbers."""
-    found: dict[str, dict[int, dict[str, Dot]]] = {}
+    by_probe: dict[str, dict[int, dict[str, Dot]]] = {}
     numbers: list[Record] = []
     for group in study.groups:
         for score in group.probes:
             heads, case = score.attention_heads, f"{group.model}, {group.dataset}"
             if heads is not None and score.gain:
-                counts = found.setdefault(score.probe.partition(":")[0], {})
+                counts = by_probe.setdefault(score.probe.partition(":")[0], {})
                 counts.setdefault(heads, {})[case] = _dot(case, score, group)
                 numbers.append(_number(group, score).extended(heads=heads))
-    found = {probe: counts for probe, counts in found.items() if len(_comparable(counts)) > 1}
-    if not found:
+    by_probe = {probe: counts for probe, counts in by_probe.items() if len(_comparable(counts)) > 1}
+    if not by_probe:
         return None
     groups = grouped(
         (probe, Line(f"{heads} heads", i, dots, _mean_and_n(dots)))
-        for probe, counts in found.items()
+        for probe, counts in by_probe.items()
         for i, heads in enumerate(_comparable(counts))
         if (dots := list(counts[heads].values()))
     )
@@ -138,7 +140,7 @@ def by_heads(study: Study) -> Figure | None:
         f"Gain on test in points over {BASELINE}. {_caption('model on a data set')} At the right: mean gain.",
         describe(groups),
         box_panels([("", groups)], GAIN_AXIS, zero=True),
-        [number for number in numbers if str(number["probe"]).partition(":")[0] in found],
+        [number for number in numbers if str(number["probe"]).partition(":")[0] in by_probe],
     )
 
 
@@ -177,14 +179,14 @@ def _scores(study: Study, probe: str, model: str) -> list[Dot]:
 
 def _by_kind(study: Study) -> dict[str, dict[str, str]]:
     """{layers and head: {token kind: probe}} for probes run with AP and another kind that have a gain."""
-    found: dict[str, dict[str, str]] = {}
+    by_probe: dict[str, dict[str, str]] = {}
     for probe in study.probes:
         for kind in KIND_NAMES:
             if probe.startswith(f"{kind}-"):
-                found.setdefault(probe.removeprefix(f"{kind}-"), {})[kind] = probe
+                by_probe.setdefault(probe.removeprefix(f"{kind}-"), {})[kind] = probe
     return {
         rest: probes
-        for rest, probes in found.items()
+        for rest, probes in by_probe.items()
         if "ap" in probes and len(probes) > 1 and any(_gains(study, probe) for probe in probes.values())
     }
 
@@ -211,7 +213,7 @@ def _test_caption(tests: Sequence[Record]) -> str:
             "* marks gains at q < 0.05 (one-sided Wilcoxon signed-rank test over data sets, Benjamini-Hochberg over a model's "
             "probes)."
         )
-    return f"Nothing is tested: a test needs {FEWEST} data sets."
+    return f"Nothing is tested: a test needs {MIN_DATASETS} data sets."
 
 
 def _mean_text(scores: Sequence[Dot], gains: Sequence[Dot], most: int) -> str:
@@ -244,6 +246,6 @@ def _number(group: ComparisonGroup, score: Score) -> Record:
     )
 
 
-def _test(model: str, test: Against) -> Record:
+def _test(model: str, test: GainTest) -> Record:
     record = Record(model=model, probe=test.name, n=test.n, mean=100 * test.mean, median=100 * test.median)
     return record.extended(p=test.p, q=test.q, significant="yes" if test.significant else "", refused=test.refused)

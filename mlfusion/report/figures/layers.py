@@ -44,7 +44,7 @@ def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figur
     )
     kinds = {record["what"] for panel in panels for record in panel.records}
     lines = [KERNELS[kernel] for kernel in KERNELS if f"cka-{kernel}" in kinds]
-    where = "with the last layer, in the colour of its tokens (right axis)"
+    explanation = "with the last layer, in the colour of its tokens (right axis)"
     return Figure(
         "layers",
         f"{score_word(groups)} by layer",
@@ -53,7 +53,7 @@ def by_layer(groups: Sequence[ComparisonGroup], cka: Cka | None = None) -> Figur
         f"{score_word(groups)} by layer. {description}",
         panels,
         numbers,
-        [*series_legend(series), *(LegendEntry(f"{name} {where}", 0, symbol) for name, symbol in lines)],
+        [*series_legend(series), *(LegendEntry(f"{name} {explanation}", 0, symbol) for name, symbol in lines)],
     )
 
 
@@ -85,7 +85,7 @@ def cka_records(group: ComparisonGroup, cka: Cka, series: Sequence[str]) -> list
 
     CKA of a constant layer is not defined; such layers are left out.
     """
-    found = cka.get((group.model, group.dataset), {})
+    by_kernel = cka.get((group.model, group.dataset), {})
     return [
         Record(
             what=f"cka-{kernel}",
@@ -95,7 +95,7 @@ def cka_records(group: ComparisonGroup, cka: Cka, series: Sequence[str]) -> list
             layer=layer,
             cka=value,
         )
-        for kernel, kinds in found.items()
+        for kernel, kinds in by_kernel.items()
         for kind, layers in kinds.items()
         for layer, value in layers.items()
         if isfinite(value)

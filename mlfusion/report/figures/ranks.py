@@ -25,46 +25,47 @@ def ranks(study: Study) -> Figure | None:
         for probe in probes
     }
     try:
-        found = ranking(scores)
+        result = ranking(scores)
     except BadData:
         return None
-    records, height = _records(found)
+    records, height = _records(result)
     models = f" (means over {len(study.models)} models)" if len(study.models) > 1 else ""
     return Figure(
         "ranks",
         "Mean ranks of the probes",
-        f"Mean rank of each probe over {found.datasets} data sets{models}, 1 the best, with its mean score. Bars join probes "
-        f"whose ranks differ by less than the critical difference of {found.critical_difference:.2f} (Nemenyi, "
-        f"{100 * (1 - found.level):.0f} %). The hypothesis that all are equally good has p = {found.friedman:.2g} (Friedman).",
+        f"Mean rank of each probe over {result.datasets} data sets{models}, 1 the best, with its mean score. Bars join probes "
+        f"whose ranks differ by less than the critical difference of {result.critical_difference:.2f} (Nemenyi, "
+        f"{100 * (1 - result.level):.0f} %). The hypothesis that all are equally good has p = {result.friedman:.2g} "
+        "(Friedman).",
         "; ".join(str(record["text"]) for record in records),
-        [Panel("", _spec(len(found.names), height), records, width=560)],
+        [Panel("", _spec(len(result.names), height), records, width=560)],
         [
-            Record(probe=name, mean_rank=rank, test=100 * mean, data_sets=found.datasets)
-            for name, rank, mean in zip(found.names, found.ranks, found.means, strict=True)
+            Record(probe=name, mean_rank=rank, test=100 * mean, data_sets=result.datasets)
+            for name, rank, mean in zip(result.names, result.ranks, result.means, strict=True)
         ],
         columns=1,
         more_numbers={
-            "pairs": [Record(a=p.a, b=p.b, nemenyi_p=p.nemenyi, wilcoxon_holm_p=p.holm) for p in found.pairs]
+            "pairs": [Record(a=p.a, b=p.b, nemenyi_p=p.nemenyi, wilcoxon_holm_p=p.holm) for p in result.pairs]
         },
     )
 
 
-def _records(found: Ranking) -> tuple[list[Record], int]:
+def _records(result: Ranking) -> tuple[list[Record], int]:
     """Probes and bars with their places from the top, and the height, in pixels."""
-    top = 34 + BAR * max(0, len(found.groups) - 4)
-    rank_of = dict(zip(found.names, found.ranks, strict=True))
+    top = 34 + BAR * max(0, len(result.groups) - 4)
+    rank_of = dict(zip(result.names, result.ranks, strict=True))
     probes = []
-    for i, (name, mean) in enumerate(zip(found.names, found.means, strict=True)):
+    for i, (name, mean) in enumerate(zip(result.names, result.means, strict=True)):
         text = f"{name}   {rank_of[name]:.2f}   ({100 * mean:.1f} %)"
         at = top + LINE * i
         probes.append(Record(what="probe", probe=name, rank=rank_of[name], test=100 * mean, at=at, text=text))
     bars = []
-    for i, group in enumerate(found.groups):
+    for i, group in enumerate(result.groups):
         group_ranks = [rank_of[name] for name in group]
         bars.append(
             Record(what="group", rank=min(group_ranks), end=max(group_ranks), at=5 + BAR * i, text=", ".join(group))
         )
-    return [*probes, *bars], top + LINE * len(found.names)
+    return [*probes, *bars], top + LINE * len(result.names)
 
 
 @lru_cache(maxsize=64)

@@ -36,10 +36,8 @@ def strip_figure(strip: Strip) -> Figure:
 
 def _spec(width: int, height: int) -> dict[str, object]:
     alt = charts.require_altair()
-    x, y = (
-        alt.X("x:Q", axis=None, scale=charts.pixel_scale(width)),
-        alt.Y("y:Q", axis=None, scale=charts.pixel_scale(height)),
-    )
+    x = alt.X("x:Q", axis=None, scale=charts.pixel_scale(width))
+    y = alt.Y("y:Q", axis=None, scale=charts.pixel_scale(height))
     image = charts.of_kind("image").mark_image(width=SIDE_PX, height=SIDE_PX, align="left", baseline="top")
     text = charts.of_kind("caption").mark_text(style="name", align="left", baseline="middle", limit=SIDE_PX + 10)
     return charts.to_spec(alt.layer(image.encode(x=x, y=y, url="url:N"), text.encode(x=x, y=y, text="text:N")), height)
