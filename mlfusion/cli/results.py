@@ -33,17 +33,17 @@ def ls(
     from mlfusion.results import Results
 
     results = Results(results_path)
-    chosen = rows.changed()
-    listed = results.listing(**chosen, limit=limit if limit or as_json else 100)
+    filters = rows.changed()
+    listed = results.listing(**filters, limit=limit if limit or as_json else 100)
     if as_json:
         print_json({"results": listed})
         return
     if not listed:
-        results.require(**chosen)  # says what to do
+        results.require(**filters)  # says what to do
     names = ("id", "model", "dataset", "probe", "seed", "grid", "metric", "val", "test", "seconds", "created")
     short = {"val": "{:.4f}", "test": "{:.4f}", "seconds": "{:.1f}", "seed": "{}"}
     print_rows([{name: short.get(name, "{}").format(row[name]) for name in names} for row in listed])
-    if len(listed) < (total := results.count(**chosen)):
+    if len(listed) < (total := results.count(**filters)):
         notify(f"the newest {len(listed):,} of {total:,}; more with --limit")
 
 
@@ -168,12 +168,12 @@ def export(
     from mlfusion.results import Results
     from mlfusion.results.export import write
 
-    chosen = Results(results).require(**rows.changed())
-    write(chosen, path)
+    selected = Results(results).require(**rows.changed())
+    write(selected, path)
     if as_json:
-        print_json({"path": str(path), "results": len(chosen)})
+        print_json({"path": str(path), "results": len(selected)})
     else:
-        typer.echo(f"{path}: {len(chosen):,} results")
+        typer.echo(f"{path}: {len(selected):,} results")
 
 
 @app.command("import")
@@ -240,13 +240,13 @@ def track(
     from mlfusion.system.progress import track as progress_bar
 
     trackers = open_trackers(where)
-    chosen = Results(results).require(**rows.changed())
-    with progress_bar("results", len(chosen), "results") as bar:
-        log_rows(chosen, trackers, bar.advance)
+    selected = Results(results).require(**rows.changed())
+    with progress_bar("results", len(selected), "results") as bar:
+        log_rows(selected, trackers, bar.advance)
     if as_json:
-        print_json({"where": where, "results": len(chosen)})
+        print_json({"where": where, "results": len(selected)})
     else:
-        typer.echo(f"{len(chosen):,} results shown in {where}")
+        typer.echo(f"{len(selected):,} results shown in {where}")
 
 
 # --- printing --------------------------------------------------------------------------------------------------------

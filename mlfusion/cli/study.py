@@ -125,7 +125,7 @@ def _write_findings(rows: "list[Row]", path: Path, results: "Results", recipe: P
 
 
 def _exit_if_failed(failures: "tuple[Failure, ...]") -> None:
-    """Print the failures last, where they are seen, and exit 1 if there are any."""
+    """Print the failures, after all other output, and exit 1 if there are any."""
     for failure in failures:
         notify(f"error: {failure}")
     if failures:

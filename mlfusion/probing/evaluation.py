@@ -45,7 +45,7 @@ def probe(
     rows: list[Row] = []
     trained, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
-        chosen, missing = _select(pair, probes, model or pair.train.names()[0].model_argument, dataset)
+        cached, missing = _select(pair, probes, model or pair.train.names()[0].model_argument, dataset)
         left_out += missing
         for line in missing:
             log(line)
@@ -56,7 +56,7 @@ def probe(
         if pair.older:
             log(f"{pair.older} other sets of features have these names; those extracted last are used")
         pair_rows, count = run(
-            pair, jobs_of(chosen, search), results, training, save=storage.save, trackers=trackers, log=log
+            pair, jobs_of(cached, search), results, training, save=storage.save, trackers=trackers, log=log
         )
         rows += pair_rows
         trained += count
@@ -154,7 +154,7 @@ def _select(pair: SplitPair, names: str | Sequence[str], model: str, dataset: st
     for probe in named:
         for entry in (pair.train, pair.test):
             require(entry, probe.representation.pairs(depth), model, dataset)
-    chosen, missing = dict.fromkeys(named), []
+    cached, missing = dict.fromkeys(named), []
     for probe in parse_probes("all", depth) if "all" in words else ():
         if absent := probe.representation.pairs(depth) - pair.complete_pairs:
             reason = impossible(pair.train.spec.model, absent)
@@ -162,5 +162,5 @@ def _select(pair: SplitPair, names: str | Sequence[str], model: str, dataset: st
             explanation = f": {model} {reason}" if reason else f", its tokens are not cached; to have it: {command}"
             missing.append(f"{probe.name} is left out{explanation}")
         else:
-            chosen[probe] = None
-    return list(chosen), missing
+            cached[probe] = None
+    return list(cached), missing

@@ -149,10 +149,10 @@ class Training(Search):
         return probe
 
     def selected(self, best: int) -> dict[str, float | int]:
-        chosen = self.configurations[best]
-        selected: dict[str, float | int] = {"lr": chosen.lr, "weight_decay": chosen.weight_decay}
+        configuration = self.configurations[best]
+        selected: dict[str, float | int] = {"lr": configuration.lr, "weight_decay": configuration.weight_decay}
         if HEADS[self.head].has_dropout:
-            selected["dropout"] = chosen.dropout
+            selected["dropout"] = configuration.dropout
         if HEADS[self.head].has_attention:
             selected["heads"] = self.shape.heads
         return selected | {"steps": self.refitting.steps, "batch_size": self.refitting.batch_size}
@@ -233,8 +233,8 @@ class NeighbourSearch(SolvedSearch):
     def refit(self, best: int) -> HeadModule:
         return self._neighbours(self.everything, [self.settings[best]])
 
-    def _neighbours(self, rows: Int[np.ndarray, " N"], chosen: Sequence[Neighbourhood]) -> HeadModule:
-        return neighbours(self.train, rows, chosen, self.target, self.device)
+    def _neighbours(self, rows: Int[np.ndarray, " N"], settings: Sequence[Neighbourhood]) -> HeadModule:
+        return neighbours(self.train, rows, settings, self.target, self.device)
 
 
 SOLVERS: dict[Head, Callable[..., Search]] = {"ridge": RidgeSearch, "logistic": LogisticSearch, "knn": NeighbourSearch}

@@ -24,8 +24,8 @@ def split(
         rows = np.flatnonzero(labels == label)
         count = min(max(1, round(VALIDATION * len(rows))), len(rows) - 1)
         held_out.append(random.permutation(rows)[:count])
-    chosen = np.sort(np.concatenate(held_out))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+    held = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), held), held
 
 
 def draw(labels: Shaped[np.ndarray, "N ..."], shots: int, *, classes: int, seed: int) -> Int[np.ndarray, " rows"]:

@@ -73,7 +73,7 @@ def page(data: ReportData, *, title: str = TITLE, name: str = "report.html") -> 
         opening=sentences.opening(groups),
         answers=[sentences.short_answer(group) for group in groups] if len(groups) > 1 else [],
         basis=sentences.basis(groups),
-        made=max(group.newest for group in groups)[:10],
+        newest=max(group.newest for group in groups)[:10],
         warnings=sentences.warnings(groups),
         sections=parts,
         anchors={part.name: part.anchor for section in parts if section.body == "datasets" for part in section.content},

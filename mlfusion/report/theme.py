@@ -60,8 +60,8 @@ def css(palette: Palette) -> str:
     """The palette as custom properties: --paper, …, --series-1, …, --heat-4."""
     properties = []
     for name, value in asdict(palette).items():
-        each = enumerate(value, 1) if isinstance(value, tuple) else ()
-        properties += [f"--{name}-{i}: {one};" for i, one in each] or [f"--{name}: {value};"]
+        colours = enumerate(value, 1) if isinstance(value, tuple) else ()
+        properties += [f"--{name}-{i}: {colour};" for i, colour in colours] or [f"--{name}: {value};"]
     return " ".join(properties)
 
 

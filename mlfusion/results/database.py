@@ -102,24 +102,24 @@ class Results:
             with self._writing() as connection:
                 _insert(connection, [row])
 
-    def rows(self, **chosen: str | None) -> list[Row]:
+    def rows(self, **filters: str | None) -> list[Row]:
         """The rows, oldest first; none where nothing was saved yet."""
-        where, values = _where(chosen)
+        clause, values = _where(filters)
         with self._reading() as connection:
             digests = connection.execute("SELECT digest, names FROM classes")
             lists = {digest: tuple(json.loads(names)) for digest, names in digests}
-            records = connection.execute(f"SELECT classes, body FROM results {where} ORDER BY number", values)
+            records = connection.execute(f"SELECT classes, body FROM results {clause} ORDER BY number", values)
             return [self._row(body, lists[classes]) for classes, body in records]
 
-    def require(self, **chosen: str | None) -> list[Row]:
+    def require(self, **filters: str | None) -> list[Row]:
         """Like `rows`, for a reader that has nothing to say without any.
 
         Raises:
             ResultsUnusable: there are none; says how to make some.
         """
-        if rows := self.rows(**chosen):
+        if rows := self.rows(**filters):
             return rows
-        raise self._no_rows(chosen)
+        raise self._no_rows(filters)
 
     def find(self, row_id: str) -> Row | None:
         """The row with this id, or None."""
@@ -152,21 +152,21 @@ class Results:
             raise UnknownName("result", beginning, newest, otherwise="These are the newest; all: mlfusion results ls")
         raise self._no_rows({})
 
-    def listing(self, *, limit: int | None = None, **chosen: str | None) -> list[dict[str, Any]]:
+    def listing(self, *, limit: int | None = None, **filters: str | None) -> list[dict[str, Any]]:
         """`COLUMNS` of rows, oldest first; only of the newest `limit` if given. No row is decoded."""
-        where, values = _where(chosen)
+        clause, values = _where(filters)
         with self._reading() as connection:
             records = connection.execute(
-                f"SELECT {', '.join(COLUMNS)} FROM results {where} ORDER BY number DESC LIMIT ?",
+                f"SELECT {', '.join(COLUMNS)} FROM results {clause} ORDER BY number DESC LIMIT ?",
                 [*values, -1 if limit is None else limit],
             ).fetchall()
         return [dict(zip(COLUMNS, record, strict=True)) for record in reversed(records)]
 
-    def count(self, **chosen: str | None) -> int:
+    def count(self, **filters: str | None) -> int:
         """The number of rows."""
-        where, values = _where(chosen)
+        clause, values = _where(filters)
         with self._reading() as connection:
-            return int(connection.execute(f"SELECT count(*) FROM results {where}", values).fetchone()[0])
+            return int(connection.execute(f"SELECT count(*) FROM results {clause}", values).fetchone()[0])
 
     def arrays(self, row: Row) -> dict[str, np.ndarray]:
         """The arrays saved beside the row: probabilities [n_test, C], attention [n_test, T], labels [n_test].
@@ -245,9 +245,9 @@ class Results:
         imported = self.take(rows, folder)
         return imported, len(rows) - imported
 
-    def to_pandas(self, **chosen: str | None) -> "pandas.DataFrame":
+    def to_pandas(self, **filters: str | None) -> "pandas.DataFrame":
         """Rows as a table, one column a field: 'metrics.loss', 'selected.lr'."""
-        return frame(self.rows(**chosen))
+        return frame(self.rows(**filters))
 
     # --- the database ------------------------------------------------------------------------------------------------
 
@@ -306,11 +306,11 @@ class Results:
 
     # --- errors ------------------------------------------------------------------------------------------------------
 
-    def _no_rows(self, chosen: Mapping[str, object]) -> ResultsUnusable:
-        filters = " and ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
-        if filters and self.count():
+    def _no_rows(self, filters: Mapping[str, object]) -> ResultsUnusable:
+        options = " and ".join(f"--{name} {value}" for name, value in filters.items() if value is not None)
+        if options and self.count():
             return ResultsUnusable(
-                f"no results of {filters} in {str(self.root)!r}; what there is: mlfusion results ls --results {self.root}"
+                f"no results of {options} in {str(self.root)!r}; what there is: mlfusion results ls --results {self.root}"
             )
         state = "holds no row yet" if self.root.is_dir() else "does not exist"
         return ResultsUnusable(
@@ -414,9 +414,9 @@ def _newer(connection: sqlite3.Connection, rows: Iterable[Row]) -> list[Row]:
     return [row for row in last.values() if row.created > connection.execute(newest, (row.id,)).fetchone()[0]]
 
 
-def _where(chosen: Mapping[str, str | None]) -> tuple[str, list[str]]:
+def _where(filters: Mapping[str, str | None]) -> tuple[str, list[str]]:
     """The SQL clause of fields of `RowFilter`, and its values."""
-    [filters] = distribute(chosen, RowFilter)
-    values = filters.changed()
-    clause = " AND ".join(f"{name} = ?" for name in values)
-    return (f"WHERE {clause}" if values else ""), list(values.values())
+    [row_filter] = distribute(filters, RowFilter)
+    values = row_filter.changed()
+    conditions = " AND ".join(f"{name} = ?" for name in values)
+    return (f"WHERE {conditions}" if values else ""), list(values.values())

@@ -214,20 +214,20 @@ def settings() -> Kind:
         if isinstance(raw, Mapping):
             return tuple(sorted(raw.items()))
         if isinstance(raw, (list, tuple)):
-            pairs = [parse_one(each) if isinstance(each, str) else each for each in raw]
-            return tuple(sorted(pairs)) if all(isinstance(each, tuple) for each in pairs) else tuple(pairs)
+            pairs = [parse_one(item) if isinstance(item, str) else item for item in raw]
+            return tuple(sorted(pairs)) if all(isinstance(pair, tuple) for pair in pairs) else tuple(pairs)
         return raw
 
     def fault(value: Any) -> str | None:
-        if not isinstance(value, tuple) or not all(isinstance(each, tuple) and len(each) == 2 for each in value):
+        if not isinstance(value, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
             return 'allowed are settings such as hidden_act=gelu (in a recipe: { hidden_act = "gelu" })'
-        for name, each in value:
-            if not isinstance(each, plain) and each is not None:
-                return f"{name} = {each!r}: allowed are text, numbers, true and false"
+        for name, setting in value:
+            if not isinstance(setting, plain) and setting is not None:
+                return f"{name} = {setting!r}: allowed are text, numbers, true and false"
         return repetition_fault([name for name, _ in value])
 
     def words(value: Any) -> list[str]:
-        return [f"{name}={setting_text(each)}" for name, each in value]
+        return [f"{name}={setting_text(setting)}" for name, setting in value]
 
     return Kind(list[str], fault, lambda raw: read(raw or []), read, words)
 

@@ -191,9 +191,9 @@ def compare_probes(
 
 
 def compare_named(
-    results: Results, a: str, b: str, *, bootstrap: Bootstrap = BOOTSTRAP, **chosen: str | None
+    results: Results, a: str, b: str, *, bootstrap: Bootstrap = BOOTSTRAP, **filters: str | None
 ) -> list[Comparison]:
-    """Compare two probes in every setting of the chosen rows; or two results, if either is an id.
+    """Compare two probes in every setting of the rows that pass the filters; or two results, if either is an id.
 
     Raises:
         BadData: they cannot be compared.
@@ -202,7 +202,7 @@ def compare_named(
     """
     probe_a, probe_b = _probe_name(a), _probe_name(b)
     if probe_a and probe_b:
-        return compare_probes(results, results.require(**chosen), probe_a, probe_b, bootstrap=bootstrap)
+        return compare_probes(results, results.require(**filters), probe_a, probe_b, bootstrap=bootstrap)
     return [compare(results, results.named(a), results.named(b), bootstrap=bootstrap)]
 
 

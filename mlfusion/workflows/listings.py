@@ -1,4 +1,4 @@
-"""Lists what can be chosen: models and data sets of the catalogues, probes, token kinds and hook points."""
+"""Lists the available choices: models and data sets of the catalogues, probes, token kinds and hook points."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -237,7 +237,7 @@ def register(parameters: Iterable[Tensor]) -> None:
 
 def is_registered(*parameters: Tensor) -> bool:
     """Whether factored gradients of all these parameters are popped by an optimiser."""
-    return library() is not None and all(each in _gradients for each in parameters)
+    return library() is not None and all(parameter in _gradients for parameter in parameters)
 
 
 def put_gradient(parameter: Tensor, gradient: FactoredGradient) -> None:

@@ -26,7 +26,7 @@ class Neighbourhood:
 
 
 def neighbourhoods(name: str) -> tuple[Neighbourhood, ...]:
-    """21 settings, or 3 for grid 'quick'."""
+    """21 neighbourhoods, or 3 for grid 'quick'."""
     quick = name == "quick"
     counts, temperatures = ((1, 10, 50), (0.07,)) if quick else ((1, 5, 10, 20, 50, 100, 200), (0.02, 0.07, 0.2))
     return tuple(Neighbourhood(*point) for point in product(counts, temperatures))

@@ -48,12 +48,12 @@ def has_fast_bfloat16(device: str) -> bool:
     seconds, size = {}, 384 if torch.device(device).type == "cpu" else 4096
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(size, size, device=device, dtype=dtype)
-        each = []
+        durations = []
         for _ in range(6):
-            began = perf_counter()
+            start = perf_counter()
             _ = float((a @ a)[0, 0])  # waits for the device
-            each.append(perf_counter() - began)
-        seconds[dtype] = min(each[1:])  # other work on the machine only ever adds
+            durations.append(perf_counter() - start)
+        seconds[dtype] = min(durations[1:])  # other work on the machine only ever adds
     return seconds[torch.bfloat16] < seconds[torch.float32] * 2 / 3
 
 
