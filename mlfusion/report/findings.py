@@ -68,7 +68,7 @@ def _provenance(groups: Sequence[ComparisonGroup]) -> str:
     sizes = [
         (name, count(one.images.train), count(one.images.test), str(len(one.classes))) for name, one in datasets.items()
     ]
-    return _table_section(
+    return _with_table(
         f"This command writes this page. Its rows were computed on {dates_text} by mlfusion at "
         f"{', '.join(code_versions(groups))}. Models: {architectures}. Grid: "
         f"{', '.join(dict.fromkeys(group.grid for group in groups))}; seeds {seeds}.",
@@ -76,7 +76,7 @@ def _provenance(groups: Sequence[ComparisonGroup]) -> str:
     )
 
 
-def _table_section(text: str, lines: Sequence[str], *after: str) -> str:
+def _with_table(text: str, lines: Sequence[str], *after: str) -> str:
     """A sentence, the table under it, and further paragraphs."""
     return "\n\n".join([text, "\n".join(lines), *after])
 
@@ -101,7 +101,7 @@ def _case_table(probe: str, cases: Sequence[Comparison]) -> str:
         lines.append((one.model, one.dataset, *scores, points(one.gain.mean), gain, interval))
     above = sum(one.images.low > 0 for one in cases if one.images)
     below = sum(one.images.high < 0 for one in cases if one.images)
-    return _table_section(
+    return _with_table(
         f"`{probe}` against `{BASELINE}`: 95 % interval and p from a paired bootstrap of the mean over seeds; both probes get "
         "the same resampled test images.",
         tables.markdown_lines(heads, lines, texts=2),
@@ -138,7 +138,7 @@ def _tests(study: Study) -> list[str]:
         )
         if lines:
             parts.append(
-                _table_section(text, tables.markdown_lines(["probe", "mean gain, points", "p", "adjusted"], lines))
+                _with_table(text, tables.markdown_lines(["probe", "mean gain, points", "p", "adjusted"], lines))
             )
     return parts
 
@@ -151,7 +151,7 @@ def _costs(study: Study) -> str:
             time, size = duration(fmean(one.seconds for one in costs)), sum(one.bytes for one in costs)
             lines.append((model, f"`{probe}`", parameters, time, f"{size / 1e6:,.1f} MB"))
     rows, seconds = sum(len(group.rows) for group in study.groups), sum(group.seconds for group in study.groups)
-    return _table_section(
+    return _with_table(
         "Cost of one probe, with its grid and refit; means over seeds and data sets. Times are wall-clock times, which include "
         "other load on the machine.",
         tables.markdown_lines(["model", "probe", "parameters", "time", "tokens in the cache"], lines, texts=2),

@@ -34,15 +34,15 @@ class Column:
         """(properties for the script, cells: a text as its position in `words`, a score as (mean, deviation))."""
         head = {"title": self.title, "kind": self.kind} | ({"hidden": True} if self.hidden else {})
         if self.kind not in ("text", "code"):
-            return head, [
-                tuple(map(rounded, cell)) if isinstance(cell, tuple) else rounded(cell) for cell in self.cells
-            ]
+            return head, [rounded(cell) for cell in self.cells]
         position = {word: i for i, word in enumerate(dict.fromkeys(self.cells))}
         return head | {"words": list(position)}, [position[cell] for cell in self.cells]
 
 
 def rounded(value: Any) -> Any:
-    """No more digits than a figure can show; None for a number that is not finite."""
+    """A value with no more digits than a figure can show; None for a number that is not finite."""
+    if isinstance(value, tuple):
+        return tuple(map(rounded, value))
     if isinstance(value, float):
         return None if not math.isfinite(value) else float(f"{value:.6g}")
     return value

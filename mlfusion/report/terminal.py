@@ -78,12 +78,12 @@ def _side_by_side(study: Study, model: str, width: int) -> Iterator[RenderableTy
     about = f"   {study.metric}, %, and gain in points, {seed_counts(groups)}" + f", {study.name}" * bool(study.name)
     title: Text | None = Text.assemble((model, "bold"), (about, "dim"))
     while columns:
-        count = _fitting(columns, width - name_width - 2)
-        table = bare_table(title, [""], [column.head for column in columns[:count]])
+        fitting = _fitting(columns, width - name_width - 2)
+        table = bare_table(title, [""], [column.head for column in columns[:fitting]])
         for number, probe in enumerate(probes):
-            table.add_row(probe, *(column.cells[number] for column in columns[:count]))
+            table.add_row(probe, *(column.cells[number] for column in columns[:fitting]))
         yield table
-        columns, title = columns[count:], None
+        columns, title = columns[fitting:], None
         if columns:
             yield Text()
     yield from _footnote([score for group in groups for score in group.probes])

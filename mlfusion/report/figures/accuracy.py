@@ -23,11 +23,10 @@ def accuracy(groups: Sequence[ComparisonGroup]) -> Figure | None:
     heads = tuple(dict.fromkeys([*HEADS, *sorted(present)]))
     panels = []
     for group, records in pairs:
-        score_range = extent(
-            record.number(end) for record in (all_records if shared else records) for end in ("low", "high")
-        )
+        scaled = all_records if shared else records
+        limits = extent(record.number(end) for record in scaled for end in ("low", "high"))
         probes, axis = tuple(score.probe for score in group.probes), f"{metric_name(group.metric)} on test, %"
-        panels.append(Panel(group.name, _spec(probes, heads, axis, score_range, group.baseline is not None), records))
+        panels.append(Panel(group.name, _spec(probes, heads, axis, limits, group.baseline is not None), records))
     described = [
         f"{group.name}: " + "; ".join(f"{r['probe']} {r['scored']}, {r['gained']}" for r in records)
         for group, records in pairs
@@ -94,24 +93,22 @@ def _label(score: Score) -> str:
 
 @lru_cache(maxsize=1024)
 def _spec(
-    probes: tuple[str, ...], heads: tuple[str, ...], axis: str, score_range: tuple[float, float], baseline: bool
+    probes: tuple[str, ...], heads: tuple[str, ...], axis: str, limits: tuple[float, float], baseline: bool
 ) -> dict[str, Any]:
     alt, base = charts.base_chart()
 
     def row(at: float) -> Any:
         return alt.Y("probe:N", sort=list(probes), axis=None, bandPosition=at, scale=alt.Scale(paddingInner=0.1))
 
-    score = alt.X(
-        "test:Q", title=axis, scale=charts.exact_scale(score_range, 14), axis=alt.Axis(tickCount=5, grid=False)
-    )
+    score = alt.X("test:Q", title=axis, scale=charts.exact_scale(limits, 14), axis=alt.Axis(tickCount=5, grid=False))
     colour, shape = charts.series_channels("head", heads)
     texts = [("scored:N", "test"), ("gained:N", "gain"), ("validated:N", "validation")]
     tooltip = charts.tooltip("probe:N", *texts, "seeds:N", ("parameters:Q", "", ","))
     layers = [base.mark_rule(style="guide").encode(x=alt.value(0), x2=alt.value("width"), y=row(0.68))]
     if baseline:
         # One segment per row, so that the line does not cross the names above.
-        segment_end = alt.Y2("probe:N", bandPosition=0.86)
-        layers.append(base.mark_rule(style="baseline").encode(x="baseline:Q", y=row(0.52), y2=segment_end))
+        segment = alt.Y2("probe:N", bandPosition=0.86)
+        layers.append(base.mark_rule(style="baseline").encode(x="baseline:Q", y=row(0.52), y2=segment))
         layers.append(base.mark_rule(style="stem").encode(x=score, x2="baseline:Q", y=row(0.68), color=colour))
     dot = base.mark_point(style="dot", filled=True)
     layers += [

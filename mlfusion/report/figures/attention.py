@@ -32,7 +32,7 @@ def attention(groups: Sequence[ComparisonGroup], top: float | None = None) -> Fi
     """
     attentions = group_attentions(groups)
     top = top or top_share(attentions)
-    if top is None:
+    if not attentions or top is None:
         return None
     by_model: dict[str, list[GroupAttention]] = {}
     for pair in attentions:

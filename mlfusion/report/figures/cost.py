@@ -28,14 +28,14 @@ def cost(study: Study) -> Figure | None:
     cases = len(next(iter(scores.values())))
     records = [_record(probe, probe_scores) for probe, probe_scores in scores.items()]
     heads = tuple(dict.fromkeys([*HEADS, *(head_of(probe) for probe in scores)]))
-    score_range = extent(record.number("test") for record in records)
+    limits = extent(record.number("test") for record in records)
     axes = {"parameters": "parameters of the probe", "seconds": "seconds of probing (grid and refit)"}
     panels = []
     for name, title in axes.items():
         costs = [max(record.number(name), MIN_COST) for record in records]
         axis = _Axis(name, title, (min(costs) / 1.5, max(costs) * 1.5))
-        spec = _spec(axis, f"{study.metric} on test, %", score_range, heads)
-        panels.append(Panel(capitalized(title), spec, _with_label_sides(records, axis, score_range)))
+        spec = _spec(axis, f"{study.metric} on test, %", limits, heads)
+        panels.append(Panel(capitalized(title), spec, _with_label_sides(records, axis, limits)))
     over = f", averaged over the {cases} cases (a model on a data set) that have all of these" if cases > 1 else ""
     return Figure(
         "cost",
@@ -81,9 +81,9 @@ class _Axis(NamedTuple):
     ends: tuple[float, float]
 
 
-def _with_label_sides(records: Sequence[Record], axis: _Axis, score_range: tuple[float, float]) -> list[Record]:
+def _with_label_sides(records: Sequence[Record], axis: _Axis, limits: tuple[float, float]) -> list[Record]:
     """Each record with the side of its dot on which its name stands."""
-    (first, last), (low, high) = axis.ends, score_range
+    (first, last), (low, high) = axis.ends, limits
     across = [WIDTH * log(max(record.number(axis.name), MIN_COST) / first) / log(last / first) for record in records]
     down = [HEIGHT * (high - record.number("test")) / (high - low) for record in records]
     dots = list(zip(across, down, strict=True))
@@ -121,12 +121,12 @@ def _overlap(box: Box, occupied: Sequence[Box]) -> float:
 
 
 @lru_cache(maxsize=64)
-def _spec(axis: _Axis, score: str, score_range: tuple[float, float], heads: tuple[str, ...]) -> dict[str, Any]:
+def _spec(axis: _Axis, score: str, limits: tuple[float, float], heads: tuple[str, ...]) -> dict[str, Any]:
     alt, base = charts.base_chart()
     costs = alt.Axis(format="~s", grid=False, tickCount=4, labelOverlap="greedy", labelSeparation=6)
     scale = alt.Scale(type="log", domain=list(axis.ends), nice=False)
     x = alt.X(f"{axis.name}:Q", title=axis.title, scale=scale, axis=costs)
-    y = alt.Y("test:Q", title=score, scale=charts.exact_scale(score_range, 14), axis=alt.Axis(tickCount=5))
+    y = alt.Y("test:Q", title=score, scale=charts.exact_scale(limits, 14), axis=alt.Axis(tickCount=5))
     colour, shape = charts.series_channels("head", heads)
     numbers = [("parameters:Q", "", ",.0f"), ("seconds:Q", "", ",.1f")]
     tooltip = charts.tooltip("probe:N", ("scored:N", "test"), *numbers, ("n:Q", "cases"))

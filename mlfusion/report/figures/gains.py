@@ -29,9 +29,8 @@ def by_probe(study: Study) -> Figure | None:
     tests: list[Record] = []
     for model in study.models:
         gains = {probe: dots for probe in probes if (dots := _gains(study, probe, model=model))}
-        tested = {
-            one.name: one for one in gain_tests({probe: [dot.x / 100 for dot in gains[probe]] for probe in gains})
-        }
+        fractions = {probe: [dot.x / 100 for dot in dots] for probe, dots in gains.items()}
+        tested = {test.name: test for test in gain_tests(fractions)}
         tests += [_test(model, one) for one in tested.values()]
         most = max(map(len, gains.values()), default=0)
         groups = []
