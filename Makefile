@@ -61,8 +61,8 @@ test: setup ## the tests that a user runs: under six minutes on two cores
 test-all: setup ## the tests in their long forms: fuzzing, faults     MINUTES=
 	MLFUSION_LONG='$(MINUTES)' $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
-coverage: setup ## the tests, and which lines they run; fails below the floor of pyproject.toml
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered $(ARGS)
+coverage: setup ## the tests with the slow ones, and which lines they run; fails below the floor of pyproject.toml
+	MLFUSION_SLOW=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .

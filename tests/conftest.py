@@ -43,8 +43,9 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests that only the long form has to it; note which tests need the real data."""
-    later = [item for item in items if item.get_closest_marker("long") and not tiers.LONG]
+    """Leave long and slow tests to their tiers; note which tests need the real data."""
+    absent = {"long": not tiers.LONG, "slow": not tiers.SLOW}
+    later = [item for item in items if any(absent.get(mark.name) for mark in item.iter_markers())]
     items[:] = [item for item in items if item not in later]
     config.hook.pytest_deselected(items=later)
     for item in items:

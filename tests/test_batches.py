@@ -102,6 +102,7 @@ def test_sizes_must_add_up(tmp_path: Path) -> None:
         next(values.batches([10, 19], seed=0))
 
 
+@pytest.mark.slow
 def test_a_probe_streams_what_it_may_not_load(tmp_path: Path) -> None:
     """The same protocol and the same scores but for rounding; the row tells."""
     for split, images in (("train", 1200), ("test", 300)):
@@ -163,6 +164,7 @@ print(int(peak.split()[1]) * 1024 // 10**6)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is told by Linux's /proc")
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     few, many, tokens, width = 2000, 16000, 64, 128

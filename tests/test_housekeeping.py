@@ -16,7 +16,7 @@ from tiny import save_images, save_model
 from mlfusion import cli, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.definitions import build
-from mlfusion.specs.options import EntryFilter, PruneOptions
+from mlfusion.specs.options import CopyOptions, EntryFilter, PruneOptions
 from mlfusion.store import FeatureStore, RunRecord
 from mlfusion.store.housekeeping import (
     PruneResult,
@@ -176,7 +176,7 @@ def test_what_the_commands_do_is_done_by_functions(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     entry = new_entry(one)
     fill(entry, "zarr")
-    [(copied, nbytes)] = copy_entries(one, two, EntryFilter(model="m"), format="hdf5")
+    [(copied, nbytes)] = copy_entries(one, two, build(CopyOptions, {"model": "m", "format": "hdf5"}))
     assert (copied.key, nbytes) == (entry.key, entry.nbytes())
     [listed] = list_entries(two).entries
     assert (listed.tokens, listed.bytes, listed.skipped) == ("cls+ap@1-3", entry.nbytes(), 0)

@@ -1,10 +1,14 @@
-"""The tiers of the tests: `make test` is short; `make test-all` adds long forms, for as many minutes as MLFUSION_LONG says."""
+"""The tiers of the tests: `make test` is short, `make coverage` adds slow tests, `make test-all` adds long forms.
+
+Long forms run for as many minutes as MLFUSION_LONG says; MLFUSION_SLOW=1 adds slow tests only.
+"""
 
 import os
 import time
 
 MINUTES = float(os.environ.get("MLFUSION_LONG", "0"))
 LONG = MINUTES > 0
+SLOW = LONG or os.environ.get("MLFUSION_SLOW") == "1"
 BEGAN = time.monotonic()
 
 

@@ -9,16 +9,12 @@ import typer
 from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Model, with_options
 from mlfusion.cli.output import notify, print_json, print_rows
 from mlfusion.errors import CacheUnusable
-from mlfusion.specs.options import ComputeOptions, EntryFilter, FeatureOptions, PruneOptions
+from mlfusion.specs.options import ComputeOptions, CopyOptions, EntryFilter, FeatureOptions, PruneOptions
 
 if TYPE_CHECKING:
     from mlfusion.store import Entry
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Manage the feature cache.")
-
-NewFormat = Annotated[
-    str | None, typer.Option("--format", help="File format of the copy: zarr or hdf5; default: unchanged.")
-]
 
 
 @app.command()
@@ -143,15 +139,14 @@ def prune(options: PruneOptions, cache: Cache = None, as_json: AsJson = False) -
 def export(
     *,
     to: Annotated[Path, typer.Argument(help="Root of the cache to copy to; created if it does not exist.")],
-    entries: EntryFilter,
-    format: NewFormat = None,
+    options: CopyOptions,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy entries to another cache, optionally in another format; every chunk is checked while copying."""
     from mlfusion.store.housekeeping import copy_entries
 
-    _print_copied(copy_entries(cache, [to], entries, format=format), as_json)
+    _print_copied(copy_entries(cache, [to], options), as_json)
 
 
 @app.command("import")
@@ -159,15 +154,14 @@ def export(
 def import_(
     *,
     source: Annotated[Path, typer.Argument(help="Root of the cache to copy from.")],
-    entries: EntryFilter,
-    format: NewFormat = None,
+    options: CopyOptions,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy entries of another cache into this one; every chunk is checked while copying."""
     from mlfusion.store.housekeeping import copy_entries
 
-    _print_copied(copy_entries([source], cache, entries, format=format), as_json)
+    _print_copied(copy_entries([source], cache, options), as_json)
 
 
 def _print_copied(copied: "list[tuple[Entry, int]]", as_json: bool) -> None:

@@ -270,6 +270,16 @@ class EntryFilter(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CopyOptions(Options):
+    """Options for copying entries to another cache."""
+
+    entries: EntryFilter = EntryFilter()
+    format: FormatName | None = option(
+        None, one_of(FORMATS), "File format of the copies: zarr or hdf5; default: unchanged.", effect="bit"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneOptions(Options):
     """Options that select the cache entries to remove."""
 

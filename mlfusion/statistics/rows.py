@@ -239,7 +239,7 @@ def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> ProbeRan
         BadData: the scores do not belong in one table, or the data sets are too few.
     """
     table, baseline = by_dataset(rows), _probe_name(baseline) or baseline
-    datasets = sorted(max((frozenset(sets) for sets in table.values()), key=len, default=frozenset()))
+    datasets = max((sorted(sets) for sets in table.values()), key=len, default=[])
     complete = {probe: sets for probe, sets in table.items() if sets.keys() >= set(datasets)}
     scores = {probe: [sets[name] for name in datasets] for probe, sets in complete.items()}
     base = scores.get(baseline, [])

@@ -12,21 +12,19 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
-from mlfusion.errors import CacheUnusable, MlfusionError, NotCached, UnknownName
+from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.names import token_words
-from mlfusion.specs.options import EntryFilter, FormatName, PruneOptions
+from mlfusion.specs.options import CopyOptions, EntryFilter, FormatName, PruneOptions
 from mlfusion.store.entry import Entry, folder_bytes
 from mlfusion.store.feature_store import QUARANTINE, TRASH, CachePath, FeatureStore, read_or_report
 from mlfusion.store.leases import in_use
 from mlfusion.store.shard import read_stored
 from mlfusion.system import disk
 from mlfusion.system.progress import track
-
-ALL = EntryFilter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ class Listing:
     damaged: tuple[str, ...]
 
 
-def list_entries(cache: CachePath = None, chosen: EntryFilter = ALL, *, reasons: bool = True) -> Listing:
+def list_entries(cache: CachePath = None, chosen: EntryFilter = EntryFilter(), *, reasons: bool = True) -> Listing:
     """List entries of all layers of a cache; with `reasons`, say why images were skipped."""
     damaged: list[str] = []
     entries = FeatureStore(cache).find(**chosen.changed(), on_damage=damaged.append)
@@ -78,10 +76,10 @@ def _summary(entry: Entry, reasons: bool) -> EntrySummary:
     )
 
 
-def entry_paths(cache: CachePath = None, chosen: EntryFilter = ALL) -> list[Path]:
+def entry_paths(cache: CachePath = None, chosen: EntryFilter = EntryFilter()) -> list[Path]:
     """Absolute path of the cache's root; given a model, data set or split, the folders of its entries."""
     store = FeatureStore(cache)
-    if chosen == ALL:
+    if chosen == EntryFilter():
         return [store.root.absolute()]
     return [entry.path.absolute() for entry in store.find(**chosen.changed())]
 
@@ -151,7 +149,7 @@ def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[
     since everything would be removed; CacheUnusable if the cache cannot be written.
     """
     older, quota = options.older, options.size
-    if options.entries == ALL and older is None and quota is None and needed is None:
+    if options.entries == EntryFilter() and older is None and quota is None and needed is None:
         raise MlfusionError(
             "what may go? name at least one of --model, --dataset, --split, --older, --size, --unneeded; with --dry-run "
             "nothing is removed"
@@ -216,20 +214,16 @@ def empty_trash(root: Path) -> None:
             disk.remove(removed)
 
 
-def copy_entries(
-    source: CachePath, target: CachePath, chosen: EntryFilter = ALL, *, format: FormatName | None = None
-) -> list[tuple[Entry, int]]:
+def copy_entries(source: CachePath, target: CachePath, options: CopyOptions = CopyOptions()) -> list[tuple[Entry, int]]:
     """Copy complete streams of entries into another cache; returns each copy with the bytes of tokens written.
 
-    The tokens stay the same bit by bit; `format` is that of the copies, by default unchanged. A missing target is created.
+    The tokens stay the same bit by bit; a missing target is created.
     NotCached if there are no such entries; CacheUnusable if a chunk is damaged, or the source or target cannot be used.
     """
-    if format not in (None, *get_args(FormatName)):
-        raise UnknownName("format", str(format), get_args(FormatName))
     store, copies = FeatureStore(source), FeatureStore(target)
     if not store.root.is_dir():
         raise CacheUnusable(f"there is no cache at {store.root}")
-    found = store.find(**chosen.changed())
+    found = store.find(**options.entries.changed())
     entries = [(entry, names) for entry in found if entry.complete_pairs() and (names := entry.names())]
     if not entries:
         raise NotCached(f"nothing of that in {store.root}; see: mlfusion cache ls --cache {store.root}")
@@ -239,7 +233,7 @@ def copy_entries(
             copy = copies.create(entry.spec, entry.samples, names[0])
             for alias in names[1:]:
                 copy.add_alias(alias)
-            copied.append((copy, copy_entry(entry, copy, format=format, advance=bar.advance)))
+            copied.append((copy, copy_entry(entry, copy, format=options.format, advance=bar.advance)))
     return copied
 
 

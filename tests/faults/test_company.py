@@ -34,6 +34,7 @@ def test_many_extractors_of_one_entry(workers, many, trial, tmp_path):
             assert sorted(computed_rows(passes)) == list(range(IMAGES))  # no image went through the model twice
 
 
+@pytest.mark.slow
 def test_one_sleeps_longer_than_its_lease(many, trial, tmp_path, monkeypatch):
     """The other takes the work over, the sleeper wakes, and neither harms the other: the first to publish wins."""
     monkeypatch.setattr(leases, "TERM", 0.6)

@@ -47,6 +47,7 @@ def kept(root: Path) -> dict[str, dict]:
     }
 
 
+@pytest.mark.slow
 def test_a_study_killed_ten_times_ends_with_the_same_rows(recipe, tmp_path, many, trial):
     do(recipe, tmp_path / "whole")  # imports everything
     began = time.monotonic()
