@@ -67,11 +67,14 @@ def rooms() -> dict[str, list[Path]]:
 
 
 def imports(path: Path) -> set[str]:
+    """The modules that a file names; relative imports and a bare `import mlfusion` would hide some, and are not used."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}: a relative import"
             names.update([node.module] if node.module != "mlfusion" else [f"mlfusion.{a.name}" for a in node.names])
         elif isinstance(node, ast.Import):
+            assert "mlfusion" not in [alias.name for alias in node.names], f"{path}: import mlfusion"
             names.update(alias.name for alias in node.names)
     return names
 
@@ -127,7 +130,7 @@ SWITCHED_OFF = {
     "store/reader.py": 3,
     "workflows/advice.py": 1,
 }
-OFF = re.compile(r"# (?:noqa|type: ignore)")
+OFF = re.compile(r"#\s*(?:noqa|type:\s*ignore|ruff:\s*noqa|mypy:|fmt:\s*off)")
 
 
 def named(path: Path) -> str:
@@ -136,7 +139,11 @@ def named(path: Path) -> str:
 
 def functions(path: Path) -> dict[str, int]:
     """Lines of every function, its docstring included."""
-    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    found = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     return {f"{named(path)}::{node.name}": (node.end_lineno or 0) - node.lineno + 1 for node in found}
 
 

@@ -22,7 +22,15 @@ from mlfusion.cli import reference
 from mlfusion.cli.options import with_options
 from mlfusion.errors import BadOption
 from mlfusion.probing import grids
-from mlfusion.specs.definitions import EFFECTS, Options, all_definitions, command, definitions, nested_classes
+from mlfusion.specs.definitions import (
+    EFFECTS,
+    Options,
+    all_definitions,
+    command,
+    definitions,
+    distribute,
+    nested_classes,
+)
 from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS
 from mlfusion.specs.options import (
     FORMATS,
@@ -217,11 +225,54 @@ def test_a_former_name_is_understood_and_not_shown() -> None:
         (lambda: PruneOptions(older="30"), "--older 30: allowed is a number with one of h, d, w, such as 30d"),
         (lambda: RunOptions(seeds=[]), "--seeds : allowed is a list of whole numbers"),
         (lambda: mlfusion.extract("m", "d", layer="last"), "no option named 'layer'. Did you mean layers?"),
+        (lambda: mlfusion.extract("m", "d", foo=1, bar=2), "no option named 'foo', 'bar'."),
+        (lambda: mlfusion.extract("m", "d", view="flip", views="plain"), "views is given twice, by another name too"),
+        (lambda: FeatureOptions(read=None), "read is None; allowed is a value of ReadOptions"),
+        (lambda: FeatureOptions(splits="=test"), "--split =test: allowed are names of splits"),
+        (lambda: FeatureOptions(splits="train="), "--split train=: allowed are names of splits"),
+        (lambda: FeatureOptions(settings={"a": float("nan")}), "a = nan: allowed are text without commas"),
+        (lambda: FeatureOptions(settings={"a": "b,c"}), "a = 'b,c': allowed are text without commas"),
+        (lambda: FeatureOptions(settings=(("a", 1), (1, 2))), "1 names no setting; allowed are names such as"),
+        (lambda: SearchOptions(seeds=[0, 2**63]), "allowed is a list of whole numbers from 0, such as 0,1,2, not 9223"),
+        (lambda: SearchOptions(shots="all,all"), "--shots all,all: 'all' comes twice"),
+        (lambda: mlfusion.plan("m", "d", trial=float("nan")), "--trial nan: allowed is a number of seconds from 0"),
+        (lambda: mlfusion.probe("digits", probes=[]), "--probe names no probe; allowed are names"),
+        (lambda: mlfusion.plan("m", "d", trial=-5), "--trial -5: allowed is a number of seconds from 0"),
+        (
+            lambda: mlfusion.extract("m", "d", read=ReadOptions(split_ratio="0.5/0.5"), split_ratio="0.9/0.1"),
+            "split_ratio is a field of read, which is given too",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_is_allowed(make: Any, message: str) -> None:
     with pytest.raises(BadOption, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["extract", "--batch-size", "0"], "--batch-size 0: allowed are whole numbers from 1"),
+        (["extract", "--size", "0"], "--size 0: allowed are whole numbers from 1"),
+        (["advise", "--images", "0"], "--images 0: allowed are whole numbers from 1"),
+        (["extract", "--split-seed", "0", "--carve-seed", "5"], "--split-seed and --carve-seed are one option"),
+    ],
+)
+def test_nought_and_nothing_are_values_too(words: list[str], message: str) -> None:
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 1 and message in " ".join(str(done.exception or done.output).split()) + done.output
+
+
+def test_python_knows_every_name_that_the_command_line_knows() -> None:
+    [options] = distribute(
+        {"view": 3, "carve": "0.8/0.2", "split": "train", "set": {"hidden_act": "relu"}}, FeatureOptions
+    )
+    assert options == FeatureOptions(
+        views=("plain", "flip", "crop1"),
+        splits=("train",),
+        settings=(("hidden_act", "relu"),),
+        read=ReadOptions(split_ratio="0.8/0.2"),
+    )
 
 
 # --- what rows print makes them again --------------------------------------------------------------------------------

@@ -258,6 +258,18 @@ def test_a_recipe_can_say_whatever_the_two_stages_can_be_told():
     assert former == {"carve", "carve_seed", "upright", "view"} == set(recipe.KEYS) - set(recipe.NAMES)
 
 
+def test_a_former_key_beside_the_present_one_is_a_fault(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(
+        'models = ["formula-vit"]\ndatasets = ["digits"]\nsplit_seed = 3\ncarve_seed = 5\nimage_root = ""\ngrid = "huge"\n'
+    )
+    with pytest.raises(BadRecipe) as caught:
+        recipe.load(path)
+    assert "line 4: split_seed and carve_seed are one option; keep one of them" in str(caught.value)
+    assert "line 5: image_root = '': allowed is a path" in str(caught.value)
+    assert "line 6: grid = 'huge'" in str(caught.value)
+
+
 def test_what_is_missing_has_no_line(tmp_path):
     (tmp_path / "x.toml").write_text('models = "clip"\n')
     with pytest.raises(BadRecipe, match=r"x.toml: datasets is missing; line 1: models = 'clip': allowed is a list"):

@@ -567,3 +567,27 @@ def test_the_code_in_the_page_about_results_runs(tmp_path: Path) -> None:
         assert held["results"].rows() == [row("a")]
     told = set(re.findall(r"`(\w+)`", page.split("## How sure")[1].split("Seeds and images")[0]))
     assert {"interval", "difference", "wilcoxon", "layer_cka"} <= told and told - {"Spread"} <= set(dir(statistics))
+
+
+def test_rows_are_found_by_every_name_that_a_command_takes(tmp_path: Path) -> None:
+    """A model's or data set's name, its hub id or its path; a probe's alias."""
+    folder = tmp_path / "models" / "m"
+    folder.mkdir(parents=True)
+    store = Results(tmp_path / "results")
+    sources = msgspec.structs.replace(row("a").sources, model=str(folder), dataset="org/set")
+    one = msgspec.structs.replace(
+        row("a"), model="m", dataset="set", probe="cls+ap-all-layers/attentive", sources=sources
+    )
+    store.append(one)
+    store.append(msgspec.structs.replace(row("b"), model="other", dataset="another", probe="cls-last/linear"))
+    for filters in (
+        {"model": "m"},
+        {"model": str(folder)},
+        {"dataset": "set"},
+        {"dataset": "org/set"},
+        {"probe": "ALF"},
+    ):
+        assert store.rows(**filters) == [one], filters
+    os.chdir(tmp_path)
+    assert store.rows(model="models/m") == store.rows(model="./models/m") == [one]
+    assert store.rows(model="other/m") == [] and store.count(probe="aat") == 0

@@ -102,7 +102,7 @@ def _values(cls: type[Options], arguments: dict[str, Any]) -> Iterator[tuple[str
     """Remove the fields of a class from the arguments, under their present or former names, and yield their values."""
     for field, definition in all_definitions(cls).items():
         words = {flag: arguments.pop(name) for name, flag in _flags(field, definition).items()}
-        set_words = [(flag, word) for flag, word in words.items() if word not in (None, False, [])]
+        set_words = [(flag, word) for flag, word in words.items() if not (word is None or word is False or word == [])]
         if len(set_words) > 1:
             raise BadOption(f"--{set_words[0][0]} and --{set_words[1][0]} are one option; give one of them")
         for _, word in set_words:

@@ -8,6 +8,7 @@ import typer
 
 from mlfusion.cli.options import AsJson, Cache, ResultsPath, with_options
 from mlfusion.cli.output import notify, print_json, print_rows
+from mlfusion.specs.definitions import command
 from mlfusion.specs.options import RowFilter, SettingFilter
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def show(row: RowId, results_path: ResultsPath = RESULTS, as_json: AsJson = Fals
     results = Results(results_path)
     stored = results.named(row)
     details, fields = certainty(results, stored), to_builtins(stored)
-    rerun_command = f"mlfusion results rerun {stored.id} --results {results_path}"
+    rerun_command = command(f"results rerun {stored.id}", results=str(results_path.absolute()))
     if as_json:
         print_json({"result": fields, **to_builtins(details), "rerun": rerun_command})
         return

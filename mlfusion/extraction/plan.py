@@ -1,5 +1,6 @@
 """Plans an extraction: the entries it would use, and the estimated size and duration of filling them."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlfusion import datasets
+from mlfusion.errors import BadOption
 from mlfusion.extraction.forward import MAX_BATCH_SIZES, Forward
 from mlfusion.extraction.request import Job, Request
 from mlfusion.extraction.run import load, loading
@@ -83,6 +85,8 @@ def plan(
 
     `trial` is the duration in seconds of the measurement of the rate; other arguments and errors are those of `extract`.
     """
+    if not 0 <= trial < math.inf:
+        raise BadOption(f"--trial {trial}: allowed is a number of seconds from 0, such as 5")
     return estimate(Request.of(model, dataset, features, compute), cache=cache, trial=trial)
 
 

@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlfusion.errors import BadOption
 from mlfusion.probing import saved
 from mlfusion.probing.fitting import Resources, Trained, train
 from mlfusion.probing.jobs import Job, jobs_of
 from mlfusion.results import Results, Row
 from mlfusion.results.trackers import Tracker, open_trackers
 from mlfusion.specs.commands import extract_command
+from mlfusion.specs.definitions import command
 from mlfusion.specs.names import Probe, expand_braces, parse_probes
 from mlfusion.specs.options import SearchOptions, StorageOptions, TrainingOptions
 from mlfusion.store import FeatureStore
@@ -41,6 +43,8 @@ def probe(
 
     Tokens that take more than half of the memory are read in batches during training.
     """
+    if not expand_braces(probes):
+        raise BadOption("--probe names no probe; allowed are names (mlfusion ls probes), or all")
     store, results, trackers = FeatureStore(storage.cache), Results(Path(storage.results)), open_trackers(storage.track)
     rows: list[Row] = []
     trained, left_out = 0, []
@@ -138,7 +142,8 @@ def save_probe(results: Results, row: Row, trained: Trained) -> str:
 def _not_saved(results: Results, row: Row, again: Row) -> str:
     return (
         f"{row.probe}, seed {row.seed}, is not kept: trained again it does not give the scores of result {row.id} (test "
-        f"{row.test} then, {again.test} now). What differs: mlfusion results rerun {row.id} --results {results.root}"
+        f"{row.test} then, {again.test} now). What differs: "
+        + command(f"results rerun {row.id}", results=str(results.root.absolute()))
     )
 
 
@@ -158,8 +163,8 @@ def _select(pair: SplitPair, names: str | Sequence[str], model: str, dataset: st
     for probe in parse_probes("all", depth) if "all" in words else ():
         if absent := probe.representation.pairs(depth) - pair.complete_pairs:
             reason = impossible(pair.train.spec.model, absent)
-            command = extract_command(model, dataset, absent, words_of(pair.train, pair.test))
-            explanation = f": {model} {reason}" if reason else f", its tokens are not cached; to have it: {command}"
+            again = extract_command(model, dataset, absent, words_of(pair.train, pair.test))
+            explanation = f": {model} {reason}" if reason else f", its tokens are not cached; to have it: {again}"
             missing.append(f"{probe.name} is left out{explanation}")
         else:
             cached[probe] = None

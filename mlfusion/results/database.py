@@ -21,7 +21,8 @@ import numpy as np
 from mlfusion.errors import MlfusionError, ResultsUnusable, UnknownName
 from mlfusion.results.export import frame, read_lines
 from mlfusion.results.rows import NotARow, Row, check, decode, encode
-from mlfusion.specs.definitions import distribute
+from mlfusion.specs.definitions import command, distribute
+from mlfusion.specs.names import ALIASES
 from mlfusion.specs.options import RowFilter
 from mlfusion.system import disk
 
@@ -181,8 +182,9 @@ class Results:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as err:
             state = "were not kept" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
             raise ResultsUnusable(
-                f"the arrays of result {row.id} {state}: {path}. Make them again with `mlfusion results rerun {row.id} "
-                f"--keep --results {self.root}`"
+                f"the arrays of result {row.id} {state}: {path}. Make them again with `"
+                + command(f"results rerun {row.id} --keep", results=str(self.root.absolute()))
+                + "`"
             ) from err
 
     def keep_arrays(self, row: Row, arrays: Mapping[str, np.ndarray]) -> None:
@@ -310,12 +312,14 @@ class Results:
         options = " and ".join(f"--{name} {value}" for name, value in filters.items() if value is not None)
         if options and self.count():
             return ResultsUnusable(
-                f"no results of {options} in {str(self.root)!r}; what there is: mlfusion results ls --results {self.root}"
+                f"no results of {options} in {str(self.root)!r}; what there is: "
+                + command("results ls", results=str(self.root))
             )
         state = "holds no row yet" if self.root.is_dir() else "does not exist"
         return ResultsUnusable(
-            f"no results: {str(self.root)!r} {state}. Make some with `mlfusion probe --dataset digits --results "
-            f"{self.root}`, or name a folder that has them: `mlfusion report RESULTS`"
+            f"no results: {str(self.root)!r} {state}. Make some with `"
+            + command("probe", dataset="digits", results=str(self.root))
+            + "`, or name a folder that has them: `mlfusion report RESULTS`"
         )
 
     @contextmanager
@@ -415,8 +419,18 @@ def _newer(connection: sqlite3.Connection, rows: Iterable[Row]) -> list[Row]:
 
 
 def _where(filters: Mapping[str, str | None]) -> tuple[str, list[str]]:
-    """The SQL clause of fields of `RowFilter`, and its values."""
+    """The SQL clause of fields of `RowFilter`, and its values. Models and data sets have a name, and a hub id or a path."""
     [row_filter] = distribute(filters, RowFilter)
-    values = row_filter.changed()
-    conditions = " AND ".join(f"{name} = ?" for name in values)
-    return (f"WHERE {conditions}" if values else ""), list(values.values())
+    conditions: list[str] = []
+    values: list[str] = []
+    for name, value in row_filter.changed().items():
+        conditions.append(f"{name} = ?")
+        values.append(value)
+        exists = Path(value).exists()
+        if name == "probe":
+            conditions[-1] = "probe IN (?, ?)"
+            values.append(ALIASES.get(value.lower(), value))
+        if name in ("model", "dataset") and (exists or "/" in value):
+            conditions[-1] = f"({name} = ? OR json_extract(body, '$.sources.{name}') = ?)"
+            values.append(str(Path(value).resolve()) if exists else value)
+    return ("WHERE " + " AND ".join(conditions) if conditions else ""), values

@@ -70,6 +70,9 @@ class Options:
             if fault := definition.fault(value):
                 shown = ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else raw
                 raise BadOption(f"--{definition.flag} {shown}: {fault}")
+        for field, cls in nested_classes(type(self)).items():
+            if not isinstance(value := getattr(self, field), cls):
+                raise BadOption(f"{field} is {value!r}; allowed is a value of {cls.__name__}")
 
     def changed(self) -> dict[str, Any]:
         """The fields that are not at their default, including those of nested options classes."""
@@ -126,8 +129,15 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         BadOption: a value that is not allowed.
     """
     own = {name: values[name] for name, _ in definitions(cls) if name in values}
-    inner = {name: values.get(name) or build(nested, values) for name, nested in nested_classes(cls).items()}
-    return cls(**own, **inner)
+    for name, nested in nested_classes(cls).items():
+        fields = [field for field in all_definitions(nested) if field in values]
+        given = values.get(name) is not None
+        if given and fields:
+            raise BadOption(
+                f"{fields[0]} is a field of {name}, which is given too; give {fields[0]} inside of it, or alone"
+            )
+        own[name] = values[name] if given else build(nested, values)
+    return cls(**own)
 
 
 def command(verb: str, words: Iterable[str] = (), **arguments: str | None) -> str:
@@ -142,14 +152,22 @@ def option_words(name: str, value: str) -> list[str]:
 
 
 def distribute(keywords: Mapping[str, Any], *classes: type[Options]) -> list[Any]:
-    """Convert the keywords of a public function to one value of each options class.
+    """Convert the keywords of a public function, by present or former names, to one value of each options class.
 
     Raises:
         BadOption: a keyword that none of the classes has, or a value that is not allowed.
     """
-    known = [name for cls in classes for name in (*nested_classes(cls), *all_definitions(cls))]
-    if unknown := [name for name in keywords if name not in known]:
+    definitions_by_field = {field: one for cls in classes for field, one in all_definitions(cls).items()}
+    known = [*(name for cls in classes for name in nested_classes(cls)), *definitions_by_field]
+    fields = {name: name for name in known}
+    fields |= {name: field for field, one in definitions_by_field.items() for name in (one.name, *one.former)}
+    if unknown := [name for name in keywords if name not in fields]:
         close = get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise BadOption(f"no option named {unknown[0]!r}.{hint} There are: {', '.join(known)}")
-    return [build(cls, keywords) for cls in classes]
+        raise BadOption(f"no option named {', '.join(map(repr, unknown))}.{hint} There are: {', '.join(known)}")
+    values: dict[str, Any] = {}
+    for name, value in keywords.items():
+        if fields[name] in values:
+            raise BadOption(f"{fields[name]} is given twice, by another name too; give it once")
+        values[fields[name]] = value
+    return [build(cls, values) for cls in classes]

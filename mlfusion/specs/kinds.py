@@ -15,6 +15,7 @@ from mlfusion.specs.names import setting_text, setting_value
 
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 TIMES = {"h": 3600, "d": 86400, "w": 7 * 86400}
+LARGEST = 2**63  # whole numbers are below it, as a database holds them
 VIEW_NAMES = "plain, flip, crop1, crop2, …"
 SPLIT_PARTS = {2: ("train", "test"), 3: ("train", "validation", "test")}
 
@@ -70,7 +71,7 @@ def device_name() -> Kind:
 def whole(minimum: int) -> Kind:
     """A whole number of at least `minimum`."""
     message = f"allowed are whole numbers from {minimum}"
-    return Kind(int, lambda v: None if type(v) is int and v >= minimum else message)
+    return Kind(int, lambda v: None if type(v) is int and minimum <= v < LARGEST else message)
 
 
 def share() -> Kind:
@@ -122,9 +123,11 @@ def numbers(minimum: int, *, example: str, allow_all: bool = False) -> Kind:
     def fault(value: Any) -> str | None:
         if not (isinstance(value, tuple) and value):
             return message
-        if not all((allow_all and n is None) or (type(n) is int and n >= minimum) for n in value):
-            return message
-        return repetition_fault(value)
+        if wrong := [
+            n for n in value if not ((allow_all and n is None) or (type(n) is int and minimum <= n < LARGEST))
+        ]:
+            return f"{message}, not {wrong[0]!r}"
+        return repetition_fault(["all" if n is None else n for n in value])
 
     return Kind(str, fault, read, read, lambda v: ",".join("all" if n is None else str(n) for n in v))
 
@@ -143,6 +146,7 @@ def view_names() -> Kind:
     """Views, comma-separated, or their number, counted from 'plain', 'flip', 'crop1', 'crop2', …"""
 
     def read(raw: Any) -> Any:
+        raw = str(raw) if type(raw) is int else raw
         if isinstance(raw, str) and re.fullmatch(r"[1-9]\d*", raw):
             return ("plain", "flip", *(f"crop{n}" for n in range(1, int(raw) - 1)))[: int(raw)]
         if isinstance(raw, str):
@@ -167,7 +171,8 @@ def split_names() -> Kind:
         return tuple(raw) if isinstance(raw, list) else raw
 
     def fault(value: Any) -> str | None:
-        if not (isinstance(value, tuple) and value and all(isinstance(word, str) and word for word in value)):
+        good = re.compile(r"[^=]+(=[^=]+)?")
+        if not (isinstance(value, tuple) and value and all(isinstance(w, str) and good.fullmatch(w) for w in value)):
             return "allowed are names of splits, such as train,test or train,test=validation"
         return repetition_fault([word.partition("=")[0] for word in value])
 
@@ -212,18 +217,22 @@ def settings() -> Kind:
 
     def read(raw: Any) -> Any:
         if isinstance(raw, Mapping):
-            return tuple(sorted(raw.items()))
+            return tuple(sorted(raw.items(), key=str))
         if isinstance(raw, (list, tuple)):
             pairs = [parse_one(item) if isinstance(item, str) else item for item in raw]
-            return tuple(sorted(pairs)) if all(isinstance(pair, tuple) for pair in pairs) else tuple(pairs)
+            return tuple(sorted(pairs, key=str))
         return raw
 
     def fault(value: Any) -> str | None:
         if not isinstance(value, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
             return 'allowed are settings such as hidden_act=gelu (in a recipe: { hidden_act = "gelu" })'
         for name, setting in value:
+            if not isinstance(name, str) or not re.fullmatch(r"[^\s=,]+", name):
+                return f"{name!r} names no setting; allowed are names such as hidden_act"
             if not isinstance(setting, plain) and setting is not None:
                 return f"{name} = {setting!r}: allowed are text, numbers, true and false"
+            if "," in str(setting) or setting in (math.inf, -math.inf) or setting != setting:
+                return f"{name} = {setting!r}: allowed are text without commas, and finite numbers"
         return repetition_fault([name for name, _ in value])
 
     def words(value: Any) -> list[str]:

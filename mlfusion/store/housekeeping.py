@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
+from mlfusion.specs.definitions import command
 from mlfusion.specs.names import token_words
 from mlfusion.specs.options import CopyOptions, EntryFilter, FormatName, PruneOptions
 from mlfusion.store.entry import Entry, folder_bytes
@@ -226,7 +227,7 @@ def copy_entries(source: CachePath, target: CachePath, options: CopyOptions = Co
     found = store.find(**options.entries.changed())
     entries = [(entry, names) for entry in found if entry.complete_pairs() and (names := entry.names())]
     if not entries:
-        raise NotCached(f"nothing of that in {store.root}; see: mlfusion cache ls --cache {store.root}")
+        raise NotCached(f"nothing of that in {store.root}; see: " + command("cache ls", cache=str(store.root)))
     copied = []
     with track("copying", sum(entry.nbytes() for entry, _ in entries), "bytes") as bar:
         for entry, names in entries:

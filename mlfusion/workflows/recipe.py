@@ -104,6 +104,7 @@ def load(path: Path, *, data: Path | str | None = None, seeds: tuple[int, ...] |
         raise BadRecipe(f"{path} is not TOML: {err}") from err
     faults: list[tuple[int, str]] = []
     values: dict[str, Any] = {}
+    names: dict[str, str] = {}  # field of an options class → the key that sets it
     for key, value in body.items():
         if key in ("models", "datasets"):
             parsed, key_faults = _sources(key, value, data)
@@ -111,6 +112,8 @@ def load(path: Path, *, data: Path | str | None = None, seeds: tuple[int, ...] |
             parsed, key_faults = _probes(key, value)
         elif key in KEYS:
             parsed, key_faults = _option(key, value, data)
+            if (other := names.setdefault(KEYS[key][0], key)) != key:
+                key_faults.append((None, f"{other} and {key} are one option; keep one of them"))
         else:
             faults.append((_line(text, key), f"unknown key {key!r}; allowed: {', '.join(NAMES)}"))
             continue
@@ -223,13 +226,13 @@ def _option(key: str, value: Any, data: Path | str | None) -> Parsed:
     """Parse and check the value of an option by its definition."""
     field, definition = KEYS[key]
     parsed, faults = definition.kind.read(value), []
-    if field == "image_root" and isinstance(parsed, str):
-        return _resolve_data(parsed, data)
     if fault := definition.kind.fault(parsed):
         quoted = re.findall(r"'([^']+)'", fault)
         faults.append((next((w for w in quoted if w in str(value)), None), f"{key} = {value!r}: {fault}"))
     elif field == "splits" and [word.partition("=")[0] for word in parsed] != ["train", "test"]:
         faults.append((None, f"{key} = {value!r}: allowed are train,test and, say, train,test=validation"))
+    elif field == "image_root":
+        return _resolve_data(parsed, data)
     if field == "views" and isinstance(parsed, tuple) and "plain" not in parsed:
         faults.append((None, f'{key} = {value!r}: "plain" must be among them, which is what probes read'))
     return parsed, faults
