@@ -244,7 +244,11 @@ def test_ls_and_show(at: Path, run: Any) -> None:
     wrong = (held["probabilities"].argmax(1) != held["labels"]).sum()
     assert sum(pair["images"] for pair in shown["confusions"]) == wrong
     _, out, _ = run("results", "show", rows[0].id)
-    assert f"again: mlfusion results rerun {rows[0].id}" in out and "expected calibration error" in out
+    assert (
+        f"rerun: mlfusion results rerun {rows[0].id}" in out
+        and rows[0].extract_command() in out
+        and "expected calibration error" in out
+    )
     assert str(rows[0].selected.lr) in out
 
 

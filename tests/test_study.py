@@ -17,6 +17,7 @@ from mlfusion import cli, load_features
 from mlfusion.extraction import run
 from mlfusion.probing import fitting, grids
 from mlfusion.results import ImageCounts, Results
+from mlfusion.specs.options import StorageOptions
 from mlfusion.workflows import study
 from mlfusion.workflows.recipe import Recipe, load
 
@@ -102,6 +103,17 @@ def test_what_is_there_is_not_done_again(recipe, monkeypatch):
     assert (again.trained, again.extracted, again.rows) == (0, [], first)
     shutil.rmtree("cache")  # rows are enough
     assert study.plan(recipe).is_done
+
+
+def test_probes_that_were_not_kept_are_missing_where_they_are_wanted(recipe):
+    first = study.run(study.plan(recipe)).rows
+    storage = StorageOptions(save=True)
+    planned = study.plan(recipe, storage)
+    assert not planned.is_done and [len(case.missing) for case in planned.cases] == [6, 6]
+    done = study.run(planned)
+    assert (done.trained, done.rows) == (0, first)
+    assert {path.name for path in Path("results/probes").iterdir()} == {row.id for row in first}
+    assert study.plan(recipe, storage).is_done
 
 
 def test_a_seed_or_a_data_set_more_is_all_that_is_done(recipe, data, model):

@@ -116,7 +116,7 @@ def plan(
     features: FeatureOptions,
     compute: ComputeOptions,
     cache: Cache = None,
-    trial: Annotated[float, typer.Option("--trial", help="Duration in seconds of the measurement of the rate.")] = 5.0,
+    trial: Annotated[float, typer.Option("--trial", help="Number of seconds for which the speed is measured.")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
     """Print what extract with the same options would write, and how long it would take. Writes nothing."""
@@ -146,7 +146,9 @@ def probe(
     probes: Annotated[
         str,
         typer.Option(
-            "--probe", help="Names (mlfusion ls probes), comma-separated, or all.", autocompletion=complete_probes
+            "--probe",
+            help="Names of probes (mlfusion ls probes), comma-separated, or all.",
+            autocompletion=complete_probes,
         ),
     ] = "all",
     search: SearchOptions,

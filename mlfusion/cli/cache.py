@@ -9,6 +9,7 @@ import typer
 from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Model, with_options
 from mlfusion.cli.output import notify, print_json, print_rows
 from mlfusion.errors import CacheUnusable
+from mlfusion.specs.definitions import command
 from mlfusion.specs.options import ComputeOptions, CopyOptions, EntryFilter, FeatureOptions, PruneOptions
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def verify(
             + ("; run the same `mlfusion extract` again to make what is missing" if report.quarantined else "")
         )
     if report.damaged and not report.quarantined:
-        raise CacheUnusable("parts of the cache are damaged; run: mlfusion cache verify --repair")
+        raise CacheUnusable("parts of the cache are damaged; run: " + command("cache verify --repair", cache=cache))
 
 
 @app.command()
@@ -191,4 +192,5 @@ def path(
     for one in paths:
         typer.echo(one)
     if not paths:
-        notify("nothing of that is cached; see: mlfusion cache ls")
+        notify("nothing of that is cached; see: " + command("cache ls", cache=cache))
+        raise typer.Exit(1)

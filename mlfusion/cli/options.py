@@ -94,7 +94,8 @@ def _flags(field: str, definition: Option) -> dict[str, str]:
 def help_text(definition: Option) -> str:
     """The help of an option, with its default."""
     default = definition.default
-    shown = definition.kind.words(default) if default and default is not True else ""
+    is_empty = default is None or isinstance(default, bool) or default in ("", ())
+    shown = "" if is_empty else definition.kind.words(default)
     return f"{definition.help} [default: {shown}]" if shown else definition.help
 
 

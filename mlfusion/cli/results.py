@@ -71,7 +71,7 @@ def show(row: RowId, results_path: ResultsPath = RESULTS, as_json: AsJson = Fals
     for name, value in lines.items():
         typer.echo(f"{name.ljust(width)}  {_format_value(value)}")
     _print_certainty(stored, details)
-    typer.echo(f"\nagain: {rerun_command}")
+    typer.echo(f"\nextract: {stored.extract_command()}\nprobe: {stored.probe_command()}\nrerun: {rerun_command}")
 
 
 @app.command()

@@ -86,7 +86,7 @@ def run(
     rows: list[Row] = []
     trained = 0
     existing = {job: stored(results, job, pair.keys, device) for job in jobs}
-    unsaved = {job for job, row in existing.items() if row and save and not _is_saved(results, row)}
+    unsaved = {job for job, row in existing.items() if row and save and not is_saved(results, row)}
     if count := sum(row is not None for row in existing.values()):
         log(f"{count} of {len(jobs)} results are in {results.root} already and are not made again")
     if unsaved:
@@ -129,7 +129,8 @@ def _folder(results: Results, row: Row) -> Path:
     return results.root / "probes" / row.id
 
 
-def _is_saved(results: Results, row: Row) -> bool:
+def is_saved(results: Results, row: Row) -> bool:
+    """Whether the trained probe of a row is kept."""
     return (_folder(results, row) / saved.CARD).is_file()
 
 

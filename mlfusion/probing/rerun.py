@@ -68,7 +68,7 @@ def _pair_of(store: FeatureStore, row: Row, probe: Probe) -> SplitPair:
     if train is None or test is None:
         raise NotCached(
             f"the features of result {row.id} ({', '.join(row.features)}) are not in {store.root}. Name the cache that "
-            f"has them with --cache, or make them again: {row.extract_command()}"
+            f"has them with --cache, or make them again: {row.extract_command(str(store.root.absolute()))}"
         )
     for entry in (train, test):
         require(entry, probe.representation.pairs(row.depth), row.sources.model, row.sources.dataset)

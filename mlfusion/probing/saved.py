@@ -148,15 +148,15 @@ def readme(card: Card) -> str:
 # {card.probe} on {card.backbone.name}, trained on {card.dataset}
 
 A probe: a small head on a frozen vision transformer. It reads the {" and ".join(card.kinds)} tokens of layers {layers}; the
-backbone itself is not in this folder. It is meant by the digests of its weights, architecture and preprocessing in
-`{CARD}`, and nothing else is put under the probe.
+backbone itself is not in this folder. `{CARD}` identifies it by the digests of its weights, architecture and preprocessing,
+and the probe is used with no other.
 
 ```
 pip install mlfusion
 mlfusion predict --probe FOLDER image.jpg
 ```
 
-`FOLDER` is this one. Nothing in it is executed: `probe.safetensors` holds numbers, `{CARD}` words.
+`FOLDER` is this folder. Nothing in it is executed: `probe.safetensors` holds numbers, and `{CARD}` holds text.
 
 | {metric} | |
 |---|---:|

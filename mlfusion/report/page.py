@@ -34,7 +34,7 @@ SYMBOL_PATHS = {
 
 
 def write_page(
-    rows: Sequence[Row],
+    rows: Sequence[Row] | Path | str,
     path: Path | str,
     *,
     title: str = TITLE,
@@ -45,7 +45,7 @@ def write_page(
     """Write the page, whole or not at all; the same rows give the same bytes. Returns its path.
 
     Args:
-        rows: rows of any models and data sets.
+        rows: rows of any models and data sets, or the folder of results that holds them.
         title: heading of the page.
         results: the results of the rows; their arrays give confusions and calibration.
         cka: similarity of layers with the last, drawn beside accuracy by layer.
@@ -56,6 +56,9 @@ def write_page(
         Unavailable: Altair is not installed; says what to install.
     """
     path = Path(path)
+    if isinstance(rows, (str, Path)):
+        results = results or Results(rows)
+        rows = results.require()
     return write_whole(path, page(ReportData(rows, results, cka, pictures), title=title, name=path.name))
 
 

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mlfusion.specs.commands import extract_command, probe_command
+from mlfusion.specs.definitions import option_words
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.options import GridName, SearchOptions
 
@@ -164,10 +165,11 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
             precision=self.precision,
         )
 
-    def extract_command(self) -> str:
-        """The command that caches what the probe reads."""
+    def extract_command(self, cache: str | None = None) -> str:
+        """The command that caches what the probe reads; `cache` is the root of a cache other than the default."""
         pairs = cast("set[Pair]", set(product(self.layers, self.tokens)))
-        return extract_command(self.sources.model, self.sources.dataset, pairs, self.sources.options)
+        options = [*self.sources.options, *(option_words("cache", cache) if cache else [])]
+        return extract_command(self.sources.model, self.sources.dataset, pairs, options)
 
     def probe_command(self) -> str:
         """The command that trains its probe on the cached features."""

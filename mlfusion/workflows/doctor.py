@@ -207,7 +207,7 @@ def _files(name: str, device: str) -> Iterator[Finding]:
         shape = models.shape(checkpoint)
         yield Finding("configuration", "ok", f"{shape.depth} layers of width {shape.width}")
         steps = preprocessing.read(checkpoint.folder)
-        yield Finding("preprocessing", "ok", f"pictures of {steps.pixels[0]} x {steps.pixels[1]} px")
+        yield Finding("preprocessing", "ok", f"images of {steps.pixels[0]} x {steps.pixels[1]} px")
         needed = int(LOADING_FACTOR * sum(file.stat().st_size for file in files))
         if needed > (free := available("cpu")):
             description = f"about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} free"
@@ -219,7 +219,7 @@ def _files(name: str, device: str) -> Iterator[Finding]:
 
 
 def _features(backbone: Backbone) -> Iterator[Finding]:
-    """Check the blocks, tokens and hook points of a model, and the features of a gray picture."""
+    """Check the blocks, tokens and hook points of a model, and the features of a gray image."""
     anatomy = backbone.anatomy
     norm = f"the second norm is {anatomy.norm2}" if anatomy.norm2 else "no second norm, so read at their output"
     final = {
@@ -233,9 +233,9 @@ def _features(backbone: Backbone) -> Iterator[Finding]:
     yield Finding("hook points", "ok", ", ".join(hooks + ["projected"] * backbone.projects))
     pixels = torch.zeros(1, 3, *backbone.preprocessing.pixels)
     if all(torch.isfinite(tokens).all() for tokens in backbone(pixels, [(backbone.depth, "ap")]).values()):
-        yield Finding("features", "ok", "a picture went through")
+        yield Finding("features", "ok", "a gray image gives finite numbers")
     else:
-        yield Finding("features", "problem", "a gray picture gives numbers that are not finite", "look at the weights")
+        yield Finding("features", "problem", "a gray image gives numbers that are not finite", "look at the weights")
 
 
 def _size(files: list[Path]) -> str:

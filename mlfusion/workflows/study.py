@@ -187,7 +187,9 @@ class _Planner:
 
     def __init__(self, recipe: Recipe, storage: StorageOptions, device: str) -> None:
         self.recipe, self.cache, self.device = recipe, storage.cache, device
-        self._done = {row.id for row in Results(Path(storage.results)).rows()}
+        results = Results(Path(storage.results))
+        # With --save, a row whose probe was not kept is not done.
+        self._done = {row.id for row in results.rows() if not storage.save or evaluation.is_saved(results, row)}
         self._images: dict[str, Images | MlfusionError] = {}
         self._rates: dict[str, float] = {}
         self._model = _ModelLoader()
