@@ -259,6 +259,8 @@ def spoiled(kind: str) -> tuple[Tokens, Target]:
         labels[:] = 7.0
     if kind == "labels-two":
         labels[3, 1] = 2
+    if kind == "labels-none":
+        labels[:] = 0
     if kind == "labels-scarce":
         labels[:, 2] = 0
         labels[5, 2] = 1
@@ -272,9 +274,10 @@ def spoiled(kind: str) -> tuple[Tokens, Target]:
     ("kind", "message"),
     [
         ("number-nan", "train row 4 has label nan; allowed: finite numbers"),
-        ("number-same", "all 30 training labels are 7.0; allowed: two different"),
+        ("number-same", "all 30 labels of train are 7.0, so that no R² exists; allowed: two different"),
         ("number-few", "train has 6 images; allowed: 10 or more to choose by R²"),
         ("labels-two", "train row 3 has 2 for label 1; allowed: 0 or 1"),
+        ("labels-none", "no image of train has a label, so that no average precision exists"),
         ("labels-scarce", "label 2 is on 1 training image; allowed: 2 or more"),
         ("labels-wide", r"train has labels of shape \(30, 3\); allowed: \[N, 4\]"),
     ],

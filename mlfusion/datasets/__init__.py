@@ -155,6 +155,11 @@ def _build(name: str, source: str, form: str, raw: Mapping[str, RawSplit], optio
     for split, one in raw.items():
         if not len(one.ids):
             raise BadData(f"{name}, split {split}: no images; allowed: {', '.join(sorted(SUFFIXES))}")
+        if unnamable := next((name for name in one.ids if not name.isascii() and not _is_text(name)), None):
+            raise BadData(
+                f"{name}, split {split}: the name {unnamable!a} is no UTF-8; allowed are names that are text. Rename the file "
+                "or its folder (convmv renames many)"
+            )
     if options.split_ratio is not None:  # the other splits need no labels
         raw = {"train": raw[_source_split(raw)]}
     classes, labels = encode_labels(raw, options.target, name)
@@ -164,6 +169,15 @@ def _build(name: str, source: str, form: str, raw: Mapping[str, RawSplit], optio
     }
     full_name = f"{name}:{options.label_column}" if options.label_column else name
     return _resplit(DataSet(full_name, source, form, splits, exif_transpose=options.exif_transpose), options)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8; a file name of other bytes cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _source_split(splits: Mapping[str, Any]) -> str:
@@ -190,8 +204,12 @@ def _check(data: DataSet) -> DataSet:
     for name, split in data.splits.items() if data.label_kind == "number" else ():
         if len(np.unique(split.labels)) < 2:
             raise BadData(f"{data.name}, split {name}: every label is {split.labels[0]:g}; a probe needs two or more")
-    if data.label_kind == "labels" and not data.classes:
-        raise BadData(f"{data.name}: no image has a label")
+    for name, split in data.splits.items() if data.label_kind == "labels" else ():
+        if not split.labels.any():
+            raise BadData(
+                f"{data.name}, split {name}: no image has a label; a probe is measured by the labels that occur. Give its "
+                "images their labels, or take another split"
+            )
     if data.label_kind != "class":
         return data
     present = {name: {s.classes[label] for label in np.unique(s.labels)} for name, s in data.splits.items()}

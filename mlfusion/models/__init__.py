@@ -74,10 +74,12 @@ def locate(reference: str) -> Checkpoint:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: safetensors if there are any."""
+    """The files that hold the weights: safetensors if there are any; BadModel if there are none, or one cannot be read."""
     patterns = checkpoints.WEIGHTS[checkpoints.layout(folder)]
     for pattern in patterns:
         if files := sorted(folder.glob(pattern)):
+            for file in files:
+                checkpoints.verify(file)
             return files
     raise BadModel(f"{folder} holds no weights; allowed: {', '.join(patterns)}")
 

@@ -26,6 +26,8 @@ WEIGHTS: dict[Layout, tuple[str, ...]] = {
 TIMM_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 """Width → attention heads of timm's vision transformers (timm/models/vision_transformer.py), if no file gives the number."""
 
+LFS_POINTER = b"version https://git-lfs"
+
 BLOCK = re.compile(
     r"blocks\.(\d+)\.(?:norm[12]\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc[12]\.(?:weight|bias)|ls[12]\.gamma)"
 )
@@ -176,6 +178,32 @@ def unpickled(file: Path) -> dict[str, Any]:
     if not isinstance(body, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in body.values()):
         raise BadModel(f"{file} holds no tensors by name; allowed: a state dict")
     return body
+
+
+def verify(file: Path) -> None:
+    """Check that a file of weights can be read, by its header alone where it is safetensors.
+
+    Raises:
+        BadModel: it is a Git LFS pointer, cut short, damaged, or holds more than plain tensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with open(file, "rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise BadModel(
+                f"{file} is a Git LFS pointer and holds no weights; type `git lfs pull` in {file.parent}, or download the "
+                "file itself"
+            )
+    if file.suffix != ".safetensors":
+        unpickled(file)
+        return
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as err:
+        raise BadModel(
+            f"{file} is damaged or cut short ({first_line(err)}); allowed: a whole safetensors file. Download it again"
+        ) from err
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -150,6 +150,11 @@ class SeveralLabels(Target):
                 f"{name} row {row} has {labels[row, column]} for label {column}; allowed: 0 or 1. "
                 "Say of every label whether the image has it, and extract the split again"
             )
+        if not labels.any():
+            raise BadData(
+                f"no image of {name} has a label, so that no average precision exists; allowed: a split with one label or "
+                "more. Give its images their labels, or take another split"
+            )
 
     def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
         counts = labels.sum(0)
@@ -207,13 +212,13 @@ class Number(Target):
                 f"{name} row {wrong[0]} has label {labels[wrong[0]]}; allowed: finite numbers. "
                 "Leave that image out, or give it a number"
             )
-
-    def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
         if len(np.unique(labels)) < 2:
             raise BadData(
-                f"all {len(labels)} training labels are {labels[0]}; allowed: two different numbers or more. "
-                "Choose labels that differ from image to image"
+                f"all {len(labels)} labels of {name} are {labels[0]}, so that no R² exists; allowed: two different numbers or "
+                "more. Choose labels that differ from image to image"
             )
+
+    def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
         if len(labels) < 2 * STRATUM_SIZE:
             raise BadData(
                 f"train has {len(labels)} images; allowed: {2 * STRATUM_SIZE} or more to choose by R². Add images"

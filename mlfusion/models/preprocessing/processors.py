@@ -29,6 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Siglip2": {"square": True, "resample": 2, "of": "half"},
     "VJEPA2": {"crop_size": 256, "square": False, "do_center_crop": True, "resample": 2, "of": "imagenet"},
 }
+ALLOWED = "allowed: settings that an image processor of transformers, timm or open_clip can follow. Mend that file"
 COLOURS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean and standard deviation
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -94,7 +95,12 @@ def read(
         BadModel: neither this code nor transformers can read the folder, or the study has no recipe for the model's family.
     """
     config = read_json(folder / "config.json")
-    steps = _from_study(folder, config) if variant.startswith("paper") else _from_files(folder, config)
+    try:
+        steps = _from_study(folder, config) if variant.startswith("paper") else _from_files(folder, config)
+    except KeyError as err:
+        raise BadModel(f"the preprocessing settings of {folder} lack {err}; {ALLOWED}") from err
+    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as err:
+        raise BadModel(f"the preprocessing settings of {folder} cannot be used ({first_line(err)}); {ALLOWED}") from err
     if isinstance(steps, TransformersProcessor):
         if variant != "exact" or size is not None or view != "plain":
             raise BadModel(
