@@ -1,5 +1,7 @@
 """Heads that are solved for, held to scikit-learn's solvers and to fits that are made one by one."""
 
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -22,6 +24,7 @@ from mlfusion.probing.solvers.neighbours import Neighbourhood, neighbours
 from mlfusion.probing.solvers.ridge import Ridge
 from mlfusion.probing.targets import Number, OneClass, SeveralLabels, Target
 from mlfusion.probing.training.batches import Tokens
+from mlfusion.specs.options import TrainingOptions
 
 F64 = torch.float64
 TALL, WIDE = (60, 2, 5), (24, 3, 16)  # more images than numbers an image, and fewer
@@ -195,6 +198,63 @@ def test_logistic_regression_of_real_features(shared: Any) -> None:
 def test_logistic_regression_has_no_numbers() -> None:
     with pytest.raises(BadData, match="logistic regression has no numbers; allowed: classes or labels"):
         Logistic(design(*data(TALL, "number")))
+
+
+@pytest.mark.parametrize("kind", ["class", "labels"])
+def test_little_memory_changes_a_fit_by_rounding_only(kind: str) -> None:
+    tokens, target = data(TALL, kind)
+    path = [Penalty(float(value)) for value in np.logspace(2, -2, 9)]
+    plenty, little = Logistic(design(tokens, target)), Logistic(design(tokens, target), memory=2 * 8 * 32 * 4 * 11 * 2)
+    assert (plenty.batch, plenty.block) == (8, 60)
+    assert little.batch < 3 and little.block < 60  # several batches of penalties, several blocks of images
+    for one in (plenty, little):
+        probes = [probe for _, probe in one.solve(path)]
+        assert sum(len(probe.weight) for probe in probes) == 9
+    last = [list(one.solve(path))[-1][1] for one in (plenty, little)]
+    values = [
+        objective(tokens, target, *(p[-1].detach().double().numpy() for p in (x.weight, x.bias)), 1e-2) for x in last
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_more_classes_than_memory_are_refused_before_anything_is_solved() -> None:
+    tokens, target = data(TALL)
+    with pytest.raises(
+        BadData, match=r"logistic regression of 3 classes needs .* MB for each penalty.*--memory.*linear"
+    ):
+        protocol.fit(
+            "logistic",
+            tokens,
+            lambda: tokens,
+            target=target,
+            options=fit_options(),
+            training=TrainingOptions(memory=1000),
+        )
+
+
+@pytest.mark.slow
+def test_logistic_regression_of_many_classes_keeps_to_its_memory() -> None:
+    """Peak of a process: 1,000 classes of 3,000 images, for which eight penalties at once would take a gigabyte."""
+    code = """
+import resource, numpy as np, torch
+from mlfusion.probing.solvers import lbfgs
+from mlfusion.probing.solvers.design import Design, Penalty
+from mlfusion.probing.solvers.logistic import Logistic
+from mlfusion.probing.targets import OneClass
+from mlfusion.probing.training.batches import Tokens
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+tokens = Tokens(np.random.default_rng(0).normal(size=(3000, 1, 64)), np.arange(3000) % 1000)
+design = Design(tokens, np.arange(3000), OneClass(1000), "cpu")
+lbfgs.MAX_ITERATIONS = 13  # all that L-BFGS holds is held after ten
+before = peak()
+for _ in Logistic(design, LIMIT).solve([Penalty(1.0)] * 8): pass
+print(peak() - before)
+"""
+    grown = [
+        float(subprocess.check_output([sys.executable, "-c", code.replace("LIMIT", str(limit))], text=True))
+        for limit in (100_000_000, None)
+    ]
+    assert grown[0] < 130 < 500 < grown[1], grown  # MB
 
 
 def test_minima_are_found_each_for_itself() -> None:

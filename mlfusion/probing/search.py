@@ -14,7 +14,7 @@ from mlfusion.probing.grids import SEARCH_GRIDS, rungs
 from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
 from mlfusion.probing.losses import Loss
 from mlfusion.probing.solvers.design import Design, penalties
-from mlfusion.probing.solvers.logistic import BATCH, Logistic
+from mlfusion.probing.solvers.logistic import Logistic
 from mlfusion.probing.solvers.neighbours import Neighbourhood, neighbourhoods, neighbours
 from mlfusion.probing.solvers.ridge import Ridge
 from mlfusion.probing.splits import split
@@ -213,13 +213,16 @@ class LogisticSearch(SolvedSearch):
     """Penalties of logistic regression, solved along one path."""
 
     def solve(self) -> Iterator[Float[Tensor, "k n C"]]:
-        logistic = Logistic(Design(self.train, self.fitted, self.target, self.device))
+        logistic = self._logistic(self.fitted)
         return (self.outputs(probe, self.held_out, self.block) for _, probe in logistic.solve(self.settings))
 
     def refit(self, best: int) -> HeadModule:
-        logistic = Logistic(Design(self.train, self.everything, self.target, self.device))
-        [*_, (_, probe)] = logistic.solve([*self.settings[:best:BATCH], self.settings[best]])
+        logistic = self._logistic(self.everything)
+        [*_, (_, probe)] = logistic.solve([*self.settings[: best : logistic.batch], self.settings[best]])
         return probe.last()
+
+    def _logistic(self, rows: Int[np.ndarray, " N"]) -> Logistic:
+        return Logistic(Design(self.train, rows, self.target, self.device), self.memory)
 
 
 class NeighbourSearch(SolvedSearch):

@@ -6,6 +6,7 @@ interface of the trained heads. They compute in float64: float32 loses a penalty
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -60,7 +61,6 @@ class Design:
         self.tokens, self.rows, self.target, self.device = tokens, rows, target, float64_device(device)
         labels = tokens.labels[rows]
         self.weights = torch.from_numpy(target.weights(labels)).to(self.device, F64)  # [N]
-        self.targets = torch.from_numpy(target.regressand(labels)).to(self.device, F64)  # [N, C]
         width = int(np.prod(tokens.shape[1:]))
         total = self.weights.sum()
         self.centre = torch.zeros(width, device=self.device, dtype=F64)
@@ -79,6 +79,11 @@ class Design:
         nonzero = eigenvalues > eigenvalues.max() * 1e-14  # smaller ones are rounding; the images span no more
         self.eigenvalues, self.basis = eigenvalues[nonzero], basis[:, nonzero]  # [r], [F, r]
         self.rotated = torch.cat([(x - self.centre) @ self.basis for _, x in self.blocks()])  # z [N, r]
+
+    @cached_property
+    def targets(self) -> Float[Tensor, "N C"]:
+        """The numbers that a least-squares probe fits: 1 for a class or label and 0 for the others, or the number."""
+        return torch.from_numpy(self.target.regressand(self.tokens.labels[self.rows])).to(self.device, F64)
 
     def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "b F"]]]:
         """Images in float64, a block at a time, with their positions in `rows`."""

@@ -8,34 +8,53 @@ from torch.nn import functional as F
 
 from mlfusion.errors import BadData
 from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty
-from mlfusion.probing.solvers.lbfgs import minimise
+from mlfusion.probing.solvers.lbfgs import HISTORY, minimise
 from mlfusion.probing.targets import OneClass
 from mlfusion.shapes import Float
 
-BATCH = 8  # penalties that are solved together
+BATCH = 8  # largest number of penalties that are solved together
+VECTORS = (
+    2 * HISTORY + 12
+)  # vectors of a map's size that L-BFGS holds for a penalty: steps, changes, and what it computes
+LOGITS = 4  # arrays of the size of the logits that a loss and its gradient hold
 
 
 class Logistic:
     """Σ w · cross-entropy + ½λ‖W‖² at its minimum, the bias free: multinomial for classes, one by one for several labels.
 
     The linear probe of CLIP (arXiv 2103.00020, A.3). L-BFGS runs in the rotated coordinates, where the curvature at W = 0 is
-    diagonal and is divided out, for `BATCH` penalties together, from strong to weak: each batch starts at the last
+    diagonal and is divided out, for up to `BATCH` penalties together, from strong to weak: each batch starts at the last
     solution of the one before.
     """
 
-    def __init__(self, design: Design) -> None:
+    def __init__(self, design: Design, memory: int | None = None) -> None:
+        """Plan for `memory` bytes: fewer penalties together, and images in blocks; None is no limit.
+
+        Raises:
+            BadData: the target is a number, or one penalty alone needs more memory.
+        """
         if design.target.kind == "number":
             raise BadData("logistic regression has no numbers; allowed: classes or labels. For numbers take ridge")
         self.design = design
-        self.classes = design.targets.shape[1]
+        self.classes = design.target.outputs
         self.multinomial = isinstance(design.target, OneClass)
+        self.batch, self.block = BATCH, len(design.rows)
+        if memory is not None:
+            needed = 8 * VECTORS * self.classes * (design.rotated.shape[1] + 1)  # bytes of one penalty
+            if needed > memory / 2:
+                raise BadData(
+                    f"logistic regression of {self.classes:,} classes needs {2 * needed / 1e6:,.0f} MB for each penalty and "
+                    f"{memory / 1e6:,.0f} MB are free for it; allowed: as much --memory, or another head, such as linear"
+                )
+            self.batch = min(BATCH, int(memory / 2 / needed))
+            self.block = min(self.block, max(1, int(memory / 4 / (8 * LOGITS * self.batch * self.classes))))
 
     def solve(self, path: Sequence[Penalty]) -> Iterator[tuple[slice, FixedLinear]]:
         """Slices of the path, strong penalties first, each with its probe."""
         r = self.design.rotated.shape[1]
         start = self.design.rotated.new_zeros(self.classes, r + 1)
-        for first in range(0, len(path), BATCH):
-            batch = slice(first, min(first + BATCH, len(path)))
+        for first in range(0, len(path), self.batch):
+            batch = slice(first, min(first + self.batch, len(path)))
             penalties = torch.tensor([each.penalty for each in path[batch]], device=self.design.device, dtype=F64)
             minima = self._minima(penalties, start)  # [K, C, r + 1]
             start = minima[-1]
@@ -60,16 +79,28 @@ class Logistic:
         return minimise(function, (start / scale).flatten(1)).view(shape) * scale
 
     def _loss(self, map_: Float[Tensor, "K C R"]) -> tuple[Float[Tensor, " K"], Float[Tensor, "K C R"]]:
-        """The weighted sum of losses and its gradient."""
+        """The weighted sum of losses and its gradient, summed over blocks of images."""
+        total, gradient = map_.new_zeros(len(map_)), torch.zeros_like(map_)
+        for first in range(0, len(self.design.rows), self.block):
+            loss, slope = self._block_loss(map_, slice(first, first + self.block))
+            total, gradient = total + loss, gradient + slope
+        return total, gradient
+
+    def _block_loss(
+        self, map_: Float[Tensor, "K C R"], block: slice
+    ) -> tuple[Float[Tensor, " K"], Float[Tensor, "K C R"]]:
         design, (k, c, _) = self.design, map_.shape
-        z, targets = design.rotated, design.targets
+        z, weights = design.rotated[block], design.weights[block]
         logits = torch.matmul(z, map_[..., :-1].flatten(0, 1).T).view(-1, k, c) + map_[..., -1]  # [N, K, C]
         if self.multinomial:
-            losses = torch.logsumexp(logits, dim=-1) - (logits * targets[:, None]).sum(-1)
-            slope = torch.softmax(logits, dim=-1) - targets[:, None]
+            classes = torch.from_numpy(design.tokens.labels[design.rows[block]]).to(logits.device)
+            index = classes[:, None, None].expand(-1, k, 1)
+            losses = torch.logsumexp(logits, dim=-1) - logits.gather(-1, index)[..., 0]
+            slope = torch.softmax(logits, dim=-1).scatter_add_(-1, index, logits.new_tensor(-1.0).expand(index.shape))
         else:
+            targets = design.targets[block]
             losses = (F.softplus(logits) - logits * targets[:, None]).sum(-1)
             slope = torch.sigmoid(logits) - targets[:, None]
-        slope = slope * design.weights[:, None, None]
+        slope *= weights[:, None, None]
         gradient = (slope.flatten(1).T @ z).view(k, c, -1)
-        return design.weights @ losses, torch.cat([gradient, slope.sum(0)[..., None]], dim=-1)
+        return weights @ losses, torch.cat([gradient, slope.sum(0)[..., None]], dim=-1)
