@@ -1,20 +1,28 @@
 """Random data sets and processors, drawn from a grammar: each gives the right answer, or is refused in one sentence."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grammar
 import numpy as np
 import pytest
-from grammar import Content, Written
+import spoils
+from grammar import Content, Picture, Written
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from spoils import Spoilt
 from tiers import examples
+from typer.testing import CliRunner
 
-from mlfusion import datasets
+from mlfusion import cli, datasets
+from mlfusion.errors import BadImage
 from mlfusion.specs.options import ReadOptions
+
+# A Parquet file that is read in place stays open until the garbage is collected.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
 
 SAMPLE = settings(
     max_examples=examples(100),
@@ -32,13 +40,40 @@ def arrow_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
 
 
-def loaded(written: Written) -> datasets.DataSet:
-    return datasets.load(str(written.path), ReadOptions(**written.options))
+@pytest.fixture
+def counts(figures: dict[str, Any]) -> dict[str, Counter[str]]:
+    """What was tried, and what became of it, by the form of the input: for the page."""
+    return figures.setdefault("inputs", {})
 
 
-def check(written: Written, found: datasets.DataSet) -> None:
-    """Whether every split, id, label, class and pixel is what was drawn."""
-    content = written.content
+@contextmanager
+def counted(counts: dict[str, Counter[str]], form: str, valid: bool) -> Iterator[Counter[str]]:
+    """Counts one input of this form, and what became of it: the body adds `right` or `refused`; a failure is seen here."""
+    count = counts.setdefault(form, Counter())
+    count["valid" if valid else "spoilt"] += 1
+    try:
+        yield count
+    except AssertionError:
+        count["silently wrong"] += 1
+        raise
+    except Exception:
+        count["traceback"] += 1
+        raise
+
+
+def words(written: Written) -> list[str]:
+    """The options that a data set is read with, as words of a command."""
+    flags = {name: value for name, value in written.options.items() if value is not True}
+    switches = [name for name, value in written.options.items() if value is True]
+    found = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return [
+        word.replace("_", "-") if word.startswith("--") else word for word in [*found, *(f"--{n}" for n in switches)]
+    ]
+
+
+def check(written: Written) -> None:
+    """Whether every split, id, label, class and pixel is what was drawn; a damaged picture is refused by its id."""
+    content, found = written.content, datasets.load(str(written.path), ReadOptions(**written.options))
     assert set(found.splits) == set(content.splits)
     assert found.label_kind == content.kind
     assert found.classes == written.classes()
@@ -47,12 +82,47 @@ def check(written: Written, found: datasets.DataSet) -> None:
         assert list(split.ids) == written.ids[name]
         assert split.labels.tolist() == [written.label(sample) for sample in samples]
         for row, sample in enumerate(samples):
-            np.testing.assert_array_equal(np.asarray(split.image(row)), sample.picture.pixels)
+            if (pixels := pixels_of(sample.picture)) is not None:
+                np.testing.assert_array_equal(np.asarray(split.image(row)), pixels)
+                continue
+            with pytest.raises(BadImage) as refused:
+                split.image(row)
+            assert str(refused.value).startswith(f"{split.ids[row]} cannot be read: ")
+
+
+def pixels_of(picture: Picture) -> np.ndarray | None:
+    """The pixels of a picture; of a damaged one those that Pillow reads, or None if it reads none."""
+    if picture.pixels is not None:
+        return picture.pixels
+    try:
+        return grammar.by_pillow(picture.body)
+    except Exception:
+        return None
+
+
+def refuse(written: Written) -> None:
+    """Whether `mlfusion data` refuses a data set in one sentence on standard error, and exits with 1."""
+    said = CliRunner().invoke(cli.app, ["data", str(written.path), "--json", *words(written)])
+    if said.exception is not None and not isinstance(said.exception, SystemExit):
+        raise said.exception
+    assert said.exit_code == 1, f"read without a word: {said.stdout}"
+    assert said.stdout == ""
+    *_, last = said.stderr.splitlines()
+    assert last.startswith("error: ") and len(last) > 20
 
 
 @SAMPLE
 @given(content=grammar.contents(list(grammar.FORMS)))
-def test_a_valid_data_set_is_read_as_it_was_drawn(content: Content) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        written = grammar.FORMS[content.form](content, Path(folder).resolve())
-        check(written, loaded(written))
+def test_a_valid_data_set_is_read_as_it_was_drawn(content: Content, counts: dict[str, Counter[str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder, counted(counts, content.form, valid=True) as count:
+        check(grammar.FORMS[content.form](content, Path(folder).resolve()))
+        count["right"] += 1
+
+
+@SAMPLE
+@given(one=spoils.spoilt())
+def test_a_spoilt_data_set_is_refused_in_one_sentence(one: Spoilt, counts: dict[str, Counter[str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder, counted(counts, one.content.form, valid=False) as count:
+        written = one.write(Path(folder).resolve())
+        (check if spoils.FAULTS[one.fault].of_a_picture else refuse)(written)
+        count["refused"] += 1
