@@ -466,7 +466,7 @@ def _arrays(content: Content) -> tuple[Content, dict[str, np.ndarray]]:
     count = len(Written(Path(), content, {}).classes())
     column = chance.choice([True, False])
     for split, samples in content.splits.items():
-        pixels = np.stack([sample.picture.pixels for sample in samples])
+        pixels = np.stack([pixels for sample in samples if (pixels := sample.picture.pixels) is not None])
         made[images.format(split)] = pixels[..., 0] if grey else pixels
         plain: list[Any] = [sample.label for sample in samples]
         if content.kind == "labels":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
-from grammar import FORMS, Content, Label, Picture, Sample, Written, contents
+from grammar import FORMS, Content, Label, Picture, Written, contents
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 

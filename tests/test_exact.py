@@ -211,9 +211,10 @@ def test_little_memory_changes_a_fit_by_rounding_only(kind: str) -> None:
         probes = [probe for _, probe in one.solve(path)]
         assert sum(len(probe.weight) for probe in probes) == 9
     last = [list(one.solve(path))[-1][1] for one in (plenty, little)]
-    values = [
-        objective(tokens, target, *(p[-1].detach().double().numpy() for p in (x.weight, x.bias)), 1e-2) for x in last
-    ]
+    values = []
+    for probe in last:
+        weight, bias = (each[-1].detach().double().numpy() for each in (probe.weight, probe.bias))
+        values.append(objective(tokens, target, weight, bias, 1e-2))
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 

@@ -38,6 +38,9 @@ PROCESSORS = {
     "beit, cropped": ("BeitFeatureExtractor", {"size": 256, "do_center_crop": True, "crop_size": 224}),
     "convnext": ("ConvNextImageProcessor", {"size": 224, "crop_pct": 0.875}),
     "convnext, squashed": ("ConvNextImageProcessor", {}),
+    "clip, a number that is square": ("CLIPImageProcessor", {"size": 40, "crop_size": 32, "default_to_square": True}),
+    "clip, no number": ("CLIPImageProcessor", {"default_to_square": True}),
+    "deit, a number that is the shortest edge": ("DeiTImageProcessor", {"size": 240, "default_to_square": False}),
     "bytes": ("ViTImageProcessor", {"do_rescale": False, "do_normalize": False}),
     "not normalised": ("ViTImageProcessor", {"do_normalize": False}),
     "doubled": ("ViTImageProcessor", {"rescale_factor": 1 / 127.5}),
@@ -90,6 +93,29 @@ def test_a_processor_with_rules_of_its_own_is_borrowed(tmp_path):
     for image in images():
         np.testing.assert_array_equal(found([image]), oracle(images=[image], return_tensors="np")["pixel_values"])
     assert json.loads(found.key())["size"] == {"longest_edge": 48}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("ConvNextImageProcessor", {"size": 225, "do_center_crop": True, "crop_size": {"height": 30, "width": 301}}),
+        ("CLIPImageProcessor", {"size": {"shortest_edge": 40, "longest_edge": 60}, "crop_size": 32}),
+    ],
+    ids=["two crops", "a limited longer edge"],
+)
+def test_a_processor_of_common_name_and_rare_settings_is_borrowed(case, tmp_path):
+    folder = processor_folder(tmp_path / "m", *case)
+    found = preprocessing.read(folder)
+    oracle = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    assert isinstance(found, TransformersProcessor)
+    for image in images():
+        np.testing.assert_array_equal(found([image]), oracle(images=[image], return_tensors="np")["pixel_values"])
+
+
+def test_a_borrowed_processor_that_gives_pictures_of_every_shape_is_refused(tmp_path):
+    settings = {"size": {"shortest_edge": 40, "longest_edge": 60}, "do_center_crop": False}
+    with pytest.raises(BadModel, match="every shape"):
+        preprocessing.read(processor_folder(tmp_path / "m", "CLIPImageProcessor", settings))
 
 
 def test_dinov3_resizes_floats_as_torchvision_does(tmp_path):

@@ -13,7 +13,7 @@ from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion import datasets, models
-from mlfusion.errors import BadData, BadModel
+from mlfusion.errors import BadData, BadModel, UnknownName
 from mlfusion.models import preprocessing
 from mlfusion.workflows.doctor import doctor
 
@@ -34,6 +34,12 @@ def test_names_of_other_scripts_are_text(tmp_path: Path) -> None:
     old = next((root / "train").rglob("*.png"))
     old.rename(old.with_name("картина é 図.png"))
     assert any("картина é 図" in name for name in datasets.load(str(root)).split("train").ids)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/set", "nowhere/in/a/set", "./set", "a b/c", "--x/y"])
+def test_a_path_of_nothing_is_an_unknown_name_unless_it_can_be_an_id_of_the_hub(name: str) -> None:
+    with pytest.raises(UnknownName, match=f"no data set named '{name}'.*or a folder or file"):
+        datasets.load(name)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -126,7 +132,15 @@ def test_sound_weights_of_either_form_are_read(tmp_path: Path) -> None:
     [
         ({"do_center_crop": True}, "lack 'crop_size'"),
         ({"do_center_crop": True, "crop_size": {"width": 8}}, "allowed are height and width"),
-        ({"image_mean": "abc"}, "cannot be used"),
+        ({"image_mean": "abc"}, "'abc' for colours: allowed are three numbers"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean .*: allowed are three finite numbers"),
+        ({"image_std": 0}, "image_std .*: allowed are numbers other than 0"),
+        ({"rescale_factor": 0}, "rescale_factor 0.0: allowed are finite numbers above 0"),
+        ({"rescale_factor": "0.1"}, "rescale_factor '0.1': allowed are numbers"),
+        ({"size": {"height": -1, "width": 4}}, "allowed are 1 pixel and more"),
+        ({"size": 100_000}, "up to 178,956,970 in a picture"),
+        ({"size": 7.5}, "allowed are whole numbers of pixels"),
+        ({"size": [4, 5, 6]}, "cannot be used"),
         ({"resample": [2]}, "cannot be used"),
         ({"rescale_factor": []}, "cannot be used"),
     ],

@@ -6,6 +6,7 @@ forms as numbers, and one resplits a split on request. Images are decoded only w
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -55,7 +56,7 @@ def load(reference: str, options: ReadOptions | None = None) -> DataSet:
         root = path.resolve()
         form, splits = _read_path(root, reference, options)
         return _build(root.name if path.is_dir() else path.stem, str(root), form, splits, options)
-    if not row and "/" not in reference:
+    if not row and not _is_hub_id(reference):
         otherwise = f"Or an id on the hub, such as uoft-cs/cifar10, or a folder or file: {FORMS}"
         raise UnknownName("data set", reference, CATALOGUE, otherwise=otherwise)
     source = row.source if row else reference
@@ -113,6 +114,17 @@ def pictures(files: Sequence[str], decode: Decoder | None = None) -> Split:
         encoded=_files.Files("", paths),
         decode=decode or Decoder(),
     )
+
+
+def _is_hub_id(text: str) -> bool:
+    """Whether a text has the form of an id on the hub, `owner/name`."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    with suppress(HFValidationError):
+        validate_repo_id(text)
+        return "/" in text
+    return False
 
 
 def _read_path(path: Path, reference: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:

@@ -3,33 +3,35 @@
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import grammar
 import numpy as np
+import processors
 import pytest
 import spoils
 from grammar import Content, Picture, Written
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from spoils import Spoilt
 from tiers import examples
 from typer.testing import CliRunner
 
 from mlfusion import cli, datasets
-from mlfusion.errors import BadImage
+from mlfusion.errors import BadImage, BadModel, MlfusionError
+from mlfusion.models import preprocessing
 from mlfusion.specs.options import ReadOptions
 
 # A Parquet file that is read in place stays open until the garbage is collected.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
 
-SAMPLE = settings(
-    max_examples=examples(100),
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+
+def sample(short: int) -> settings:
+    """The same inputs in every run, ten times as many in the long form."""
+    return settings(
+        max_examples=examples(short), derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,9 @@ def counted(counts: dict[str, Counter[str]], form: str, valid: bool) -> Iterator
         yield count
     except AssertionError:
         count["silently wrong"] += 1
+        raise
+    except MlfusionError:
+        count["refused"] += 1
         raise
     except Exception:
         count["traceback"] += 1
@@ -94,10 +99,9 @@ def pixels_of(picture: Picture) -> np.ndarray | None:
     """The pixels of a picture; of a damaged one those that Pillow reads, or None if it reads none."""
     if picture.pixels is not None:
         return picture.pixels
-    try:
+    with suppress(Exception):
         return grammar.by_pillow(picture.body)
-    except Exception:
-        return None
+    return None
 
 
 def refuse(written: Written) -> None:
@@ -111,7 +115,7 @@ def refuse(written: Written) -> None:
     assert last.startswith("error: ") and len(last) > 20
 
 
-@SAMPLE
+@sample(60)
 @given(content=grammar.contents(list(grammar.FORMS)))
 def test_a_valid_data_set_is_read_as_it_was_drawn(content: Content, counts: dict[str, Counter[str]]) -> None:
     with tempfile.TemporaryDirectory() as folder, counted(counts, content.form, valid=True) as count:
@@ -119,10 +123,54 @@ def test_a_valid_data_set_is_read_as_it_was_drawn(content: Content, counts: dict
         count["right"] += 1
 
 
-@SAMPLE
+@sample(60)
 @given(one=spoils.spoilt())
 def test_a_spoilt_data_set_is_refused_in_one_sentence(one: Spoilt, counts: dict[str, Counter[str]]) -> None:
     with tempfile.TemporaryDirectory() as folder, counted(counts, one.content.form, valid=False) as count:
         written = one.write(Path(folder).resolve())
         (check if spoils.FAULTS[one.fault].of_a_picture else refuse)(written)
         count["refused"] += 1
+
+
+# --- processors ------------------------------------------------------------------------------------------------------
+
+
+def prepared(folder: Path) -> list[np.ndarray]:
+    """The pictures as mlfusion prepares them."""
+    steps = preprocessing.read(folder)
+    return [steps([image])[0].numpy() for image in processors.pictures()]
+
+
+@sample(45)
+@given(found=processors.settings(wrong_ones=0))
+def test_a_processor_prepares_pictures_as_transformers_does(
+    found: dict[str, Any], counts: dict[str, Counter[str]]
+) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        folder = processors.write(found, Path(root))
+        expected = processors.by_transformers(folder)
+        assume(expected is not None)
+        with counted(counts, "processors", valid=True) as count:
+            np.testing.assert_array_equal(np.stack(prepared(folder)), np.stack(expected))
+            count["right"] += 1
+
+
+@sample(45)
+@given(found=processors.settings(wrong_ones=2))
+def test_a_processor_of_wrong_settings_is_refused_in_one_sentence(
+    found: dict[str, Any], counts: dict[str, Counter[str]]
+) -> None:
+    """What transformers takes in spite of them is prepared as it does, or refused."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = processors.write(found, Path(root))
+        expected = processors.by_transformers(folder)
+        with counted(counts, "processors", valid=expected is not None) as count:
+            with suppress(BadModel):
+                pictures = prepared(folder)
+                assert expected is not None, "transformers refuses these settings"
+                np.testing.assert_array_equal(np.stack(pictures), np.stack(expected))
+                count["right"] += 1
+                return
+            count["refused"] += 1
+            with pytest.raises(BadModel, match=r"^[^\n]*allowed[^\n]*$"):
+                prepared(folder)

@@ -15,17 +15,36 @@ from mlfusion.errors import BadModel, first_line
 from mlfusion.models.checkpoints import read_json
 from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges
 
+
+def _both(edge: int) -> dict[str, int]:
+    return {"height": edge, "width": edge}
+
+
 DEFAULTS: dict[str, dict[str, Any]] = {
     # Defaults of transformers' processors for settings that their configuration omits. `square`: whether a size of one
-    # number means height and width; else it is the shortest edge. `of`: the colours.
-    "CLIP": {"size": 224, "square": False, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "clip"},
-    "Bit": {"size": 224, "square": False, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "clip"},
-    "ViT": {"size": 224, "square": True, "resample": 2, "of": "half"},
-    "DeiT": {"size": 256, "square": True, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "half"},
-    "Beit": {"size": 224, "square": True, "crop_size": 224, "resample": 3, "of": "half"},
-    "Siglip": {"size": {"height": 224, "width": 224}, "square": False, "resample": 3, "of": "half"},
-    "ConvNext": {"size": 384, "square": False, "resample": 3, "of": "half", "crop_pct": 224 / 256},
-    "DINOv3ViT": {"size": 224, "square": True, "resample": 2, "of": "imagenet", "kernel": "torch-float32"},
+    # number means height and width, unless `default_to_square` says so; else it is the shortest edge. `of`: the colours.
+    "CLIP": {
+        "size": {"shortest_edge": 224},
+        "square": False,
+        "crop_size": 224,
+        "do_center_crop": True,
+        "resample": 3,
+        "of": "clip",
+    },
+    "Bit": {
+        "size": {"shortest_edge": 224},
+        "square": False,
+        "crop_size": 224,
+        "do_center_crop": True,
+        "resample": 3,
+        "of": "clip",
+    },
+    "ViT": {"size": _both(224), "square": True, "resample": 2, "of": "half"},
+    "DeiT": {"size": _both(256), "square": True, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "half"},
+    "Beit": {"size": _both(224), "square": True, "crop_size": 224, "resample": 3, "of": "half"},
+    "Siglip": {"size": _both(224), "square": False, "resample": 3, "of": "half"},
+    "ConvNext": {"size": {"shortest_edge": 384}, "square": False, "resample": 3, "of": "half", "crop_pct": 224 / 256},
+    "DINOv3ViT": {"size": _both(224), "square": True, "resample": 2, "of": "imagenet", "kernel": "torch-float32"},
     "Siglip2": {"square": True, "resample": 2, "of": "half"},
     "VJEPA2": {"crop_size": 256, "square": False, "do_center_crop": True, "resample": 2, "of": "imagenet"},
 }
@@ -46,12 +65,18 @@ class TransformersProcessor:
         self._processor = processor
         noise = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
         try:
-            self.pixels: tuple[int, int] = self.picture(Image.fromarray(noise)).shape[1:]
+            shapes = {self.picture(Image.fromarray(pixels)).shape[1:] for pixels in (noise, noise.swapaxes(0, 1))}
         except (ValueError, RuntimeError, TypeError) as err:
             raise BadModel(
                 f"{type(processor).__name__} cannot prepare a picture by the settings it was given ({first_line(err)}); "
                 "allowed: a preprocessor_config.json whose sizes fit together"
             ) from err
+        if len(shapes) > 1:
+            raise BadModel(
+                f"pictures of every shape would come out of {type(processor).__name__} by the settings it was given; allowed: "
+                "a processor with a crop_size, or a size with height and width"
+            )
+        self.pixels: tuple[int, int] = shapes.pop()
 
     def picture(self, image: Image.Image, name: str = "") -> np.ndarray:
         """One image → [3, height, width] float32."""
@@ -137,12 +162,20 @@ def _from_files(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
     settings = read_json(folder / "preprocessor_config.json") or read_json(folder / "video_preprocessor_config.json")
     names = ("image_processor_type", "feature_extractor_type", "video_processor_type")
     name = next((str(settings[key]) for key in names if settings.get(key)), "")
-    if _family(name) not in DEFAULTS or settings.get("do_pad"):
+    if not _are_steps(_family(name), settings):
         processor = _processor(folder)
         settings, name = processor.to_dict(), type(processor).__name__
-        if _family(name) not in DEFAULTS or settings.get("do_pad"):
+        if not _are_steps(_family(name), settings):
             return TransformersProcessor(processor)
     return _from_transformers(_family(name), settings)
+
+
+def _are_steps(family: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a processor of transformers with these settings does nothing but `Steps`."""
+    size = settings.get("size")
+    is_limited = isinstance(size, Mapping) and size.get("shortest_edge") and size.get("longest_edge")
+    crops_twice = family == "ConvNext" and settings.get("do_center_crop")
+    return family in DEFAULTS and not (settings.get("do_pad") or is_limited or crops_twice)
 
 
 def _family(name: str) -> str:
@@ -168,7 +201,7 @@ def _from_transformers(family: str, settings: Mapping[str, Any]) -> Steps:
         crop_size=crop,
         resample=resample,
         kernel=defaults.get("kernel", "pil"),
-        rescale_factor=float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else None,
+        rescale_factor=_number(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else None,
         image_mean=_per_channel(settings.get("image_mean", mean)) if normalizes else None,
         image_std=_per_channel(settings.get("image_std", std)) if normalizes else None,
     )
@@ -178,7 +211,9 @@ def _size_and_crop(
     family: str, settings: Mapping[str, Any]
 ) -> tuple[tuple[int, int] | int | None, tuple[int, int] | None]:
     """The resize and the centre crop of a processor of transformers; None if it does not resize, or does not crop."""
-    crop = _square(settings["crop_size"]) if settings.get("do_center_crop") else None
+    crop = _square(settings["crop_size"]) if settings.get("do_center_crop") or "crop_size" in settings else None
+    if not settings.get("do_center_crop"):
+        crop = None
     if not settings.get("do_resize", True):
         return None, crop
     if family == "Siglip2":
@@ -188,8 +223,11 @@ def _size_and_crop(
     if family == "VJEPA2":  # the processor computes its size from the crop
         return int(_square(settings["crop_size"])[0] * 256 / 224), crop
     is_number = isinstance(settings["size"], (int, float))
-    size = _square(settings["size"]) if is_number and DEFAULTS[family]["square"] else edges(settings["size"])
-    if family == "ConvNext" and isinstance(size, int):
+    is_square = settings.get("default_to_square", DEFAULTS[family]["square"])
+    size = _square(settings["size"]) if is_number and is_square else edges(settings["size"])
+    if family == "ConvNext":
+        if not isinstance(size, int):
+            raise BadModel(f"size {settings['size']} of a ConvNext processor: allowed is shortest_edge")
         # Below 384 pixels images are resized with a margin and cropped; larger sizes squash the image.
         return (int(size / settings["crop_pct"]), (size, size)) if size < 384 else ((size, size), crop)
     return size, crop
@@ -200,7 +238,15 @@ def _square(value: Any) -> tuple[int, int]:
     return size if isinstance(size := edges(value), tuple) else (size, size)
 
 
-def _per_channel(value: float | Sequence[float]) -> tuple[float, ...]:
+def _number(value: Any) -> float:
+    if isinstance(value, (bool, str)):
+        raise BadModel(f"rescale_factor {value!r}: allowed are numbers")
+    return float(value)
+
+
+def _per_channel(value: Any) -> tuple[float, ...]:
+    if isinstance(value, str):
+        raise BadModel(f"{value!r} for colours: allowed are three numbers, or one for all")
     return tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),) * 3
 
 

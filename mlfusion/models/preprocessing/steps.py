@@ -26,6 +26,7 @@ from torch import Tensor
 from mlfusion.errors import BadModel
 from mlfusion.shapes import Float, Num, UInt8
 from mlfusion.specs.kinds import is_view
+from mlfusion.specs.options import MAX_PIXELS
 
 Kernel = Literal["pil", "torch-uint8", "torch-float32"]
 """The resize kernel: PIL on bytes, torch on bytes (the fast path), or torch on floats (as torchvision's processors)."""
@@ -60,6 +61,17 @@ class Steps:
                 f"pictures of every shape would come out of a resize to {self.size} without a crop; allowed: a processor "
                 "with a crop_size, or a size with height and width"
             )
+        for name, edge in (("size", self.size), ("crop_size", self.crop_size)):
+            height, width = edge if isinstance(edge, tuple) else (edge or 1, edge or 1)
+            if edge is not None and (edge == 0 or min(height, width) < 1 or height * width > MAX_PIXELS):
+                raise BadModel(f"{name} {edge}: allowed are 1 pixel and more, and up to {MAX_PIXELS:,} in a picture")
+        for name, colours in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            if colours is not None and not (len(colours) == 3 and all(map(math.isfinite, colours))):
+                raise BadModel(f"{name} {list(colours)}: allowed are three finite numbers, or one for all colours")
+        if self.image_std is not None and 0 in self.image_std:
+            raise BadModel(f"image_std {list(self.image_std)}: allowed are numbers other than 0")
+        if self.rescale_factor is not None and not 0 < self.rescale_factor < math.inf:
+            raise BadModel(f"rescale_factor {self.rescale_factor}: allowed are finite numbers above 0")
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -249,12 +261,20 @@ def edges(value: Any) -> tuple[int, int] | int:
     """(height, width), or the shortest edge, from a size as transformers writes it; raises BadModel for other forms."""
     if isinstance(value, Mapping):
         if value.get("height") and value.get("width"):
-            return int(value["height"]), int(value["width"])
+            return _whole(value["height"]), _whole(value["width"])
         if value.get("shortest_edge") and not value.get("longest_edge"):
-            return int(value["shortest_edge"])
+            return _whole(value["shortest_edge"])
         raise BadModel(f"size {dict(value)}: allowed are height and width, or shortest_edge")
-    if isinstance(value, Sequence):
-        return int(value[0]), int(value[1])
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        height, width = value
+        return _whole(height), _whole(width)
+    return _whole(value)
+
+
+def _whole(value: Any) -> int:
+    """A number of pixels."""
+    if isinstance(value, (bool, str)) or int(value) != value:
+        raise BadModel(f"a size of {value!r}: allowed are whole numbers of pixels")
     return int(value)
 
 
