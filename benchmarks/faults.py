@@ -4,8 +4,8 @@
 
 Runs the long form of tests/faults, file by file, a process each. A file that passed is not run again while its tally lies in
 --folder, unless it is named; one that failed is, and says why. `--minutes 60 soak` lets users of every kind loose on one
-cache for an hour. With --page the tables go into docs/measurements/faults.md, losses included; with --table nothing is run, and
-they show the tallies there are.
+cache for an hour; `inputs` gives random data sets and processors to the readers. With --page the tables go into
+docs/measurements/faults.md, losses included; with --table nothing is run, and they show the tallies there are.
 """
 
 import argparse
@@ -81,7 +81,17 @@ def shards(figures: dict[str, Any]) -> str:
     return page.table([f"{figures['shards']:,} shards of one image each", "seconds"], rows)
 
 
-PARTS = {"soak": soak, "shards": shards}  # of the page, beside the trials
+def inputs(figures: dict[str, Any]) -> str:
+    """The table of random inputs, and of what became of them."""
+    outcomes = ["valid", "spoilt", "right", "refused", "traceback", "silently wrong"]
+    counts = {form: [count.get(name, 0) for name in outcomes] for form, count in sorted(figures.items())}
+    rows = [(form, *(f"{count:,}" for count in each)) for form, each in counts.items()]
+    every = [sum(column) for column in zip(*counts.values(), strict=True)]
+    heads = ["input", "valid", "with a fault", "right", "refused in one sentence", "traceback", "silently wrong"]
+    return page.table(heads, [*rows, ("**all**", *(f"**{count:,}**" for count in every))])
+
+
+PARTS = {"soak": soak, "shards": shards, "inputs": inputs}  # of the page, beside the trials
 
 
 def main() -> None:
@@ -105,7 +115,7 @@ def main() -> None:
             if asked.files or old is None or not old["passed"]:
                 run(tests[name], kept[name], asked.minutes)
     found = [body for path in kept.values() if (body := load(path)) is not None]
-    parts = {"faults": f"{page.machine()}.\n\n{trials(found)}"}
+    parts = {"faults": f"{page.machine()}.\n\n{trials(found)}"} if any(body["tally"] for body in found) else {}
     for body in found:
         for part, figures in body.get("figures", {}).items():
             parts[part] = PARTS[part](figures)
