@@ -6,8 +6,10 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from tiny import save_images
 
 from mlfusion import datasets
@@ -101,3 +103,43 @@ FORMS: dict[str, tuple[Callable[[datasets.DataSet, Path], Path], dict[str, str]]
     "tars": (tars, {}),
     "parquet": (parquet, {"id_column": "id"}),
 }
+
+
+def picture(number: int) -> bytes:
+    """A PNG of its own bytes for every number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (6, 5, 3), np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def labelled(form: str, root: Path, labels: list[Any], start: int = 0) -> Path:
+    """A file of one split that gives each image its label; `start` is the number of the first image."""
+    root.mkdir(parents=True, exist_ok=True)
+    count = range(start, start + len(labels))
+    if form in ("csv", "jsonl"):
+        for number in count:
+            (root / f"{number}.png").write_bytes(picture(number))
+        with open(root / f"set.{form}", "w", newline="", encoding="utf-8") as file:
+            if form == "csv":
+                csv.writer(file).writerows(
+                    [("path", "label"), *((f"{n}.png", x) for n, x in zip(count, labels, strict=True))]
+                )
+            else:
+                file.writelines(
+                    json.dumps({"path": f"{n}.png", "label": x}) + "\n" for n, x in zip(count, labels, strict=True)
+                )
+    elif form == "tar":
+        with tarfile.open(root / "set.tar", "w") as tar:
+            for number, label in zip(count, labels, strict=True):
+                put(tar, f"{number}.png", picture(number))
+                put(tar, f"{number}.cls", str(label).encode())
+    elif form == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        table = pyarrow.table({"image": [picture(number) for number in count], "label": labels})
+        pyarrow.parquet.write_table(table, root / "set.parquet")
+    else:
+        pixels = np.random.default_rng(start).integers(0, 256, (len(labels), 6, 5, 3), np.uint8)
+        np.savez(root / "set.npz", images=pixels, labels=np.array(labels))
+    return root / f"set.{form}"

@@ -38,14 +38,13 @@ class Files:
 def class_folders(root: Path, splits: Sequence[str], options: ReadOptions) -> dict[str, RawSplit]:
     """Read <split>/<class>/…/<image>, or <class>/…/<image>, in the order of the paths; BadData if a link leads out."""
     files = {name: _class_files(root, name) for name in splits or ("",)}
-    classes = tuple(sorted({label for images in files.values() for label, _ in images}))
     return {
         name or "train": RawSplit(
             ids=(paths := tuple(path for _, path in images)),
             labels=[label for label, _ in images],
             encoded=Files(str(root), paths),
             decode=decoder(options),
-            names=classes,
+            target="class",
         )
         for name, images in files.items()
     }
@@ -127,6 +126,7 @@ def tables(paths: dict[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
                 labels=[rows[row].get(label) for row in chosen],
                 encoded=Files(str(root), tuple(files[row] for row in chosen)),
                 decode=decoder(options),
+                rows=[row + 1 for row in chosen],
             )
     return splits
 
@@ -170,7 +170,7 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 cells = json.loads(line)
-            except json.JSONDecodeError as err:
+            except ValueError as err:  # also for a number of more digits than Python reads
                 raise BadData(f"{path}, line {number}: not JSON ({err})") from err
             if not isinstance(cells, dict):
                 raise BadData(f"{path}, line {number}: allowed is an object a line, such as {{'path': …, 'label': …}}")

@@ -28,7 +28,7 @@ from mlfusion.specs.options import ReadOptions
 from mlfusion.system import disk
 from mlfusion.system.progress import Bar, track
 
-VERSION = 1  # format of an index on disk
+VERSION = 2  # format of an index on disk
 RUN_IMAGES = 4  # consecutive images that are fetched at once, as many as a worker decodes at a time
 CACHED_RUNS = 32  # runs that stay in memory
 MAX_RUN_BYTES = 16 << 20  # images of a larger run are fetched one by one
@@ -145,11 +145,11 @@ def read_hub(source: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit
         base, prefix = f"{HUB}{source}@{info.sha}/", f"{options.config}/" if options.config is not None else ""
         names = [file.rfilename for file in info.siblings or () if file.rfilename.startswith(prefix)]
         indexes = Path(constants.HF_HOME) / "mlfusion" / "indexes" / str(info.sha)
-        text = None
+        classes = None
         if tars.CLASS_NAMES in names:
             with open_file(base + tars.CLASS_NAMES, whole=True) as file:
-                text = file.read().decode("utf-8")
-        return _read_splits(names, base, tars.class_names(text), options, indexes, source)
+                classes = tars.class_names(file.read(), base + tars.CLASS_NAMES)
+        return _read_splits(names, base, classes, options, indexes, source)
 
 
 def read_folder(root: Path, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:

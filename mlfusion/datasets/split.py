@@ -88,6 +88,12 @@ class RawSplit:
     decode: Callable[[bytes], Image.Image]
     names: tuple[str, ...] | None = None  # class names that label numbers stand for, or all classes in their order
     digests: np.ndarray | None = None
+    target: LabelKind | None = None  # the kind of label that the form implies: class folders are classes
+    rows: Sequence[int] | None = None  # each image's row in its table, from 1
+
+    def place(self, row: int) -> str:
+        """An image as messages name it: its id, and its row in the table."""
+        return f"{self.ids[row]} (row {self.rows[row]:,})" if self.rows is not None else self.ids[row]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ import xxhash
 from mlfusion.datasets.columns import SPLITS, choose_column, require_unique
 from mlfusion.datasets.images import SUFFIXES
 from mlfusion.datasets.split import Encoded, RawSplit, decoder
+from mlfusion.datasets.values import NUMBERED
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
 
@@ -104,15 +105,28 @@ def tars_in(root: Path) -> dict[str, list[str]]:
     return {split: [str(root / name) for name in tars] for split, tars in by_split(names).items()}
 
 
-def class_names(text: str | None) -> tuple[str, ...] | None:
-    """Class names, one per line, in the file that CLIP_benchmark's exports have beside the tars."""
-    return tuple(line.strip() for line in (text or "").splitlines() if line.strip()) or None
+def class_names(data: bytes, location: str) -> tuple[str, ...] | None:
+    """Class names, one per line, in the file that CLIP_benchmark's exports have beside the tars.
+
+    Raises:
+        BadData: the file is not UTF-8, or a line between others is empty, so that later lines would name other classes.
+    """
+    try:
+        names = [line.strip() for line in data.decode("utf-8-sig").rstrip().split("\n")]
+    except UnicodeDecodeError as err:
+        raise BadData(f"{location} cannot be read: {err}; allowed: UTF-8, one class name per line") from err
+    if "" in names and len(names) > 1:
+        raise BadData(
+            f"{location}, line {names.index('') + 1} is empty; allowed: a name on every line, since the line number says "
+            "which class it names"
+        )
+    return tuple(names) if names != [""] else None
 
 
 def read_class_names(root: Path) -> tuple[str, ...] | None:
     """The class names in a folder of tars, if it has a file of them."""
     file = root / CLASS_NAMES
-    return class_names(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return class_names(file.read_bytes(), str(file)) if file.is_file() else None
 
 
 def webdataset(
@@ -140,14 +154,25 @@ def join(
     if len(set(keys)) < len(keys):  # each tar numbers its samples from 0
         stems = [os.path.basename(path).removesuffix(".tar") for path in paths]
         keys = [f"{stem}/{key}" for stem, part in zip(stems, parts, strict=True) for key in part.keys]
+    labels, names = _with_names(index.labels, names, options)
     return RawSplit(
         ids=require_unique([f"{split}/{key}" for key in keys], location),
-        labels=index.labels,
+        labels=labels,
         encoded=encoded(tuple(paths), index.positions),
         decode=decoder(options),
         names=names,
         digests=index.digests,
     )
+
+
+def _with_names(
+    labels: list[Any], names: tuple[str, ...] | None, options: ReadOptions
+) -> tuple[list[Any], tuple[str, ...] | None]:
+    """The labels, with text that is a class number as a number if there are names; a field of fractions has no names."""
+    is_field = options.label_column is not None and options.label_column != "cls"
+    if names is None or (is_field and any(isinstance(x, float) and not x.is_integer() for x in labels)):
+        return labels, None
+    return [int(x) if isinstance(x, str) and NUMBERED.fullmatch(x) else x for x in labels], names
 
 
 def index_file(path: str, columns: "Columns") -> Index:
@@ -227,11 +252,12 @@ class Columns:
         try:
             if self.label == "npy":
                 vector = np.load(io.BytesIO(data), allow_pickle=False)
-                return vector.tolist() if vector.ndim == 1 else vector.reshape(-1).tolist()[0]
+                if vector.ndim > 1 or vector.dtype.kind not in "biufSU":
+                    raise ValueError(f"{list(vector.shape)} of {vector.dtype}; allowed: a number or a vector")
+                return vector.astype(np.float64).tolist() if vector.dtype.kind == "f" else vector.tolist()
             if self.label == "json":
                 return json.loads(data)[self.json_field]
-            text = data.decode("utf-8").strip()
-            return int(text) if text.isdecimal() else text
+            return data.decode("utf-8-sig").strip()
         except (ValueError, KeyError, EOFError, TypeError, IndexError) as err:
             raise BadData(f"{path}: the label {sample.key}.{self.label} cannot be read: {err}") from err
 
