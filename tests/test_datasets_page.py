@@ -1,6 +1,7 @@
 """Every example of docs/datasets.md, run on data sets as the page describes them."""
 
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from forms import parquet, rows, tars
 from tiny import save_images
 
 from mlfusion import cli, datasets
+from mlfusion.datasets.places import SPLIT_PLACES
 from mlfusion.specs.definitions import all_definitions
 from mlfusion.specs.options import MAX_PIXELS, ReadOptions
 
@@ -79,3 +81,10 @@ def test_the_page_names_every_option_and_every_form_of_file():
     for suffix in datasets.SUFFIXES:
         assert suffix in text
     assert f"{MAX_PIXELS:,}" in text
+
+
+def test_the_table_of_places_is_that_of_the_code():
+    script = PAGE.parent.parent / "benchmarks" / "places.py"
+    text = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout
+    assert f"<!-- places -->\n{text}<!-- end of places -->" in PAGE.read_text()
+    assert [line.split(" | ")[0].strip("| ") for line in text.splitlines()[2:7]] == list(SPLIT_PLACES)

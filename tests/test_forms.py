@@ -431,7 +431,9 @@ def test_a_split_may_go_by_another_name(tmp_path):
     data = datasets.load(str(tmp_path))
     split = data.split("test=val")
     assert (split.name, split.ids) == ("test", data.split("val").ids)
-    with pytest.raises(BadData, match=r"no split 'test'; it has train, val: give --split .*--split-ratio 0\.8/0\.2"):
+    with pytest.raises(
+        BadData, match=r"no split 'test'; it has train, validation: give --split .*--split-ratio 0\.8/0\.2"
+    ):
         data.split("test")
 
 

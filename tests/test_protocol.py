@@ -449,26 +449,26 @@ def test_halving_tells_how_far_it_is_and_ends_in_the_same_probe(monkeypatch: pyt
 @given(st.lists(st.integers(3, 20), min_size=2, max_size=8), st.integers(1, 3), st.integers(0, 5))
 def test_so_many_of_each_class_are_drawn(counts: list[int], shots: int, seed: int) -> None:
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
-    rows = draw(labels, shots, classes=len(counts), seed=seed)
+    rows = draw(labels, shots, target=OneClass(len(counts)), seed=seed)
     assert np.array_equal(rows, np.unique(rows))
     assert np.bincount(labels[rows]).tolist() == [shots] * len(counts)
-    fewer = draw(labels, max(1, shots - 1), classes=len(counts), seed=seed)
+    fewer = draw(labels, max(1, shots - 1), target=OneClass(len(counts)), seed=seed)
     assert set(fewer) <= set(rows)
 
 
 def test_every_image_is_drawn_by_some_seed_and_a_seed_draws_the_same() -> None:
     labels = np.arange(30) % 3
-    draws = [draw(labels, 2, classes=3, seed=seed) for seed in range(40)]
+    draws = [draw(labels, 2, target=OneClass(3), seed=seed) for seed in range(40)]
     assert set(np.concatenate(draws)) == set(range(30))
-    assert np.array_equal(draws[3], draw(labels, 2, classes=3, seed=3))
+    assert np.array_equal(draws[3], draw(labels, 2, target=OneClass(3), seed=3))
 
 
 def test_more_than_there_are_cannot_be_drawn() -> None:
     labels = np.array([0, 0, 0, 1, 1])
     with pytest.raises(BadData, match=r"class 1 has 2 training images; .*--shots 3 asks for.*Ask for at most 2"):
-        draw(labels, 3, classes=2, seed=0)
+        draw(labels, 3, target=OneClass(2), seed=0)
     with pytest.raises(BadData, match="few-shot training needs one class an image"):
-        draw(labels.astype(float), 2, classes=2, seed=0)
+        draw(labels.astype(float), 2, target=OneClass(2), seed=0)
 
 
 @pytest.mark.parametrize("as_torch", [False, True], ids=["numpy", "torch"])

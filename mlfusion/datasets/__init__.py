@@ -5,6 +5,7 @@ Lines), WebDataset tars, Parquet, arrays. Each form has a module that reads raw 
 forms as numbers, and one resplits a split on request. Images are decoded only when they are used.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -22,17 +23,20 @@ from mlfusion.datasets import remote as _remote
 from mlfusion.datasets import tars as _tars
 from mlfusion.datasets.catalogue import CATALOGUE as CATALOGUE
 from mlfusion.datasets.catalogue import CatalogueRow as CatalogueRow
-from mlfusion.datasets.columns import SPLITS
 from mlfusion.datasets.images import SUFFIXES as SUFFIXES
 from mlfusion.datasets.images import Decoder as Decoder
 from mlfusion.datasets.labels import encode_labels
+from mlfusion.datasets.places import files_below, split_of_path, split_word
 from mlfusion.datasets.resplit import ratio_text, split_by_ratio
 from mlfusion.datasets.split import DataSet as DataSet
 from mlfusion.datasets.split import RawSplit
 from mlfusion.datasets.split import Split as Split
+from mlfusion.datasets.values import shown
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.specs.kinds import parse_ratio
 from mlfusion.specs.options import LabelKind, ReadOptions
+
+logger = logging.getLogger(__name__)
 
 FORMS = (
     "train/<class>/<image> and test/<class>/<image>, or <class>/<image> with --split-ratio 0.8/0.2; train.csv and test.csv "
@@ -131,28 +135,46 @@ def _read_path(path: Path, reference: str, options: ReadOptions) -> tuple[str, d
     """The name of the form of a folder or file, and its raw splits; `reference` is what the user named it, for messages."""
     if path.is_file():
         return _read_file(path, reference, options)
-    children = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    splits = [name for name in SPLITS if name in children]
     if tables := _files.tables_in(path):
         return "tables of paths", _files.tables(tables, options)
-    if tars := _tars.tars_in(path):
-        return "WebDataset tars", _tars.webdataset(tars, _tars.read_class_names(path), options)
-    if _hub.has_parquet(path, splits):
+    folders = _files.folders_in(path)
+    tars, parquet = files_below(path, ".tar"), files_below(path, ".parquet")
+    arrays = [file.name for file in path.glob("*.npy")]
+    has_splits = any(split_of_path(file) for file in (*tars, *parquet))
+    if folders.splits or (len(folders.classes) > 1 and not has_splits):
+        _report_left_out(path, [*tars, *parquet])
+        if folders.splits or options.split_ratio:
+            return "class folders", _files.class_folders(path, folders, options)
+    elif tars:
+        return "WebDataset tars", _tars.webdataset(_tars.tars_in(path), _tars.read_class_names(path), options)
+    elif parquet:
         return _remote.read_folder(path, options) if options.stream else ("Parquet files", _hub.parquet(path, options))
-    if "train" not in splits and any(path.glob("*.npy")):
+    elif arrays:
         return "arrays", _arrays.npy(path, options)
-    if "train" in splits or (options.split_ratio and children):
-        return "class folders", _files.class_folders(path, splits, options)
+    elif options.split_ratio or any(split_word(child.name) for child in path.iterdir()):
+        return "class folders", _files.class_folders(path, folders, options)
+    children = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     raise BadData(
         f"{reference} has {'the folders ' + ', '.join(children[:5]) if children else 'no folders'}; allowed: {FORMS}"
     )
 
 
+def _report_left_out(root: Path, files: Sequence[str]) -> None:
+    """Report containers that lie beside class folders."""
+    if files:
+        logger.warning(
+            "%s is read as class folders, and %s %s left out; give the path of a file to read that",
+            *(root, ", ".join(files[:3]) + (f" and {len(files) - 3:,} more" if len(files) > 3 else "")),
+            "are" if len(files) > 1 else "is",
+        )
+
+
 def _read_file(path: Path, reference: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
     if path.suffix in _files.TABLES:
-        return "table of paths", _files.tables({"train": path}, options)
+        return "table of paths", _files.tables({"": path}, options)
     if path.suffix == ".tar":
-        return "WebDataset tar", _tars.webdataset({"train": [str(path)]}, _tars.read_class_names(path.parent), options)
+        split = split_of_path(path.name) or "train"
+        return "WebDataset tar", _tars.webdataset({split: [str(path)]}, _tars.read_class_names(path.parent), options)
     if path.suffix == ".parquet":
         return "Parquet file", _hub.parquet(path, options)
     if path.suffix == ".npz":
@@ -224,21 +246,37 @@ def _check(data: DataSet) -> DataSet:
             )
     if data.label_kind != "class":
         return data
-    present = {name: {s.classes[label] for label in np.unique(s.labels)} for name, s in data.splits.items()}
-    all_classes = set().union(*present.values())
-    if len(all_classes) < 2:
-        raise BadData(f"{data.name} has one class only ({next(iter(all_classes))}); a probe needs at least two")
-    for name, classes in present.items():
-        if missing := sorted(all_classes - classes):
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            shown = ", ".join(map(repr, missing[:5])) + more
-            numeric = all(label.removeprefix("-").isdecimal() for label in all_classes) and len(all_classes) > 20
-            raise BadData(
-                f"{data.name}: the splits' classes differ: {name} has no image of {shown}; give every class images in "
-                "every split, or take the class out of all of them"
-                + (" (labels that are numbers and not classes: --target number)" if numeric else "")
+    if len(data.classes) < 2:
+        raise BadData(f"{data.name} has one class only ({data.classes[0]}); a probe needs at least two")
+    for name, split in data.splits.items():
+        counts = np.bincount(split.labels, minlength=len(data.classes))
+        if missing := [data.classes[number] for number in np.flatnonzero(counts == 0)]:
+            _report_missing_classes(data, name, missing)
+        single = [data.classes[number] for number in np.flatnonzero(counts == 1)]
+        if name == "train" and single:
+            logger.warning(
+                "%s: train has one image only of the class %s; a probe needs two or more, one to fit and one to choose on",
+                *(data.name, _shown(single)),
             )
     return data
+
+
+def _report_missing_classes(data: DataSet, name: str, missing: Sequence[str]) -> None:
+    """Report classes that a split lacks; raises BadData if it is train or test, which a probe needs."""
+    text = f"{data.name}: the splits' classes differ: {name} has no image of {_shown(missing)}"
+    if name not in ("train", "test"):
+        logger.warning("%s", text)
+        return
+    numeric = all(label.removeprefix("-").isdecimal() for label in data.classes) and len(data.classes) > 20
+    raise BadData(
+        f"{text}; give every class images in every split, or take the class out of all of them"
+        + (" (labels that are numbers and not classes: --target number)" if numeric else "")
+    )
+
+
+def _shown(classes: Sequence[str]) -> str:
+    more = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
+    return ", ".join(map(shown, classes[:5])) + more
 
 
 # --- the embedded digits ---------------------------------------------------------------------------------------------

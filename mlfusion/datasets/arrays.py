@@ -1,5 +1,6 @@
 """Reads images from arrays, in memory or in .npz and .npy files; each row is encoded as the bytes of a PGM or PPM file."""
 
+import logging
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,10 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from mlfusion.datasets.columns import SPLITS
+from mlfusion.datasets.places import SPLIT_WORDS, SPLITS, words_of
 from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
+
+logger = logging.getLogger(__name__)
+
+ROLES = {
+    **dict.fromkeys(("images", "image", "x"), "images"),
+    **dict.fromkeys(("labels", "label", "y"), "labels"),
+}
+"""Word in the name of an array, in lower case → what it holds."""
 
 SHAPES = "[N, height, width] or [N, height, width, 3] of uint8, or [N, height, width] of uint16"
 
@@ -43,7 +52,8 @@ def arrays(pairs: Mapping[str, tuple[Any, Any]], options: ReadOptions, location:
         images, labels = np.asarray(pair[0]), pair[1]
         _check(images, len(labels), f"{location}, split {name}")
         ids = tuple(f"{name}/{row}" for row in range(len(images)))
-        splits[name] = RawSplit(ids, labels, partial(_encode_row, images), decoder(options))
+        rows = range(1, len(images) + 1)
+        splits[name] = RawSplit(ids, labels, partial(_encode_row, images), decoder(options), rows=rows)
     return splits
 
 
@@ -96,17 +106,29 @@ def _array_names(names: list[str], location: str, options: ReadOptions) -> dict[
         if missing := [name for name in pair if name not in names]:
             raise BadData(f"{location} has no array {missing[0]!r}; it has {', '.join(names) or 'none'}")
         return {"train": pair}
-    array_names = {}
-    for split in SPLITS:
-        for images, labels in ((f"{split}_images", f"{split}_labels"), (f"x_{split}", f"y_{split}")):
-            if images in names and labels in names:
-                array_names[split] = (images, labels)
-    for images, labels in (("images", "labels"), ("x", "y")):
-        if not array_names and images in names and labels in names:
-            array_names["train"] = (images, labels)
+    found: dict[tuple[str, str], str] = {}
+    for name in names:
+        words = words_of(name)
+        splits = [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS] or [""]
+        roles = [ROLES[word] for word in words if word in ROLES]
+        if len(roles) == len(splits) == 1 and len(words) == 1 + bool(splits[0]):
+            if (place := (splits[0], roles[0])) in found:
+                raise BadData(f"{location} has the arrays {found[place]} and {name}, which mean the same; rename one")
+            found[place] = name
+    array_names = {
+        split or "train": (found[split, "images"], found[split, "labels"])
+        for split in (*SPLITS, "")
+        if {(split, "images"), (split, "labels")} <= set(found)
+        and (split or not any((one, "images") in found for one in SPLITS))
+    }
     if not array_names:
         raise BadData(
             f"{location} has the arrays {', '.join(names) or '(none)'}; allowed: images and labels, or train_images, "
             "train_labels, test_images, test_labels; or name them with --image-column and --label-column"
+        )
+    if rest := sorted(set(found.values()) - {name for pair in array_names.values() for name in pair}):
+        logger.warning(
+            "%s: the array%s %s %s left out, since images and labels of one split come in pairs",
+            *(location, "s"[: len(rest) > 1], ", ".join(rest), "are" if len(rest) > 1 else "is"),
         )
     return array_names

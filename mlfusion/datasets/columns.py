@@ -1,12 +1,14 @@
 """Chooses the columns of images and labels by the user's option, else by type and usual name; one rule for all tables."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from mlfusion.errors import BadData
 
+logger = logging.getLogger(__name__)
+
 IMAGES = ("image", "img", "images", "file_name", "filename", "file", "path", "image_path", "filepath", "image_file")
 LABELS = ("label", "cls", "labels", "class", "target", "fine_label")
-SPLITS = ("train", "test", "validation", "val")
 
 
 def choose_column(
@@ -23,8 +25,8 @@ def choose_column(
         role: 'image', 'label' or 'id', for the message.
         columns: name → type in words.
         likely: columns whose type fits.
-        usual: usual names, the best first. The first that is likely is chosen, or the only likely column; if none is
-            likely, the first usual name that is a column.
+        usual: usual names in lower case, the best first. The first that is likely is chosen, or the only likely column; if
+            none is likely, the first usual name that is a column. A choice between several likely columns is reported.
         location: the file or data set, for the message.
 
     Raises:
@@ -35,9 +37,20 @@ def choose_column(
         if requested in columns:
             return requested
         raise BadData(f"{location} has no column {requested!r}; {option} may be: {list_columns(columns)}")
-    fitting = [name for name in usual if name in likely] or (list(likely) if len(likely) == 1 else [])
-    fitting = fitting or ([name for name in usual if name in columns] if not likely else [])
+    candidates = list(likely) or list(columns)
+    by_name = {name.strip().casefold(): name for name in reversed(candidates)}
+    fitting = [by_name[name] for name in usual if name in by_name] or (list(likely) if len(likely) == 1 else [])
     if fitting:
+        if len(likely) > 1:
+            others = ", ".join(name for name in likely if name != fitting[0])
+            logger.warning(
+                "%s: the column %s is read as the %s, and not %s; %s chooses another",
+                location,
+                fitting[0],
+                role,
+                others,
+                option,
+            )
         return fitting[0]
     raise BadData(
         f"{location}: which column holds the {role} is not plain; give {option}, one of: {list_columns(columns)}"

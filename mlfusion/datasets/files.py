@@ -2,22 +2,36 @@
 
 import csv
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from mlfusion.datasets.columns import IMAGES, LABELS, SPLITS, choose_column, require_unique
+from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, require_unique
 from mlfusion.datasets.images import SUFFIXES
+from mlfusion.datasets.places import (
+    NO_COLUMN,
+    SPLITS,
+    add_part,
+    parts,
+    refuse_or_report,
+    split_column,
+    split_in,
+    split_word,
+)
 from mlfusion.datasets.split import RawSplit, decoder
+from mlfusion.datasets.values import NUMBER
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
 
+logger = logging.getLogger(__name__)
+
 TABLES = (".csv", ".tsv", ".jsonl")
-TABLE_NAMES = ("metadata", "labels")
-"""Names of a table in the folder of its split's images; the hub uses the first."""
+TABLE_NAMES = tuple(f"{name}{suffix}" for suffix in TABLES for name in ("metadata", "labels"))
+"""Names of a table in the folder of its images; the hub uses the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,19 +49,75 @@ class Files:
 # --- folders of class folders ----------------------------------------------------------------------------------------
 
 
-def class_folders(root: Path, splits: Sequence[str], options: ReadOptions) -> dict[str, RawSplit]:
-    """Read <split>/<class>/…/<image>, or <class>/…/<image>, in the order of the paths; BadData if a link leads out."""
-    files = {name: _class_files(root, name) for name in splits or ("",)}
+@dataclass(frozen=True)
+class Folders:
+    """Which folders of a data set are splits, and which are classes."""
+
+    splits: Mapping[str, str]  # split → its folder, which holds class folders with images
+    classes: tuple[str, ...]  # other folders that hold images
+
+
+def folders_in(root: Path) -> Folders:
+    """Tell the splits' folders from those of classes; a folder that holds no class folders is no split's.
+
+    Raises:
+        BadData: two folders are named after one split.
+    """
+    splits: dict[str, str] = {}
+    classes = []
+    for name in sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith(".")):
+        split = split_word(name)
+        if split and next(_images(root / name, nested=True), None):
+            if split in splits:
+                raise BadData(f"{root}: {splits[split]} and {name} are both named after the split {split}; rename one")
+            splits[split] = name
+        elif next(_images(root / name), None):
+            classes.append(name)
+    return Folders({split: splits[split] for split in SPLITS if split in splits}, tuple(classes))
+
+
+def _images(folder: Path, *, nested: bool = False) -> Iterator[str]:
+    """Image files below a folder, or `nested` ones, which are in folders of it; links to folders are not followed."""
+    for place, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        if not nested or place != str(folder):
+            yield from (name for name in names if not name.startswith(".") and _is_image_path(name))
+
+
+def class_folders(root: Path, folders: Folders, options: ReadOptions) -> dict[str, RawSplit]:
+    """Read <split>/<class>/…/<image>, or <class>/…/<image>, in the order of the paths.
+
+    Raises:
+        BadData: a link leads out of the root; there are no images; or it is not plain whether a folder is a split or a class.
+    """
+    splits = folders.splits or {"train": ""}
+    files = {split: _class_files(root, folder) for split, folder in splits.items()}
+    if folders.splits and (rest := [name for name in folders.classes if not split_word(name)]):
+        same = len({frozenset(label for label, _ in images) for images in files.values()}) == 1
+        named = {split: [folder] for split, folder in list(splits.items())[: None if same else 1]}
+        refuse_or_report(named, rest, "folders", str(root))
+    _report_loose(root, folders)
     return {
-        name or "train": RawSplit(
+        split: RawSplit(
             ids=(paths := tuple(path for _, path in images)),
             labels=[label for label, _ in images],
             encoded=Files(str(root), paths),
             decode=decoder(options),
             target="class",
         )
-        for name, images in files.items()
+        for split, images in files.items()
     }
+
+
+def _report_loose(root: Path, folders: Folders) -> None:
+    """Report images that lie in no class folder."""
+    places = ["", *folders.splits.values(), *(name for name in folders.classes if folders.splits and split_word(name))]
+    loose = [f"{place}/{name}".lstrip("/") for place in places for name in sorted(os.listdir(root / place))]
+    if loose := [path for path in loose if _is_image_path(path) and not path.rpartition("/")[2].startswith(".")]:
+        logger.warning(
+            "%s: %s images that are in no class folder are left out, the first %s; move them into class folders to read them",
+            *(root, f"{len(loose):,}", loose[0]),
+        )
 
 
 def _class_files(root: Path, split: str) -> list[tuple[str, str]]:
@@ -90,44 +160,77 @@ def _refuse_outside(path: Path, root: Path) -> None:
 
 
 def tables_in(root: Path) -> dict[str, Path]:
-    """Split → its table in a folder: <split>.csv, or <split>/metadata.csv, which is the hub's form."""
+    """Split → its table in a folder: <split>.csv, or <split>/metadata.csv, which is the hub's form.
+
+    Without such tables, a table metadata.csv of the folder itself is that of the split "": its rows name their splits.
+    """
     paths: dict[str, Path] = {}
-    for split in SPLITS:
-        for suffix in TABLES:
-            for path in (root / f"{split}{suffix}", *(root / split / f"{name}{suffix}" for name in TABLE_NAMES)):
-                if path.is_file():
-                    paths.setdefault(split, path)
-    return paths
+    children = sorted(root.iterdir(), key=lambda path: (path.is_dir(), path.suffix, path.name))
+    for child in children:
+        if not (split := split_word(child.stem if child.suffix in TABLES else child.name)):
+            continue
+        for path in [child] if child.suffix in TABLES else [child / name for name in TABLE_NAMES]:
+            if path.is_file() and paths.setdefault(split, path) != path:
+                logger.warning("%s is left out, since %s is the table of %s", path, paths[split], split)
+    whole = [root / name for name in TABLE_NAMES if (root / name).is_file() and _names_images(root / name)]
+    read = [paths[split] for split in SPLITS if split in paths] or whole[:1]
+    for path in whole:
+        if path not in read:
+            logger.warning("%s is left out, since %s is read", path, read[0])
+    return {split: paths[split] for split in SPLITS if split in paths} or dict(zip(("",), read, strict=False))
 
 
-def tables(paths: dict[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
-    """Read one table per split, or one table for all, whose column `split`, if it has one, names each row's split."""
-    splits = {}
+def _names_images(path: Path) -> bool:
+    """Whether a table's first row names an image file."""
+    return any(_is_image_path(cell) for cell in read_table(path)[1][0].values())
+
+
+def tables(paths: Mapping[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
+    """Read the table of each split; a row's split is that of its column, else of the table, else of the image's folder."""
+    splits: dict[str, RawSplit] = {}
     for split, path in paths.items():
         columns, rows = read_table(path)
         location = str(path)
-        parts: dict[str, list[int]] = {}
-        has_split_column = len(paths) == 1 and "split" in columns
-        for row, cells in enumerate(rows):
-            parts.setdefault(str(cells.get("split")) if has_split_column else split, []).append(row)
         root = Path(options.image_root or path.parent).expanduser().resolve()
+        by_column = split_column(
+            list(columns), options.split_column, lambda name, rows=rows: {cells.get(name) for cells in rows}, location
+        )
         likely = [name for name in columns if _is_image_path(rows[0].get(name))]
         image = choose_column("image", columns, options.image_column, likely, IMAGES, location)
-        others = [name for name in columns if name not in (image, options.id_column, "split")]
-        usual = [name for name in LABELS if name in others]
+        others = [name for name in columns if name not in (image, options.id_column, by_column)]
+        usual = [name for name in others if name.strip().casefold() in LABELS]
         label = choose_column("label", columns, options.label_column, usual or others, LABELS, location)
         if options.id_column is not None:
             choose_column("id", columns, options.id_column, (), (), location)
         files = _resolve_paths(root, [cells.get(image) for cells in rows], location)
-        for name, chosen in parts.items():
+        named = split or split_in(path.stem)
+        cells: Sequence[Any] | None = [row.get(by_column) for row in rows] if by_column else None
+        if cells is None and named is None and options.split_column is None:
+            cells = _splits_of_paths(files, location)
+        for name, chosen in parts(cells, len(rows), named, location).items():
             ids = tuple(str(rows[row][options.id_column]) if options.id_column else files[row] for row in chosen)
-            splits[name] = RawSplit(
+            part = RawSplit(
                 ids=require_unique(ids, location),
                 labels=[rows[row].get(label) for row in chosen],
                 encoded=Files(str(root), tuple(files[row] for row in chosen)),
                 decode=decoder(options),
-                rows=[row + 1 for row in chosen],
+                rows=[int(row) + 1 for row in chosen],
             )
+            add_part(splits, name, part, location)
+    return splits
+
+
+def _splits_of_paths(files: Sequence[str], location: str) -> list[str] | None:
+    """The split that the first folder of each image's path names; None if one names none."""
+    words = [split_word(path.partition("/")[0]) if "/" in path else None for path in files]
+    splits = [word for word in words if word]
+    if len(splits) < len(files):
+        return None
+    if set(splits) != {"train"}:
+        logger.warning(
+            "%s: the first folders of the images' paths name the splits (%s); --split-column %s leaves them out of account",
+            *(location, ", ".join(sorted(set(splits))), NO_COLUMN),
+        )
     return splits
 
 
@@ -138,21 +241,7 @@ def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".jsonl":
-                rows = list(_json_lines(path, file))
-            else:
-                first = file.readline()
-                file.seek(0)
-                delimiter = max("\t,;", key=first.count)
-                rows = []
-                reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-                for cells in reader:
-                    if None in cells or None in cells.values():
-                        raise BadData(
-                            f"{path}, line {reader.line_num}: {len(reader.fieldnames or ())} columns are named and this "
-                            "line has another number of cells; quote cells that hold the separator"
-                        )
-                    rows.append(cells)
+            rows = list(_json_lines(path, file) if path.suffix == ".jsonl" else _csv_lines(path, file))
     except (UnicodeDecodeError, csv.Error) as err:
         raise BadData(f"{path} cannot be read as a table: {err}; allowed: UTF-8, with a line of column names") from err
     if not rows:
@@ -165,11 +254,35 @@ def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     return columns, rows
 
 
+def _csv_lines(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
+    first = file.readline()
+    excel = re.fullmatch(r"sep=([\t,;])\s*", first, re.I)  # Excel's line that names the separator
+    if not excel:
+        file.seek(0)
+    delimiter = excel[1] if excel else max("\t,;", key=first.count)
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    names = list(reader.fieldnames or ())
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise BadData(f"{path} has two columns {twice!r}; rename one, or take it out")
+    if image := next(filter(_is_image_path, names), None):
+        raise BadData(
+            f"{path} has no line of column names: its first line names the image {image}; put a line such as "
+            f"path{delimiter}label before it"
+        )
+    for cells in reader:
+        if None in cells or None in cells.values():
+            raise BadData(
+                f"{path}, line {reader.line_num + bool(excel)}: {len(names)} columns are named and this line has another "
+                "number of cells; quote cells that hold the separator"
+            )
+        yield cells
+
+
 def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                cells = json.loads(line)
+                cells = json.loads(line, object_pairs_hook=_object)
             except ValueError as err:  # also for a number of more digits than Python reads
                 raise BadData(f"{path}, line {number}: not JSON ({err})") from err
             if not isinstance(cells, dict):
@@ -177,14 +290,19 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield cells
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError if a name is there twice, of which Python takes the last without a word."""
+    cells = dict(pairs)
+    if len(cells) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return cells
+
+
 def _cell_type(value: Any) -> str:
-    """The type of a cell, in words; text that reads as a number counts as a number."""
+    """The type of a cell, in words; text that is a number counts as a number."""
     if isinstance(value, str):
-        for kind, read in (("whole number", int), ("number", float)):
-            with suppress(ValueError):
-                read(value)
-                return kind
-        return "text"
+        return "text" if not NUMBER.fullmatch(value) else "whole number" if value.strip("+-").isdecimal() else "number"
     names = {bool: "true or false", int: "whole number", float: "number", list: "list", dict: "object"}
     return names.get(type(value), "nothing")
 
@@ -207,6 +325,8 @@ def _resolve_paths(root: Path, cells: Sequence[Any], location: str) -> list[str]
         if not isinstance(path, str) or not path:
             raise BadData(f"{location}, row {row + 1} names no image; allowed: a path below {root}")
         full_path = os.path.normpath(os.path.join(root, path))
+        if "\\" in path and not os.path.exists(full_path):  # written by Windows
+            full_path = os.path.normpath(os.path.join(root, path.replace("\\", "/")))
         folder = os.path.dirname(full_path)
         if folder not in is_inside:
             is_inside[folder] = Path(os.path.realpath(folder)).is_relative_to(root)
@@ -221,8 +341,9 @@ def _resolve_paths(root: Path, cells: Sequence[Any], location: str) -> list[str]
         paths.append(os.path.relpath(full_path, root))
     if missing:
         row, path = missing[0]
+        windows = " (a path with backslashes, from Windows)" if "\\" in path else ""
         raise BadData(
-            f"{location} names {len(missing):,} files that are not there, the first in row {row + 1}: {path}; paths begin at "
-            f"{root}, or where --image-root says"
+            f"{location} names {len(missing):,} files that are not there, the first in row {row + 1}: {path}{windows}; paths "
+            f"begin at {root}, or where --image-root says"
         )
     return paths

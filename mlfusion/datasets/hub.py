@@ -1,14 +1,16 @@
 """Reads data sets of the Hugging Face hub, and Parquet files, through the datasets library; `tars` reads the hub's tars."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, list_columns, require_unique
-from mlfusion.datasets.split import RawSplit, decoder
+from mlfusion.datasets.places import add_part, by_split, files_below, parts, split_column, split_of_path
+from mlfusion.datasets.split import RawSplit, decoder, read_row_of
 from mlfusion.errors import BadData, Unavailable
 from mlfusion.specs.options import ReadOptions
 
@@ -81,18 +83,17 @@ def translate_hub_errors(name: str, source: str | None = None) -> Iterator[None]
         ) from err
 
 
-def has_parquet(root: Path, splits: Sequence[str]) -> bool:
-    """Whether a folder holds Parquet files in the places that the hub uses."""
-    if splits:
-        return any(next(folder.glob("*.parquet"), None) for folder in (root, *(root / split for split in splits)))
-    return next(root.rglob("*.parquet"), None) is not None
-
-
 def parquet(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
     """Read a Parquet file, or a folder with such files, such as a hub data set that was downloaded by other means."""
-    if path.is_dir():
+    if path.is_file():
+        return _from_library(
+            path.name, options, None, "parquet", data_files={split_of_path(path.name) or "train": str(path)}
+        )
+    if options.config is not None:
         return _from_library(path.name, options, path, str(path), options.config)
-    return _from_library(path.name, options, None, "parquet", data_files={"train": str(path)})
+    files = by_split(files_below(path, ".parquet"), str(path))
+    data_files = {split: [str(path / name) for name in names] for split, names in files.items()}
+    return _from_library(path.name, options, path, "parquet", data_files=data_files)
 
 
 def _from_library(
@@ -108,7 +109,11 @@ def _from_library(
         lines = str(err).splitlines() or [type(err).__name__]
         hint = "; choose one with --config" if "onfig name is missing" in lines[0] else ""
         raise BadData(f"{name} cannot be read as images: {' '.join(lines)[:300]}{hint}") from err
-    return {split: _raw_split(f"{name}, split {split}", split, table, options, root) for split, table in loaded.items()}
+    splits: dict[str, RawSplit] = {}
+    for split, table in loaded.items():
+        for part, raw in _raw_splits(f"{name}, split {split}", split, table, options, root).items():
+            add_part(splits, part, raw, f"{name}, split {split}")
+    return splits
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,19 @@ class TableColumns:
     image: str
     label: str
     id: str | None
+    split: str | None
     decoded: bool  # the image column has the library's type Image
     names: tuple[str, ...] | None  # class names that label numbers stand for
 
 
-def choose_columns(features: Any, options: ReadOptions, location: str) -> TableColumns:
-    """Choose a table's columns by the user's options, else by type and name; raises BadData, which lists them, if none fits."""
+def choose_columns(
+    features: Any, options: ReadOptions, location: str, distinct: Callable[[str], Iterable[Any]]
+) -> TableColumns:
+    """Choose a table's columns by the user's options, else by type and name; `distinct` gives the values of a column.
+
+    Raises:
+        BadData: no column fits; the message lists them.
+    """
     import datasets as library
 
     columns = {column: _type(feature) for column, feature in features.items()}
@@ -132,37 +144,51 @@ def choose_columns(features: Any, options: ReadOptions, location: str) -> TableC
     image = choose_column("image", columns, options.image_column, pictures or raw, IMAGES, location)
     if columns[image] not in ("image", "bytes"):
         raise BadData(f"{location}: {image} holds no images; --image-column may be: {list_columns(columns)}")
-    usual_labels = [column for column in LABELS if column in columns]
-    class_columns = [column for column, kind in columns.items() if kind.startswith("class of")]
-    likely = [column for column in usual_labels if column in class_columns] or class_columns[:1] or usual_labels
-    label = choose_column("label", columns, options.label_column, likely, LABELS, location)
+    split = split_column([c for c in columns if c != image], options.split_column, distinct, location)
+    class_columns = [column for column, kind in columns.items() if kind.startswith("class of") and column != split]
+    usual_labels = [column for column in columns if column.casefold() in LABELS and column != split]
+    likely = list(dict.fromkeys([*class_columns, *usual_labels]))
+    # Of a column of classes and another of a usual name, neither is chosen.
+    usual = LABELS if not class_columns or set(class_columns) & set(usual_labels) else ()
+    label = choose_column("label", columns, options.label_column, likely, usual, location)
     if options.id_column is not None:
         choose_column("id", columns, options.id_column, (), (), location)
     inner = getattr(features[label], "feature", features[label])
     names = tuple(inner.names) if isinstance(inner, library.ClassLabel) else None
-    return TableColumns(image, label, options.id_column, columns[image] == "image", names)
+    return TableColumns(image, label, options.id_column, split, columns[image] == "image", names)
 
 
-def _raw_split(location: str, split: str, table: Any, options: ReadOptions, root: Path | None) -> RawSplit:
+def _raw_splits(location: str, split: str, table: Any, options: ReadOptions, root: Path | None) -> dict[str, RawSplit]:
+    """The table of a split, or the parts that its column of splits names."""
     import datasets as library
 
-    columns = choose_columns(table.features, options, location)
+    columns = choose_columns(table.features, options, location, lambda name: table.unique(name))
     images = table.select_columns([columns.image])
     if columns.decoded:
         images = images.cast_column(columns.image, library.Image(decode=False))
-    if columns.id:
-        ids = list(map(str, table[columns.id][:]))
-    else:
-        ids = [f"{split}/{key}" for key in (table[KEY][:] if KEY in table.features else range(len(table)))]
     # The library unpacks the files of a hub data set below this folder.
     folder = root or Path(os.path.realpath(library.config.HF_CACHE_HOME))
-    return RawSplit(
-        ids=require_unique(ids, location),
-        labels=table.with_format(None)[columns.label][:],
-        encoded=Cells(images, columns.image, str(folder)),
-        decode=decoder(options),
-        names=columns.names,
-    )
+    cells = Cells(images, columns.image, str(folder))
+    labels = table.with_format(None)[columns.label][:]
+    ids = table[columns.id][:] if columns.id else table[KEY][:] if KEY in table.features else range(len(table))
+    splits = split_cells(table.features, columns.split, table[columns.split][:] if columns.split else None)
+    return {
+        part: RawSplit(
+            ids=require_unique([str(ids[row]) if columns.id else f"{part}/{ids[row]}" for row in rows], location),
+            labels=[labels[row] for row in rows],
+            encoded=cells if len(rows) == len(table) else partial(read_row_of, cells, rows),
+            decode=decoder(options),
+            names=columns.names,
+            rows=[int(row) + 1 for row in rows],
+        )
+        for part, rows in parts(splits, len(table), None if split == "train" else split, location).items()
+    }
+
+
+def split_cells(features: Any, column: str | None, cells: Sequence[Any] | None) -> Sequence[Any] | None:
+    """The cells of the column of splits, with the names of classes for their numbers."""
+    names = getattr(features[column], "names", None) if column else None
+    return [names[cell] for cell in cells] if names and cells is not None else cells
 
 
 def _type(feature: Any) -> str:

@@ -20,9 +20,11 @@ import numpy as np
 import xxhash
 
 from mlfusion.datasets import tars
-from mlfusion.datasets.columns import SPLITS, require_unique
-from mlfusion.datasets.hub import TableColumns, cell_bytes, choose_columns, translate_hub_errors
+from mlfusion.datasets.columns import require_unique
+from mlfusion.datasets.hub import TableColumns, cell_bytes, choose_columns, split_cells, translate_hub_errors
+from mlfusion.datasets.places import add_part, by_split, parts
 from mlfusion.datasets.split import RawSplit, decoder
+from mlfusion.datasets.values import plain
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
 from mlfusion.system import disk
@@ -90,7 +92,7 @@ def _group(path: str, group: int, column: str) -> Any:
 def _parquet(path: str) -> Any:
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(open_file(path))
+    return pyarrow.parquet.ParquetFile(open_file(path) if path.startswith(HUB) else path)
 
 
 def _translate_errors(path: str) -> AbstractContextManager[None]:
@@ -166,9 +168,9 @@ def _read_splits(
     indexes: Path | None,
     location: str,
 ) -> tuple[str, dict[str, RawSplit]]:
-    files = tars.by_split([name for name in names if name.endswith(".tar")])
+    files = by_split([name for name in names if name.endswith(".tar")], location)
     form = "WebDataset tars" if files else "Parquet files"
-    files = files or _parquet_splits([name for name in names if name.endswith(".parquet")])
+    files = files or by_split([name for name in names if name.endswith(".parquet")], location)
     if not files:
         raise BadData(f"{location} holds neither tars nor Parquet files; leave --stream out, so that it is downloaded")
     with track(f"looking through {location}", sum(map(len, files.values())), "files") as bar:
@@ -178,13 +180,14 @@ def _read_splits(
             bar.advance()
             return index
 
-        splits = {}
+        splits: dict[str, RawSplit] = {}
         for split, inner in files.items():
             paths = [base + name for name in inner]
             if form == "WebDataset tars":
                 splits[split] = tars.join(split, paths, classes, options, index_tar, Ranges)
-            else:
-                splits[split] = _table(split, paths, options, indexes, bar)
+                continue
+            for part, raw in _table(split, paths, options, indexes, bar).items():
+                add_part(splits, part, raw, f"{location}, split {split}")
     return f"{form}, read in place", splits
 
 
@@ -196,37 +199,41 @@ def _index_tar(path: str, columns: tars.Columns) -> tars.Index:
         raise BadData(f"{path} cannot be read as a tar: {err}") from err
 
 
-def _parquet_splits(names: Sequence[str]) -> dict[str, list[str]]:
-    """Split → its files, by the split's name in paths such as data/train-00000-of-00002.parquet or train/0000.parquet."""
-    found: dict[str, list[str]] = {}
-    for name in sorted(names):
-        words = name.replace("-", "/").replace("_", "/").replace(".", "/").split("/")
-        found.setdefault(next((split for split in SPLITS if split in words), ""), []).append(name)
-    if set(found) == {""}:
-        return {"train": found[""]}
-    return {split: found[split] for split in SPLITS if split in found}
-
-
-def _table(split: str, paths: list[str], options: ReadOptions, indexes: Path | None, bar: Bar) -> RawSplit:
+def _table(split: str, paths: list[str], options: ReadOptions, indexes: Path | None, bar: Bar) -> dict[str, RawSplit]:
+    """The files of a split, or the parts that their column of splits names."""
     import datasets as library
 
-    schema = _parquet(paths[0]).schema_arrow
-    columns = choose_columns(library.Features.from_arrow_schema(schema), options, f"{paths[0]}")
+    features = library.Features.from_arrow_schema(_parquet(paths[0]).schema_arrow)
+    columns = choose_columns(features, options, paths[0], partial(_distinct, paths))
     key = json.dumps([columns.image, columns.label, columns.id])
-    parts = []
+    indexed = []
     for path in paths:
-        parts.append(_stored_index(indexes, path, key, partial(_index_parquet, path, columns)))
+        indexed.append(_stored_index(indexes, path, key, partial(_index_parquet, path, columns)))
         bar.advance()
-    index = tars.Index.joined(parts)
-    ids = require_unique(index.keys, paths[0]) if columns.id else [f"{split}/{row}" for row in range(len(index.labels))]
-    return RawSplit(
-        ids=ids,
-        labels=index.labels,
-        encoded=Groups(tuple(paths), index.positions, columns.image),
-        decode=decoder(options),
-        names=columns.names,
-        digests=index.digests,
-    )
+    index = tars.Index.joined(indexed)
+    cells = [cell for path in paths for cell in _column(path, columns.split)] if columns.split else None
+    splits = split_cells(features, columns.split, cells)
+    return {
+        part: RawSplit(
+            ids=require_unique([index.keys[row] if columns.id else f"{part}/{row}" for row in rows], paths[0]),
+            labels=[index.labels[row] for row in rows],
+            encoded=Groups(tuple(paths), index.positions[rows], columns.image),
+            decode=decoder(options),
+            names=columns.names,
+            digests=None if index.digests is None else index.digests[rows],
+            rows=[int(row) + 1 for row in rows],
+        )
+        for part, rows in parts(splits, len(index.labels), None if split == "train" else split, paths[0]).items()
+    }
+
+
+def _column(path: str, name: str) -> list[Any]:
+    with _translate_errors(path):
+        return list(_parquet(path).read(columns=[name]).column(0).to_pylist())
+
+
+def _distinct(paths: Sequence[str], name: str) -> set[Any]:
+    return {cell for path in paths for cell in _column(path, name) if isinstance(cell, (str, int, type(None)))}
 
 
 def _index_parquet(path: str, columns: TableColumns) -> tars.Index:
@@ -238,7 +245,7 @@ def _index_parquet(path: str, columns: TableColumns) -> tars.Index:
     for group in range(file.num_row_groups):
         names = list(dict.fromkeys(name for name in (columns.image, columns.label, columns.id) if name))
         table = file.read_row_group(group, columns=names)
-        labels += table.column(columns.label).to_pylist()
+        labels += [plain(label) for label in table.column(columns.label).to_pylist()]
         keys += map(str, table.column(columns.id).to_pylist()) if columns.id else ()
         for row, cell in enumerate(table.column(columns.image)):
             digests += xxhash.xxh3_128_digest(cell_bytes(cell.as_py(), None))

@@ -10,6 +10,7 @@ import xxhash
 from PIL import Image
 
 from mlfusion.datasets.images import Decoder
+from mlfusion.datasets.places import split_word
 from mlfusion.errors import BadData, BadImage
 from mlfusion.specs.options import LabelKind, ReadOptions
 
@@ -68,12 +69,12 @@ class Split:
             name=name,
             ids=tuple(self.ids[row] for row in rows),
             labels=self.labels[rows],
-            encoded=partial(_read_row_of, self.encoded, rows),
+            encoded=partial(read_row_of, self.encoded, rows),
             digests=None if self.digests is None else self.digests[rows],
         )
 
 
-def _read_row_of(encoded: Encoded, rows: np.ndarray, row: int) -> bytes:
+def read_row_of(encoded: Encoded, rows: np.ndarray, row: int) -> bytes:
     """The bytes of image number `row` among some rows [images] int64 of another split."""
     return encoded(int(rows[row]))
 
@@ -118,12 +119,18 @@ class DataSet:
         return next(iter(self.splits.values())).classes
 
     def split(self, name: str) -> Split:
-        """Return one split; 'test=validation' returns the split validation as test. Raises BadData if there is none."""
+        """Return one split; 'test=validation' returns the split validation as test, and 'val' the split validation.
+
+        Raises:
+            BadData: there is no such split.
+        """
         new_name, _, stored = name.partition("=")
         stored = stored or new_name
+        if stored not in self.splits:
+            stored = split_word(stored) or stored
         if stored not in self.splits:
             raise BadData(
                 f"{self.name} has no split {stored!r}; it has {', '.join(self.splits)}: give --split (such as "
                 "train,test=validation), or split train: --split-ratio 0.8/0.2"
             )
-        return replace(self.splits[stored], name=new_name)
+        return replace(self.splits[stored], name=new_name if "=" in name else stored)

@@ -16,14 +16,18 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mlfusion.datasets.columns import SPLITS, choose_column, require_unique
+from mlfusion.datasets.columns import choose_column, require_unique
 from mlfusion.datasets.images import SUFFIXES
+from mlfusion.datasets.places import by_split, files_below
 from mlfusion.datasets.split import Encoded, RawSplit, decoder
 from mlfusion.datasets.values import NUMBERED
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
 
 CLASS_NAMES = "classnames.txt"
+LABEL_FILES = ("cls", "npy")
+"""Extensions of the files that hold a sample's label, unless --label-column names another."""
+
 LABEL_TYPES = {"cls": "class", "npy": "vector", "json": "object", "txt": "text"}
 
 
@@ -52,6 +56,7 @@ class Sample:
     ranges: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension → first byte, bytes
     contents: dict[str, bytes] = field(default_factory=dict)  # extension → contents of a file that may be a label
     digests: dict[str, bytes] = field(default_factory=dict)  # extension → digest of a file's bytes, if they were read
+    repeated: str = ""  # an extension that two of its files have
 
 
 @dataclass(frozen=True)
@@ -83,26 +88,10 @@ class Index:
         )
 
 
-def by_split(names: Sequence[str]) -> dict[str, list[str]]:
-    """Split → its tars, sorted: by their folder's name, else by the beginning of their own; without splits all are train."""
-    splits: dict[str, list[str]] = {}
-    for name in sorted(names):
-        folder, _, file = name.rpartition("/")
-        parent = folder.rpartition("/")[2]
-        split = parent if parent in SPLITS else next((s for s in SPLITS if not parent and file.startswith(s)), "")
-        if split or not parent:
-            splits.setdefault(split, []).append(name)
-    if set(splits) == {""}:
-        return {"train": splits[""]}
-    splits.pop("", None)
-    return {split: splits[split] for split in SPLITS if split in splits}
-
-
 def tars_in(root: Path) -> dict[str, list[str]]:
-    """Split → the paths of its tars in a folder."""
-    names = [path.name for path in root.glob("*.tar")]
-    names += [f"{split}/{path.name}" for split in SPLITS for path in (root / split).glob("*.tar")]
-    return {split: [str(root / name) for name in tars] for split, tars in by_split(names).items()}
+    """Split → the paths of its tars, which lie below a folder."""
+    splits = by_split(files_below(root, ".tar"), str(root))
+    return {split: [str(root / name) for name in tars] for split, tars in splits.items()}
 
 
 def class_names(data: bytes, location: str) -> tuple[str, ...] | None:
@@ -198,6 +187,8 @@ def samples(tar: tarfile.TarFile, *, hashed: bool = False) -> Iterator[Sample]:
             if sample:
                 yield sample
             sample = Sample(key)
+        if extension in sample.ranges:
+            sample.repeated = extension
         sample.ranges[extension] = (member.offset_data, member.size)
         if (extension in LABEL_TYPES or hashed) and (file := tar.extractfile(member)):
             data = file.read()
@@ -228,8 +219,8 @@ class Columns:
         location = f"{path}, sample {first.key}"
         kinds = {name: LABEL_TYPES.get(name) or ("image" if _is_image(name) else "bytes") for name in first.ranges}
         requested, _, self.json_field = (self.options.label_column or "").partition(".")
-        likely = [name for name in ("cls", "npy") if name in kinds]
-        self.label = choose_column("label", kinds, requested or None, likely[:1], ("cls", "npy"), location)
+        likely = [name for name in LABEL_FILES if name in kinds]
+        self.label = choose_column("label", kinds, requested or None, likely, LABEL_FILES, location)
         if self.options.image_column is None and len(images := [n for n in kinds if _is_image(n)]) != 1:
             choose_column("image", kinds, None, images, (), location)
 
@@ -268,10 +259,22 @@ def index_samples(found: Iterator[Sample], path: str, columns: Columns) -> Index
     labels: list[Any] = []
     positions: list[tuple[int, int]] = []
     digests = bytearray()
+    earlier: set[str] = set()
     for sample in found:
-        if not columns.label:
-            columns.decide(sample, path)
-        image = columns.image(sample, path)
+        if sample.repeated:
+            raise BadData(f"{path}: the sample {sample.key} has two files {sample.repeated}; take one out")
+        try:
+            if not columns.label:
+                columns.decide(sample, path)
+            image = columns.image(sample, path)
+        except BadData as err:
+            if sample.key in earlier or any(later.key == sample.key for later in found):
+                raise BadData(
+                    f"{path}: the files of the sample {sample.key} do not stand together; write the tar in the order of "
+                    "its names (tar --sort=name)"
+                ) from err
+            raise
+        earlier.add(sample.key)
         keys.append(sample.key)
         labels.append(columns.read_label(sample, path))
         positions.append(sample.ranges[image])

@@ -35,9 +35,9 @@ def values(split: RawSplit, location: str) -> list[Any]:
                 f"{location}: the labels are of the type {labels.dtype}; allowed: text, whole numbers or numbers"
             )
         labels = labels.astype(np.float64).tolist() if labels.dtype.kind == "f" else labels.tolist()
-    found = [label if type(label) in PLAIN else _plain(label) for label in labels]
+    found = [label if type(label) in PLAIN else plain(label) for label in labels]
     for row, label in enumerate(found):
-        if type(label) not in PLAIN and not _is_plain_list(label):
+        if type(label) not in PLAIN and not _is_list(label):
             raise BadData(
                 f"{location}: {split.place(row)} has label {shown(label)} of the type {type(label).__name__}; allowed: text, a "
                 "whole number, a boolean, a number, or a list of these"
@@ -45,7 +45,7 @@ def values(split: RawSplit, location: str) -> list[Any]:
     return found
 
 
-def _plain(label: Any) -> Any:
+def plain(label: Any) -> Any:
     """A label without the types of NumPy and Arrow: bytes in UTF-8 are text, decimals are numbers, tuples are lists."""
     if isinstance(label, (np.floating, Decimal)):
         return float(label)
@@ -56,11 +56,11 @@ def _plain(label: Any) -> Any:
             return label.decode()
         except UnicodeDecodeError:
             return label
-    return [_plain(part) for part in label] if isinstance(label, (list, tuple)) else label
+    return [plain(part) for part in label] if isinstance(label, (list, tuple)) else label
 
 
-def _is_plain_list(label: Any) -> bool:
-    return isinstance(label, list) and all(type(part) in PLAIN or _is_plain_list(part) for part in label)
+def _is_list(label: Any) -> bool:
+    return isinstance(label, list) and all(type(part) in PLAIN or _is_list(part) for part in label)
 
 
 def is_missing(label: Any, names: Sequence[str] | None) -> bool:

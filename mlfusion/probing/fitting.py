@@ -63,9 +63,10 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
     with ExitStack() as stack:
         train = _tokens(pair.train, job.probe, resources, stack)
         streamed = isinstance(train.values, TokenReader)
-        target = target_of(train.labels, len(pair.train.spec.data.classes), smoothing=job.search.smoothing)
+        classes = pair.train.spec.data.classes
+        target = target_of(train.labels, len(classes), smoothing=job.search.smoothing, names=classes)
         if job.shots is not None:
-            train = train.of(splits.draw(train.labels, job.shots, classes=target.outputs, seed=job.seed))
+            train = train.of(splits.draw(train.labels, job.shots, target=target, seed=job.seed))
         free = resources.memory - (0 if streamed else train.nbytes)
         with track(f"{job.probe.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
             outcome = protocol.fit(

@@ -3,6 +3,7 @@
 import numpy as np
 
 from mlfusion.errors import BadData
+from mlfusion.probing.targets import Target
 from mlfusion.probing.training.batches import stream
 from mlfusion.shapes import Int, Shaped
 
@@ -28,7 +29,7 @@ def split(
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def draw(labels: Shaped[np.ndarray, "N ..."], shots: int, *, classes: int, seed: int) -> Int[np.ndarray, " rows"]:
+def draw(labels: Shaped[np.ndarray, "N ..."], shots: int, *, target: Target, seed: int) -> Int[np.ndarray, " rows"]:
     """Rows of `shots` images of each class, ascending, drawn by the seed; more shots contain fewer shots of the same seed.
 
     Raises:
@@ -36,12 +37,14 @@ def draw(labels: Shaped[np.ndarray, "N ..."], shots: int, *, classes: int, seed:
     """
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise BadData("few-shot training needs one class an image; leave --shots out for other labels")
-    counts = np.bincount(labels, minlength=classes)
+    counts = np.bincount(labels, minlength=target.outputs)
     if counts.min() < shots:
         scarce = int(counts.argmin())
         raise BadData(
-            f"class {scarce} has {counts[scarce]} training image{'' if counts[scarce] == 1 else 's'}; allowed: as many as "
-            f"--shots {shots} asks for, or more. Ask for at most {counts.min()}"
+            f"class {target.name_of(scarce)} has {counts[scarce]} training image{'' if counts[scarce] == 1 else 's'}; allowed: "
+            f"as many as --shots {shots} asks for, or more. Ask for at most {counts.min()}"
         )
     random = np.random.default_rng(stream("shots", seed))
-    return np.sort(np.concatenate([random.permutation(np.flatnonzero(labels == c))[:shots] for c in range(classes)]))
+    return np.sort(
+        np.concatenate([random.permutation(np.flatnonzero(labels == c))[:shots] for c in range(target.outputs)])
+    )

@@ -1,7 +1,7 @@
 """Targets of a probe: one class, several labels, or a number. Loss, choice and scores follow from the target alone."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -23,9 +23,14 @@ class Target(ABC):
     """A kind of labels. `outputs` is C, the number of outputs of a probe for one image."""
 
     outputs: int
+    names: tuple[str, ...] = field(default=(), compare=False, kw_only=True)  # of the classes or labels, for messages
 
     kind: ClassVar[str]
     metric: ClassVar[str]  # configurations are chosen by it; larger is better
+
+    def name_of(self, number: int) -> str:
+        """A class or label as messages name it: its name, or its number if there are no names."""
+        return repr(self.names[number]) if self.names else str(number)
 
     @abstractmethod
     def check(self, labels: Num[np.ndarray, "N ..."], name: str) -> None:
@@ -103,7 +108,7 @@ class OneClass(Target):
         if counts.min() < 2:
             scarce = int(counts.argmin())
             raise BadData(
-                f"class {scarce} has {counts[scarce]} training image{'' if counts[scarce] == 1 else 's'}; "
+                f"class {self.name_of(scarce)} has {counts[scarce]} training image{'' if counts[scarce] == 1 else 's'}; "
                 "allowed: 2 or more, one to fit and one to choose on. Add images of that class or leave it out"
             )
 
@@ -161,7 +166,7 @@ class SeveralLabels(Target):
         if counts.min() < 2:
             scarce = int(counts.argmin())
             raise BadData(
-                f"label {scarce} is on {int(counts[scarce])} training image{'' if counts[scarce] == 1 else 's'}; "
+                f"label {self.name_of(scarce)} is on {int(counts[scarce])} training image{'' if counts[scarce] == 1 else 's'}; "
                 "allowed: 2 or more, one to fit and one to choose on. Add images with that label or leave it out"
             )
 
@@ -249,21 +254,22 @@ class Number(Target):
         return metrics.number_scores(labels, predictions[:, 0])
 
 
-def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0) -> Target:
+def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0, names: tuple[str, ...] = ()) -> Target:
     """The target of training labels: [N] integers, [N, C] of 0 and 1, or [N] floating-point numbers.
 
-    `classes` is the C of the data set, which numbers do not use; `smoothing` of labels is for one class per image.
+    `classes` is the C of the data set, which numbers do not use, and `names` are their names for messages; `smoothing` of
+    labels is for one class per image.
 
     Raises:
         BadData: the labels have another shape, or smoothing is given for labels without one class.
     """
     kind = kind_of(labels)
     if kind is OneClass:
-        return OneClass(classes, smoothing)
+        return OneClass(classes, smoothing, names=names)
     if smoothing:
         raise BadData("labels are smoothed only where an image has one class; leave --smoothing out")
     if kind is SeveralLabels:
-        return SeveralLabels(classes)
+        return SeveralLabels(classes, names=names)
     finite = labels[np.isfinite(labels)].astype(np.float64)
     if not len(finite):
         return Number(1)

@@ -61,6 +61,13 @@ class ReadOptions(Options):
     id_column: str | None = option(
         None, text(), "Column that holds sample ids; default: paths or row numbers.", effect="key"
     )
+    split_column: str | None = option(
+        None,
+        text(),
+        "Column of a table that names each row's split; default: split. 'none' leaves it out of account.",
+        effect="key",
+        added=True,
+    )
     image_root: str | None = option(
         None, path(), "Folder that the paths in a table start from; default: the table's own folder.", effect="key"
     )

@@ -186,7 +186,7 @@ def _pilot(
 
 def _cached_pilot(newest: Entry, test: Sequence[Entry], probes: tuple[Probe, ...], options: PilotOptions) -> _Pilot:
     labels = newest.samples.labels[newest.rows()]
-    target = target_of(labels, len(newest.spec.data.classes))
+    target = target_of(labels, len(newest.spec.data.classes), names=newest.spec.data.classes)
     rows = sample_rows(target.strata(labels), options.images, options.seed)
     test_images = [entry.spec.data.images for entry in test if entry.spec.model == newest.spec.model]
     return _Pilot(
@@ -210,7 +210,7 @@ def _extracted_pilot(
 ) -> _Pilot:
     data = datasets.load(dataset)
     split = data.split("train")
-    target = target_of(split.labels, len(split.classes))
+    target = target_of(split.labels, len(split.classes), names=split.classes)
     rows = sample_rows(target.strata(split.labels), options.images, options.seed)
     subset = replace(data, splits={"train": split.take(rows, "train")})
     request = Request.of(model, subset, FeatureOptions(splits=("train",)), ComputeOptions(device=device))
