@@ -428,7 +428,7 @@ def test_few_shots_halving_and_smoothing_make_rows_of_their_own(run, model, imag
     table = run("report", "results").out
     assert "(2 shots)" in table and "(halving)" in table
     assert run(*probe, "--shots", "1").err.startswith("error: --shots 1: allowed is a list of whole numbers from 2")
-    assert "class 0 has 8 training images" in run(*probe, "--shots", "9").err
+    assert "class 'blue' has 8 training images" in run(*probe, "--shots", "9").err
     assert "--smoothing 1.0: allowed is from 0 to below 1" in run(*probe, "--smoothing", "1").err
 
 

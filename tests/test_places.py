@@ -289,14 +289,14 @@ def test_images_and_folders_that_are_left_out_are_counted(tmp_path, caplog):
     write(tmp_path / "train" / "loose.png", picture(2))
     assert sizes(load(tmp_path)) == {"train": 4, "test": 4}
     assert "1 folder is left out, since it is named after no split: unlabeled" in caplog.text
-    assert "2 images that are in no class folder are left out, the first loose.png" in caplog.text
+    assert "2 images are in no class folder and left out, the first loose.png" in caplog.text
 
 
 def test_hidden_test_images_beside_class_folders_are_counted(tmp_path, caplog):
     save_images(tmp_path, {"train": 4}, ["a", "b"])
     write(tmp_path / "test" / "0.png", picture(0))
     assert sizes(load(tmp_path, split_ratio="0.5/0.5")) == {"train": 4, "test": 4}
-    assert "1 images that are in no class folder are left out, the first test/0.png" in caplog.text
+    assert "1 image is in no class folder and left out, the first test/0.png" in caplog.text
 
 
 def test_two_folders_of_one_split_are_refused(tmp_path):

@@ -115,8 +115,8 @@ def _report_loose(root: Path, folders: Folders) -> None:
     loose = [f"{place}/{name}".lstrip("/") for place in places for name in sorted(os.listdir(root / place))]
     if loose := [path for path in loose if _is_image_path(path) and not path.rpartition("/")[2].startswith(".")]:
         logger.warning(
-            "%s: %s images that are in no class folder are left out, the first %s; move them into class folders to read them",
-            *(root, f"{len(loose):,}", loose[0]),
+            "%s: %s in no class folder and left out, the first %s; move images into class folders to read them",
+            *(root, f"{len(loose):,} images are" if len(loose) > 1 else "1 image is", loose[0]),
         )
 
 

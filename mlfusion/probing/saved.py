@@ -77,8 +77,10 @@ class Card(Struct, frozen=True, kw_only=True):
 
 
 def describe(target: Target) -> dict[str, Any]:
-    """A target as a card stores it."""
-    return {"kind": target.kind, **asdict(target)}
+    """A target as a card stores it; the names are the card's `classes`."""
+    fields = asdict(target)
+    del fields["names"]
+    return {"kind": target.kind, **fields}
 
 
 def save(folder: Path, card: Card, weights: Mapping[str, np.ndarray]) -> None:
