@@ -298,6 +298,18 @@ def test_arrays_of_other_types_are_refused(dtype, tmp_path):
         datasets.load(str(tmp_path / "a.npz"))
 
 
+def test_labels_that_are_one_value_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 3), np.uint8), labels=np.array(5))
+    with pytest.raises(BadData, match="the labels are one value; allowed: one for each image"):
+        datasets.load(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("form", TEXT)
+def test_a_decimal_comma_is_told_of(form, tmp_path, caplog):
+    assert read(labelled(form, tmp_path, ["0,5", "1,5", "0,5", "1,5"])).classes == ("0,5", "1,5")
+    assert "all other labels are read as class names; a number has a decimal point" in caplog.text
+
+
 def test_bytes_are_text_and_long_floats_are_numbers(tmp_path):
     binary = read(labelled("parquet", tmp_path, [b"cat", "é".encode(), b"cat"]))
     assert names(binary) == ["cat", "é", "cat"]

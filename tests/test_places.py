@@ -320,8 +320,10 @@ def test_a_container_beside_class_folders_does_not_change_the_form(name, tmp_pat
     assert load(tmp_path / "whole" / "all", split_ratio="0.5/0.5").form == "class folders"
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-@pytest.mark.parametrize("name", ["metadata", "labels"])
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [(n, s) for n in ("metadata", "labels") for s in (".csv", ".jsonl")] + [("metadata", ".parquet")],
+)
 def test_a_table_at_the_root_says_the_labels(name, suffix, tmp_path):
     """The numbered folders below the splits are no classes."""
     lines = []
@@ -334,10 +336,16 @@ def test_a_table_at_the_root_says_the_labels(name, suffix, tmp_path):
     else:
         text.writelines(json.dumps({"file_name": path, "label": label}) + "\n" for path, label in lines)
     (tmp_path / f"{name}{suffix}").write_text(text.getvalue())
+    if suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        paths, labels = zip(*lines, strict=True)
+        pyarrow.parquet.write_table(pyarrow.table({"file_name": paths, "label": labels}), tmp_path / "metadata.parquet")
     data = load(tmp_path)
     assert sizes(data) == COUNT
     assert [data.classes[x] for x in data.split("train").labels] == ["cat", "dog"] * 2
-    assert sizes(load(tmp_path / f"{name}{suffix}", split_column="none")) == {"train": 8}
+    assert sizes(load(tmp_path, split_column="none")) == {"train": 8}
 
 
 # --- the columns -----------------------------------------------------------------------------------------------------
@@ -452,8 +460,15 @@ def test_a_column_twice_is_refused(tmp_path):
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         for name in ("0.png", "0.cls", "0.cls"):
             put(tar, name, picture(0))
-    with pytest.raises(BadData, match=r"t\.csv has two columns 'label'; rename one"):
-        load(tmp_path / "t.csv")
+    import pyarrow
+    import pyarrow.parquet
+
+    cells = [pyarrow.array(column) for column in ([picture(0)], ["a"], ["b"])]
+    (tmp_path / "pq").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(cells, ["image", "label", "label"]), tmp_path / "pq" / "t.parquet")
+    for path, stream in (("t.csv", False), ("pq", False), ("pq", True), ("pq/t.parquet", False)):
+        with pytest.raises(BadData, match=r"t\.\w+ has two columns 'label'; rename one"):
+            load(tmp_path / path, stream=stream)
     with pytest.raises(BadData, match=r"t\.jsonl, line 1: not JSON \('label' is there twice\)"):
         load(tmp_path / "t.jsonl")
     with pytest.raises(BadData, match=r"t\.tar: the sample 0 has two files cls"):

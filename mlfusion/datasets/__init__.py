@@ -255,8 +255,8 @@ def _check(data: DataSet) -> DataSet:
         single = [data.classes[number] for number in np.flatnonzero(counts == 1)]
         if name == "train" and single:
             logger.warning(
-                "%s: train has one image only of the class %s; a probe needs two or more, one to fit and one to choose on",
-                *(data.name, _shown(single)),
+                "%s: train has one image only of the %s %s; a probe needs two or more, one to fit and one to choose on",
+                *(data.name, "class" if len(single) == 1 else "classes", _shown(single)),
             )
     return data
 

@@ -50,6 +50,8 @@ def arrays(pairs: Mapping[str, tuple[Any, Any]], options: ReadOptions, location:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise BadData(f"{location}, split {name}: allowed is a pair (images, labels)")
         images, labels = np.asarray(pair[0]), pair[1]
+        if getattr(labels, "ndim", 1) == 0:
+            raise BadData(f"{location}, split {name}: the labels are one value; allowed: one for each image")
         _check(images, len(labels), f"{location}, split {name}")
         ids = tuple(f"{name}/{row}" for row in range(len(images)))
         rows = range(1, len(images) + 1)

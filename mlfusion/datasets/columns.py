@@ -57,6 +57,12 @@ def choose_column(
     )
 
 
+def require_different(columns: Sequence[str], location: str) -> None:
+    """Check that no two columns have one name, of which a reader takes the first or the last without a word."""
+    if repeated := next((name for name in columns if list(columns).count(name) > 1), None):
+        raise BadData(f"{location} has two columns {repeated!r}; rename one, or take it out")
+
+
 def list_columns(columns: Mapping[str, str]) -> str:
     """'label (whole number), path (text)'."""
     return ", ".join(f"{name} ({kind})" for name, kind in columns.items())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, require_unique
+from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, require_different, require_unique
 from mlfusion.datasets.images import SUFFIXES
 from mlfusion.datasets.places import (
     NO_COLUMN,
@@ -30,7 +30,7 @@ from mlfusion.specs.options import ReadOptions
 logger = logging.getLogger(__name__)
 
 TABLES = (".csv", ".tsv", ".jsonl")
-TABLE_NAMES = tuple(f"{name}{suffix}" for suffix in TABLES for name in ("metadata", "labels"))
+TABLE_NAMES = (*(f"{name}{suffix}" for suffix in TABLES for name in ("metadata", "labels")), "metadata.parquet")
 """Names of a table in the folder of its images; the hub uses the first."""
 
 
@@ -170,9 +170,9 @@ def tables_in(root: Path) -> dict[str, Path]:
         if not (split := split_word(child.stem if child.suffix in TABLES else child.name)):
             continue
         for path in [child] if child.suffix in TABLES else [child / name for name in TABLE_NAMES]:
-            if path.is_file() and paths.setdefault(split, path) != path:
+            if _is_table(path) and paths.setdefault(split, path) != path:
                 logger.warning("%s is left out, since %s is the table of %s", path, paths[split], split)
-    whole = [root / name for name in TABLE_NAMES if (root / name).is_file() and _names_images(root / name)]
+    whole = [root / name for name in TABLE_NAMES if _is_table(root / name) and _names_images(root / name)]
     read = [paths[split] for split in SPLITS if split in paths] or whole[:1]
     for path in whole:
         if path not in read:
@@ -180,9 +180,14 @@ def tables_in(root: Path) -> dict[str, Path]:
     return {split: paths[split] for split in SPLITS if split in paths} or dict(zip(("",), read, strict=False))
 
 
+def _is_table(path: Path) -> bool:
+    """Whether a file is a table of paths; a Parquet file may hold the images themselves."""
+    return path.is_file() and (path.suffix in TABLES or _names_images(path))
+
+
 def _names_images(path: Path) -> bool:
     """Whether a table's first row names an image file."""
-    return any(_is_image_path(cell) for cell in read_table(path)[1][0].values())
+    return any(_is_image_path(cell) for row in read_table(path)[1][:1] for cell in row.values())
 
 
 def tables(paths: Mapping[str, Path], options: ReadOptions) -> dict[str, RawSplit]:
@@ -214,7 +219,7 @@ def tables(paths: Mapping[str, Path], options: ReadOptions) -> dict[str, RawSpli
                 labels=[rows[row].get(label) for row in chosen],
                 encoded=Files(str(root), tuple(files[row] for row in chosen)),
                 decode=decoder(options),
-                rows=[int(row) + 1 for row in chosen],
+                rows=[row + 1 for row in chosen],
             )
             add_part(splits, name, part, location)
     return splits
@@ -235,10 +240,16 @@ def _splits_of_paths(files: Sequence[str], location: str) -> list[str] | None:
 
 
 def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Read a CSV (comma, semicolon or tab) or JSON Lines file → its columns with their types in words, and its rows.
+    """Read a CSV (comma, semicolon or tab), JSON Lines or Parquet file → its columns with their types in words, and its rows.
 
     Raises BadData, which names the line, if the file is empty or not of that form.
     """
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(path)
+        require_different(table.column_names, str(path))
+        return {field.name: str(field.type) for field in table.schema}, table.to_pylist()
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(_json_lines(path, file) if path.suffix == ".jsonl" else _csv_lines(path, file))
@@ -262,8 +273,7 @@ def _csv_lines(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
     delimiter = excel[1] if excel else max("\t,;", key=first.count)
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     names = list(reader.fieldnames or ())
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise BadData(f"{path} has two columns {twice!r}; rename one, or take it out")
+    require_different(names, str(path))
     if image := next(filter(_is_image_path, names), None):
         raise BadData(
             f"{path} has no line of column names: its first line names the image {image}; put a line such as "

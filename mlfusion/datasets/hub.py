@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, list_columns, require_unique
+import numpy as np
+
+from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, list_columns, require_different, require_unique
 from mlfusion.datasets.places import add_part, by_split, files_below, parts, split_column, split_of_path
 from mlfusion.datasets.split import RawSplit, decoder, read_row_of
 from mlfusion.errors import BadData, Unavailable
@@ -85,13 +87,18 @@ def translate_hub_errors(name: str, source: str | None = None) -> Iterator[None]
 
 def parquet(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
     """Read a Parquet file, or a folder with such files, such as a hub data set that was downloaded by other means."""
+    import pyarrow.parquet
+
     if path.is_file():
+        require_different(pyarrow.parquet.read_schema(path).names, str(path))
         return _from_library(
             path.name, options, None, "parquet", data_files={split_of_path(path.name) or "train": str(path)}
         )
     if options.config is not None:
         return _from_library(path.name, options, path, str(path), options.config)
     files = by_split(files_below(path, ".parquet"), str(path))
+    for names in files.values():
+        require_different(pyarrow.parquet.read_schema(path / names[0]).names, str(path / names[0]))
     data_files = {split: [str(path / name) for name in names] for split, names in files.items()}
     return _from_library(path.name, options, path, "parquet", data_files=data_files)
 
@@ -176,10 +183,10 @@ def _raw_splits(location: str, split: str, table: Any, options: ReadOptions, roo
         part: RawSplit(
             ids=require_unique([str(ids[row]) if columns.id else f"{part}/{ids[row]}" for row in rows], location),
             labels=[labels[row] for row in rows],
-            encoded=cells if len(rows) == len(table) else partial(read_row_of, cells, rows),
+            encoded=cells if len(rows) == len(table) else partial(read_row_of, cells, np.array(rows)),
             decode=decoder(options),
             names=columns.names,
-            rows=[int(row) + 1 for row in rows],
+            rows=[row + 1 for row in rows],
         )
         for part, rows in parts(splits, len(table), None if split == "train" else split, location).items()
     }

@@ -151,6 +151,10 @@ class _Encoder:
         return self._guess_texts(texts) if texts and len(texts) == len(labels) else "class"
 
     def _guess_texts(self, texts: Sequence[str]) -> LabelKind:
+        if all(re.fullmatch(r"[+-]?[0-9]+,[0-9]+", text.strip()) for text in texts):
+            self._report(
+                f"{shown(texts[0])} and all other labels are read as class names; a number has a decimal point"
+            )
         numeric = [text for text in texts if NUMBER.fullmatch(text.strip())]
         fractions = [text for text in numeric if not WHOLE.fullmatch(text.strip())]
         if len(numeric) == len(texts):

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from mlfusion.errors import BadData
 
 logger = logging.getLogger(__name__)
@@ -23,7 +21,7 @@ SPLIT_WORDS = {
 SHARD = r"(.+)-\d{5}-of-\d{5}"
 """Stem of a file that is one of several of a split, as the hub names them."""
 
-SPLIT_COLUMNS = ("split", "subset", "partition", "fold")
+SPLIT_COLUMNS = ("split", "subset", "partition", "set", "fold")
 """Columns that hold splits; the names other than the first only if every value is one of `SPLIT_WORDS`."""
 
 NO_COLUMN = "none"
@@ -160,14 +158,14 @@ def split_column(columns: Sequence[str], requested: str | None, distinct: Any, l
     return None
 
 
-def parts(cells: Sequence[Any] | None, count: int, named: str | None, location: str) -> dict[str, np.ndarray]:
-    """Split → its rows [images] int64: from the cells of a split column, else all `count` rows, as a file `named` them.
+def parts(cells: Sequence[Any] | None, count: int, named: str | None, location: str) -> dict[str, list[int]]:
+    """Split → its rows: from the cells of a split column, else all `count` rows, as a file `named` them.
 
     Raises:
         BadData: a cell is empty, or neither text nor a whole number.
     """
     if cells is None:
-        return {named or "train": np.arange(count)}
+        return {named or "train": list(range(count))}
     found: dict[str, list[int]] = {}
     for row, cell in enumerate(cells):
         text = str(cell).strip() if isinstance(cell, (str, int)) and not isinstance(cell, bool) else ""
@@ -182,7 +180,7 @@ def parts(cells: Sequence[Any] | None, count: int, named: str | None, location: 
             "%s: its name says %s, and its split column also %s; the column decides, unless --split-column is %s",
             *(location, named, ", ".join(others), NO_COLUMN),
         )
-    return {split: np.array(found[split]) for split in sorted(found, key=_rank)}
+    return {split: found[split] for split in sorted(found, key=_rank)}
 
 
 def add_part(splits: dict[str, Any], name: str, part: Any, location: str) -> None:

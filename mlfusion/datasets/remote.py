@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from mlfusion.datasets import tars
-from mlfusion.datasets.columns import require_unique
+from mlfusion.datasets.columns import require_different, require_unique
 from mlfusion.datasets.hub import TableColumns, cell_bytes, choose_columns, split_cells, translate_hub_errors
 from mlfusion.datasets.places import add_part, by_split, parts
 from mlfusion.datasets.split import RawSplit, decoder
@@ -203,7 +203,12 @@ def _table(split: str, paths: list[str], options: ReadOptions, indexes: Path | N
     """The files of a split, or the parts that their column of splits names."""
     import datasets as library
 
-    features = library.Features.from_arrow_schema(_parquet(paths[0]).schema_arrow)
+    schema = _parquet(paths[0]).schema_arrow
+    require_different(schema.names, paths[0])
+    try:
+        features = library.Features.from_arrow_schema(schema)
+    except ValueError as err:
+        raise BadData(f"{paths[0]} cannot be read as images: {err}") from err
     columns = choose_columns(features, options, paths[0], partial(_distinct, paths))
     key = json.dumps([columns.image, columns.label, columns.id])
     indexed = []
@@ -221,7 +226,7 @@ def _table(split: str, paths: list[str], options: ReadOptions, indexes: Path | N
             decode=decoder(options),
             names=columns.names,
             digests=None if index.digests is None else index.digests[rows],
-            rows=[int(row) + 1 for row in rows],
+            rows=[row + 1 for row in rows],
         )
         for part, rows in parts(splits, len(index.labels), None if split == "train" else split, paths[0]).items()
     }

@@ -35,7 +35,7 @@ def values(split: RawSplit, location: str) -> list[Any]:
                 f"{location}: the labels are of the type {labels.dtype}; allowed: text, whole numbers or numbers"
             )
         labels = labels.astype(np.float64).tolist() if labels.dtype.kind == "f" else labels.tolist()
-    found = [label if type(label) in PLAIN else plain(label) for label in labels]
+    found = list(map(plain, labels))
     for row, label in enumerate(found):
         if type(label) not in PLAIN and not _is_list(label):
             raise BadData(
@@ -47,6 +47,8 @@ def values(split: RawSplit, location: str) -> list[Any]:
 
 def plain(label: Any) -> Any:
     """A label without the types of NumPy and Arrow: bytes in UTF-8 are text, decimals are numbers, tuples are lists."""
+    if type(label) in PLAIN:
+        return label
     if isinstance(label, (np.floating, Decimal)):
         return float(label)
     if hasattr(label, "tolist") and not isinstance(label, np.void):
