@@ -5,13 +5,14 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, require_different, require_unique
-from mlfusion.datasets.images import SUFFIXES
+from mlfusion.datasets.images import HEIF_SUFFIXES, SUFFIXES
 from mlfusion.datasets.places import (
     NO_COLUMN,
     SPLITS,
@@ -91,12 +92,17 @@ def class_folders(root: Path, folders: Folders, options: ReadOptions) -> dict[st
         BadData: a link leads out of the root; there are no images; or it is not plain whether a folder is a split or a class.
     """
     splits = folders.splits or {"train": ""}
-    files = {split: _class_files(root, folder) for split, folder in splits.items()}
+    left_out: Counter[str] = Counter()
+    files = {split: _class_files(root, folder, left_out) for split, folder in splits.items()}
     if folders.splits and (rest := [name for name in folders.classes if not split_word(name)]):
         same = len({frozenset(label for label, _ in images) for images in files.values()}) == 1
         named = {split: [folder] for split, folder in list(splits.items())[: None if same else 1]}
         refuse_or_report(named, rest, "folders", str(root))
     _report_loose(root, folders)
+    if left_out:
+        shown = ", ".join(f"{count:,} {kind}" for kind, count in sorted(left_out.items()))
+        advice = ": HEIC needs pip install 'mlfusion[heic]'" if HEIF_SUFFIXES & left_out.keys() else ""
+        logger.warning("%s: %s files are not read as images (%s)%s", root, f"{left_out.total():,}", shown, advice)
     return {
         split: RawSplit(
             ids=(paths := tuple(path for _, path in images)),
@@ -120,16 +126,18 @@ def _report_loose(root: Path, folders: Folders) -> None:
         )
 
 
-def _class_files(root: Path, split: str) -> list[tuple[str, str]]:
-    """(class, path below the root) of every image, sorted by path."""
+def _class_files(root: Path, split: str, left_out: Counter[str]) -> list[tuple[str, str]]:
+    """(class, path below the root) of every image, sorted by path; `left_out` counts the other files by their suffix."""
     top = root / split
     _refuse_outside(top, root)
     images = []
     for path in _walk(top, root):
         inner = path.removeprefix(f"{split}/") if split else path
         label, rest, _ = inner.partition("/")
-        if rest:
+        if rest and _is_image_path(path):
             images.append((label, path))
+        elif rest:
+            left_out[os.path.splitext(path)[1].lower() or "without a suffix"] += 1
     if not images:
         shown = f"{split}/<class>/<image>" if split else "train/<class>/<image>"
         raise BadData(f"{top} holds no images; allowed: {shown} with {', '.join(sorted(SUFFIXES))}")
@@ -137,6 +145,7 @@ def _class_files(root: Path, split: str) -> list[tuple[str, str]]:
 
 
 def _walk(folder: Path, root: Path) -> Iterator[str]:
+    """The paths below the root of every file in a folder, except hidden ones."""
     with os.scandir(folder) as items:
         for item in items:
             if item.name.startswith("."):
@@ -147,7 +156,7 @@ def _walk(folder: Path, root: Path) -> Iterator[str]:
                     raise BadData(f"{item.path} is a link to a folder; put the folder itself there")
             if item.is_dir(follow_symlinks=False):
                 yield from _walk(Path(item.path), root)
-            elif _is_image_path(item.name):
+            else:
                 yield Path(item.path).relative_to(root).as_posix()
 
 

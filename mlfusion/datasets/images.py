@@ -3,6 +3,8 @@
 PIL decodes, with four exceptions where it would silently be wrong or run code that it should not: see `Decoder`.
 """
 
+import importlib
+import importlib.util
 import io
 import re
 import threading
@@ -14,8 +16,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mlfusion.errors import BadImage
 from mlfusion.specs.options import MAX_PIXELS
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-"""Suffixes of the files in a folder that count as images."""
+HEIF_PLUGIN = "pillow_heif"  # reads HEIC; imported when the first such image is met
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .avifs "
+    ".jp2 .j2k .j2c .jpc .jpf .jpx".split()
+) | (HEIF_SUFFIXES if importlib.util.find_spec(HEIF_PLUGIN) else frozenset())
+"""Suffixes of the files in a folder that count as images; HEIC where its plugin is installed."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 """PIL's formats that are opened; others are left out, some because they start programs (EPS)."""
@@ -30,6 +39,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        if data[4:8] != b"ftyp" or data[8:12] not in HEIF_BRANDS:
+            raise
+        return _open_heif(data)
     except Image.DecompressionBombError:
         pass
     with _pil_limit:
@@ -39,6 +52,16 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             return Image.open(io.BytesIO(data), formats=FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = before
+
+
+def _open_heif(data: bytes) -> Image.Image:
+    """Open a HEIC image by PIL's plugin for it."""
+    try:
+        plugin = importlib.import_module(HEIF_PLUGIN)
+    except ImportError as err:
+        raise BadImage("HEIC is read by a plugin that is not installed: pip install 'mlfusion[heic]'") from err
+    plugin.register_heif_opener()
+    return Image.open(io.BytesIO(data), formats=("HEIF",))
 
 
 @dataclass(frozen=True)

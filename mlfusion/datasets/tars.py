@@ -10,6 +10,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -173,15 +174,22 @@ def index_file(path: str, columns: "Columns") -> Index:
         raise BadData(f"{path} cannot be read as a tar: {err}; allowed: whole tars that are not compressed") from err
 
 
+def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep a million headers
+        yield member
+
+
 def samples(tar: tarfile.TarFile, *, hashed: bool = False) -> Iterator[Sample]:
     """The samples of one tar, in its order; with `hashed`, every file is read and its digest computed."""
     sample: Sample | None = None
-    while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep a million headers
+    links = Links(tar, seekable=not hashed)
+    for member in _headers(tar):
         folder, name = os.path.split(member.name)
         stem, _, extension = name.partition(".")
-        if not member.isreg() or not stem or not extension:
+        if not (member.isreg() or member.islnk() or member.issym()) or not stem or not extension:
             continue
+        links.resolve(member)
         key, extension = os.path.join(folder, stem), extension.lower()
         if sample is None or sample.key != key:
             if sample:
@@ -200,6 +208,38 @@ def samples(tar: tarfile.TarFile, *, hashed: bool = False) -> Iterator[Sample]:
                 sample.digests[extension] = xxhash.xxh3_128_digest(data)
     if sample:
         yield sample
+
+
+class Links:
+    """Finds what the links of a tar lead to: an earlier file of the same tar."""
+
+    def __init__(self, tar: tarfile.TarFile, *, seekable: bool) -> None:
+        self.path, self.seekable = os.fsdecode(tar.name or ""), seekable
+        self._files: dict[str, tuple[int, int]] | None = None  # name → first byte, bytes; made at the first link
+
+    def resolve(self, member: tarfile.TarInfo) -> None:
+        """Turn a link into a regular file with the position and size of its target; raises BadData if it has none."""
+        if not member.isreg():
+            folder = os.path.dirname(member.name) if member.issym() else ""
+            target = os.path.normpath(os.path.join(folder, member.linkname))
+            if self._files is None:
+                self._files = self._before(member) if self.seekable else {}
+            if target not in self._files:
+                advice = "write the tar with tar --dereference --hard-dereference"
+                more = "" if self.seekable else ", or leave --stream out"
+                raise BadData(
+                    f"{self.path}: {member.name} is a link to {member.linkname}; allowed is a link to an earlier file of "
+                    f"a tar on this machine: {advice}{more}"
+                )
+            member.type, (member.offset_data, member.size) = tarfile.REGTYPE, self._files[target]
+        if self._files is not None:
+            self._files[os.path.normpath(member.name)] = (member.offset_data, member.size)
+
+    def _before(self, link: tarfile.TarInfo) -> dict[str, tuple[int, int]]:
+        """The positions of the regular files before this link."""
+        with tarfile.open(self.path, "r:") as tar:
+            earlier = takewhile(lambda member: member.offset < link.offset, _headers(tar))
+            return {os.path.normpath(m.name): (m.offset_data, m.size) for m in earlier if m.isreg()}
 
 
 class Columns:
