@@ -3,7 +3,6 @@
 import io
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,7 +39,7 @@ def run(*words: str) -> int:
 def test_every_suffix_of_the_opened_formats_is_an_image():
     """PIL's own registry is the second list; .pfm holds floats, which are refused, and MPO is JPEG with more behind it."""
     registered = {name for name, format in Image.registered_extensions().items() if format in (*FORMATS, "MPO")}
-    assert datasets.SUFFIXES - HEIF_SUFFIXES == registered - {".pfm"}
+    assert registered - {".pfm"} == datasets.SUFFIXES - HEIF_SUFFIXES
     assert "EPS" not in FORMATS
 
 

@@ -35,6 +35,7 @@ from mlfusion.datasets.values import shown
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.specs.kinds import parse_ratio
 from mlfusion.specs.options import LabelKind, ReadOptions
+from mlfusion.specs.references import find_path, short_name
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,12 @@ def load(reference: str, options: ReadOptions | None = None) -> DataSet:
     """
     options = options or ReadOptions()
     row = CATALOGUE.get(reference)
-    path = Path(reference).expanduser()
+    path = find_path("data set", reference)
     if row and row.source == "embedded":
         return _resplit(_digits(), options)
-    if not row and path.exists():
-        root = path.resolve()
-        form, splits = _read_path(root, reference, options)
-        return _build(root.name if path.is_dir() else path.stem, str(root), form, splits, options)
+    if path is not None:
+        form, splits = _read_path(path, reference, options)
+        return _build(short_name(path), str(path), form, splits, options)
     if not row and not _is_hub_id(reference):
         otherwise = f"Or an id on the hub, such as uoft-cs/cifar10, or a folder or file: {FORMS}"
         raise UnknownName("data set", reference, CATALOGUE, otherwise=otherwise)

@@ -5,11 +5,11 @@ same exports (mlfoundations/datacomp, tasklist.yml), and the hub's for dmlab. Te
 these state none; look there before you use a data set.
 """
 
-import csv
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
+
+from mlfusion.specs.references import catalogue_cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,4 @@ class CatalogueRow:
     terms: str = ""
 
 
-with open(Path(__file__).with_name("catalogue.csv"), encoding="utf-8", newline="") as _file:
-    _cells = [{name: cell for name, cell in line.items() if cell} for line in csv.DictReader(_file)]
-CATALOGUE = {row.name: row for row in msgspec.convert(_cells, list[CatalogueRow], strict=False)}
+CATALOGUE = {row.name: row for row in msgspec.convert(catalogue_cells("data set"), list[CatalogueRow], strict=False)}

@@ -27,6 +27,7 @@ from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.datasets.values import NUMBER
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
+from mlfusion.specs.references import is_inside
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _walk(folder: Path, root: Path) -> Iterator[str]:
 
 
 def _refuse_outside(path: Path, root: Path) -> None:
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
+    if path.is_symlink() and not is_inside(path.resolve(), root):
         raise BadData(f"{path} is a link that leads out of {root}; copy what it leads to into the folder instead")
 
 
@@ -338,7 +339,7 @@ def _is_image_path(value: Any) -> bool:
 
 def _resolve_paths(root: Path, cells: Sequence[Any], location: str) -> list[str]:
     """The paths relative to the root, checked: each names a file that exists below the root."""
-    is_inside: dict[str, bool] = {}
+    folders: dict[str, bool] = {}  # folder → whether it lies below the root
     paths, missing = [], []
     for row, path in enumerate(cells):
         if not isinstance(path, str) or not path:
@@ -347,10 +348,10 @@ def _resolve_paths(root: Path, cells: Sequence[Any], location: str) -> list[str]
         if "\\" in path and not os.path.exists(full_path):  # written by Windows
             full_path = os.path.normpath(os.path.join(root, path.replace("\\", "/")))
         folder = os.path.dirname(full_path)
-        if folder not in is_inside:
-            is_inside[folder] = Path(os.path.realpath(folder)).is_relative_to(root)
+        if folder not in folders:
+            folders[folder] = Path(os.path.realpath(folder)).is_relative_to(root)
         is_link = os.path.islink(full_path)
-        if not is_inside[folder] or (is_link and not Path(os.path.realpath(full_path)).is_relative_to(root)):
+        if not folders[folder] or (is_link and not is_inside(Path(os.path.realpath(full_path)), root)):
             raise BadData(
                 f"{location}, row {row + 1}: {path} leads out of {root}; put the image into that folder, or say with "
                 "--image-root where paths begin"

@@ -20,10 +20,13 @@ HEIF_PLUGIN = "pillow_heif"  # reads HEIC; imported when the first such image is
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .avifs "
-    ".jp2 .j2k .j2c .jpc .jpf .jpx".split()
-) | (HEIF_SUFFIXES if importlib.util.find_spec(HEIF_PLUGIN) else frozenset())
+_JPEG = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}
+_JPEG_2000 = {".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"}
+_NETPBM = {".ppm", ".pgm", ".pbm", ".pnm"}
+_OTHERS = {".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".avifs"}
+SUFFIXES = frozenset(_JPEG | _JPEG_2000 | _NETPBM | _OTHERS) | (
+    HEIF_SUFFIXES if importlib.util.find_spec(HEIF_PLUGIN) else frozenset()
+)
 """Suffixes of the files in a folder that count as images; HEIC where its plugin is installed."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")

@@ -1,9 +1,7 @@
 """Resolves the names in a request to a checkpoint, images, and the keys of cache entries."""
 
-from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -15,6 +13,7 @@ from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.specs.identity import KINDS, DataSpec, FeatureSpec, Pair, TokenKind
 from mlfusion.specs.names import parse_model, parse_tokens
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
+from mlfusion.specs.references import Kind, find_path
 from mlfusion.store import Names, Samples
 from mlfusion.system.devices import pick_compute, pick_device
 from mlfusion.system.progress import track
@@ -45,7 +44,7 @@ class Images:
                 name=data.name,
             )
             splits.append((split, samples, spec))
-        argument = _argument(dataset, datasets.CATALOGUE) if isinstance(dataset, str) else data.name
+        argument = _argument("data set", dataset) if isinstance(dataset, str) else data.name
         return cls(data, tuple(splits), argument)
 
 
@@ -104,7 +103,7 @@ class Request:
             model_source=checkpoint.source,
             dataset=data.name,
             dataset_source=data.source,
-            model_argument=_argument(ref.name, models.CATALOGUE) + ref.suffix,
+            model_argument=_argument("model", ref.name) + ref.suffix,
             dataset_argument=images.argument,
             options=tuple(replace(recorded, compute=precision).words()),
         )
@@ -133,10 +132,9 @@ class Request:
         return tuple(kind for kind in KINDS if any(k == kind for _, k in self.pairs))
 
 
-def _argument(reference: str, catalogue: Container[str]) -> str:
+def _argument(kind: Kind, reference: str) -> str:
     """An argument that is valid in every working directory: the absolute path of a folder or file, else the name."""
-    path = Path(reference).expanduser()
-    return str(path.resolve()) if reference not in catalogue and path.exists() else reference
+    return str(find_path(kind, reference) or reference)
 
 
 def _samples(name: str, split: datasets.Split) -> Samples:

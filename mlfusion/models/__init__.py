@@ -16,6 +16,7 @@ from mlfusion.models.catalogue import CATALOGUE as CATALOGUE
 from mlfusion.models.catalogue import EMBEDDED as EMBEDDED
 from mlfusion.specs.identity import Compute, Hook, ModelSpec, digest
 from mlfusion.specs.names import Setting, parse_model
+from mlfusion.specs.references import find_path, short_name
 
 COSMETIC = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype", "torch_dtype"}
 """Fields of a configuration that cannot change a feature: paths, versions, class names."""
@@ -54,10 +55,9 @@ def locate(reference: str) -> Checkpoint:
     row = CATALOGUE.get(ref.name)
     if row and row.embedded:
         folder, name, source, revision = row.embedded, row.name, row.source, None
-    elif not row and Path(ref.name).expanduser().is_dir():
-        folder = Path(ref.name).expanduser().resolve()
-        name, source, revision = folder.name, str(folder), None
-        if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json")):
+    elif (path := find_path("model", ref.name)) and path.is_dir():
+        folder, name, source, revision = path, short_name(path), str(path), None
+        if not any((folder / file).is_file() for file in ("config.json", "open_clip_config.json")):
             raise BadModel(
                 f"{ref.name} has no config.json; allowed: a folder that save_pretrained wrote, with its weights, or a "
                 "checkpoint of timm or open_clip with its configuration"

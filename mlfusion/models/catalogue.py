@@ -5,11 +5,12 @@ records of snapshots of these repositories. A repository without such a record h
 means its newest state, and the commit of that state is part of the key.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+
+from mlfusion.specs.references import catalogue_cells
 
 EMBEDDED = "formula-vit"
 
@@ -39,6 +40,4 @@ class CatalogueRow:
         return Path(__file__).parent.parent / "embedded" / self.source.removeprefix("embedded:")
 
 
-with open(Path(__file__).with_name("catalogue.csv"), encoding="utf-8", newline="") as _file:
-    _cells = [{name: cell for name, cell in line.items() if cell} for line in csv.DictReader(_file)]
-CATALOGUE = {row.name: row for row in msgspec.convert(_cells, list[CatalogueRow], strict=False)}
+CATALOGUE = {row.name: row for row in msgspec.convert(catalogue_cells("model"), list[CatalogueRow], strict=False)}

@@ -11,7 +11,13 @@ from mlfusion.errors import Unavailable
 from mlfusion.models import checkpoints
 from mlfusion.models.catalogue import EMBEDDED
 
-CONFIGURATION = ["config.json", "preprocessor_config.json", "video_preprocessor_config.json", "open_clip_config.json"]
+CONFIGURATION = [
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "open_clip_config.json",
+]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.identity import FORMAT, FeatureSpec, Pair
 from mlfusion.specs.names import ModelRef, parse_model
 from mlfusion.specs.options import FormatName
+from mlfusion.specs.references import Kind, find_path
 from mlfusion.store import records
 from mlfusion.store.entry import Entry, ShardDraft, draft_entry, restore_missing_files
 from mlfusion.store.leases import Leases
@@ -306,14 +307,14 @@ def read_or_report(read: Callable[[], T | None], on_damage: OnDamage | None = No
 def _match(names: Names, model: ModelRef | None, dataset: str | None) -> bool:
     """Whether the user's words for a model and a data set refer to an entry with these names."""
 
-    def same(reference: str, name: str, source: str, suffix: str = "") -> bool:
-        if Path(reference).exists():  # two folders or files may have the same name: their paths are compared
-            return source == str(Path(reference).resolve()) + suffix
+    def same(kind: Kind, reference: str, name: str, source: str, suffix: str = "") -> bool:
+        if path := find_path(kind, reference):  # two folders or files may have the same name: their paths are compared
+            return source == f"{path}{suffix}"
         return reference + suffix in (name, source)
 
-    if dataset is not None and not same(dataset, names.dataset, names.dataset_source):
+    if dataset is not None and not same("data set", dataset, names.dataset, names.dataset_source):
         return False
-    return model is None or same(model.name, names.model, names.model_source, model.suffix)
+    return model is None or same("model", model.name, names.model, names.model_source, model.suffix)
 
 
 def _roots(cache: CachePath) -> list[Path]:

@@ -17,6 +17,7 @@ from mlfusion.models.backbone import Backbone
 from mlfusion.probing.heads import kernels
 from mlfusion.specs.identity import HOOKS
 from mlfusion.specs.names import layer_ranges, parse_model
+from mlfusion.specs.references import find_path
 from mlfusion.store import CachePath, default_root
 from mlfusion.system import disk
 from mlfusion.system.devices import pick_device
@@ -144,7 +145,7 @@ def _model(name: str, device: str) -> Iterator[Finding]:
     try:
         ref = parse_model(name)
         row = models.CATALOGUE.get(ref.name)
-        local = bool(row and row.embedded) or Path(ref.name).expanduser().is_dir()
+        local = bool(row and row.embedded) or find_path("model", ref.name) is not None
         if not row and not local and "/" not in ref.name:
             models.locate(name)  # raises an error with the names that exist
     except UnknownName as err:

@@ -184,7 +184,7 @@ def _resolve_data(word: str, data: Path | str | None) -> tuple[str, Faults]:
     if data is None:
         return word, [(word, f"{word!r} lies in a folder of yours; say which: --data DIR")]
     path = str(Path(data).expanduser().resolve()) + word.removeprefix(DATA)
-    existing = path if Path(path).exists() else path.partition(":")[0]  # a hook point may follow a model's name
+    existing = path if Path(path).exists() else parse_model(path).name  # a hook point may follow a model's name
     return path, [] if Path(existing).exists() else [(word, f"there is no {existing}")]
 
 

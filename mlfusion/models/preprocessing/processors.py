@@ -155,11 +155,11 @@ def _with_size(steps: Steps, size: int) -> Steps:
 
 def _from_files(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
     """The preprocessing that the model's own files describe."""
-    if (timm := config.get("pretrained_cfg")) and not (folder / "preprocessor_config.json").is_file():
+    settings = _settings(folder)
+    if (timm := config.get("pretrained_cfg")) and not settings:
         return _from_timm(timm)
     if clip := read_json(folder / "open_clip_config.json").get("preprocess_cfg"):
         return _from_open_clip(clip, read_json(folder / "open_clip_config.json"))
-    settings = read_json(folder / "preprocessor_config.json") or read_json(folder / "video_preprocessor_config.json")
     names = ("image_processor_type", "feature_extractor_type", "video_processor_type")
     name = next((str(settings[key]) for key in names if settings.get(key)), "")
     if not _are_steps(_family(name), settings):
@@ -176,6 +176,16 @@ def _are_steps(family: str, settings: Mapping[str, Any]) -> bool:
     is_limited = isinstance(size, Mapping) and size.get("shortest_edge") and size.get("longest_edge")
     crops_twice = family == "ConvNext" and settings.get("do_center_crop")
     return family in DEFAULTS and not (settings.get("do_pad") or is_limited or crops_twice)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """A processor's settings, from the first file that has them, in the order of transformers: its release 5 nests them."""
+    nested = read_json(folder / "processor_config.json")
+    image, video = (
+        settings if isinstance(settings := nested.get(f"{kind}_processor"), dict) else read_json(folder / file)
+        for kind, file in (("image", "preprocessor_config.json"), ("video", "video_preprocessor_config.json"))
+    )
+    return image or video
 
 
 def _family(name: str) -> str:
