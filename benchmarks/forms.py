@@ -26,7 +26,6 @@ import pyarrow.parquet
 import xxhash
 
 from mlfusion import datasets
-from mlfusion.datasets import ReadOptions
 from mlfusion.extraction.request import Images
 from mlfusion.specs.options import FeatureOptions
 
@@ -95,20 +94,17 @@ def main() -> None:
         rows = repeated(asked.images, root / "folders", asked.times)
         nbytes = sum(len(body) for _, _, body in rows)
         forms = {
-            "class folders": (root / "folders", ReadOptions()),
-            "CSV": (table(rows, root / "folders" / "all.csv"), ReadOptions()),
-            "tar": (tar(rows, root / "all.tar"), ReadOptions()),
-            "Parquet, through Arrow": (parquet(rows, root / "parquet"), ReadOptions()),
-            "Parquet, in place": (root / "parquet", ReadOptions(stream=True)),
+            "class folders": root / "folders",
+            "CSV": table(rows, root / "folders" / "all.csv"),
+            "tar": tar(rows, root / "all.tar"),
+            "Parquet": parquet(rows, root / "parquet"),
         }
         lines = []
-        for form, (path, reading) in forms.items():
-            datasets.load(str(path), reading)  # the datasets library makes its copy of Parquet the first time
-            opened, _ = timed(lambda path=path, read=reading: datasets.load(str(path), read))
-            data = datasets.load(str(path), reading)
+        for form, path in forms.items():
+            opened, _ = timed(lambda path=path: datasets.load(str(path)))
+            data = datasets.load(str(path))
             seconds, spread = timed(lambda data=data: Images.of(data, FeatureOptions(splits=("train",))))
-            done = "found on opening" if reading.stream else f"{seconds:.2f} ± {spread / 2:.2f} s"
-            whole = opened + seconds
+            done, whole = f"{seconds:.2f} ± {spread / 2:.2f} s", opened + seconds
             lines.append((form, f"{opened:.2f} s", done, f"{len(rows) / whole:,.0f}", f"{nbytes / whole / 1e9:.2f}"))
             print(*lines[-1], sep="\t")
     bodies = [body for _, _, body in rows]

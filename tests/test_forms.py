@@ -417,8 +417,8 @@ def test_a_cell_cannot_name_a_file_outside_its_data_set(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     features = library.Features({"image": library.Image(decode=False), "label": library.Value("int64")})
     columns = {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}] * 2, "label": [0, 1]}
-    file = hub_table(tmp_path, columns, features)
-    split = datasets.load(file).split("train")
+    (tmp_path / "set").mkdir()
+    split = datasets.load(hub_table(tmp_path / "set", columns, features)).split("train")
     with pytest.raises(BadData, match=r"names a file outside the data set"):
         split.digest(0)
 

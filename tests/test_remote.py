@@ -105,17 +105,15 @@ def test_parquet_in_a_folder_is_read_by_groups_of_rows(tmp_path, monkeypatch):
     folder = parquet(whole, tmp_path)
     for file in folder.glob("*.parquet"):
         pyarrow.parquet.write_table(pyarrow.parquet.read_table(file), file, row_group_size=2)
-    data = datasets.load(str(folder), ReadOptions(stream=True, id_column="id"))
+    data = datasets.load(str(folder), ReadOptions(id_column="id"))
     fetched: list[int] = []
-    read = remote._parquet(str(next(folder.glob("train*")))).__class__.read_row_group
+    read = pyarrow.parquet.ParquetFile.read_row_group
     monkeypatch.setattr(
         pyarrow.parquet.ParquetFile, "read_row_group", lambda self, i, **kw: fetched.append(i) or read(self, i, **kw)
     )
-    remote._group.cache_clear()
     for name, want in whole.splits.items():
         split = data.split(name)
         assert rows(split) == rows(want)
-        assert [split.digest(i) for i in range(len(split))] == [want.digest(i) for i in range(len(want))]
     assert fetched == [0, 1, 2, 3, 4, 0, 1, 2]  # each once, in order
     np.testing.assert_array_equal(data.split("train").labels, whole.split("train").labels)
 

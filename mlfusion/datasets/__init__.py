@@ -148,7 +148,7 @@ def _read_path(path: Path, reference: str, options: ReadOptions) -> tuple[str, d
     elif tars:
         return "WebDataset tars", _tars.webdataset(_tars.tars_in(path), _tars.read_class_names(path), options)
     elif parquet:
-        return _remote.read_folder(path, options) if options.stream else ("Parquet files", _hub.parquet(path, options))
+        return "Parquet files", _remote.read_folder(path, options)
     elif arrays:
         return "arrays", _arrays.npy(path, options)
     elif options.split_ratio or any(split_word(child.name) for child in path.iterdir()):
@@ -176,7 +176,7 @@ def _read_file(path: Path, reference: str, options: ReadOptions) -> tuple[str, d
         split = split_of_path(path.name) or "train"
         return "WebDataset tar", _tars.webdataset({split: [str(path)]}, _tars.read_class_names(path.parent), options)
     if path.suffix == ".parquet":
-        return "Parquet file", _hub.parquet(path, options)
+        return "Parquet file", _remote.read_file(path, options)
     if path.suffix == ".npz":
         return "arrays", _arrays.npz(path, options)
     raise BadData(

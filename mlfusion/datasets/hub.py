@@ -1,4 +1,4 @@
-"""Reads data sets of the Hugging Face hub, and Parquet files, through the datasets library; `tars` reads the hub's tars."""
+"""Reads data sets of the Hugging Face hub through the datasets library; `tars` reads the hub's tars."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, list_columns, require_different, require_unique
-from mlfusion.datasets.places import add_part, by_split, files_below, parts, split_column, split_of_path
+from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, list_columns, require_unique
+from mlfusion.datasets.places import add_part, parts, split_column
 from mlfusion.datasets.split import RawSplit, decoder, read_row_of
 from mlfusion.errors import BadData, Unavailable
 from mlfusion.specs.options import ReadOptions
+from mlfusion.specs.references import is_inside
 
 KEY = "__key__"  # column in which the datasets library stores the key of a WebDataset sample
 
@@ -25,24 +26,28 @@ class Cells:
 
     table: Any  # datasets.Dataset of this column alone, not decoded
     column: str
-    root: str | None  # folder of the files that cells may name instead of holding bytes
+    root: str  # folder of the files that cells may name instead of holding bytes
 
     def __call__(self, row: int) -> bytes:
-        return cell_bytes(self.table[row][self.column], self.root)
+        return cell_bytes(self.table[row][self.column], [self.root])
 
 
-def cell_bytes(cell: Any, root: str | None) -> bytes:
-    """An image's bytes from its cell: bytes, or the hub's {bytes, path}, whose path must lie below `root`."""
+def cell_bytes(cell: Any, roots: Sequence[str]) -> bytes:
+    """An image's bytes from its cell: bytes, or the hub's {bytes, path}.
+
+    A path begins at the first of the resolved folders `roots` below which it names a file, and may not lead out of it.
+    """
     if isinstance(cell, (bytes, bytearray)):
         return bytes(cell)
     if cell is None:
         return b""
     if cell.get("bytes") is not None:
         return bytes(cell["bytes"])
-    path = Path(str(cell.get("path"))).resolve()
-    if root is None or not path.is_relative_to(root):
+    paths = [(Path(root), Path(root, str(cell.get("path"))).resolve()) for root in roots]
+    inside = [path for root, path in paths if is_inside(path, root)]
+    if not inside:
         raise OSError(f"its cell holds no bytes, and names a file outside the data set ({cell.get('path')})")
-    return path.read_bytes()
+    return next((path for path in inside if path.is_file()), inside[0]).read_bytes()
 
 
 def load(name: str, source: str, options: ReadOptions) -> Path | dict[str, RawSplit]:
@@ -60,7 +65,7 @@ def load(name: str, source: str, options: ReadOptions) -> Path | dict[str, RawSp
         if any(file.endswith(".tar") for file in files) or (offline and "/wds_" in source):
             # The tars are not given to the datasets library, which would unpack a second copy and may read them as text.
             return Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.tar", "*classnames.txt"]))
-        return _from_library(name, options, None, source, options.config)
+        return _from_library(name, options, source)
 
 
 @contextmanager
@@ -85,40 +90,20 @@ def translate_hub_errors(name: str, source: str | None = None) -> Iterator[None]
         ) from err
 
 
-def parquet(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
-    """Read a Parquet file, or a folder with such files, such as a hub data set that was downloaded by other means."""
-    import pyarrow.parquet
-
-    if path.is_file():
-        require_different(pyarrow.parquet.read_schema(path).names, str(path))
-        return _from_library(
-            path.name, options, None, "parquet", data_files={split_of_path(path.name) or "train": str(path)}
-        )
-    if options.config is not None:
-        return _from_library(path.name, options, path, str(path), options.config)
-    files = by_split(files_below(path, ".parquet"), str(path))
-    for names in files.values():
-        require_different(pyarrow.parquet.read_schema(path / names[0]).names, str(path / names[0]))
-    data_files = {split: [str(path / name) for name in names] for split, names in files.items()}
-    return _from_library(path.name, options, path, "parquet", data_files=data_files)
-
-
-def _from_library(
-    name: str, options: ReadOptions, root: Path | None, source: str, config: str | None = None, data_files: Any = None
-) -> dict[str, RawSplit]:
-    """Load a source by the datasets library → its raw splits; `root` as in `Cells`."""
+def _from_library(name: str, options: ReadOptions, source: str) -> dict[str, RawSplit]:
+    """Load a data set of the hub by the datasets library → its raw splits."""
     import datasets as library
 
     library.disable_progress_bars()
     try:
-        loaded: Mapping[str, Any] = library.load_dataset(source, config, data_files=data_files)
+        loaded: Mapping[str, Any] = library.load_dataset(source, options.config)
     except (ValueError, library.exceptions.DatasetGenerationError) as err:
         lines = str(err).splitlines() or [type(err).__name__]
         hint = "; choose one with --config" if "onfig name is missing" in lines[0] else ""
         raise BadData(f"{name} cannot be read as images: {' '.join(lines)[:300]}{hint}") from err
     splits: dict[str, RawSplit] = {}
     for split, table in loaded.items():
-        for part, raw in _raw_splits(f"{name}, split {split}", split, table, options, root).items():
+        for part, raw in _raw_splits(f"{name}, split {split}", split, table, options).items():
             add_part(splits, part, raw, f"{name}, split {split}")
     return splits
 
@@ -165,7 +150,7 @@ def choose_columns(
     return TableColumns(image, label, options.id_column, split, columns[image] == "image", names)
 
 
-def _raw_splits(location: str, split: str, table: Any, options: ReadOptions, root: Path | None) -> dict[str, RawSplit]:
+def _raw_splits(location: str, split: str, table: Any, options: ReadOptions) -> dict[str, RawSplit]:
     """The table of a split, or the parts that its column of splits names."""
     import datasets as library
 
@@ -174,8 +159,7 @@ def _raw_splits(location: str, split: str, table: Any, options: ReadOptions, roo
     if columns.decoded:
         images = images.cast_column(columns.image, library.Image(decode=False))
     # The library unpacks the files of a hub data set below this folder.
-    folder = root or Path(os.path.realpath(library.config.HF_CACHE_HOME))
-    cells = Cells(images, columns.image, str(folder))
+    cells = Cells(images, columns.image, os.path.realpath(library.config.HF_CACHE_HOME))
     labels = table.with_format(None)[columns.label][:]
     ids = table[columns.id][:] if columns.id else table[KEY][:] if KEY in table.features else range(len(table))
     splits = split_cells(table.features, columns.split, table[columns.split][:] if columns.split else None)

@@ -7,9 +7,11 @@ so the same entry in the cache, as the downloaded one. The images themselves are
 
 import io
 import json
+import os
 import tarfile
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,7 +24,7 @@ import xxhash
 from mlfusion.datasets import tars
 from mlfusion.datasets.columns import require_different, require_unique
 from mlfusion.datasets.hub import TableColumns, cell_bytes, choose_columns, split_cells, translate_hub_errors
-from mlfusion.datasets.places import add_part, by_split, parts
+from mlfusion.datasets.places import add_part, by_split, files_below, parts, split_of_path, split_word
 from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.datasets.values import plain
 from mlfusion.errors import BadData
@@ -34,6 +36,9 @@ VERSION = 2  # format of an index on disk
 RUN_IMAGES = 4  # consecutive images that are fetched at once, as many as a worker decodes at a time
 CACHED_RUNS = 32  # runs that stay in memory
 MAX_RUN_BYTES = 16 << 20  # images of a larger run are fetched one by one
+CACHED_BATCHES = 4  # batches of a Parquet file that stay in memory
+BATCH_BYTES = 32 << 20  # size of a batch of a Parquet file's rows
+READ_BYTES = 1 << 20  # bytes that are read at once from a Parquet file on disk
 HUB = "datasets/"  # prefix of paths on the hub
 
 
@@ -58,22 +63,80 @@ class Ranges:
         return data
 
 
+class Rows:
+    """The rows of one column of Parquet files that were read last; it pickles as an empty one.
+
+    A large row group is read from its beginning, in batches of limited size. Files stay open no longer than this object
+    lives, so that a file which was replaced is never mixed with the one before it.
+    """
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+        self._lock = threading.Lock()  # a Parquet file is read by one thread at a time
+        self._clear()
+
+    def __reduce__(self) -> tuple[type["Rows"], tuple[str]]:
+        return type(self), (self.column,)
+
+    def _clear(self) -> None:
+        self._process = os.getpid()  # a forked process opens its own files
+        self._files: dict[str, Any] = {}
+        self._group: tuple[str, int] | None = None  # the file and the row group that `_batches` reads
+        self._batches: Iterator[Any] = iter(())
+        self._next = 0  # first row of the next batch
+        self._read: deque[tuple[tuple[str, int], int, Any]] = deque(maxlen=CACHED_BATCHES)  # group, first row, cells
+
+    def cell(self, path: str, group: int, row: int) -> Any:
+        """One cell, as a value of pyarrow; OSError if the file has become shorter."""
+        with self._lock:
+            if self._process != os.getpid():
+                self._clear()
+            for read, first, cells in self._read:
+                if read == (path, group) and first <= row < first + len(cells):
+                    return cells[row - first]
+            if self._group != (path, group) or row < self._next:
+                self._group, self._next, self._batches = (path, group), 0, self._open(path, group)
+            for batch in self._batches:
+                self._read.append(((path, group), self._next, cells := batch.column(0)))
+                self._next += len(cells)
+                if row < self._next:
+                    return cells[row - self._next + len(cells)]
+        raise OSError(f"{path} has become shorter since it was looked through")
+
+    def _open(self, path: str, group: int) -> Iterator[Any]:
+        file = self._files[path] = self._files.get(path) or open_parquet(path)
+        rows, nbytes = file.metadata.row_group(group).num_rows, file.metadata.row_group(group).total_byte_size
+        if nbytes <= BATCH_BYTES:
+            return iter([file.read_row_group(group, columns=[self.column])])
+        batches: Iterator[Any] = file.iter_batches(
+            max(1, rows * BATCH_BYTES // nbytes), row_groups=[group], columns=[self.column]
+        )
+        return batches
+
+
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Rows of Parquet files; a row group is fetched as a whole, and the latest ones stay in memory."""
+    """Rows of Parquet files, which are read in order and by groups."""
 
     files: tuple[str, ...]
     positions: np.ndarray  # [images, 3] int64: file, group, row in the group
-    column: str
+    rows: Rows
+    roots: Mapping[str, tuple[str, ...]]  # file → folders in which the paths of its cells may begin
 
     def __call__(self, row: int) -> bytes:
         file, group, inner = map(int, self.positions[row])
-        with _translate_errors(self.files[file]), _parquet_lock:
-            cell = _group(self.files[file], group, self.column)[inner].as_py()
-        return cell_bytes(cell, None)
+        path = self.files[file]
+        with _translate_errors(path):
+            return cell_bytes(self.rows.cell(path, group, inner).as_py(), self.roots.get(path, ()))
 
 
-_parquet_lock = threading.Lock()  # a Parquet file is read by one thread at a time
+def open_parquet(path: str) -> Any:
+    """Open a Parquet file on the hub, where a column of a row group is one request, or on disk."""
+    import pyarrow.parquet
+
+    if path.startswith(HUB):
+        return pyarrow.parquet.ParquetFile(open_file(path))
+    return pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
 
 
 @lru_cache(maxsize=CACHED_RUNS)
@@ -81,18 +144,6 @@ def _range(path: str, start: int, stop: int) -> bytes:
     with open_file(path) as file:
         file.seek(start)
         return file.read(stop - start)
-
-
-@lru_cache(maxsize=2)
-def _group(path: str, group: int, column: str) -> Any:
-    return _parquet(path).read_row_group(group, columns=[column]).column(0)
-
-
-@lru_cache(maxsize=8)
-def _parquet(path: str) -> Any:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.ParquetFile(open_file(path) if path.startswith(HUB) else path)
 
 
 def _translate_errors(path: str) -> AbstractContextManager[None]:
@@ -154,10 +205,25 @@ def read_hub(source: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit
         return _read_splits(names, base, classes, options, indexes, source)
 
 
-def read_folder(root: Path, options: ReadOptions) -> tuple[str, dict[str, RawSplit]]:
-    """Index a folder's Parquet files, which are read group by group, without the datasets library's copy."""
-    names = [path.relative_to(root).as_posix() for path in root.rglob("*.parquet")]
-    return _read_splits(names, f"{root}/", None, options, None, str(root))
+def read_folder(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
+    """Read a folder's Parquet files in place, such as a hub data set that was downloaded by other means.
+
+    Folders that are not named by a split, or `data`, are configurations: several of them are never joined.
+    """
+    top = root / options.config if options.config is not None else root
+    names = [f"{top.relative_to(root).as_posix()}/{name}".removeprefix("./") for name in files_below(top, ".parquet")]
+    inner = ([part for part in name.split("/")[:-1] if part != "data" and not split_word(part)] for name in names)
+    if len(configs := {"/".join(folders) or "." for folders in inner}) > 1:
+        raise BadData(
+            f"{top} holds Parquet files of several configurations, in {', '.join(sorted(configs))}; choose one with --config"
+        )
+    return _read_splits(names, f"{root}/", None, options, None, str(top))[1]
+
+
+def read_file(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
+    """Read one Parquet file in place, as the split that its column of splits or its name gives, else as train."""
+    with track(f"looking through {path}", 1, "files") as bar:
+        return _table(split_of_path(path.name) or "train", f"{path.parent}/", [path.name], options, None, bar)
 
 
 def _read_splits(
@@ -182,11 +248,11 @@ def _read_splits(
 
         splits: dict[str, RawSplit] = {}
         for split, inner in files.items():
-            paths = [base + name for name in inner]
             if form == "WebDataset tars":
+                paths = [base + name for name in inner]
                 splits[split] = tars.join(split, paths, classes, options, index_tar, Ranges)
                 continue
-            for part, raw in _table(split, paths, options, indexes, bar).items():
+            for part, raw in _table(split, base, inner, options, indexes, bar).items():
                 add_part(splits, part, raw, f"{location}, split {split}")
     return f"{form}, read in place", splits
 
@@ -199,11 +265,14 @@ def _index_tar(path: str, columns: tars.Columns) -> tars.Index:
         raise BadData(f"{path} cannot be read as a tar: {err}") from err
 
 
-def _table(split: str, paths: list[str], options: ReadOptions, indexes: Path | None, bar: Bar) -> dict[str, RawSplit]:
+def _table(
+    split: str, base: str, names: Sequence[str], options: ReadOptions, indexes: Path | None, bar: Bar
+) -> dict[str, RawSplit]:
     """The files of a split, or the parts that their column of splits names."""
     import datasets as library
 
-    schema = _parquet(paths[0]).schema_arrow
+    paths = [base + name for name in names]
+    schema = open_parquet(paths[0]).schema_arrow
     require_different(schema.names, paths[0])
     try:
         features = library.Features.from_arrow_schema(schema)
@@ -213,16 +282,17 @@ def _table(split: str, paths: list[str], options: ReadOptions, indexes: Path | N
     key = json.dumps([columns.image, columns.label, columns.id])
     indexed = []
     for path in paths:
-        indexed.append(_stored_index(indexes, path, key, partial(_index_parquet, path, columns)))
+        indexed.append(_stored_index(indexes, path, key, partial(_index_parquet, path, columns, indexes is not None)))
         bar.advance()
     index = tars.Index.joined(indexed)
     cells = [cell for path in paths for cell in _column(path, columns.split)] if columns.split else None
     splits = split_cells(features, columns.split, cells)
+    rows_read, roots = Rows(columns.image), _roots(base, paths, options)
     return {
         part: RawSplit(
             ids=require_unique([index.keys[row] if columns.id else f"{part}/{row}" for row in rows], paths[0]),
             labels=[index.labels[row] for row in rows],
-            encoded=Groups(tuple(paths), index.positions[rows], columns.image),
+            encoded=Groups(tuple(paths), index.positions[rows], rows_read, roots),
             decode=decoder(options),
             names=columns.names,
             digests=None if index.digests is None else index.digests[rows],
@@ -234,25 +304,35 @@ def _table(split: str, paths: list[str], options: ReadOptions, indexes: Path | N
 
 def _column(path: str, name: str) -> list[Any]:
     with _translate_errors(path):
-        return list(_parquet(path).read(columns=[name]).column(0).to_pylist())
+        return list(open_parquet(path).read(columns=[name]).column(0).to_pylist())
 
 
 def _distinct(paths: Sequence[str], name: str) -> set[Any]:
     return {cell for path in paths for cell in _column(path, name) if isinstance(cell, (str, int, type(None)))}
 
 
-def _index_parquet(path: str, columns: TableColumns) -> tars.Index:
-    file = _parquet(path)
+def _roots(base: str, paths: Sequence[str], options: ReadOptions) -> dict[str, tuple[str, ...]]:
+    """File → the folders in which the paths of its cells may begin: --image-root, or the data set's and the file's own."""
+    if base.startswith(HUB):
+        return {}
+    if options.image_root is not None:
+        return dict.fromkeys(paths, (os.path.realpath(os.path.expanduser(options.image_root)),))
+    return {path: (os.path.dirname(base), os.path.dirname(path)) for path in paths}
+
+
+def _index_parquet(path: str, columns: TableColumns, hashed: bool) -> tars.Index:
+    """The index of one file; with `hashed`, every image is read and its digest computed."""
+    file = open_parquet(path)
     keys: list[str] = []
     labels: list[Any] = []
     positions: list[tuple[int, int]] = []
     digests = bytearray()
     for group in range(file.num_row_groups):
-        names = list(dict.fromkeys(name for name in (columns.image, columns.label, columns.id) if name))
+        names = list(dict.fromkeys(name for name in (columns.label, columns.id, columns.image * hashed) if name))
         table = file.read_row_group(group, columns=names)
         labels += [plain(label) for label in table.column(columns.label).to_pylist()]
         keys += map(str, table.column(columns.id).to_pylist()) if columns.id else ()
-        for row, cell in enumerate(table.column(columns.image)):
-            digests += xxhash.xxh3_128_digest(cell_bytes(cell.as_py(), None))
-            positions.append((group, row))
+        positions += [(group, row) for row in range(table.num_rows)]
+        for cell in table.column(columns.image) if hashed else ():
+            digests += xxhash.xxh3_128_digest(cell_bytes(cell.as_py(), ()))
     return tars.Index.of(keys, labels, positions, digests)
