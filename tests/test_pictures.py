@@ -1,6 +1,8 @@
 """Which files count as pictures, links in tars, pictures of 16 bits, long thin pictures: nothing is lost without a word."""
 
 import io
+import json
+import subprocess
 import sys
 import tarfile
 
@@ -8,12 +10,14 @@ import numpy as np
 import pytest
 from forms import put, rows
 from PIL import Image
-from tiny import save_images
+from tiny import save_images, save_model
 
 from mlfusion import cli, datasets
 from mlfusion.datasets import Decoder, ReadOptions
 from mlfusion.datasets.images import FORMATS, HEIF_SUFFIXES
 from mlfusion.errors import BadData, BadImage
+from mlfusion.models import preprocessing
+from mlfusion.models.preprocessing import Steps, steps
 
 
 def encoded(kind: int, seed: int, format: str = "PNG") -> bytes:
@@ -125,3 +129,72 @@ def test_a_link_to_no_earlier_file_of_the_tar_is_refused_by_name(target, tmp_pat
         put(tar, "late.png", encoded(1, 1))
     with pytest.raises(BadData, match=r"t\.tar: 1\.png is a link to .*hard-dereference"):
         datasets.load(str(tmp_path / "t.tar"), ReadOptions(max_pixels=10**6))
+
+
+# --- long thin pictures ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resample", range(1, 6))
+@pytest.mark.parametrize("shape", [(3000, 2), (2, 3000), (2500, 25), (25, 2500), (2001, 3)])
+@pytest.mark.parametrize("size", [16, 40])
+def test_the_crop_of_a_long_picture_is_the_processors_own_to_the_bit(resample, shape, size, tmp_path, monkeypatch):
+    """Against transformers, which resizes all of it; here only the part that the crop shows is computed."""
+    from transformers import AutoImageProcessor
+
+    random = np.random.default_rng(size)
+    crop = {"height": 31, "width": 24}
+    body = {
+        "image_processor_type": "BitImageProcessor",
+        "do_center_crop": True,
+        "crop_size": crop,
+        "resample": resample,
+    }
+    settings = {**body, "size": {"shortest_edge": size}, "do_normalize": False, "do_rescale": False}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    image = Image.fromarray(random.integers(0, 256, (*shape, 3), np.uint8))
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    want = np.asarray(processor(image, return_tensors="np")["pixel_values"])[0]
+    monkeypatch.setattr(steps, "MAX_RESIZED_PIXELS", 0)
+    monkeypatch.setattr(Image.Image, "resize", _resize_below(Image.Image.resize, 2500 * 300))
+    np.testing.assert_array_equal(preprocessing.read(tmp_path).picture(image), want)
+
+
+def _resize_below(resize, limit):
+    def limited(self, size, *args):
+        assert size[0] * size[1] <= limit
+        return resize(self, size, *args)
+
+    return limited
+
+
+def test_a_picture_of_one_column_is_read_in_little_memory(tmp_path):
+    """Resized it would take 11.8 GB. The process may take 1 GB more than it has when everything is imported."""
+    save_model("dinov2", tmp_path / "m")
+    settings = json.loads((tmp_path / "m/preprocessor_config.json").read_text())
+    (tmp_path / "m/preprocessor_config.json").write_text(json.dumps({**settings, "size": {"shortest_edge": 256}}))
+    save_images(tmp_path / "set", {"train": 2, "test": 1})
+    column = np.random.default_rng(0).integers(0, 256, (60000, 1, 3), np.uint8)
+    Image.fromarray(column).save(tmp_path / "set/train/red/tall.png")
+    code = (
+        "import resource, mlfusion, torch, transformers\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), -1))\n"
+        "[one] = mlfusion.extract('m', 'set', splits='train', layers='last', workers=1, preprocess={!r}, skip_bad={})\n"
+        "print(one.images_skipped, one.entry.unreadable())"
+    )
+    exact = subprocess.run([sys.executable, "-c", code.format("exact", False)], capture_output=True, text=True)
+    assert exact.stdout.startswith("0 "), exact.stderr
+    fast = subprocess.run([sys.executable, "-c", code.format("fast", True)], capture_output=True, text=True)
+    assert "'train/red/tall.png'" in fast.stdout and "256 x 15,360,000 pixels; allowed are" in fast.stdout, fast.stderr
+
+
+def test_a_long_picture_that_the_fast_path_cannot_prepare_is_refused_by_name():
+    image = Image.new("RGB", (60000, 1))
+    fast = Steps(size=256, crop_size=(32, 32), kernel="torch-uint8")
+    with pytest.raises(
+        BadImage, match=r"a\.png cannot be prepared: resized, it has 15,360,000 x 256 pixels; allowed are"
+    ):
+        fast.picture(image, "a.png")
+    image.save(file := io.BytesIO(), "JPEG")
+    with pytest.raises(BadImage, match=r"b\.jpg cannot be prepared"):
+        fast.from_jpeg(file.getvalue(), "b.jpg")

@@ -23,13 +23,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mlfusion.errors import BadModel
+from mlfusion.errors import BadImage, BadModel
+from mlfusion.models.preprocessing.resampling import KERNELS, resize_part
 from mlfusion.shapes import Float, Num, UInt8
 from mlfusion.specs.kinds import is_view
 from mlfusion.specs.options import MAX_PIXELS
 
 Kernel = Literal["pil", "torch-uint8", "torch-float32"]
 """The resize kernel: PIL on bytes, torch on bytes (the fast path), or torch on floats (as torchvision's processors)."""
+
+MAX_RESIZED_PIXELS = 1 << 25
+"""Pixels of a resized picture, 256 x 131,072; of larger ones only the crop is computed; torch cannot do so."""
 
 JPEG_MARGIN = 2
 """The fast path decodes a JPEG at 1/2, 1/4 or 1/8 only if that leaves this many times the target's height and width."""
@@ -99,9 +103,9 @@ class Steps:
             image = Image.fromarray(np.asarray(image)[top : top + height, left : left + width])
         height, width = self.pixels if box else self._resized_shape(image.height, image.width)
         if self.kernel == "pil":
-            resized = np.asarray(image.resize((width, height), FILTERS[self.resample])).transpose(2, 0, 1)
+            resized = self._resize_by_pil(image, height, width, name).transpose(2, 0, 1)
         else:
-            resized = self._resize_by_torch(np.array(image), height, width)
+            resized = self._resize_by_torch(np.array(image), height, width, name)
         return self._crop_and_mirror(resized, mirrored)
 
     def from_jpeg(
@@ -125,12 +129,26 @@ class Steps:
         if box:
             top, left, high, wide = (round(n / scale) for n in box)
             pixels = np.ascontiguousarray(pixels[top : top + high, left : left + wide])
-        return self._crop_and_mirror(self._resize_by_torch(pixels, *target), mirrored)
+        return self._crop_and_mirror(self._resize_by_torch(pixels, *target, name), mirrored)
+
+    def _resize_by_pil(self, image: Image.Image, height: int, width: int, name: str) -> UInt8[np.ndarray, "_ _ 3"]:
+        """Resize; of the picture `name`, if it would become very long, compute only what the centre crop shows."""
+        if self.crop_size is None or height * width <= MAX_RESIZED_PIXELS:
+            return np.asarray(image.resize((width, height), FILTERS[self.resample]))
+        if self.resample not in KERNELS:
+            raise _too_long(name, height, width)
+        parts = tuple(
+            (_offset(now, to, self.crop_rounding), min(now, to))
+            for now, to in zip((height, width), self.crop_size, strict=True)
+        )
+        return resize_part(image, (height, width), (parts[0], parts[1]), self.resample)
 
     def _resize_by_torch(
-        self, pixels: UInt8[np.ndarray, "_ _ 3"], height: int, width: int
+        self, pixels: UInt8[np.ndarray, "_ _ 3"], height: int, width: int, name: str
     ) -> Num[np.ndarray, "3 {height} {width}"]:
-        """Resize with antialiasing, as PIL does it."""
+        """Resize with antialiasing, as PIL does it; BadImage if the picture `name` would become very long."""
+        if height * width > MAX_RESIZED_PIXELS:
+            raise _too_long(name, height, width)
         batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         if self.kernel == "torch-float32":
             batch = batch.float() * (self.rescale_factor or 1)
@@ -216,14 +234,27 @@ class Steps:
         return canonical(body, exif_transpose)
 
 
+def _too_long(name: str, height: int, width: int) -> BadImage:
+    return BadImage(
+        f"{name} cannot be prepared: resized, it has {width:,} x {height:,} pixels; allowed are {MAX_RESIZED_PIXELS:,}: cut "
+        "it before, or use --preprocess exact"
+    )
+
+
+def _offset(current: int, target: int, rounding: Rounding) -> int:
+    """The first row or column of a centre crop."""
+    margin = max(current - target, 0)
+    return margin // 2 if rounding == "floor" else round(margin / 2)
+
+
 def _centre_crop(
     pixels: Num[np.ndarray, "3 _ _"], size: tuple[int, int], rounding: Rounding
 ) -> Num[np.ndarray, "3 {size[0]} {size[1]}"]:
     """The middle of an image, padded with zeros if the image is smaller."""
     offsets, pads = [], []
     for current, target in zip(pixels.shape[1:], size, strict=True):
-        margin, padding = max(current - target, 0), max(target - current, 0)
-        offsets.append(margin // 2 if rounding == "floor" else round(margin / 2))
+        padding = max(target - current, 0)
+        offsets.append(_offset(current, target, rounding))
         before = -(-padding // 2) if rounding == "floor" else padding // 2
         pads.append((before, padding - before))
     if any(map(any, pads)):
