@@ -46,6 +46,14 @@ def place(tmp_path_factory) -> Path:
         test_images=pixels[8:],
         test_labels=labels[8:],
     )
+    deep = np.random.default_rng(0).integers(0, 4096, (12, 9, 9)).astype(np.uint16)
+    np.savez(
+        root / "xrays.npz",
+        train_images=deep[:8],
+        train_labels=labels[:8],
+        test_images=deep[8:],
+        test_labels=labels[8:],
+    )
     return root
 
 

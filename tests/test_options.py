@@ -121,6 +121,7 @@ READ: Any = st.builds(
     split_ratio=st.sampled_from([None, "0.8/0.2", "80/10/10"]),
     split_seed=st.integers(0, 99),
     exif_transpose=st.booleans(),
+    window=st.sampled_from([None, "auto", "0,4095"]),
     max_pixels=st.integers(1, 10**9),
     config=st.none() | TEXT,
     stream=st.booleans(),

@@ -2,9 +2,14 @@
 
 import io
 import json
+import math
+import struct
 import subprocess
 import sys
 import tarfile
+import zlib
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +17,13 @@ from forms import put, rows
 from PIL import Image
 from tiny import save_images, save_model
 
+import mlfusion
 from mlfusion import cli, datasets
 from mlfusion.datasets import Decoder, ReadOptions
+from mlfusion.datasets.arrays import encode_netpbm
+from mlfusion.datasets.depth import measure_window
 from mlfusion.datasets.images import FORMATS, HEIF_SUFFIXES
-from mlfusion.errors import BadData, BadImage
+from mlfusion.errors import BadData, BadImage, BadOption
 from mlfusion.models import preprocessing
 from mlfusion.models.preprocessing import Steps, steps
 
@@ -198,3 +206,126 @@ def test_a_long_picture_that_the_fast_path_cannot_prepare_is_refused_by_name():
     image.save(file := io.BytesIO(), "JPEG")
     with pytest.raises(BadImage, match=r"b\.jpg cannot be prepared"):
         fast.from_jpeg(file.getvalue(), "b.jpg")
+
+
+# --- pictures of 16 bits ---------------------------------------------------------------------------------------------
+
+
+def deep_pixels(count: int, top: int, seed: int = 0) -> np.ndarray:
+    """[count, 12, 12] uint16 from 0 to `top`."""
+    return np.random.default_rng(seed).integers(0, top + 1, (count, 12, 12)).astype(np.uint16)
+
+
+def stretched(values: np.ndarray, low: int, high: int) -> np.ndarray:
+    """By exact fractions: the nearest of the levels 0 to 255, the upper one of two."""
+    half = Fraction(1, 2)
+    return np.vectorize(lambda v: min(255, max(0, math.floor(Fraction(int(v) - low) * 255 / (high - low) + half))))(values)
+
+
+def sixteen_bits(root: Path, form: str, top: int) -> Path:
+    """Train and test as arrays, PNG, TIFF or PGM in class folders; the test images go further than those of train."""
+    parts = {"train": deep_pixels(8, top), "test": deep_pixels(4, 2 * top, seed=1)}
+    if form == "npz":
+        arrays = {f"{name}_images": images for name, images in parts.items()}
+        np.savez(root / "set.npz", **arrays, **{f"{n}_labels": np.arange(len(i)) % 2 for n, i in parts.items()})
+        return root / "set.npz"
+    for name, images in parts.items():
+        for n, image in enumerate(images):
+            path = root / "set" / name / "ab"[n % 2] / f"{n}.{form}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if form == "pgm":
+                path.write_bytes(encode_netpbm(image))
+            else:
+                Image.fromarray(image).save(path)
+    return root / "set"
+
+
+@pytest.mark.parametrize("form", ["npz", "png", "tif", "pgm"])
+def test_one_window_is_used_for_the_whole_data_set(form, tmp_path):
+    place = str(sixteen_bits(tmp_path, form, 4095))
+    for word, (low, high) in {"0,4095": (0, 4095), "100,300": (100, 300)}.items():
+        data = datasets.load(place, ReadOptions(window=word))
+        for split in data.splits.values():
+            for row in range(len(split)):
+                raw = np.asarray(Image.open(io.BytesIO(split.read(row)))).astype(int)
+                np.testing.assert_array_equal(np.asarray(split.image(row))[..., 1], stretched(raw, low, high))
+    plain = datasets.load(place).split("train")
+    assert np.asarray(plain.image(0)).max() <= 15  # the high byte
+
+
+@pytest.mark.parametrize("form", ["npz", "png"])
+def test_auto_is_measured_on_train_alone_and_a_few_hot_pixels_do_not_decide(form, tmp_path):
+    place = sixteen_bits(tmp_path, form, 1000)
+    values = np.sort(np.concatenate([deep_pixels(8, 1000).ravel()]))
+    data = datasets.load(str(place), ReadOptions(window="auto"))
+    low, high = data.decoding.window
+    # At most a thousandth of the pixels is below, and above; one step further in it would be more.
+    assert np.mean(values < low) <= 0.001 < np.mean(values <= low)
+    assert np.mean(values > high) <= 0.001 < np.mean(values >= high)
+    assert all(split.decode.window == (low, high) for split in data.splits.values())
+    hot = deep_pixels(8, 1000)
+    hot[0, 0, 0] = 65535
+    one = datasets.array_dataset("hot", {"train": (hot, [0, 1] * 4)})
+    assert measure_window(one.split("train"), "hot")[1] <= 1000
+
+
+def test_the_two_numbers_are_in_the_key_and_a_saved_probe_uses_them(tmp_path):
+    place = str(sixteen_bits(tmp_path, "png", 1000))
+    keys = {}
+    for word in (None, "auto", "0,1000", "0,65535"):
+        [one, _] = mlfusion.extract("formula-vit", place, layers="last", window=word)
+        keys[word] = (one.entry.key, json.loads(one.entry.spec.model.preprocess).get("window"))
+    assert len({key for key, _ in keys.values()}) == 4
+    assert (keys[None][1], keys["0,1000"][1]) == (None, [0, 1000])
+    low, high = keys["auto"][1]
+    [by_hand, _] = mlfusion.extract("formula-vit", place, layers="last", window=f"{low},{high}")
+    assert by_hand.entry.key == keys["auto"][0]
+    cache = str(tmp_path / "other")
+    mlfusion.extract("formula-vit", place, layers="last", window="auto", cache=cache)
+    mlfusion.probe(place, probes="cls-last/knn", seeds=(0,), save=True, cache=cache)
+    [card] = Path("results").rglob("card.json")
+    assert json.loads(json.loads(card.read_text())["backbone"]["preparation"])["window"] == [low, high]
+    picture = sorted(Path(place, "test").rglob("*.png"))[0]
+    values = np.asarray(Image.open(picture)).astype(int)
+    Image.fromarray(stretched(values, low, high).astype(np.uint8)).save(tmp_path / "eight.png")
+    for one, other in zip(
+        *(mlfusion.predict(card.parent, [str(path)])[0].top for path in (picture, tmp_path / "eight.png")), strict=True
+    ):
+        assert one == pytest.approx(other) or (one[0] == other[0] and one[1] == pytest.approx(other[1]))
+
+
+@pytest.mark.parametrize("form", ["npz", "png"])
+def test_check_and_extraction_tell_of_sixteen_bits(form, tmp_path, capfd):
+    place = str(sixteen_bits(tmp_path, form, 255))
+    assert run("data", place, "--check", "--json") == 0
+    train, test = json.loads(capfd.readouterr().out)["splits"]
+    assert (train["checked"]["bits"], train["checked"]["values"]) == (16, [0, 255])
+    assert test["checked"]["values"][1] > 255
+    assert run("data", place, "--check") == 0
+    said = capfd.readouterr().out
+    assert "16 bits, 0 … 255" in said and "values use 0.4 % of the range of 16 bits" in said
+    assert run("extract", "--layers", "last", "--split", "train", "--dataset", place) == 0
+    assert "images of 16 bits, of which the high byte is used" in capfd.readouterr().err
+    assert run("extract", "--layers", "last", "--split", "train", "--window", "0,255", "--dataset", place) == 0
+    assert "16 bits" not in capfd.readouterr().err
+
+
+def test_what_a_window_cannot_do_is_said(tmp_path):
+    for word in ("", "5", "9,3", "0,70000", "low,high"):
+        with pytest.raises(BadOption, match="allowed are auto, and two whole numbers from 0 to 65535"):
+            ReadOptions(window=word)
+    save_images(tmp_path / "set", {"train": 2, "test": 1})
+    with pytest.raises(BadData, match="no image of train is grey with 16 bits"):
+        datasets.load("set", ReadOptions(window="auto"))
+    colour = io.BytesIO()
+    rows = b"".join(b"\0" + bytes([0, 9] * 3 * 4) for _ in range(4))
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    colour.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)))
+    colour.write(chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    assert np.asarray(Decoder()(colour.getvalue())).max() == 0
+    assert Decoder().values(colour.getvalue())[1] == 16
+    with pytest.raises(BadImage, match="16-bit colour, to which --window does not apply"):
+        Decoder(window=(0, 255))(colour.getvalue())

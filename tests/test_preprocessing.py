@@ -18,6 +18,7 @@ from mlfusion.errors import BadModel, BadOption
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import Steps, TransformersProcessor
+from mlfusion.specs.identity import AS_STORED, Decoding
 from mlfusion.specs.options import PREPARATIONS, FeatureOptions
 
 SIZES = [(50, 44), (224, 224), (31, 200), (257, 131), (300, 225), (20, 20)]  # height, width; some smaller than the crop
@@ -367,14 +368,14 @@ def test_steps_are_made_again_from_the_key_that_they_wrote(family, word, view, s
     held = (
         replace(steps, seed=0) if view in ("plain", "flip") else steps
     )  # where nothing is drawn, the seed says nothing
-    assert preprocessing.from_key(steps.key()) == (held, False)
-    assert preprocessing.from_key(steps.key(exif_transpose=True)) == (held, True)
-    assert steps.key(exif_transpose=True) != steps.key()
+    assert preprocessing.from_key(steps.key()) == (held, AS_STORED)
+    assert preprocessing.from_key(steps.key(Decoding(exif_transpose=True))) == (held, Decoding(exif_transpose=True))
+    assert steps.key(Decoding(exif_transpose=True)) != steps.key()
 
 
 def test_what_is_left_out_of_the_steps_is_left_out_again():
     bare = preprocessing.Steps(size=None, crop_size=(8, 8), rescale_factor=None)
-    assert preprocessing.from_key(bare.key()) == (bare, False)
+    assert preprocessing.from_key(bare.key()) == (bare, AS_STORED)
 
 
 @pytest.mark.parametrize(
@@ -391,9 +392,9 @@ def test_what_is_left_out_of_the_steps_is_left_out_again():
 )
 def test_no_steps_are_made_of_what_they_did_not_write(change, tmp_path):
     key = preprocessing.read(save_model("vit", tmp_path / "m"), "fast").key()
-    assert preprocessing.from_key(json.dumps({**json.loads(key), **change}, sort_keys=True)) == (None, False)
+    assert preprocessing.from_key(json.dumps({**json.loads(key), **change}, sort_keys=True)) == (None, AS_STORED)
     for text in ("", "[]", "3", '{"do_resize": true}', key[:-1]):
-        assert preprocessing.from_key(text) == (None, False)
+        assert preprocessing.from_key(text) == (None, AS_STORED)
 
 
 def test_positions_of_another_size_are_interpolated(tmp_path):

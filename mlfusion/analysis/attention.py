@@ -11,7 +11,7 @@ from mlfusion.errors import BadData, MlfusionError
 from mlfusion.models import preprocessing
 from mlfusion.report.pictures import mean_layers
 from mlfusion.results import Results, Row
-from mlfusion.specs.identity import GRID_SIDES
+from mlfusion.specs.identity import GRID_SIDES, Decoding
 from mlfusion.specs.options import ReadOptions
 from mlfusion.store import CachePath, FeatureStore
 
@@ -147,8 +147,10 @@ def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None)
             f"the test features of row {row.id} ({row.features[1]}) are not in the cache, so that nothing says which "
             f"images it was tested on; name the cache that has them with --cache, or extract {source} again"
         )
-    steps, exif_transpose = _preprocessing(entry.spec.model.preprocess, row.sources.model)
-    split = datasets.load(source, ReadOptions(exif_transpose=exif_transpose)).split("test")
+    steps, decoding = _preprocessing(entry.spec.model.preprocess, row.sources.model)
+    window = decoding.window and f"{decoding.window[0]},{decoding.window[1]}"
+    reading = ReadOptions(exif_transpose=decoding.exif_transpose, window=window)
+    split = datasets.load(source, reading).split("test")
     row_of_id = {name: number for number, name in enumerate(split.ids)}
     ids = [entry.samples.ids[number] for number in entry.rows()]
     if any(name not in row_of_id for name in ids):
@@ -158,13 +160,13 @@ def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None)
     return RowImages(split, np.array([row_of_id[name] for name in ids]), steps)
 
 
-def _preprocessing(key: str, model: str) -> tuple[preprocessing.Preprocessing | None, bool]:
-    """The preprocessing with this key, or None if it is unknown; and whether EXIF orientation was applied."""
-    steps, exif_transpose = preprocessing.from_key(key)
+def _preprocessing(key: str, model: str) -> tuple[preprocessing.Preprocessing | None, Decoding]:
+    """The preprocessing with this key, or None if it is unknown; and how images were decoded."""
+    steps, decoding = preprocessing.from_key(key)
     if steps is not None:
-        return steps, exif_transpose
+        return steps, decoding
     try:
         current = preprocessing.read(models.locate(model).folder)
     except MlfusionError:
-        return None, exif_transpose
-    return current if current.key(exif_transpose=exif_transpose) == key else None, exif_transpose
+        return None, decoding
+    return current if current.key(decoding) == key else None, decoding

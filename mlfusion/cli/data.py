@@ -8,6 +8,8 @@ from mlfusion.cli.options import AsJson, with_options
 from mlfusion.cli.output import print_json, print_rows
 from mlfusion.specs.options import ReadOptions
 
+NARROW = 0.1  # images whose values use less than this share of the possible range are reported
+
 
 @with_options
 def data(
@@ -63,10 +65,18 @@ def data(
             row["unreadable"] = len(one.checked.unreadable)
             row["repeated"] = one.checked.repeated
             row["pixels"] = " … ".join(f"{size[0]}x{size[1]}" for size in sizes if size)
+            if one.checked.values:
+                row["values"] = f"{one.checked.bits} bits, {one.checked.values[0]:,} … {one.checked.values[1]:,}"
         rows.append({**row, "first ids": ", ".join(one.first_ids)})
     print_rows(rows)
     for one in splits:
         for name, reason in (one.checked.unreadable if one.checked else {}).items():
             typer.echo(f"{name}: {reason}")
+        if one.checked and one.checked.used_share < NARROW and data_set.decoding.window is None:
+            advice = ": --window auto stretches it" if one.checked.bits == 16 else ""
+            typer.echo(
+                f"{one.split}: values use {100 * one.checked.used_share:.1f} % of the range of {one.checked.bits} bits, and "
+                f"images are nearly of one colour{advice}"
+            )
         for other, count in (one.checked.elsewhere if one.checked else {}).items():
             typer.echo(f"byte for byte in {other} too: {count:,} image{'s' * (count > 1)} of {one.split}")

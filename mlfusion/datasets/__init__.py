@@ -23,6 +23,8 @@ from mlfusion.datasets import remote as _remote
 from mlfusion.datasets import tars as _tars
 from mlfusion.datasets.catalogue import CATALOGUE as CATALOGUE
 from mlfusion.datasets.catalogue import CatalogueRow as CatalogueRow
+from mlfusion.datasets.depth import measure_window
+from mlfusion.datasets.depth import report_depth as report_depth
 from mlfusion.datasets.images import SUFFIXES as SUFFIXES
 from mlfusion.datasets.images import Decoder as Decoder
 from mlfusion.datasets.labels import encode_labels
@@ -33,7 +35,8 @@ from mlfusion.datasets.split import RawSplit
 from mlfusion.datasets.split import Split as Split
 from mlfusion.datasets.values import shown
 from mlfusion.errors import BadData, UnknownName
-from mlfusion.specs.kinds import parse_ratio
+from mlfusion.specs.identity import Decoding
+from mlfusion.specs.kinds import parse_ratio, parse_window
 from mlfusion.specs.options import LabelKind, ReadOptions
 from mlfusion.specs.references import find_path, short_name
 
@@ -202,7 +205,9 @@ def _build(name: str, source: str, form: str, raw: Mapping[str, RawSplit], optio
         for split, one in raw.items()
     }
     full_name = f"{name}:{options.label_column}" if options.label_column else name
-    return _resplit(DataSet(full_name, source, form, splits, exif_transpose=options.exif_transpose), options)
+    decoding = Decoding(options.exif_transpose, parse_window(options.window))
+    data = _resplit(DataSet(full_name, source, form, splits, decoding=decoding), options)
+    return _with_measured_window(data) if options.window == "auto" else data
 
 
 def _is_text(name: str) -> bool:
@@ -230,7 +235,21 @@ def _resplit(data: DataSet, options: ReadOptions) -> DataSet:
     parts = split_by_ratio(data.splits[_source_split(data.splits)], ratio, options.split_seed)
     text = ratio_text(ratio, options.split_seed)
     name = f"{data.name}~{text.replace('/', '-').replace(' seed ', '~')}"  # safe in a file's name
-    return _check(DataSet(name, data.source, data.form, parts, text, data.exif_transpose))
+    return _check(DataSet(name, data.source, data.form, parts, text, data.decoding))
+
+
+def _with_measured_window(data: DataSet) -> DataSet:
+    """The data set with the window that fits its split train; the same window for all its splits."""
+    if "train" not in data.splits:
+        raise BadData(f"{data.name} has no split train, on which --window auto is measured; give --window LOW,HIGH")
+    window = measure_window(data.splits["train"], data.name)
+    splits = {
+        name: replace(
+            split, decode=replace(split.decode, window=window) if isinstance(split.decode, Decoder) else split.decode
+        )
+        for name, split in data.splits.items()
+    }
+    return replace(data, splits=splits, decoding=replace(data.decoding, window=window))
 
 
 def _check(data: DataSet) -> DataSet:

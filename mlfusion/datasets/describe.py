@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from mlfusion.datasets.images import Decoder
 from mlfusion.datasets.split import DataSet, Split
 from mlfusion.errors import BadData, BadImage
 
@@ -22,6 +23,13 @@ class ReadCheck:
     largest: tuple[int, int] | None
     repeated: int  # number of images whose bytes equal those of an earlier image of the split
     elsewhere: dict[str, int]  # earlier split → number of images whose bytes are in it too
+    bits: int | None  # most bits of a value in an image's file; None if no image was read
+    values: tuple[int, int] | None  # least and greatest value in the files, before a window is applied
+
+    @property
+    def used_share(self) -> float:
+        """Share of the possible range between the least and the greatest value."""
+        return (self.values[1] - self.values[0]) / (2**self.bits - 1) if self.values and self.bits else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,27 +75,43 @@ def _labels(split: Split) -> dict[str, float]:
     return {"fewest": int(counts.min()), "most": int(counts.max()), "mean": mean}
 
 
-def _check(split: Split, digests_of: dict[str, set[bytes]], progress: Callable[[str, int, int], None]) -> ReadCheck:
-    def read(row: int) -> tuple[bytes, tuple[int, int] | str]:
-        digest = b""
-        try:
-            digest = split.digest(row)
-            return digest, split.image(row).size
-        except BadImage as err:
-            return digest, str(err.__cause__ or err)
-        except BadData as err:
-            return digest, str(err)
+Found = tuple[tuple[int, int], int, tuple[int, int] | None]
+"""Width and height of an image, bits of its values, and the least and the greatest value if they are known."""
 
+
+def _read(split: Split, row: int) -> tuple[bytes, Found | str]:
+    """The digest of an image's bytes, and what it holds, or why it cannot be read."""
+    digest = b""
+    try:
+        digest = split.digest(row)
+        if not isinstance(split.decode, Decoder):
+            return digest, (split.image(row).size, 8, None)
+        values, bits = split.decode.values(split.read(row))
+        # An image of 8 bits is decoded by now; of others it is not known that they can be.
+        size = split.image(row).size if bits == 16 else (values.shape[1], values.shape[0])
+        return digest, (size, bits, (int(values.min()), int(values.max())))
+    except BadImage as err:
+        return digest, str(err).removeprefix(f"{split.ids[row]} cannot be read: ")
+    except BadData as err:
+        return digest, str(err)
+
+
+def _check(split: Split, digests_of: dict[str, set[bytes]], progress: Callable[[str, int, int], None]) -> ReadCheck:
+    depths: dict[int, tuple[int, int]] = {}  # bits → least and greatest value
     unreadable: dict[str, str] = {}
     sizes: set[tuple[int, int]] = set()
     digests: set[bytes] = set()
     repeated, elsewhere = 0, dict.fromkeys(digests_of, 0)
     with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as pool:
-        for row, (digest, size) in enumerate(pool.map(read, range(len(split)))):
-            if isinstance(size, str):
-                unreadable[split.ids[row]] = size
+        for row, (digest, found) in enumerate(pool.map(lambda row: _read(split, row), range(len(split)))):
+            if isinstance(found, str):
+                unreadable[split.ids[row]] = found
             else:
+                size, bits, values = found
                 sizes.add(size)
+                if values:
+                    least, most = depths.get(bits, values)
+                    depths[bits] = min(least, values[0]), max(most, values[1])
             if digest:
                 repeated += digest in digests
                 digests.add(digest)
@@ -102,4 +126,6 @@ def _check(split: Split, digests_of: dict[str, set[bytes]], progress: Callable[[
         largest=by_area[-1] if by_area else None,
         repeated=repeated,
         elsewhere={name: count for name, count in elsewhere.items() if count},
+        bits=max(depths, default=None),
+        values=depths[max(depths)] if depths else None,
     )

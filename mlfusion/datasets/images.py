@@ -8,7 +8,10 @@ import importlib.util
 import io
 import re
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,6 +34,8 @@ SUFFIXES = frozenset(_JPEG | _JPEG_2000 | _NETPBM | _OTHERS) | (
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 """PIL's formats that are opened; others are left out, some because they start programs (EPS)."""
+
+T = TypeVar("T")
 
 _pil_limit = threading.Lock()
 
@@ -67,12 +72,34 @@ def _open_heif(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=("HEIF",))
 
 
+def is_16_bit_grey(image: Image.Image) -> bool:
+    """Whether an open image is grey with 16 bits; PIL reads some such PNG and PGM files as 32-bit integers."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _is_16_bit_colour(image: Image.Image) -> bool:
+    """Whether an open image has colours of 16 bits, of which PIL reads the high byte."""
+    return (
+        image.mode not in ("I", "F")
+        and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+        and (not is_16_bit_grey(image))
+    )
+
+
+@lru_cache(maxsize=4)
+def _levels(window: tuple[int, int]) -> np.ndarray:
+    """[65536] uint8: the level of each value, linear in the window, rounded (a half up) and clipped."""
+    low, high = window
+    return np.clip((2 * 255 * (np.arange(65536) - low) + high - low) // (2 * (high - low)), 0, 255).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class Decoder:
     """Encoded bytes → RGB image; of an animation, the first frame.
 
     * The size is checked before anything is decoded; an image of more than `max_pixels` is refused.
-    * 16-bit grey keeps its high byte, as PIL does for 16-bit colour; PIL's own conversion would make all above 255 white.
+    * Of 16-bit grey, `window` says which values become 0 and 255. Without it the high byte is used, as PIL does for 16-bit
+      colour; PIL's own conversion would make all above 255 white.
     * Integers and floats of 32 bits are refused: nothing says which value is white.
     * The EXIF orientation is ignored, as in the study and in the hub's image processors, unless `exif_transpose` is set.
 
@@ -81,16 +108,32 @@ class Decoder:
 
     exif_transpose: bool = False
     max_pixels: int = MAX_PIXELS
+    window: tuple[int, int] | None = None
 
     def __call__(self, data: bytes) -> Image.Image:
         """Decode one image; raises BadImage, which gives the reason, if they are not a readable image."""
+        return self._opened(data, self._rgb)
+
+    def values(self, data: bytes) -> tuple[np.ndarray, int]:
+        """An image's values before a window is applied, and their bits: 16-bit grey, else RGB; BadImage as for decoding."""
+
+        def read(image: Image.Image) -> tuple[np.ndarray, int]:
+            if is_16_bit_grey(image):
+                return np.asarray(image).astype(np.uint16), 16
+            deep = _is_16_bit_colour(image)
+            pixels = np.asarray(replace(self, window=None)._rgb(image))
+            return (pixels.astype(np.uint16) * 257, 16) if deep else (pixels, 8)
+
+        return self._opened(data, read)
+
+    def _opened(self, data: bytes, read: Callable[[Image.Image], T]) -> T:
         if not data:
             raise BadImage("the file is empty")
         try:
             with _open(data, self.max_pixels) as image:
                 if (pixels := image.width * image.height) > self.max_pixels:
                     raise BadImage(self._too_large(f"{image.width:,} x {image.height:,} = {pixels:,}"))
-                return self._rgb(image)
+                return read(image)
         except (BadImage, MemoryError):
             raise
         except UnidentifiedImageError as err:
@@ -104,14 +147,16 @@ class Decoder:
         return f"{pixels} pixels; allowed are {self.max_pixels:,}: raise --max-pixels if you trust where it is from"
 
     def _rgb(self, image: Image.Image) -> Image.Image:
-        # PIL reads some 16-bit PNG and PGM files as 32-bit integers.
-        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        is_16_bit = is_16_bit_grey(image)
+        if self.window and _is_16_bit_colour(image):
+            raise BadImage("16-bit colour, to which --window does not apply; save it as 16-bit grey, or with 8 bits")
         if image.mode in ("I", "F") and not is_16_bit:
             raise BadImage("32-bit pixels, of which nothing says what is white; save it with 8 or 16 bits")
         if self.exif_transpose:
             image = ImageOps.exif_transpose(image)
         if is_16_bit:
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            values = np.asarray(image).astype(np.uint16)
+            image = Image.fromarray(_levels(self.window)[values] if self.window else (values >> 8).astype(np.uint8))
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # the same colours, without PIL's warning
         return image.convert("RGB")

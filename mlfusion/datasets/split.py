@@ -12,6 +12,8 @@ from PIL import Image
 from mlfusion.datasets.images import Decoder
 from mlfusion.datasets.places import split_word
 from mlfusion.errors import BadData, BadImage
+from mlfusion.specs.identity import AS_STORED, Decoding
+from mlfusion.specs.kinds import parse_window
 from mlfusion.specs.options import LabelKind, ReadOptions
 
 Encoded = Callable[[int], bytes]
@@ -20,7 +22,7 @@ Encoded = Callable[[int], bytes]
 
 def decoder(options: ReadOptions) -> Decoder:
     """The decoder for images of a data set that is read with these options."""
-    return Decoder(options.exif_transpose, options.max_pixels)
+    return Decoder(options.exif_transpose, options.max_pixels, parse_window(options.window))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,7 @@ class DataSet:
     form: str  # kind of folder or file, in words
     splits: Mapping[str, Split]
     resplit: str = ""  # ratio and seed if we made the splits: '0.8/0.1/0.1 seed 0'
-    exif_transpose: bool = False  # whether images are rotated by their EXIF orientation
+    decoding: Decoding = AS_STORED
 
     @property
     def label_kind(self) -> LabelKind:

@@ -35,6 +35,8 @@ class Images:
         for name in features.splits:
             split = data.split(name)
             samples = _samples(data.name, split)
+            if data.decoding.window is None:
+                datasets.report_depth(data.name, split)
             spec = DataSpec(
                 content=samples.content,
                 split=split.name,
@@ -90,10 +92,7 @@ class Request:
             )
             for view in features.views
         ]
-        model_specs = [
-            models.identify(checkpoint, steps.key(exif_transpose=data.exif_transpose), precision, steps.view)
-            for steps in views
-        ]
+        model_specs = [models.identify(checkpoint, steps.key(data.decoding), precision, steps.view) for steps in views]
         # Options that the entry's names do not contain, for the printed command that extracts it again.
         recorded = replace(
             features, splits=("train", "test"), layers="all", tokens="cls,ap", hook=None, settings=(), views=("plain",)

@@ -89,6 +89,17 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} has no place in a spec")
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How a data set's images are decoded, where that changes their pixels; it stands in the JSON of the preprocessing."""
+
+    exif_transpose: bool = False  # whether images are rotated by their EXIF orientation
+    window: tuple[int, int] | None = None  # values of 16 bits that become 0 and 255; None: the high byte is used
+
+
+AS_STORED = Decoding()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A frozen backbone with its preprocessing, hook point and compute type, which decide an image's tokens."""

@@ -207,6 +207,23 @@ def parse_ratio(words: Any) -> tuple[float, ...]:
     raise ValueError("allowed are shares of train/test or train/validation/test, such as 0.8/0.2 or 80/10/10")
 
 
+def window() -> Kind:
+    """Two values of 16 bits, such as 0,4095, or auto."""
+    allowed = "allowed are auto, and two whole numbers from 0 to 65535, the first smaller, such as 0,4095"
+
+    def fault(value: Any) -> str | None:
+        return None if value == "auto" or parse_window(value) else allowed
+
+    return Kind(str, fault)
+
+
+def parse_window(words: Any) -> tuple[int, int] | None:
+    """'0,4095' → (0, 4095); None for other text."""
+    match = re.fullmatch(r"\s*(\d{1,5})\s*,\s*(\d{1,5})\s*", words) if isinstance(words, str) else None
+    low, high = map(int, match.groups()) if match else (0, 0)
+    return (low, high) if low < high <= 65535 else None
+
+
 def settings() -> Kind:
     """Settings of a model's configuration, such as 'hidden_act=gelu'; may be repeated; a table in recipes."""
     plain = (str, int, float, bool)

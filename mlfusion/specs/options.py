@@ -26,6 +26,7 @@ from mlfusion.specs.kinds import (
     text,
     view_names,
     whole,
+    window,
 )
 from mlfusion.specs.names import Setting, parse_layers, parse_tokens
 
@@ -86,6 +87,13 @@ class ReadOptions(Options):
     )
     exif_transpose: bool = option(
         False, flag(), "Rotate images as their EXIF orientation says.", effect="key", former=("upright",)
+    )
+    window: str | None = option(
+        None,
+        window(),
+        "Values of 16-bit grey images that become black and white: LOW,HIGH, or auto (measured on train).",
+        effect="key",
+        added=True,
     )
     max_pixels: int = option(
         MAX_PIXELS, whole(1), "Largest number of pixels of an image; larger images are rejected.", effect="bit"

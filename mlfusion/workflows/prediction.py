@@ -17,7 +17,7 @@ from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.probing import protocol, saved
 from mlfusion.probing.training.batches import Tokens
-from mlfusion.specs.identity import COMPUTES, Compute, ModelSpec, digest
+from mlfusion.specs.identity import COMPUTES, Compute, Decoding, ModelSpec, digest
 from mlfusion.specs.names import parse_model
 from mlfusion.specs.options import MAX_PIXELS
 from mlfusion.store.encoding import ENCODINGS
@@ -82,7 +82,7 @@ def predict(
     """
     card, head = saved.load(Path(probe))
     checkpoint = models.locate(_model_reference(model, card.backbone.source))
-    steps, spec, exif_transpose = _training_setup(checkpoint, card.backbone)
+    steps, spec, decoding = _training_setup(checkpoint, card.backbone)
     current = identity(spec)
     if differing := [name for name, value in current.items() if getattr(card.backbone, name) != value]:
         raise BadModel(
@@ -90,7 +90,7 @@ def predict(
             f"{' and '.join(differing)} differ{'s' if len(differing) == 1 else ''}. Allowed: the same weights and "
             "preprocessing, so give their folder with --model, or train the probe again on this model's features"
         )
-    decoder = datasets.Decoder(exif_transpose, max_pixels or MAX_PIXELS)
+    decoder = datasets.Decoder(decoding.exif_transpose, max_pixels or MAX_PIXELS, decoding.window)
     pictures = datasets.pictures([str(image) for image in images], decoder)
     backbone = Backbone(checkpoint, pick_device(device), preprocessing=steps, compute=spec.compute)
     results: list[Prediction] = []
@@ -106,13 +106,13 @@ def predict(
     return results
 
 
-def _training_setup(checkpoint: models.Checkpoint, card: saved.Backbone) -> tuple[Preprocessing, ModelSpec, bool]:
-    """The preprocessing of the probe's training, the model with it, and whether EXIF orientation is applied."""
+def _training_setup(checkpoint: models.Checkpoint, card: saved.Backbone) -> tuple[Preprocessing, ModelSpec, Decoding]:
+    """The preprocessing of the probe's training, the model with it, and how images are decoded."""
     compute: Compute = card.compute if card.compute in COMPUTES else "float32"
-    rebuilt, exif_transpose = preprocessing.from_key(card.preparation)
+    rebuilt, decoding = preprocessing.from_key(card.preparation)
     steps = rebuilt or preprocessing.read(checkpoint.folder)  # a custom processor: the model's own
-    spec = models.identify(checkpoint, steps.key(exif_transpose=exif_transpose), compute, steps.view)
-    return steps, spec, exif_transpose
+    spec = models.identify(checkpoint, steps.key(decoding), compute, steps.view)
+    return steps, spec, decoding
 
 
 def _tokens(backbone: Backbone, pixels: Tensor, card: saved.Card) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mlfusion.errors import BadModel, first_line
 from mlfusion.models.checkpoints import read_json
 from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges
+from mlfusion.specs.identity import AS_STORED, Decoding
 
 
 def _both(edge: int) -> dict[str, int]:
@@ -95,11 +96,11 @@ class TransformersProcessor:
         """Images → the model's input, [images, 3, height, width] float32."""
         return self.finish(torch.from_numpy(np.stack([self.picture(image) for image in images])))
 
-    def key(self, *, exif_transpose: bool = False) -> str:
-        """Canonical JSON of the processor's settings; `exif_transpose` as in `Steps.key`."""
+    def key(self, decoding: Decoding = AS_STORED) -> str:
+        """Canonical JSON of the processor's settings; `decoding` as in `Steps.key`."""
         cosmetic = {"transformers_version", "processor_class", "_processor_class"}
         settings = self._processor.to_dict().items()
-        return canonical({k: v for k, v in settings if k not in cosmetic and v is not None}, exif_transpose)
+        return canonical({k: v for k, v in settings if k not in cosmetic and v is not None}, decoding)
 
 
 Preprocessing = Steps | TransformersProcessor

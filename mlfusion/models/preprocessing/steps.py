@@ -26,6 +26,7 @@ from torch import Tensor
 from mlfusion.errors import BadImage, BadModel
 from mlfusion.models.preprocessing.resampling import KERNELS, resize_part
 from mlfusion.shapes import Float, Num, UInt8
+from mlfusion.specs.identity import AS_STORED, Decoding
 from mlfusion.specs.kinds import is_view
 from mlfusion.specs.options import MAX_PIXELS
 
@@ -216,10 +217,10 @@ class Steps:
         longer = int(self.size * long / short)
         return (longer, self.size) if width <= height else (self.size, longer)
 
-    def key(self, *, exif_transpose: bool = False) -> str:
+    def key(self, decoding: Decoding = AS_STORED) -> str:
         """Canonical JSON for `ModelSpec.preprocess`, with transformers' names if they exist; `from_key` reads it.
 
-        `exif_transpose`: whether the data set rotates images by their EXIF orientation before these steps.
+        `decoding`: how the data set decodes images before these steps.
         """
         body = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         for name in body.keys() & {"size", "crop_size"}:
@@ -231,7 +232,7 @@ class Steps:
             del body["view"]
         if self.decodes_jpeg:
             body["spare"] = JPEG_MARGIN
-        return canonical(body, exif_transpose)
+        return canonical(body, decoding)
 
 
 def _too_long(name: str, height: int, width: int) -> BadImage:
@@ -263,19 +264,24 @@ def _centre_crop(
     return pixels[:, top : top + size[0], left : left + size[1]]
 
 
-def canonical(body: Mapping[str, Any], exif_transpose: bool) -> str:
-    """The JSON text of a preprocessing; it has a mark if images are rotated by their EXIF orientation."""
-    return json.dumps({**body, "exif": "upright"} if exif_transpose else body, sort_keys=True)
+def canonical(body: Mapping[str, Any], decoding: Decoding) -> str:
+    """The JSON text of a preprocessing; it has a mark for what is not at its default in the decoding of images."""
+    marks: dict[str, Any] = {"exif": "upright"} if decoding.exif_transpose else {}
+    if decoding.window is not None:
+        marks["window"] = list(decoding.window)
+    return json.dumps({**body, **marks}, sort_keys=True)
 
 
-def from_key(key: str) -> tuple[Steps | None, bool]:
-    """The steps that have this `key`, and whether images are rotated by their EXIF orientation.
+def from_key(key: str) -> tuple[Steps | None, Decoding]:
+    """The steps that have this `key`, and how images are decoded before them.
 
     The steps are None if a processor of transformers, or another version of this code, wrote the key.
     """
+    decoding = AS_STORED
     try:
         body = json.loads(key)
-        exif_transpose = body.pop("exif", None) == "upright"
+        exif_transpose, window = body.pop("exif", None) == "upright", body.pop("window", None)
+        decoding = Decoding(exif_transpose, window and (int(window[0]), int(window[1])))
         unmarked = json.dumps(body, sort_keys=True)
         body.pop("spare", None)
         absent = {"size": None, "crop_size": None, "rescale_factor": None}  # the key omits steps that are not done
@@ -283,9 +289,9 @@ def from_key(key: str) -> tuple[Steps | None, bool]:
         colours = {name: tuple(map(float, body[name])) for name in ("image_mean", "image_std") if name in body}
         steps = Steps(**{**absent, **body, **sizes, **colours})
         known = steps.resample in FILTERS and steps.kernel in get_args(Kernel) and is_view(steps.view)
-        return (steps if known and steps.key() == unmarked else None), exif_transpose
+        return (steps if known and steps.key() == unmarked else None), decoding
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, BadModel):
-        return None, False
+        return None, decoding
 
 
 def edges(value: Any) -> tuple[int, int] | int:
