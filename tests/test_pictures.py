@@ -219,7 +219,9 @@ def deep_pixels(count: int, top: int, seed: int = 0) -> np.ndarray:
 def stretched(values: np.ndarray, low: int, high: int) -> np.ndarray:
     """By exact fractions: the nearest of the levels 0 to 255, the upper one of two."""
     half = Fraction(1, 2)
-    return np.vectorize(lambda v: min(255, max(0, math.floor(Fraction(int(v) - low) * 255 / (high - low) + half))))(values)
+    return np.vectorize(lambda v: min(255, max(0, math.floor(Fraction(int(v) - low) * 255 / (high - low) + half))))(
+        values
+    )
 
 
 def sixteen_bits(root: Path, form: str, top: int) -> Path:

@@ -115,7 +115,7 @@ def save_features(
         weights="0" * 64, revision=None, config="none", preprocess="{}", name="m", family="none", depth=2, width=width
     )
     data = DataSpec(content=samples.content, split=split, images=images, classes=samples.classes, name="d")
-    names = Names(model="m", model_source="m", dataset="d", dataset_source="d")
+    names = Names(model="m", model_source="m", dataset="d", dataset_source="d", reading="made")
     entry = FeatureStore(root).create(FeatureSpec(model=model, data=data, dtype="float16"), samples, names)
     [stream] = streams_for({(2, "all"): (count, width)}, images=images, dtype="float16", format="zarr")
     entry.begin([stream])

@@ -1,40 +1,42 @@
 """Resolves the names in a request to a checkpoint, images, and the keys of cache entries."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from mlfusion import datasets, models
-from mlfusion.extraction import loader
 from mlfusion.models import preprocessing
 from mlfusion.models.preprocessing import Preprocessing
-from mlfusion.specs.identity import KINDS, DataSpec, FeatureSpec, Pair, TokenKind
+from mlfusion.specs.identity import KINDS, DataSpec, FeatureSpec, Pair, TokenKind, digest
 from mlfusion.specs.names import parse_model, parse_tokens
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
 from mlfusion.specs.references import Kind, find_path
 from mlfusion.store import Names, Samples
 from mlfusion.system.devices import pick_compute, pick_device
-from mlfusion.system.progress import track
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Splits of a data set and their identity. Every image's bytes are read once for any number of models."""
+    """Requested splits of a data set and their identity. Images are read once for any number of models."""
 
     data: datasets.DataSet
     splits: tuple[tuple[datasets.Split, Samples, DataSpec], ...]
     argument: str  # the argument that loads the data set again
+    reading: str  # digest of all splits of the data set, see `Names.reading`
 
     @classmethod
     def of(cls, dataset: str | datasets.DataSet, features: FeatureOptions = FeatureOptions()) -> "Images":
-        """Load a data set and read every image of the splits; errors as in `datasets.load`."""
+        """Load a data set and read every image of all its splits; errors as in `datasets.load`."""
         data = datasets.load(dataset, features.read) if isinstance(dataset, str) else dataset
+        requested = [data.split(name) for name in features.splits]  # raises before anything is read
+        stored = {
+            name: Samples(split.ids, split.labels, split.read_digests(data.name), split.classes)
+            for name, split in data.splits.items()
+        }
         splits = []
-        for name in features.splits:
-            split = data.split(name)
-            samples = _samples(data.name, split)
+        for name, split in zip(features.splits, requested, strict=True):
+            samples = stored[name.partition("=")[2] or name]
             if data.decoding.window is None:
                 datasets.report_depth(data.name, split)
             spec = DataSpec(
@@ -47,7 +49,9 @@ class Images:
             )
             splits.append((split, samples, spec))
         argument = _argument("data set", dataset) if isinstance(dataset, str) else data.name
-        return cls(data, tuple(splits), argument)
+        contents = {name: samples.content for name, samples in stored.items()}
+        reading = digest([contents, data.classes, data.label_kind, data.resplit])
+        return cls(data, tuple(splits), argument, reading)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +98,16 @@ class Request:
         ]
         model_specs = [models.identify(checkpoint, steps.key(data.decoding), precision, steps.view) for steps in views]
         # Options that the entry's names do not contain, for the printed command that extracts it again.
+        root = features.read.image_root
         recorded = replace(
-            features, splits=("train", "test"), layers="all", tokens="cls,ap", hook=None, settings=(), views=("plain",)
+            features,
+            read=replace(features.read, image_root=root and str(Path(root).expanduser().resolve())),
+            splits=("train", "test"),
+            layers="all",
+            tokens="cls,ap",
+            hook=None,
+            settings=(),
+            views=("plain",),
         )
         names = Names(
             model=checkpoint.name,
@@ -105,6 +117,7 @@ class Request:
             model_argument=_argument("model", ref.name) + ref.suffix,
             dataset_argument=images.argument,
             options=tuple(replace(recorded, compute=precision).words()),
+            reading=images.reading,
         )
         jobs = tuple(
             Job(
@@ -134,17 +147,3 @@ class Request:
 def _argument(kind: Kind, reference: str) -> str:
     """An argument that is valid in every working directory: the absolute path of a folder or file, else the name."""
     return str(find_path(kind, reference) or reference)
-
-
-def _samples(name: str, split: datasets.Split) -> Samples:
-    """Read every image's bytes once, for the digests that identify the split, in the order of rows."""
-    with (
-        track(f"reading {name}/{split.name}", len(split), "images") as bar,
-        ThreadPoolExecutor(min(8, loader.processor_count() + 1)) as pool,
-    ):
-        digests = bytearray()
-        for digest in pool.map(split.digest, range(len(split))):
-            digests += digest
-            bar.advance()
-    table = np.frombuffer(bytes(digests), np.uint8).reshape(len(split), 16)
-    return Samples(split.ids, split.labels, table, split.classes)

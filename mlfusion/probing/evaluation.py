@@ -16,7 +16,7 @@ from mlfusion.specs.definitions import command
 from mlfusion.specs.names import Probe, expand_braces, parse_probes
 from mlfusion.specs.options import SearchOptions, StorageOptions, TrainingOptions
 from mlfusion.store import FeatureStore
-from mlfusion.store.features import SplitPair, impossible, require, split_pairs, words_of
+from mlfusion.store.features import SplitPair, impossible, require, split_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def probe(
     rows: list[Row] = []
     trained, left_out = 0, []
     for pair in split_pairs(store, dataset, model):
-        cached, missing = _select(pair, probes, model or pair.train.names()[0].model_argument, dataset)
+        cached, missing = _select(pair, probes, model or pair.names[0].model_argument, dataset)
         left_out += missing
         for line in missing:
             log(line)
@@ -159,12 +159,12 @@ def _select(pair: SplitPair, names: str | Sequence[str], model: str, dataset: st
     named = parse_probes([word for word in words if word != "all"], depth)
     for probe in named:
         for entry in (pair.train, pair.test):
-            require(entry, probe.representation.pairs(depth), model, dataset)
+            require(entry, probe.representation.pairs(depth), model, dataset, pair.words())
     cached, missing = dict.fromkeys(named), []
     for probe in parse_probes("all", depth) if "all" in words else ():
         if absent := probe.representation.pairs(depth) - pair.complete_pairs:
             reason = impossible(pair.train.spec.model, absent)
-            again = extract_command(model, dataset, absent, words_of(pair.train, pair.test))
+            again = extract_command(model, dataset, absent, pair.words())
             explanation = f": {model} {reason}" if reason else f", its tokens are not cached; to have it: {again}"
             missing.append(f"{probe.name} is left out{explanation}")
         else:

@@ -71,5 +71,7 @@ def _pair_of(store: FeatureStore, row: Row, probe: Probe) -> SplitPair:
             f"has them with --cache, or make them again: {row.extract_command(str(store.root.absolute()))}"
         )
     for entry in (train, test):
-        require(entry, probe.representation.pairs(row.depth), row.sources.model, row.sources.dataset)
-    return SplitPair(row.model, row.dataset, train, test, older=0)
+        require(
+            entry, probe.representation.pairs(row.depth), row.sources.model, row.sources.dataset, row.sources.options
+        )
+    return SplitPair(row.model, row.dataset, train, test, (train.names()[-1], test.names()[-1]), older=0)

@@ -12,7 +12,7 @@ from mlfusion.specs.identity import digest
 from mlfusion.specs.names import Probe
 from mlfusion.store import Entry
 from mlfusion.store.encoding import ENCODINGS
-from mlfusion.store.features import SplitPair, words_of
+from mlfusion.store.features import SplitPair
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Fitted:
 def row_of(pair: SplitPair, fitted: Fitted) -> Row:
     """The row of a job fitted on a pair of splits."""
     job, outcome, spec = fitted.job, fitted.outcome, pair.train.spec
-    names, probe, depth = pair.train.names()[0], job.probe, spec.model.depth
+    names, probe, depth = pair.names[0], job.probe, spec.model.depth
     search = job.search
     precision = search.precision
     assert precision != "auto"  # a resolved job
@@ -74,7 +74,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
             weights=spec.model.weights,
             train=spec.data.content,
             test=pair.test.spec.data.content,
-            options=tuple(words_of(pair.train, pair.test)),
+            options=tuple(pair.words()),
         ),
         shots=job.shots,
         halving=search.halving,
@@ -85,7 +85,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
 
 def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> saved.Card:
     """The card that is saved with the weights of a row's probe."""
-    spec, names = pair.train.spec, pair.train.names()[0]
+    spec, names = pair.train.spec, pair.names[0]
     return saved.Card(
         probe=row.probe,
         head=fitted.job.probe.head,

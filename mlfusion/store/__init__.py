@@ -5,6 +5,7 @@ Only this package knows the paths under the cache's root; `cache/README.md` desc
 
 from mlfusion.store.entry import Entry as Entry
 from mlfusion.store.entry import ShardDraft as ShardDraft
+from mlfusion.store.feature_store import Alias as Alias
 from mlfusion.store.feature_store import CachePath as CachePath
 from mlfusion.store.feature_store import FeatureStore as FeatureStore
 from mlfusion.store.feature_store import Gap as Gap

@@ -131,15 +131,23 @@ class Entry:
             raise NotCached(removed_message(self.path))
         raise damaged(self.path, "ids, labels or digests of its images do not match its key")
 
-    def names(self) -> list[Names]:
-        """All pairs of names under which this entry was extracted, the earliest first."""
-        names: dict[Names, None] = {}
+    def aliases(self) -> dict[Names, int]:
+        """All names under which this entry was extracted, and the time of the last such extraction in nanoseconds.
+
+        The name extracted last is the last one.
+        """
+        times: dict[Names, int] = {}
         for entry in (self, *self.lower):
             with suppress(FileNotFoundError), os.scandir(entry.path / "names") as items:
-                files = [file for file in items if file.name.endswith(".json")]
-                for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name)):
-                    names[records.read(Path(file.path), Names)] = None
-        return list(names)
+                for file in items:
+                    if file.name.endswith(".json"):
+                        names, time = records.read(Path(file.path), Names), file.stat().st_mtime_ns
+                        times[names] = max(time, times.get(names, 0))
+        return dict(sorted(times.items(), key=lambda item: (item[1], item[0].dataset, item[0].split)))
+
+    def names(self) -> list[Names]:
+        """All names under which this entry was extracted; the name extracted last is the last one."""
+        return list(self.aliases())
 
     def folder(self, stream: Stream) -> Path:
         """Folder of a stream."""
@@ -200,10 +208,6 @@ class Entry:
         """Rows of the readable images, which hold tokens."""
         return np.setdiff1d(np.arange(self.spec.data.images), np.fromiter(self.skipped(), np.int64))
 
-    def extracted_at_ns(self) -> int:
-        """Time of the last extraction that wrote or reused this entry, in nanoseconds; only compared, never shown."""
-        return max(entry._modified("names") for entry in (self, *self.lower))
-
     def read_at(self) -> float:
         """Time at which this was last extracted or read, in seconds of the file system's clock."""
         return max(map(self._modified, ("names", "entry.json"))) / 1e9
@@ -222,11 +226,15 @@ class Entry:
         """Bytes on disk of this folder."""
         return folder_bytes(self.path)
 
-    def add_alias(self, names: Names) -> None:
-        """Record one more pair of names."""
+    def add_alias(self, names: Names, at_ns: int | None = None) -> None:
+        """Record that this entry was extracted under these names, now or at a time in nanoseconds."""
         file = self.path / "names" / f"{digest(list(msgspec.structs.astuple(names)))}.json"
         if not file.exists():
             disk.publish_text(file, records.encode(names))
+        if at_ns is None:
+            os.utime(file)
+        else:
+            os.utime(file, ns=(at_ns, at_ns))
 
     def mark_used(self, names: Names) -> None:
         """Make these names refer to this entry from now on; a read-only cache is left as it is."""

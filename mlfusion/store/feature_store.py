@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -46,6 +46,16 @@ Missing = dict[Stream, set[int]]
 
 Piece = tuple[range, list[Stream]]
 """(rows of at most one shard of each stream, streams that lack these rows)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Alias:
+    """An entry under one of its names."""
+
+    entry: Entry
+    names: Names
+    at_ns: int  # time of the last extraction under these names, in nanoseconds; only compared, never shown
+    matches: bool  # whether the user's words refer to these names
 
 
 def default_root() -> str:
@@ -206,14 +216,27 @@ class FeatureStore:
 
         `model` may name a hook point and settings, as in 'clip-vit-b16:block'. For `on_damage` see `entries`.
         """
+        if model is None and dataset is None:
+            return [entry for entry in self.entries(on_damage) if split in (None, entry.spec.data.split)]
+        found = self.aliases(model=model, dataset=dataset, split=split, on_damage=on_damage)
+        return list(dict.fromkeys(alias.entry for alias in found if alias.matches))
+
+    def aliases(
+        self,
+        *,
+        model: str | None = None,
+        dataset: str | None = None,
+        split: str | None = None,
+        on_damage: OnDamage | None = None,
+    ) -> list[Alias]:
+        """All entries of a split, or of all splits, under each of their names; arguments as for `find`."""
         ref = parse_model(model) if model else None
-
-        def matches(entry: Entry) -> bool:
-            if split not in (None, entry.spec.data.split):
-                return False
-            return (ref is None and dataset is None) or any(_match(names, ref, dataset) for names in entry.names())
-
-        return [entry for entry in self.entries(on_damage) if read_or_report(partial(matches, entry), on_damage)]
+        found: list[Alias] = []
+        for entry in self.entries(on_damage):
+            if split in (None, entry.spec.data.split):
+                times = read_or_report(entry.aliases, on_damage) or {}
+                found += [Alias(entry, names, at, _match(names, ref, dataset)) for names, at in times.items()]
+        return found
 
     def complete_pairs(self, spec: FeatureSpec) -> frozenset[Pair]:
         """Every (layer, kind) of these features that is complete."""
@@ -267,6 +290,9 @@ class FeatureStore:
                 restore_missing_files(entry.path, spec, samples)
                 entry.sweep()  # drafts of an extractor that was killed after its last shard
         entry.mark_used(names)
+        if names not in entry.names():  # the entry is in a cache that is only read
+            with suppress(CacheUnusable):
+                return self.create(spec, samples, names)
         return entry
 
     def create(self, spec: FeatureSpec, samples: Samples, names: Names) -> Entry:

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import msgspec
 import numpy as np
 
 from mlfusion.errors import BadData, BadModel, NotCached
 from mlfusion.specs.commands import extract_command, feature_words
-from mlfusion.specs.identity import KINDS, FeatureSpec, ModelSpec, Pair, TokenKind
+from mlfusion.specs.identity import KINDS, ModelSpec, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens
-from mlfusion.store import CachePath, Check, Entry, FeatureStore, Names, TokenReader
+from mlfusion.store import Alias, CachePath, Check, Entry, FeatureStore, Names, TokenReader
 from mlfusion.store.entry import pair_words
 
 if TYPE_CHECKING:
@@ -66,12 +68,13 @@ def open_features(
     check: Check = "once",
 ) -> Features[TokenReader]:
     """Cached tokens that are read on demand; arguments and errors as in `mlfusion.open_features`."""
-    # Entries of the same names differ in content, preprocessing or storage type.
-    entry = max(_find_split(FeatureStore(cache), model, dataset, split, selection.view), key=Entry.extracted_at_ns)
+    alias = newest_split(FeatureStore(cache), model, dataset, split, selection.view)
+    entry = alias.entry
     depth = entry.spec.model.depth
     layers = parse_layers(selection.layers, depth) if isinstance(selection.layers, str) else tuple(selection.layers)
     kinds = tuple(selection.tokens.split(",")) if isinstance(selection.tokens, str) else tuple(selection.tokens)
-    require(entry, parse_tokens(kinds, layer_ranges(layers), depth), model, dataset)
+    words = feature_words(("train", "test"), selection.view, alias.names.options)
+    require(entry, parse_tokens(kinds, layer_ranges(layers), depth), model, dataset, words)
     rows, samples = entry.rows(), entry.samples
     return Features(
         tokens=entry.open(layers, kinds, check=check),  # type: ignore[arg-type]
@@ -86,13 +89,21 @@ def open_features(
 
 @dataclass(frozen=True, eq=False)
 class SplitPair:
-    """Train and test features of one model on one data set, extracted with the same options."""
+    """Train and test features of one model, from one reading of one data set, extracted with the same options."""
 
     model: str  # as the user named it
     dataset: str
     train: Entry
     test: Entry
+    names: tuple[Names, Names]  # of train and test
     older: int  # number of older pairs of the same names
+
+    @classmethod
+    def of(cls, train: Alias, test: Alias, older: int = 0) -> "SplitPair":
+        """The pair of two aliases."""
+        # The user's words may be the names of one split only, if the other was extracted from a copy of the data set.
+        names = train.names if train.matches else msgspec.structs.replace(test.names, split=train.names.split)
+        return cls(names.model, names.dataset, train.entry, test.entry, (names, test.names), older)
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -104,38 +115,84 @@ class SplitPair:
         """Every (layer, kind) that is complete in both splits."""
         return self.train.complete_pairs() & self.test.complete_pairs()
 
+    def words(self) -> list[str]:
+        """Options of the `mlfusion extract` that creates these entries again, without those of tokens."""
+        train, test = self.names
+        splits = (train.split or "train", test.split or "test")
+        return feature_words(splits, self.train.spec.model.view, train.options)
+
 
 def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[SplitPair]:
-    """The newest train and test features of one model, or of every model, on a data set; NotCached if there is no pair."""
-    pairs_of: dict[str, list[tuple[Names, Entry, Entry]]] = {}
-    trains, tests = (
-        [entry for entry in store.find(model=model, dataset=dataset, split=split) if entry.spec.model.view == "plain"]
-        for split in ("train", "test")
-    )
-    for train in trains:
-        for test in tests:
-            if _shared_options(train.spec) == _shared_options(test.spec):
-                name = train.names()[0]
-                pairs_of.setdefault(model or name.model_source, []).append((name, train, test))
+    """The newest train and test features of one model, or of every model, on a data set.
+
+    Train and test are from one reading of the data set: their names record the same digest of all its splits.
+
+    Raises:
+        NotCached: there is no pair, or of the last reading only one of train and test is cached.
+        BadData: the names are those of several data sets or models.
+    """
+    every = [alias for alias in store.aliases(model=model, dataset=dataset) if alias.entry.spec.model.view == "plain"]
+    trains, tests = ([alias for alias in every if alias.entry.spec.data.split == split] for split in ("train", "test"))
+    named = [alias for alias in (*trains, *tests) if alias.matches]
+    _require_one_source(named, model, dataset)
+    pairs_of: dict[str, list[tuple[Alias, Alias]]] = {}
+    for train, test in product(trains, tests):
+        if (train.matches or test.matches) and belong_together(train, test):
+            names = train.names if train.matches else test.names
+            pairs_of.setdefault(model or names.model_source, []).append((train, test))
     if not pairs_of:
-        raise NotCached(_not_cached(store, model, dataset, [e.spec.data.split for e in (*trains, *tests)]))
-    pairs = []
-    for candidates in pairs_of.values():
-        # The newest train decides, then the newest test: after a change of the data set old splits pair with new ones.
-        name, train, test = max(candidates, key=lambda pair: (pair[1].extracted_at_ns(), pair[2].extracted_at_ns()))
-        pairs.append(SplitPair(name.model, name.dataset, train, test, older=len(candidates) - 1))
-    return pairs
+        raise NotCached(_not_cached(store, model, dataset, named))
+    return [_newest_pair(candidates, named) for candidates in pairs_of.values()]
 
 
-def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str) -> None:
-    """Raise NotCached with the command that extracts the rest unless `pairs` are complete; BadModel if none can."""
+def _newest_pair(candidates: list[tuple[Alias, Alias]], named: list[Alias]) -> SplitPair:
+    """The pair that was extracted last; NotCached if one of its splits was extracted later from another reading."""
+    train, test = max(candidates, key=lambda pair: (max(times := [each.at_ns for each in pair]), min(times)))
+    _require_last_reading(train if train.matches else test, max(train.at_ns, test.at_ns), named)
+    others = {(a.entry.key, b.entry.key) for a, b in candidates} - {(train.entry.key, test.entry.key)}
+    return SplitPair.of(train, test, len(others))
+
+
+def newest_split(store: FeatureStore, model: str, dataset: str, split: str, view: str = "plain") -> Alias:
+    """The features of one split that were extracted last.
+
+    Raises:
+        NotCached: there are none, or another split was extracted later from another reading of the data set.
+        BadData: the names are those of several data sets or models, or the split or the view is not cached.
+    """
+    named = [alias for alias in store.aliases(model=model, dataset=dataset) if alias.matches]
+    _require_one_source(named, model, dataset)
+    of_split = [alias for alias in named if alias.entry.spec.data.split == split]
+    found = [alias for alias in of_split if alias.entry.spec.model.view == view]
+    if of_split and not found:
+        options = feature_words(("train", "test"), view, of_split[0].names.options)
+        raise NotCached(
+            f"{split} features of {model} on {dataset} are cached of the views "
+            f"{', '.join(sorted({alias.entry.spec.model.view for alias in of_split}))}, not of {view}; run: "
+            + extract_command(model, dataset, options=options)
+        )
+    if named and not found:
+        cached = ", ".join(sorted({alias.entry.spec.data.split for alias in named}))
+        raise BadData(f"no {split!r} split of {dataset} is cached; cached: {cached}")
+    if not found:
+        raise NotCached(_not_cached(store, model, dataset, []))
+    newest = max(found, key=lambda alias: alias.at_ns)
+    _require_last_reading(newest, newest.at_ns, named)
+    return newest
+
+
+def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str, options: Sequence[str]) -> None:
+    """Raise NotCached with the command that extracts the rest unless `pairs` are complete; BadModel if none can.
+
+    `options` are further words of that command.
+    """
     if absent := pairs - entry.complete_pairs():
         if reason := impossible(entry.spec.model, absent):
             raise BadModel(f"{model} {reason}")
         by_kind = sorted(absent, key=lambda pair: pair[1])
         raise NotCached(
             f"{entry.spec.data.split} features of {model} on {dataset} lack {pair_words(by_kind)}; run: "
-            + extract_command(model, dataset, absent, words_of(entry))
+            + extract_command(model, dataset, absent, options)
         )
 
 
@@ -150,17 +207,51 @@ def impossible(model: ModelSpec, pairs: frozenset[Pair]) -> str | None:
     )
 
 
-def words_of(train: Entry, test: Entry | None = None) -> list[str]:
-    """Options of the `mlfusion extract` that creates these entries again, without those of tokens."""
-    splits = ("train", "test")
-    if test:
-        splits = (train.names()[0].split or "train", test.names()[0].split or "test")
-    return feature_words(splits, train.spec.model.view, train.names()[0].options)
+def belong_together(train: Alias, test: Alias) -> bool:
+    """Whether train and test are of one reading of a data set, by one model with the same options."""
+    a, b = train.entry.spec, test.entry.spec
+    same_reading = train.names.reading == test.names.reading != ""
+    return same_reading and (a.model, a.dtype, a.format) == (b.model, b.dtype, b.format)
 
 
-def _shared_options(spec: FeatureSpec) -> tuple[object, ...]:
-    """Fields that are equal in the train and test features of a pair."""
-    return spec.model, spec.dtype, spec.format, spec.data.classes, spec.data.resplit
+def _require_one_source(named: Sequence[Alias], model: str | None, dataset: str) -> None:
+    """Raise BadData if a short name is that of several models or data sets; a copy of the same content is the same one."""
+    data_sets, model_sources = {}, {}
+    for alias in sorted(named, key=lambda alias: alias.at_ns):  # of each source the last reading counts
+        spec = alias.entry.spec
+        data_sets[alias.names.dataset_source] = alias.names.reading
+        model_sources[alias.names.model_source] = spec.model.weights, spec.model.config
+    for option, word, found in (("dataset", dataset, data_sets), ("model", model, model_sources)):
+        if word is not None and len(set(found.values())) > 1 and len(found) > 1:
+            raise BadData(
+                f"{word} is the name of {len(found)} sources in the cache: {', '.join(sorted(found))}. Give one of them, "
+                f"such as --{option} {sorted(found)[0]}"
+            )
+
+
+def _require_last_reading(chosen: Alias, at_ns: int, named: Sequence[Alias]) -> None:
+    """Raise NotCached if a split of the same names was extracted later than `at_ns` from another reading."""
+    for alias in named:
+        a, b = alias.names, chosen.names
+        same = (a.model_source, a.dataset, a.dataset_source) == (b.model_source, b.dataset, b.dataset_source)
+        if same and alias.at_ns > at_ns and a.reading != b.reading:
+            raise NotCached(
+                f"the {alias.entry.spec.data.split} features of {a.model} on {a.dataset} were extracted last, from another "
+                "reading of the data set than the features of its other splits: images, labels or splits have changed "
+                f"since then. Extract all splits again: {_command_of(alias)}"
+            )
+
+
+def _command_of(alias: Alias) -> str:
+    """The command that extracts train and test as this alias was extracted."""
+    spec, names = alias.entry.spec, alias.names
+    splits = [names.split or spec.data.split]
+    splits = [each for each in ("train", "test") if each != spec.data.split] + splits
+    words = feature_words(tuple(sorted(splits, reverse=True)), spec.model.view, names.options)
+    pairs = alias.entry.complete_pairs()
+    return extract_command(
+        names.model_argument or names.model_source, names.dataset_argument or names.dataset_source, pairs, words
+    )
 
 
 def _find_split(store: FeatureStore, model: str, dataset: str, split: str, view: str) -> list[Entry]:
@@ -181,15 +272,25 @@ def _find_split(store: FeatureStore, model: str, dataset: str, split: str, view:
     return entries
 
 
-def _not_cached(store: FeatureStore, model: str | None, dataset: str, splits: list[str]) -> str:
-    command = extract_command(model, dataset)
+def _not_cached(store: FeatureStore, model: str | None, dataset: str, named: Sequence[Alias]) -> str:
+    """The sentence about features that are not cached; `named` are train and test features of these names."""
+    splits = sorted({alias.entry.spec.data.split for alias in named})
     if splits:
-        absent = "test" if "test" not in splits else "train" if "train" not in splits else None
-        why = f"only {', '.join(sorted(set(splits)))} is cached" if absent else "train and test were made unlike"
-        return f"a probe needs train and test features made alike; of {dataset}, {why}. Run: {command}"
+        newest = max(named, key=lambda alias: alias.at_ns)
+        readings = [
+            {alias.names.reading for alias in named if alias.entry.spec.data.split == split} for split in splits
+        ]
+        why = f"only {splits[0]} is cached"
+        if len(splits) == 2:
+            alike = set.intersection(*readings) - {""}
+            why = "train and test were made unlike" if alike else "train and test are from different readings of it"
+        return (
+            "a probe needs train and test features made alike, from one reading of the data set; of "
+            f"{dataset}, {why}. Run: {_command_of(newest)}"
+        )
     pairs = sorted({(n.model, n.dataset) for entry in store.entries() for n in entry.names()})
     shown = ", ".join(f"{m} on {d}" for m, d in pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
     return (
         f"no features of {dataset}{f' by {model}' if model else ''} in {store.root} (it holds {shown or 'nothing yet'}). "
-        f"Run: {command}"
+        f"Run: {extract_command(model, dataset)}"
     )

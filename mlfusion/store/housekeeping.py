@@ -225,15 +225,15 @@ def copy_entries(source: CachePath, target: CachePath, options: CopyOptions = Co
     if not store.root.is_dir():
         raise CacheUnusable(f"there is no cache at {store.root}")
     found = store.find(**options.entries.changed())
-    entries = [(entry, names) for entry in found if entry.complete_pairs() and (names := entry.names())]
+    entries = [(entry, names) for entry in found if entry.complete_pairs() and (names := entry.aliases())]
     if not entries:
         raise NotCached(f"nothing of that in {store.root}; see: " + command("cache ls", cache=str(store.root)))
     copied = []
     with track("copying", sum(entry.nbytes() for entry, _ in entries), "bytes") as bar:
         for entry, names in entries:
-            copy = copies.create(entry.spec, entry.samples, names[0])
-            for alias in names[1:]:
-                copy.add_alias(alias)
+            copy = copies.create(entry.spec, entry.samples, next(iter(names)))
+            for alias, at_ns in names.items():
+                copy.add_alias(alias, at_ns)
             copied.append((copy, copy_entry(entry, copy, format=options.format, advance=bar.advance)))
     return copied
 

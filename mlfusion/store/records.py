@@ -40,7 +40,7 @@ class CacheMarker(Record, frozen=True):
 
 
 class Names(Record, frozen=True):
-    """Names that a user gave for a model and a data set, and their resolved sources; not part of the key."""
+    """Names that a user gave for a model and a data set, their resolved sources, and the reading; not part of the key."""
 
     model: str
     model_source: str  # a catalogue's source, a hub id, or a folder
@@ -50,6 +50,9 @@ class Names(Record, frozen=True):
     dataset_argument: str = ""
     split: str = ""  # 'test', or 'test=validation' if the validation split replaces it
     options: tuple[str, ...] = ()  # command-line words of the other options that are not at their default
+    # Digest of all splits of the data set as they were read: ids, labels, image bytes, classes. Entries of train and test
+    # belong together if they have names of one reading. Empty: not known, so that the entry belongs to no other.
+    reading: str = ""
 
 
 class RunPart(Record, frozen=True):

@@ -7,7 +7,7 @@ split is not used. The cost of the whole study is estimated from rates measured 
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlfusion import datasets
-from mlfusion.errors import BadData
+from mlfusion.errors import BadData, NotCached
 from mlfusion.extraction import run
 from mlfusion.extraction.request import Request
 from mlfusion.probing import costs, protocol
@@ -28,7 +28,8 @@ from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import BASELINE, Probe, parse_probes
 from mlfusion.specs.options import ComputeOptions, FeatureOptions, PilotOptions, SearchOptions
 from mlfusion.statistics.images import Difference, Interval, difference, interval
-from mlfusion.store import CachePath, Entry, FeatureStore
+from mlfusion.store import Alias, CachePath, Entry, FeatureStore
+from mlfusion.store.features import belong_together, newest_split
 from mlfusion.system.progress import track
 
 FOLDS = 3
@@ -172,26 +173,30 @@ def _pilot(
 ) -> Iterator[_Pilot]:
     """Read the pilot's tokens from the cache if it has all of them, else extract them into a temporary cache."""
     store = FeatureStore(cache)
-    train, test = (store.find(model=model, dataset=dataset, split=split) for split in ("train", "test"))
-    newest = max(train, key=lambda entry: entry.extracted_at_ns(), default=None)
-    cached = newest.complete_pairs() if newest else frozenset()
+    newest: Alias | None = None
+    cached: frozenset[Pair] = frozenset()
+    with suppress(NotCached, BadData):  # the data set is read instead
+        newest = newest_split(store, model, dataset, "train")
+        cached = newest.entry.complete_pairs()
     if newest is not None:
-        candidates = parse_probes(probes, newest.spec.model.depth)
-        if all(probe.representation.pairs(newest.spec.model.depth) <= cached for probe in candidates):
-            yield _cached_pilot(newest, test, candidates, options)
+        depth = newest.entry.spec.model.depth
+        candidates = parse_probes(probes, depth)
+        if all(probe.representation.pairs(depth) <= cached for probe in candidates):
+            yield _cached_pilot(newest, store.aliases(split="test"), candidates, options)
             return
     with tempfile.TemporaryDirectory() as folder:
         yield replace(_extracted_pilot(model, dataset, options, probes, Path(folder), device), cached=cached)
 
 
-def _cached_pilot(newest: Entry, test: Sequence[Entry], probes: tuple[Probe, ...], options: PilotOptions) -> _Pilot:
+def _cached_pilot(train: Alias, tests: Sequence[Alias], probes: tuple[Probe, ...], options: PilotOptions) -> _Pilot:
+    newest = train.entry
     labels = newest.samples.labels[newest.rows()]
     target = target_of(labels, len(newest.spec.data.classes), names=newest.spec.data.classes)
     rows = sample_rows(target.strata(labels), options.images, options.seed)
-    test_images = [entry.spec.data.images for entry in test if entry.spec.model == newest.spec.model]
+    test_images = [test.entry.spec.data.images for test in tests if belong_together(train, test)]
     return _Pilot(
-        model=newest.names()[0].model,
-        dataset=newest.names()[0].dataset,
+        model=train.names.model,
+        dataset=train.names.dataset,
         depth=newest.spec.model.depth,
         probes=probes,
         labels=labels[rows],

@@ -309,6 +309,8 @@ def run(planned: Plan, *, log: Callable[[str], None] = lambda _: None) -> StudyR
 
 
 def _pair(case: Case, store: FeatureStore) -> SplitPair:
-    train, test = (store.entry(spec) for spec in _plain_specs(case.request))
+    train_job, test_job = (job for job in case.request.jobs if job.steps.view == "plain")
+    train, test = (store.entry(job.spec) for job in (train_job, test_job))
     assert train is not None and test is not None  # filled just now
-    return SplitPair(case.request.names.model, case.request.names.dataset, train, test, older=0)
+    names = train_job.names, test_job.names
+    return SplitPair(names[0].model, names[0].dataset, train, test, names, older=0)
