@@ -29,6 +29,7 @@ from mlfusion.specs.definitions import (
     command,
     definitions,
     distribute,
+    from_words,
     nested_classes,
 )
 from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS
@@ -185,6 +186,7 @@ def typed(line: str, **kinds: type[Options]) -> dict[str, Options]:
 @given(FEATURES, COMPUTE)
 def test_stage_one_is_read_as_it_is_printed(features: FeatureOptions, compute: ComputeOptions) -> None:
     line = command("extract", [*features.words(), *compute.words()])
+    assert from_words(FeatureOptions, features.words()) == features
     assert typed(line, features=FeatureOptions, compute=ComputeOptions) == {"features": features, "compute": compute}
 
 
@@ -193,6 +195,15 @@ def test_stage_one_is_read_as_it_is_printed(features: FeatureOptions, compute: C
 def test_stage_two_is_read_as_it_is_printed(search: SearchOptions, training: TrainingOptions) -> None:
     line = command("probe", [*search.words(), *training.words()])
     assert typed(line, search=SearchOptions, training=TrainingOptions) == {"search": search, "training": training}
+
+
+def test_words_that_are_no_option_are_refused() -> None:
+    for words in (["--colour", "red"], ["--split-seed", "x"], ["--label-column"]):
+        with pytest.raises(BadOption):
+            from_words(ReadOptions, words)
+    assert from_words(ReadOptions, ["--carve", "0.8/0.2", "--upright"]) == ReadOptions(
+        split_ratio="0.8/0.2", exif_transpose=True
+    )
 
 
 def test_what_is_at_its_default_is_not_printed() -> None:

@@ -13,11 +13,22 @@ from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion import datasets
+from mlfusion.analysis import attention, gallery
 from mlfusion.errors import BadData, NotCached
+from mlfusion.probing import grids
+from mlfusion.report import Strip
+from mlfusion.results import Results, Row
 from mlfusion.store import FeatureStore
 from mlfusion.store.features import split_pairs
 
 MODEL = "formula-vit"
+
+
+@pytest.fixture
+def short_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick grid, cut shorter: these tests are about what is read, not about scores."""
+    grid = grids.Grid(learning_rates=(1e-2,), weight_decays=(1e-2,), dropouts=(0.0,), epochs=2, least_steps=10)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", grid)
 
 
 def extract(dataset: object, **options: object) -> list[str]:
@@ -235,3 +246,66 @@ def test_a_reading_is_recorded_above_a_cache_that_is_only_read(tmp_path: Path) -
     finally:
         for path in Path("frozen").rglob("*"):
             path.chmod(0o755)
+
+
+# --- pictures of a row ------------------------------------------------------------------------------------------------
+
+
+def attending(dataset: str, **options: object) -> Row:
+    """A row of an attentive probe over all tokens of the last layer."""
+    mlfusion.extract(MODEL, dataset, layers="last", tokens="cls,ap,all", **options)
+    [row] = mlfusion.probe(dataset, probes="aat", grid="quick", seeds=(0,)).rows
+    return row
+
+
+@pytest.mark.parametrize("save", [save_arrays, save_parquet])
+def test_nothing_is_drawn_on_images_that_took_the_place_of_others(save, short_grid: None) -> None:
+    """Ids are row numbers here, so that only the bytes tell the images apart."""
+    path = Path("set.npz" if save is save_arrays else "set")
+    save(path, 0)
+    row = attending(str(path))
+    assert attention.row_images(row).ids == [f"test/{n}" for n in range(16)]
+    assert gallery.of_row(row, Results("results"))
+    save(path, 1)
+    for attempt in (lambda: attention.row_images(row), lambda: gallery.of_row(row, Results("results"))):
+        with pytest.raises(BadData, match="other test images than row"):
+            attempt()
+    told: list[str] = []
+    assert not gallery.of_study([row], Results("results"), log=told.append)
+    assert "other test images" in told[0]
+
+
+def test_one_image_that_was_edited_is_another(short_grid: None) -> None:
+    folder = save_images(Path("set"), {"train": 4, "test": 2})
+    row = attending(str(folder))
+    shutil.copy(folder / "train/red/000.png", folder / "train/red/001.png")
+    assert len(attention.row_images(row).ids) == 6  # nothing is drawn on images of train
+    shutil.copy(folder / "test/red/000.png", folder / "test/red/001.png")
+    with pytest.raises(BadData, match="other test images than row"):
+        attention.row_images(row)
+
+
+def test_pictures_are_found_by_the_options_that_the_row_keeps(
+    short_grid: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_images(Path("all"), {"every": 8, "validation": 3}, ("finch", "owl"))
+    Path("paths").mkdir()
+    table = save_table(tmp_path / "tab.jsonl").rename("paths/tab.jsonl")
+    for dataset, options, first in (
+        (folder / "every", {"split_ratio": "0.5/0.5", "split_seed": 3}, None),
+        (table, {"label_column": "reader2", "id_column": "key", "image_root": "."}, "image 12"),
+        (table, {"label_column": "reader1", "image_root": ".", "splits": "train,test=train"}, "0.png"),
+    ):
+        row = attending(str(dataset), **options)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir("/")
+            images = attention.row_images(row, cache=tmp_path / "cache")
+            entry = FeatureStore(tmp_path / "cache").by_key(row.features[1])
+        assert entry is not None and tuple(images.ids) == entry.samples.ids
+        assert first is None or images.ids[0] == first
+        assert strips_of(row)
+
+
+def strips_of(row: Row) -> list[Strip]:
+    """The strips that `mlfusion attend --out` draws."""
+    return gallery.of_row(row, Results("results"))

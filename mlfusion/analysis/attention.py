@@ -1,6 +1,6 @@
 """Turns the stored attention of a probe into maps over the image, and finds the images that a row was tested on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 
 import numpy as np
@@ -11,8 +11,9 @@ from mlfusion.errors import BadData, MlfusionError
 from mlfusion.models import preprocessing
 from mlfusion.report.pictures import mean_layers
 from mlfusion.results import Results, Row
+from mlfusion.specs.definitions import from_words
 from mlfusion.specs.identity import GRID_SIDES, Decoding
-from mlfusion.specs.options import ReadOptions
+from mlfusion.specs.options import FeatureOptions
 from mlfusion.store import CachePath, FeatureStore
 
 MAX_PREFIX = 8  # largest number of tokens before the patches: CLS, distillation, registers
@@ -137,7 +138,7 @@ def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None)
     has moved.
 
     Raises:
-        BadData: the features are no longer cached, or the data set has other images.
+        BadData: the features are no longer cached, or the data set has other images, by the digests of their bytes.
         UnknownName, Unavailable: the data set is not available.
     """
     entry = FeatureStore(cache).by_key(row.features[1])
@@ -149,15 +150,21 @@ def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None)
         )
     steps, decoding = _preprocessing(entry.spec.model.preprocess, row.sources.model)
     window = decoding.window and f"{decoding.window[0]},{decoding.window[1]}"
-    reading = ReadOptions(exif_transpose=decoding.exif_transpose, window=window)
-    split = datasets.load(source, reading).split("test")
+    options = from_words(FeatureOptions, row.sources.options)
+    test = next((name for name in options.splits if name.partition("=")[0] == "test"), "test")
+    reading = replace(options.read, exif_transpose=decoding.exif_transpose, window=window)
+    data = datasets.load(source, reading)
+    split, samples = data.split(test), entry.samples
     row_of_id = {name: number for number, name in enumerate(split.ids)}
-    ids = [entry.samples.ids[number] for number in entry.rows()]
-    if any(name not in row_of_id for name in ids):
+    ids = [samples.ids[number] for number in entry.rows()]
+    missing = [name for name in ids if name not in row_of_id]
+    rows = np.array([row_of_id.get(name, 0) for name in ids])
+    if missing or not np.array_equal(split.read_digests(data.name)[rows], samples.digests[entry.rows()]):
         raise BadData(
-            f"{source} has other test images than row {row.id} was tested on; give the same ones with --dataset"
+            f"{source} has other test images than row {row.id} was tested on; give the same ones with --dataset, or extract "
+            "the data set again and train the probe on it"
         )
-    return RowImages(split, np.array([row_of_id[name] for name in ids]), steps)
+    return RowImages(split, rows, steps)
 
 
 def _preprocessing(key: str, model: str) -> tuple[preprocessing.Preprocessing | None, Decoding]:

@@ -3,9 +3,10 @@
 Values are checked when an options class is created; functions that take one need not check it.
 """
 
+import argparse
 import dataclasses
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
@@ -138,6 +139,32 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
             )
         own[name] = values[name] if given else build(nested, values)
     return cls(**own)
+
+
+def from_words(cls: type[T], words: Sequence[str]) -> T:
+    """The options that these command-line words give; the inverse of `Options.words`.
+
+    Raises:
+        BadOption: a word is no option of the class, or a value is not allowed.
+    """
+    known = all_definitions(cls)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for field, definition in known.items():
+        typed, names = definition.kind.typed, (definition.flag, *definition.former)
+        how = {"action": "append"} if typed == list[str] else {"type": typed}
+        parser.add_argument(
+            *(f"--{name.replace('_', '-')}" for name in names),
+            dest=field,
+            default=argparse.SUPPRESS,
+            **({"action": "store_true"} if typed is bool else how),
+        )
+    try:
+        values, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as err:
+        raise BadOption(f"{shlex.join(words)}: {err}") from err
+    if unknown:
+        raise BadOption(f"no option {unknown[0]!r}; allowed: {', '.join(f'--{each.flag}' for each in known.values())}")
+    return build(cls, {field: known[field].kind.parse(value) for field, value in vars(values).items()})
 
 
 def command(verb: str, words: Iterable[str] = (), **arguments: str | None) -> str:
