@@ -74,6 +74,7 @@ def test_every_part_of_a_job_is_in_the_id() -> None:
         "shots": (4,),
         "halving": True,
         "smoothing": 0.1,
+        "drop_duplicates": True,
     }
     assert changes.keys() == vars(job().search).keys()  # a field that is added is to be added here
     changes["probe"] = other

@@ -157,6 +157,7 @@ SEARCH: Any = st.builds(
     shots=st.lists(st.none() | st.integers(2, 64), min_size=1, unique=True),
     halving=st.booleans(),
     smoothing=st.floats(0, 1, exclude_max=True),
+    drop_duplicates=st.booleans(),
     precision=st.sampled_from(PRECISIONS),
 )
 TRAINING: Any = st.builds(

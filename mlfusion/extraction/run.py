@@ -6,11 +6,12 @@ tokens of every incomplete stream.
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -137,7 +138,22 @@ def fill(
                 bottleneck=work.bottleneck,
             )
         )
+    for line in _shared_images(request.jobs):
+        log(line)
     return results
+
+
+def _shared_images(jobs: Sequence[Job]) -> Iterator[str]:
+    """A sentence for each two splits that have images with equal bytes."""
+    splits = {job.split.name: job for job in jobs}
+    for (name, job), (other, other_job) in combinations(splits.items(), 2):
+        digests = {row.tobytes() for row in job.samples.digests}
+        count = sum(row.tobytes() in digests for row in other_job.samples.digests)
+        if count:
+            yield (
+                f"{count:,} of {len(other_job.split):,} {other} images of {job.names.dataset} are byte for byte in {name} too; "
+                "mlfusion probe --drop-duplicates leaves such images out of train"
+            )
 
 
 class _FillLoop:

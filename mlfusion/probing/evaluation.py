@@ -16,7 +16,7 @@ from mlfusion.specs.definitions import command
 from mlfusion.specs.names import Probe, expand_braces, parse_probes
 from mlfusion.specs.options import SearchOptions, StorageOptions, TrainingOptions
 from mlfusion.store import FeatureStore
-from mlfusion.store.features import SplitPair, impossible, require, split_pairs
+from mlfusion.store.features import SplitPair, impossible, split_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,8 @@ def run(
             again = train(pair, replace(job, search=row.search()), resources)
             log(save_probe(results, row, again) if same_scores(row, again.row) else _not_saved(results, row, again.row))
         rows.append(row)
+    for note in dict.fromkeys(filter(None, (row.duplicates_note() for row in rows))):
+        log(note)
     return rows, trained
 
 
@@ -158,8 +160,7 @@ def _select(pair: SplitPair, names: str | Sequence[str], model: str, dataset: st
     words = expand_braces(names)
     named = parse_probes([word for word in words if word != "all"], depth)
     for probe in named:
-        for entry in (pair.train, pair.test):
-            require(entry, probe.representation.pairs(depth), model, dataset, pair.words())
+        pair.require(probe.representation.pairs(depth), model, dataset)
     cached, missing = dict.fromkeys(named), []
     for probe in parse_probes("all", depth) if "all" in words else ():
         if absent := probe.representation.pairs(depth) - pair.complete_pairs:

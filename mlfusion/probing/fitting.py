@@ -14,13 +14,17 @@ from mlfusion.probing.targets import target_of
 from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.results import ImageCounts, Row
+from mlfusion.shapes import Int
 from mlfusion.specs.names import Probe
 from mlfusion.specs.options import TrainingOptions
 from mlfusion.store import Entry, TokenReader
 from mlfusion.store.features import SplitPair
+from mlfusion.store.overlap import compared_pair
 from mlfusion.system.devices import pick_device
 from mlfusion.system.memory import available
 from mlfusion.system.progress import track
+
+NONE = np.empty(0, np.int64)  # no rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,12 @@ def train(pair: SplitPair, job: Job, resources: Resources) -> Trained:
 
 def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
     with ExitStack() as stack:
-        train = _tokens(pair.train, job.probe, resources, stack)
+        without = NONE
+        if job.search.drop_duplicates:  # what is left out must not depend on which tokens happen to be cached
+            names = pair.names[0]
+            pair.require(frozenset({compared_pair(pair.train)}), names.model_argument, names.dataset_argument)
+            without = pair.overlap.train_rows
+        train = _tokens(pair.train, job.probe, resources, stack, without)
         streamed = isinstance(train.values, TokenReader)
         classes = pair.train.spec.data.classes
         target = target_of(train.labels, len(classes), smoothing=job.search.smoothing, names=classes)
@@ -85,20 +94,25 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
 
 
 @contextmanager
-def open_tokens(entry: Entry, probe: Probe) -> Iterator[Tokens]:
+def open_tokens(entry: Entry, probe: Probe, without: Int[np.ndarray, " n"] = NONE) -> Iterator[Tokens]:
     """The tokens [images, tokens, width] that a probe reads, layer by layer, CLS before AP, streamed from the cache.
+
+    The rows `without` are left out.
 
     Raises:
         MlfusionError: the entry cannot be read.
     """
-    rows, samples = entry.rows(), entry.samples
-    with entry.open(probe.representation.layers(entry.spec.model.depth), probe.representation.kinds) as reader:
+    rows, samples = np.setdiff1d(entry.rows(), without), entry.samples
+    layers, kinds = probe.representation.layers(entry.spec.model.depth), probe.representation.kinds
+    with entry.open(layers, kinds, without=without.tolist()) as reader:
         yield Tokens(reader, samples.labels[rows], tuple(samples.ids[row] for row in rows))
 
 
-def _tokens(entry: Entry, probe: Probe, resources: Resources, stack: ExitStack) -> Tokens:
+def _tokens(
+    entry: Entry, probe: Probe, resources: Resources, stack: ExitStack, without: Int[np.ndarray, " n"] = NONE
+) -> Tokens:
     """The tokens that a probe reads, in memory, or streamed during training."""
-    tokens = stack.enter_context(open_tokens(entry, probe))
+    tokens = stack.enter_context(open_tokens(entry, probe, without))
     if resources.streams if resources.streams is not None else tokens.nbytes > resources.memory / 2:
         return tokens
     return Tokens(tokens[:], tokens.labels, tokens.ids)

@@ -7,7 +7,7 @@ import numpy as np
 from mlfusion.probing import protocol, saved
 from mlfusion.probing.jobs import PROTOCOL, Job
 from mlfusion.probing.targets import Target
-from mlfusion.results import Attention, ImageCounts, Row, Selected, Sources, metrics_of, provenance
+from mlfusion.results import Attention, Duplicates, ImageCounts, Row, Selected, Sources, metrics_of, provenance
 from mlfusion.specs.identity import digest
 from mlfusion.specs.names import Probe
 from mlfusion.store import Entry
@@ -80,6 +80,8 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         halving=search.halving,
         smoothing=search.smoothing or None,
         streamed=fitted.streamed,
+        duplicates=Duplicates(bytes=pair.overlap.bytes, near=pair.overlap.near),
+        drop_duplicates=search.drop_duplicates,
     )
 
 

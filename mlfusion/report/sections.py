@@ -15,9 +15,9 @@ from mlfusion.report.page_tables import DataTable
 from mlfusion.report.pictures import Picture, Strip, data_url
 from mlfusion.report.studies import domain
 from mlfusion.report.summary import (
-    OTHER_CODE,
     ComparisonGroup,
     code_versions,
+    footnotes,
     library_versions,
     metric_name,
     score_word,
@@ -76,7 +76,7 @@ def _accuracy(data: ReportData) -> Section:
         "chance": sentences.chance_level(groups),
         "own": own,
         "studies": over,
-        "footnote": OTHER_CODE if any(score.other_code for _, score in pairs) else "",
+        "footnote": " ".join(footnotes(score for _, score in pairs)),
     }
     figures = [*own, *(figure for one in over for figure in one["figures"])]
     tables = {"scores": page_tables.scores_table(pairs, several=len(groups) > 1)}

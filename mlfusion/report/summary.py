@@ -91,6 +91,14 @@ def mean_gain(scores: Sequence[Score]) -> float | None:
     return fmean(gains) if gains and len(gains) == len(scores) else None
 
 
+def footnotes(scores: Iterable[Score]) -> list[str]:
+    """The sentences under a table of these scores: what a dagger means, and which test images are in train too."""
+    scores = list(scores)
+    rows = [row for score in scores for row in score.rows]
+    duplicates = dict.fromkeys(f"{row.dataset}: {note}" for row in rows if (note := row.duplicates_note()))
+    return [*([OTHER_CODE] if any(score.other_code for score in scores) else []), *duplicates]
+
+
 @dataclass(frozen=True)
 class ComparisonGroup:
     """Probes that can be compared with each other: one model's features of one data set, one grid, one metric."""

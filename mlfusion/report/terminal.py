@@ -12,10 +12,10 @@ from mlfusion.report.sentences import answer, opening
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import (
     DAGGER,
-    OTHER_CODE,
     ComparisonGroup,
     Score,
     comparison_groups,
+    footnotes,
     mean_gain,
     metric_name,
 )
@@ -62,7 +62,7 @@ def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> Rende
 
 
 def _footnote(scores: Sequence[Score]) -> list[RenderableType]:
-    return [Text(OTHER_CODE, style="dim")] if any(score.other_code for score in scores) else []
+    return [Text(note, style="dim") for note in footnotes(scores)]
 
 
 def _side_by_side(study: Study, model: str, width: int) -> Iterator[RenderableType]:
@@ -150,7 +150,7 @@ def markdown(rows: Sequence[Row]) -> str:
             f"{_sizes(group)}. {answer(group)}",
             "",
             *markdown_lines([f"{metric_name(group.metric)}, %", *COLUMNS], lines),
-            *(["", OTHER_CODE] if any(score.other_code for score in group.scores) else []),
+            *(line for note in footnotes(group.scores) for line in ("", note)),
         ]
         parts.append("\n".join(text))
     return "\n\n".join(parts) + "\n"

@@ -95,6 +95,21 @@ class ImageCounts(Struct, frozen=True, kw_only=True):
     test: int
 
 
+class Duplicates(Struct, frozen=True, kw_only=True):
+    """The number of test images that are in train too."""
+
+    bytes: int  # with equal bytes
+    near: int | None  # other near copies, by their tokens; None: not compared
+
+    def sentence(self, images: int) -> str:
+        """The counts in words, for a test split of so many images; empty if there is nothing to tell."""
+        if not self.bytes and not self.near:
+            return ""
+        near = "near copies were not looked for" if self.near is None else f"{self.near:,} as near copies"
+        both = self.bytes + (self.near or 0)
+        return f"{both:,} of {images:,} test images are in train too: {self.bytes:,} byte for byte, {near}"
+
+
 class Sources(Struct, frozen=True, kw_only=True):
     """The model and data set as given to `mlfusion extract`, which finds them again by these names."""
 
@@ -153,6 +168,8 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     halving: bool = False  # weak configurations were stopped early
     smoothing: Finite | None = None  # label smoothing; None: no smoothing
     streamed: bool = False  # tokens were read in shuffled batches, not loaded
+    duplicates: Duplicates | None = None  # of the features; None: the row was made before they were counted
+    drop_duplicates: bool = False  # train images that are in test too were left out of train
 
     def search(self) -> SearchOptions:
         """The options that decide its numbers; its id follows from them."""
@@ -163,6 +180,7 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
             halving=self.halving,
             smoothing=self.smoothing or 0.0,
             precision=self.precision,
+            drop_duplicates=self.drop_duplicates,
         )
 
     def extract_command(self, cache: str | None = None) -> str:
@@ -175,12 +193,18 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The command that trains its probe on the cached features."""
         return probe_command(self.sources.model, self.sources.dataset, [self.probe], self.search())
 
+    def duplicates_note(self) -> str:
+        """A sentence about test images that are in train too; empty if there are none, or if they were left out."""
+        told = self.duplicates.sentence(self.images.test) if self.duplicates and not self.drop_duplicates else ""
+        return f"{told}. To leave them out of train: --drop-duplicates." if told else ""
+
     def options(self) -> str:
         """The options that differ from the protocol's defaults, such as '4 shots, halving'; empty if none does."""
         parts = [
             f"{self.shots} shots" if self.shots is not None else "",
             "halving" if self.halving else "",
             f"labels smoothed by {self.smoothing:g}" if self.smoothing is not None else "",
+            "duplicates dropped" if self.drop_duplicates else "",
         ]
         return ", ".join(filter(None, parts))
 

@@ -213,6 +213,13 @@ class SearchOptions(Options):
         effect="id",
     )
     smoothing: float = option(0.0, share(), "Label smoothing, from 0 to below 1.", effect="id")
+    drop_duplicates: bool = option(
+        False,
+        flag(),
+        "Leave out of train the images that are in test too, and near copies of them.",
+        effect="id",
+        added=True,
+    )
     precision: Precision = option(
         "auto",
         one_of(PRECISIONS),

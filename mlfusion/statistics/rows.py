@@ -327,7 +327,19 @@ def _marks(a: Sequence[Row], b: Sequence[Row]) -> tuple[str, ...]:
     """Differences between the rows besides the probe, which may explain a difference in scores; 'none' for an unused option."""
     differences: list[str] = []
     objects = [[msgspec.to_builtins(row) for row in rows] for rows in (a, b)]  # without options at their default
-    for name in ("seed", "grid", "code", "protocol", "device", "precision", "shots", "halving", "smoothing"):
+    names = (
+        "seed",
+        "grid",
+        "code",
+        "protocol",
+        "device",
+        "precision",
+        "shots",
+        "halving",
+        "smoothing",
+        "drop_duplicates",
+    )
+    for name in names:
         values_a, values_b = (sorted({str(row.get(name, "none")) for row in rows}) for rows in objects)
         if values_a != values_b:
             differences.append(f"{name}: {', '.join(values_a)} against {', '.join(values_b)}")

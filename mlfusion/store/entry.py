@@ -293,8 +293,10 @@ class Entry:
         for name in ("leases", "pins"):
             leases.sweep(self.path / name)
 
-    def open(self, layers: Sequence[int], kinds: Sequence[TokenKind], *, check: Check = "once") -> TokenReader:
-        """A reader of [readable images, layers, tokens, width].
+    def open(
+        self, layers: Sequence[int], kinds: Sequence[TokenKind], *, check: Check = "once", without: Collection[int] = ()
+    ) -> TokenReader:
+        """A reader of [readable images, layers, tokens, width], without those in the rows `without`.
 
         The third axis holds the kinds one after another; layers narrower than the widest are padded with zeros. NotCached if
         a (layer, kind) is not, or not completely, in the cache; CacheUnusable if a record is damaged.
@@ -317,7 +319,7 @@ class Entry:
         return TokenReader(
             [span for source, positions in planes.items() for span in spans(source, positions)],
             (self.spec.data.images, len(layers), ends[-1], width),
-            list(self.skipped(sources)),
+            sorted({*self.skipped(sources), *without}),
             check,
         )
 

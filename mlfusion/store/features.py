@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -14,6 +15,7 @@ from mlfusion.specs.identity import KINDS, ModelSpec, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens
 from mlfusion.store import Alias, CachePath, Check, Entry, FeatureStore, Names, TokenReader
 from mlfusion.store.entry import pair_words
+from mlfusion.store.overlap import Overlap, overlap
 
 if TYPE_CHECKING:
     import torch
@@ -110,10 +112,20 @@ class SplitPair:
         """Keys of train and test."""
         return self.train.key, self.test.key
 
+    @cached_property
+    def overlap(self) -> Overlap:
+        """The images that are in train and in test; they are looked for at the first call."""
+        return overlap(self.train, self.test)
+
     @property
     def complete_pairs(self) -> frozenset[Pair]:
         """Every (layer, kind) that is complete in both splits."""
         return self.train.complete_pairs() & self.test.complete_pairs()
+
+    def require(self, pairs: frozenset[Pair], model: str, dataset: str) -> None:
+        """Raise NotCached with the command that extracts the rest unless `pairs` are complete; BadModel if none can."""
+        for entry in (self.train, self.test):
+            require(entry, pairs, model, dataset, self.words())
 
     def words(self) -> list[str]:
         """Options of the `mlfusion extract` that creates these entries again, without those of tokens."""
