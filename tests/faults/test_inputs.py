@@ -156,7 +156,7 @@ def test_a_processor_prepares_pictures_as_transformers_does(
 
 
 @sample(45)
-@given(found=processors.settings(wrong_ones=2))
+@given(found=processors.settings(wrong_ones=4))
 def test_a_processor_of_wrong_settings_is_refused_in_one_sentence(
     found: dict[str, Any], counts: dict[str, Counter[str]]
 ) -> None:

@@ -326,7 +326,7 @@ def _processor(folder: Path) -> Any:
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
     except (OSError, ValueError, ImportError) as err:
         raise BadModel(
-            f"{folder.name}: no image processor can be made ({first_line(err)}); the folder needs a "
+            f"{folder.name}: no image processor can be made ({first_line(err)}); allowed: a "
             f"preprocessor_config.json of one of {', '.join(DEFAULTS)}, or of another processor "
             "that has a PIL form in transformers"
         ) from err
