@@ -211,6 +211,26 @@ def test_a_class_that_no_image_has_counts_nowhere(tmp_path, caplog):
     np.testing.assert_array_equal(several.split("train").labels, vectors[:, [0, 2]])
 
 
+def test_a_split_without_labels_is_left_out_and_told_of(tmp_path, caplog):
+    counts = {"train": [0, 1] * 2, "test": [1, 0], "unsupervised": [-1] * 3}
+    root = class_table(tmp_path / "set", ["cat", "dog"], counts)
+    for name in counts:
+        (root / f"{name}.parquet").rename(root / f"{name}-00000-of-00001.parquet")
+    for stream in (False, True):
+        data = datasets.load(str(root), ReadOptions(stream=stream))
+        assert {name: len(split) for name, split in data.splits.items()} == {"train": 4, "test": 2}
+        assert "no image of the split unsupervised has a label; the split is left out" in caplog.text
+        caplog.clear()
+    lines = [
+        json.dumps({"path": f"{n}.png", "label": x, "split": s})
+        for n, (x, s) in enumerate([("a", "train"), ("b", "train"), ("a", "test"), ("b", "test"), (None, "extra")])
+    ]
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    assert list(datasets.load(str(tmp_path / "t.jsonl")).splits) == ["train", "test"]
+
+
 # --- spellings -------------------------------------------------------------------------------------------------------
 
 

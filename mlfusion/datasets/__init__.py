@@ -203,6 +203,7 @@ def _build(name: str, source: str, form: str, raw: Mapping[str, RawSplit], optio
     splits = {
         split: Split(split, tuple(one.ids), labels[split], classes, one.encoded, one.decode, one.digests)
         for split, one in raw.items()
+        if split in labels
     }
     full_name = f"{name}:{options.label_column}" if options.label_column else name
     decoding = Decoding(options.exif_transpose, parse_window(options.window))

@@ -29,13 +29,21 @@ def encode_labels(
 
     One class is encoded as its index, [N] int64. Several labels are encoded as rows of 0 and 1, [N, C] uint8; they may be
     written as a list of names or of class numbers, as text separated by ';', or as a vector of 0 and 1 for each image.
-    Numbers are [N] float64, and have no classes. A class that no image has is left out.
+    Numbers are [N] float64, and have no classes. A class that no image has is left out, and so is a split other than train and
+    test of which no image has a label.
 
     Raises:
         BadData: a label is not of that kind; the message names the image.
     """
-    labels = _unwrapped({name: values(split, location) for name, split in splits.items()}, target)
     named = {name: _unique_names(split.names, location) for name, split in splits.items()}
+    found = {name: values(split, location) for name, split in splits.items()}
+    for name in sorted(set(found) - {"train", "test"}):
+        if all(is_missing(label, named[name]) for label in found[name]) and len(found) > 1:
+            logger.warning("%s: no image of the split %s has a label; the split is left out", location, name)
+            del found[name]
+    splits = {name: split for name, split in splits.items() if name in found}
+    named = {name: named[name] for name in splits}
+    labels = _unwrapped(found, target)
     for name, split in splits.items():
         if missing := [row for row, label in enumerate(labels[name]) if is_missing(label, named[name])]:
             raise BadData(
