@@ -260,6 +260,7 @@ def test_auto_is_measured_on_train_alone_and_a_few_hot_pixels_do_not_decide(form
     place = sixteen_bits(tmp_path, form, 1000)
     values = np.sort(np.concatenate([deep_pixels(8, 1000).ravel()]))
     data = datasets.load(str(place), ReadOptions(window="auto"))
+    assert data.decoding.window
     low, high = data.decoding.window
     # At most a thousandth of the pixels is below, and above; one step further in it would be more.
     assert np.mean(values < low) <= 0.001 < np.mean(values <= low)

@@ -18,6 +18,7 @@ from mlfusion.errors import BadModel, BadOption
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import Steps, TransformersProcessor
+from mlfusion.models.preprocessing.steps import _decode_jpeg
 from mlfusion.specs.identity import AS_STORED, Decoding
 from mlfusion.specs.options import PREPARATIONS, FeatureOptions
 
@@ -451,3 +452,21 @@ def test_the_studys_recipe_for_timms_own_checkpoints(tmp_path):
     half = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
     (tmp_path / "config.json").write_text(json.dumps({**body, "pretrained_cfg": {**body["pretrained_cfg"], **half}}))
     assert preprocessing.read(tmp_path, "paper") == preprocessing.read(tmp_path)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_both_decoders_give_the_same_bytes_at_every_scale_and_size(mode, progressive, monkeypatch):
+    """Sizes that the scale does not divide, as most large photographs have; noise, which shows every difference."""
+    simplejpeg = pytest.importorskip("simplejpeg")
+    random = np.random.default_rng(0)
+    for height, width in ((97, 203), (160, 128), (211, 96), (104, 333), (255, 257)):
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
+        image.save(file := io.BytesIO(), "JPEG", quality=80, progressive=progressive)
+        for scale in (1, 2, 4, 8):
+            arguments = file.getvalue(), height, width, scale
+            monkeypatch.setitem(sys.modules, "simplejpeg", simplejpeg)
+            want = _decode_jpeg(*arguments)
+            monkeypatch.setitem(sys.modules, "simplejpeg", None)  # importing it fails
+            assert want.shape == (-(-height // scale), -(-width // scale), 3)
+            np.testing.assert_array_equal(_decode_jpeg(*arguments), want)

@@ -1,12 +1,15 @@
 """`mlfusion data`: shows a data set's splits, classes and ids; with --check, whether every image can be read."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlfusion.cli.options import AsJson, with_options
 from mlfusion.cli.output import print_json, print_rows
 from mlfusion.specs.options import ReadOptions
+
+if TYPE_CHECKING:
+    from mlfusion.datasets.describe import SplitSummary
 
 NARROW = 0.1  # images whose values use less than this share of the possible range are reported
 
@@ -70,13 +73,20 @@ def data(
         rows.append({**row, "first ids": ", ".join(one.first_ids)})
     print_rows(rows)
     for one in splits:
-        for name, reason in (one.checked.unreadable if one.checked else {}).items():
-            typer.echo(f"{name}: {reason}")
-        if one.checked and one.checked.used_share < NARROW and data_set.decoding.window is None:
-            advice = ": --window auto stretches it" if one.checked.bits == 16 else ""
-            typer.echo(
-                f"{one.split}: values use {100 * one.checked.used_share:.1f} % of the range of {one.checked.bits} bits, and "
-                f"images are nearly of one colour{advice}"
-            )
-        for other, count in (one.checked.elsewhere if one.checked else {}).items():
-            typer.echo(f"byte for byte in {other} too: {count:,} image{'s' * (count > 1)} of {one.split}")
+        _print_findings(one, windowed=data_set.decoding.window is not None)
+
+
+def _print_findings(one: "SplitSummary", *, windowed: bool) -> None:
+    """Print what a check found in a split: unreadable images, a narrow range of values, images of other splits."""
+    if (checked := one.checked) is None:
+        return
+    for name, reason in checked.unreadable.items():
+        typer.echo(f"{name}: {reason}")
+    if checked.used_share < NARROW and not windowed:
+        advice = ": --window auto stretches it" if checked.bits == 16 else ""
+        typer.echo(
+            f"{one.split}: values use {100 * checked.used_share:.1f} % of the range of {checked.bits} bits, and images are "
+            f"nearly of one colour{advice}"
+        )
+    for other, count in checked.elsewhere.items():
+        typer.echo(f"byte for byte in {other} too: {count:,} image{'s' * (count > 1)} of {one.split}")

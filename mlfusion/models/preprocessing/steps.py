@@ -347,8 +347,8 @@ def _decode_jpeg(data: bytes, height: int, width: int, scale: int) -> np.ndarray
             min_size = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
             return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **min_size)
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            if scale > 1:
-                image.draft("RGB", (-(-width // scale), -(-height // scale)))
+            if scale > 1:  # PIL takes the largest scale that leaves at least this size, before it rounds sizes up
+                image.draft("RGB", (width // scale, height // scale))
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError):
         return None
