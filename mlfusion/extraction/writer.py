@@ -7,10 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mlfusion.extraction.forward import Forward
 from mlfusion.extraction.loader import LoadedBatch
-from mlfusion.specs.identity import Pair
+from mlfusion.shapes import Bool, Float
+from mlfusion.specs.identity import Dtype, Pair
 from mlfusion.store import Gap, ShardDraft, Stream
 
 MAX_QUEUED_BATCHES = 2  # largest number of batches that wait to be written
@@ -24,23 +26,30 @@ class _PendingTokens:
     """The tokens of one pass for each stream, while they are copied from the device."""
 
     parts: dict[Stream, torch.Tensor]  # [images, layers, kinds x tokens, width] in host memory
+    vanished: dict[Stream, torch.Tensor]  # [images, layers] in host memory, see `vanished`
     wait: Callable[[], None]  # returns when the copy is complete
 
 
 def run_batch(forward: Forward, batch: LoadedBatch[list[Stream]]) -> _PendingTokens:
     """Run a batch and start copying its tokens. On a GPU the call does not wait, so the next batch can be queued."""
     tokens = forward(batch.pictures, frozenset(pair for stream in batch.payload for pair in stream.pairs))
-    parts = {stream: _assemble(tokens, stream) for stream in batch.payload}
+    assembled = {stream: _assemble(tokens, stream) for stream in batch.payload}
+    parts, lost = ({stream: pair[n] for stream, pair in assembled.items()} for n in (0, 1))
     if forward.backbone.device.type != "cuda":
-        return _PendingTokens({stream: part.cpu() for stream, part in parts.items()}, lambda: None)
-    on_host = {
-        stream: torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
-        for stream, part in parts.items()
-    }
+        return _PendingTokens(
+            *({stream: each.cpu() for stream, each in of.items()} for of in (parts, lost)), lambda: None
+        )
+    on_host = [
+        {
+            stream: torch.empty(each.shape, dtype=each.dtype, pin_memory=True).copy_(each, non_blocking=True)
+            for stream, each in of.items()
+        }
+        for of in (parts, lost)
+    ]
     event = torch.cuda.Event()
     event.record()
     batch.free = forward.wait_for_copy  # the buffer is in use until the copy is complete
-    return _PendingTokens(on_host, event.synchronize)
+    return _PendingTokens(*on_host, event.synchronize)
 
 
 class Writer:
@@ -80,7 +89,7 @@ class Writer:
             if stream not in self._drafts:
                 self._drafts[stream] = self._gap.draft(stream, rows.start // stream.shard_rows)
             assert self._drafts[stream].row == rows.start
-            self._drafts[stream].append(part.numpy(), unread)
+            self._drafts[stream].append(part.numpy(), unread, tokens.vanished[stream].numpy())
             if rows.stop % stream.shard_rows == 0 or rows.stop == stream.images:
                 future = self._publishing.submit(self._gap.publish, self._drafts.pop(stream))
                 if self._flushed:  # at most one shard is flushed and one filled at a time
@@ -108,7 +117,25 @@ class Writer:
                 future.result()
 
 
-def _assemble(tokens: dict[Pair, torch.Tensor], stream: Stream) -> torch.Tensor:
-    """The tokens of a stream: [images, layers, kinds x tokens, width], in float16 if stored as float16, else in float32."""
+def _assemble(tokens: dict[Pair, torch.Tensor], stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of a stream, [images, layers, kinds x tokens, width], and which of them vanish, [images, layers].
+
+    The tokens are in float16 if stored as float16, else in float32.
+    """
     layers = [torch.cat([tokens[layer, kind] for kind in stream.kinds], 1) for layer in stream.layers]
-    return torch.stack(layers, 1).to(torch.float16 if stream.dtype == "float16" else torch.float32)
+    dtype = torch.float16 if stream.dtype == "float16" else torch.float32
+    return torch.stack(layers, 1).to(dtype), torch.stack([vanished(each, stream.dtype) for each in layers], 1)
+
+
+def vanished(tokens: Float[Tensor, "B T D"], dtype: Dtype) -> Bool[Tensor, " B"]:
+    """Whether more than half of the numbers of one of an image's tokens that are not 0 become 0 in a storage type.
+
+    In float16 numbers up to 2⁻²⁵ become 0, in int8 those up to half a step, which is 1/127 of the token's largest number.
+    bfloat16 has the exponents of float32.
+    """
+    if dtype in ("bfloat16", "float32"):
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    size = tokens.abs()
+    limit = torch.tensor(2.0**-25, device=size.device) if dtype == "float16" else size.amax(-1, keepdim=True) / 254
+    lost = ((size > 0) & (size <= limit)).sum(-1)
+    return (2 * lost > (size > 0).sum(-1)).any(-1)

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from mlfusion.errors import BadData, CacheUnusable, NotCached
-from mlfusion.shapes import Float, Int, Num
+from mlfusion.shapes import Bool, Float, Int, Num
 from mlfusion.specs.identity import FeatureSpec, Pair, TokenKind, digest
 from mlfusion.specs.names import layer_ranges
 from mlfusion.store import leases, records
@@ -55,8 +55,22 @@ class ShardDraft:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._writer: ShardWriter = writer(file, stream, shard)
 
-    def append(self, tokens: Float[np.ndarray, "B L T D"], unread: Mapping[int, str] = {}) -> None:
-        """Add the next rows; `unread` is row → why its image could not be read. BadData if a number is not finite."""
+    def append(
+        self,
+        tokens: Float[np.ndarray, "B L T D"],
+        unread: Mapping[int, str] = {},
+        vanished: Bool[np.ndarray, "B L"] | None = None,
+    ) -> None:
+        """Add the next rows; `unread` is row → why its image could not be read.
+
+        BadData if a number is not finite, or if an image's layer is `vanished`: its numbers become 0 in the storage type.
+        """
+        for row, layer in np.argwhere(vanished) if vanished is not None else ():
+            if self.row + row not in unread:
+                raise BadData(
+                    f"layer {self.stream.layers[layer]} of image {self._samples.ids[self.row + row]!r} would become zeros in "
+                    f"{self.stream.dtype}, which has no numbers as small as most of a token's; use --dtype float32"
+                )
         self.append_stored(self.stream.encoding.encode(tokens), unread)
 
     def append_stored(self, stored: Num[np.ndarray, "B L T columns"], unread: Mapping[int, str] = {}) -> None:

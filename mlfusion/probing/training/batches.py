@@ -14,7 +14,6 @@ from itertools import chain
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mlfusion.shapes import Float, Int, Num, Shaped
 from mlfusion.specs.identity import digest
@@ -27,6 +26,8 @@ JITTER_PROBABILITY = 0.5
 SHUFFLE_BYTES = 1 << 28  # size of the images that are shuffled together; streaming needs twice as much
 RUN_NUMBERS = 1 << 19  # size of the neighbouring images that are read together: at least one chunk of the cache
 MIN_RUNS = 8  # minimum number of runs that are shuffled together
+
+SHORTEST, LONGEST = 1e-12, 1e18  # lengths whose squares float32 holds with all digits
 
 _PIECE = 1 << 18  # numbers that are converted, normalised and jittered at a time, so that they stay in a core's cache
 
@@ -200,14 +201,31 @@ def _normalise_and_jitter(
     if device.type == "cpu":
         out = torch.empty(values.shape, dtype=dtype)
         for piece, rows in zip(pieces, rows_by_piece, strict=True):
-            F.normalize(values[piece].to(dtype), dim=-1, out=out[piece])
+            _scale(values[piece], dtype, out[piece])
             if jitter is not None and len(rows):
                 out[torch.from_numpy(rows)] += _noise(jitter, [rows], shape, device)
         return out
-    out = F.normalize(to_device(values, device).to(dtype), dim=-1)
+    out = _scale(to_device(values, device), dtype)
     if jitter is not None and len(jittered):
         out[to_device(torch.from_numpy(jittered), device)] += _noise(jitter, rows_by_piece, shape, device).to(dtype)
     return out
+
+
+def _scale(
+    values: Num[Tensor, "b T D"], dtype: torch.dtype, out: Float[Tensor, "b T D"] | None = None
+) -> Float[Tensor, "b T D"]:
+    """Tokens in their own type → scaled to length 1; a zero token stays zero.
+
+    Where a square would overflow or vanish, a token is first multiplied by a power of two, which changes no digit.
+    """
+    tokens = values.to(dtype)
+    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    # Numbers of float16 have lengths far inside of these bounds.
+    if values.dtype != torch.float16 and not ((length > SHORTEST) & (length < LONGEST)).all():
+        exponent = torch.frexp(tokens.abs().amax(-1, keepdim=True).float()).exponent.clamp(min=-126)
+        tokens = torch.ldexp(tokens, -exponent)
+        length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    return torch.div(tokens, length.clamp_min(SHORTEST), out=out)
 
 
 def _noise(
