@@ -87,7 +87,7 @@ def probed(dataset: Path, **options: object) -> tuple[Row, list[str]]:
     """A row of ridge regression, and what was said."""
     told: list[str] = []
     mlfusion.extract(MODEL, str(dataset), layers="last", tokens="cls", log=told.append)
-    done = mlfusion.probe(str(dataset), probes="cls-last/ridge", seeds=(0,), log=told.append, **options)  # type: ignore[arg-type]
+    done = mlfusion.probe(str(dataset), probes="cls-last/ridge", seeds=(0,), log=told.append, **options)
     return done.rows[0], told
 
 

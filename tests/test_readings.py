@@ -33,7 +33,7 @@ def short_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def extract(dataset: object, **options: object) -> list[str]:
     """Keys of the entries of a data set's splits."""
-    return [one.entry.key for one in mlfusion.extract(MODEL, dataset, layers="last", tokens="cls", **options)]  # type: ignore[arg-type]
+    return [one.entry.key for one in mlfusion.extract(MODEL, dataset, layers="last", tokens="cls", **options)]
 
 
 def keys(dataset: str, model: str | None = MODEL) -> list[str]:

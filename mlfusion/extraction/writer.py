@@ -25,31 +25,28 @@ Batch = tuple[range, list[Stream]]
 class _PendingTokens:
     """The tokens of one pass for each stream, while they are copied from the device."""
 
-    parts: dict[Stream, torch.Tensor]  # [images, layers, kinds x tokens, width] in host memory
-    vanished: dict[Stream, torch.Tensor]  # [images, layers] in host memory, see `vanished`
+    parts: dict[Stream, tuple[torch.Tensor, torch.Tensor]]  # as from `_assemble`, in host memory
     wait: Callable[[], None]  # returns when the copy is complete
 
 
 def run_batch(forward: Forward, batch: LoadedBatch[list[Stream]]) -> _PendingTokens:
     """Run a batch and start copying its tokens. On a GPU the call does not wait, so the next batch can be queued."""
     tokens = forward(batch.pictures, frozenset(pair for stream in batch.payload for pair in stream.pairs))
-    assembled = {stream: _assemble(tokens, stream) for stream in batch.payload}
-    parts, lost = ({stream: pair[n] for stream, pair in assembled.items()} for n in (0, 1))
+    parts = {stream: _assemble(tokens, stream) for stream in batch.payload}
     if forward.backbone.device.type != "cuda":
         return _PendingTokens(
-            *({stream: each.cpu() for stream, each in of.items()} for of in (parts, lost)), lambda: None
+            {stream: (part.cpu(), lost.cpu()) for stream, (part, lost) in parts.items()}, lambda: None
         )
-    on_host = [
-        {
-            stream: torch.empty(each.shape, dtype=each.dtype, pin_memory=True).copy_(each, non_blocking=True)
-            for stream, each in of.items()
-        }
-        for of in (parts, lost)
-    ]
+    on_host = {stream: (_to_host(part), _to_host(lost)) for stream, (part, lost) in parts.items()}
     event = torch.cuda.Event()
     event.record()
     batch.free = forward.wait_for_copy  # the buffer is in use until the copy is complete
-    return _PendingTokens(*on_host, event.synchronize)
+    return _PendingTokens(on_host, event.synchronize)
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, which is complete at the next event."""
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
 
 class Writer:
@@ -85,11 +82,11 @@ class Writer:
         tokens.wait()
         arrived = time.perf_counter()
         self.awaited += arrived - start
-        for stream, part in tokens.parts.items():
+        for stream, (part, lost) in tokens.parts.items():
             if stream not in self._drafts:
                 self._drafts[stream] = self._gap.draft(stream, rows.start // stream.shard_rows)
             assert self._drafts[stream].row == rows.start
-            self._drafts[stream].append(part.numpy(), unread, tokens.vanished[stream].numpy())
+            self._drafts[stream].append(part.numpy(), unread, lost.numpy())
             if rows.stop % stream.shard_rows == 0 or rows.stop == stream.images:
                 future = self._publishing.submit(self._gap.publish, self._drafts.pop(stream))
                 if self._flushed:  # at most one shard is flushed and one filled at a time
