@@ -120,6 +120,13 @@ def test_a_borrowed_processor_that_gives_pictures_of_every_shape_is_refused(tmp_
         preprocessing.read(processor_folder(tmp_path / "m", "CLIPImageProcessor", settings))
 
 
+def test_a_borrowed_processor_that_divides_by_zero_is_refused(tmp_path):
+    square = {"height": 48, "width": 48}
+    settings = {"size": {"longest_edge": 48}, "pad_size": square, "image_std": [0.5, 0, 0.5]}
+    with pytest.raises(BadModel, match=r"cannot prepare a picture .*divide by zero"):
+        preprocessing.read(processor_folder(tmp_path / "m", "SamImageProcessor", settings))
+
+
 def test_dinov3_resizes_floats_as_torchvision_does(tmp_path):
     """Its processor needs torchvision, which calls this very function of torch; the order is its own: rescale, then resize."""
     folder = processor_folder(tmp_path / "m", "DINOv3ViTImageProcessorFast", {"size": {"height": 48, "width": 64}})

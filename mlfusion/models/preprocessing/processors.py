@@ -66,8 +66,9 @@ class TransformersProcessor:
         self._processor = processor
         noise = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
         try:
-            shapes = {self.picture(Image.fromarray(pixels)).shape[1:] for pixels in (noise, noise.swapaxes(0, 1))}
-        except (ValueError, RuntimeError, TypeError) as err:
+            with np.errstate(divide="raise", invalid="raise", over="raise"):  # such as a standard deviation of 0
+                shapes = {self.picture(Image.fromarray(pixels)).shape[1:] for pixels in (noise, noise.swapaxes(0, 1))}
+        except (ValueError, RuntimeError, TypeError, ArithmeticError) as err:
             raise BadModel(
                 f"{type(processor).__name__} cannot prepare a picture by the settings it was given ({first_line(err)}); "
                 "allowed: a preprocessor_config.json whose sizes fit together"
