@@ -144,9 +144,11 @@ def _read_path(path: Path, reference: str, options: ReadOptions) -> tuple[str, d
     tars, parquet = files_below(path, ".tar"), files_below(path, ".parquet")
     arrays = [file.name for file in path.glob("*.npy")]
     has_splits = any(split_of_path(file) for file in (*tars, *parquet))
-    if folders.splits or (len(folders.classes) > 1 and not has_splits):
+    # Images beside containers may be those that the containers' cells name: one folder of them is no class.
+    has_classes = folders.splits and (not (tars or parquet) or _files.has_classes(path, folders))
+    if has_classes or (len(folders.classes) > 1 and not has_splits):
         _report_left_out(path, [*tars, *parquet])
-        if folders.splits or options.split_ratio:
+        if has_classes or options.split_ratio:
             return "class folders", _files.class_folders(path, folders, options)
     elif tars:
         return "WebDataset tars", _tars.webdataset(_tars.tars_in(path), _tars.read_class_names(path), options)

@@ -78,6 +78,12 @@ def folders_in(root: Path) -> Folders:
     return Folders({split: splits[split] for split in SPLITS if split in splits}, tuple(classes))
 
 
+def has_classes(root: Path, folders: Folders) -> bool:
+    """Whether the folders of the splits hold two class folders or more between them."""
+    inner = (child for folder in folders.splits.values() for child in (root / folder).iterdir())
+    return len({child.name for child in inner if child.is_dir() and next(_images(child), None)}) > 1
+
+
 def _images(folder: Path, *, nested: bool = False) -> Iterator[str]:
     """Image files below a folder, or `nested` ones, which are in folders of it; links to folders are not followed."""
     for place, inner, names in os.walk(folder):
