@@ -114,6 +114,10 @@ class Decoder:
         """Decode one image; raises BadImage, which gives the reason, if they are not a readable image."""
         return self._opened(data, self._rgb)
 
+    def bits(self, data: bytes) -> int:
+        """Bits of a value, 8 or 16, by the file's header alone; BadImage as for decoding."""
+        return self._opened(data, lambda image: 16 if is_16_bit_grey(image) or _is_16_bit_colour(image) else 8)
+
     def values(self, data: bytes) -> tuple[np.ndarray, int]:
         """An image's values before a window is applied, and their bits: 16-bit grey, else RGB; BadImage as for decoding."""
 
