@@ -208,7 +208,7 @@ def _build(name: str, source: str, form: str, raw: Mapping[str, RawSplit], optio
         if split in labels
     }
     full_name = f"{name}:{options.label_column}" if options.label_column else name
-    decoding = Decoding(options.exif_transpose, parse_window(options.window))
+    decoding = Decoding(options.exif_transpose, parse_window(options.window), options.max_pixels)
     data = _resplit(DataSet(full_name, source, form, splits, decoding=decoding), options)
     return _with_measured_window(data) if options.window == "auto" else data
 

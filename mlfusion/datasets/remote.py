@@ -12,7 +12,7 @@ import tarfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from mlfusion.datasets.hub import TableColumns, cell_bytes, choose_columns, spli
 from mlfusion.datasets.places import add_part, by_split, files_below, parts, split_of_path, split_word
 from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.datasets.values import plain
-from mlfusion.errors import BadData
+from mlfusion.errors import BadData, first_line
 from mlfusion.specs.options import ReadOptions
 from mlfusion.system import disk
 from mlfusion.system.progress import Bar, track
@@ -128,6 +128,18 @@ class Groups:
         path = self.files[file]
         with _translate_errors(path):
             return cell_bytes(self.rows.cell(path, group, inner).as_py(), self.roots.get(path, ()))
+
+
+@contextmanager
+def _parquet_errors(path: str) -> Iterator[None]:
+    """Translate pyarrow's errors about a file to `BadData`, inside the with statement."""
+    import pyarrow
+
+    try:
+        with _translate_errors(path):
+            yield
+    except (pyarrow.ArrowException, OSError) as err:
+        raise BadData(f"{path} cannot be read as Parquet: {first_line(err)}; allowed: whole Parquet files") from err
 
 
 def open_parquet(path: str) -> Any:
@@ -272,7 +284,8 @@ def _table(
     import datasets as library
 
     paths = [base + name for name in names]
-    schema = open_parquet(paths[0]).schema_arrow
+    with _parquet_errors(paths[0]):
+        schema = open_parquet(paths[0]).schema_arrow
     require_different(schema.names, paths[0])
     try:
         features = library.Features.from_arrow_schema(schema)
@@ -282,7 +295,10 @@ def _table(
     key = json.dumps([columns.image, columns.label, columns.id])
     indexed = []
     for path in paths:
-        indexed.append(_stored_index(indexes, path, key, partial(_index_parquet, path, columns, indexes is not None)))
+        with _parquet_errors(path):
+            indexed.append(
+                _stored_index(indexes, path, key, partial(_index_parquet, path, columns, indexes is not None))
+            )
         bar.advance()
     index = tars.Index.joined(indexed)
     cells = [cell for path in paths for cell in _column(path, columns.split)] if columns.split else None
@@ -303,7 +319,7 @@ def _table(
 
 
 def _column(path: str, name: str) -> list[Any]:
-    with _translate_errors(path):
+    with _parquet_errors(path):
         return list(open_parquet(path).read(columns=[name]).column(0).to_pylist())
 
 

@@ -44,6 +44,11 @@ class Split:
         return len(self.ids)
 
     @property
+    def target(self) -> LabelKind:
+        """The same as `label_kind`, by its former name."""
+        return self.label_kind
+
+    @property
     def label_kind(self) -> LabelKind:
         """The kind of the labels."""
         return "labels" if self.labels.ndim == 2 else "class" if self.labels.dtype.kind == "i" else "number"

@@ -6,6 +6,7 @@ and no tar is loaded into memory.
 
 import io
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from mlfusion.datasets.split import Encoded, RawSplit, decoder
 from mlfusion.datasets.values import NUMBERED
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
+
+logger = logging.getLogger(__name__)
 
 CLASS_NAMES = "classnames.txt"
 LABEL_FILES = ("cls", "npy")
@@ -169,7 +172,10 @@ def index_file(path: str, columns: "Columns") -> Index:
     """Index a tar on disk; reads headers and labels, but no images."""
     try:
         with tarfile.open(path, "r:") as tar:
-            return index_samples(samples(tar), path, columns)
+            index = index_samples(samples(tar), path, columns)
+        if os.path.getsize(path) - tar.offset < tarfile.BLOCKSIZE:  # no mark of the archive's end
+            logger.warning("%s ends without a mark of its end: it may have been cut between two samples", path)
+        return index
     except (tarfile.TarError, OSError, EOFError) as err:
         raise BadData(f"{path} cannot be read as a tar: {err}; allowed: whole tars that are not compressed") from err
 

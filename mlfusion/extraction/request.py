@@ -116,7 +116,7 @@ class Request:
             dataset_source=data.source,
             model_argument=_argument("model", ref.name) + ref.suffix,
             dataset_argument=images.argument,
-            options=tuple(replace(recorded, compute=precision).words()),
+            options=(*replace(recorded, compute=precision).words(), *(["--skip-bad"] if compute.skip_bad else [])),
             reading=images.reading,
         )
         jobs = tuple(

@@ -13,6 +13,9 @@ from typing import Any, Literal, get_args
 FORMAT = 2
 """Version of the key and of the layout on disk; readers reject newer versions."""
 
+MAX_PIXELS = 178_956_970
+"""Default of the largest image: Pillow's limit against decompression bombs."""
+
 Dtype = Literal["float16", "bfloat16", "float32", "int8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 """Storage types of the cache; int8 has one scale per token."""
@@ -91,10 +94,11 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a data set's images are decoded, where that changes their pixels; it stands in the JSON of the preprocessing."""
+    """How a data set's images are decoded, where that changes what is read; it stands in the JSON of the preprocessing."""
 
     exif_transpose: bool = False  # whether images are rotated by their EXIF orientation
     window: tuple[int, int] | None = None  # values of 16 bits that become 0 and 255; None: the high byte is used
+    max_pixels: int = MAX_PIXELS  # larger images are refused, or skipped
 
 
 AS_STORED = Decoding()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mlfusion.specs.definitions import Options, option
-from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS, Dtype, Hook
+from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS, MAX_PIXELS, Dtype, Hook
 from mlfusion.specs.kinds import (
     TIMES,
     Kind,
@@ -31,7 +31,6 @@ from mlfusion.specs.kinds import (
 from mlfusion.specs.names import Setting, parse_layers, parse_tokens
 
 MAX_DEPTH = 64  # deeper than any model: bounds layers before the model's depth is known
-MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 
 Preparation = Literal["exact", "fast", "paper", "paper+fast"]
 PREPARATIONS: tuple[Preparation, ...] = get_args(Preparation)
@@ -96,7 +95,7 @@ class ReadOptions(Options):
         added=True,
     )
     max_pixels: int = option(
-        MAX_PIXELS, whole(1), "Largest number of pixels of an image; larger images are rejected.", effect="bit"
+        MAX_PIXELS, whole(1), "Largest number of pixels of an image; larger images are rejected.", effect="key"
     )
     config: str | None = option(None, text(), "Configuration of a hub data set that has several.", effect="key")
     stream: bool = option(

@@ -266,24 +266,6 @@ def _command_of(alias: Alias) -> str:
     )
 
 
-def _find_split(store: FeatureStore, model: str, dataset: str, split: str, view: str) -> list[Entry]:
-    all_views = store.find(model=model, dataset=dataset, split=split)
-    entries = [entry for entry in all_views if entry.spec.model.view == view]
-    if all_views and not entries:
-        options = feature_words(("train", "test"), view, all_views[0].names()[0].options)
-        raise NotCached(
-            f"{split} features of {model} on {dataset} are cached of the views "
-            f"{', '.join(sorted({e.spec.model.view for e in all_views}))}, not of {view}; run: "
-            + extract_command(model, dataset, options=options)
-        )
-    if not entries:
-        others = [e.spec.data.split for e in store.find(model=model, dataset=dataset)]
-        if others:
-            raise BadData(f"no {split!r} split of {dataset} is cached; cached: {', '.join(sorted(set(others)))}")
-        raise NotCached(_not_cached(store, model, dataset, []))
-    return entries
-
-
 def _not_cached(store: FeatureStore, model: str | None, dataset: str, named: Sequence[Alias]) -> str:
     """The sentence about features that are not cached; `named` are train and test features of these names."""
     splits = sorted({alias.entry.spec.data.split for alias in named})

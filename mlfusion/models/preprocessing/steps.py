@@ -26,7 +26,7 @@ from torch import Tensor
 from mlfusion.errors import BadImage, BadModel
 from mlfusion.models.preprocessing.resampling import KERNELS, resize_part
 from mlfusion.shapes import Float, Num, UInt8
-from mlfusion.specs.identity import AS_STORED, Decoding
+from mlfusion.specs.identity import AS_STORED, MAX_PIXELS, Decoding
 from mlfusion.specs.kinds import is_view
 from mlfusion.specs.options import MAX_PIXELS
 
@@ -269,6 +269,8 @@ def canonical(body: Mapping[str, Any], decoding: Decoding) -> str:
     marks: dict[str, Any] = {"exif": "upright"} if decoding.exif_transpose else {}
     if decoding.window is not None:
         marks["window"] = list(decoding.window)
+    if decoding.max_pixels != MAX_PIXELS:
+        marks["max_pixels"] = decoding.max_pixels
     return json.dumps({**body, **marks}, sort_keys=True)
 
 
@@ -281,7 +283,8 @@ def from_key(key: str) -> tuple[Steps | None, Decoding]:
     try:
         body = json.loads(key)
         exif_transpose, window = body.pop("exif", None) == "upright", body.pop("window", None)
-        decoding = Decoding(exif_transpose, window and (int(window[0]), int(window[1])))
+        max_pixels = int(body.pop("max_pixels", MAX_PIXELS))
+        decoding = Decoding(exif_transpose, window and (int(window[0]), int(window[1])), max_pixels)
         unmarked = json.dumps(body, sort_keys=True)
         body.pop("spare", None)
         absent = {"size": None, "crop_size": None, "rescale_factor": None}  # the key omits steps that are not done
