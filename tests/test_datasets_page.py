@@ -13,7 +13,8 @@ from tiny import save_images
 from mlfusion import cli, datasets
 from mlfusion.datasets.places import SPLIT_PLACES
 from mlfusion.specs.definitions import all_definitions
-from mlfusion.specs.options import MAX_PIXELS, ReadOptions
+from mlfusion.specs.identity import MAX_PIXELS
+from mlfusion.specs.options import ReadOptions
 
 PAGE = Path(__file__).parent.parent / "docs" / "datasets.md"
 

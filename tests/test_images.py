@@ -14,7 +14,7 @@ from tiers import examples
 
 from mlfusion.datasets import Decoder
 from mlfusion.errors import BadImage
-from mlfusion.specs.options import MAX_PIXELS
+from mlfusion.specs.identity import MAX_PIXELS
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 COLOURS = np.stack([RAMP, RAMP[::-1], np.roll(RAMP, 3)], -1)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlfusion.errors import BadImage
-from mlfusion.specs.options import MAX_PIXELS
+from mlfusion.specs.identity import MAX_PIXELS
 
 HEIF_PLUGIN = "pillow_heif"  # reads HEIC; imported when the first such image is met
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})

@@ -17,9 +17,8 @@ from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.probing import protocol, saved
 from mlfusion.probing.training.batches import Tokens
-from mlfusion.specs.identity import COMPUTES, Compute, Decoding, ModelSpec, digest
+from mlfusion.specs.identity import COMPUTES, MAX_PIXELS, Compute, Decoding, ModelSpec, digest
 from mlfusion.specs.names import parse_model
-from mlfusion.specs.options import MAX_PIXELS
 from mlfusion.store.encoding import ENCODINGS
 from mlfusion.system.devices import pick_device
 

@@ -28,7 +28,6 @@ from mlfusion.models.preprocessing.resampling import KERNELS, resize_part
 from mlfusion.shapes import Float, Num, UInt8
 from mlfusion.specs.identity import AS_STORED, MAX_PIXELS, Decoding
 from mlfusion.specs.kinds import is_view
-from mlfusion.specs.options import MAX_PIXELS
 
 Kernel = Literal["pil", "torch-uint8", "torch-float32"]
 """The resize kernel: PIL on bytes, torch on bytes (the fast path), or torch on floats (as torchvision's processors)."""
