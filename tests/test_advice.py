@@ -49,6 +49,7 @@ def test_a_pilot_takes_alike_many_of_each_class_and_leaves_each_out_once(counts,
     assert (dealt.max(1) - dealt.min(1) <= 1).all()
 
 
+@pytest.mark.slow
 def test_what_is_advised_from_the_cache_is_what_is_advised_without_it(model, images):
     afresh = advice.advise(model, images, PilotOptions(images=18), probes=PROBES)
     assert not Path("cache").exists()

