@@ -591,3 +591,16 @@ def test_rows_are_found_by_every_name_that_a_command_takes(tmp_path: Path) -> No
     os.chdir(tmp_path)
     assert store.rows(model="models/m") == store.rows(model="./models/m") == [one]
     assert store.rows(model="other/m") == [] and store.count(probe="aat") == 0
+
+
+def test_a_row_that_replaces_another_does_not_take_over_its_arrays(tmp_path: Path) -> None:
+    store = Results(tmp_path)
+    for name in ("a", "b"):
+        store.append(row(name), {"labels": np.arange(2)})
+    newer = "2999-01-01T00:00:00+00:00"
+    other = msgspec.structs.replace(row("a"), created=newer, test=0.125)
+    same = msgspec.structs.replace(row("b"), created=newer)
+    assert store.take([other, same]) == 2
+    with pytest.raises(MlfusionError, match="were not kept"):
+        store.arrays(other)
+    assert store.arrays(same)["labels"].tolist() == [0, 1]

@@ -220,6 +220,8 @@ class Results:
                 if arrays is not None and (source := Results(arrays)._arrays_path(row)).is_file():
                     with self._draft(row) as draft:
                         shutil.copyfile(source, draft)
+                elif (old := self.find(row.id)) and (old.val, old.test, old.train) != (row.val, row.test, row.train):
+                    self._arrays_path(row).unlink(missing_ok=True)  # they are those of the row that is replaced
             with self._writing() as connection:
                 newer = _newer(connection, candidates)
                 _insert(connection, newer)
