@@ -271,6 +271,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(format, model, images, tmp_
     assert not list((tmp_path / "killed").rglob(f"{disk.DRAFT}*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["zarr", "hdf5"])
 def test_a_full_disk_loses_nothing(format, model, images, tmp_path):
     """A limit on the size of files stands in for the disk: the all-tokens shard does not fit, the others do."""

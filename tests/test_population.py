@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from fits import EVERY_HEAD
 from hypothesis import given
 from hypothesis import strategies as st
 from literal import LiteralAttentive, LiteralLinear, copy_into, train_literally
@@ -80,7 +81,7 @@ def trained(
     return states
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", EVERY_HEAD)
 @pytest.mark.parametrize(("at_once", "block"), [(7, 7), (7, 2), (3, 1), (1, 1)])
 def test_a_population_of_seven_ends_where_seven_singles_end(head: Head, at_once: int, block: int) -> None:
     tokens = some(40)
@@ -187,7 +188,7 @@ def test_rates_follow_torchs_cosine_from_each_configurations_own() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA knows")
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", EVERY_HEAD)
 def test_a_gpu_trains_as_a_processor_does(head: Head) -> None:
     """With the same dropout and jitter; in float64, so that order of summation hardly matters."""
     ends = []
@@ -313,7 +314,7 @@ def test_loss_is_torchs_weighted_cross_entropy_for_each_configuration() -> None:
 # --- what training is for --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", EVERY_HEAD)
 def test_twenty_samples_are_learned_by_heart(head: Head) -> None:
     rng = np.random.default_rng(0)
     # Wider than there are images: a mean of tokens, too, can tell all of them apart.
@@ -344,7 +345,7 @@ def test_linear_reaches_the_optimum_that_scikit_learn_finds() -> None:
         np.testing.assert_allclose(probabilities, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", EVERY_HEAD)
 def test_a_configuration_that_diverges_harms_no_other(head: Head) -> None:
     tokens, wild = some(40), Configuration(1e30, 1.0)
     states = trained(head, tokens, [SEVEN[1], wild, SEVEN[2]], dtype=torch.float32)
@@ -355,7 +356,7 @@ def test_a_configuration_that_diverges_harms_no_other(head: Head) -> None:
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", EVERY_HEAD)
 def test_narrow_products_change_scores_little_and_keep_parameters_wide(head: Head) -> None:
     tokens, logits = some(40), {}
     for precision in ("float32", "bfloat16"):
@@ -445,7 +446,7 @@ print("torch._dynamo" in sys.modules)
     assert said.stdout == "False\n"  # it would take a second of every process
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", EVERY_HEAD)
 def test_needs_are_those_of_the_tensors_there_are(head: Head) -> None:
     """Parameters with two moments, and at least the tokens and a gradient for every parameter."""
     shape = HeadShape(tokens=5, width=96, classes=3, heads=4)

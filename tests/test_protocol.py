@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fits import fit_options
+from fits import EVERY_HEAD, fit_options
 from hypothesis import given
 from hypothesis import strategies as st
 from literal import LiteralAttentive, LiteralLinear, copy_into
@@ -15,7 +15,6 @@ from literal import LiteralAttentive, LiteralLinear, copy_into
 from mlfusion.errors import BadData, BadOption
 from mlfusion.probing import grids, metrics, protocol
 from mlfusion.probing.grids import SEARCH_GRIDS, Grid
-from mlfusion.probing.heads import HEADS
 from mlfusion.probing.protocol import Outcome, choose, fit
 from mlfusion.probing.search import Training
 from mlfusion.probing.splits import draw, split
@@ -121,7 +120,7 @@ def test_a_grid_of_which_nothing_is_left_is_an_error() -> None:
         choose(np.array([0.5, 0.5]), np.array([np.nan, np.inf]))
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", EVERY_HEAD)
 def test_a_configuration_that_diverges_loses_and_harms_no_other(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     wild = dataclasses.replace(SMALL, learning_rates=(1e30, 1e-2), weight_decays=(0.1,), least_steps=150)
     monkeypatch.setitem(SEARCH_GRIDS, "quick", wild)
@@ -243,7 +242,7 @@ def test_the_refit_sees_all_of_train(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == 2
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", EVERY_HEAD)
 def test_shuffled_labels_leave_chance(head: Head) -> None:
     def shuffled(images: int, seed: int) -> Tokens:
         data = tokens(images, seed=seed)
@@ -253,7 +252,7 @@ def test_shuffled_labels_leave_chance(head: Head) -> None:
     assert np.mean(scores) == pytest.approx(1 / CLASSES, abs=0.06)  # its standard error is 0.016
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", EVERY_HEAD)
 def test_the_seed_decides_everything(head: Head) -> None:
     a, b, c = (fitted(head, tokens(), tokens(seed=1), seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(a.predictions, b.predictions)

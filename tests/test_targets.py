@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fits import fit_options
+from fits import EVERY_HEAD, fit_options
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
@@ -18,7 +18,6 @@ import mlfusion
 from mlfusion.errors import BadData
 from mlfusion.probing import metrics
 from mlfusion.probing.grids import SEARCH_GRIDS, Grid
-from mlfusion.probing.heads import HEADS
 from mlfusion.probing.protocol import fit
 from mlfusion.probing.splits import split
 from mlfusion.probing.targets import Number, OneClass, SeveralLabels, Target, target_of
@@ -238,7 +237,7 @@ def test_smoothing_is_off_unless_asked_for_and_makes_less_sure(monkeypatch: pyte
     assert plain == none > much + 0.05
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", EVERY_HEAD)
 def test_a_probe_of_one_number(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every head may have one output."""
     monkeypatch.setitem(SEARCH_GRIDS, "quick", SMALL)

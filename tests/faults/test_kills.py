@@ -61,6 +61,7 @@ def finish(root: Path, passes: Path, format: str, want: dict[str, bytes]) -> Non
     assert files(whole(root).path) == want
 
 
+@pytest.mark.slow
 @both
 def test_killed_at_random_moments(format, many, trial, tmp_path):
     extract(tmp_path / "undisturbed", format=format)  # imports everything
