@@ -21,25 +21,19 @@ def _both(edge: int) -> dict[str, int]:
     return {"height": edge, "width": edge}
 
 
+_CLIP: dict[str, Any] = {
+    "size": {"shortest_edge": 224},
+    "square": False,
+    "crop_size": 224,
+    "do_center_crop": True,
+    "resample": 3,
+    "of": "clip",
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     # Defaults of transformers' processors for settings that their configuration omits. `square`: whether a size of one
     # number means height and width, unless `default_to_square` says so; else it is the shortest edge. `of`: the colours.
-    "CLIP": {
-        "size": {"shortest_edge": 224},
-        "square": False,
-        "crop_size": 224,
-        "do_center_crop": True,
-        "resample": 3,
-        "of": "clip",
-    },
-    "Bit": {
-        "size": {"shortest_edge": 224},
-        "square": False,
-        "crop_size": 224,
-        "do_center_crop": True,
-        "resample": 3,
-        "of": "clip",
-    },
+    "CLIP": _CLIP,
+    "Bit": _CLIP,
     "ViT": {"size": _both(224), "square": True, "resample": 2, "of": "half"},
     "DeiT": {"size": _both(256), "square": True, "crop_size": 224, "do_center_crop": True, "resample": 3, "of": "half"},
     "Beit": {"size": _both(224), "square": True, "crop_size": 224, "resample": 3, "of": "half"},
