@@ -19,6 +19,8 @@ from mlfusion.specs.kinds import parse_window
 from mlfusion.specs.options import LabelKind, ReadOptions
 from mlfusion.system.progress import track
 
+TASK_IMAGES = 16  # images of one task of a thread: a task costs about as much as the digest of one image
+
 Encoded = Callable[[int], bytes]
 """Row → the bytes of the image's file; it can be pickled, and works in any process that sees the same files."""
 
@@ -65,13 +67,14 @@ class Split:
         if self.digests is not None:
             return self.digests
         digests = bytearray()
+        tasks = [range(len(self))[first : first + TASK_IMAGES] for first in range(0, len(self), TASK_IMAGES)]
         with (
             track(f"reading {dataset}/{self.name}", len(self), "images") as bar,
             ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as pool,
         ):
-            for digest in pool.map(self.digest, range(len(self))):
-                digests += digest
-                bar.advance()
+            for done in pool.map(lambda rows: list(map(self.digest, rows)), tasks):
+                digests += b"".join(done)
+                bar.advance(len(done))
         return np.frombuffer(bytes(digests), np.uint8).reshape(len(self), 16)
 
     def read(self, row: int) -> bytes:
