@@ -12,8 +12,9 @@ import page
 from mlfusion.datasets.arrays import ROLES
 from mlfusion.datasets.columns import LABELS
 from mlfusion.datasets.files import TABLE_NAMES, TABLES
-from mlfusion.datasets.places import PLACES, SPLIT_PLACES, SPLIT_WORDS, SPLITS
+from mlfusion.datasets.places import PLACES, SPLIT_PLACES
 from mlfusion.datasets.tars import CLASS_NAMES, LABEL_FILES
+from mlfusion.specs.splits import SPLIT_WORDS, SPLITS
 
 NAMES = ", ".join(f"`{name}`" for name in LABELS)
 LABEL_PLACES = {

@@ -142,7 +142,7 @@ def load_features(
     Args:
         model: a name, hub id or folder, as given to `extract`.
         dataset: a name, hub id, folder or file, as given to `extract`.
-        split: 'train' or 'test'.
+        split: the name of a cached split, such as 'train', 'test' or 'val' (the same as 'validation').
         layers: 'all' (1..L), 'last', '1-4,12', or numbers; the order is kept.
         tokens: token kinds; the order is kept.
         view: view of the images, as extracted by --views: 'flip', 'crop1', …

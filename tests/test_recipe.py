@@ -8,8 +8,9 @@ import pytest
 from mlfusion import cli, datasets, models
 from mlfusion.errors import BadRecipe
 from mlfusion.specs.definitions import all_definitions
-from mlfusion.specs.names import parse_model, parse_tokens
+from mlfusion.specs.names import parse_tokens
 from mlfusion.specs.options import FeatureOptions, SearchOptions
+from mlfusion.system.references import parse_model
 from mlfusion.workflows import recipe
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"

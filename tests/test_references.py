@@ -17,8 +17,8 @@ import mlfusion
 from mlfusion import datasets, models
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.models import preprocessing
-from mlfusion.specs import references
-from mlfusion.specs.names import parse_model
+from mlfusion.system import references
+from mlfusion.system.references import parse_model
 from mlfusion.workflows import recipe
 
 COMMIT = hub.COMMIT

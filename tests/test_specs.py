@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mlfusion.errors import UnknownName
 from mlfusion.specs.identity import KINDS, OMIT_IF_DEFAULT, DataSpec, FeatureSpec, ModelSpec, digest
-from mlfusion.specs.names import STUDY, layer_ranges, parse_layers, parse_model, parse_probes, parse_tokens, token_words
+from mlfusion.specs.names import STUDY, layer_ranges, parse_layers, parse_probes, parse_tokens, token_words
+from mlfusion.system.references import parse_model
 
 MODEL = ModelSpec(
     weights="ab" * 32, revision=None, config="cd" * 8, preprocess="{}", name="m", family="vit", depth=12, width=192

@@ -15,8 +15,9 @@ from tiny import save_images
 
 from mlfusion import datasets
 from mlfusion.datasets import ReadOptions
-from mlfusion.datasets.places import PLACES, SPLIT_PLACES, split_in, split_of_path, split_word
+from mlfusion.datasets.places import PLACES, SPLIT_PLACES, split_in, split_of_path
 from mlfusion.errors import BadData
+from mlfusion.specs.splits import split_word
 
 COUNT = {"train": 4, "validation": 2, "test": 2}
 LABELS = ["cat", "dog"]

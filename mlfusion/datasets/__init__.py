@@ -28,7 +28,7 @@ from mlfusion.datasets.depth import report_depth as report_depth
 from mlfusion.datasets.images import SUFFIXES as SUFFIXES
 from mlfusion.datasets.images import Decoder as Decoder
 from mlfusion.datasets.labels import encode_labels
-from mlfusion.datasets.places import files_below, split_of_path, split_word
+from mlfusion.datasets.places import files_below, split_of_path
 from mlfusion.datasets.resplit import ratio_text, split_by_ratio
 from mlfusion.datasets.split import DataSet as DataSet
 from mlfusion.datasets.split import RawSplit
@@ -38,7 +38,8 @@ from mlfusion.errors import BadData, UnknownName
 from mlfusion.specs.identity import Decoding
 from mlfusion.specs.kinds import parse_ratio, parse_window
 from mlfusion.specs.options import LabelKind, ReadOptions
-from mlfusion.specs.references import find_path, short_name
+from mlfusion.specs.splits import split_word
+from mlfusion.system.references import find_path, short_name
 
 logger = logging.getLogger(__name__)
 

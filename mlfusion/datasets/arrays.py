@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mlfusion.datasets.places import SPLIT_WORDS, SPLITS, words_of
+from mlfusion.datasets.places import words_of
 from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
+from mlfusion.specs.splits import SPLIT_WORDS, SPLITS
 
 logger = logging.getLogger(__name__)
 

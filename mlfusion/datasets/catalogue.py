@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from mlfusion.specs.references import catalogue_cells
+from mlfusion.system.references import catalogue_cells
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,21 +13,13 @@ from typing import Any, TextIO
 
 from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, require_different, require_unique
 from mlfusion.datasets.images import HEIF_SUFFIXES, SUFFIXES
-from mlfusion.datasets.places import (
-    NO_COLUMN,
-    SPLITS,
-    add_part,
-    parts,
-    refuse_or_report,
-    split_column,
-    split_in,
-    split_word,
-)
+from mlfusion.datasets.places import NO_COLUMN, add_part, parts, refuse_or_report, split_column, split_in
 from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.datasets.values import NUMBER
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
-from mlfusion.specs.references import is_inside
+from mlfusion.specs.splits import SPLITS, split_word
+from mlfusion.system.references import is_inside
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from mlfusion.datasets.places import add_part, parts, split_column
 from mlfusion.datasets.split import RawSplit, decoder, read_row_of
 from mlfusion.errors import BadData, Unavailable
 from mlfusion.specs.options import ReadOptions
-from mlfusion.specs.references import is_inside
+from mlfusion.system.references import is_inside
 
 KEY = "__key__"  # column in which the datasets library stores the key of a WebDataset sample
 

@@ -7,16 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlfusion.errors import BadData
+from mlfusion.specs.splits import SPLIT_WORDS, SPLITS, split_word
 
 logger = logging.getLogger(__name__)
-
-SPLITS = ("train", "test", "validation")
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-}
-"""Word, in lower case → the split that it names."""
 
 SHARD = r"(.+)-\d{5}-of-\d{5}"
 """Stem of a file that is one of several of a split, as the hub names them."""
@@ -47,11 +40,6 @@ SPLIT_PLACES: dict[str, tuple[Place, ...]] = {
     "arrays": ("array", "only"),
 }
 """Form → the places of the split; the first that names one decides."""
-
-
-def split_word(text: str) -> str | None:
-    """The split that a whole text names, such as a folder or a cell."""
-    return SPLIT_WORDS.get(text.strip().casefold())
 
 
 def words_of(name: str) -> list[str]:

@@ -24,11 +24,12 @@ import xxhash
 from mlfusion.datasets import tars
 from mlfusion.datasets.columns import require_different, require_unique
 from mlfusion.datasets.hub import TableColumns, cell_bytes, choose_columns, split_cells, translate_hub_errors
-from mlfusion.datasets.places import add_part, by_split, files_below, parts, split_of_path, split_word
+from mlfusion.datasets.places import add_part, by_split, files_below, parts, split_of_path
 from mlfusion.datasets.split import RawSplit, decoder
 from mlfusion.datasets.values import plain
 from mlfusion.errors import BadData, first_line
 from mlfusion.specs.options import ReadOptions
+from mlfusion.specs.splits import split_word
 from mlfusion.system import disk
 from mlfusion.system.progress import Bar, track
 
@@ -107,9 +108,9 @@ class Rows:
         file = self._files[path] = self._files.get(path) or open_parquet(path)
         rows, nbytes = file.metadata.row_group(group).num_rows, file.metadata.row_group(group).total_byte_size
         if nbytes <= BATCH_BYTES:
-            return iter([file.read_row_group(group, columns=[self.column])])
+            return iter([file.read_row_group(group, columns=[self.column], use_threads=False)])
         batches: Iterator[Any] = file.iter_batches(
-            max(1, rows * BATCH_BYTES // nbytes), row_groups=[group], columns=[self.column]
+            max(1, rows * BATCH_BYTES // nbytes), row_groups=[group], columns=[self.column], use_threads=False
         )
         return batches
 

@@ -12,11 +12,11 @@ import xxhash
 from PIL import Image
 
 from mlfusion.datasets.images import Decoder
-from mlfusion.datasets.places import split_word
 from mlfusion.errors import BadData, BadImage
 from mlfusion.specs.identity import AS_STORED, Decoding
 from mlfusion.specs.kinds import parse_window
 from mlfusion.specs.options import LabelKind, ReadOptions
+from mlfusion.specs.splits import split_word
 from mlfusion.system.progress import track
 
 TASK_IMAGES = 16  # images of one task of a thread: a task costs about as much as the digest of one image

@@ -9,11 +9,11 @@ from mlfusion import datasets, models
 from mlfusion.models import preprocessing
 from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.specs.identity import KINDS, DataSpec, FeatureSpec, Pair, TokenKind, digest
-from mlfusion.specs.names import parse_model, parse_tokens
+from mlfusion.specs.names import parse_tokens
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
-from mlfusion.specs.references import Kind, find_path
 from mlfusion.store import Names, Samples
 from mlfusion.system.devices import pick_compute, pick_device
+from mlfusion.system.references import Kind, find_path, parse_model
 
 
 @dataclass(frozen=True, eq=False)

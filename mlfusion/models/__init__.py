@@ -15,8 +15,8 @@ from mlfusion.models import hub as hub
 from mlfusion.models.catalogue import CATALOGUE as CATALOGUE
 from mlfusion.models.catalogue import EMBEDDED as EMBEDDED
 from mlfusion.specs.identity import Compute, Hook, ModelSpec, digest
-from mlfusion.specs.names import Setting, parse_model
-from mlfusion.specs.references import find_path, short_name
+from mlfusion.specs.names import Setting
+from mlfusion.system.references import find_path, parse_model, short_name
 
 COSMETIC = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype", "torch_dtype"}
 """Fields of a configuration that cannot change a feature: paths, versions, class names."""

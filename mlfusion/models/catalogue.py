@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from mlfusion.specs.references import catalogue_cells
+from mlfusion.system.references import catalogue_cells
 
 EMBEDDED = "formula-vit"
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mlfusion.errors import MlfusionError, UnknownName
-from mlfusion.specs.identity import GRID_SIDES, HOOKS, KINDS, REDUCED_KINDS, Hook, Pair, TokenKind
-from mlfusion.specs.references import find_path
+from mlfusion.specs.identity import GRID_SIDES, KINDS, REDUCED_KINDS, Hook, Pair, TokenKind
 
 Head = Literal[
     "linear",
@@ -76,39 +75,6 @@ class ModelRef:
         merged = dict(settings) | dict(self.settings)
         own_hook = self.hook if self.hook != "norm2" else hook or "norm2"
         return ModelRef(self.name, own_hook, tuple(sorted(merged.items())))
-
-
-def parse_model(word: str) -> ModelRef:
-    """Parse 'NAME', 'NAME:HOOK' or 'NAME:key=value,…'; the name may be a path with colons.
-
-    Raises:
-        UnknownName: a part is neither a hook point nor a setting.
-    """
-    scheme = "embedded:" if word.startswith("embedded:") else ""
-    name, rest = _split_name(word.removeprefix(scheme))
-    parts = [part.strip() for part in rest.split(",") if part.strip()]
-    hook: Hook = "norm2"
-    changed: dict[str, Setting] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if equals and key:
-            changed[key] = setting_value(value)
-        elif part in HOOKS:
-            hook = part
-        else:
-            raise UnknownName("hook point", part, HOOKS, otherwise="Or a setting of the model's, as hidden_act=gelu.")
-    return ModelRef(scheme + name, hook, tuple(sorted(changed.items())))
-
-
-def _split_name(word: str) -> tuple[str, str]:
-    """Split a model's name from what follows its colon; a folder that exists is a folder, whatever colons its path has."""
-    for name, _, rest in ((word, "", ""), word.rpartition(":")):
-        if ":" in name and (path := find_path("model", name)) and path.is_dir():
-            return name, rest
-    # Hook points and names of settings have no slash, so that a colon before a slash belongs to the path.
-    start = word.partition("=")[0].rfind("/") + 1
-    name, _, rest = word[start:].partition(":")
-    return word[:start] + name, rest
 
 
 def setting_text(value: Setting) -> str:

@@ -17,15 +17,15 @@ from typing import Self, TypeVar
 
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.identity import FORMAT, FeatureSpec, Pair
-from mlfusion.specs.names import ModelRef, parse_model
+from mlfusion.specs.names import ModelRef
 from mlfusion.specs.options import FormatName
-from mlfusion.specs.references import Kind, find_path
 from mlfusion.store import records
 from mlfusion.store.entry import Entry, ShardDraft, draft_entry, restore_missing_files
 from mlfusion.store.leases import Leases
 from mlfusion.store.records import CacheMarker, Names, Samples, removed_message
 from mlfusion.store.stream import Stream, streams_for
 from mlfusion.system import disk
+from mlfusion.system.references import Kind, find_path, parse_model
 
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of mlfusion; see README.md beside this file.\n"
 MARKER = "mlfusion-cache.json"

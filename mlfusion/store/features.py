@@ -13,6 +13,7 @@ from mlfusion.errors import BadData, BadModel, NotCached
 from mlfusion.specs.commands import extract_command, feature_words
 from mlfusion.specs.identity import KINDS, ModelSpec, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens
+from mlfusion.specs.splits import split_word
 from mlfusion.store import Alias, CachePath, Check, Entry, FeatureStore, Names, TokenReader
 from mlfusion.store.entry import pair_words
 from mlfusion.store.overlap import Overlap, overlap
@@ -174,6 +175,8 @@ def newest_split(store: FeatureStore, model: str, dataset: str, split: str, view
     """
     named = [alias for alias in store.aliases(model=model, dataset=dataset) if alias.matches]
     _require_one_source(named, model, dataset)
+    if all(alias.entry.spec.data.split != split for alias in named):  # `--split val=…` keeps the user's word
+        split = split_word(split) or split
     of_split = [alias for alias in named if alias.entry.spec.data.split == split]
     found = [alias for alias in of_split if alias.entry.spec.model.view == view]
     if of_split and not found:

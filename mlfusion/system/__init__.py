@@ -1,1 +1,1 @@
-"""The machine: devices, memory, disk, progress."""
+"""The machine: devices, memory, disk, progress, and what a name refers to on it."""

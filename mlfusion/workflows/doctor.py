@@ -16,12 +16,12 @@ from mlfusion.models import checkpoints, hub, preprocessing
 from mlfusion.models.backbone import Backbone
 from mlfusion.probing.heads import kernels
 from mlfusion.specs.identity import HOOKS
-from mlfusion.specs.names import layer_ranges, parse_model
-from mlfusion.specs.references import find_path
+from mlfusion.specs.names import layer_ranges
 from mlfusion.store import CachePath, default_root
 from mlfusion.system import disk
 from mlfusion.system.devices import pick_device
 from mlfusion.system.memory import available
+from mlfusion.system.references import find_path, parse_model
 
 State = Literal["ok", "note", "problem"]
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface-hub", "zarr", "h5py", "safetensors", "pillow")

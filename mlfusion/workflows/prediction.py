@@ -18,9 +18,9 @@ from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.probing import protocol, saved
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.specs.identity import COMPUTES, MAX_PIXELS, Compute, Decoding, ModelSpec, digest
-from mlfusion.specs.names import parse_model
 from mlfusion.store.encoding import ENCODINGS
 from mlfusion.system.devices import pick_device
+from mlfusion.system.references import parse_model
 
 BATCH = 32
 TOP = 5

@@ -18,8 +18,9 @@ from typing import Any
 from mlfusion.errors import BadRecipe, MlfusionError, UnknownName
 from mlfusion.specs.definitions import Option, all_definitions, build
 from mlfusion.specs.identity import Pair
-from mlfusion.specs.names import Probe, expand_braces, parse_model, parse_probes, parse_tokens
+from mlfusion.specs.names import Probe, expand_braces, parse_probes, parse_tokens
 from mlfusion.specs.options import MAX_DEPTH, ComputeOptions, FeatureOptions, SearchOptions
+from mlfusion.system.references import parse_model
 
 DATA = "$DATA"  # stands for the folder that --data names, at the beginning of a model's or data set's name
 _IN_DATA = re.compile(rf"{re.escape(DATA)}(/|$)")

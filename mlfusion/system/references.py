@@ -10,6 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from mlfusion.errors import UnknownName
+from mlfusion.specs.identity import HOOKS, Hook
+from mlfusion.specs.names import ModelRef, Setting, setting_value
+
 logger = logging.getLogger(__name__)
 
 Kind = Literal["model", "data set"]
@@ -56,6 +60,39 @@ def _report_shadowed(kind: Kind, name: str) -> None:
     logger.warning(
         "%s is the %s of the catalogue; type ./%s for the folder or file of that name here", name, kind, name
     )
+
+
+def parse_model(word: str) -> ModelRef:
+    """Parse 'NAME', 'NAME:HOOK' or 'NAME:key=value,…'; the name may be a path with colons.
+
+    Raises:
+        UnknownName: a part is neither a hook point nor a setting.
+    """
+    scheme = "embedded:" if word.startswith("embedded:") else ""
+    name, rest = _split_name(word.removeprefix(scheme))
+    parts = [part.strip() for part in rest.split(",") if part.strip()]
+    hook: Hook = "norm2"
+    changed: dict[str, Setting] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if equals and key:
+            changed[key] = setting_value(value)
+        elif part in HOOKS:
+            hook = part
+        else:
+            raise UnknownName("hook point", part, HOOKS, otherwise="Or a setting of the model's, as hidden_act=gelu.")
+    return ModelRef(scheme + name, hook, tuple(sorted(changed.items())))
+
+
+def _split_name(word: str) -> tuple[str, str]:
+    """Split a model's name from what follows its colon; a folder that exists is a folder, whatever colons its path has."""
+    for name, _, rest in ((word, "", ""), word.rpartition(":")):
+        if ":" in name and (path := find_path("model", name)) and path.is_dir():
+            return name, rest
+    # Hook points and names of settings have no slash, so that a colon before a slash belongs to the path.
+    start = word.partition("=")[0].rfind("/") + 1
+    name, _, rest = word[start:].partition(":")
+    return word[:start] + name, rest
 
 
 def short_name(path: Path) -> str:
