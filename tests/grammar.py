@@ -7,6 +7,7 @@ A fault is put into a written data set that is otherwise valid; its name says wh
 import csv
 import io
 import json
+import os
 import random
 import tarfile
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import datasets as library
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -137,6 +139,7 @@ def picture(kind: str, height: int, width: int, seed: int) -> Picture:
 # --- what a data set holds -------------------------------------------------------------------------------------------
 
 KINDS = ("class", "labels", "number")
+SPLITS = (("train", "test"), ("train", "validation", "test"), ("train", "validation"))
 Label = str | tuple[str, ...] | float
 
 
@@ -163,6 +166,12 @@ class Content:
     seed: int
 
 
+def word(content: Content, split: str) -> str:
+    """The word by which the files of a data set name a split."""
+    words = ("validation", "val", "valid", "dev", "Val") if split == "validation" else (split,)
+    return words[content.seed % len(words)]
+
+
 @dataclass(frozen=True)
 class Written:
     """A data set on disk, the options that it is read with, and what reading it has to give."""
@@ -171,11 +180,14 @@ class Written:
     content: Content
     ids: dict[str, list[str]]  # in order; the samples of `content` have the same order
     options: dict[str, Any] = field(default_factory=dict)
+    listed: tuple[str, ...] = ()  # its own list of classes
 
     def classes(self) -> tuple[str, ...]:
-        """All classes, whole numbers by their size before words by their text."""
+        """All classes: in the order of its list, or whole numbers by their size before words by their text."""
         if self.content.kind == "number":
             return ()
+        if self.listed:
+            return self.listed
         every = [sample.label for samples in self.content.splits.values() for sample in samples]
         names = {name for label in every for name in ((label,) if isinstance(label, str) else label)}
         return tuple(
@@ -227,21 +239,25 @@ def names(count: int) -> st.SearchStrategy[list[str]]:
 def _vocabulary(draw: DrawFn, form: str) -> list[str]:
     count = draw(st.integers(2, 4))
     odd = [word for _, each in sorted(ODD_WORDS.items()) for word in each]
-    if form != "class folders":
+    if not form.startswith("class folders"):
         odd = [word for word in odd if ";" not in word]
-    words = st.lists(st.sampled_from([*WORDS, *odd]), min_size=count, max_size=count, unique=True)
+    words = st.lists(st.sampled_from([*WORDS, *odd]), min_size=count, max_size=count, unique=True).filter(
+        lambda drawn: (
+            "None" not in drawn or any(name.isalpha() for name in set(drawn) - {"None"})
+        )  # else a missing number
+    )
     numbers = st.lists(st.integers(0, 120).map(str), min_size=count, max_size=count, unique=True)
     return draw(words if draw(st.booleans()) else numbers)
 
 
-def _labels(draw: DrawFn, kind: str, form: str, splits: Sequence[str]) -> dict[str, list[Label]]:
+def _labels(draw: DrawFn, kind: str, form: str, splits: Sequence[str], least: int) -> dict[str, list[Label]]:
     """Labels of every split, so that a probe could be trained on them."""
     if kind == "number":
         numbers = st.lists(st.integers(-40, 40), min_size=2, max_size=5, unique=True)
         return {split: [number + 0.5 for number in draw(numbers)] for split in splits}
     vocabulary = _vocabulary(draw, form)
     if kind == "class":
-        counts = st.lists(st.integers(1, 3), min_size=len(vocabulary), max_size=len(vocabulary))
+        counts = st.lists(st.integers(least, least + 2), min_size=len(vocabulary), max_size=len(vocabulary))
         return {
             split: draw(st.permutations([w for w, n in zip(vocabulary, draw(counts), strict=True) for _ in range(n)]))
             for split in splits
@@ -252,21 +268,27 @@ def _labels(draw: DrawFn, kind: str, form: str, splits: Sequence[str]) -> dict[s
 
 
 @st.composite
-def contents(draw: DrawFn, forms: Sequence[str], kinds: Sequence[str] = KINDS) -> Content:
-    """What some data set of one of these forms and kinds of labels holds."""
+def contents(
+    draw: DrawFn,
+    forms: Sequence[str],
+    kinds: Sequence[str] = KINDS,
+    splits: Sequence[tuple[str, ...]] = SPLITS,
+    least: int = 1,
+) -> Content:
+    """What some data set of one of these forms, kinds of labels and splits holds; of each class at least so many images."""
     form, kind = draw(
         st.tuples(st.sampled_from(sorted(forms)), st.sampled_from(sorted(kinds))).filter(
-            lambda pair: pair[0] != "class folders" or pair[1] == "class"
+            lambda pair: not pair[0].startswith("class folders") or pair[1] == "class"
         )
     )
-    splits = draw(st.sampled_from([("train", "test"), ("train", "validation", "test"), ("train", "validation")]))
-    labels = _labels(draw, kind, form, splits)
+    names_of_splits = draw(st.sampled_from(splits))
+    labels = _labels(draw, kind, form, names_of_splits, least)
     found = iter(draw(names(sum(map(len, labels.values())))))
     seed = draw(st.integers(0, 2**32 - 1))
     shape = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))  # arrays need one shape
     formats = [draw(st.sampled_from(["PNG", "grey PNG"]))] if form in ("npz", "npy") else sorted(PICTURES)
     rows: dict[str, list[Sample]] = {}
-    for split in splits:
+    for split in names_of_splits:
         rows[split] = []
         for label in labels[split]:
             picked = draw(st.sampled_from(formats))
@@ -283,6 +305,11 @@ def _texts(label: Label) -> str:
     return label if isinstance(label, str) else repr(label) if isinstance(label, float) else ";".join(label)
 
 
+def _is_whole(label: Any) -> bool:
+    """Whether a label is the text of a whole number, and of no other text: 001 is none."""
+    return isinstance(label, str) and label.isdigit() and str(int(label)) == label
+
+
 def _json(label: Label) -> Any:
     return list(label) if isinstance(label, tuple) else label
 
@@ -295,7 +322,7 @@ def class_folders(content: Content, root: Path) -> Written:
         paths = {}
         for sample in samples:
             deeper = chance.choice(["", "", "more/"])
-            paths[f"{split}/{sample.label}/{deeper}{sample.file}"] = sample
+            paths[f"{word(content, split)}/{sample.label}/{deeper}{sample.file}"] = sample
         for path, sample in paths.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_bytes(sample.picture.body)
@@ -303,6 +330,16 @@ def class_folders(content: Content, root: Path) -> Written:
         splits[split] = [paths[path] for path in ids[split]]
     (root / "notes.txt").write_text("not a picture")
     return Written(root, replace(content, splits=splits), ids)
+
+
+def class_folders_alone(content: Content, root: Path) -> Written:
+    """<class>/<image>, without folders of splits."""
+    paths = {f"{sample.label}/{sample.file}": sample for sample in content.splits["train"]}
+    for path, sample in paths.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(sample.picture.body)
+    ids = sorted(paths)
+    return Written(root, replace(content, splits={"train": [paths[path] for path in ids]}), {"train": ids})
 
 
 def _pictures_in(folder: Path, samples: Sequence[Sample]) -> None:
@@ -318,7 +355,9 @@ def csv_of_each_split(content: Content, root: Path) -> Written:
     image, label = chance.choice([("path", "label"), ("file_name", "class"), ("filename", "target"), ("p i c", "spéc")])
     for split, samples in content.splits.items():
         _pictures_in(root / "img", samples)
-        with open(root / f"{split}.csv", "w", newline="", encoding=chance.choice(["utf-8", "utf-8-sig"])) as file:
+        with open(
+            root / f"{word(content, split)}.csv", "w", newline="", encoding=chance.choice(["utf-8", "utf-8-sig"])
+        ) as file:
             writer = csv.writer(file, delimiter=separator, lineterminator=chance.choice(["\n", "\r\n"]))
             writer.writerow([label, "remark", image])
             for sample in samples:
@@ -337,7 +376,8 @@ def one_csv(content: Content, root: Path) -> Written:
         writer = csv.writer(file)
         writer.writerow(["split", "image", "label", "sample"])
         writer.writerows(
-            (split, sample.file, _texts(sample.label), f"id {number}") for number, (split, sample) in enumerate(rows)
+            (word(content, split), sample.file, _texts(sample.label), f"id {number}")
+            for number, (split, sample) in enumerate(rows)
         )
     by_id = chance.choice([True, False])
     names_of = [f"id {number}" if by_id else sample.file for number, (_, sample) in enumerate(rows)]
@@ -356,19 +396,20 @@ def json_lines(content: Content, root: Path) -> Written:
     beside, as_number = chance.choice([True, False]), chance.choice([True, False])
     ids = {}
     for split, samples in content.splits.items():
-        _pictures_in(root / split, samples)
-        start = "" if beside else f"{split}/"
+        named = word(content, split)
+        _pictures_in(root / named, samples)
+        start = "" if beside else f"{named}/"
         lines = []
         for sample in samples:
             label = _json(sample.label)
-            if as_number and isinstance(label, str) and label.isdigit():
+            if as_number and _is_whole(label):
                 label = int(label)
             lines.append(
                 json.dumps(
                     {"file_name": start + sample.file, "label": label}, ensure_ascii=chance.choice([True, False])
                 )
             )
-        place = root / split / "metadata.jsonl" if beside else root / f"{split}.jsonl"
+        place = root / named / "metadata.jsonl" if beside else root / f"{named}.jsonl"
         place.write_text(chance.choice(["\n", "\n\n"]).join(lines) + "\n", encoding="utf-8")
         ids[split] = [start + sample.file for sample in samples]
     return Written(root, content, ids)
@@ -391,7 +432,8 @@ def tars(content: Content, root: Path) -> Written:
         size = chance.randint(1, 3)
         parts = [samples[start : start + size] for start in range(0, len(samples), size)]
         keys = [[f"s{n if restart else n + i * size:04d}" for n in range(len(part))] for i, part in enumerate(parts)]
-        stems = [f"{i:03d}" if in_folder else f"{split}-{i:03d}" for i in range(len(parts))]
+        named = word(content, split)
+        stems = [f"{i:03d}" if in_folder else f"{named}-{i:03d}" for i in range(len(parts))]
         twice = restart and len(parts) > 1
         ids[split] = [
             f"{split}/{stem}/{key}" if twice else f"{split}/{key}"
@@ -399,7 +441,7 @@ def tars(content: Content, root: Path) -> Written:
             for key in each
         ]
         for stem, part, numbered in zip(stems, parts, keys, strict=True):
-            place = root / split / f"{stem}.tar" if in_folder else root / f"{stem}.tar"
+            place = root / named / f"{stem}.tar" if in_folder else root / f"{stem}.tar"
             place.parent.mkdir(exist_ok=True)
             with tarfile.open(place, "w") as tar:
                 for key, sample in zip(numbered, part, strict=True):
@@ -421,14 +463,19 @@ def _tar_label(form: str, key: str, sample: Sample, classes: Sequence[str]) -> t
 
 
 def parquet(content: Content, root: Path) -> Written:
-    """<split>-00000-of-00001.parquet, images as bytes or in the hub's form, ids in a column or not."""
+    """<split>-00000-of-00001.parquet, images as bytes or in the hub's form, ids in a column or not, classes listed or not."""
     chance = random.Random(content.seed)
+    classes = list(Written(root, content, {}).classes())
+    chance.shuffle(classes)
+    listed = tuple(classes) if content.kind == "class" and "" not in classes and chance.choice([True, False]) else ()
     as_struct, by_id, in_place = (chance.choice([True, False]) for _ in range(3))
     ids = {}
     for split, samples in content.splits.items():
         bodies = [sample.picture.body for sample in samples]
         labels = [_json(sample.label) for sample in samples]
-        if all(isinstance(label, str) and label.isdigit() for label in labels):
+        if listed:
+            labels = [listed.index(label) for label in labels]
+        elif all(map(_is_whole, labels)):
             labels = [int(label) for label in labels]
         cells: list[Any] = [{"bytes": body, "path": None} for body in bodies] if as_struct else bodies
         kind = (
@@ -439,9 +486,16 @@ def parquet(content: Content, root: Path) -> Written:
             "label": pyarrow.array(labels),
             "id": pyarrow.array([s.name for s in samples]),
         }
-        pyarrow.parquet.write_table(pyarrow.table(columns), root / f"{split}-00000-of-00001.parquet", row_group_size=2)
+        table = pyarrow.table(columns)
+        if listed:
+            image = library.Image() if as_struct else library.Value("binary")
+            hub = {"image": image, "label": library.ClassLabel(names=listed), "id": library.Value("string")}
+            table = table.replace_schema_metadata(library.Features(hub).arrow_schema.metadata)
+        place = root / f"{word(content, split)}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(table, place, row_group_size=2)
         ids[split] = [sample.name if by_id else f"{split}/{row}" for row, sample in enumerate(samples)]
-    return Written(root, content, ids, ({"id_column": "id"} if by_id else {}) | ({"stream": True} if in_place else {}))
+    options = ({"id_column": "id"} if by_id else {}) | ({"stream": True} if in_place else {})
+    return Written(root, content, ids, options, listed)
 
 
 def _arrays(content: Content) -> tuple[Content, dict[str, np.ndarray]]:
@@ -465,14 +519,14 @@ def _arrays(content: Content) -> tuple[Content, dict[str, np.ndarray]]:
     column = chance.choice([True, False])
     for split, samples in content.splits.items():
         pixels = np.stack([pixels for sample in samples if (pixels := sample.picture.pixels) is not None])
-        made[images.format(split)] = pixels[..., 0] if grey else pixels
+        made[images.format(word(content, split))] = pixels[..., 0] if grey else pixels
         plain: list[Any] = [sample.label for sample in samples]
         if content.kind == "labels":
             plain = [[int(str(i) in label) for i in range(count)] for label in plain]
-        elif all(isinstance(label, str) and label.isdigit() for label in plain):
+        elif all(map(_is_whole, plain)):
             plain = [int(label) for label in plain]
         values = np.array(plain)
-        made[labels.format(split)] = values[:, None] if column and values.ndim == 1 else values
+        made[labels.format(word(content, split))] = values[:, None] if column and values.ndim == 1 else values
     return content, made
 
 
@@ -501,3 +555,22 @@ FORMS: dict[str, Callable[[Content, Path], Written]] = {
     "npz": npz,
     "npy": npy_files,
 }
+
+ALONE: dict[str, Callable[[Content, Path], Written]] = {"class folders without splits": class_folders_alone}
+"""Forms that have no splits of their own: they are read with --split-ratio."""
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def snapshot(written: Written, root: Path) -> Written:
+    """The files below `root` as the hub's client keeps them: each one in blobs, and a link to it below the commit."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    repository = root / "datasets--org--set"
+    (repository / "blobs").mkdir(parents=True)
+    commit = repository / "snapshots" / COMMIT
+    for number, file in enumerate(files):
+        link = commit / file.relative_to(root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = file.rename(repository / "blobs" / f"{number:040x}")
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return replace(written, path=commit / written.path.relative_to(root))

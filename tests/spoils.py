@@ -300,7 +300,6 @@ FAULTS: dict[str, Fault] = {
 }
 
 EXCLUDED = {
-    "a tar cut between two samples",  # a warning: some programs write no mark of the end
     "training images without labels",  # a warning: the other splits are read
 }
 """Faults that the readers report and do not refuse."""

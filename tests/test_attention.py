@@ -110,6 +110,22 @@ def test_the_images_of_a_row_are_those_it_was_tested_on(tmp_path):
         attention.row_images(aat, dataset=str(moved), cache=tmp_path / "none")
 
 
+def test_images_of_arrays_in_memory_are_asked_for(tmp_path):
+    model, pixels = (
+        str(save_model("deit", tmp_path / "m")),
+        np.random.default_rng(0).integers(0, 256, (12, 9, 9, 3), np.uint8),
+    )
+    parts = {"train": (pixels[:8], [0, 1] * 4), "test": (pixels[8:], [0, 1] * 2)}
+    mlfusion.extract(model, mlfusion.array_dataset("mine", parts), layers="last", tokens="cls")
+    [made] = mlfusion.probe("mine", probes="cls-last/ridge", seeds=(0,)).rows
+    with pytest.raises(BadData, match=r"arrays in memory \(mine\).*give --dataset FILE.npz"):
+        attention.row_images(made)
+    saved = {f"{split}_images": part[0] for split, part in parts.items()}
+    saved |= {f"{split}_labels": np.array(part[1]) for split, part in parts.items()}
+    np.savez(tmp_path / "mine.npz", **saved)
+    assert attention.row_images(made, dataset=str(tmp_path / "mine.npz")).ids == [f"test/{row}" for row in range(4)]
+
+
 def test_pictures_are_shown_at_the_size_that_the_model_saw(tmp_path):
     model, data = save_model("deit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 4, "test": 1})
     mlfusion.extract(str(model), str(data), layers="last", tokens="cls", size=64)

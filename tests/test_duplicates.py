@@ -163,7 +163,7 @@ def test_near_copies_by_hand(tmp_path: Path) -> None:
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr(overlap, "STEP", 64)
-        patch.setattr(overlap, "compared_pair", lambda entry: (2, "all"))
+        patch.setattr(overlap, "compared_pair", lambda model: (2, "all"))
         found = pair.overlap
     assert (found.bytes, found.near, found.train_rows.tolist()) == (0, 1, [120])
 

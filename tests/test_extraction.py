@@ -132,6 +132,16 @@ def test_load_features_gives_arrays_with_labels_and_ids(model, images):
         mlfusion.load_features(model, images, "validation")
 
 
+def test_load_features_takes_every_word_of_a_split(model, tmp_path):
+    data = str(save_images(tmp_path / "d", {"train": 2, "test": 1, "val": 2}))
+    mlfusion.extract(model, data, splits="train,val", layers="last")
+    for word in ("validation", "val", "Dev"):
+        assert mlfusion.load_features(model, data, word, layers="last").ids[0].startswith("val/")
+    mlfusion.extract(model, data, splits="val=test", layers="last")  # now a split of the cache has this very name
+    assert mlfusion.load_features(model, data, "val", layers="last").ids[0].startswith("test/")
+    assert mlfusion.load_features(model, data, "dev", layers="last").ids[0].startswith("val/")
+
+
 def test_open_features_reads_what_is_asked_for_and_no_more(model, images):
     mlfusion.extract(model, images)
     whole = mlfusion.load_features(model, images, "train", layers="3,4", tokens="ap")

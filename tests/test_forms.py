@@ -16,7 +16,8 @@ from tiny import save_images
 
 import mlfusion
 from mlfusion import datasets
-from mlfusion.datasets import ReadOptions
+from mlfusion.datasets import ReadOptions, remote
+from mlfusion.datasets import tars as tar_reader
 from mlfusion.errors import BadData, BadOption, UnknownName
 
 
@@ -268,6 +269,31 @@ def test_damaged_tars_are_named(name, damage, message, tmp_path):
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
     with pytest.raises(BadData, match=message):
         datasets.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda body: body[:4608], "the two blocks that end a tar are missing"),  # cut after the last file
+        (lambda body: body[:4700], "the two blocks that end a tar are missing"),
+        (lambda body: body[:5120], "the two blocks that end a tar are missing"),
+        (lambda body: body[:1024], "the two blocks that end a tar are missing"),
+        (lambda body: body + body, "more follows behind its end"),  # two tars in one file
+    ],
+)
+def test_a_tar_without_its_end_is_refused_on_disk_and_on_the_hub(damage, message, tmp_path):
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w") as tar:
+        put(tar, "0.cls", b"1")
+        put(tar, "0.png", bytes(3000))
+    body = path.read_bytes()
+    for whole in (body, body[:5632]):  # with the padding of Python's writer, and as short as a tar may be
+        path.write_bytes(whole)
+        assert tar_reader.index_file(str(path), tar_reader.Columns(ReadOptions())).keys == ["0"]
+    path.write_bytes(damage(body))
+    for read in (tar_reader.index_file, remote._index_tar):
+        with pytest.raises(BadData, match=message):
+            read(str(path), tar_reader.Columns(ReadOptions()))
 
 
 def test_samples_without_a_label_are_counted(tmp_path):

@@ -18,7 +18,7 @@ from mlfusion.errors import BadModel, BadOption
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import Steps, TransformersProcessor
-from mlfusion.models.preprocessing.steps import _decode_jpeg
+from mlfusion.models.preprocessing.steps import _decode_jpeg, resize_mark
 from mlfusion.specs.identity import AS_STORED, Decoding
 from mlfusion.specs.options import PREPARATIONS, FeatureOptions
 
@@ -477,3 +477,23 @@ def test_both_decoders_give_the_same_bytes_at_every_scale_and_size(mode, progres
             monkeypatch.setitem(sys.modules, "simplejpeg", None)  # importing it fails
             assert want.shape == (-(-height // scale), -(-width // scale), 3)
             np.testing.assert_array_equal(_decode_jpeg(*arguments), want)
+
+
+def test_a_pillow_that_resizes_otherwise_has_keys_of_its_own(monkeypatch):
+    """Rows first, as Pillow did before 13.0; the digest of the known picture is that of Pillow 10.4, 11.3 and 12.2."""
+    steps, resize = Steps(size=8, crop_size=(8, 8)), Image.Image.resize
+    here = steps.key()
+    assert "resize" not in json.loads(here)
+    resize_mark.cache_clear()
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda image, size, *how: resize(resize(image, (size[0], image.height), *how), size, *how),
+    )
+    there = steps.key()
+    assert json.loads(there) == {**json.loads(here), "resize": "98e4a51a680cd4e7"}
+    assert replace(steps, kernel="torch-uint8").key().find("resize") == -1  # torch resizes, whatever Pillow does
+    assert (preprocessing.from_key(there)[0], preprocessing.from_key(here)[0]) == (steps, None)
+    monkeypatch.undo()
+    resize_mark.cache_clear()
+    assert (preprocessing.from_key(there)[0], preprocessing.from_key(here)[0]) == (None, steps)

@@ -142,6 +142,21 @@ def test_tokens_that_are_named_are_cached_though_no_probe_reads_them(recipe, mod
     assert train.images_to_run == 0
 
 
+@pytest.mark.parametrize(("family", "kind"), [("vit", "cls"), ("siglip", "ap")])
+def test_tokens_that_duplicates_are_found_by_are_cached_too(family, kind, data, tmp_path):
+    model = str(save_model(family, tmp_path / family))
+    asked = Recipe.of((model,), (data[0],), ("ap-last/ridge",), grid="quick", seeds=(0,), drop_duplicates=True)
+    [case] = study.plan(asked).cases
+    assert case.request.pairs == {(4, "ap"), (4, kind)}
+
+
+def test_a_case_that_has_no_image_without_a_copy_fails_in_a_sentence(model, data):
+    """Images of one colour are near copies of each other for this model."""
+    done = study.run(study.plan(Recipe.of((model,), (data[0],), ("ap-last/ridge",), seeds=(0,), drop_duplicates=True)))
+    [failure] = done.failures
+    assert failure.error.startswith("every image of colours/train is in test too")
+
+
 CHANGED = {
     "hook": "block",
     "settings": (("hidden_act", "relu"),),

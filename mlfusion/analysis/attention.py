@@ -148,6 +148,11 @@ def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None)
             f"the test features of row {row.id} ({row.features[1]}) are not in the cache, so that nothing says which "
             f"images it was tested on; name the cache that has them with --cache, or extract {source} again"
         )
+    if dataset is None and any(names.dataset_source == datasets.IN_MEMORY for names in entry.names()):
+        raise BadData(
+            f"row {row.id} was tested on arrays in memory ({source}), where no command finds them; save them with "
+            "numpy.savez(FILE.npz, test_images=…, test_labels=…), and its train in the same way, and give --dataset FILE.npz"
+        )
     steps, decoding = _preprocessing(entry.spec.model.preprocess, row.sources.model)
     window = decoding.window and f"{decoding.window[0]},{decoding.window[1]}"
     # How bad images are treated is no option of features.

@@ -30,6 +30,7 @@ from mlfusion.datasets.images import Decoder as Decoder
 from mlfusion.datasets.labels import encode_labels
 from mlfusion.datasets.places import files_below, split_of_path
 from mlfusion.datasets.resplit import ratio_text, split_by_ratio
+from mlfusion.datasets.split import IN_MEMORY as IN_MEMORY
 from mlfusion.datasets.split import DataSet as DataSet
 from mlfusion.datasets.split import RawSplit
 from mlfusion.datasets.split import Split as Split
@@ -108,7 +109,7 @@ def array_dataset(
     options = ReadOptions(target=target, split_ratio=split_ratio, split_seed=split_seed)
     names = None if classes is None else tuple(classes)
     raw = {split: replace(one, names=names) for split, one in _arrays.arrays(splits, options, name).items()}
-    return _build(name, "arrays", "arrays", raw, options)
+    return _build(name, IN_MEMORY, "arrays", raw, options)
 
 
 def pictures(files: Sequence[str], decode: Decoder | None = None) -> Split:

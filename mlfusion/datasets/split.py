@@ -21,6 +21,9 @@ from mlfusion.system.progress import track
 
 TASK_IMAGES = 16  # images of one task of a thread: a task costs about as much as the digest of one image
 
+IN_MEMORY = "arrays"
+"""Source of a data set of arrays in memory."""
+
 Encoded = Callable[[int], bytes]
 """Row → the bytes of the image's file; it can be pickled, and works in any process that sees the same files."""
 
@@ -132,7 +135,7 @@ class DataSet:
     """All splits of a data set, over one list of classes."""
 
     name: str  # for display
-    source: str  # hub id, "embedded", "arrays", or the absolute path of a folder or file
+    source: str  # hub id, "embedded", `IN_MEMORY`, or the absolute path of a folder or file
     form: str  # kind of folder or file, in words
     splits: Mapping[str, Split]
     resplit: str = ""  # ratio and seed if we made the splits: '0.8/0.1/0.1 seed 0'

@@ -6,7 +6,6 @@ and no tar is loaded into memory.
 
 import io
 import json
-import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +24,6 @@ from mlfusion.datasets.split import Encoded, RawSplit, decoder
 from mlfusion.datasets.values import NUMBERED
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
-
-logger = logging.getLogger(__name__)
 
 CLASS_NAMES = "classnames.txt"
 LABEL_FILES = ("cls", "npy")
@@ -172,10 +169,7 @@ def index_file(path: str, columns: "Columns") -> Index:
     """Index a tar on disk; reads headers and labels, but no images."""
     try:
         with tarfile.open(path, "r:") as tar:
-            index = index_samples(samples(tar), path, columns)
-        if os.path.getsize(path) - tar.offset < tarfile.BLOCKSIZE:  # no mark of the archive's end
-            logger.warning("%s ends without a mark of its end: it may have been cut between two samples", path)
-        return index
+            return index_samples(samples(tar), path, columns)
     except (tarfile.TarError, OSError, EOFError) as err:
         raise BadData(f"{path} cannot be read as a tar: {err}; allowed: whole tars that are not compressed") from err
 
@@ -212,8 +206,22 @@ def samples(tar: tarfile.TarFile, *, hashed: bool = False) -> Iterator[Sample]:
                 sample.contents[extension] = data
             if hashed:
                 sample.digests[extension] = xxhash.xxh3_128_digest(data)
+    _require_end(tar)
     if sample:
         yield sample
+
+
+def _require_end(tar: tarfile.TarFile) -> None:
+    """ReadError unless the last file is followed by the two empty blocks that end a tar (POSIX), and then by zeros alone."""
+    assert tar.fileobj is not None
+    rest = tar.fileobj.tell() - tar.offset + len(tar.fileobj.read(tarfile.BLOCKSIZE))  # the first was read as a header
+    if rest < 2 * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("the two blocks that end a tar are missing: it was cut, or its writer was not closed")
+    while data := tar.fileobj.read(tarfile.RECORDSIZE):
+        if data.strip(b"\0"):
+            raise tarfile.ReadError(
+                "more follows behind its end: of several tars in one file only the first would be read"
+            )
 
 
 class Links:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mlfusion.errors import BadData
 from mlfusion.probing import protocol, saved, splits
 from mlfusion.probing.jobs import Job
 from mlfusion.probing.rows import Fitted, arrays_of, card_of, row_of
@@ -68,8 +69,15 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
         without = NONE
         if job.search.drop_duplicates:  # what is left out must not depend on which tokens happen to be cached
             names = pair.names[0]
-            pair.require(frozenset({compared_pair(pair.train)}), names.model_argument, names.dataset_argument)
+            pair.require(
+                frozenset({compared_pair(pair.train.spec.model)}), names.model_argument, names.dataset_argument
+            )
             without = pair.overlap.train_rows
+            if len(without) == len(pair.train.rows()):
+                raise BadData(
+                    f"every image of {pair.dataset}/train is in test too, byte for byte or as a near copy, so that "
+                    "--drop-duplicates leaves none; leave that option out, or train on other images"
+                )
         train = _tokens(pair.train, job.probe, resources, stack, without)
         streamed = isinstance(train.values, TokenReader)
         classes = pair.train.spec.data.classes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlfusion.shapes import Bool, Float, Int
-from mlfusion.specs.identity import Pair
+from mlfusion.specs.identity import ModelSpec, Pair
 from mlfusion.store.entry import Entry
 
 NEAR = 0.98
@@ -28,9 +28,8 @@ class Overlap:
     reason: str = ""  # why near copies were not looked for
 
 
-def compared_pair(entry: Entry) -> Pair:
+def compared_pair(model: ModelSpec) -> Pair:
     """The tokens that are compared: the class token of the last layer, or the mean of the patches if there is none."""
-    model = entry.spec.model
     return model.depth, "ap" if model.kinds and "cls" not in model.kinds else "cls"
 
 
@@ -47,7 +46,7 @@ def overlap(train: Entry, test: Entry) -> Overlap:
 
 
 def _reason(train: Entry, test: Entry, train_images: int, test_images: int) -> str:
-    layer, kind = pair = compared_pair(train)
+    layer, kind = pair = compared_pair(train.spec.model)
     if pair not in train.complete_pairs() & test.complete_pairs():
         return f"the {kind} tokens of layer {layer} are not cached"
     if train_images * test_images * train.spec.model.width > MAX_PRODUCTS:
@@ -74,7 +73,7 @@ def _near(train: Entry, test: Entry) -> tuple[Bool[np.ndarray, " N"], Bool[np.nd
 
 def _parts(entry: Entry) -> Iterator[Float[np.ndarray, "b D"]]:
     """The compared tokens of all readable images, each scaled to length 1, some images at a time."""
-    layer, kind = compared_pair(entry)
+    layer, kind = compared_pair(entry.spec.model)
     with entry.open([layer], [kind]) as reader:
         for start in range(0, len(reader), STEP):
             yield _scaled(reader[start : start + STEP].reshape(-1, reader.shape[-1]).astype(np.float32))

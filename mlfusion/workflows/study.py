@@ -25,6 +25,7 @@ from mlfusion.specs.identity import GRID_SIDES, FeatureSpec, TokenKind
 from mlfusion.specs.options import StorageOptions
 from mlfusion.store import FeatureStore
 from mlfusion.store.features import SplitPair
+from mlfusion.store.overlap import compared_pair
 from mlfusion.system import disk
 from mlfusion.system.progress import duration
 from mlfusion.workflows.recipe import Recipe
@@ -206,6 +207,9 @@ class _Planner:
             job for job in jobs if not any(same.row_id(keys) in self._done for same in job.equivalents("cpu"))
         )
         pairs = frozenset(pair for job in missing for pair in job.probe.representation.pairs(spec.model.depth))
+        if missing and recipe.search.drop_duplicates:
+            kinds = tuple(self._model(request).kinds)
+            pairs, all_pairs = (each | {compared_pair(replace(spec.model, kinds=kinds))} for each in (pairs, all_pairs))
         # Tokens and views that the recipe names are cached even if no probe reads them.
         request = replace(request, pairs=all_pairs if recipe.all_tokens or len(recipe.features.views) > 1 else pairs)
         stage_one, seconds = None, 0.0

@@ -4,6 +4,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 import processors
 import pytest
 import spoils
+import xxhash
 from grammar import Content, Picture, Written
 from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from spoils import Spoilt
 from tiers import examples
 from typer.testing import CliRunner
@@ -116,10 +119,62 @@ def refuse(written: Written) -> None:
 
 
 @sample(60)
-@given(content=grammar.contents(list(grammar.FORMS)))
-def test_a_valid_data_set_is_read_as_it_was_drawn(content: Content, counts: dict[str, Counter[str]]) -> None:
-    with tempfile.TemporaryDirectory() as folder, counted(counts, content.form, valid=True) as count:
-        check(grammar.FORMS[content.form](content, Path(folder).resolve()))
+@given(content=grammar.contents(list(grammar.FORMS)), as_snapshot=st.sampled_from([False, False, True]))
+def test_a_valid_data_set_is_read_as_it_was_drawn(
+    content: Content, as_snapshot: bool, counts: dict[str, Counter[str]]
+) -> None:
+    form = content.form + " in the hub's cache" * as_snapshot
+    with tempfile.TemporaryDirectory() as folder, counted(counts, form, valid=True) as count:
+        root = Path(folder).resolve()
+        written = grammar.FORMS[content.form](content, root)
+        check(grammar.snapshot(written, root) if as_snapshot else written)
+        count["right"] += 1
+
+
+def check_parts(written: Written, ratio: tuple[int, ...], seed: int) -> None:
+    """Whether the images of train are dealt as docs/datasets.md says: by class, in the order of the hashes of their ids."""
+    names = ("train", "test") if len(ratio) == 2 else ("train", "validation", "test")
+    asked = {**written.options, "split_ratio": "/".join(str(share / 100) for share in ratio), "split_seed": seed}
+    found = datasets.load(str(written.path), ReadOptions(**asked))
+    assert set(found.splits) == set(names)
+    assert found.classes == written.classes()
+    ids, samples = written.ids["train"], written.content.splits["train"]
+    part_of = {name: part for part, split in found.splits.items() for name in split.ids}
+    assert sorted(part_of) == sorted(ids)
+    assert sum(len(split) for split in found.splits.values()) == len(ids)
+    for label in written.classes():
+        own = [name for name, sample in zip(ids, samples, strict=True) if sample.label == label]
+        dealt = [
+            part_of[name] for name in sorted(own, key=lambda name: xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()))
+        ]
+        assert dealt == sorted(dealt, key=names.index)  # first those of train, then the next part
+        assert set(dealt) == set(names)
+        for part, share in zip(names, ratio, strict=True):
+            assert abs(dealt.count(part) - share * len(own) / 100) <= 2
+    for part, split in found.splits.items():
+        rows = [ids.index(name) for name in split.ids]
+        assert rows == [row for row, name in enumerate(ids) if part_of[name] == part]  # in their order
+        assert [split.classes[label] for label in split.labels] == [samples[row].label for row in rows]
+        for at, row in enumerate(rows):
+            np.testing.assert_array_equal(np.asarray(split.image(at)), samples[row].picture.pixels)
+
+
+@sample(30)
+@given(
+    content=grammar.contents(
+        [*grammar.FORMS, *grammar.ALONE], ["class"], [("train",), ("train", "validation")], least=3
+    ),
+    ratio=st.sampled_from([(80, 20), (50, 50), (60, 20, 20), (40, 30, 30)]),
+    seed=st.integers(0, 9),
+)
+def test_a_data_set_without_a_test_split_is_split_by_ratio(
+    content: Content, ratio: tuple[int, ...], seed: int, counts: dict[str, Counter[str]]
+) -> None:
+    if content.form in grammar.ALONE:
+        content = replace(content, splits={"train": content.splits["train"]})
+    form = content.form + ", split by ratio" * (content.form in grammar.FORMS)
+    with tempfile.TemporaryDirectory() as folder, counted(counts, form, valid=True) as count:
+        check_parts((grammar.FORMS | grammar.ALONE)[content.form](content, Path(folder).resolve()), ratio, seed)
         count["right"] += 1
 
 

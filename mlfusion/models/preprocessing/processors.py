@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mlfusion.errors import BadModel, first_line
 from mlfusion.models.checkpoints import read_json
-from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges
+from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges, resize_mark
 from mlfusion.specs.identity import AS_STORED, Decoding
 
 
@@ -95,7 +95,8 @@ class TransformersProcessor:
         """Canonical JSON of the processor's settings; `decoding` as in `Steps.key`."""
         cosmetic = {"transformers_version", "processor_class", "_processor_class"}
         settings = self._processor.to_dict().items()
-        return canonical({k: v for k, v in settings if k not in cosmetic and v is not None}, decoding)
+        kept = {name: value for name, value in settings if name not in cosmetic and value is not None}
+        return canonical(kept | resize_mark(), decoding)
 
 
 Preprocessing = Steps | TransformersProcessor

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -40,6 +40,9 @@ JPEG_MARGIN = 2
 
 Rounding = Literal["floor", "half-even"]
 """Rounding of a crop's offset when the margin is odd: transformers rounds down, torchvision to the even number."""
+
+PILLOW_13 = "5b27cac7583b0616"
+"""Digest of the known picture of `resize_mark`, resized by Pillow 13.0."""
 
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
 
@@ -231,6 +234,8 @@ class Steps:
             del body["view"]
         if self.decodes_jpeg:
             body["spare"] = JPEG_MARGIN
+        if self.kernel == "pil":
+            body |= resize_mark()
         return canonical(body, decoding)
 
 
@@ -263,6 +268,19 @@ def _centre_crop(
     return pixels[:, top : top + size[0], left : left + size[1]]
 
 
+@cache
+def resize_mark() -> dict[str, str]:
+    """A part of the key if this Pillow resizes a known picture otherwise than Pillow 13.0, whose keys have no such part.
+
+    Pillow before 13.0 resizes the rows of a tall picture first, which changes some pixels by one level.
+    """
+    pixels = (np.arange(40 * 7 * 3) * 7919 % 251).astype(np.uint8).reshape(40, 7, 3)
+    pictures = [Image.fromarray(np.ascontiguousarray(each)) for each in (pixels, pixels.swapaxes(0, 1))]
+    resized = [each.resize(size, FILTERS["bilinear"]).tobytes() for each in pictures for size in ((5, 9), (9, 5))]
+    digest = hashlib.sha256(b"".join(resized)).hexdigest()[:16]
+    return {} if digest == PILLOW_13 else {"resize": digest}
+
+
 def canonical(body: Mapping[str, Any], decoding: Decoding) -> str:
     """The JSON text of a preprocessing; it has a mark for what is not at its default in the decoding of images."""
     marks: dict[str, Any] = {"exif": "upright"} if decoding.exif_transpose else {}
@@ -285,7 +303,8 @@ def from_key(key: str) -> tuple[Steps | None, Decoding]:
         max_pixels = int(body.pop("max_pixels", MAX_PIXELS))
         decoding = Decoding(exif_transpose, window and (int(window[0]), int(window[1])), max_pixels)
         unmarked = json.dumps(body, sort_keys=True)
-        body.pop("spare", None)
+        for mark in ("spare", "resize"):
+            body.pop(mark, None)
         absent = {"size": None, "crop_size": None, "rescale_factor": None}  # the key omits steps that are not done
         sizes = {name: edges(body[name]) for name in ("size", "crop_size") if name in body}
         colours = {name: tuple(map(float, body[name])) for name in ("image_mean", "image_std") if name in body}
