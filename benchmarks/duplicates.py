@@ -1,11 +1,11 @@
 """How often are near copies found, and how often are two different images taken for copies?
 
-    python benchmarks/duplicates.py [--model formula-vit] [--data ../shared/data] [--cache DIR] [--page]
+    python benchmarks/duplicates.py [--model formula-vit] [--data ../shared/data] [--sets A,B] [--cache DIR] [--page]
 
 Of a hundred test images of each data set, changed copies are made: encoded again as JPEG, resized to nine tenths, made a tenth
 brighter. A copy is found if the cosine with its original reaches the threshold of mlfusion/store/overlap.py. A false alarm is
 a test image of the data set as it is that reaches it with any train image; the sets have no image twice byte for byte, but
-nobody has looked for near copies by eye. With --page the table goes into docs/method.md.
+nobody has looked for near copies by eye. With --page the table goes into docs/method.md, between the marks of the model.
 """
 
 import argparse
@@ -87,17 +87,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="formula-vit")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--cache", default=None)
     parser.add_argument("--page", action="store_true")
     asked = parser.parse_args()
     lines = []
     with tempfile.TemporaryDirectory() as place:
-        for name in SETS:
+        for name in asked.sets.split(","):
             lines.append(measured(asked.model, asked.data / name, Path(place) / name, asked.cache or f"{place}/cache"))
             print(*lines[-1], sep="\t", flush=True)
     if asked.page:
-        about = f"{Path(asked.model).name}, CLS of the last layer, threshold {NEAR}; {COPIED} copies of each kind.\n\n"
-        page.put("method.md", "duplicates", about + page.table(("data set", "false alarms", *CHANGES), lines))
+        name = Path(asked.model).name
+        part = "duplicates" if name == parser.get_default("model") else f"duplicates of {name}"
+        about = f"{name}, CLS of the last layer, threshold {NEAR}; {COPIED} copies of each kind.\n\n"
+        page.put("method.md", part, about + page.table(("data set", "false alarms", *CHANGES), lines))
 
 
 if __name__ == "__main__":
