@@ -191,7 +191,10 @@ class Written:
         every = [sample.label for samples in self.content.splits.values() for sample in samples]
         names = {name for label in every for name in ((label,) if isinstance(label, str) else label)}
         return tuple(
-            sorted(names, key=lambda name: (0, int(name), name) if name.lstrip("-").isdigit() else (1, 0, name))
+            sorted(
+                names,
+                key=lambda name: (0, int(name), len(name), name) if name.lstrip("-").isdigit() else (1, 0, 0, name),
+            )
         )
 
     def label(self, sample: Sample) -> Any:
