@@ -157,13 +157,16 @@ class DataSet:
         Raises:
             BadData: there is no such split.
         """
-        new_name, _, stored = name.partition("=")
-        stored = stored or new_name
-        if stored not in self.splits:
-            stored = split_word(stored) or stored
+        stored = self.stored_name(name)
         if stored not in self.splits:
             raise BadData(
                 f"{self.name} has no split {stored!r}; it has {', '.join(self.splits)}: give --split (such as "
                 "train,test=validation), or split train: --split-ratio 0.8/0.2"
             )
-        return replace(self.splits[stored], name=new_name if "=" in name else stored)
+        return replace(self.splits[stored], name=name.partition("=")[0] if "=" in name else stored)
+
+    def stored_name(self, name: str) -> str:
+        """The data set's own name of the split that `split` would return: 'validation' for 'val' and 'test=val'."""
+        new_name, _, stored = name.partition("=")
+        stored = stored or new_name
+        return stored if stored in self.splits else split_word(stored) or stored

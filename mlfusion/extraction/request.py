@@ -36,7 +36,7 @@ class Images:
         }
         splits = []
         for name, split in zip(features.splits, requested, strict=True):
-            samples = stored[name.partition("=")[2] or name]
+            samples = stored[data.stored_name(name)]
             if data.decoding.window is None:
                 datasets.report_depth(data.name, split)
             spec = DataSpec(
