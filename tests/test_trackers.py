@@ -1,7 +1,13 @@
 """Trackers show what rows say: each is read back by its own library from its offline or local form."""
 
+import http.server
 import importlib.util
+import json
+import re
+import shlex
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +100,159 @@ def test_mlflow_reads_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert run.data.metrics[name] == pytest.approx(value)
     history = client.get_metric_history(run.info.run_id, "attention/ap")
     assert {one.step: one.value for one in history} == pytest.approx(trackers.layers(ALF)["ap"])
+
+
+@installed("mlflow")
+def test_mlflow_has_one_run_of_a_row_however_often_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    place = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(tracking_uri=place)
+    experiment = client.create_experiment("mlfusion")
+    client.create_run(experiment, tags={"mlfusion.id": ALF.id})  # the server was gone before the scores arrived
+    for _ in range(2):  # in two processes
+        trackers.log_rows([ALF, row("b2")], trackers.open_trackers(f"mlflow:{place}"))
+    runs = client.search_runs([experiment])
+    assert sorted(run.data.tags["mlfusion.id"] for run in runs) == sorted([ALF.id, "b2"])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {run.data.metrics["test"] for run in runs} == {0.9, 0.75}
+
+
+@installed("tensorboard")
+def test_tensorboard_has_one_run_of_a_row_however_often_it_is_sent(tmp_path: Path) -> None:
+    for _ in range(2):
+        trackers.log_rows([ALF], trackers.open_trackers(f"tensorboard:{tmp_path}/runs"))
+    events = _events(tmp_path / "runs")
+    assert len(events.Scalars("test")) == 1
+    [folder] = (tmp_path / "runs").iterdir()
+    (folder / trackers.DONE).unlink()  # as after a kill in the middle
+    trackers.log_rows([ALF], trackers.open_trackers(f"tensorboard:{tmp_path}/runs"))
+    assert len(_events(tmp_path / "runs").Scalars("test")) == 1
+
+
+FAKE_MLFLOW = """
+import json, urllib.request
+class entities:
+    Metric = Param = staticmethod(lambda *values: values)
+class MlflowClient:
+    def __init__(self, tracking_uri=None):
+        self.uri = tracking_uri
+    def __getattr__(self, name):
+        def call(*values, **named):
+            body = json.dumps([name, values, named], default=str).encode()
+            with urllib.request.urlopen(self.uri + "/" + name, body, timeout=5) as answer:
+                return as_object(json.load(answer))
+        return call
+class Answer:
+    pass
+def as_object(value):
+    if isinstance(value, list):
+        return [as_object(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    made = Answer()
+    made.__dict__.update({name: as_object(one) for name, one in value.items()})
+    return made
+"""
+"""MLflow's client as far as it is used, over HTTP, for machines without MLflow; the server is a real one."""
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A tracking server that keeps runs by the id of their row, and drops the connection once `answers` are used up."""
+
+    def __init__(self, port: int = 0, answers: int = 10**6) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.answers, self.runs, self.created = answers, dict[str, dict[str, Any]](), 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One call of the client."""
+
+    server: Server
+
+    def do_POST(self) -> None:
+        name, values, named = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.answers -= 1
+        if self.server.answers < 0:
+            self.connection.close()
+            return
+        body = json.dumps(self.answer(name, values, named)).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def answer(self, name: str, values: list[Any], named: dict[str, Any]) -> Any:
+        runs = self.server.runs
+        if name == "get_experiment_by_name":
+            return {"experiment_id": "1"}
+        if name == "search_runs":
+            return [run for row_id, run in runs.items() if f"'{row_id}'" in named["filter_string"]]
+        if name == "create_run":
+            self.server.created += 1
+            row_id = named["tags"]["mlfusion.id"]
+            runs[row_id] = {"info": {"run_id": row_id, "status": "RUNNING"}}
+            return runs[row_id]
+        if name == "set_terminated":
+            runs[values[0]]["info"]["status"] = "FINISHED"
+        return None
+
+    def log_message(self, *words: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("answers", [0, 2, 3, 6])  # gone from the start; in the middle of the first row; of the second
+def test_a_server_that_is_gone_costs_one_warning_and_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: int
+) -> None:
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "mlflow.py").write_text(FAKE_MLFLOW)
+    monkeypatch.syspath_prepend(str(tmp_path / "fake"))
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    server = Server(answers=answers)
+    where = f"mlflow:http://127.0.0.1:{server.server_port}"
+    rows = [ALF, row("b2"), row("c3"), row("d4")]
+    warnings: list[str] = []
+    opened = trackers.open_trackers(where)
+    for one in rows:
+        trackers.log_new(one, opened, Path("my results"), warnings.append)
+    [warning] = warnings
+    assert re.match(rf"the tracker {where} does not take results \(.+\)\. All results are kept in my results", warning)
+    assert warning.endswith(f"mlfusion results track --results 'my results' {where}")
+    assert opened == []
+    with pytest.raises(Unavailable, match="not sent again: repeat the command when it answers"):
+        trackers.log_rows(rows, trackers.open_trackers(where))
+    server.answers = 10**6  # it is there again
+    for _ in range(2):
+        trackers.log_rows(rows, trackers.open_trackers(where))
+    server.close()
+    monkeypatch.delitem(sys.modules, "mlflow")
+    assert server.created == 4 and {run["info"]["status"] for run in server.runs.values()} == {"FINISHED"}
+
+
+@installed("tensorboard")
+def test_a_file_where_tensorboard_writes_costs_one_warning_and_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = grids.Grid(learning_rates=(1e-1,), weight_decays=(1e-2,), dropouts=(0.0,), epochs=1, least_steps=2)
+    monkeypatch.setitem(grids.SEARCH_GRIDS, "quick", grid)
+    model, images = save_model("vit", tmp_path / "tiny-vit"), save_images(tmp_path / "c", {"train": 5, "test": 2})
+    mlfusion.extract(str(model), str(images))
+    Path("runs").write_text("in the way")
+    lines: list[str] = []
+    options: dict[str, Any] = {"probes": "cls-last/linear", "grid": "quick", "track": "tensorboard:runs"}
+    done = mlfusion.probe(str(images), seeds=(0, 1, 2), log=lines.append, **options)
+    assert len(done.rows) == 3 and len(mlfusion.Results("results").rows()) == 3
+    [warning] = [line for line in lines if "tensorboard:runs" in line]
+    Path("runs").unlink()
+    subprocess.run([sys.executable, "-m", *shlex.split(warning.partition("To send them later: ")[2])], check=True)
+    assert len(list(Path("runs").iterdir())) == 3
 
 
 def test_a_tracker_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

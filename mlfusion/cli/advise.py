@@ -36,7 +36,7 @@ def advise(
             {
                 "probe": candidate.probe,
                 "pilot, %": f"{100 * candidate.score.value:.1f}",
-                "from - to": f"{100 * candidate.score.low:.1f} - {100 * candidate.score.high:.1f}",
+                "from - to": _ends(candidate.score, ".1f", " - "),
                 "gain, points": _difference_text(candidate.gain),
                 "cache, MB": f"{candidate.bytes / 1e6:,.1f}",
                 "extraction": duration(candidate.extract_seconds) if candidate.extract_seconds else "cached",
@@ -60,8 +60,9 @@ def advise(
 
 
 def _difference_text(gain: Any) -> str:
-    return (
-        f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})".replace("-", "\N{MINUS SIGN}")
-        if gain
-        else ""
-    )
+    return f"{100 * gain.value:+.1f} ({_ends(gain, '+.1f', ' to ')})".replace("-", "\N{MINUS SIGN}") if gain else ""
+
+
+def _ends(one: Any, form: str, between: str) -> str:
+    """The ends of an interval in percent; 'no interval' if it is refused."""
+    return "no interval" if one.low is None else between.join(f"{100 * end:{form}}" for end in (one.low, one.high))

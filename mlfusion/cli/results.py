@@ -147,13 +147,18 @@ def rank(
         line = {"probe": probe, "mean rank": f"{mean_rank:.2f}", "mean score": percent(mean), "gain": gain}
         lines.append(line | {"p": p, "q": q})
     print_rows(lines)
+    friedman = "none, all are equal" if ranking.friedman is None else p_value(ranking.friedman)
     typer.echo(
-        f"{ranking.datasets} data sets; Friedman p-value {p_value(ranking.friedman)}; mean ranks that differ by more than "
+        f"{ranking.datasets} data sets; Friedman p-value {friedman}; mean ranks that differ by more than "
         f"{ranking.critical_difference:.2f} differ at {100 * level:.0f} % (Nemenyi). Not told apart: "
         + ("; ".join(" = ".join(group) for group in ranking.groups) or "none")
     )
     if result.left_out:
         notify(f"not on all {ranking.datasets} data sets, left out: {', '.join(result.left_out)}")
+    if result.datasets_left_out:
+        notify(f"data sets without all of these probes, left out: {', '.join(result.datasets_left_out)}")
+    for mark in result.marks:
+        notify(mark)
 
 
 @app.command()
@@ -257,11 +262,13 @@ def _print_certainty(row: "Row", details: "Certainty") -> None:
     from mlfusion.report.numbers import percent
 
     if details.interval:
-        interval = details.interval
-        typer.echo(
-            f"\n{row.metric.replace('_', ' ')} {percent(interval.value)}, {100 * interval.level:.0f} % interval over test "
-            f"images {percent(interval.low)} to {percent(interval.high)}"
+        one = details.interval
+        ends = (
+            f"{100 * one.level:.0f} % interval over test images {percent(one.low)} to {percent(one.high)}"
+            if one.low is not None and one.high is not None
+            else one.refused
         )
+        typer.echo(f"\n{row.metric.replace('_', ' ')} {percent(one.value)}, {ends}")
     if details.calibration:
         typer.echo(f"expected calibration error {percent(details.calibration.ece)}")
     for pair in details.confusions or ():
@@ -271,13 +278,13 @@ def _print_certainty(row: "Row", details: "Certainty") -> None:
 
 
 def _comparison_cells(comparison: "Comparison") -> dict[str, Any]:
-    from mlfusion.report.numbers import mean_sd, p_value, points
+    from mlfusion.report.numbers import between, mean_sd, p_value, points
 
     difference = comparison.images
     heading, interval = "over images", "no arrays"
     if difference:
         heading = f"{100 * difference.level:.0f} % over images"
-        interval = f"{points(difference.low)} to {points(difference.high)}"
+        interval = between(difference.low, difference.high)
     return {
         "model": comparison.model,
         "dataset": comparison.dataset,
@@ -286,7 +293,7 @@ def _comparison_cells(comparison: "Comparison") -> dict[str, Any]:
         "gain, points": mean_sd(comparison.gain, points),
         "seeds": comparison.gain.n,
         heading: interval,
-        "p, bootstrap": p_value(difference.p) if difference else "",
+        "p, permutation": p_value(difference.p) if difference else "",
         "p, McNemar": " ".join(p_value(test.p) for test in comparison.mcnemar),
     }
 

@@ -10,7 +10,7 @@ from mlfusion.probing import saved
 from mlfusion.probing.fitting import Resources, Trained, train
 from mlfusion.probing.jobs import Job, jobs_of
 from mlfusion.results import Results, Row
-from mlfusion.results.trackers import Tracker, open_trackers
+from mlfusion.results.trackers import Tracker, log_new, open_trackers
 from mlfusion.specs.commands import extract_command
 from mlfusion.specs.definitions import command
 from mlfusion.specs.names import Probe, expand_braces, parse_probes
@@ -74,12 +74,12 @@ def run(
     training: TrainingOptions = TrainingOptions(),
     *,
     save: bool = False,
-    trackers: Sequence[Tracker] = (),
+    trackers: list[Tracker] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Row], int]:
     """Return one row per job, training those that are not stored; and the number trained.
 
-    Arguments and errors are those of `probe`.
+    Arguments and errors are those of `probe`. A tracker that fails is taken out of `trackers`.
     """
     resources = Resources.of(training)
     device = resources.device
@@ -104,8 +104,7 @@ def run(
                 "%s seed %d: val %.4f, test %.4f, %.1f s, %s",
                 *(row.probe, row.seed, row.val, row.test, row.seconds, row.selected.given()),
             )
-            for tracker in trackers:
-                tracker.log(row)
+            log_new(row, trackers or [], results.root, log)
         elif job in unsaved:
             again = train(pair, replace(job, search=row.search()), resources)
             log(save_probe(results, row, again) if same_scores(row, again.row) else _not_saved(results, row, again.row))

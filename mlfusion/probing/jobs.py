@@ -46,10 +46,13 @@ class Job:
         return [own, own._with("float32" if own.search.precision == "bfloat16" else "bfloat16")]
 
     def row_id(self, features: tuple[str, str]) -> str:
-        """Id of a resolved job's row: the digest of protocol, feature keys (train, test), probe and search."""
+        """Id of a resolved job's row: r, and 15 digits of the digest of protocol, feature keys (train, test), probe, search.
+
+        The letter keeps other programs from reading an id of decimal digits in a CSV as a number.
+        """
         if self.search.precision == "auto":
             raise ValueError("'auto' names no row; resolve the job first")
-        return digest([PROTOCOL, *features, self.probe.name, self.search])
+        return "r" + digest([PROTOCOL, *features, self.probe.name, self.search], 15)
 
     def _with(self, precision: str) -> "Job":
         return replace(self, search=replace(self.search, precision=precision))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from statistics import fmean
 from mlfusion.errors import BadData
 from mlfusion.report import tables
 from mlfusion.report.files import write_whole
-from mlfusion.report.numbers import count, p_value, percent, plural, plus_minus, points
+from mlfusion.report.numbers import between, count, p_value, percent, plural, plus_minus, points
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import ALF, ComparisonGroup, code_versions, comparison_groups
 from mlfusion.results import Results, Row
@@ -96,14 +96,14 @@ def _case_table(probe: str, cases: Sequence[Comparison]) -> str:
     lines = []
     for one in cases:
         images, gain = one.images, plus_minus(one.gain.sd).strip()
-        interval = f"{points(images.low)} to {points(images.high)} | {p_value(images.p)}" if images else "|"
+        interval = f"{between(images.low, images.high)} | {p_value(images.p)}" if images else "|"
         scores = percent(one.score_b.mean), percent(one.score_a.mean)
         lines.append((one.model, one.dataset, *scores, points(one.gain.mean), gain, interval))
-    above = sum(one.images.low > 0 for one in cases if one.images)
-    below = sum(one.images.high < 0 for one in cases if one.images)
+    above = sum(one.images.low > 0 for one in cases if one.images and one.images.low is not None)
+    below = sum(one.images.high < 0 for one in cases if one.images and one.images.high is not None)
     return _with_table(
-        f"`{probe}` against `{BASELINE}`: 95 % interval and p from a paired bootstrap of the mean over seeds; both probes get "
-        "the same resampled test images.",
+        f"`{probe}` against `{BASELINE}`: 95 % interval of the mean over seeds, from a bootstrap that draws the same test "
+        "images for both, and p from swaps of their answers.",
         tables.markdown_lines(heads, lines, texts=2),
         f"On average {points(fmean(one.gain.mean for one in cases))} points over {plural(len(cases), 'case', 'cases')}; "
         f"the interval lies above 0 in {above} and below it in {below}.",

@@ -16,6 +16,11 @@ def points(value: float, digits: int = 1) -> str:
     return text[1:] if not float(text) else text.replace("-", "\N{MINUS SIGN}")
 
 
+def between(low: float | None, high: float | None) -> str:
+    """'+0.3 to +1.2': the ends of an interval in points; 'none' without an interval."""
+    return "none" if low is None or high is None else f"{points(low)} to {points(high)}"
+
+
 def mean_sd(spread: Spread, write: Callable[[float], str] = percent) -> str:
     """'97.1 ± 0.3'; the mean alone for one seed. `write` is `percent` or `points`."""
     return write(spread.mean) + plus_minus(spread.sd)

@@ -55,7 +55,7 @@
       if (cell === null) return "\u2013";
       if (text) return escaped(words[cell]);
       if (cell === "baseline") return cell;
-      if (Array.isArray(cell)) return shown[kind](cell[0]) + (cell[1] === null ? "" : ` \u00b1 ${percent(cell[1])}`) + (cell[2] ? " \u2020" : "");
+      if (Array.isArray(cell)) return shown[kind](cell[0]) + (cell[1] === null ? "" : ` \u00b1 ${percent(cell[1])}`) + (cell[2] ? " " + cell[2] : "");
       return shown[kind](cell);
     };
     return {

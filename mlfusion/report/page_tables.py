@@ -57,7 +57,7 @@ def scores_table(pairs: Sequence[tuple[ComparisonGroup, Score]], *, several: boo
     ]
     domains = [domain(group.dataset) for group in groups]
     grouped = [Column("Domain", "text", domains, hidden=True)] * (len(set(domains)) > 1)
-    gains = ["baseline" if score.is_baseline else _spread(score.gain, score.other_code) for score in scores]
+    gains = ["baseline" if score.is_baseline else _spread(score.gain, score.marks) for score in scores]
     return _table(
         [
             *(place if several else []),
@@ -168,5 +168,5 @@ def _table(columns: Sequence[Column]) -> DataTable:
     return {"columns": list(heads), "rows": [list(row) for row in zip(*cells, strict=True)]}
 
 
-def _spread(spread: Spread | None, marked: bool = False) -> tuple[Any, ...] | None:
-    return None if spread is None else (spread.mean, spread.sd, *([1] if marked else []))
+def _spread(spread: Spread | None, marks: str = "") -> tuple[Any, ...] | None:
+    return None if spread is None else (spread.mean, spread.sd, *([marks] if marks else []))

@@ -1,10 +1,11 @@
 """Results in sentences, which claim no more than the rows show."""
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
 from mlfusion.report.numbers import count, enumerated, percent, plural, plus_minus, points
-from mlfusion.report.summary import ALF, DAGGER, ComparisonGroup, LayerAttention, metric_name
+from mlfusion.report.summary import ALF, MARKS, ComparisonGroup, LayerAttention, metric_name
 from mlfusion.specs.names import BASELINE
 from mlfusion.statistics import Spread
 from mlfusion.system.progress import duration
@@ -50,19 +51,27 @@ def _counted(directions: Sequence[int]) -> str:
 
 
 def warnings(groups: Sequence[ComparisonGroup]) -> list[str]:
-    """Warnings before a comparison: metrics or versions of the code that differ."""
+    """Warnings before a comparison: metrics, versions of the code, precisions or protocols that differ."""
     texts = []
     metrics = list(dict.fromkeys(metric_name(group.metric) for group in groups))
     if len(metrics) > 1:
         texts.append(
             f"The rows have {len(metrics)} metrics ({enumerated(metrics)}); nothing is compared or averaged across them."
         )
-    if marked := sum(score.other_code for group in groups for score in group.scores):
-        texts.append(
-            f"{plural(marked, 'score was', 'scores were')} made by another version of the code than the baseline that the gain "
-            f"is counted from (marked {DAGGER})."
-        )
-    return texts
+    scores = [score for group in groups for score in group.scores]
+    for name, (mark, text) in MARKS.items():
+        if marked := sum(name in score.other for score in scores):
+            texts.append(f"{plural(marked, 'score was', 'scores were')} {text} (marked {mark}).")
+    return [*texts, *protocol_notes(groups)]
+
+
+def protocol_notes(groups: Sequence[ComparisonGroup]) -> list[str]:
+    """One sentence about rows of several protocols, between which no gain is counted; none for rows of one."""
+    counts = Counter(group.protocol for group in groups for _ in group.rows)
+    if len(counts) < 2:
+        return []
+    listed = enumerated([f"{plural(counts[n], 'row', 'rows')} of protocol {n}" for n in sorted(counts)])
+    return [f"There are {listed}, which measure differently: no gain is counted between them, and they share no table."]
 
 
 def answer(group: ComparisonGroup) -> str:

@@ -11,7 +11,7 @@ from mlfusion.report.summary import ComparisonGroup, Score, metric_name, probe_o
 
 @dataclass(frozen=True)
 class Study:
-    """Groups that one figure may compare over models or data sets: one grid, one metric, the same options."""
+    """Groups that one figure may compare over models or data sets: one grid, metric and protocol, the same options."""
 
     name: str  # the difference from other studies of the same rows, such as 'quick grid'; empty if alone
     groups: tuple[ComparisonGroup, ...]  # one for each model and data set, the one with the newest row
@@ -73,15 +73,18 @@ def domain(dataset: str) -> str:
 
 
 def studies(groups: Sequence[ComparisonGroup]) -> list[Study]:
-    """Group by grid, metric and options, the largest study first: different metrics are never compared."""
-    by_setting: dict[tuple[str, str, str], dict[tuple[str, str], ComparisonGroup]] = {}
+    """Group by grid, metric, options and protocol, the largest study first: different metrics are never compared."""
+    by_setting: dict[tuple[str, str, str, int], dict[tuple[str, str], ComparisonGroup]] = {}
     for group in groups:
-        cases = by_setting.setdefault((group.grid, group.metric, group.options), {})
+        cases = by_setting.setdefault((group.grid, group.metric, group.options, group.protocol), {})
         previous = cases.get((group.model, group.dataset))
         if previous is None or previous.newest < group.newest:
             cases[group.model, group.dataset] = group
     keys = sorted(by_setting, key=lambda key: -sum(len(group.scores) for group in by_setting[key].values()))
-    labels = [(f"{grid} grid", metric_name(metric), options or "no options") for grid, metric, options in keys]
+    labels = [
+        (f"{grid} grid", metric_name(metric), options or "no options", f"protocol {n}")
+        for grid, metric, options, n in keys
+    ]
     differ = [len(set(words)) > 1 for words in zip(*labels, strict=True)]
     names = [", ".join(word for word, differs in zip(words, differ, strict=True) if differs) for words in labels]
     return [Study(name, tuple(by_setting[key].values())) for name, key in zip(names, keys, strict=True)]

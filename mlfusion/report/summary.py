@@ -5,8 +5,8 @@ report reads rows through the classes of this module.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import sqrt
 from statistics import fmean
@@ -14,16 +14,18 @@ from statistics import fmean
 from mlfusion.errors import MlfusionError
 from mlfusion.results import Row
 from mlfusion.specs.names import BASELINE, STUDY
-from mlfusion.statistics import Setting, Spread, setting
+from mlfusion.statistics import Setting, Spread, differences, setting
 
 ALF = "cls+ap-all-layers/attentive"
 
 HEADS = ("linear", "attentive")
 """Heads that keep their colour and symbol in every figure."""
 
-DAGGER = "\N{DAGGER}"
-OTHER_CODE = f"{DAGGER} made by another version of the code than the baseline that its gain is counted from."
-"""The footnote of every gain that is marked with a dagger."""
+MARKS = {
+    "code": ("\N{DAGGER}", "made by another version of the code than the baseline that its gain is counted from"),
+    "precision": ("\N{DOUBLE DAGGER}", "trained in another precision than the baseline that its gain is counted from"),
+}
+"""{field of rows: (mark, what it means)} of every gain whose rows differ in that field from those of the baseline."""
 
 _LAYERWISE = re.compile(r"(?P<kinds>.+)-layer-(?P<layer>\d+)/(?P<head>[\w-]+)")
 _LAST = re.compile(r"(?P<kinds>.+)-last/(?P<head>[\w-]+)")
@@ -40,12 +42,19 @@ class Score:
     val: Spread
     train: Spread
     gain: Spread | None  # over the baseline, seed by seed; None without a seed in common
-    other_code: bool = False  # the probe and the baseline were made by different versions of the code
+    other: Mapping[str, str] = field(
+        default_factory=dict
+    )  # differences from the baseline's rows, by field, of those of MARKS
 
     @property
     def is_baseline(self) -> bool:
         """Whether gains are counted from this probe."""
         return self.probe == BASELINE
+
+    @property
+    def marks(self) -> str:
+        """The marks of its gain, such as a dagger; empty for rows made like those of the baseline."""
+        return "".join(MARKS[name][0] for name in self.other)
 
     @cached_property
     def layerwise(self) -> tuple[str, int] | None:
@@ -92,16 +101,31 @@ def mean_gain(scores: Sequence[Score]) -> float | None:
 
 
 def footnotes(scores: Iterable[Score]) -> list[str]:
-    """The sentences under a table of these scores: what a dagger means, and which test images are in train too."""
+    """The sentences under a table of these scores: what marks mean, and which test images are in train too."""
     scores = list(scores)
     rows = [row for score in scores for row in score.rows]
     duplicates = dict.fromkeys(f"{row.dataset}: {note}" for row in rows if (note := row.duplicates_note()))
-    return [*([OTHER_CODE] if any(score.other_code for score in scores) else []), *duplicates]
+    return [*meanings(scores), *duplicates]
+
+
+def all_marks(scores: Iterable[Score]) -> str:
+    """The marks of a mean of these scores' gains."""
+    names = {name for score in scores for name in score.other}
+    return "".join(mark for name, (mark, _) in MARKS.items() if name in names)
+
+
+def meanings(scores: Iterable[Score]) -> list[str]:
+    """What each mark of these scores' gains means, with the differences."""
+    differences: dict[str, dict[str, None]] = {}
+    for score in scores:
+        for name, difference in score.other.items():
+            differences.setdefault(name, {})[difference] = None
+    return [f"{mark} {text} ({'; '.join(differences[n])})." for n, (mark, text) in MARKS.items() if n in differences]
 
 
 @dataclass(frozen=True)
 class ComparisonGroup:
-    """Probes that can be compared with each other: one model's features of one data set, one grid, one metric."""
+    """Probes that can be compared with each other: their rows have one `Setting`."""
 
     model: str
     dataset: str
@@ -109,6 +133,7 @@ class ComparisonGroup:
     metric: str
     features: tuple[str, ...]
     options: str  # such as '4 shots'; empty for the protocol without options
+    protocol: int
     name: str  # "vit on digits", and its difference from other groups of that model and data set
     scores: tuple[Score, ...]  # the study's order, then the others by name
 
@@ -241,7 +266,7 @@ def _over_layers(row: Row) -> bool:
 
 
 def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
-    """Group rows by what must be equal for a comparison, in order of appearance of models and data sets.
+    """Group rows by the setting that `results compare` demands too, in order of appearance of models and data sets.
 
     If several rows have the same probe and seed, the last counts.
 
@@ -252,21 +277,21 @@ def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
         raise MlfusionError("no results to report. Make some with `mlfusion probe --dataset digits`")
     grouped: dict[Setting, dict[tuple[str, int], Row]] = {}
     for row in rows:
-        key = setting(row)._replace(protocol=0)  # the report does not distinguish protocols
-        grouped.setdefault(key, {})[row.probe, row.seed] = row
+        grouped.setdefault(setting(row), {})[row.probe, row.seed] = row
     models = list(dict.fromkeys(key.model for key in grouped))
     datasets = list(dict.fromkeys(key.dataset for key in grouped))
     keys = sorted(grouped, key=lambda key: (models.index(key.model), datasets.index(key.dataset)))
-    return [ComparisonGroup(*key[:6], _group_name(key, keys), _scores([*grouped[key].values()])) for key in keys]
+    return [ComparisonGroup(*key, _group_name(key, keys), _scores([*grouped[key].values()])) for key in keys]
 
 
 def _group_name(key: Setting, keys: Sequence[Setting]) -> str:
-    """'vit on digits', and the grid, metric or features that distinguish it from another group."""
+    """'vit on digits', and the grid, metric, features or protocol that distinguish it from another group."""
     rivals = [other for other in keys if other[:2] == key[:2]]
     candidates = [
         (len({other.grid for other in rivals}), f"{key.grid} grid"),
         (len({other.metric for other in rivals}), metric_name(key.metric)),
         (len({other.features for other in rivals}), f"features {'+'.join(k[:6] for k in key.features)}"),
+        (len({other.protocol for other in rivals}), f"protocol {key.protocol}"),
     ]
     words = ", ".join([key.options] * bool(key.options) + [text for ways, text in candidates if ways > 1])
     return f"{key.model} on {key.dataset}" + (f" ({words})" if words else "")
@@ -285,8 +310,9 @@ def _score(probe: str, rows: Sequence[Row], baseline: dict[int, Row]) -> Score:
     pairs = [(row, baseline[row.seed]) for row in rows if row.seed in baseline]
     gains = [row.test - base.test for row, base in pairs]
     test, val, train = (Spread.of(getattr(row, part) for row in rows) for part in ("test", "val", "train"))
-    other_code = any(row.code != base.code for row, base in pairs)
-    return Score(probe, tuple(rows), test, val, train, Spread.of(gains) if gains else None, other_code)
+    found = differences(*zip(*pairs, strict=True)) if pairs else {}
+    other = {name: found[name] for name in MARKS if name in found}
+    return Score(probe, tuple(rows), test, val, train, Spread.of(gains) if gains else None, other)
 
 
 def probe_order(probe: str) -> tuple[int, str, int]:

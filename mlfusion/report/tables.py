@@ -13,10 +13,10 @@ from mlfusion.errors import BadData
 from mlfusion.report.figures.drawing import Record
 from mlfusion.report.numbers import capitalized, from_to, percent, plus_minus, points
 from mlfusion.report.studies import Study, domain
-from mlfusion.report.summary import DAGGER, OTHER_CODE, ComparisonGroup
+from mlfusion.report.summary import MARKS, ComparisonGroup, all_marks, meanings
 from mlfusion.specs.names import BASELINE
 from mlfusion.statistics import Spread, wilcoxon
-from mlfusion.statistics.datasets import MIN_DATASETS
+from mlfusion.statistics.datasets import MIN_DATASETS, merge_last_bits
 
 LEVEL = 0.05
 
@@ -32,7 +32,7 @@ class Cell:
     spread: float | None = None  # deviation of the score, shown if it has no gain
     few: int | None = None  # number of models averaged, if others in its row have more
     mark: Mark = ""
-    other_code: bool = False  # the baseline was made by another version of the code
+    marks: str = ""  # what the baseline differs in, such as a dagger for the code
     text: str = ""  # shown instead of a score
 
     @property
@@ -43,7 +43,7 @@ class Cell:
         if self.gain is None:
             return percent(self.test) + plus_minus(self.spread), ""
         gain = points(self.gain.mean) + plus_minus(self.gain.sd)
-        gain += f" {DAGGER}" if self.other_code else ""
+        gain += f" {self.marks}" if self.marks else ""
         return percent(self.test), gain + (f"; n = {self.few}" if self.few else "")
 
 
@@ -118,11 +118,10 @@ def by_rank(study: Study) -> ScoreTable:
 
 def ranks(scores: Mapping[str, float]) -> dict[str, float]:
     """{name: score} → {name: rank}, 1 the highest; ties share the mean of their ranks."""
-    rounded = {name: round(score, 12) for name, score in scores.items()}
-    values = list(rounded.values())
+    values = merge_last_bits(list(scores.values())).tolist()
     return {
         name: 1 + sum(other > value for other in values) + (values.count(value) - 1) / 2
-        for name, value in rounded.items()
+        for name, value in zip(scores, values, strict=True)
     }
 
 
@@ -175,14 +174,14 @@ def _cell(study: Study, dataset: str, probe: str, mark: Mark) -> Cell:
         return Cell()
     test = Spread.of(score.test.mean for score in scores)
     gains = [score.gain for score in scores if score.gain and not score.is_baseline]
-    other = any(score.other_code for score in scores)
+    marks = all_marks(scores)
     if len(study.models) == 1:
         gain = gains[0] if gains else None
-        return Cell(test.mean, gain, scores[0].test.sd, mark=mark, other_code=other)
+        return Cell(test.mean, gain, scores[0].test.sd, mark=mark, marks=marks)
     models = len(study.select(dataset=dataset))
     few = len(scores) if len(scores) < models else None
     gain = Spread.of(gain.mean for gain in gains) if gains else None
-    return Cell(test.mean, gain, test.sd, few, mark, other)
+    return Cell(test.mean, gain, test.sd, few, mark, marks)
 
 
 def _mean(cells: Sequence[Cell]) -> Cell:
@@ -200,8 +199,8 @@ def _number(dataset: str, probe: str, cell: Cell) -> Record:
     record = Record(
         dataset=dataset, domain=domain(dataset), probe=probe, test=test, gain=100 * gain.mean if gain else None
     )
-    other = "yes" if cell.other_code else ""
-    return record.extended(gain_sd=sd, n=gain.n if gain else None, mark=cell.mark, other_code=other)
+    other = {f"other_{field}": "yes" if sign in cell.marks else "" for field, (sign, _) in MARKS.items()}
+    return record.extended(gain_sd=sd, n=gain.n if gain else None, mark=cell.mark, **other)
 
 
 def _note(study: Study, marking: str, cells: Sequence[Cell]) -> str:
@@ -216,8 +215,7 @@ def _note(study: Study, marking: str, cells: Sequence[Cell]) -> str:
             "An empty cell was not run. Scores of fewer models (n) are not marked, and a mean is given where all models have "
             "the probe on every data set."
         )
-    if any(cell.other_code for cell in cells):
-        parts.append(OTHER_CODE)
+    parts += meanings(score for group in study.groups for score in group.probes)
     return " ".join(filter(None, parts))
 
 
@@ -252,7 +250,9 @@ def _marked(cell: Cell) -> str:
 
 
 _LATEX: dict[str, str | int | None] = {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-_LATEX |= {"±": r"$\pm$", DAGGER: r"$\dagger$", "\N{MINUS SIGN}": "$-$"} | {c: f"\\{c}" for c in "&%$#_{}"}
+_LATEX |= {"±": r"$\pm$", "\N{DAGGER}": r"$\dagger$", "\N{DOUBLE DAGGER}": r"$\ddagger$", "\N{MINUS SIGN}": "$-$"} | {
+    c: f"\\{c}" for c in "&%$#_{}"
+}
 
 
 def _tex(text: str) -> str:

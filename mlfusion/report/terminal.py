@@ -11,9 +11,9 @@ from mlfusion.report.numbers import count, mean_sd, percent, points, short_count
 from mlfusion.report.sentences import answer, opening
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import (
-    DAGGER,
     ComparisonGroup,
     Score,
+    all_marks,
     comparison_groups,
     footnotes,
     mean_gain,
@@ -121,7 +121,7 @@ class _Column:
 
 def _gain_text(scores: Sequence[Score]) -> str:
     gain = mean_gain(scores)
-    return "" if gain is None else points(gain) + DAGGER * any(score.other_code for score in scores)
+    return "" if gain is None else points(gain) + all_marks(scores)
 
 
 def bare_table(title: Text | None, texts: Sequence[str], numbers: Sequence[str]) -> Table:
@@ -171,7 +171,7 @@ def _table(group: ComparisonGroup) -> Table:
 
 
 def _cells(score: Score) -> tuple[str, ...]:
-    gain = mean_sd(score.gain, points) + f" {DAGGER}" * score.other_code if score.gain else ""
+    gain = mean_sd(score.gain, points) + f" {score.marks}" * bool(score.marks) if score.gain else ""
     return (
         mean_sd(score.test),
         "baseline" if score.is_baseline else gain,

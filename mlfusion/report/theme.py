@@ -14,6 +14,15 @@ SYMBOLS: tuple[PointShape, ...] = get_args(PointShape)
 """Symbols of the series of a figure, in order of use."""
 
 
+LOOKS = len(SYMBOLS) ** 2
+"""Number of series that differ in colour or symbol; there are as many colours as symbols."""
+
+
+def symbol_at(position: int) -> PointShape:
+    """The symbol of the series at a position: where colours begin again, symbols are moved on by one."""
+    return SYMBOLS[(position + position // len(SYMBOLS)) % len(SYMBOLS)]
+
+
 @dataclass(frozen=True)
 class Palette:
     """Colours by their purpose."""

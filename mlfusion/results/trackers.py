@@ -1,10 +1,13 @@
 """Export of results to experiment trackers: TensorBoard, Weights & Biases and MLflow, each an extra.
 
 Rows are logged when they are saved, or later; the results folder stays the authoritative copy. Each row becomes one run
-with the row's id, so that a chart can be traced to its row.
+with the row's id, so that a chart can be traced to its row, and a row that was logged is not logged again.
 """
 
+import logging
+import os
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
@@ -16,13 +19,22 @@ from msgspec import to_builtins
 
 from mlfusion.errors import Unavailable, UnknownName
 from mlfusion.results import Row
+from mlfusion.specs.definitions import command
+
+logger = logging.getLogger(__name__)
+
+
+DONE = "mlfusion.done"
+"""Empty file in a row's TensorBoard folder, written after everything else: the row is not logged again."""
 
 
 class Tracker(Protocol):
     """An experiment tracker that rows are logged to."""
 
+    word: str  # as the user named it, such as 'tensorboard:runs'
+
     def log(self, row: Row) -> None:
-        """Log a row as a run."""
+        """Log a row as a run, unless the tracker has it already. Errors are those of the tracker's library."""
 
 
 def settings(row: Row) -> dict[str, str | int | float]:
@@ -60,7 +72,7 @@ class TensorBoard:
 
     def __init__(self, location: str) -> None:
         """`location` is the folder; default runs."""
-        self.folder = Path(location or "runs")
+        self.word, self.folder = f"tensorboard:{location or 'runs'}", Path(location or "runs")
         self._writer = _imported("torch.utils.tensorboard.writer", "tensorboard", "TensorBoard").SummaryWriter
 
     def log(self, row: Row) -> None:
@@ -69,7 +81,11 @@ class TensorBoard:
         words = row.model, row.dataset, row.probe, row.seed, row.id
         name = "__".join(re.sub(r"[^\w+.-]|_", "-", str(word)) for word in words)  # a folder's name on any file system
         created = datetime.fromisoformat(row.created).timestamp()
-        with self._writer(str(self.folder / name)) as writer:
+        folder = self.folder / name
+        if (folder / DONE).exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # what a kill or a full disk left of this row
+        with self._writer(str(folder)) as writer:
             numbers = scores(row)
             for summary in hparams(settings(row), dict(numbers)):
                 writer.file_writer.add_summary(summary, walltime=created)
@@ -78,6 +94,7 @@ class TensorBoard:
             for kind, shares in layers(row).items():
                 for layer, share in shares.items():
                     writer.add_scalar(f"attention/{kind}", share, layer, walltime=created)
+        (folder / DONE).touch()
 
 
 class WandB:
@@ -86,11 +103,12 @@ class WandB:
     def __init__(self, location: str) -> None:
         """`location` is the project; default mlfusion."""
         self.project, self._wandb = location or "mlfusion", _imported("wandb", "wandb", "Weights & Biases")
+        self.word = f"wandb:{self.project}"
 
     def log(self, row: Row) -> None:
         run = self._wandb.init(
             project=self.project,
-            id=row.id,
+            id=row.id,  # a run of the same id is written again, so that a row has one
             name=title(row),
             group=f"{row.model} on {row.dataset}",
             job_type=row.probe,
@@ -112,16 +130,27 @@ class MLflow:
 
     def __init__(self, location: str) -> None:
         """`location` is the tracking URI; default MLflow's own, such as $MLFLOW_TRACKING_URI."""
-        self._mlflow, self._experiment = _imported("mlflow", "mlflow", "MLflow"), ""
-        self._client = self._mlflow.MlflowClient(tracking_uri=location or None)
+        # MLflow's own default waits some minutes for a server that does not answer.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        self._mlflow, self._uri = _imported("mlflow", "mlflow", "MLflow"), location or None
+        self.word = f"mlflow:{location}" if location else "mlflow"
+        self._client: Any = None
+        self._experiment = ""
 
     def log(self, row: Row) -> None:
-        entities, client = self._mlflow.entities, self._client
+        entities = self._mlflow.entities
+        client = self._client = self._client or self._mlflow.MlflowClient(tracking_uri=self._uri)
         if not self._experiment:
             existing = client.get_experiment_by_name("mlfusion")
             self._experiment = existing.experiment_id if existing else client.create_experiment("mlfusion")
         created = round(1000 * datetime.fromisoformat(row.created).timestamp())
-        run = client.create_run(self._experiment, start_time=created, run_name=title(row), tags={"mlfusion.id": row.id})
+        runs = client.search_runs([self._experiment], filter_string=f"tags.`mlfusion.id` = '{row.id}'", max_results=1)
+        if runs and runs[0].info.status == "FINISHED":
+            return
+        # A run that is not finished is one whose server was gone before the scores arrived.
+        new = {"start_time": created, "run_name": title(row), "tags": {"mlfusion.id": row.id}}
+        run = runs[0] if runs else client.create_run(self._experiment, **new)
         metrics = [entities.Metric(name, value, created, 0) for name, value in scores(row).items()]
         metrics += [
             entities.Metric(f"attention/{kind}", share, created, layer)
@@ -154,11 +183,40 @@ def open_trackers(words: str | Sequence[str]) -> list[Tracker]:
 
 
 def log_rows(rows: Iterable[Row], trackers: Sequence[Tracker], progress: Callable[[], object] = lambda: None) -> None:
-    """Log stored rows to trackers; `progress` is called after each row."""
+    """Log stored rows to trackers, each row once; `progress` is called after each row.
+
+    Raises:
+        Unavailable: a tracker cannot be reached or written; the rows that it has are not logged again the next time.
+    """
     for row in rows:
         for tracker in trackers:
-            tracker.log(row)
+            if problem := _problem(tracker, row):
+                raise Unavailable(
+                    f"{problem}. Rows that were sent are not sent again: repeat the command when it answers"
+                )
         progress()
+
+
+def log_new(row: Row, trackers: list[Tracker], results: Path, warn: Callable[[str], None]) -> None:
+    """Log a row that was just saved to `results`. A tracker that fails leaves the list, with one warning."""
+    for tracker in list(trackers):
+        if problem := _problem(tracker, row):
+            trackers.remove(tracker)
+            later = command("results track", [tracker.word], results=str(results))
+            warn(
+                f"{problem}. All results are kept in {results}, and no more are sent there now. To send them later: {later}"
+            )
+
+
+def _problem(tracker: Tracker, row: Row) -> str | None:
+    """Log a row to a tracker; why it failed in one line, or None. A failing tracker must not cost a result."""
+    try:
+        tracker.log(row)
+    except Exception as err:
+        logger.debug("%s failed", tracker.word, exc_info=True)
+        reason = " ".join(str(err).split())[:200] or type(err).__name__
+        return f"the tracker {tracker.word} does not take results ({reason})"
+    return None
 
 
 def _imported(module: str, extra: str, product: str) -> Any:

@@ -1,6 +1,7 @@
 """Uncertainty of results: spreads, intervals, tests, ranks, calibration and similarity, by SciPy and scikit-learn. No torch.
 
-`images`      over the test images of a data set: interval, difference (paired bootstrap), mcnemar, calibration, confusion
+`images`      over the test images of a data set: metrics, calibration, confusion
+`uncertainty` over the same images: interval (bootstrap, Wilson), difference (bootstrap, permutation test), mcnemar
 `datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, gain_tests, ranking (Friedman, critical difference)
 `rows`        on rows: compare, by_dataset, over_datasets, rank, certainty, cost; Spread over seeds
 `cka`         similarity of layers: cka, cka_with, layer_cka (centred kernel alignment, linear or by an RBF)
@@ -12,7 +13,7 @@ test sets.
 
 from mlfusion.statistics.cka import cka, cka_with, layer_cka
 from mlfusion.statistics.datasets import GainTest, Ranking, SignedRank, adjust, gain_tests, holm, ranking, wilcoxon
-from mlfusion.statistics.images import Bootstrap, Calibration, calibration, confusion, difference, interval, mcnemar
+from mlfusion.statistics.images import Calibration, calibration, confusion
 from mlfusion.statistics.rows import (
     Cost,
     Setting,
@@ -23,10 +24,13 @@ from mlfusion.statistics.rows import (
     compare_named,
     compare_probes,
     cost,
+    differences,
+    fair_table,
     over_datasets,
     rank,
     setting,
 )
+from mlfusion.statistics.uncertainty import Bootstrap, difference, interval, mcnemar
 
 __all__ = [
     "Bootstrap",
@@ -49,6 +53,8 @@ __all__ = [
     "confusion",
     "cost",
     "difference",
+    "differences",
+    "fair_table",
     "gain_tests",
     "holm",
     "interval",

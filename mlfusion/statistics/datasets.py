@@ -10,13 +10,19 @@ from itertools import combinations
 from math import sqrt
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mlfusion.errors import BadData
 
 MIN_DATASETS = 6
 """Minimum number of data sets for a test: with fewer, no two-sided signed-rank test can give p < 0.05."""
 
+MIN_PROBES = 3
+"""Minimum number of probes for ranks: two are compared by a signed-rank test."""
+
 ALPHA = 0.05
+
+_LAST_BITS = 1e-12  # of the largest score; one image in a million of a thousand classes is a difference of 1e-9
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class RankedPair:
     a: str
     b: str
     nemenyi: float
-    holm: float  # p-value of Wilcoxon's two-sided test, adjusted by Holm's method
+    holm: float | None  # of Wilcoxon's two-sided test, adjusted by Holm's method; None: too few differ to be tested
 
 
 @dataclass(frozen=True)
@@ -62,40 +68,64 @@ class Ranking:
     ranks: tuple[float, ...]
     means: tuple[float, ...]  # mean scores
     datasets: int
-    friedman: float  # p-value of the hypothesis that all are equally good
+    friedman: float | None  # p-value of the hypothesis that all are equally good; None: all are equal everywhere
     critical_difference: float  # smallest significant difference of two mean ranks, by Nemenyi
     level: float
     groups: tuple[tuple[str, ...], ...]  # neighbours that do not differ significantly; at least two each
     pairs: tuple[RankedPair, ...]
 
 
-def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> SignedRank:
-    """Test whether differences, one per data set, are above 0. The test is exact for up to 50 without ties (up to 9 with
-    ties), and else uses the normal approximation.
+def merge_last_bits(values: ArrayLike) -> np.ndarray:
+    """Values [...] as float64, with those that differ in nothing but their last bits made equal.
 
-    Differences of exactly 0 are left out, as Wilcoxon did. `alternative` is 'greater', 'less' or 'two-sided'.
+    Every test and every rank reads scores through this function, so that all of them see the same ties: the mean of the same
+    seeds in another order differs by 1e-16. Rounding to decimals would not do, since it splits such a pair at a half.
+    """
+    numbers = np.asarray(values, np.float64)
+    order = np.argsort(numbers, axis=None, kind="stable")
+    ascending = numbers.ravel()[order]
+    first = np.diff(ascending, prepend=-np.inf) > _LAST_BITS * max(1.0, np.abs(ascending).max(initial=0.0))
+    merged = np.empty_like(ascending)
+    merged[order] = ascending[np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))]
+    return merged.reshape(numbers.shape)
+
+
+def wilcoxon(differences: Sequence[float], *, alternative: str = "greater") -> SignedRank:
+    """Test whether differences, one per data set, are above 0: exactly, for any number of them, with ties or without.
+
+    Differences of 0, up to the last bits, are left out, as Wilcoxon did; the p-value is that of the signs of the others.
+    `alternative` is 'greater', 'less' or 'two-sided'.
 
     Raises:
         BadData: fewer than six differences are not 0.
     """
-    from scipy.stats import wilcoxon as test
+    from scipy.stats import rankdata
 
     values = np.asarray(differences, np.float64)
-    # Differences of rounded scores are equal only up to the last bit.
-    nonzero = np.round(values[values != 0], 12)
+    sizes = merge_last_bits([0.0, *np.abs(values)])[1:]
+    nonzero = values[sizes > 0]
     if len(nonzero) < MIN_DATASETS:
-        equal = f" ({len(values) - len(nonzero)} of {len(values)} are exactly 0)" if len(nonzero) < len(values) else ""
+        equal = f" ({len(values) - len(nonzero)} of {len(values)} are 0)" if len(nonzero) < len(values) else ""
         raise BadData(
             f"a signed-rank test of {len(nonzero)} data set{'s' if len(nonzero) != 1 else ''}{equal} is refused: with fewer "
             f"than {MIN_DATASETS} it cannot give a two-sided p below 0.05, whatever they show. Probe more data sets, or look "
             "at each with `mlfusion results compare`, which tests over images"
         )
-    tied = len(np.unique(np.abs(nonzero))) < len(nonzero)
-    # With ties SciPy's exact p-value enumerates all 2ⁿ signs, which takes half a second for n = 12.
-    p = float(
-        test(nonzero, alternative=alternative, method="asymptotic" if tied and len(nonzero) > 9 else "auto").pvalue
-    )
+    doubled = np.rint(2 * rankdata(sizes[sizes > 0])).astype(int)  # ties share half ranks: these are whole
+    chances, positive = _sum_chances(doubled), int(doubled[nonzero > 0].sum())
+    tails = {"greater": float(chances[positive:].sum()), "less": float(chances[: positive + 1].sum())}
+    p = min(1.0, tails.get(alternative, 2 * min(tails.values())))
     return SignedRank(len(values), float(values.mean()), float(np.median(values)), p, alternative)
+
+
+def _sum_chances(ranks: np.ndarray) -> np.ndarray:
+    """The chance of each sum of the positive ranks, from 0 to the sum of all, if every sign is a fair coin."""
+    chances = np.zeros(int(ranks.sum()) + 1)
+    chances[0] = 1.0
+    for rank in ranks:
+        chances[rank:] = (chances[rank:] + chances[:-rank]) / 2
+        chances[:rank] /= 2
+    return chances
 
 
 def wilcoxon_or_reason(differences: Sequence[float], alternative: str = "greater") -> SignedRank | str:
@@ -162,26 +192,26 @@ def ranking(scores: Mapping[str, Sequence[float]], *, level: float = ALPHA) -> R
             "ranks need every probe on every data set; allowed: scores of the same data sets in the same order"
         )
     k, n = len(names), lengths.pop() if lengths else 0
-    if k < 3 or n < MIN_DATASETS:
+    if k < MIN_PROBES or n < MIN_DATASETS:
         raise BadData(
-            f"ranks of {k} probes on {n} data sets are refused: Friedman's test needs three probes, and says nothing of fewer "
-            f"than {MIN_DATASETS} data sets. Probe more of them, or compare two probes with `mlfusion results compare`"
+            f"ranks of {k} probes on {n} data sets are refused: Friedman's test needs {MIN_PROBES} probes, and says nothing of "
+            f"fewer than {MIN_DATASETS} data sets. Probe more of them, or compare two probes with `mlfusion results compare`"
         )
-    table = np.array([scores[name] for name in names], np.float64)  # [k, n]
-    ranks = rankdata(-np.round(table, 12), axis=0).mean(1)
-    equal = bool((np.ptp(np.round(table, 12), axis=0) == 0).all())  # the statistic would be 0/0
-    friedman = 1.0 if equal else float(friedmanchisquare(*table).pvalue)
+    table = merge_last_bits([scores[name] for name in names])  # [k, n]
+    ranks = rankdata(-table, axis=0).mean(1)
+    friedman = float(friedmanchisquare(*table).pvalue) if np.ptp(table, axis=0).any() else None
     unit = sqrt(k * (k + 1) / (6 * n))
     critical = float(studentized_range.ppf(1 - level, k, np.inf)) / sqrt(2) * unit
     order = np.argsort(ranks, kind="stable").tolist()
     indices = list(combinations(order, 2))
     tests = [wilcoxon_or_reason((table[a] - table[b]).tolist(), "two-sided") for a, b in indices]
-    # A test that is refused, because there are too few differences, claims nothing: its p-value is 1.
-    signed = holm([test.p if isinstance(test, SignedRank) else 1.0 for test in tests])
+    tested = [test.p for test in tests if isinstance(test, SignedRank)]
+    adjusted = iter(holm(tested).tolist())
+    signed = [next(adjusted) if isinstance(test, SignedRank) else None for test in tests]
     nemenyi = [float(studentized_range.sf(abs(ranks[a] - ranks[b]) / unit * sqrt(2), k, np.inf)) for a, b in indices]
     pairs = tuple(
-        RankedPair(names[a], names[b], *p_values)
-        for (a, b), *p_values in zip(indices, nemenyi, signed.tolist(), strict=True)
+        RankedPair(names[a], names[b], rank_p, signed_p)
+        for (a, b), rank_p, signed_p in zip(indices, nemenyi, signed, strict=True)
     )
     return Ranking(
         tuple(names[i] for i in order),

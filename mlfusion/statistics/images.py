@@ -1,7 +1,7 @@
-"""Uncertainty over the test images of one data set: how much another sample of images would change a score or difference.
+"""Metrics over the test images of one data set as functions of weights; calibration and confusion of the same images.
 
-Every metric is a function of weights, one per image: a resample of the bootstrap is a row of whole-numbered
-weights, and a thousand of them are scored by one product with a sparse matrix.
+A resample of the bootstrap is a row of whole-numbered weights, one per image, and a thousand resamples are scored by one
+product with a sparse matrix (`uncertainty`).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,6 @@ import numpy as np
 from mlfusion.errors import BadData, UnknownName
 
 TOP = 5
-_BLOCK = 4_000_000  # weights in memory at a time: 32 MB
 _TINY = 6e-8  # the smallest float16, in which probabilities are saved
 
 Measure = Callable[[np.ndarray], np.ndarray]
@@ -20,85 +19,6 @@ Measure = Callable[[np.ndarray], np.ndarray]
 
 Predictions = np.ndarray | Sequence[np.ndarray]
 """Probabilities [N, C], or numbers [N]; or a sequence of them, one per seed."""
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How test images are resampled."""
-
-    level: float = 0.95  # share of such intervals that contain the true value
-    resamples: int = 2000
-    seed: int = 0
-    method: str = "percentile"  # SciPy's name; or 'basic' or 'BCa' (slower: it leaves out each image in turn)
-
-    def resample(self, score: Measure, images: int) -> tuple[float, float, np.ndarray]:
-        """The interval of a score, low and high, and the scores of all resamples.
-
-        Raises:
-            BadData: fewer than two images.
-        """
-        from scipy.stats import bootstrap
-
-        if images < 2:
-            raise BadData(f"{images} test image cannot be resampled; allowed: two or more")
-
-        def statistic(rows: np.ndarray, axis: int) -> np.ndarray:  # always the last axis
-            flat = rows.reshape(-1, rows.shape[-1]).astype(np.int64)
-            offsets = images * np.arange(len(flat))[:, None]
-            weights = np.bincount((flat + offsets).ravel(), minlength=images * len(flat)).reshape(len(flat), images)
-            return score(weights.astype(np.float64)).reshape(rows.shape[:-1])
-
-        result = bootstrap(
-            (np.arange(images),),
-            statistic,
-            vectorized=True,
-            n_resamples=self.resamples,
-            batch=max(1, _BLOCK // images),
-            confidence_level=self.level,
-            method=self.method,
-            rng=np.random.default_rng(self.seed),
-        )
-        low, high = result.confidence_interval
-        return float(low), float(high), result.bootstrap_distribution
-
-
-BOOTSTRAP = Bootstrap()
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A score with a bootstrap interval over test images."""
-
-    value: float
-    low: float
-    high: float
-    level: float  # such as 0.95
-    resamples: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Scores of A and B on the same images, and A - B with its interval and two-sided p-value, by a paired bootstrap."""
-
-    a: float
-    b: float
-    value: float  # a - b
-    low: float
-    high: float
-    level: float
-    p: float  # never below 2 / (resamples + 1)
-    resamples: int
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Counts of images by which of two probes is right, and the exact two-sided p-value of equal accuracy."""
-
-    both: int
-    only_a: int
-    only_b: int
-    neither: int
-    p: float
 
 
 @dataclass(frozen=True)
@@ -120,72 +40,12 @@ class Calibration:
     bins: tuple[Bin, ...]  # the reliability curve
 
 
-def interval(
-    labels: np.ndarray, predictions: Predictions, *, metric: str = "balanced_accuracy", bootstrap: Bootstrap = BOOTSTRAP
-) -> Interval:
-    """A bootstrap interval over test images.
-
-    Args:
-        labels: classes [N] in 0..C-1; several labels per image, 0 or 1 [N, C]; or numbers [N].
-        predictions: with several seeds the interval is that of their mean; each resample draws the same images for all.
-        metric: one of `METRICS`.
-        bootstrap: how images are resampled.
-
-    Raises:
-        BadData: labels and predictions do not match, or are fewer than two.
-        UnknownName: there is no such metric for such labels.
-    """
-    score = _mean_measure(labels, predictions, metric)
-    low, high, _ = bootstrap.resample(score, len(labels))
-    return Interval(_full_score(score, labels), low, high, bootstrap.level, bootstrap.resamples)
-
-
-def difference(
-    labels: np.ndarray,
-    a: Predictions,
-    b: Predictions,
-    *,
-    metric: str = "balanced_accuracy",
-    bootstrap: Bootstrap = BOOTSTRAP,
-) -> Difference:
-    """A paired bootstrap of A - B: each resample draws the same images for both, so that the difficulty of images cancels.
-
-    The p-value is the smallest level at which the percentile interval still contains 0. Arguments and errors as in `interval`.
-    """
-    score_a, score_b = _mean_measure(labels, a, metric), _mean_measure(labels, b, metric)
-    low, high, distribution = bootstrap.resample(lambda w: score_a(w) - score_b(w), len(labels))
-    a_score, b_score = _full_score(score_a, labels), _full_score(score_b, labels)
-    tail = min(np.count_nonzero(distribution <= 0), np.count_nonzero(distribution >= 0))
-    p = min(1.0, 2 * (tail + 1) / (bootstrap.resamples + 1))
-    return Difference(a_score, b_score, a_score - b_score, low, high, bootstrap.level, float(p), bootstrap.resamples)
-
-
-def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
-    """The exact test of McNemar (1947): is each probe right on half of the images that only one gets right?
-
-    `labels` are classes [N], `a` and `b` probabilities [N, C].
-
-    Raises:
-        BadData: they have other shapes, or are of different images.
-    """
-    from scipy.stats import binomtest
-
-    for probabilities in (a, b):
-        _check(labels, probabilities)
-    if labels.ndim != 1 or labels.dtype.kind == "f":
-        raise BadData("McNemar's test counts images that are right or wrong; allowed: one class an image")
-    right_a, right_b = a.argmax(1) == labels, b.argmax(1) == labels
-    neither, only_b, only_a, both = np.bincount(2 * right_a + right_b, minlength=4).tolist()
-    p = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return McNemar(both, only_a, only_b, neither, p)
-
-
 def calibration(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> Calibration:
     """The expected calibration error in bins of equal width (Guo et al. 2017, arXiv 1706.04599), and the reliability curve.
 
     `labels` are classes [N], `probabilities` [N, C].
     """
-    _check(labels, probabilities)
+    check(labels, probabilities)
     top = probabilities.max(1).astype(np.float64)
     right = probabilities.argmax(1) == labels
     edges = np.linspace(0, 1, bins + 1)
@@ -206,7 +66,7 @@ def confusion(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Number of images by true class (rows) and predicted class (columns), [C, C] int64."""
     from sklearn.metrics import confusion_matrix
 
-    _check(labels, probabilities)
+    check(labels, probabilities)
     return confusion_matrix(labels, probabilities.argmax(1), labels=np.arange(probabilities.shape[1]))
 
 
@@ -220,7 +80,7 @@ def measure(labels: np.ndarray, predictions: np.ndarray, metric: str) -> Measure
         BadData: labels and predictions do not match.
         UnknownName: there is no such metric for such labels.
     """
-    _check(labels, predictions)
+    check(labels, predictions)
     known = METRICS["number" if labels.dtype.kind == "f" else "labels" if labels.ndim == 2 else "class"]
     if metric not in known:
         raise UnknownName("metric", metric, known)
@@ -332,7 +192,7 @@ METRICS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
 """{kind of labels: {metric: measure}}: one class per image, several labels, or a number."""
 
 
-def _mean_measure(labels: np.ndarray, predictions: Predictions, metric: str) -> Measure:
+def mean_measure(labels: np.ndarray, predictions: Predictions, metric: str) -> Measure:
     """The mean of a metric over seeds, as a function of weights."""
     seeds = [predictions] if isinstance(predictions, np.ndarray) else predictions
     if not seeds:
@@ -341,12 +201,12 @@ def _mean_measure(labels: np.ndarray, predictions: Predictions, metric: str) -> 
     return scores[0] if len(scores) == 1 else lambda weights: np.mean([score(weights) for score in scores], axis=0)
 
 
-def _full_score(score: Measure, labels: np.ndarray) -> float:
+def full_score(score: Measure, labels: np.ndarray) -> float:
     """The score of all images, with equal weights."""
     return float(score(np.ones((1, len(labels))))[0])
 
 
-def _check(labels: np.ndarray, predictions: np.ndarray) -> None:
+def check(labels: np.ndarray, predictions: np.ndarray) -> None:
     if not len(labels) or len(labels) != len(predictions):
         raise BadData(
             f"{len(labels)} labels and predictions of {len(predictions)} images; allowed: both of the same images, one or more"

@@ -1,7 +1,7 @@
 """Statistics of rows: comparison of two probes, ranks over data sets, cost, and the certainty of one row."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum, sqrt
 from statistics import fmean
@@ -13,9 +13,19 @@ import numpy as np
 from mlfusion.errors import BadData, ResultsUnusable
 from mlfusion.results import Results, Row
 from mlfusion.specs.names import ALIASES
-from mlfusion.statistics import images
-from mlfusion.statistics.datasets import GainTest, Ranking, SignedRank, gain_tests, ranking, wilcoxon_or_reason
-from mlfusion.statistics.images import BOOTSTRAP, Bootstrap, Calibration, Difference, Interval, McNemar
+from mlfusion.statistics import images, uncertainty
+from mlfusion.statistics.datasets import (
+    MIN_DATASETS,
+    MIN_PROBES,
+    GainTest,
+    Ranking,
+    SignedRank,
+    gain_tests,
+    ranking,
+    wilcoxon_or_reason,
+)
+from mlfusion.statistics.images import Calibration
+from mlfusion.statistics.uncertainty import BOOTSTRAP, Bootstrap, Difference, Interval, McNemar
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Spread:
 
 
 class Setting(NamedTuple):
-    """The fields that rows must share for their probes to be compared seed by seed."""
+    """The fields that rows must share for their probes to be compared seed by seed, in `compare`, in ranks and in reports."""
 
     model: str
     dataset: str
@@ -45,6 +55,10 @@ class Setting(NamedTuple):
     features: tuple[str, ...]
     options: str  # such as '4 shots'; empty for the protocol as it is
     protocol: int
+
+
+MARKED = ("seed", "grid", "code", "device", "precision", "shots", "halving", "smoothing", "drop_duplicates")
+"""Fields of rows whose difference is marked where the rows are compared."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,7 @@ def compare(
     _comparable(one, other)
     image_difference: Difference | None = None
     tests: tuple[McNemar, ...] = ()
-    marks = _marks(rows_a, rows_b)
+    marks = tuple(differences(rows_a, rows_b).values())
     try:
         arrays_a, arrays_b = ([results.arrays(row) for row in rows] for rows in (rows_a, rows_b))
     except ResultsUnusable as err:
@@ -143,11 +157,12 @@ def compare(
                 "split. Extract and probe both again from the data set as it is now"
             )
         predictions_a, predictions_b = ([arrays["probabilities"] for arrays in seeds] for seeds in (arrays_a, arrays_b))
-        image_difference = images.difference(
+        image_difference = uncertainty.difference(
             labels, predictions_a, predictions_b, metric=one.metric, bootstrap=bootstrap
         )
+        marks = (*marks, *filter(None, [image_difference.refused]))
         if labels.ndim == 1 and labels.dtype.kind != "f":
-            tests = tuple(images.mcnemar(labels, x, y) for x, y in zip(predictions_a, predictions_b, strict=True))
+            tests = tuple(uncertainty.mcnemar(labels, x, y) for x, y in zip(predictions_a, predictions_b, strict=True))
     return Comparison(
         model=one.model if one.model == other.model else f"{one.model} / {other.model}",
         dataset=one.dataset,
@@ -220,36 +235,86 @@ def over_datasets(comparisons: Sequence[Comparison]) -> dict[str, SignedRank | s
 
 
 @dataclass(frozen=True)
+class FairTable:
+    """The largest table of scores without a gap: the same data sets for every probe."""
+
+    scores: dict[str, list[float]]  # {probe: score on each data set}
+    datasets: tuple[str, ...]
+    probes_left_out: tuple[str, ...]
+    datasets_left_out: tuple[str, ...]
+
+
+def fair_table(table: Mapping[str, Mapping[str, float]], *, baseline: str) -> FairTable:
+    """The probes and data sets of {probe: {data set: score}} that make the largest table without a gap.
+
+    A table that can be ranked comes before one that cannot, and one with the baseline before one without; then the number of
+    its scores counts, then that of its data sets.
+    """
+    choices: set[frozenset[str]] = set()  # what several probes have in common
+    for sets in {frozenset(sets) for sets in table.values()}:
+        choices |= {sets & choice for choice in choices} | {sets}
+
+    def probes_on(datasets: frozenset[str]) -> list[str]:
+        return [probe for probe, sets in table.items() if datasets <= sets.keys()]
+
+    def size(datasets: frozenset[str]) -> tuple[bool, bool, int, int, list[str]]:
+        probes = probes_on(datasets)
+        ranked = len(probes) >= MIN_PROBES and len(datasets) >= MIN_DATASETS
+        return ranked, baseline in probes, len(probes) * len(datasets), len(datasets), sorted(datasets)
+
+    best = max(choices, key=size, default=frozenset())
+    datasets, probes = tuple(sorted(best)), probes_on(best)
+    every = {name for sets in table.values() for name in sets}
+    return FairTable(
+        {probe: [table[probe][name] for name in datasets] for probe in probes},
+        datasets,
+        tuple(sorted(table.keys() - set(probes))),
+        tuple(sorted(every - best)),
+    )
+
+
+@dataclass(frozen=True)
 class ProbeRanking:
     """Mean ranks of probes over data sets, and tests of their gains over the baseline."""
 
     ranking: Ranking
     against: tuple[GainTest, ...]  # one per other probe; empty without rows of the baseline
     baseline: str
-    left_out: tuple[str, ...]  # probes without rows on every data set
+    left_out: tuple[str, ...]  # probes without rows on every ranked data set
+    datasets_left_out: tuple[str, ...]  # data sets on which not every ranked probe was run
+    marks: tuple[str, ...]  # sentences: rows of older protocols that do not count, differences between the rows that do
 
 
 def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> ProbeRanking:
-    """Rank the probes of one model and setting over the data sets that most of them have, by mean test scores.
+    """Rank the probes of one model and setting over data sets, by mean test scores, in the largest `fair_table`.
 
-    Several seeds of a probe are averaged. `baseline` is the name or alias of the probe that gains are counted from, `level` the
-    confidence level of the tests: 0.95 means p below 0.05.
+    Several seeds of a probe are averaged. Of rows of several protocols those of the newest count. `baseline` is the name or
+    alias of the probe that gains are counted from, `level` the confidence level of the tests: 0.95 means p below 0.05.
 
     Raises:
         BadData: the scores do not belong in one table, or the data sets are too few.
     """
-    table, baseline = by_dataset(rows), _probe_name(baseline) or baseline
-    datasets = max((sorted(sets) for sets in table.values()), key=len, default=[])
-    complete = {probe: sets for probe, sets in table.items() if sets.keys() >= set(datasets)}
-    scores = {probe: [sets[name] for name in datasets] for probe, sets in complete.items()}
-    base = scores.get(baseline, [])
-    others = {probe: values for probe, values in scores.items() if base and probe != baseline}
+    every = list(rows)
+    newest = max((row.protocol for row in every), default=0)
+    rows, baseline = [row for row in every if row.protocol == newest], _probe_name(baseline) or baseline
+    table = fair_table(by_dataset(rows), baseline=baseline)
+    base = table.scores.get(baseline, [])
+    others = {probe: values for probe, values in table.scores.items() if base and probe != baseline}
     gains = {probe: np.subtract(values, base).tolist() for probe, values in others.items()}
+    marks = [
+        f"the ranked rows differ in {name}: {', '.join(sorted(values))}"
+        for name in ("code", "precision")
+        if len(values := {str(getattr(row, name)) for row in rows if row.probe in table.scores}) > 1
+    ]
+    if older := len(every) - len(rows):
+        marks.insert(0, f"{older} rows of protocols before {newest} do not count, since they measure differently")
     return ProbeRanking(
-        ranking=ranking(scores, level=1 - level),
+        ranking=ranking(table.scores, level=1 - level),
         against=tuple(gain_tests(gains, level=1 - level)),
         baseline=baseline,
-        left_out=tuple(sorted(table.keys() - complete.keys())),
+        left_out=table.probes_left_out,
+        datasets_left_out=table.datasets_left_out,
+        marks=tuple(marks),
     )
 
 
@@ -279,7 +344,7 @@ def certainty(results: Results, row: Row, *, confusions: int = 5) -> Certainty:
     except ResultsUnusable as err:
         return Certainty(missing=str(err))
     labels, predictions = arrays["labels"], arrays["probabilities"]
-    interval = images.interval(labels, predictions, metric=row.metric)
+    interval = uncertainty.interval(labels, predictions, metric=row.metric)
     if labels.ndim != 1 or labels.dtype.kind == "f":
         return Certainty(interval)
     counts = images.confusion(labels, predictions)
@@ -323,24 +388,15 @@ def _comparable(a: Row, b: Row) -> None:
         )
 
 
-def _marks(a: Sequence[Row], b: Sequence[Row]) -> tuple[str, ...]:
-    """Differences between the rows besides the probe, which may explain a difference in scores; 'none' for an unused option."""
-    differences: list[str] = []
+def differences(a: Sequence[Row], b: Sequence[Row]) -> dict[str, str]:
+    """Differences between rows of one setting besides the probe, which may explain a difference in scores, by field.
+
+    {'code': 'code: abc against def'}; an option that was not used is 'none'. `compare` and reports mark them.
+    """
+    found: dict[str, str] = {}
     objects = [[msgspec.to_builtins(row) for row in rows] for rows in (a, b)]  # without options at their default
-    names = (
-        "seed",
-        "grid",
-        "code",
-        "protocol",
-        "device",
-        "precision",
-        "shots",
-        "halving",
-        "smoothing",
-        "drop_duplicates",
-    )
-    for name in names:
+    for name in MARKED:
         values_a, values_b = (sorted({str(row.get(name, "none")) for row in rows}) for rows in objects)
         if values_a != values_b:
-            differences.append(f"{name}: {', '.join(values_a)} against {', '.join(values_b)}")
-    return tuple(differences)
+            found[name] = f"{name}: {', '.join(values_a)} against {', '.join(values_b)}"
+    return found

@@ -27,7 +27,7 @@ from mlfusion.probing.training.precision import resolve
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import BASELINE, Probe, parse_probes
 from mlfusion.specs.options import ComputeOptions, FeatureOptions, PilotOptions, SearchOptions
-from mlfusion.statistics.images import Difference, Interval, difference, interval
+from mlfusion.statistics.uncertainty import Difference, Interval, difference, interval
 from mlfusion.store import Alias, CachePath, Entry, FeatureStore
 from mlfusion.store.features import belong_together, newest_split
 from mlfusion.system.progress import track
@@ -82,7 +82,7 @@ class Advice:
     @property
     def cheapest_equivalent(self) -> Candidate:
         """The cheapest candidate that does not differ significantly from the best one."""
-        equivalent = [candidate for candidate in self.candidates if not candidate.behind or candidate.behind.low <= 0]
+        equivalent = [one for one in self.candidates if not one.behind or one.behind.low is None or one.behind.low <= 0]
         return min(equivalent, key=lambda candidate: (candidate.seconds, -candidate.score.value))
 
     def to_json(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, LegendEntry, Panel, Record, extent, series_legend
 from mlfusion.report.numbers import enumerated, mean_sd, percent, points
-from mlfusion.report.summary import HEADS, ComparisonGroup, Score, head_of, metric_name, score_word
+from mlfusion.report.summary import HEADS, MARKS, ComparisonGroup, Score, head_of, metric_name, score_word
 from mlfusion.specs.names import BASELINE
 
 
@@ -54,7 +54,7 @@ def accuracy_records(group: ComparisonGroup) -> list[Record]:
             label=_label(score),
             validated=mean_sd(score.val) + " %",
             parameters=score.parameters,
-            other_code="yes" if score.other_code else "",
+            **{f"other_{field}": "yes" if field in score.other else "" for field in MARKS},
         )
         for score in group.probes
     ]

@@ -9,9 +9,9 @@ import numpy as np
 
 from mlfusion.report.figures import charts
 from mlfusion.report.figures.charts import of_kind
-from mlfusion.report.figures.drawing import Panel, Record, extent, series
+from mlfusion.report.figures.drawing import Panel, Record, extent
 from mlfusion.report.numbers import points
-from mlfusion.report.theme import SYMBOLS
+from mlfusion.report.theme import LOOKS
 
 MIN_FOR_BOX = 5
 """Minimum number of values for quartiles."""
@@ -105,18 +105,18 @@ def _positioned(groups: Sequence[LineGroup]) -> tuple[list[Record], int]:
 
 def _line_records(line: Line, at: float) -> list[Record]:
     """The guide of a line, its box or median, and its dots."""
-    colour, _ = series(line.position)
+    look = line.position % LOOKS + 1
     records = [Record(what="guide", at=at, top=at - 9, bottom=at + 9)]
     if box := line.box:
         q1, q2, q3 = (points(box[name] / 100) for name in ("q1", "median", "q3"))
         quartiles = f"{q1} to {q3}, median {q2}, n = {len(line.dots)}"
-        records.append(Record(box, what="box", at=at, series=colour, label=line.name, quartiles=quartiles))
+        records.append(Record(box, what="box", at=at, series=look, label=line.name, quartiles=quartiles))
     elif line.dots:
         median = float(np.median([dot.x for dot in line.dots]))
-        records.append(Record(what="median", at=at, series=colour, median=median))
+        records.append(Record(what="median", at=at, series=look, median=median))
     for i, dot in enumerate(line.dots):
         jitter = 4 * ((i * 0.618034) % 1 - 0.5) if len(line.dots) > 1 else 0  # spread evenly, the same every time
-        records.append(Record(what="dot", at=at + jitter, x=dot.x, series=colour, label=dot.label, scored=dot.scored))
+        records.append(Record(what="dot", at=at + jitter, x=dot.x, series=look, label=dot.label, scored=dot.scored))
     return records
 
 
@@ -129,7 +129,7 @@ def _spec(height: int, axis: str, domain: tuple[float, float], zero: bool) -> di
     def x(field: str) -> Any:
         return alt.X(f"{field}:Q", title=axis, scale=scale, axis=alt.Axis(tickCount=6, grid=False))
 
-    colour, shape = charts.series_channels("series", range(1, len(SYMBOLS) + 1))
+    colour, shape = charts.series_channels("series", range(1, LOOKS + 1))
     guide, box, dot = of_kind("guide"), of_kind("box"), of_kind("dot").mark_point(style="point", filled=True)
     of_box = charts.tooltip(("label:N", "of"), ("quartiles:N", "quartiles"))
     of_dot = charts.tooltip(("label:N", "of"), ("x:Q", axis, "+.2f" if zero else ".2f"), ("scored:N", "scores"))

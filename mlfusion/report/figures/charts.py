@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlfusion.errors import Unavailable
-from mlfusion.report.theme import SYMBOLS
+from mlfusion.report.theme import symbol_at
 
 DATA = "records"  # name of the data in the specification of a panel
 
@@ -72,7 +72,7 @@ def dataset_rows(datasets: Sequence[str], padding: float | None = None) -> Any:
 def series_channels(field: str, names: Sequence[Any]) -> tuple[Any, Any]:
     """(colour, shape) of the series that a field names; a series keeps those of its position."""
     alt, domain = require_altair(), list(names)
-    shapes = alt.Scale(domain=domain, range=list(SYMBOLS))
+    shapes = alt.Scale(domain=domain, range=[symbol_at(i) for i in range(len(domain))])
     colour = alt.Color(f"{field}:N", scale=alt.Scale(domain=domain), legend=None)
     return colour, alt.Shape(f"{field}:N", scale=shapes, legend=None)
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from mlfusion.report.figures.charts import DATA
-from mlfusion.report.theme import DASHES, LIGHT, SYMBOLS, Symbol, config
+from mlfusion.report.theme import DASHES, LIGHT, Symbol, config, symbol_at
 
 Value = str | float | int | None
 
@@ -94,9 +94,8 @@ class Figure:
 
 
 def series(position: int) -> tuple[int, Symbol]:
-    """(colour counted from 1, symbol) of the series at a position; after the last they repeat."""
-    turn = position % len(SYMBOLS)
-    return turn + 1, SYMBOLS[turn]
+    """(colour counted from 1, symbol) of the series at a position, as `theme.symbol_at` goes on."""
+    return position % len(LIGHT.series) + 1, symbol_at(position)
 
 
 def series_legend(names: Sequence[str], shown: Container[str] | None = None) -> tuple[LegendEntry, ...]:

@@ -7,8 +7,10 @@ from typing import Any
 from mlfusion.errors import BadData
 from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record
+from mlfusion.report.numbers import enumerated
 from mlfusion.report.studies import Study
-from mlfusion.statistics import Ranking, ranking
+from mlfusion.specs.names import BASELINE
+from mlfusion.statistics import Ranking, fair_table, ranking
 
 LINE = 22  # pixels from one probe to the next
 BAR = 6  # pixels from one bar to the next
@@ -17,17 +19,23 @@ BAR = 6  # pixels from one bar to the next
 def ranks(study: Study) -> Figure | None:
     """A critical-difference diagram (Demšar 2006): mean ranks over data sets, those that do not differ joined by a bar.
 
-    It is None for fewer than three probes, or fewer than six data sets that have all of them.
+    The probes and data sets are those of the largest table without a gap. It is None for fewer than three probes, or fewer
+    than six data sets.
     """
-    probes = [probe for probe in study.probes if len(study.scores(probe)) == len(study.groups)]
-    scores = {
-        probe: [fmean(score.test.mean for score in study.scores(probe, dataset=name)) for name in study.datasets]
-        for probe in probes
+    means = {
+        probe: {
+            name: fmean(score.test.mean for score in scores)
+            for name in study.datasets
+            if len(scores := study.scores(probe, dataset=name)) == len(study.select(dataset=name))
+        }
+        for probe in study.probes
     }
+    table = fair_table(means, baseline=BASELINE)
     try:
-        result = ranking(scores)
+        result = ranking(table.scores)
     except BadData:
         return None
+    left_out = enumerated([*table.probes_left_out, *table.datasets_left_out])
     records, height = _records(result)
     models = f" (means over {len(study.models)} models)" if len(study.models) > 1 else ""
     return Figure(
@@ -35,8 +43,9 @@ def ranks(study: Study) -> Figure | None:
         "Mean ranks of the probes",
         f"Mean rank of each probe over {result.datasets} data sets{models}, 1 the best, with its mean score. Bars join probes "
         f"whose ranks differ by less than the critical difference of {result.critical_difference:.2f} (Nemenyi, "
-        f"{100 * (1 - result.level):.0f} %). The hypothesis that all are equally good has p = {result.friedman:.2g} "
-        "(Friedman).",
+        f"{100 * (1 - result.level):.0f} %). "
+        + _friedman(result)
+        + f" Left out for want of scores: {left_out}." * bool(left_out),
         "; ".join(str(record["text"]) for record in records),
         [Panel("", _spec(len(result.names), height), records, width=560)],
         [
@@ -48,6 +57,12 @@ def ranks(study: Study) -> Figure | None:
             "pairs": [Record(a=p.a, b=p.b, nemenyi_p=p.nemenyi, wilcoxon_holm_p=p.holm) for p in result.pairs]
         },
     )
+
+
+def _friedman(result: Ranking) -> str:
+    if result.friedman is None:
+        return "All are equal on every data set."
+    return f"The hypothesis that all are equally good has p = {result.friedman:.2g} (Friedman)."
 
 
 def _records(result: Ranking) -> tuple[list[Record], int]:

@@ -1,0 +1,258 @@
+"""Uncertainty over the test images of one data set: how much another sample of images would change a score or difference.
+
+`interval` is of one score, `difference` and `mcnemar` are of two probes on the same images. docs/method.md shows how often the
+intervals contain the true value, and how often the tests are wrong, in simulated worlds of 8 to 1,000 images.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import sqrt
+
+import numpy as np
+
+from mlfusion.errors import BadData
+from mlfusion.statistics.images import Measure, Predictions, check, full_score, mean_measure
+
+MIN_IMAGES = 20
+"""Minimum number of test images for a bootstrap interval: with fewer, 95 % intervals contain the true value less often."""
+
+MIN_DIFFERENT = 6
+"""Minimum number of images on which two probes give different answers, for an interval of their difference."""
+
+MIN_OUTCOMES = 10
+"""Minimum number of right and of wrong images for a bootstrap interval: with fewer, resamples have too few different scores."""
+
+_BLOCK = 4_000_000  # weights in memory at a time: 32 MB
+_ROUNDING = 1e-12  # differences of two swaps that differ by less, as a share of the scores, are equal up to rounding
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How test images are resampled, and how many times the answers of two probes are swapped."""
+
+    level: float = 0.95  # share of such intervals that contain the true value
+    resamples: int = 2000
+    seed: int = 0
+
+    def limits(self, score: Measure, images: int, means: int) -> tuple[float, float]:
+        """The percentile interval of a score that is a mean over `images`, or over so many means of groups of images.
+
+        A sample of n images varies less around its own mean than around the true one. The percentiles are moved apart
+        accordingly, as the interval of Student's t is wider than that of the normal distribution (Hesterberg 2015, The
+        American Statistician 69(4), "expanded percentile interval").
+        """
+        from scipy.stats import bootstrap, norm, t
+
+        def statistic(rows: np.ndarray, axis: int) -> np.ndarray:  # always the last axis
+            flat = rows.reshape(-1, rows.shape[-1]).astype(np.int64)
+            offsets = images * np.arange(len(flat))[:, None]
+            weights = np.bincount((flat + offsets).ravel(), minlength=images * len(flat)).reshape(len(flat), images)
+            return score(weights.astype(np.float64)).reshape(rows.shape[:-1])
+
+        freedom = images - means
+        tail = float(norm.cdf(sqrt(images / freedom) * t.ppf((1 - self.level) / 2, freedom)))
+        result = bootstrap(
+            (np.arange(images),),
+            statistic,
+            vectorized=True,
+            n_resamples=self.resamples,
+            batch=max(1, _BLOCK // images),
+            confidence_level=1 - 2 * tail,
+            method="percentile",
+            rng=np.random.default_rng(self.seed),
+        )
+        low, high = result.confidence_interval
+        return float(low), float(high)
+
+    def swaps(self, images: int) -> Iterator[np.ndarray]:
+        """Which images' answers A and B swap [B, N], in blocks: every way if there are so few, else ways drawn at random."""
+        if 2**images <= self.resamples:
+            yield np.array(list(product((False, True), repeat=images)))
+            return
+        random, block = np.random.default_rng(self.seed), max(1, _BLOCK // (2 * images))
+        for start in range(0, self.resamples, block):
+            yield random.random((min(block, self.resamples - start), images)) < 0.5
+
+
+BOOTSTRAP = Bootstrap()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with its interval over test images."""
+
+    value: float
+    low: float | None
+    high: float | None
+    level: float  # such as 0.95
+    resamples: int  # 0: the interval is Wilson's
+    refused: str | None = None  # why there is no interval
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Scores of A and B on the same images, and A - B with its bootstrap interval and its two-sided p-value."""
+
+    a: float
+    b: float
+    value: float  # a - b
+    low: float | None
+    high: float | None
+    level: float
+    p: float  # of the permutation test that swaps the answers of A and B
+    resamples: int
+    refused: str | None = None  # why there is no interval
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Counts of images by which of two probes is right, and the exact two-sided p-value of equal accuracy."""
+
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+    p: float
+
+
+def interval(
+    labels: np.ndarray, predictions: Predictions, *, metric: str = "balanced_accuracy", bootstrap: Bootstrap = BOOTSTRAP
+) -> Interval:
+    """An interval over test images: a bootstrap's, or Wilson's for an accuracy with few right or few wrong images.
+
+    Args:
+        labels: classes [N] in 0..C-1; several labels per image, 0 or 1 [N, C]; or numbers [N].
+        predictions: with several seeds the interval is that of their mean; each resample draws the same images for all.
+        metric: one of `METRICS`.
+        bootstrap: how images are resampled.
+
+    Raises:
+        BadData: labels and predictions do not match.
+        UnknownName: there is no such metric for such labels.
+    """
+    score = mean_measure(labels, predictions, metric)
+    value, level = full_score(score, labels), bootstrap.level
+    means, refused = _means(labels, metric), None
+    if metric in ("accuracy", "balanced_accuracy", "macro_f1"):
+        right = float(np.mean([answers.argmax(1) == labels for answers in _seeds(predictions)], axis=0).sum())
+        if min(right, len(labels) - right) < MIN_OUTCOMES:
+            if metric != "macro_f1":
+                counts = np.bincount(labels) if metric == "balanced_accuracy" else np.array([len(labels)])
+                return Interval(value, *_wilson(value, counts[counts > 0], level), level, 0)
+            refused = (
+                f"no interval: a bootstrap needs {MIN_OUTCOMES} right and {MIN_OUTCOMES} wrong test images or more"
+            )
+    if refused := refused or _too_few(len(labels), means):
+        return Interval(value, None, None, level, bootstrap.resamples, refused)
+    return Interval(value, *bootstrap.limits(score, len(labels), means), level, bootstrap.resamples)
+
+
+def difference(
+    labels: np.ndarray,
+    a: Predictions,
+    b: Predictions,
+    *,
+    metric: str = "balanced_accuracy",
+    bootstrap: Bootstrap = BOOTSTRAP,
+) -> Difference:
+    """A - B on the same images, so that the difficulty of images cancels.
+
+    Each resample of the interval draws the same images for both. The p-value is that of a permutation test: if A and B are
+    alike, their answers to an image, of all seeds, may be swapped without effect. It is the share of swaps with a difference as
+    large, among all swaps (up to ten images) or `resamples` of them. Its level holds for any number of images. Arguments and
+    errors are those of `interval`; A and B have as many seeds.
+    """
+    if len(_seeds(a)) != len(_seeds(b)):
+        raise BadData(f"A has {len(_seeds(a))} seeds, B has {len(_seeds(b))}; allowed: predictions of the same seeds")
+    score_a, score_b = mean_measure(labels, a, metric), mean_measure(labels, b, metric)
+    a_score, b_score = full_score(score_a, labels), full_score(score_b, labels)
+    value, means = a_score - b_score, _means(labels, metric)
+    refused = _too_few(len(labels), means) or _too_alike(labels, a, b, metric)
+    low, high = (None, None)
+    if not refused:
+        low, high = bootstrap.limits(lambda weights: score_a(weights) - score_b(weights), len(labels), means)
+    least = abs(value) - _ROUNDING * max(1.0, abs(a_score), abs(b_score))
+    p = _swap_p(labels, a, b, metric, least, bootstrap)
+    return Difference(a_score, b_score, value, low, high, bootstrap.level, p, bootstrap.resamples, refused)
+
+
+def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
+    """The exact test of McNemar (1947): is each probe right on half of the images that only one gets right?
+
+    `labels` are classes [N], `a` and `b` probabilities [N, C].
+
+    Raises:
+        BadData: they have other shapes, or are of different images.
+    """
+    from scipy.stats import binomtest
+
+    for probabilities in (a, b):
+        check(labels, probabilities)
+    if labels.ndim != 1 or labels.dtype.kind == "f":
+        raise BadData("McNemar's test counts images that are right or wrong; allowed: one class an image")
+    right_a, right_b = a.argmax(1) == labels, b.argmax(1) == labels
+    neither, only_b, only_a, both = np.bincount(2 * right_a + right_b, minlength=4).tolist()
+    p = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return McNemar(both, only_a, only_b, neither, p)
+
+
+def _swap_p(
+    labels: np.ndarray, a: Predictions, b: Predictions, metric: str, least: float, bootstrap: Bootstrap
+) -> float:
+    """The share of swaps with a difference of at least `least`. The answers of A stand above those of B, weighted 0 or 1."""
+    stacked = [np.concatenate(pair) for pair in zip(_seeds(a), _seeds(b), strict=True)]
+    score = mean_measure(np.concatenate([labels, labels]), stacked, metric)
+    count = larger = 0
+    for swapped in bootstrap.swaps(len(labels)):
+        first = np.hstack([~swapped, swapped]).astype(np.float64)
+        changed = np.abs(score(first) - score(1 - first))
+        larger += int((changed >= least).sum())
+        count += len(swapped)
+    every = count == 2 ** len(labels)  # the answers as they are are one of them
+    return larger / count if every else (larger + 1) / (count + 1)
+
+
+def _wilson(value: float, counts: np.ndarray, level: float) -> tuple[float, float]:
+    """The score interval of Wilson (1927) for a mean of C recalls, with `counts` images each.
+
+    The mean varies like a share of n = C² / Σ(1 / count) images; with one group, n is its number of images.
+    """
+    from scipy.stats import norm
+
+    z2 = float(norm.ppf((1 + level) / 2)) ** 2
+    images = len(counts) ** 2 / float((1 / counts).sum())
+    middle = (value + z2 / (2 * images)) / (1 + z2 / images)
+    half = sqrt(z2 * (value * (1 - value) / images + z2 / (4 * images**2))) / (1 + z2 / images)
+    return min(value, max(0.0, middle - half)), max(value, min(1.0, middle + half))
+
+
+def _seeds(predictions: Predictions) -> list[np.ndarray]:
+    return [predictions] if isinstance(predictions, np.ndarray) else list(predictions)
+
+
+def _means(labels: np.ndarray, metric: str) -> int:
+    """The number of means that a metric is made of: one for each class, or a single one."""
+    return len(np.unique(labels)) if metric in ("balanced_accuracy", "macro_f1") else 1
+
+
+def _too_few(images: int, means: int) -> str | None:
+    if images >= MIN_IMAGES and images > means:
+        return None
+    needed = max(MIN_IMAGES, means + 1)
+    return f"no interval from {images} test images: a bootstrap needs {needed} or more"
+
+
+def _too_alike(labels: np.ndarray, a: Predictions, b: Predictions, metric: str) -> str | None:
+    """Why the answers differ on too few images for an interval of the difference, or None."""
+    pairs = list(zip(_seeds(a), _seeds(b), strict=True))
+    if metric in ("accuracy", "balanced_accuracy"):
+        differs = np.any([(x.argmax(1) == labels) != (y.argmax(1) == labels) for x, y in pairs], axis=0)
+    else:
+        differs = np.any([(x != y).reshape(len(labels), -1).any(1) for x, y in pairs], axis=0)
+    if (different := int(differs.sum())) >= MIN_DIFFERENT:
+        return None
+    return (
+        f"no interval of the difference: the two differ on {different} of {len(labels)} test images, and a bootstrap needs "
+        f"{MIN_DIFFERENT} or more"
+    )
