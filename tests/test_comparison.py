@@ -1,5 +1,6 @@
 """Rows compared, shown and made again: what is alike is compared, what is not is refused or marked, and a row repeats."""
 
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pandas
 import pytest
 from rows import row, row_object, study
 from tiny import save_images, save_model
@@ -19,9 +21,10 @@ import mlfusion
 from mlfusion import cli, statistics
 from mlfusion.errors import BadData, NotCached
 from mlfusion.probing import fitting, grids, jobs, rerun, saved
-from mlfusion.results import Results, Row
+from mlfusion.results import Results, Row, export
 from mlfusion.results.rows import from_object
-from mlfusion.specs.options import StorageOptions
+from mlfusion.specs.names import parse_probes
+from mlfusion.specs.options import SearchOptions, StorageOptions
 
 PROBES = "cls-last/linear,cls+ap-2-layers/attentive"
 
@@ -118,7 +121,12 @@ def test_what_else_differs_is_marked(tmp_path: Path) -> None:
     one, other = row("a", code="abc"), row("b", code="def", seed=3, shots=2)
     store = kept(tmp_path, [one, other])
     marks = statistics.compare(store, one, other, bootstrap=statistics.Bootstrap(resamples=100)).marks
-    assert marks == ("seed: 0 against 3", "code: abc against def", "shots: none against 2")
+    assert marks[:3] == ("seed: 0 against 3", "code: abc against def", "shots: none against 2")
+    assert marks[3:] == (
+        "no interval of the difference: the two differ on 0 of 40 test images, and a bootstrap needs 6 or more",
+    )
+    slower = statistics.compare(store, one, msgspec.structs.replace(one, precision="bfloat16")).marks
+    assert slower[0] == "precision: float32 against bfloat16"
 
 
 def test_rows_without_arrays_or_with_other_images(tmp_path: Path) -> None:
@@ -254,7 +262,8 @@ def test_ls_and_show(at: Path, run: Any) -> None:
 
 def test_compare_at_the_command_line(at: Path, run: Any) -> None:
     code, out, err = run("results", "compare", "cls+ap-2-layers/attentive", "cls-last/linear", "--resamples", "200")
-    assert code == 0 and len(out.splitlines()) == 2 and "A: cls+ap-2-layers/attentive" in out and not err
+    assert code == 0 and len(out.splitlines()) == 2 and "A: cls+ap-2-layers/attentive" in out
+    assert "no interval from 12 test images: a bootstrap needs 20 or more" in err and len(err.splitlines()) == 1
     said = json.loads(run("results", "compare", "cls+ap-2-layers/attentive", "cls-last/linear", "--json")[1])
     [one] = said["comparisons"]
     assert one["seeds"] == [0, 1] and len(one["mcnemar"]) == 2
@@ -290,6 +299,55 @@ def test_rank_at_the_command_line(tmp_path: Path, run: Any) -> None:
     assert "7 data sets" in out and "+20.0" in out
     said = json.loads(run("results", "rank", "--json")[1])
     assert said["left_out"] == ["ap-layer-2/linear"] and {one["q"] for one in said["against"]} == {2**-7}
+    assert said["datasets_left_out"] == ["set 0"] and said["marks"] == []
+
+
+def test_a_probe_with_more_data_sets_than_the_others_does_not_leave_them_out() -> None:
+    probes = ("cls-last/linear", "ap-last/linear", "cls+ap-last/linear")
+    rows = [
+        row(f"{n}-{i}", dataset=f"set-{n}", probe=p, test=0.5 + i / 10) for n in range(7) for i, p in enumerate(probes)
+    ]
+    more = [row(f"more-{n}", dataset=f"set-{n}", probe="cls-last/ridge", test=0.4) for n in range(9)]
+    found = statistics.rank([*rows, *more], baseline="cls-last/linear")
+    assert set(found.ranking.names) == {*probes, "cls-last/ridge"} and found.ranking.datasets == 7
+    assert found.left_out == () and found.datasets_left_out == ("set-7", "set-8")
+    # A probe on few data sets costs the others none of theirs.
+    few = [row(f"few-{n}", dataset=f"set-{n}", probe="cls-last/knn", test=0.4) for n in range(6)]
+    found = statistics.rank(
+        [*rows, *(one for one in more if one.dataset < "set-7"), *few[:2]], baseline="cls-last/linear"
+    )
+    assert found.left_out == ("cls-last/knn",) and found.ranking.datasets == 7 and found.datasets_left_out == ()
+
+
+def test_the_fair_table_is_the_largest_of_all() -> None:
+    random = np.random.default_rng(3)
+    for _ in range(5):
+        table = {f"p{k}": {f"d{n}": 0.5 for n in np.flatnonzero(random.random(8) < 0.8)} for k in range(5)}
+        found = statistics.fair_table(table, baseline="none")
+        best = max(  # every choice of probes, with all data sets that they share
+            (len(chosen) >= 3 and len(shared) >= 6, len(chosen) * len(shared))
+            for count in range(1, 6)
+            for chosen in itertools.combinations(table.values(), count)
+            for shared in [set.intersection(*map(set, chosen))]
+        )
+        size = len(found.scores) * len(found.datasets)
+        assert (len(found.scores) >= 3 and len(found.datasets) >= 6, size) == best
+        assert all(set(found.datasets) <= set(table[probe]) for probe in found.scores)
+
+
+def test_rows_of_older_protocols_do_not_count_in_ranks_and_what_differs_is_told() -> None:
+    probes = {"cls-last/linear": 0.5, "ap-last/linear": 0.6, "cls+ap-last/linear": 0.7}
+    rows = [row(f"{n}-{s}", dataset=f"set-{n}", probe=p, test=s) for n in range(6) for p, s in probes.items()]
+    older = [row(f"old-{n}", dataset=f"set-{n}", probe="cls-last/ridge", test=0.9, protocol=1) for n in range(6)]
+    found = statistics.rank([*rows, *older], baseline="cls-last/linear")
+    assert "cls-last/ridge" not in found.ranking.names
+    assert found.marks == ("6 rows of protocols before 2 do not count, since they measure differently",)
+    mixed = [
+        msgspec.structs.replace(one, precision="bfloat16") if one.probe in ("ap-last/linear",) else one for one in rows
+    ]
+    assert statistics.rank(mixed, baseline="cls-last/linear").marks == (
+        "the ranked rows differ in precision: bfloat16, float32",
+    )
 
 
 def test_export_and_import_at_the_command_line(at: Path, run: Any) -> None:
@@ -323,3 +381,20 @@ def test_an_empty_store_says_what_to_do(run: Any, words: tuple[str, ...]) -> Non
     code, out, err = run("results", *words)
     assert code == 1 and out == "" and "Make some with `mlfusion probe --dataset digits" in err
     assert os.listdir() in ([], ["runs"])
+
+
+def test_ids_stay_text_in_a_csv(tmp_path: Path) -> None:
+    """An id of decimal digits alone, with leading zeros or an e, would be read as a number."""
+    probe, search = (
+        parse_probes("cls-last/linear", 12)[0],
+        SearchOptions(seeds=(0,), shots=(None,), precision="float32"),
+    )
+    ids = {jobs.Job(probe, search).row_id((f"{n:016x}", "t" * 16)) for n in range(3000)}
+    assert len(ids) == 3000 and any(one[1:].isdecimal() for one in ids)
+    numbers = [one for one in ids if one[1:].isdecimal()]
+    export.write([row(one) for one in numbers], tmp_path / "few.csv")
+    assert pandas.read_csv(tmp_path / "few.csv")["id"].tolist() == numbers
+    older = ["0012345678901234", "12345e6789012345"]
+    export.write([row(one, code="0123456") for one in older], tmp_path / "older.csv")
+    read = pandas.read_csv(tmp_path / "older.csv", dtype={"id": str, "code": str})
+    assert read["id"].tolist() == older and set(read["code"]) == {"0123456"}

@@ -27,7 +27,7 @@ from mlfusion.report import Picture, Strip, early_and_late, overlay, page, publi
 from mlfusion.report.catalogue import GROUP_FIGURES, STUDY_FIGURES, ReportData, figure_files
 from mlfusion.report.figures import classification, cost, gains, ranks, seeds
 from mlfusion.report.figures.attention import attention
-from mlfusion.report.figures.drawing import Record
+from mlfusion.report.figures.drawing import Record, series
 from mlfusion.report.figures.layers import by_layer
 from mlfusion.report.sections import sections
 from mlfusion.report.studies import Study, domain, studies
@@ -231,6 +231,31 @@ def test_unlike_rows_get_studies_of_their_own() -> None:
     assert "gains-by-probe-mean-average-precision" not in text  # one case has no study to draw
     shots = studies(comparison_groups([*rows, *study({BASE: [0.3]}, dataset="dtd", shots=4)]))
     assert [one.name for one in shots] == ["no options", "4 shots"]
+
+
+@pytest.mark.parametrize("count", [8, 24])
+def test_no_two_lines_of_a_figure_look_alike(count: int) -> None:
+    kinds = [f"{kind}-layer-{{}}/{head}" for kind in ("cls", "ap", "cls+ap") for head in HEADS_BY_LAYER]
+    rows = study({BASE: [0.5]} | {kind.format(layer): [0.5] for kind in kinds[:count] for layer in (1, 2)})
+    figure = by_layer(comparison_groups(rows))
+    assert figure
+    looks = [(entry.colour, entry.symbol) for entry in figure.legend]
+    assert len(looks) == len(set(looks)) == count
+    assert [colour for colour, _ in looks[:6]] == [1, 2, 3, 4, 5, 6]  # all colours before the second of any
+    shapes = [
+        one["encoding"]["shape"]["scale"]["range"]
+        for one in figure.panels[0].spec["layer"]
+        if "shape" in one.get("encoding", {})
+    ]
+    assert shapes == [[symbol for _, symbol in looks]]  # the points look as the legend says
+
+
+def test_thirty_six_series_look_different() -> None:
+    looks = [series(position) for position in range(37)]
+    assert len(set(looks[:36])) == 36 and looks[36] == looks[0]
+
+
+HEADS_BY_LAYER = ("linear", "ridge", "logistic", "knn", "attentive", "abmil", "simpool", "v-jepa")
 
 
 def test_other_code_than_the_baselines_is_marked() -> None:

@@ -346,6 +346,44 @@ def test_another_version_of_the_code_is_marked_wherever_a_gain_stands() -> None:
     assert "†" not in shown(rows) + markdown(rows)
 
 
+def test_another_precision_is_marked_wherever_a_gain_stands() -> None:
+    rows = study({BASE: [0.8], ALF: [0.9], LINEAR: [0.85]}, dataset="one")
+    rows = [replace(one, precision="bfloat16") if one.probe == BASE else one for one in rows]
+    rows = [replace(one, code="later") if one.probe == LINEAR else one for one in rows]
+    said = "‡ trained in another precision than the baseline that its gain is counted from"
+    [group] = comparison_groups(rows)
+    score_table = tables.by_rank(studies([group])[0])
+    for text in (shown(rows), markdown(rows), tables.markdown(score_table)):
+        assert (
+            "+10.0 ‡" in text
+            and "+5.0 †‡" in text
+            and f"{said} (precision: float32 against bfloat16)" in " ".join(text.split())
+        )
+    assert r"+5.0 $\dagger$$\ddagger$" in tables.latex(score_table)
+    assert {one["probe"]: one["other_precision"] for one in score_table.numbers if "test" in one} == {
+        BASE: "",
+        ALF: "yes",
+        LINEAR: "yes",
+    }
+    assert "2 scores were trained in another precision" in Page(page(rows)).text
+
+
+def test_no_gain_is_counted_over_a_baseline_of_another_protocol() -> None:
+    rows = study({BASE: [0.5], ALF: [0.8]}, dataset="one")
+    older = [replace(one, protocol=1) if one.probe == BASE else one for one in rows]
+    groups = comparison_groups(older)
+    assert sorted(group.name for group in groups) == ["a-vit on one (protocol 1)", "a-vit on one (protocol 2)"]
+    assert [score.gain for group in groups for score in group.scores if score.probe == ALF] == [None]
+    assert len(studies(groups)) == 2
+    told = (
+        "Protocols measure differently (1 row of protocol 1 and 1 row of protocol 2): no gain is counted between them"
+    )
+    for text in (shown(older), markdown(older), Page(page(older)).text):
+        assert "+30.0" not in text and told in " ".join(text.split())
+    text = shown(rows)
+    assert "+30.0" in text and "protocol" not in text
+
+
 def many(*names: str, model: str = "a-vit") -> list[Row]:
     """Gains that differ by data set: 1 point on the first, 2 on the second, and so on."""
     rows = []

@@ -5,10 +5,12 @@ import math
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
@@ -17,8 +19,9 @@ from tiers import examples
 
 from mlfusion import statistics
 from mlfusion.errors import BadData, UnknownName
-from mlfusion.statistics import Bootstrap
+from mlfusion.statistics import Bootstrap, uncertainty
 from mlfusion.statistics import images as over_images
+from mlfusion.statistics.datasets import merge_last_bits
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -160,10 +163,10 @@ def test_several_seeds_are_resampled_together() -> None:
 def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     labels, a = world(8)
     whole = statistics.interval(labels, a, bootstrap=Bootstrap(resamples=100))
-    monkeypatch.setattr(over_images, "_BLOCK", 7 * len(labels))
+    p = statistics.difference(labels, a, a[::-1], bootstrap=Bootstrap(resamples=100)).p
+    monkeypatch.setattr(uncertainty, "_BLOCK", 7 * len(labels))
     assert statistics.interval(labels, a, bootstrap=Bootstrap(resamples=100)) == whole
-    corrected = statistics.interval(labels, a, bootstrap=Bootstrap(resamples=300, method="BCa"))
-    assert corrected.low < corrected.value < corrected.high
+    assert statistics.difference(labels, a, a[::-1], bootstrap=Bootstrap(resamples=100)).p == p
 
 
 def test_mcnemar_by_enumeration() -> None:
@@ -221,12 +224,111 @@ def test_what_does_not_belong_together_is_refused() -> None:
         statistics.interval(labels, a, metric="r2")
     with pytest.raises(BadData, match=r"labels outside 0\.\.2"):
         statistics.calibration(labels, a[:, :3])
-    with pytest.raises(BadData, match="two or more"):
-        statistics.interval(labels[:1], a[:1])
+    with pytest.raises(BadData, match="A has 2 seeds, B has 1"):
+        statistics.difference(labels, [a, a], a)
     with pytest.raises(BadData, match="one class an image"):
         statistics.mcnemar(labels.astype(float), a[:, :1], a[:, :1])
     with pytest.raises(BadData, match="no predictions"):
         statistics.interval(labels, [])
+
+
+# --- few images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [2, 4, 6, 9])
+def test_the_p_value_of_few_images_counts_every_swap(images: int) -> None:
+    """A right on all, B on none: of all swaps, two have a difference as large, as in McNemar's test."""
+    labels = np.arange(images) % 2
+    a, b = np.eye(2)[labels], np.eye(2)[1 - labels]
+    for metric in ("accuracy", "balanced_accuracy", "macro_f1"):
+        found = statistics.difference(labels, a, b, metric=metric)
+        assert found.p == 2 / 2**images == statistics.mcnemar(labels, a, b).p
+        assert found.low is found.high is None and found.refused
+        assert f"no interval from {images} test images: a bootstrap needs 20 or more" in found.refused
+
+
+@pytest.mark.parametrize("metric", ["balanced_accuracy", "macro_f1", "loss"])
+def test_swaps_by_a_loop(metric: str) -> None:
+    """With two seeds: all ways to swap the answers to nine images, each scored by scikit-learn."""
+    labels = np.array([0, 1, 2] * 3)
+    a, b = ([world(seed, n=9, labels=labels, classes=3)[1] for seed in seeds] for seeds in ((20, 21), (22, 23)))
+
+    def gap(swapped: np.ndarray) -> float:
+        pairs = [(np.where(swapped, y, x), np.where(swapped, x, y)) for x, y in zip(a, b, strict=True)]
+        return float(np.mean([CLASS[metric](labels, x) - CLASS[metric](labels, y) for x, y in pairs]))
+
+    gaps = [abs(gap(np.array(way)[:, None])) for way in product((False, True), repeat=9)]
+    assert statistics.difference(labels, a, b, metric=metric).p == np.mean(np.array(gaps) >= gaps[0] - 1e-9)
+
+
+def test_an_accuracy_with_few_wrong_images_has_the_interval_of_wilson() -> None:
+    """For classes of equal size it is Wilson's of all images: its ends solve a quadratic equation."""
+    labels = np.arange(100) % 4
+    right = np.eye(4)[labels]
+    few_wrong = right.copy()
+    few_wrong[:3] = right[1:4]
+    for metric in ("accuracy", "balanced_accuracy"):
+        for predictions, hits in ((right, 100), (few_wrong, 97)):
+            found = statistics.interval(labels, predictions, metric=metric)
+            assert found.low is not None and found.high is not None
+            for end in (found.low, found.high):  # both ends solve |p - hits/n| = z √(p (1 - p) / n), or are 1
+                z = abs(end - hits / 100) / math.sqrt(end * (1 - end) / 100) if end < 1 else 1.959964
+                assert z == pytest.approx(1.959964, abs=1e-5)
+    assert statistics.interval(labels[:1], right[:1]).low == pytest.approx(0.2065, abs=1e-4)
+
+
+def test_no_interval_of_fewer_images_than_it_needs() -> None:
+    random = np.random.default_rng(24)
+    numbers = random.normal(size=19)
+    found = statistics.interval(numbers, numbers + 1, metric="mae")
+    assert found.low is None and found.refused == "no interval from 19 test images: a bootstrap needs 20 or more"
+    numbers = random.normal(size=20)
+    assert statistics.interval(numbers, numbers + random.normal(size=20), metric="mae").low is not None
+    labels = np.arange(30)  # a class an image
+    found = statistics.interval(labels, np.eye(30)[np.where(labels < 15, labels, 0)])
+    assert found.refused == "no interval from 30 test images: a bootstrap needs 31 or more"
+    many = np.arange(60) % 2
+    alike = np.eye(2)[many]
+    other = alike.copy()
+    other[:5] = 1 - other[:5]
+    assert "differ on 5 of 60 test images" in str(statistics.difference(many, alike, other).refused)
+    other[5] = 1 - other[5]
+    assert statistics.difference(many, alike, other).refused is None
+
+
+# --- simulated worlds ------------------------------------------------------------------------------------------------
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import level  # noqa: E402
+
+
+@pytest.mark.parametrize("name", ["balanced accuracy", "the same, 3 seeds", "macro-F1", "R²"])
+@pytest.mark.parametrize(
+    "images", [8, pytest.param(20, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+)
+def test_tests_over_images_hold_their_level(name: str, images: int) -> None:
+    worlds = 60 if images == 8 else 150
+    for share in level.false_alarms(level.NULLS[name], images, worlds, resamples=100).values():
+        assert share * worlds <= binom.ppf(0.9995, worlds, 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["balanced accuracy of about 97 %", "macro-F1", "R²"])
+@pytest.mark.parametrize("images", [8, 20, 100])
+def test_intervals_of_simulated_worlds_contain_the_truth(name: str, images: int) -> None:
+    worlds = 150
+    for share in level.coverage(level.COVERED[name], images, worlds, resamples=200).values():
+        assert share is None or share * worlds >= binom.ppf(0.0005, worlds, 0.93)
+
+
+@pytest.mark.parametrize("step", [0.0, 0.01])
+@pytest.mark.parametrize("datasets", [5, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 12, 20))])
+def test_tests_over_data_sets_hold_their_level(datasets: int, step: float) -> None:
+    worlds = 40 if datasets == 8 else 150
+    found = level.dataset_alarms(datasets, 3, step, worlds)
+    assert all(share is None for share in found.values()) == (datasets == 5)
+    for name, share in found.items():
+        assert share is None or share * worlds <= binom.ppf(0.9995, worlds, 0.05), name
 
 
 # --- data sets -------------------------------------------------------------------------------------------------------
@@ -249,10 +351,76 @@ def test_wilcoxon_by_enumeration(sizes: list[int], data: st.DataObject) -> None:
     )
 
 
+@given(st.lists(st.integers(-4, 4).filter(bool), min_size=6, max_size=10))
+@settings(max_examples=examples(25), deadline=None)
+def test_wilcoxon_with_ties_by_enumeration(points: list[int]) -> None:
+    """Whole points have many ties, which share the mean of their ranks."""
+    ranks = scipy.stats.rankdata(np.abs(points))
+    observed = sum(rank for rank, one in zip(ranks, points, strict=True) if one > 0)
+    sums = np.array([np.dot(ranks, flips) for flips in product((0, 1), repeat=len(points))])
+    gains = [one / 100 for one in points]
+    above, below = float((sums >= observed).mean()), float((sums <= observed).mean())
+    assert statistics.wilcoxon(gains).p == pytest.approx(above)
+    assert statistics.wilcoxon(gains, alternative="less").p == pytest.approx(below)
+    assert statistics.wilcoxon(gains, alternative="two-sided").p == pytest.approx(min(1, 2 * min(above, below)))
+
+
+@pytest.mark.parametrize("count", [10, 25, 50])
+def test_wilcoxon_without_ties_is_scipys_exact_one(count: int) -> None:
+    random = np.random.default_rng(count)
+    gains = random.normal(0.2, 1, count).tolist()
+    for alternative in ("greater", "less", "two-sided"):
+        want = scipy.stats.wilcoxon(gains, alternative=alternative, method="exact").pvalue
+        assert statistics.wilcoxon(gains, alternative=alternative).p == pytest.approx(want, rel=1e-9)
+
+
+def test_fourteen_gains_of_whole_points() -> None:
+    gains = np.array([1, 1, 1, 1, -1, 1, -1, 2, -1, 1, -1, 1, 1, 1]) / 100
+    assert statistics.wilcoxon(gains.tolist()).p == pytest.approx(0.0723, abs=5e-5)
+
+
+LAST_BITS = [0.1 + 0.2 - 0.3, 1e-16, -1e-16, 2.3e-16, -5e-17, 1e-15]
+
+
+def test_gains_of_nothing_but_last_bits_are_not_tested() -> None:
+    with pytest.raises(BadData, match=r"of 0 data sets \(6 of 6 are 0\) is refused"):
+        statistics.wilcoxon(LAST_BITS)
+    [test] = statistics.gain_tests({"a": LAST_BITS})
+    assert test.p is test.q is None and not test.significant and test.refused
+    # beside real gains they are ties with 0, and gains that differ by last bits are ties with each other
+    gains = [0.01, 0.01 + 1e-17, 0.03 - 0.02, -0.01, 0.02, 0.02, 0.05]
+    assert statistics.wilcoxon([*gains, *LAST_BITS]).p == statistics.wilcoxon([1, 1, 1, -1, 2, 2, 5]).p
+
+
+def test_scores_that_differ_by_last_bits_are_ties_in_ranks_and_in_every_test() -> None:
+    seeds = np.array([0.7, 0.8, 0.9])
+    orders = {"a": (0, 1, 2), "b": (2, 0, 1), "c": (1, 2, 0)}
+    better = {"c": (0, 3)}
+    scores = {
+        name: [float(np.mean(seeds[list(order)] - 0.01 * d + 0.01 * (d in better.get(name, ())))) for d in range(7)]
+        for name, order in orders.items()
+    }
+    assert any(len({*values}) > 1 for values in zip(*scores.values(), strict=True))  # the last bits do differ
+    found = statistics.ranking(scores)
+    rounded = [np.round(one, 9) for one in scores.values()]
+    assert found.friedman == pytest.approx(scipy.stats.friedmanchisquare(*rounded).pvalue)
+    ranks = scipy.stats.rankdata([-one for one in rounded], axis=0).mean(1)
+    assert dict(zip(found.names, found.ranks, strict=True)) == pytest.approx(dict(zip(scores, ranks, strict=True)))
+    assert {pair.holm for pair in found.pairs} == {None}  # two differences at most
+
+
+def test_a_pair_at_a_half_is_merged_where_rounding_would_split_it() -> None:
+    half = 4097 / 8192  # 0.5001220703125, which ends in a 5 at the thirteenth decimal
+    below = np.nextafter(half, 0)
+    assert len({*np.round([below, half, np.nextafter(half, 1)], 12)}) == 2
+    assert len({*merge_last_bits([0.1, below, half, np.nextafter(half, 1)])}) == 2
+    assert merge_last_bits([[0.2, 0.1], [0.1 + 1e-9, 0.2]]).tolist() == [[0.2, 0.1], [0.1 + 1e-9, 0.2]]
+
+
 def test_few_data_sets_are_refused_with_the_reason() -> None:
     with pytest.raises(BadData, match=r"of 5 data sets is refused: with fewer than 6.*mlfusion results compare"):
         statistics.wilcoxon([0.1, 0.2, 0.3, 0.4, 0.5])
-    with pytest.raises(BadData, match=r"of 5 data sets \(2 of 7 are exactly 0\)"):
+    with pytest.raises(BadData, match=r"of 5 data sets \(2 of 7 are 0\)"):
         statistics.wilcoxon([0.1, 0.2, 0.3, 0.4, 0.5, 0, 0])
     assert statistics.wilcoxon([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]).p == 2**-6
 
@@ -323,7 +491,7 @@ def test_ranks_that_say_nothing_are_refused() -> None:
     with pytest.raises(BadData, match="every probe on every data set"):
         statistics.ranking({"a": [0.1] * 8, "b": [0.2] * 8, "c": [0.3] * 7})
     same = statistics.ranking({name: [0.5] * 8 for name in "abc"})
-    assert same.friedman == 1.0 and same.ranks == (2.0, 2.0, 2.0) and {pair.holm for pair in same.pairs} == {1.0}
+    assert same.friedman is None and same.ranks == (2.0, 2.0, 2.0) and {pair.holm for pair in same.pairs} == {None}
 
 
 # --- similarity ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from mlfusion.errors import BadData
 from mlfusion.report import tables
 from mlfusion.report.files import write_whole
 from mlfusion.report.numbers import between, count, p_value, percent, plural, plus_minus, points
+from mlfusion.report.sentences import protocol_notes
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import ALF, ComparisonGroup, code_versions, comparison_groups
 from mlfusion.results import Results, Row
@@ -46,7 +47,7 @@ def write_findings(
 def page_text(rows: Sequence[Row], results: Results, *, title: str, about: str, command: str) -> str:
     """The text that `write_findings` writes."""
     groups = comparison_groups(rows)
-    parts = [f"# {title}", about, f"```\n{command}\n```", _provenance(groups)]
+    parts = [f"# {title}", about, f"```\n{command}\n```", _provenance(groups), *protocol_notes(groups)]
     for study in studies(groups):
         name = f" ({study.name})" if study.name else ""
         texts = [tables.markdown(tables.of_model(study, model)) for model in study.models if study.probes]

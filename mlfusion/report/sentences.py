@@ -71,7 +71,7 @@ def protocol_notes(groups: Sequence[ComparisonGroup]) -> list[str]:
     if len(counts) < 2:
         return []
     listed = enumerated([f"{plural(counts[n], 'row', 'rows')} of protocol {n}" for n in sorted(counts)])
-    return [f"There are {listed}, which measure differently: no gain is counted between them, and they share no table."]
+    return [f"Protocols measure differently ({listed}): no gain is counted between them, and they share no table."]
 
 
 def answer(group: ComparisonGroup) -> str:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlfusion.report.numbers import count, mean_sd, percent, points, short_count
-from mlfusion.report.sentences import answer, opening
+from mlfusion.report.sentences import answer, opening, protocol_notes
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import (
     ComparisonGroup,
@@ -48,7 +48,7 @@ def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> Rende
     if long or all(len(study.datasets) <= MAX_DATASETS for study in all_studies):
         for group in groups:
             parts += [_table(group), *_footnote(group.scores), Text(answer(group)), Text()]
-        return Group(*parts[:-1])
+        return Group(*parts[:-1], *(Text(note) for note in protocol_notes(groups)))
     for study in all_studies:
         for model in study.models:
             parts += [*_side_by_side(study, model, width), Text()]
@@ -56,6 +56,7 @@ def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> Rende
     singles = sum(score.layerwise is not None for group in groups for score in group.scores)
     notes = [opening(groups)]
     notes += [f"{count(singles)} scores of single layers are not in these tables."] if singles else []
+    notes += protocol_notes(groups)
     notes += [f"{count(older)} older sets of features are not shown."] if older else []
     notes.append("For validation scores, parameters and times type: mlfusion report --long.")
     return Group(*parts, Text(" ".join(notes)))
@@ -142,7 +143,8 @@ def markdown(rows: Sequence[Row]) -> str:
         MlfusionError: there are no rows.
     """
     parts = []
-    for group in comparison_groups(rows):
+    groups = comparison_groups(rows)
+    for group in groups:
         lines = [(f"`{score.probe}`", *_cells(score)) for score in group.scores]
         text = [
             f"### {group.name}",
@@ -153,7 +155,7 @@ def markdown(rows: Sequence[Row]) -> str:
             *(line for note in footnotes(group.scores) for line in ("", note)),
         ]
         parts.append("\n".join(text))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *protocol_notes(groups)]) + "\n"
 
 
 def _sizes(group: ComparisonGroup) -> str:
