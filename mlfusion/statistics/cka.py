@@ -100,8 +100,11 @@ def _hsic(a: np.ndarray, b: np.ndarray, debiased: bool) -> float:
 
 def _rbf(x: np.ndarray, sigma: float) -> np.ndarray:
     """RBF Gram matrix [N, N] of centred features; zeros if most images coincide, since then no width can be chosen."""
-    squares = (x**2).sum(1)
-    distances = np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0)  # squared
+    near = x - np.median(
+        x, axis=0
+    )  # a single far image moves the mean, and distances of the others would lose their digits
+    squares = (near**2).sum(1)
+    distances = np.maximum(squares[:, None] + squares - 2 * near @ near.T, 0)  # squared
     median = float(np.median(distances[np.triu_indices(len(x), 1)]))
     return np.exp(distances / (-2 * sigma**2 * median)) if median else np.zeros_like(distances)
 
