@@ -22,12 +22,12 @@ import numpy as np
 import page
 import torch
 from probe_grid import Usual
+from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
 import mlfusion
 from mlfusion.probing import grids, protocol, splits
 from mlfusion.probing.losses import class_weights, cross_entropy
-from mlfusion.probing.metrics import balanced_accuracy
 from mlfusion.probing.search import FitOptions
 from mlfusion.probing.targets import OneClass
 from mlfusion.probing.training.batches import Schedule, Tokens, batches
@@ -77,11 +77,11 @@ def by_the_loop(train: Tokens, test: Tokens, classes: int, seed: int) -> float:
     score, loss = [], []
     for one in grid:
         found = outputs(literal(train, fitted, classes, one, seed=seed), train, held_out)
-        score.append(balanced_accuracy(train.labels[held_out], found.argmax(1).numpy()))
+        score.append(balanced_accuracy_score(train.labels[held_out], found.argmax(1).numpy()))
         loss.append(float(cross_entropy(found[None], truth, weights)))
     best = grid[protocol.choose(np.array(score), np.array(loss))]
     model = literal(train, np.arange(len(train)), classes, best, seed=seed)
-    return balanced_accuracy(test.labels, outputs(model, test, np.arange(len(test))).argmax(1).numpy())
+    return balanced_accuracy_score(test.labels, outputs(model, test, np.arange(len(test))).argmax(1).numpy())
 
 
 def in_lockstep(train: Tokens, test: Tokens, classes: int, seed: int, precision: str) -> float:

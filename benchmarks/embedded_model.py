@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from transformers import AutoConfig, AutoModel
 
 import mlfusion
 from mlfusion import datasets, models
-from mlfusion.probing import metrics, protocol, splits
+from mlfusion.probing import protocol, splits
 from mlfusion.probing.grids import SEARCH_GRIDS
 from mlfusion.probing.search import FitOptions
 from mlfusion.probing.targets import OneClass
@@ -99,8 +100,8 @@ def accuracy_of_pixels(data: datasets.DataSet) -> Callable[[int | None, int], fl
     def accuracy(images: int | None, draw: int) -> float:
         rows = drawn(train.labels, images, draw)
         fit, held = (rows[part] for part in splits.split(train.labels[rows], seed=draw))
-        score = [metrics.balanced_accuracy(train.labels[held], fitted(fit, c).predict(seen[held])) for c in PENALTIES]
-        return metrics.balanced_accuracy(test.labels, fitted(rows, PENALTIES[int(np.argmax(score))]).predict(unseen))
+        score = [balanced_accuracy_score(train.labels[held], fitted(fit, c).predict(seen[held])) for c in PENALTIES]
+        return balanced_accuracy_score(test.labels, fitted(rows, PENALTIES[int(np.argmax(score))]).predict(unseen))
 
     return accuracy
 

@@ -21,10 +21,12 @@ import mlfusion
 from mlfusion import cli, statistics
 from mlfusion.errors import BadData, NotCached
 from mlfusion.probing import fitting, grids, jobs, rerun, saved
+from mlfusion.report.page_tables import rows_table
 from mlfusion.results import Results, Row, export
-from mlfusion.results.rows import from_object
+from mlfusion.results.rows import Metrics, from_object
 from mlfusion.specs.names import parse_probes
 from mlfusion.specs.options import SearchOptions, StorageOptions
+from mlfusion.statistics import measures
 
 PROBES = "cls-last/linear,cls+ap-2-layers/attentive"
 
@@ -249,6 +251,12 @@ def test_ls_and_show(at: Path, run: Any) -> None:
     held = Results("results").arrays(rows[0])
     assert shown["calibration"]["ece"] == statistics.calibration(held["labels"], held["probabilities"]).ece
     assert shown["interval"]["low"] <= shown["interval"]["value"] <= shown["interval"]["high"]
+    # The stored arrays are the scored ones: what is computed from them is what the rows say, metric by metric.
+    assert shown["interval"]["value"] == rows[0].test
+    for one in rows:
+        stored = Results("results").arrays(one)
+        scores = measures.scores(stored["labels"], stored["probabilities"])
+        assert msgspec.convert({"kind": "class", **scores}, Metrics) == one.metrics
     wrong = (held["probabilities"].argmax(1) != held["labels"]).sum()
     assert sum(pair["images"] for pair in shown["confusions"]) == wrong
     _, out, _ = run("results", "show", rows[0].id)
@@ -258,6 +266,24 @@ def test_ls_and_show(at: Path, run: Any) -> None:
         and "expected calibration error" in out
     )
     assert str(rows[0].selected.lr) in out
+
+
+def test_show_and_the_page_say_what_was_chosen_at_an_end_of_the_grid(tmp_path: Path, run: Any) -> None:
+    selected = {"lr": 0.1, "weight_decay": 1e-6, "steps": 1000, "batch_size": 32}
+    Results(tmp_path).append(row("a", selected=selected, at_end={"lr": "largest", "weight_decay": "smallest"}))
+    Results(tmp_path).append(row("b", selected=selected | {"lr": 0.01}))
+    _, at_an_end, _ = run("results", "show", "a", "--results", str(tmp_path))
+    assert (
+        "chosen at an end of the quick grid, beyond which nothing was tried: lr 0.1 (largest), weight_decay 1e-06"
+        in at_an_end
+    )
+    _, inside, _ = run("results", "show", "b", "--results", str(tmp_path))
+    assert "at an end" not in inside
+    table = rows_table(Results(tmp_path).rows())
+    [(place, column)] = [(i, c) for i, c in enumerate(table["columns"]) if c["title"] == "At an end of the grid"]
+    cells = [column["words"][line[place]] for line in table["rows"]]
+    assert cells == ["lr 0.1 (largest), weight_decay 1e-06 (smallest)", ""]
+    assert "At an end of the grid" not in str(rows_table([row("b")]))
 
 
 def test_compare_at_the_command_line(at: Path, run: Any) -> None:

@@ -396,3 +396,56 @@ def test_twenty_images_are_learnt_by_heart(head: Any) -> None:
     else:
         [(_, probe)] = Logistic(design(train, target)).solve([Penalty(1e-3)])
     assert (outputs(probe, train)[0].argmax(1) == train.labels).all()
+
+
+# --- the score on train ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["class", "labels", "number"])
+def test_on_train_no_image_votes_for_itself(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The score on train is that of each image by the votes of all others, which a loop without that image gives."""
+    train, target = data(TALL, kind)
+    outcome = protocol.fit("knn", train, lambda: train, target=target, options=fit_options())
+    chosen = Neighbourhood(int(outcome.selected["neighbours"]), float(outcome.selected["temperature"]))
+    others = [np.delete(np.arange(60), image) for image in range(60)]
+    alone = [
+        outputs(neighbours(train, rest, [chosen], target, "cpu"), train.of(np.array([image])))[0]
+        for image, rest in enumerate(others)
+    ]
+    expected = target.predictions(torch.from_numpy(np.concatenate(alone))).numpy()
+    assert outcome.train == pytest.approx(target.score(train.labels, expected), abs=1e-6)
+    assert outcome.test == target.score(train.labels, outcome.predictions)  # test images are not left out
+    probe = neighbours(train, rows(train), [chosen, Neighbourhood(200, 0.2)], target, "cpu")
+    tokens, own = train.normalised(rows(train), "cpu"), torch.from_numpy(rows(train))
+    whole = probe(tokens, own)
+    np.testing.assert_allclose(target.predictions(whole[0]).numpy(), expected, atol=1e-5)
+    assert bool(torch.isfinite(whole).all())
+    monkeypatch.setattr("mlfusion.probing.solvers.neighbours.BLOCK", 120)
+    np.testing.assert_allclose(probe(tokens, own).numpy(), whole.numpy(), atol=1e-5)
+
+
+def test_random_labels_are_not_learnt_by_heart_by_one_neighbour() -> None:
+    rng = np.random.default_rng(0)
+    train = Tokens(rng.normal(size=(200, 2, 6)), np.arange(200) % 2)
+    target = OneClass(2)
+    outcome = protocol.fit("knn", train, lambda: train, target=target, options=fit_options())
+    assert 0.35 < outcome.train < 0.65
+
+
+def test_an_image_that_train_has_twice_votes_for_its_copy() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(20, 2, 6))
+    train = Tokens(np.concatenate([values, values]), np.tile(np.arange(20) % 2, 2))
+    probe = neighbours(train, rows(train), [Neighbourhood(1, 0.07)], OneClass(2), "cpu")
+    found = probe(train.normalised(rows(train), "cpu"), torch.from_numpy(rows(train)))
+    assert np.array_equal(found[0].argmax(1).numpy(), train.labels)
+
+
+def test_a_class_without_a_vote_has_no_probability_and_a_finite_loss() -> None:
+    train, _ = data(TALL)
+    target = OneClass(3)
+    probe = neighbours(train, rows(train), [Neighbourhood(1, 0.07)], target, "cpu")
+    logits = torch.from_numpy(outputs(probe, train)[0])
+    assert set(target.predictions(logits).flatten().tolist()) == {0.0, 1.0}
+    loss = target.loss(train.labels, "cpu", torch.float32)(logits[None], torch.from_numpy(train.labels))
+    assert bool(torch.isfinite(loss).all())

@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 from literal import LiteralAttentive, LiteralLinear, copy_into
 
 from mlfusion.errors import BadData, BadOption
-from mlfusion.probing import grids, metrics, protocol
+from mlfusion.probing import grids, protocol
 from mlfusion.probing.grids import SEARCH_GRIDS, Grid
 from mlfusion.probing.protocol import Outcome, choose, fit
 from mlfusion.probing.search import Training
+from mlfusion.probing.solvers.design import penalties
+from mlfusion.probing.solvers.neighbours import neighbourhoods
 from mlfusion.probing.splits import draw, split
 from mlfusion.probing.targets import OneClass
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.probing.training.population import Configuration, Population, TrainingData
 from mlfusion.specs.names import Head
+from mlfusion.statistics import measures
 
 SMALL = Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-4, 1e-1), dropouts=(0.0, 0.1), epochs=1, least_steps=40)
 QUICK = SEARCH_GRIDS["quick"]
@@ -196,7 +199,7 @@ def test_the_outcome_of_an_attentive_probe() -> None:
     np.testing.assert_allclose(outcome.attention.sum(1), np.ones(50), atol=1e-5)
     assert outcome.test == outcome.metrics["balanced_accuracy"] > 0.7
     assert outcome.train > 0.7 and outcome.val > 0.7
-    assert outcome.metrics == metrics.scores(test.labels, outcome.predictions)
+    assert outcome.metrics == measures.scores(test.labels, outcome.predictions)
     assert outcome.seconds > 0
     assert seen[-1] == (8 * 40 + 40, 8 * 40 + 40)
     assert [at for at, _ in seen] == sorted({at for at, _ in seen})
@@ -353,35 +356,7 @@ def test_heads_that_do_not_fit_the_width_are_refused(heads: int) -> None:
         fitted("attentive", tokens(), tokens(), heads=heads)
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
-
-
-def test_scores_by_hand() -> None:
-    labels = np.array([0, 0, 0, 0, 1, 1])
-    probabilities = np.array([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.5, 0.5]])
-    found = metrics.scores(labels, probabilities)
-    assert found == {
-        "balanced_accuracy": pytest.approx((3 / 4 + 1 / 2) / 2),
-        "accuracy": pytest.approx(4 / 6),
-        "top5": 1.0,
-        "macro_f1": pytest.approx((2 * 3 / (2 * 3 + 1 + 1) + 2 * 1 / (2 * 1 + 1 + 1)) / 2),
-        "recall": pytest.approx([3 / 4, 1 / 2]),
-        "loss": pytest.approx(-np.log([0.7, 0.6, 0.9, 0.2, 0.6, 0.5]).mean()),
-    }
-    assert all(type(value) is float for name, value in found.items() if name != "recall")
-
-
-def test_top_five_of_seven() -> None:
-    probabilities = np.tile(np.array([0.3, 0.2, 0.15, 0.12, 0.1, 0.08, 0.05]), (7, 1))
-    assert metrics.scores(np.arange(7), probabilities)["top5"] == pytest.approx(5 / 7)
-
-
-def test_a_class_without_test_images_has_no_recall_and_counts_nowhere() -> None:
-    labels, probabilities = np.array([0, 0, 2, 2]), np.eye(3)[[0, 1, 2, 2]] * 0.97 + 0.01
-    found = metrics.scores(labels, probabilities)
-    assert found["recall"] == [0.5, None, 1.0]
-    assert found["balanced_accuracy"] == pytest.approx(0.75)
-    assert found["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
+# --- random streams --------------------------------------------------------------------------------------------------
 
 
 def test_a_configurations_streams_follow_from_its_numbers_and_the_seed() -> None:
@@ -478,3 +453,30 @@ def test_some_of_the_images(as_torch: bool) -> None:
     assert np.array_equal(np.asarray(some.values), data.values[[2, 7]])
     assert some.labels.tolist() == data.labels[[2, 7]].tolist() and some.ids == ("c", "h")
     assert data.of(np.array([0])).ids is None
+
+
+# --- the ends of a grid ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_chosen_at_an_end_of_its_grid() -> None:
+    grid = SEARCH_GRIDS["paper"]
+    trained = grid.configurations("attentive")
+
+    def ends(lr: float, decay: float, dropout: float) -> dict[str, str]:
+        return grids.at_end(trained, trained.index(Configuration(lr, decay, dropout)))
+
+    assert ends(0.01, 1e-3, 0.1) == ends(0.01, 1e-3, 0.0) == {}  # no dropout is less than none
+    assert ends(0.1, 1e-6, 0.3) == {"lr": "largest", "weight_decay": "smallest", "dropout": "largest"}
+    plain = grid.configurations("linear")
+    assert grids.at_end(plain, plain.index(Configuration(0.001, 1e-3))) == {"lr": "smallest"}
+    quick = QUICK.configurations("attentive")  # one weight decay and one dropout: nothing was chosen
+    assert grids.at_end(quick, 0) == {"lr": "largest"}
+    for name, settings in (("penalty", penalties("paper")), ("neighbours", neighbourhoods("paper"))):
+        [first, last] = (grids.at_end(settings, k).get(name) for k in (0, len(settings) - 1))
+        assert (first, last) == {"penalty": ("largest", "smallest"), "neighbours": (None, "largest")}[name]
+
+
+def test_an_outcome_says_what_it_chose_at_an_end() -> None:
+    outcome = fitted("linear", tokens(), tokens(seed=1))
+    assert outcome.at_end.keys() == {"lr", "weight_decay"}  # two of each: each is an end
+    assert outcome.at_end["lr"] == ("largest" if outcome.selected["lr"] == 0.1 else "smallest")

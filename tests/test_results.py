@@ -462,7 +462,7 @@ def test_databases_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     store.append(row("a"))
     for number, message in (
         (99, r"format 99.*pip install -U mlfusion"),
-        (1, "format 1, of a version that was never rel"),
+        (2, r"format 2, of a version that was never released; allowed: 3\. Name another folder"),
     ):
         with sqlite3.connect(store.path) as newer:
             newer.execute(f"PRAGMA user_version = {number}")

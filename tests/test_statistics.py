@@ -14,13 +14,11 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
-from sklearn import metrics as reference
 from tiers import examples
 
 from mlfusion import statistics
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.statistics import Bootstrap, uncertainty
-from mlfusion.statistics import images as over_images
 from mlfusion.statistics.datasets import merge_last_bits
 
 
@@ -38,64 +36,6 @@ def world(
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
-
-CLASS = {
-    "balanced_accuracy": lambda t, p: reference.balanced_accuracy_score(t, p.argmax(1)),
-    "accuracy": lambda t, p: reference.accuracy_score(t, p.argmax(1)),
-    "macro_f1": lambda t, p: reference.f1_score(t, p.argmax(1), average="macro", labels=np.unique(t)),
-    "top5": lambda t, p: reference.top_k_accuracy_score(t, p, k=5, labels=np.arange(p.shape[1])),
-    "loss": lambda t, p: reference.log_loss(t, p, labels=np.arange(p.shape[1])),
-}
-
-
-@pytest.mark.parametrize("metric", CLASS)
-@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-def test_a_metric_of_weights_is_scikit_learns_of_the_images_drawn(metric: str) -> None:
-    labels, probabilities = world(0, n=50, classes=8)
-    random = np.random.default_rng(1)
-    drawn = random.integers(0, 50, (6, 50))
-    weights = np.stack([np.bincount(one, minlength=50) for one in drawn]).astype(float)
-    found = over_images.measure(labels, probabilities, metric)(np.vstack([np.ones(50), weights]))
-    want = [CLASS[metric](labels[one], probabilities[one]) for one in (np.arange(50), *drawn)]
-    if metric == "macro_f1":  # over the classes of all images; scikit-learn's counts a class that was not drawn as 0
-        want = [
-            np.nanmean([_f1(labels[one], probabilities[one].argmax(1), c) for c in np.unique(labels)])
-            for one in (np.arange(50), *drawn)
-        ]
-        assert want[0] == pytest.approx(CLASS[metric](labels, probabilities))
-    np.testing.assert_allclose(found, want, rtol=1e-12)
-
-
-def _f1(truth: np.ndarray, taken: np.ndarray, c: int) -> float:
-    hits = int(((truth == c) & (taken == c)).sum())
-    either = int((truth == c).sum() + (taken == c).sum())
-    return 2 * hits / either if either else np.nan
-
-
-def test_metrics_of_several_labels_and_of_numbers() -> None:
-    random = np.random.default_rng(2)
-    truth = random.integers(0, 2, (40, 3))
-    scored = np.round(random.random((40, 3)), 1)  # many the same
-    drawn = random.integers(0, 40, (5, 40))
-    weights = np.stack([np.bincount(one, minlength=40) for one in drawn]).astype(float)
-    want = [reference.average_precision_score(truth[one], scored[one], average="macro") for one in drawn]
-    np.testing.assert_allclose(over_images.measure(truth, scored, "mean_average_precision")(weights), want, rtol=1e-12)
-
-    numbers, guesses = random.normal(size=40), random.normal(size=(40, 1))
-    for metric, score in (
-        ("r2", reference.r2_score),
-        ("mae", reference.mean_absolute_error),
-        ("rmse", reference.root_mean_squared_error),
-    ):
-        want = [score(numbers[one], guesses[one, 0]) for one in drawn]
-        np.testing.assert_allclose(over_images.measure(numbers, guesses, metric)(weights), want, rtol=1e-9)
-
-
-def test_a_label_that_no_image_drawn_has_is_left_out() -> None:
-    truth = np.array([[1, 0], [0, 0], [1, 1]])
-    scored = np.array([[0.9, 0.1], [0.5, 0.2], [0.4, 0.3]])
-    found = over_images.measure(truth, scored, "mean_average_precision")(np.array([[1.0, 2.0, 0.0]]))
-    assert found[0] == 1.0
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy"])
@@ -247,7 +187,14 @@ def test_the_p_value_of_few_images_counts_every_swap(images: int) -> None:
         assert f"no interval from {images} test images: a bootstrap needs 20 or more" in found.refused
 
 
-@pytest.mark.parametrize("metric", ["balanced_accuracy", "macro_f1", "loss"])
+CLASS = {
+    "balanced_accuracy": lambda t, p: reference.balanced_accuracy_score(t, p.argmax(1)),
+    "macro_f1": lambda t, p: reference.f1_score(t, p.argmax(1), average="macro", labels=np.unique(t)),
+    "loss": lambda t, p: reference.log_loss(t, p, labels=np.arange(p.shape[1])),
+}
+
+
+@pytest.mark.parametrize("metric", CLASS)
 def test_swaps_by_a_loop(metric: str) -> None:
     """With two seeds: all ways to swap the answers to nine images, each scored by scikit-learn."""
     labels = np.array([0, 1, 2] * 3)
@@ -568,6 +515,13 @@ def test_cka_of_an_rbf_by_loops(sigma: float, debiased: bool) -> None:
     same = statistics.cka(x, 5 * x @ turned + 1, kernel="rbf", sigma=sigma, debiased=debiased)
     assert same == pytest.approx(1)
     assert statistics.cka_with(y, kernel="rbf", sigma=sigma, debiased=debiased)(x) == found
+
+
+def test_an_image_far_from_all_others_spoils_no_distance_among_them() -> None:
+    random = np.random.default_rng(18)
+    x = np.vstack([random.normal(size=(10, 3)), np.full((1, 3), 1e8)])
+    y = x + np.vstack([0.3 * random.normal(size=(10, 3)), np.zeros((1, 3))])
+    assert statistics.cka(x, y, kernel="rbf") == pytest.approx(_by_loops(x, y, 0.2, debiased=True), rel=1e-6)
 
 
 def test_a_wide_rbf_is_the_linear_kernel_and_a_narrow_one_sees_the_neighbours() -> None:

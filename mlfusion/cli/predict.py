@@ -36,6 +36,6 @@ def predict(
         return
     for prediction in predictions:
         if prediction.number is not None:
-            typer.echo(f"{prediction.image}: {prediction.number:.4g}")
+            typer.echo(f"{prediction.image}: {prediction.number:.{prediction.digits}g}")
             continue
         typer.echo(f"{prediction.image}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.top))

@@ -65,6 +65,7 @@ def show(row: RowId, results_path: ResultsPath = RESULTS, as_json: AsJson = Fals
         return
     metrics = fields.pop("metrics")
     del fields["attention"]
+    fields.pop("at_end", None)  # said in a sentence below
     lines = fields | {"classes": len(stored.classes)}
     lines |= {f"metrics.{name}": value for name, value in metrics.items() if isinstance(value, float)}
     width = max(map(len, lines))
@@ -273,6 +274,8 @@ def _print_certainty(row: "Row", details: "Certainty") -> None:
         typer.echo(f"expected calibration error {percent(details.calibration.ece)}")
     for pair in details.confusions or ():
         typer.echo(f"{pair.images} of {pair.of} {pair.name} taken for {pair.taken_for}")
+    if note := row.at_end_note():
+        typer.echo(f"chosen at an end of the {row.grid} grid, beyond which nothing was tried: {note}")
     if details.missing:
         notify(details.missing)
 

@@ -1,7 +1,9 @@
 """The hyper-parameter grids, and how successive halving thins them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 from mlfusion.probing.heads import HEADS
 from mlfusion.probing.training.batches import Schedule
@@ -48,6 +50,24 @@ SEARCH_GRIDS = {
         least_steps=300,
     ),
 }
+
+
+SMALLEST_POSSIBLE = {"dropout": 0.0, "neighbours": 1}
+
+
+def at_end(candidates: Sequence[Any], best: int) -> dict[str, str]:
+    """The hyper-parameters of the chosen candidate that are 'smallest' or 'largest' among all candidates, by name.
+
+    A value beyond these was not tried and might be better. One below the smallest that is possible does not exist.
+    """
+    ends = {}
+    for name, value in asdict(candidates[best]).items():
+        tried = {getattr(candidate, name) for candidate in candidates}
+        if len(tried) > 1 and value == max(tried):
+            ends[name] = "largest"
+        elif len(tried) > 1 and value == min(tried) and value != SMALLEST_POSSIBLE.get(name):
+            ends[name] = "smallest"
+    return ends
 
 
 def rungs(configurations: int, steps: int, *, halving: bool) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mlfusion.errors import BadData
+from mlfusion.probing.grids import at_end
 from mlfusion.probing.heads import HeadModule, HeadShape
 from mlfusion.probing.search import SOLVERS, FitOptions, Training
 from mlfusion.probing.targets import Target, kind_of
@@ -27,14 +28,17 @@ class Outcome:
     metric: str  # metric of val, test and train, which are fractions; see `targets`
     val: float  # score of the chosen configuration on the validation part
     test: float
-    train: float  # score of the refitted probe on its training images
-    metrics: dict[str, Any]  # scores on the test set, see `metrics`
+    train: float  # score of the refitted probe on its training images; of neighbours, by the votes of the others
+    metrics: dict[str, Any]  # scores on the test set, see `statistics.measures`
     selected: dict[str, float | int]
+    at_end: dict[str, str]  # those selected at an end of the grid, see `grids.at_end`
     configurations: int
     parameters: int
     shape: HeadShape
     seconds: float
-    predictions: Float[np.ndarray, "N C"]  # for the test images, float32: probabilities, or the number
+    predictions: Float[
+        np.ndarray, "N C"
+    ]  # for the test images: probabilities, float32; or numbers from `Number.origin`, float64
     attention: Float[np.ndarray, "N T"] | None  # mean over heads, float32; None for a head that does not attend
     weights: dict[str, np.ndarray]  # parameters and statistics of the refitted probe
 
@@ -70,7 +74,7 @@ def fit(
     score, loss = search.scores()
     best = choose(score, loss)
     probe = search.refit(best)
-    on_train = target.predictions(search.outputs(probe, search.everything, search.block)[0])
+    on_train = target.predictions(search.on_train(probe)).numpy()
     test_tokens = _checked_test(test, train, target)
     predictions, attention = predict(probe, test_tokens, target, block=search.block, device=search.device)
     metrics = target.scores(test_tokens.labels, predictions)
@@ -79,9 +83,10 @@ def fit(
         metric=target.metric,
         val=float(score[best]),
         test=metrics[target.metric],
-        train=target.score(train.labels, on_train.cpu().numpy()),
+        train=target.score(train.labels, on_train),
         metrics=metrics,
         selected=search.selected(best),
+        at_end=at_end(search.candidates, best),
         configurations=len(score),
         parameters=sum(p.numel() for p in probe.parameters()),
         shape=search.shape,
@@ -125,7 +130,7 @@ def predict(
     """Predictions of a population of one, and its attention, the mean over heads, if it has any."""
     predictions, attention = [], []
     for outputs, batch in population.read(probe, tokens, np.arange(len(tokens)), block=block, device=device):
-        predictions.append(target.predictions(outputs[0]).cpu().numpy())
+        predictions.append(target.predictions(outputs[0]).numpy())
         if probe.has_attention:
             with torch.no_grad():
                 attention.append(probe.attention(batch)[0].mean(1).cpu().numpy())

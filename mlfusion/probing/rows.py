@@ -6,7 +6,7 @@ import numpy as np
 
 from mlfusion.probing import protocol, saved
 from mlfusion.probing.jobs import PROTOCOL, Job
-from mlfusion.probing.targets import Target
+from mlfusion.probing.targets import Number, Target
 from mlfusion.results import Attention, Duplicates, ImageCounts, Row, Selected, Sources, metrics_of, provenance
 from mlfusion.specs.identity import digest
 from mlfusion.specs.names import Probe
@@ -47,6 +47,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         train=outcome.train,
         metrics=metrics_of(fitted.target.kind, outcome.metrics),
         selected=Selected.of(outcome.selected),
+        at_end=outcome.at_end,
         grid=search.grid,
         configurations=outcome.configurations,
         parameters=outcome.parameters,
@@ -120,14 +121,14 @@ def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> saved.Card:
 
 
 def arrays_of(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
-    """The arrays of the test images: predictions, labels and attention."""
-    outcome = fitted.outcome
-    # Probabilities lose nothing that matters in half the bytes; numbers might, and may be larger than float16 holds.
-    dtype = np.float32 if fitted.target.kind == "number" else np.float16
+    """The arrays of the test images as they were scored: predictions, labels, the origin of numbers; and attention."""
+    outcome, target = fitted.outcome, fitted.target
     arrays = {
-        "probabilities": outcome.predictions.astype(dtype),
-        "labels": pair.test.samples.labels[pair.test.rows()],
+        "probabilities": outcome.predictions,
+        "labels": target.scored(pair.test.samples.labels[pair.test.rows()]),
     }
+    if isinstance(target, Number):
+        arrays["origin"] = np.array(target.origin)
     if outcome.attention is not None:
         arrays["attention"] = outcome.attention.astype(np.float16)
     return arrays

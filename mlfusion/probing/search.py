@@ -43,6 +43,7 @@ class Search(ABC):
     """A search over the configurations of a head: it scores all of them, and refits the chosen one."""
 
     block: int = LARGEST_BATCH  # images in one forward pass of the probe
+    candidates: Sequence[Any]  # what is searched, as dataclasses
 
     def __init__(
         self,
@@ -85,12 +86,16 @@ class Search(ABC):
         batches = population.read(probe, self.train, rows, block=block, device=self.device)
         return torch.cat([outputs for outputs, _ in batches], dim=1)
 
+    def on_train(self, probe: HeadModule) -> Float[Tensor, "N C"]:
+        """Outputs of a refitted probe for the images of train, from which its score on train follows."""
+        return self.outputs(probe, self.everything, self.block)[0]
+
     def measure(self, outputs: Float[Tensor, "K n C"], rows: Int[np.ndarray, " n"], loss: Loss) -> Scores:
         """Scores and losses of outputs for these images."""
         truth = self.train.labels[rows]
         finite = torch.isfinite(outputs).flatten(1).all(1).tolist()
         losses = loss(outputs, torch.from_numpy(truth).to(outputs.device)).double().cpu().numpy()
-        predicted = self.target.predictions(outputs).cpu().numpy()
+        predicted = self.target.predictions(outputs).numpy()
         scores = [self.target.score(truth, p) if good else -np.inf for p, good in zip(predicted, finite, strict=True)]
         return np.array(scores), np.where(finite, losses, np.inf)
 
@@ -120,7 +125,7 @@ class Training(Search):
         self.numerics = Numerics.of(self.device, options.search.precision)
         self.shape = replace(self.shape, heads=heads)
         grid = SEARCH_GRIDS[options.search.grid]
-        self.configurations = grid.configurations(head)
+        self.candidates = self.configurations = grid.configurations(head)
         self.choosing, self.refitting = grid.schedule(len(self.fitted)), grid.schedule(len(self.train))
         self.block = self.refitting.batch_size
         self.rungs = rungs(len(self.configurations), self.choosing.steps, halving=options.search.halving)
@@ -174,7 +179,7 @@ class SolvedSearch(Search):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.settings = self.grid(self.options.search.grid)
+        self.candidates = self.settings = self.grid(self.options.search.grid)
         self.steps = len(self.settings)
 
     @abstractmethod
@@ -235,6 +240,15 @@ class NeighbourSearch(SolvedSearch):
 
     def refit(self, best: int) -> HeadModule:
         return self._neighbours(self.everything, [self.settings[best]])
+
+    def on_train(self, probe: HeadModule) -> Float[Tensor, "N C"]:
+        """Outputs by the votes of the other images: an image's own would make every training image right."""
+        blocks = np.split(self.everything, range(self.block, len(self.everything), self.block))
+        tokens = (self.train.normalised(rows, self.device) for rows in blocks)
+        with torch.no_grad():
+            return torch.cat(
+                [probe(x, torch.from_numpy(rows).to(x.device))[0] for x, rows in zip(tokens, blocks, strict=True)]
+            )
 
     def _neighbours(self, rows: Int[np.ndarray, " N"], settings: Sequence[Neighbourhood]) -> HeadModule:
         return neighbours(self.train, rows, settings, self.target, self.device)

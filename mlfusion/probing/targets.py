@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlfusion.errors import BadData
-from mlfusion.probing import metrics
 from mlfusion.probing.losses import Loss, class_weights, cross_entropy
 from mlfusion.shapes import Float, Int, Num, Shaped
+from mlfusion.statistics import measures
 
 STRATUM_SIZE = 5  # images with similar numbers, of which one is held out
 
@@ -66,15 +66,22 @@ class Target(ABC):
 
     @abstractmethod
     def predictions(self, outputs: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Outputs → predictions, which are saved and scored: probabilities, or the number itself."""
+        """Outputs → predictions, which are saved and scored, on the processor: probabilities in float32, or the number.
 
-    @abstractmethod
+        They are computed in float64: the same outputs give the same predictions, wherever in a block they stand.
+        """
+
+    def scored(self, labels: Num[np.ndarray, "N ..."]) -> Num[np.ndarray, "N ..."]:
+        """Labels as predictions are compared with them."""
+        return labels
+
     def score(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> float:
         """The metric of predictions."""
+        return measures.full_score(measures.measure(self.scored(labels), predictions, self.metric), len(labels))
 
-    @abstractmethod
     def scores(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> dict[str, Any]:
         """All metrics of a result, including that of `score`."""
+        return measures.scores(self.scored(labels), predictions)
 
 
 @dataclass(frozen=True)
@@ -126,13 +133,7 @@ class OneClass(Target):
         return partial(cross_entropy, weights=weights, smoothing=self.smoothing)
 
     def predictions(self, outputs: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        return torch.softmax(outputs, dim=-1)
-
-    def score(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> float:
-        return metrics.balanced_accuracy(labels, predictions.argmax(1))
-
-    def scores(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> dict[str, Any]:
-        return metrics.scores(labels, predictions)
+        return torch.softmax(outputs.cpu().double(), dim=-1).float()
 
 
 @dataclass(frozen=True)
@@ -187,25 +188,22 @@ class SeveralLabels(Target):
         return mean
 
     def predictions(self, outputs: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        return torch.sigmoid(outputs)
-
-    def score(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> float:
-        return metrics.mean_average_precision(labels, predictions)
-
-    def scores(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> dict[str, Any]:
-        return metrics.label_scores(labels, predictions)
+        return torch.sigmoid(outputs.cpu().double()).float()
 
 
 @dataclass(frozen=True)
 class Number(Target):
     """A real number per image: labels [N], squared error on the standardised number, R².
 
-    The outputs of a probe are (number − `mean`) / `deviation`, with those of the training labels, so that learning rates and
-    penalties mean the same in every unit.
+    The outputs of a probe are (number − `origin` − `mean`) / `deviation`, so that learning rates and penalties mean the same in
+    every unit. Predictions are saved and scored as number − `origin`, in float64: far from zero, such as in seconds since 1970,
+    the number itself has too few digits left for its deviations. The difference from `origin` is exact, and so no score
+    depends on where the unit has its zero.
     """
 
-    mean: float = 0.0
+    mean: float = 0.0  # of number − origin, over the training labels
     deviation: float = 1.0
+    origin: float = 0.0  # the median of the training labels, or a label beside it
 
     kind: ClassVar[str] = "number"
     metric: ClassVar[str] = "r2"
@@ -234,24 +232,21 @@ class Number(Target):
         ranks = np.argsort(np.argsort(labels, kind="stable"))
         return np.minimum(ranks // STRATUM_SIZE, len(labels) // STRATUM_SIZE - 1)  # the last stratum takes the rest
 
+    def scored(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, " N"]:
+        return labels.astype(np.float64) - self.origin
+
     def regressand(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, "N {self.outputs}"]:
-        return (labels[:, None].astype(np.float64) - self.mean) / self.deviation
+        return ((self.scored(labels) - self.mean) / self.deviation)[:, None]
 
     def loss(self, labels: Num[np.ndarray, "N ..."], device: str, dtype: torch.dtype) -> Loss:
         def mean(outputs: Float[Tensor, "K B C"], truth: Shaped[Tensor, "B ..."]) -> Float[Tensor, " K"]:
-            standardised = ((truth.to(torch.float64) - self.mean) / self.deviation).to(outputs.dtype)
-            return (outputs[..., 0] - standardised).square().mean(1)
+            standardised = (truth.to(torch.float64) - self.origin - self.mean) / self.deviation
+            return (outputs[..., 0] - standardised.to(outputs.dtype)).square().mean(1)
 
         return mean
 
     def predictions(self, outputs: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        return outputs * self.deviation + self.mean
-
-    def score(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> float:
-        return metrics.r2(labels, predictions[:, 0])
-
-    def scores(self, labels: Num[np.ndarray, "N ..."], predictions: Float[np.ndarray, "N C"]) -> dict[str, Any]:
-        return metrics.number_scores(labels, predictions[:, 0])
+        return outputs.cpu().double() * self.deviation + self.mean
 
 
 def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0, names: tuple[str, ...] = ()) -> Target:
@@ -270,10 +265,12 @@ def target_of(labels: np.ndarray, classes: int, *, smoothing: float = 0.0, names
         raise BadData("labels are smoothed only where an image has one class; leave --smoothing out")
     if kind is SeveralLabels:
         return SeveralLabels(classes, names=names)
-    finite = labels[np.isfinite(labels)].astype(np.float64)
+    finite = np.sort(labels[np.isfinite(labels)].astype(np.float64))
     if not len(finite):
         return Number(1)
-    return Number(1, float(finite.mean()), float(finite.std()) or 1.0)
+    origin = float(finite[len(finite) // 2])
+    differences = finite - origin
+    return Number(1, float(differences.mean()), float(differences.std()) or 1.0, origin)
 
 
 def kind_of(labels: np.ndarray) -> type[Target]:

@@ -107,6 +107,7 @@ def rows_table(rows: Sequence[Row]) -> DataTable:
     def selected(name: str) -> list[Any]:
         return [getattr(row.selected, name) for row in rows]
 
+    notes = [row.at_end_note() for row in rows]
     columns = [
         Column("Model", "text", [row.model for row in rows]),
         Column("Data set", "text", [row.dataset for row in rows]),
@@ -126,6 +127,7 @@ def rows_table(rows: Sequence[Row]) -> DataTable:
         Column("Heads", "count", selected("heads")),
         Column("Steps", "count", selected("steps")),
         Column("Batch", "count", selected("batch_size")),
+        Column("At an end of the grid", "text", notes if any(notes) else [None] * len(notes)),
         Column("Time", "duration", [row.seconds for row in rows]),
         Column("Grid", "text", [row.grid for row in rows]),
         Column("Code", "text", [row.code for row in rows]),

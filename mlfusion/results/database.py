@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DATABASE = "results.sqlite"
 ARRAYS = "arrays"
-FORMAT = 2
+FORMAT = 3
 APPLICATION_ID = 0x6D6C6678  # 'mlfx': distinguishes our files from other SQLite databases
 MIN_SQLITE = (3, 38, 0)  # from here on SQLite always has its JSON functions
 TIMEOUT = 60.0  # seconds to wait for other writers; each holds the lock for milliseconds
@@ -89,8 +89,7 @@ class Results:
     def append(self, row: Row, arrays: Mapping[str, np.ndarray] | None = None) -> None:
         """Save a row for good, its arrays first: a row that can be read has its arrays.
 
-        A row whose id was saved before is replaced. Arrays are such as probabilities [n_test, C] float16, attention
-        [n_test, T] float16 and labels [n_test].
+        A row whose id was saved before is replaced. Arrays are such as `arrays` returns.
 
         Raises:
             ValueError: the row or an array is not one that can be read back.
@@ -170,7 +169,11 @@ class Results:
             return int(connection.execute(f"SELECT count(*) FROM results {clause}", values).fetchone()[0])
 
     def arrays(self, row: Row) -> dict[str, np.ndarray]:
-        """The arrays saved beside the row: probabilities [n_test, C], attention [n_test, T], labels [n_test].
+        """The arrays saved beside the row, as its scores were computed from them.
+
+        `labels` [n_test] or [n_test, C], `probabilities` [n_test, C] float32, `attention` [n_test, T] float16. For numbers,
+        labels and `probabilities` [n_test, 1], which are the predictions, are float64 and counted from `origin` []: add it for
+        the numbers themselves.
 
         Raises:
             ResultsUnusable: there are none; says how to make them again.

@@ -170,6 +170,7 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     streamed: bool = False  # tokens were read in shuffled batches, not loaded
     duplicates: Duplicates | None = None  # of the features; None: the row was made before they were counted
     drop_duplicates: bool = False  # train images that are in test too were left out of train
+    at_end: dict[str, str] = {}  # hyper-parameters selected at an end of the grid: {"lr": "largest"}
 
     def search(self) -> SearchOptions:
         """The options that decide its numbers; its id follows from them."""
@@ -197,6 +198,11 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """A sentence about test images that are in train too; empty if there are none, or if they were left out."""
         told = self.duplicates.sentence(self.images.test) if self.duplicates and not self.drop_duplicates else ""
         return f"{told}. To leave them out of train: --drop-duplicates." if told else ""
+
+    def at_end_note(self) -> str:
+        """The hyper-parameters at an end of the grid, such as 'lr 0.1 (largest)'; empty if there are none."""
+        selected = self.selected.given()
+        return ", ".join(f"{name} {selected[name]:g} ({end})" for name, end in self.at_end.items() if name in selected)
 
     def options(self) -> str:
         """The options that differ from the protocol's defaults, such as '4 shots, halving'; empty if none does."""

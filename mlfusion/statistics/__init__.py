@@ -1,7 +1,8 @@
 """Uncertainty of results: spreads, intervals, tests, ranks, calibration and similarity, by SciPy and scikit-learn. No torch.
 
-`images`      over the test images of a data set: metrics, calibration, confusion
-`uncertainty` over the same images: interval (bootstrap, Wilson), difference (bootstrap, permutation test), mcnemar
+`measures`    metrics as functions of the images' weights, which score rows too: measure, scores
+`uncertainty` over the test images of a data set: interval (bootstrap, Wilson), difference (bootstrap, permutation), mcnemar
+`images`      calibration and confusion of the predictions for these images
 `datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, gain_tests, ranking (Friedman, critical difference)
 `rows`        on rows: compare, by_dataset, over_datasets, rank, certainty, cost; Spread over seeds
 `cka`         similarity of layers: cka, cka_with, layer_cka (centred kernel alignment, linear or by an RBF)

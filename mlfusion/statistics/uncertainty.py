@@ -4,7 +4,7 @@
 intervals contain the true value, and how often the tests are wrong, in simulated worlds of 8 to 1,000 images.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import sqrt
@@ -12,7 +12,7 @@ from math import sqrt
 import numpy as np
 
 from mlfusion.errors import BadData
-from mlfusion.statistics.images import Measure, Predictions, check, full_score, mean_measure
+from mlfusion.statistics.measures import Measure, check, full_score, measure
 
 MIN_IMAGES = 20
 """Minimum number of test images for a bootstrap interval: with fewer, 95 % intervals contain the true value less often."""
@@ -25,6 +25,9 @@ MIN_OUTCOMES = 10
 
 _BLOCK = 4_000_000  # weights in memory at a time: 32 MB
 _ROUNDING = 1e-12  # differences of two swaps that differ by less, as a share of the scores, are equal up to rounding
+
+Predictions = np.ndarray | Sequence[np.ndarray]
+"""Probabilities [N, C], or numbers [N]; or a sequence of them, one per seed."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,8 @@ def interval(
         BadData: labels and predictions do not match.
         UnknownName: there is no such metric for such labels.
     """
-    score = mean_measure(labels, predictions, metric)
-    value, level = full_score(score, labels), bootstrap.level
+    score = _mean_measure(labels, predictions, metric)
+    value, level = full_score(score, len(labels)), bootstrap.level
     means, refused = _means(labels, metric), None
     if metric in ("accuracy", "balanced_accuracy", "macro_f1"):
         right = float(np.mean([answers.argmax(1) == labels for answers in _seeds(predictions)], axis=0).sum())
@@ -165,8 +168,8 @@ def difference(
     """
     if len(_seeds(a)) != len(_seeds(b)):
         raise BadData(f"A has {len(_seeds(a))} seeds, B has {len(_seeds(b))}; allowed: predictions of the same seeds")
-    score_a, score_b = mean_measure(labels, a, metric), mean_measure(labels, b, metric)
-    a_score, b_score = full_score(score_a, labels), full_score(score_b, labels)
+    score_a, score_b = _mean_measure(labels, a, metric), _mean_measure(labels, b, metric)
+    a_score, b_score = full_score(score_a, len(labels)), full_score(score_b, len(labels))
     value, means = a_score - b_score, _means(labels, metric)
     refused = _too_few(len(labels), means) or _too_alike(labels, a, b, metric)
     low, high = (None, None)
@@ -202,7 +205,7 @@ def _swap_p(
 ) -> float:
     """The share of swaps with a difference of at least `least`. The answers of A stand above those of B, weighted 0 or 1."""
     stacked = [np.concatenate(pair) for pair in zip(_seeds(a), _seeds(b), strict=True)]
-    score = mean_measure(np.concatenate([labels, labels]), stacked, metric)
+    score = _mean_measure(np.concatenate([labels, labels]), stacked, metric)
     count = larger = 0
     for swapped in bootstrap.swaps(len(labels)):
         first = np.hstack([~swapped, swapped]).astype(np.float64)
@@ -256,3 +259,11 @@ def _too_alike(labels: np.ndarray, a: Predictions, b: Predictions, metric: str) 
         f"no interval of the difference: the two differ on {different} of {len(labels)} test images, and a bootstrap needs "
         f"{MIN_DIFFERENT} or more"
     )
+
+
+def _mean_measure(labels: np.ndarray, predictions: Predictions, metric: str) -> Measure:
+    """The mean of a metric over seeds, as a function of weights."""
+    scores = [measure(labels, of_seed, metric) for of_seed in _seeds(predictions)]
+    if not scores:
+        raise BadData("no predictions; allowed: those of one seed or more")
+    return scores[0] if len(scores) == 1 else lambda weights: np.mean([score(weights) for score in scores], axis=0)

@@ -1,5 +1,6 @@
 """Classifies new images with a saved probe, its backbone, and the preprocessing and layers of its training."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
 from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.probing import protocol, saved
+from mlfusion.probing.targets import Number
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.specs.identity import COMPUTES, MAX_PIXELS, Compute, Decoding, ModelSpec, digest
 from mlfusion.store.encoding import ENCODINGS
@@ -24,6 +26,7 @@ from mlfusion.system.references import parse_model
 
 BATCH = 32
 TOP = 5
+DIGITS = 4  # of a predicted number, counted from the deviation of the training labels
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Prediction:
     image: str
     top: tuple[tuple[str, float], ...]  # classes or labels with their probabilities, the most probable first
     number: float | None  # prediction of a regression probe, else None
+    digits: int = DIGITS  # significant digits of the number, more the farther it is from zero
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `mlfusion predict --json` prints."""
@@ -126,8 +130,11 @@ def _tokens(backbone: Backbone, pixels: Tensor, card: saved.Card) -> np.ndarray:
 
 
 def _prediction(card: saved.Card, image: str, prediction: np.ndarray, top: int) -> Prediction:
-    if card.target().kind == "number":
-        return Prediction(image, (), float(prediction[0]))
+    target = card.target()
+    if isinstance(target, Number):
+        number = target.origin + float(prediction[0])
+        magnitude = math.log10(abs(number) / target.deviation) if number else 0
+        return Prediction(image, (), number, DIGITS + max(0, math.floor(magnitude)))
     best = np.argsort(-prediction, kind="stable")[:top]
     return Prediction(image, tuple((card.classes[i], float(prediction[i])) for i in best), None)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, repeat
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +15,8 @@ from mlfusion.probing.solvers.design import BLOCK, float64_device
 from mlfusion.probing.targets import Target
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.shapes import Float, Int
+
+NO_VOTE = -200.0  # the logit of a class without a vote: its probability is 0 in float32, and the loss is finite
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Neighbours(HeadModule):
     """K weighted votes of the nearest training images (arXiv 1805.01978, equation 7): exp(cosine / temperature) each.
 
     The cosine of two images is the mean over their tokens. All K share one search. A class without any vote has a
-    probability of 0, up to rounding; of numbers the weighted mean is taken.
+    probability of 0; of numbers the weighted mean is taken.
     """
 
     has_attention: ClassVar[bool] = False
@@ -57,17 +59,23 @@ class Neighbours(HeadModule):
         self.register_buffer("neighbours", torch.tensor([one.neighbours for one in settings]))
         self.register_buffer("temperature", torch.tensor([one.temperature for one in settings]))
 
-    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "K B C"]:
-        """Normalised tokens → outputs, whose softmax or sigmoid are the votes."""
+    def forward(self, tokens: Float[Tensor, "B T D"], own: Int[Tensor, " B"] | None = None) -> Float[Tensor, "K B C"]:
+        """Normalised tokens → outputs, whose softmax or sigmoid are the votes.
+
+        `own` is the place of each image among the training images: no image votes for itself.
+        """
         count = min(int(self.neighbours.max()), self.bank.shape[1])
-        parts = tokens.split(max(1, BLOCK // (count * max(self.values.shape[2], 4))))
-        p = torch.cat([self._votes(part, count) for part in parts], dim=1)
+        size = max(1, BLOCK // (count * max(self.values.shape[2], 4)))
+        parts = zip(tokens.split(size), own.split(size) if own is not None else repeat(None), strict=False)
+        p = torch.cat([self._votes(part, count, places) for part, places in parts], dim=1)
         if self.kind == "class":
-            return (p + torch.finfo(p.dtype).tiny).log()
+            return p.log().clamp(min=NO_VOTE)
         return torch.logit(p, eps=1e-7) if self.kind == "labels" else p
 
-    def _votes(self, tokens: Float[Tensor, "B T D"], nearest: int) -> Float[Tensor, "K B C"]:
-        cosine, indices = self._nearest(tokens.flatten(1) / tokens.shape[1], nearest)
+    def _votes(
+        self, tokens: Float[Tensor, "B T D"], nearest: int, own: Int[Tensor, " B"] | None
+    ) -> Float[Tensor, "K B C"]:
+        cosine, indices = self._nearest(tokens.flatten(1) / tokens.shape[1], nearest, own)
         values = self.values[0][indices]  # [B, nearest, C]
         votes = []
         for count, temperature in zip(self.neighbours.tolist(), self.temperature.tolist(), strict=True):
@@ -76,9 +84,9 @@ class Neighbours(HeadModule):
         return torch.stack(votes)
 
     def _nearest(
-        self, queries: Float[Tensor, "B TD"], count: int
+        self, queries: Float[Tensor, "B TD"], count: int, own: Int[Tensor, " B"] | None
     ) -> tuple[Float[Tensor, "B {count}"], Int[Tensor, "B {count}"]]:
-        """Cosines of the nearest images, in falling order, and their indices."""
+        """Cosines of the nearest images, in falling order, and their indices; the cosine of an image with itself is -inf."""
         step = max(count, BLOCK // max(len(queries), self.bank.shape[2]))
         cosine = queries.new_full((len(queries), 0), -math.inf)
         indices = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -86,6 +94,8 @@ class Neighbours(HeadModule):
             block = self.bank[0, start : start + step].to(queries.dtype)
             block_cosine = queries @ block.T
             rows = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
+            if own is not None:
+                block_cosine.masked_fill_(rows == own[:, None], -math.inf)
             cosine, rank = torch.cat([cosine, block_cosine], dim=1).topk(min(count, start + len(block)), dim=1)
             indices = torch.cat([indices, rows], dim=1).gather(1, rank)
         return cosine, indices

@@ -1,0 +1,281 @@
+"""Metrics of test images as functions of the images' weights: with all weights one, the scores of a row.
+
+A resample of the bootstrap is a row of whole-numbered weights, and its score is that of a data set in which each image stands
+as often; a thousand resamples are scored by one product with a sparse matrix. docs/method.md has the rules for ties and for
+classes without images.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mlfusion.errors import BadData, UnknownName
+
+TOP = 5
+TINY = 2.0**-23
+"""Smallest probability in a log loss, as in scikit-learn's of float32 probabilities: an image costs 15.9 nats or less."""
+_FLAT = 1e-24  # variance, relative to the squared range, below which labels are all the same but for rounding
+
+Measure = Callable[[np.ndarray], np.ndarray]
+"""Weights of the images [B, N] → scores [B]; all ones is the score itself."""
+
+
+def measure(labels: np.ndarray, predictions: np.ndarray, metric: str) -> Measure:
+    """A metric of these images as a function of their weights.
+
+    Args:
+        labels: classes [N] in 0..C-1; several labels per image, 0 or 1 [N, C]; or numbers [N].
+        predictions: probabilities [N, C], or numbers [N] or [N, 1].
+        metric: one of `METRICS`.
+
+    Raises:
+        BadData: labels and predictions do not match.
+        UnknownName: there is no such metric for such labels.
+    """
+    check(labels, predictions)
+    known = METRICS[_kind(labels)]
+    if metric not in known:
+        raise UnknownName("metric", metric, known)
+    return known[metric](labels, predictions)
+
+
+def full_score(score: Measure, images: int) -> float:
+    """The score of all images, with equal weights."""
+    return float(score(np.ones((1, images)))[0])
+
+
+def scores(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+    """Every metric of the images, and the recall of each class or the average precision of each label, as rows store them.
+
+    Arguments and errors as in `measure`. A class or label that no image has is None.
+    """
+    check(labels, predictions)
+    kind = _kind(labels)
+    whole: dict[str, Any] = {
+        name: full_score(metric(labels, predictions), len(labels)) for name, metric in METRICS[kind].items()
+    }
+    for name, by_class in BY_CLASS.get(kind, {}).items():
+        values = by_class(labels, predictions)(np.ones((1, len(labels))))[0]
+        whole[name] = [None if np.isnan(value) else float(value) for value in values]
+    return whole
+
+
+def check(labels: np.ndarray, predictions: np.ndarray) -> None:
+    """Check that labels and predictions are of the same images and classes.
+
+    Raises:
+        BadData: they are not.
+    """
+    if not len(labels) or len(labels) != len(predictions):
+        raise BadData(
+            f"{len(labels)} labels and predictions of {len(predictions)} images; allowed: both of the same images, one or more"
+        )
+    if labels.dtype.kind == "f":
+        if predictions.size != len(predictions):
+            raise BadData(
+                f"labels that are numbers and predictions of shape {predictions.shape}; allowed: one an image"
+            )
+    elif predictions.ndim != 2 or (labels.ndim == 2 and labels.shape != predictions.shape):
+        raise BadData(
+            f"labels of shape {labels.shape} and predictions of shape {predictions.shape}; allowed: [N] or [N, C], and [N, C]"
+        )
+    elif labels.ndim == 1 and not (labels.min() >= 0 and labels.max() < predictions.shape[1]):
+        raise BadData(f"labels outside 0..{predictions.shape[1] - 1}, the classes that there are probabilities of")
+
+
+def _kind(labels: np.ndarray) -> str:
+    return "number" if labels.dtype.kind == "f" else "labels" if labels.ndim == 2 else "class"
+
+
+def _mean_of_present(by_class: Measure) -> Measure:
+    """Mean over the classes that are not NaN; 0 if all are."""
+
+    def score(weights: np.ndarray) -> np.ndarray:
+        values = by_class(weights)
+        present = ~np.isnan(values)
+        return np.where(present, values, 0).sum(1) / np.maximum(present.sum(1), 1)
+
+    return score
+
+
+def _share(part: np.ndarray, whole: np.ndarray, otherwise: float = np.nan) -> np.ndarray:
+    """The quotient, or `otherwise` where `whole` is 0."""
+    return np.divide(part, whole, out=np.full(whole.shape, otherwise, np.float64), where=whole > 0)
+
+
+def _average(values: np.ndarray) -> Measure:
+    values = values.astype(np.float64)
+    return lambda weights: weights @ values / weights.sum(1)
+
+
+# --- one class per image ---------------------------------------------------------------------------------------------
+
+
+def _by_class(classes: np.ndarray, count: int) -> Measure:
+    """Weights of the images [B, N] → weight of each class [B, C]."""
+    from scipy.sparse import csr_array
+
+    images = len(classes)
+    members = csr_array((np.ones(images), classes, np.arange(images + 1)), shape=(images, count))
+    return lambda weights: (members.T @ weights.T).T
+
+
+def _recall(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
+    """The recall of each class [B, C]; NaN for one without images."""
+    truth = _by_class(labels, probabilities.shape[1])
+    right = probabilities.argmax(1) == labels
+    return lambda weights: _share(truth(weights * right), truth(weights))
+
+
+def _f1(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
+    """F1 of each class [B, C]; NaN for one without images."""
+    predicted = probabilities.argmax(1)
+    truth, guesses = (_by_class(classes, probabilities.shape[1]) for classes in (labels, predicted))
+    right = predicted == labels
+
+    def score(weights: np.ndarray) -> np.ndarray:
+        present = truth(weights)
+        return np.where(present > 0, _share(2 * truth(weights * right), present + guesses(weights)), np.nan)
+
+    return score
+
+
+def _own_class(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Probability of each image's own class [N, 1]."""
+    return np.take_along_axis(probabilities, labels[:, None], axis=1)
+
+
+def _in_top(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Whether each image's own class is among the `TOP` most probable, in the order of `argmax` [N]."""
+    own = _own_class(labels, probabilities)
+    before = np.arange(probabilities.shape[1]) < labels[:, None]
+    ahead = (probabilities > own) | ((probabilities == own) & before)
+    return (ahead.sum(1) < TOP) & (own[:, 0] > 0)
+
+
+def _log_loss(probabilities: np.ndarray) -> np.ndarray:
+    return -np.log(np.maximum(probabilities.astype(np.float64), TINY))
+
+
+# --- several labels per image ----------------------------------------------------------------------------------------
+
+
+def _average_precision(labels: np.ndarray, confidences: np.ndarray) -> Measure:
+    """The average precision of each label [B, C]; NaN for one that no image has.
+
+    It is the area under precision against recall without interpolation; images with the same confidence count together.
+    """
+    orders, ends = [], []
+    for column in confidences.T:
+        order = np.argsort(-column, kind="stable")
+        ordered = column[order]
+        last = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
+        orders.append(order)
+        ends.append(last[np.searchsorted(last, np.arange(len(ordered)))])  # the last image with the same confidence
+
+    def score(weights: np.ndarray) -> np.ndarray:
+        by_label = np.full((len(weights), labels.shape[1]), np.nan)
+        for c, (order, end) in enumerate(zip(orders, ends, strict=True)):
+            w = weights[:, order]
+            positive = w * labels[order, c]
+            precision = _share(positive.cumsum(1)[:, end], w.cumsum(1)[:, end], 0)
+            by_label[:, c] = _share((positive * precision).sum(1), positive.sum(1))
+        return by_label
+
+    return score
+
+
+def _label_counts(labels: np.ndarray, probabilities: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
+    """Weights [B, N] → weight of each label [B, C] on the images that have it and get it, have it, and get it.
+
+    An image gets the labels that are more probable than one half.
+    """
+    predicted = probabilities > 0.5
+    parts = [part.astype(np.float64) for part in (labels * predicted, labels, predicted)]
+    return lambda weights: tuple(weights @ part for part in parts)
+
+
+def _label_f1(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
+    """F1 of each label [B, C]; NaN for one that no image has."""
+    counts = _label_counts(labels, probabilities)
+
+    def score(weights: np.ndarray) -> np.ndarray:
+        both, truth, guesses = counts(weights)
+        return np.where(truth > 0, _share(2 * both, truth + guesses), np.nan)
+
+    return score
+
+
+def _micro_f1(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
+    counts = _label_counts(labels, probabilities)
+
+    def score(weights: np.ndarray) -> np.ndarray:
+        both, truth, guesses = (part.sum(1) for part in counts(weights))
+        return _share(2 * both, truth + guesses, 0)
+
+    return score
+
+
+def _label_loss(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
+    wide = probabilities.astype(np.float64)
+    return _average(_log_loss(np.where(labels > 0, wide, 1 - wide)).mean(1))
+
+
+# --- a number per image ----------------------------------------------------------------------------------------------
+
+
+def _errors(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    return labels.astype(np.float64) - predicted.reshape(len(predicted)).astype(np.float64)
+
+
+def _r2(labels: np.ndarray, predicted: np.ndarray) -> Measure:
+    squares = _errors(labels, predicted) ** 2
+    truth = labels.astype(np.float64) - float(labels[0])
+    flat = _FLAT * float(np.abs(truth).max()) ** 2
+
+    def score(weights: np.ndarray) -> np.ndarray:
+        total = weights.sum(1)
+        mean = weights @ truth / total
+        # The mean is taken away before squaring: a difference of two sums of squares loses all digits far from zero.
+        spread = np.einsum("bn,bn->b", weights, (truth - mean[:, None]) ** 2)
+        missed = weights @ squares
+        constant = spread <= flat * total
+        r2 = 1 - missed / np.where(constant, 1, spread)
+        return np.where(constant, missed == 0, r2)  # scikit-learn's rule for labels that are all the same
+
+    return score
+
+
+def _rmse(labels: np.ndarray, predicted: np.ndarray) -> Measure:
+    mean = _average(_errors(labels, predicted) ** 2)
+    return lambda weights: np.sqrt(mean(weights))
+
+
+METRICS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
+    "class": {
+        "balanced_accuracy": lambda labels, p: _mean_of_present(_recall(labels, p)),
+        "accuracy": lambda labels, p: _average(p.argmax(1) == labels),
+        "top5": lambda labels, p: _average(_in_top(labels, p)),
+        "macro_f1": lambda labels, p: _mean_of_present(_f1(labels, p)),
+        "loss": lambda labels, p: _average(_log_loss(_own_class(labels, p)[:, 0])),
+    },
+    "labels": {
+        "mean_average_precision": lambda labels, p: _mean_of_present(_average_precision(labels, p)),
+        "micro_f1": _micro_f1,
+        "macro_f1": lambda labels, p: _mean_of_present(_label_f1(labels, p)),
+        "loss": _label_loss,
+    },
+    "number": {
+        "r2": _r2,
+        "mae": lambda labels, predicted: _average(np.abs(_errors(labels, predicted))),
+        "rmse": _rmse,
+    },
+}
+"""{kind of labels: {metric: measure}}: one class per image, several labels, or a number."""
+
+BY_CLASS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
+    "class": {"recall": _recall},
+    "labels": {"average_precision": _average_precision},
+}
+"""{kind of labels: {metric of each class: measure}}, whose scores are [B, C]."""
