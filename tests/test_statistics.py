@@ -14,6 +14,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
+from sklearn import metrics as reference
 from tiers import examples
 
 from mlfusion import statistics
