@@ -54,7 +54,10 @@ def row(name: str, folder: Path) -> list[str]:
 
 def tokens(anatomy: Anatomy) -> str:
     """'1 cls, 4 registers, 4 x 4 patches'; of stages the first and the last layer's patches."""
-    special = [f"{len(getattr(anatomy.special, kind))} {kind}" for kind in ("cls", "dist", "registers")]
+    special = [
+        f"{len(getattr(anatomy.taps['norm2'][anatomy.depth].special, kind))} {kind}"
+        for kind in ("cls", "dist", "registers")
+    ]
     grids = [anatomy.taps["norm2"][layer].grid for layer in (0, anatomy.depth)]
     sizes = dict.fromkeys(" x ".join(map(str, grid)) if grid else "unordered" for grid in grids)
     return ", ".join([one for one in special if not one.startswith("0")] + [f"{' to '.join(sizes)} patches"])

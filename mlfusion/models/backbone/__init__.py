@@ -51,7 +51,7 @@ class Backbone:
         shape = models.shape(checkpoint)
         self._arguments = partial(forward_arguments, self._model, shape.patch_px)
         pixels = (3, *self.preprocessing.pixels)
-        self.anatomy = dissect(self._model, self._arguments, pixels, depth=shape.depth, name=self.name)
+        self.anatomy = dissect(self._model, self._arguments, pixels, shape=shape, name=self.name)
         if missing := sorted(key for key in loaded.missing if key.rpartition(".")[0] in self.anatomy.used):
             raise BadModel(
                 f"the weights of {self.name} lack {len(missing)} tensors that the forward pass needs, such as {missing[0]}; "
@@ -64,7 +64,7 @@ class Backbone:
             loaded.projection is not None and not loaded.missing_projection and self.anatomy.final_mode != "raw"
         )
         self._taps = self._taps_at(checkpoint.hook, loaded)
-        self._reducers = {layer: Reducer(tap, self.anatomy.special) for layer, tap in self._taps.items()}
+        self._reducers = {layer: Reducer(tap) for layer, tap in self._taps.items()}
 
     @property
     def depth(self) -> int:
@@ -78,7 +78,7 @@ class Backbone:
 
     def count(self, layer: int, kind: TokenKind) -> int:
         """Tokens of this kind per image at a layer; 0 if the layer has none."""
-        tap, special = self._taps.get(layer), self.anatomy.special
+        tap = self._taps.get(layer)
         if tap is None:
             return 0
         if kind in GRID_SIDES:
@@ -86,7 +86,7 @@ class Backbone:
             return side * side if tap.grid is not None and min(tap.grid) >= side else 0
         if kind == "all":
             return tap.tokens
-        return {"cls": len(special.cls), "dist": len(special.dist), "registers": len(special.registers)}.get(kind, 1)
+        return len(getattr(tap.special, kind)) if kind in ("cls", "dist", "registers") else 1
 
     def shapes(self, pairs: Iterable[Pair]) -> dict[Pair, tuple[int, int]]:
         """Return (tokens per image, width) of each (layer, kind).
@@ -103,11 +103,16 @@ class Backbone:
                 )
             if not (tokens := self.count(layer, kind)):
                 available = ", ".join(k for k in KINDS if self.count(layer, k))
+                having = [other for other in self._taps if self.count(other, kind)]
+                if kind == "cls" and not having:
+                    raise BadModel(
+                        f"{self.name} has no cls token; allowed: {available}. So take --tokens ap, and probes such as "
+                        "ap-last/linear or ap-all-layers/attentive"
+                    )
+                elsewhere = f"; it has one at --layers {layer_ranges(having)}" if kind == "cls" else ""
                 raise BadModel(
-                    f"{self.name} has no cls token; allowed: {available}. So take --tokens ap, and probes such as "
-                    "ap-last/linear or ap-all-layers/attentive"
-                    if kind == "cls"
-                    else f"{self.name} has no {kind} tokens at layer {layer}; allowed: {available}"
+                    f"{self.name} has no {kind} token{'' if kind == 'cls' else 's'} at layer {layer}{elsewhere}; "
+                    f"allowed: {available}"
                 )
             shapes[layer, kind] = tokens, tap.width
         return shapes

@@ -3,8 +3,9 @@
 Module paths differ between families and change between versions of transformers; the roles of the modules do not:
 
 * **Blocks** are the modules of one class that are in lists and ran as often as the configuration counts layers. If several
-  classes fit, the one with attention is taken, then the one in the innermost lists. Stages (Swin, Hiera, PVT, ConvNeXt) are
-  several lists of the same class; a predictor or decoder that did not run does not count.
+  classes fit, the one with attention is taken, then one whose lists hold no other class, then the one in the innermost
+  lists. Stages (Swin, Hiera, PVT, ConvNeXt) are several lists of the same class; a predictor or decoder that did not run
+  does not count.
 * **The second norm** is the norm whose output is, as the same tensor object, the input of a part of the block that has a
   matrix and no attention: the MLP. A block without one (post-norm: SwinV2; no norm: ResNet) is read at its output.
 * **The final norm** is the first norm of the last block's width that runs after it. If the model norms a part only (CLIP
@@ -23,8 +24,16 @@ import torch
 from torch import nn
 
 from mlfusion.errors import BadModel, first_line
-from mlfusion.models.backbone.patches import ToArguments, TokenLayout, find_layout
-from mlfusion.models.backbone.taps import Special, Tap
+from mlfusion.models import Shape
+from mlfusion.models.backbone.patches import (
+    ToArguments,
+    TokenLayout,
+    Trials,
+    find_order,
+    find_special_tokens,
+    grid_of,
+)
+from mlfusion.models.backbone.taps import Grid, Tap
 from mlfusion.models.backbone.tracing import Call, CallRecorder
 from mlfusion.specs.identity import Hook
 
@@ -41,7 +50,6 @@ class Anatomy:
     norm2: str | None  # the second norm's name inside a block; None: blocks are read at their output
     final: str | None  # the final norm's path; None: the last block's output is not normed
     final_mode: FinalMode
-    special: Special
     taps: dict[Hook, dict[int, Tap]]  # hook point → layer → where it is read
     used: frozenset[str]  # paths of the modules that the deepest layer needs
 
@@ -62,16 +70,36 @@ class Trace:
     channels_first: tuple[bool, ...]  # whether each block's maps are [images, channels, height, width]
     stages: tuple[int, ...]  # the list that holds each block, counted from 0
 
-    @property
-    def entry(self) -> Tap:
-        """The first block, read at its input."""
-        return Tap(self.blocks[0], at_input=True, channels_first=self.channels_first[0])
+    def entry(self, block: int) -> Tap:
+        """The input of a block."""
+        run = self.runs[block]
+        return self.sized(Tap(run.module, at_input=True, channels_first=self.channels_first[block]), run.input_shape)
+
+    def entries(self) -> dict[int, Tap]:
+        """The inputs of the first block, and of every block that gets another number of tokens than the last one gave."""
+        steps = enumerate(zip(self.runs, self.runs[1:], strict=False), 1)
+        return {0: self.entry(0)} | {
+            number: self.entry(number)
+            for number, (last, run) in steps
+            if len(run.input_shape) == 3 and (len(last.output_shape) != 3 or run.input_shape[1] != last.output_shape[1])
+        }
+
+    def maps(self, block: int) -> tuple[Grid, ...]:
+        """Sides of the maps that convolutions outside the blocks gave before this block, the last one first."""
+        inside = {module for one in self.blocks for module in one.modules()}
+        return tuple(
+            (call.output_shape[-2], call.output_shape[-1])
+            for call in reversed(self.recorder.calls)
+            if call.begin < self.runs[block].begin
+            and isinstance(call.module, (nn.Conv2d, nn.Conv3d))
+            and call.module not in inside
+        )
 
     def sized(self, tap: Tap, shape: tuple[int, ...]) -> Tap:
         """The tap with its number of tokens and their width; raises BadModel if `shape` has neither 3 nor 4 dimensions."""
         if len(shape) == 4:
             sides, width = (shape[2:], shape[1]) if tap.channels_first else (shape[1:3], shape[3])
-            return replace(tap, tokens=math.prod(sides), width=width)
+            return replace(tap, tokens=math.prod(sides), width=width, grid=(sides[0], sides[1]))
         if len(shape) == 3:
             return replace(tap, tokens=shape[1], width=shape[2])
         raise BadModel(
@@ -80,16 +108,19 @@ class Trace:
 
 
 @torch.inference_mode()
-def dissect(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], *, depth: int, name: str) -> Anatomy:
+def dissect(
+    model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], *, shape: Shape, name: str
+) -> Anatomy:
     """Find blocks, norms and tokens from one trial pass, and the tokens' order from a few embeddings.
 
-    `pixels`: channels, height and width of a prepared picture; `depth`: L by the configuration; `name`: for messages.
+    `pixels`: channels, height and width of a prepared picture; `shape`: by the configuration; `name`: for messages.
 
     Raises:
         BadModel: no blocks are found, or the model does not run on pictures of that size.
     """
+    depth = shape.depth
     trace = _trace(model, to_arguments, pixels, depth, name)
-    layout = find_layout(model, to_arguments, trace.entry, pixels, name)
+    layout = _layout(trace, Trials(model, to_arguments, pixels, name), shape.patch_px)
     norm2 = _second_norm(trace.blocks[0], trace.runs[0], trace.recorder)
     blocks = _block_taps(trace, layout)
     taps: dict[Hook, dict[int, Tap]] = {
@@ -110,7 +141,6 @@ def dissect(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...]
         norm2=norm2,
         final=paths[final.module] if final is not None else None,
         final_mode=final_mode,
-        special=layout.special,
         taps={hook: taps_of for hook, taps_of in taps.items() if taps_of},
         # A parameter may belong to a module that runs only as a part of its parent: the parent's call counts.
         used=frozenset(paths[call.module] for call in trace.recorder.calls if call.begin < end),
@@ -142,24 +172,43 @@ def _trace(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...],
     )
 
 
+def _layout(trace: Trace, trials: Trials, patch_px: int | None) -> TokenLayout:
+    """Special tokens, grids and order of the tokens of every block."""
+    _, height, width = trials.pixels
+    by_size = ((height // patch_px, width // patch_px),) if patch_px else ()  # for patches that no convolution cuts
+    maps = tuple((*trace.maps(block), *by_size) for block in range(len(trace.blocks)))
+    entries = trace.entries()
+    found, entry = find_special_tokens(trials, entries), entries[0]
+    specials = tuple(found[max(start for start in found if start <= block)] for block in range(len(trace.blocks)))
+    grid = grid_of(entry.tokens - len(found[0].all_positions), maps[0], (height, width))
+    return TokenLayout(
+        specials=specials,
+        stages=trace.stages,
+        maps=maps,
+        size=(height, width),
+        order=find_order(trials, entry, found[0], grid, patch_px) if grid and entry.grid is None else None,
+        encoder=next((module for module in trials.model.modules() if hasattr(module, "reroll")), None),
+    )
+
+
 # --- hook points: layer → where it is read ---------------------------------------------------------------------------
 
 
 def _block_taps(trace: Trace, layout: TokenLayout) -> dict[int, Tap]:
     """Each block's output; layer 0 is the input of the first block."""
-    taps = {0: layout.locate_patches(trace.sized(trace.entry, trace.runs[0].input_shape), 0)}
+    taps = {0: layout.locate_patches(trace.entry(0), 0)}
     for layer, (run, first) in enumerate(zip(trace.runs, trace.channels_first, strict=True), 1):
         tap = trace.sized(Tap(run.module, channels_first=first), run.output_shape)
-        taps[layer] = layout.locate_patches(tap, trace.stages[layer - 1])
+        taps[layer] = layout.locate_patches(tap, layer - 1)
     return taps
 
 
 def _norm2_taps(trace: Trace, layout: TokenLayout, norm2: str) -> dict[int, Tap]:
     """The second norm of block ℓ + 1 as layer ℓ; the last layer, the final norm, is not included."""
     taps = {}
-    for layer, (block, stage) in enumerate(zip(trace.blocks, trace.stages, strict=True)):
+    for layer, block in enumerate(trace.blocks):
         if inner := trace.recorder.first(block.get_submodule(norm2)):
-            taps[layer] = layout.locate_patches(trace.sized(Tap(inner.module), inner.output_shape), stage)
+            taps[layer] = layout.locate_patches(trace.sized(Tap(inner.module), inner.output_shape), layer)
     return taps
 
 
@@ -175,7 +224,7 @@ def _part_taps(
         convolved = trace.channels_first[layer - 1] and isinstance(part.module, (nn.Conv2d, nn.Sequential))
         tap = trace.sized(Tap(part.module, channels_first=convolved), part.output_shape)
         if tap.tokens == blocks[layer].tokens:  # windowed attention inside: not the image's tokens
-            taps[layer] = layout.locate_patches(tap, trace.stages[layer - 1])
+            taps[layer] = layout.locate_patches(tap, layer - 1)
     return taps
 
 
@@ -192,7 +241,8 @@ def _final_tap(trace: Trace, last: Tap, final: Call | None) -> tuple[FinalMode, 
     """How the last layer is normed, and the place where it is read; `last` is the last block's output."""
     if final is None:
         return "raw", last
-    if math.prod(final.input_shape) != math.prod(trace.runs[-1].output_shape):
+    partial = math.prod(final.input_shape) != math.prod(trace.runs[-1].output_shape)
+    if partial or trace.recorder.first(final.module) is not final:  # EoMT norms the tokens before its last blocks too
         return "apply", replace(last, norm=final.module)
     channels_first = getattr(final.module, "data_format", "channels_last") == "channels_first"
     return "hook", replace(last, module=final.module, channels_first=channels_first)
@@ -206,12 +256,14 @@ def _blocks(model: nn.Module, recorder: CallRecorder, depth: int, name: str) -> 
     ran = {id(call.module): call.begin for call in reversed(recorder.calls)}
     classes: dict[type[nn.Module], list[tuple[int, nn.Module]]] = {}
     nesting: dict[type[nn.Module], int] = {}
+    mixed: set[type[nn.Module]] = set()  # classes of which a list holds others too: parts of a block, as in RegNet
     for path, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             for item in module:
                 if id(item) in ran and not isinstance(item, (nn.ModuleList, nn.Sequential)):
                     classes.setdefault(type(item), []).append((ran[id(item)], item))
                     nesting[type(item)] = max(path.count("."), nesting.get(type(item), 0))
+                    mixed.update(type(item) for other in module if type(other) is not type(item))
     blocks_of = {kind: [item for _, item in sorted(items, key=lambda item: item[0])] for kind, items in classes.items()}
     fitting = {kind: items for kind, items in blocks_of.items() if len(items) == depth and _has_matrix(items[0])}
     if not fitting:
@@ -220,7 +272,9 @@ def _blocks(model: nn.Module, recorder: CallRecorder, depth: int, name: str) -> 
             f"{name} has no lists of {depth} blocks, the depth that its configuration says (found: {counts}); allowed: "
             "vision transformers and residual networks"
         )
-    return max(fitting.items(), key=lambda item: (_has_attention(item[1][0]), nesting[item[0]]))[1]
+    return max(fitting.items(), key=lambda item: (_has_attention(item[1][0]), item[0] not in mixed, nesting[item[0]]))[
+        1
+    ]
 
 
 def _second_norm(block: nn.Module, run: Call, recorder: CallRecorder) -> str | None:

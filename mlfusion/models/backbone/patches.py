@@ -1,14 +1,19 @@
-"""Finds the patches among the tokens of the embedding, the special tokens, and the order of the patches.
+"""Finds the patches among the tokens that enter each block, the special tokens, and the order of the patches.
 
-The order is read from a binary code: in the k-th picture, patch number n shows one of two textures, by the k-th binary digit
-of n. Tokens that are equal in all pictures are special tokens, such as CLS and registers.
+Special tokens, such as CLS and registers, are equal in two pictures where they enter the sequence: before the first block,
+and before every block that gets another number of tokens than the block before it gave (PVT adds its CLS token in the last
+stage, EoMT its queries before the last blocks). Maps of four dimensions have none.
+
+The order of the patches is read from a binary code: in the k-th picture, patch number n shows one of two textures, by the k-th
+binary digit of n.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,19 +35,24 @@ SPECIAL_NAMES = (
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Positions of special tokens and patches in the sequence that enters the first block."""
+    """Special tokens and patches of every block, by the block's number from 0."""
 
-    special: Special
-    order: tuple[int, ...] | None  # raster place of each patch; None: unknown
-    aspect: float  # ratio of the image's height to its width
+    specials: tuple[Special, ...]  # in the sequence that enters each block
+    stages: tuple[int, ...]  # the list that holds each block
+    maps: tuple[tuple[Grid, ...], ...]  # sides of the maps before each block, as `grid_of` takes them
+    size: tuple[int, int]  # height and width of the image
+    order: tuple[int, ...] | None  # raster place of each patch of the first block; None: unknown
     encoder: Any = None  # Hiera's, which reorders the patches in each stage, and can restore raster order
 
-    def locate_patches(self, tap: Tap, stage: int) -> Tap:
-        """The tap with the grid of its patches and their order, if these are known."""
-        patches = tap.tokens - len(self.special.all_positions)
-        grid = grid_of(patches, self.aspect)
+    def locate_patches(self, tap: Tap, block: int) -> Tap:
+        """The tap with its special tokens, and the grid of its patches and their order, if these are known."""
+        if tap.grid is not None:
+            return tap  # a map in raster order, without special tokens
+        tap = replace(tap, special=self.specials[block])
+        patches = tap.tokens - len(tap.special.all_positions)
+        grid = grid_of(patches, self.maps[block], self.size)
         if self.encoder is not None:
-            order = self._stage_order(patches, stage)
+            order = self._stage_order(patches, self.stages[block])
             if order is None:
                 return tap
             return replace(tap, grid=grid, order=order if order != tuple(range(patches)) else None)
@@ -60,50 +70,85 @@ class TokenLayout:
             return None
 
 
-def find_layout(
-    model: nn.Module, to_arguments: ToArguments, entry: Tap, pixels: tuple[int, ...], name: str
-) -> TokenLayout:
-    """Find special tokens and the order of the patches from a few embeddings, which are read at `entry`.
+@dataclass(frozen=True)
+class Trials:
+    """Runs pictures through a model, and reads what enters its blocks."""
+
+    model: nn.Module
+    to_arguments: ToArguments
+    pixels: tuple[int, ...]  # channels, height and width of a picture
+    name: str  # the model's, for messages
+
+    def textures(self) -> tuple[Tensor, Tensor]:
+        """Two pictures of noise, [channels, height, width]."""
+        generator, device = torch.Generator().manual_seed(1), next(self.model.parameters()).device
+        zero, one = (torch.randn(*self.pixels, generator=generator).to(device) for _ in range(2))
+        return zero, one
+
+    def read(self, picture: Tensor, taps: Sequence[Tap]) -> list[Tensor]:
+        """[channels, height, width] → the tokens at each place, [tokens, width] float32; the last one ends the pass."""
+        tokens: dict[int, Tensor] = {}
+
+        def keep(number: int, tensor: Tensor) -> None:
+            tokens.setdefault(number, taps[number].sequence(tensor)[0].float())
+            if len(tokens) == len(taps):
+                raise StopForward
+
+        with ExitStack() as hooks, suppress(StopForward):
+            for number, tap in enumerate(taps):
+                hooks.enter_context(tap.hook(partial(keep, number), self.name))
+            self.model(**self.to_arguments(picture[None]))
+        return [tokens[number] for number in range(len(taps))]
+
+
+def find_special_tokens(trials: Trials, entries: Mapping[int, Tap]) -> dict[int, Special]:
+    """Block → the special tokens from this block on, up to the next block that is given.
+
+    `entries`: the inputs of the first block and of every block that gets another number of tokens than the block before gave.
 
     Raises:
         BadModel: no token depends on the image.
     """
+    found: dict[int, Special] = {}
+    special, before = Special(), 0
+    names = _names_of_special_tokens(trials.model)
+    sequences = [trials.read(texture, list(entries.values())) for texture in trials.textures()]
+    for (block, tap), zero, one in zip(entries.items(), *sequences, strict=True):
+        varies = (zero != one).any(-1).tolist()
+        if not found and not any(varies):
+            raise BadModel(f"{trials.name}: no token depends on the image")
+        if tap.grid is None:  # of a map no place is a special token, even if a ReLU leaves it at zero
+            kept = [at for at, changed in enumerate(varies) if changed]
+            if len(kept) == before:  # the tokens of the block before, and new ones between them
+                special = special.moved(kept)
+            special = special.joined(_assign(names, [at for at, changed in enumerate(varies) if not changed]))
+        found[block], before = special, len(varies)
+    return found
+
+
+def find_order(
+    trials: Trials, entry: Tap, special: Special, grid: Grid, patch_px: int | None
+) -> tuple[int, ...] | None:
+    """The raster place of each patch that enters the first block; None if it cannot be read."""
+    zero, one = trials.textures()
+    patches = sorted(set(range(entry.tokens)) - set(special.all_positions))
 
     def embedding(picture: Tensor) -> Tensor:
-        """[channels, height, width] → [tokens, width] float32."""
-        read: list[Tensor] = []
+        return trials.read(picture, [entry])[0][patches]
 
-        def stop(tensor: Tensor) -> None:
-            read.append(tensor)
-            raise StopForward
-
-        with entry.hook(stop, name), suppress(StopForward):
-            model(**to_arguments(picture[None]))
-        return entry.sequence(read[0])[0].float()
-
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(1)
-    zero, one = (torch.randn(*pixels, generator=generator).to(device) for _ in range(2))
-    zero_tokens, one_tokens = embedding(zero), embedding(one)
-    is_patch = (zero_tokens != one_tokens).any(-1)
-    if not is_patch.any():
-        raise BadModel(f"{name}: no token depends on the image")
-    special = _name_special_tokens(model, [at for at, varies in enumerate(is_patch.tolist()) if not varies])
-    aspect = pixels[1] / pixels[2]
-    encoder = next((module for module in model.modules() if hasattr(module, "reroll")), None)
-    order = None
-    if (grid := grid_of(int(is_patch.sum()), aspect)) is not None:
-        numbers = _patch_numbers(grid, pixels[1:]).to(device)
-        zeros, ones = zero_tokens[is_patch], one_tokens[is_patch]
-        order = _decode(lambda bits: embedding(torch.where(bits, one, zero))[is_patch], numbers, zeros, ones)
-    return TokenLayout(special, order, aspect, encoder)
+    numbers = _patch_numbers(grid, trials.pixels[1:], patch_px).to(zero.device)
+    return _decode(lambda bits: embedding(torch.where(bits, one, zero)), numbers, embedding(zero), embedding(one))
 
 
-def _patch_numbers(grid: Grid, size: tuple[int, ...]) -> Tensor:
+def _patch_numbers(grid: Grid, size: tuple[int, ...], patch_px: int | None) -> Tensor:
     """[height, width] int64: the number of the patch that each pixel belongs to, in raster order."""
-    rows, columns = (
-        torch.div(torch.arange(side), side // count, rounding_mode="floor").clamp(max=count - 1)
+    steps = (
+        patch_px if patch_px and side // patch_px == count else side // count
         for side, count in zip(size, grid, strict=True)
+    )
+    rows, columns = (
+        torch.div(torch.arange(side), max(step, 1), rounding_mode="floor").clamp(max=count - 1)
+        for side, count, step in zip(size, grid, steps, strict=True)
     )
     return rows[:, None] * grid[1] + columns
 
@@ -129,28 +174,52 @@ def _decode(embed: Callable[[Tensor], Tensor], numbers: Tensor, zeros: Tensor, o
     return tuple(places.tolist()) if sorted(places.tolist()) == list(range(patches)) else None
 
 
-def _name_special_tokens(model: nn.Module, constant: Sequence[int]) -> Special:
-    """Assign the tokens at the positions `constant`, in order, to the parameters of special tokens: CLS first, then others."""
-    counts: dict[str, int] = {}
+def _names_of_special_tokens(model: nn.Module) -> dict[str, int]:
+    """Kind of special token → how many of them the model's parameters hold."""
+    counts = dict.fromkeys((kind for kind, _ in SPECIAL_NAMES), 0)
     for path, parameter in model.named_parameters():
         for kind, pattern in SPECIAL_NAMES:
             if pattern.search(path) and "mask" not in path and "position" not in path:
-                counts[kind] = counts.get(kind, 0) + (parameter.shape[-2] if parameter.ndim > 1 else 1)
+                counts[kind] += parameter.shape[-2] if parameter.ndim > 1 else 1
                 break
     # RADIO has CLS tokens and registers in one parameter; its configuration gives the number of CLS tokens.
     classes = getattr(getattr(model, "config", None), "num_cls_tokens", None)
-    if isinstance(classes, int) and classes < counts.get("cls", 0):
-        counts["registers"] = counts.get("registers", 0) + counts["cls"] - classes
+    if isinstance(classes, int) and classes < counts["cls"]:
+        counts["registers"] += counts["cls"] - classes
         counts["cls"] = classes
+    return counts
+
+
+def _assign(names: dict[str, int], constant: Sequence[int]) -> Special:
+    """Give the leading ones of these positions, in order, to the kinds that `names` counts, and count these down."""
     leading = [position for index, position in enumerate(constant) if position == index]
     positions_of: dict[str, tuple[int, ...]] = {}
-    for kind, _ in SPECIAL_NAMES:
-        positions_of[kind], leading = tuple(leading[: counts.get(kind, 0)]), leading[counts.get(kind, 0) :]
+    for kind, count in names.items():
+        positions_of[kind], leading = tuple(leading[:count]), leading[count:]
+        names[kind] -= len(positions_of[kind])
     named = {position for positions in positions_of.values() for position in positions}
     return Special(**positions_of, other=tuple(position for position in constant if position not in named))
 
 
-def grid_of(patches: int, aspect: float) -> Grid | None:
-    """Rows and columns of a grid of `patches` on an image of this ratio of height to width; None if they fill no grid."""
-    rows = round(math.sqrt(patches * aspect))
-    return (rows, patches // rows) if rows and patches % rows == 0 else None
+def grid_of(patches: int, maps: Sequence[Grid], size: tuple[int, int]) -> Grid | None:
+    """Rows and columns of the patches of an image of this height and width; None if they fill no grid, or several.
+
+    Args:
+        maps: sides of the maps from which the tokens may come, the most likely first. Stages merge two by two: half of the
+            sides, rounded up where the model pads (Swin), else down.
+        size: height and width in pixels. If no map fits, any patch size counts of which so many patches fill the image.
+    """
+    for rows, columns in maps:
+        for halvings in range(max(rows, columns).bit_length()):
+            up, down = (-(-rows >> halvings), -(-columns >> halvings)), (rows >> halvings, columns >> halvings)
+            for grid in (up, down):
+                if math.prod(grid) == patches:
+                    return grid
+    height, width = size
+    fitting = {
+        grid
+        for patch in range(1, max(size) + 1)
+        for grid in ((height // patch, width // patch), (-(-height // patch), -(-width // patch)))
+        if math.prod(grid) == patches
+    }
+    return fitting.pop() if len(fitting) == 1 else None

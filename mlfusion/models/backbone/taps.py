@@ -1,7 +1,7 @@
 """Reads the tokens of a layer, finds the patches among them, and reduces them to the stored kinds."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,14 @@ class Special:
         """All positions, sorted."""
         return tuple(sorted((*self.cls, *self.dist, *self.registers, *self.other)))
 
+    def moved(self, positions: Sequence[int]) -> "Special":
+        """The same tokens where position p is now positions[p]."""
+        return Special(*(tuple(positions[p] for p in getattr(self, kind.name)) for kind in fields(self)))
+
+    def joined(self, other: "Special") -> "Special":
+        """The tokens of both."""
+        return Special(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)))
+
 
 @dataclass(frozen=True)
 class Tap:
@@ -45,6 +53,7 @@ class Tap:
     channels_first: bool = False  # 4-D maps are [images, channels, height, width]
     tokens: int = 0  # per image, special tokens included
     width: int = 0  # channels of a token
+    special: Special = field(default=Special(), repr=False)
     grid: Grid | None = None  # of the patches; None if their order is unknown
     # Raster place → patch; None: patches are in raster order.
     order: tuple[int, ...] | None = field(default=None, repr=False)
@@ -67,8 +76,8 @@ class Tap:
 class Reducer:
     """Reduces the sequences of one layer to token kinds."""
 
-    def __init__(self, tap: Tap, special: Special) -> None:
-        self._grid = tap.grid
+    def __init__(self, tap: Tap) -> None:
+        special, self._grid = tap.special, tap.grid
         self._order = torch.tensor(tap.order) if tap.order is not None else None
         self._positions = {kind: _as_slice(getattr(special, kind)) for kind in ("cls", "dist", "registers")}
         self._patches = _as_slice(sorted(set(range(tap.tokens)) - set(special.all_positions)))
