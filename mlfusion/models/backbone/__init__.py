@@ -51,7 +51,7 @@ class Backbone:
         shape = models.shape(checkpoint)
         self._arguments = partial(forward_arguments, self._model, shape.patch_px)
         pixels = (3, *self.preprocessing.pixels)
-        self.anatomy = dissect(self._model, self._arguments, pixels, shape=shape, name=self.name)
+        self.anatomy = dissect(self._model, self._arguments, pixels, shape=shape, name=self.name, absent=loaded.missing)
         if missing := sorted(key for key in loaded.missing if key.rpartition(".")[0] in self.anatomy.used):
             raise BadModel(
                 f"the weights of {self.name} lack {len(missing)} tensors that the forward pass needs, such as {missing[0]}; "
@@ -164,9 +164,18 @@ class Backbone:
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert weights and saved statistics to another type, but not buffers that a module computes itself, such as angles."""
+    """Convert weights and saved statistics to another type, but not buffers that a module computes itself, such as angles.
+
+    Where such a buffer enters a matrix product (SwinV2's coordinates), it is converted there.
+    """
     for module in model.modules():
         saved = module._buffers.keys() - module._non_persistent_buffers_set
         for tensor in [*module._parameters.values(), *(module._buffers[name] for name in saved)]:
             if tensor is not None and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
+        if dtype != torch.float32 and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            module.register_forward_pre_hook(partial(_convert_inputs, dtype))
+
+
+def _convert_inputs(dtype: torch.dtype, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    return tuple(tensor.to(dtype) for tensor in args) if any(tensor.dtype != dtype for tensor in args) else None

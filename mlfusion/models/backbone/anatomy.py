@@ -14,9 +14,10 @@ Module paths differ between families and change between versions of transformers
 Which tokens are patches, and in which order, is found by `patches`.
 """
 
+import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -109,11 +110,23 @@ class Trace:
 
 @torch.inference_mode()
 def dissect(
-    model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], *, shape: Shape, name: str
+    model: nn.Module,
+    to_arguments: ToArguments,
+    pixels: tuple[int, ...],
+    *,
+    shape: Shape,
+    name: str,
+    absent: Container[str] = (),
 ) -> Anatomy:
     """Find blocks, norms and tokens from one trial pass, and the tokens' order from a few embeddings.
 
-    `pixels`: channels, height and width of a prepared picture; `shape`: by the configuration; `name`: for messages.
+    Args:
+        model: the vision tower.
+        to_arguments: prepared pictures → the arguments of its forward.
+        pixels: channels, height and width of a prepared picture.
+        shape: the model's dimensions, by its configuration.
+        name: the model's, for messages.
+        absent: names of tensors that the checkpoint does not have.
 
     Raises:
         BadModel: no blocks are found, or the model does not run on pictures of that size.
@@ -129,11 +142,13 @@ def dissect(
         "attn": _part_taps(trace, layout, blocks, lambda block, _: _attention(block, trace.recorder)),
         "mlp": _part_taps(trace, layout, blocks, lambda block, run: _mlp(block, run, trace.recorder)),
     }
+    paths = {module: path for path, module in model.named_modules()}
     final = _final_norm(trace)
+    if final is not None and _is_absent_pooler(paths[final.module], final.module, absent):
+        final = None
     final_mode, taps["norm2"][depth] = _final_tap(trace, blocks[depth], final)
     if missing := sorted(set(range(depth)) - set(taps["norm2"])):
         raise BadModel(f"{name}: its blocks {missing} have no second norm, as the first one has; allowed: blocks alike")
-    paths = {module: path for path, module in model.named_modules()}
     end = (final or trace.runs[-1]).end
     return Anatomy(
         blocks=trace.blocks,
@@ -152,10 +167,20 @@ def _trace(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...],
     device = next(model.parameters()).device
     noise = torch.randn(1, *pixels, generator=torch.Generator().manual_seed(0)).to(device)
     recorder = CallRecorder()
+    frames = getattr(getattr(model, "config", None), "num_frames", 1)
+    if frames > 1:
+        raise BadModel(
+            f"{name} takes videos of {frames} frames, and no single images; allowed: a model of images, or V-JEPA 2, which "
+            "gets an image as a clip"
+        )
     try:
         with recorder.recording(model.modules()):
             model(**to_arguments(noise))
     except (ValueError, RuntimeError, TypeError) as err:
+        if "input_ids" in inspect.signature(model.forward).parameters:
+            raise BadModel(
+                f"{name} takes a text with each image ({first_line(err)}); allowed: a model with a vision tower of its own"
+            ) from err
         raise BadModel(
             f"{name} does not run on the {tuple(pixels[1:])} pixels that its preprocessor_config.json makes: "
             f"{first_line(err)}"
@@ -235,6 +260,14 @@ def _final_norm(trace: Trace) -> Call | None:
     width = last.output_shape[1 if channels_first else -1]
     after = (call for call in trace.recorder.calls if call.begin > last.end and _is_norm(call.module))
     return next((call for call in after if call.module not in inside and _width(call.module) == width), None)
+
+
+def _is_absent_pooler(path: str, norm: nn.Module, absent: Container[str]) -> bool:
+    """Whether this norm belongs to a pooler of which the checkpoint has nothing, as after pretraining (BEiT, Hiera).
+
+    The tokens of such a checkpoint are not normed: the norm of its pretraining head is another one.
+    """
+    return "pooler" in path.split(".") and all(f"{path}.{name}" in absent for name, _ in norm.named_parameters())
 
 
 def _final_tap(trace: Trace, last: Tap, final: Call | None) -> tuple[FinalMode, Tap]:
