@@ -231,7 +231,7 @@ def test_such_a_checkpoint_goes_through_both_stages(tmp_path):
     [
         (
             lambda t: t | {"blocks.0.attn.q_norm.weight": torch.ones(16)},
-            r"vit_x has blocks\.0\.attn\.q_norm\.weight, for which",
+            r"vit_base_patch16_224 has blocks\.0\.attn\.q_norm\.weight, for which",
         ),
         (lambda t: t | {"attn_pool.q.weight": torch.ones(16, 16)}, r"has attn_pool\.q\.weight"),
         (lambda t: {k: v for k, v in t.items() if k != "pos_embed"}, "no patch_embed and pos_embed"),
@@ -242,7 +242,7 @@ def test_such_a_checkpoint_goes_through_both_stages(tmp_path):
     ],
 )
 def test_what_transformers_cannot_compute_is_refused(change, message, tmp_path):
-    folder = write_timm(tmp_path / "m", change(timm()), "vit_x")
+    folder = write_timm(tmp_path / "m", change(timm()), "vit_base_patch16_224")
     with pytest.raises(BadModel, match=message):
         Backbone(models.locate(str(folder)))
 

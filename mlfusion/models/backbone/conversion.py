@@ -1,4 +1,4 @@
-"""Renames the tensors of timm and open_clip to transformers' names; tensors are split and copied, never computed.
+"""Renames the tensors of timm and open_clip to transformers' names; nothing is computed but the positions of registers.
 
 The new names are those of checkpoints on the hub, which every version of transformers reads. The names of its modules change.
 """
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mlfusion.models import checkpoints
+from mlfusion.models import checkpoints, timm
 
 VIT = {
     "norm1": "layernorm_before",
@@ -52,7 +52,7 @@ def tensors(folder: Path, files: tuple[Path, ...], config: Any) -> dict[str, Ten
         weights |= load_file(file) if file.suffix == ".safetensors" else checkpoints.unpickled(file)
     if checkpoints.layout(folder) == "open_clip":
         weights = _to_timm_names(weights)
-    weights = {name: tensor for name, tensor in weights.items() if not checkpoints.CLASSIFIER.match(name)}
+    weights = {name: tensor for name, tensor in weights.items() if not timm.CLASSIFIER.match(name)}
     converters = {"clip_vision_model": _clip, "dinov2": _dinov2, "dinov2_with_registers": _dinov2}
     convert = converters.get(config.model_type, _vit)
     return {name: tensor.float().contiguous() for name, tensor in convert(weights, config).items()}
@@ -78,6 +78,8 @@ def _to_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             for old, new in OPEN_CLIP.items():
                 part = part.replace(old, new)
             renamed[f"blocks.{match[1]}.{part}"] = tensor
+    if "norm_pre.weight" not in renamed:  # CLIPA, which becomes a ViT: its patch embedding has a bias
+        renamed["patch_embed.proj.bias"] = torch.zeros(len(renamed["patch_embed.proj.weight"]))
     return renamed
 
 
@@ -98,16 +100,6 @@ def _blocks(
     return renamed
 
 
-def _positions(weights: dict[str, Tensor], config: Any) -> Tensor:
-    """Positions [1, tokens, width]; a class token without a position (timm's no_embed_class) gets zeros."""
-    positions = weights["pos_embed"]
-    patches = (config.image_size // config.patch_size) ** 2
-    if positions.shape[1] == patches and "cls_token" in weights:
-        front = torch.zeros(1, 2 if "dist_token" in weights else 1, positions.shape[2], dtype=positions.dtype)
-        positions = torch.cat([front, positions], 1)
-    return positions
-
-
 def _final(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """The final norm; timm applies fc_norm to the mean of the patches, and here it is the norm of all tokens."""
     old = "norm" if "norm.weight" in weights else "fc_norm"
@@ -115,9 +107,26 @@ def _final(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _embeddings(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    names = {"cls_token": "cls_token", "dist_token": "distillation_token", "reg_token": "register_tokens"}
-    renamed = {f"embeddings.{new}": weights[old] for old, new in names.items() if old in weights}
-    renamed["embeddings.position_embeddings"] = _positions(weights, config)
+    """Special tokens, positions and patch embedding.
+
+    The classes give positions to the first special token (DeiT: to the first two) and the patches. Registers come after
+    that, so their positions are added here. A token without a position (timm's no_embed_class) gets zeros.
+    """
+    there = [weights[name] for name in ("cls_token", "dist_token", "reg_token") if name in weights]
+    positions, patches = weights["pos_embed"], (config.image_size // config.patch_size) ** 2
+    first, of_patches = positions[:, :-patches], positions[:, -patches:]
+    renamed: dict[str, Tensor] = {}
+    if there:
+        tokens = torch.cat(there, 1)
+        first = first if first.shape[1] else torch.zeros_like(tokens)
+        with_position = 2 if "dist_token" in weights else 1
+        renamed["embeddings.cls_token"] = tokens[:, :1]
+        if "dist_token" in weights:
+            renamed["embeddings.distillation_token"] = tokens[:, 1:2]
+        if tokens.shape[1] > with_position:
+            renamed["embeddings.register_tokens"] = (tokens + first)[:, with_position:]
+        first = first[:, :with_position]
+    renamed["embeddings.position_embeddings"] = torch.cat([first, of_patches], 1)
     for part in ("weight", "bias"):
         if (name := f"patch_embed.proj.{part}") in weights:
             renamed[f"embeddings.patch_embeddings.projection.{part}"] = weights[name]
@@ -143,7 +152,7 @@ def _clip(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     renamed = _blocks(weights, CLIP, "encoder.layers", ("q", "k", "v"))
     renamed["embeddings.class_embedding"] = weights["cls_token"][0, 0]
     renamed["embeddings.patch_embedding.weight"] = weights["patch_embed.proj.weight"]
-    renamed["embeddings.position_embedding.weight"] = _positions(weights, config)[0]
+    renamed["embeddings.position_embedding.weight"] = _embeddings(weights, config)["embeddings.position_embeddings"][0]
     renamed |= {f"pre_layrnorm.{part}": weights[f"norm_pre.{part}"] for part in ("weight", "bias")}
     renamed = {f"vision_model.{name}": tensor for name, tensor in (renamed | _final(weights, "post_layernorm")).items()}
     return renamed | ({"visual_projection.weight": weights["projection"]} if "projection" in weights else {})

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlfusion.errors import BadModel, first_line
+from mlfusion.models import open_clip
 from mlfusion.models.checkpoints import read_json
 from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges, resize_mark
 from mlfusion.specs.identity import AS_STORED, Decoding
@@ -263,18 +264,36 @@ def _from_timm(settings: Mapping[str, Any]) -> Steps:
     mode, share = settings.get("crop_mode", "center"), float(settings.get("crop_pct", 0.875))
     if mode not in ("center", "squash"):
         raise BadModel(f"timm's crop_mode {mode!r}: allowed are center, squash")
+    if height != width and mode == "center":
+        raise BadModel(
+            f"timm's input_size {height} x {width} with crop_mode center: allowed are equal sides, or squash"
+        )
     scaled = math.floor(height / share), math.floor(width / share)
-    size = scaled if mode == "squash" or height != width else scaled[0]
-    return _torchvision(size, (height, width), settings, "bilinear", "imagenet")
+    return _torchvision(scaled if mode == "squash" else scaled[0], (height, width), settings, "bilinear", "imagenet")
 
 
 def _from_open_clip(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Steps:
     """open_clip's evaluation transform (open_clip/transform.py): shortest edge and crop, or squash."""
-    size = _square(settings.get("size") or config["model_cfg"]["vision_cfg"].get("image_size", 224))
+    open_clip.PREPROCESSING.check(settings)
+    image_size = config["model_cfg"]["vision_cfg"].get("image_size", 224)
+    size = _square(image_size)
+    if settings.get("size") and _square(settings["size"]) != size:
+        raise BadModel(
+            f"open_clip's preprocess_cfg has size {settings['size']}, and vision_cfg an image_size of {image_size}; allowed: "
+            "the same size in both"
+        )
+    if size[0] != size[1]:
+        raise BadModel(f"open_clip's image_size {image_size}: allowed are images as high as they are wide")
+    if settings.get("interpolation") not in (None, "bicubic", "bilinear", "random"):
+        raise BadModel(
+            f"open_clip's interpolation {settings['interpolation']!r}: allowed are bicubic, bilinear, random"
+        )
+    if settings.get("interpolation") == "random":  # in training; evaluation takes its default
+        settings = {**settings, "interpolation": "bicubic"}
     mode = settings.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash"):
         raise BadModel(f"open_clip's resize_mode {mode!r}: allowed are shortest, squash")
-    return _torchvision(size if mode == "squash" else min(size), size, settings, "bicubic", "clip")
+    return _torchvision(size if mode == "squash" else size[0], size, settings, "bicubic", "clip")
 
 
 def _torchvision(
@@ -282,11 +301,14 @@ def _torchvision(
 ) -> Steps:
     """A resize and a crop with torchvision's rounding; `resample` and `colours` are the defaults of the settings."""
     mean, std = COLOURS[colours]
+    resample = str(settings.get("interpolation", resample))
+    if resample not in FILTERS:
+        raise BadModel(f"interpolation {resample!r}: allowed are {', '.join(FILTERS)}")
     return Steps(
         size=size,
         crop_size=crop,
         crop_rounding="half-even",
-        resample=str(settings.get("interpolation", resample)),
+        resample=resample,
         image_mean=_per_channel(settings.get("mean", mean)),
         image_std=_per_channel(settings.get("std", std)),
     )
