@@ -234,7 +234,8 @@ def test_such_a_checkpoint_goes_through_both_stages(tmp_path):
             r"vit_base_patch16_224 has blocks\.0\.attn\.q_norm\.weight, for which",
         ),
         (lambda t: t | {"attn_pool.q.weight": torch.ones(16, 16)}, r"has attn_pool\.q\.weight"),
-        (lambda t: {k: v for k, v in t.items() if k != "pos_embed"}, "no patch_embed and pos_embed"),
+        (lambda t: {k: v for k, v in t.items() if k != "pos_embed"}, "has no pos_embed"),
+        (lambda t: {k: v for k, v in t.items() if "blocks.0.mlp" not in k}, r"has no blocks\.0\.mlp\.fc1\.weight"),
         (
             lambda t: {k: v for k, v in t.items() if k != "blocks.1.norm2.bias"},
             r"lack 1 tensors .*layers?\.1\.layernorm_after\.bias",
@@ -244,6 +245,15 @@ def test_such_a_checkpoint_goes_through_both_stages(tmp_path):
 def test_what_transformers_cannot_compute_is_refused(change, message, tmp_path):
     folder = write_timm(tmp_path / "m", change(timm()), "vit_base_patch16_224")
     with pytest.raises(BadModel, match=message):
+        Backbone(models.locate(str(folder)))
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_layer_scale_that_is_lost_is_not_taken_for_one(block, tmp_path):
+    tensors = timm(scales=True)
+    del tensors[f"blocks.{block}.ls1.gamma"]
+    folder = write_timm(tmp_path / "m", tensors, "vit_base_patch14_dinov2")
+    with pytest.raises(BadModel, match=rf"lack 1 tensors .*{block}\.layer_scale1\.lambda1"):
         Backbone(models.locate(str(folder)))
 
 

@@ -82,6 +82,8 @@ VISUAL = re.compile(
     r"visual\.(?:conv1\.weight|class_embedding|positional_embedding|proj|ln_(?:pre|post)\.(?:weight|bias))"
 )
 
+NEEDED = ("visual.conv1.weight", "visual.positional_embedding", "visual.transformer.resblocks.0.mlp.c_fc.weight")
+
 
 def configuration(config: Mapping[str, Any], tensors: Shapes, name: str) -> Any:
     """The configuration of transformers' class, by open_clip_config.json and the tensors' shapes.
@@ -99,15 +101,16 @@ def configuration(config: Mapping[str, Any], tensors: Shapes, name: str) -> Any:
     VISION.check(vision)
     shapes = {key: shape for key, shape in tensors.items() if key.startswith("visual.")}
     unknown = sorted(key for key in shapes if not RESBLOCK.fullmatch(key) and not VISUAL.fullmatch(key))
-    if unknown or not {"visual.conv1.weight", "visual.positional_embedding"} <= shapes.keys():
+    lacking = [key for key in NEEDED if key not in shapes]
+    if unknown or lacking:
         raise BadModel(
-            f"the image tower of open_clip in {name} has {unknown[0] if unknown else 'no visual.conv1 or no positions'}, for "
-            "which transformers has no class; allowed: plain vision transformers of open_clip, with a class token"
+            f"the image tower of open_clip in {name} has {unknown[0] if unknown else f'no {lacking[0]}'}, for which "
+            "transformers has no class; allowed: plain vision transformers of open_clip, with a class token"
         )
     width, _, *patch = shapes["visual.conv1.weight"]
     inner = shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0]
     size = square(vision.get("image_size") or 224, VISION.part)
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": 1 + max(int(match[1]) for key in shapes if (match := RESBLOCK.fullmatch(key))),
         "num_attention_heads": width // int(vision.get("head_width") or 64),
@@ -117,7 +120,7 @@ def configuration(config: Mapping[str, Any], tensors: Shapes, name: str) -> Any:
         "hidden_act": _activation(model, vision),
         "layer_norm_eps": _epsilon(vision),
     }
-    facts = {
+    facts: dict[str, Any] = {
         "width": width,
         "layers": common["num_hidden_layers"],
         "patch_size": common["patch_size"],

@@ -92,6 +92,8 @@ BLOCK = re.compile(
 OUTSIDE = re.compile(r"(?:cls|dist|reg)_token|pos_embed|(?:patch_embed\.proj|norm|fc_norm|norm_pre)\.(?:weight|bias)")
 CLASSIFIER = re.compile(r"(?:head|head_dist|pre_logits)\.")
 
+NEEDED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
+
 
 def configuration(config: Mapping[str, Any], tensors: Shapes) -> Any:
     """The configuration of transformers' class, by timm's config.json and the tensors' shapes.
@@ -106,16 +108,17 @@ def configuration(config: Mapping[str, Any], tensors: Shapes) -> Any:
     PRETRAINED.check(pretrained)
     shapes = {key: shape for key, shape in tensors.items() if not CLASSIFIER.match(key)}
     unknown = sorted(key for key in shapes if not BLOCK.fullmatch(key) and not OUTSIDE.fullmatch(key))
-    if unknown or "patch_embed.proj.weight" not in shapes or "pos_embed" not in shapes:
+    lacking = [key for key in NEEDED if key not in shapes]
+    if unknown or lacking:
         raise BadModel(
-            f"timm's {name} has {unknown[0] if unknown else 'no patch_embed and pos_embed'}, for which transformers has no "
+            f"timm's {name} has {unknown[0] if unknown else f'no {lacking[0]}'}, for which transformers has no "
             "class; allowed: plain ViT, DeiT, MAE, CLIP and DINOv2 of timm (no rotary positions, no pooling by attention). "
             "Many others have a repository in transformers' own format, such as google/siglip-base-patch16-224"
         )
     width, channels, *patch = shapes["patch_embed.proj.weight"]
     size = _size(arguments, pretrained)
     patch_px = square(patch, f"timm's {name}")
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": 1 + max(int(match[1]) for key in shapes if (match := BLOCK.fullmatch(key))),
         "num_attention_heads": _heads(name, arguments, width),
@@ -124,7 +127,7 @@ def configuration(config: Mapping[str, Any], tensors: Shapes) -> Any:
         "layer_norm_eps": _epsilon(name, arguments),
         "hidden_act": _activation(name, arguments),
     }
-    facts = {
+    facts: dict[str, Any] = {
         "embed_dim": width,
         "in_chans": channels,
         "depth": common["num_hidden_layers"],
@@ -158,7 +161,8 @@ def _of_class(name: str, shapes: Shapes, common: dict[str, Any]) -> Any:
 
     class_token, distilled = "cls_token" in shapes, "dist_token" in shapes
     registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
-    scaled, before = "blocks.0.ls1.gamma" in shapes, "norm_pre.weight" in shapes
+    scaled, before = any(key.endswith(".gamma") for key in shapes), "norm_pre.weight" in shapes
+    inner, bias = shapes["blocks.0.mlp.fc1.weight"][0], "blocks.0.attn.qkv.bias" in shapes
     refused = {
         "norm_pre with a bias of patch_embed": before and "patch_embed.proj.bias" in shapes,
         "norm_pre without a class token": before and not class_token,
@@ -168,17 +172,16 @@ def _of_class(name: str, shapes: Shapes, common: dict[str, Any]) -> Any:
         "a distillation token beside registers or LayerScale": distilled and (registers or scaled),
         "LayerScale without a class token and registers": scaled and not class_token and not registers,
         "norm and fc_norm, of which it uses one": "norm.weight" in shapes and "fc_norm.weight" in shapes,
-        "no biases of queries, keys and values beside norm_pre": before and "blocks.0.attn.qkv.bias" not in shapes,
+        "no biases of queries, keys and values beside norm_pre": before and not bias,
     }
     if found := next((combination for combination, there in refused.items() if there), None):
         raise BadModel(f"timm's {name} has {found}, for which transformers has no class; allowed: {_ALLOWED}")
-    inner, bias = shapes["blocks.0.mlp.fc1.weight"][0], {"qkv_bias": "blocks.0.attn.qkv.bias" in shapes}
     if before:
         return transformers.CLIPVisionConfig(**common, intermediate_size=inner)
     if registers or scaled:
         mlp = _dinov2_mlp(name, shapes, common["hidden_size"])
         # The class needs a CLS token: the first register takes its place, and its name is given back by num_cls_tokens.
-        more: dict[str, Any] = bias | mlp | ({} if class_token else {"num_cls_tokens": 0})
+        more: dict[str, Any] = {"qkv_bias": bias, **mlp} | ({} if class_token else {"num_cls_tokens": 0})
         registers -= not class_token
         if registers:
             return transformers.Dinov2WithRegistersConfig(**common, **more, num_register_tokens=registers)
@@ -190,7 +193,7 @@ def _of_class(name: str, shapes: Shapes, common: dict[str, Any]) -> Any:
         if distilled
         else transformers.ViTConfig
     )
-    return kind(**common, **bias, intermediate_size=inner)
+    return kind(**common, qkv_bias=bias, intermediate_size=inner)
 
 
 _ALLOWED = "plain ViT, DeiT, MAE, CLIP and DINOv2 of timm"

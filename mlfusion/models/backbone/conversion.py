@@ -4,6 +4,7 @@ The new names are those of checkpoints on the hub, which every version of transf
 """
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,9 @@ def _dinov2(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     names = DINOV2 | ({"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"} if config.use_swiglu_ffn else {})
     renamed = _vit(weights, config, names)
     renamed["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)  # unused, but expected by the class
-    for number in range(config.num_hidden_layers):
-        for half in (1, 2):  # without LayerScale: times one
-            renamed.setdefault(f"encoder.layer.{number}.layer_scale{half}.lambda1", torch.ones(config.hidden_size))
+    if not any(name.endswith(".gamma") for name in weights):  # without LayerScale: times one
+        for number, half in product(range(config.num_hidden_layers), (1, 2)):
+            renamed[f"encoder.layer.{number}.layer_scale{half}.lambda1"] = torch.ones(config.hidden_size)
     return renamed
 
 
