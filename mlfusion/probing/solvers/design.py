@@ -16,9 +16,11 @@ from mlfusion.probing.heads.linear import LinearMap
 from mlfusion.probing.targets import Target
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.shapes import Float, Int
+from mlfusion.system.threads import share
 
 F64 = torch.float64
 BLOCK = 1 << 24  # size of a block of images, neighbours or votes, in numbers
+COLUMNS = 256  # columns of a product that one thread computes
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,15 @@ class Design:
             gram = torch.zeros(width, width, device=self.device, dtype=F64)
             for block, x in self.blocks():
                 centred = (x - self.centre) * self.weights[block].sqrt()[:, None]
-                gram.addmm_(centred.T, centred)
+                add_product(gram, centred.T, centred)
             eigenvalues, basis = torch.linalg.eigh(gram)
         else:
             centred = torch.cat([x - self.centre for _, x in self.blocks()]) * self.weights.sqrt()[:, None]
-            eigenvalues, left = torch.linalg.eigh(centred @ centred.T)
-            basis = centred.T @ left / eigenvalues.clamp(min=1e-300).sqrt()
+            eigenvalues, left = torch.linalg.eigh(matmul(centred, centred.T))
+            basis = matmul(centred.T, left) / eigenvalues.clamp(min=1e-300).sqrt()
         nonzero = eigenvalues > eigenvalues.max() * 1e-14  # smaller ones are rounding; the images span no more
         self.eigenvalues, self.basis = eigenvalues[nonzero], basis[:, nonzero]  # [r], [F, r]
-        self.rotated = torch.cat([(x - self.centre) @ self.basis for _, x in self.blocks()])  # z [N, r]
+        self.rotated = torch.cat([matmul(x - self.centre, self.basis) for _, x in self.blocks()])  # z [N, r]
 
     @cached_property
     def targets(self) -> Float[Tensor, "N C"]:
@@ -97,6 +99,18 @@ class Design:
         """Maps of z and their biases → the same maps of x, in float32."""
         weight = rotated @ self.basis.T
         return FixedLinear(weight.float(), (bias - weight @ self.centre).float())
+
+
+def matmul(a: Float[Tensor, "n m"], b: Float[Tensor, "m p"]) -> Float[Tensor, "n p"]:
+    """The product, each part of b's columns by one thread, so that its bits do not depend on the number of threads."""
+    return add_product(a.new_zeros(len(a), b.shape[1]), a, b)
+
+
+def add_product(total: Float[Tensor, "n p"], a: Float[Tensor, "n m"], b: Float[Tensor, "m p"]) -> Float[Tensor, "n p"]:
+    """`matmul`, added to a matrix in place."""
+    columns = COLUMNS if total.device.type == "cpu" else b.shape[1]
+    share(lambda part: part[0].addmm_(a, part[1]), list(zip(total.split(columns, 1), b.split(columns, 1), strict=True)))
+    return total
 
 
 def float64_device(device: str) -> str:

@@ -7,12 +7,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlfusion.errors import BadData
-from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty
+from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty, matmul
 from mlfusion.probing.solvers.lbfgs import HISTORY, minimise
 from mlfusion.probing.targets import OneClass
 from mlfusion.shapes import Float
 
 BATCH = 8  # largest number of penalties that are solved together
+BATCH_BYTES = (
+    1 << 25
+)  # memory of the penalties that are solved together, which is always there; one alone may need more
+BLOCK_BYTES = 1 << 25  # memory of the logits of a block of images, which is always there too
 VECTORS = (
     2 * HISTORY + 12
 )  # vectors of a map's size that L-BFGS holds for a penalty: steps, changes, and what it computes
@@ -24,11 +28,11 @@ class Logistic:
 
     The linear probe of CLIP (arXiv 2103.00020, A.3). L-BFGS runs in the rotated coordinates, where the curvature at W = 0 is
     diagonal and is divided out, for up to `BATCH` penalties together, from strong to weak: each batch starts at the last
-    solution of the one before.
+    solution of the one before. How many are together depends on the sizes of the problem alone, since their sums follow it.
     """
 
     def __init__(self, design: Design, memory: int | None = None) -> None:
-        """Plan for `memory` bytes: fewer penalties together, and images in blocks; None is no limit.
+        """`memory` is a limit in bytes; None is no limit.
 
         Raises:
             BadData: the target is a number, or one penalty alone needs more memory.
@@ -38,16 +42,14 @@ class Logistic:
         self.design = design
         self.classes = design.target.outputs
         self.multinomial = isinstance(design.target, OneClass)
-        self.batch, self.block = BATCH, len(design.rows)
-        if memory is not None:
-            needed = 8 * VECTORS * self.classes * (design.rotated.shape[1] + 1)  # bytes of one penalty
-            if needed > memory / 2:
-                raise BadData(
-                    f"logistic regression of {self.classes:,} classes needs {2 * needed / 1e6:,.0f} MB for each penalty and "
-                    f"{memory / 1e6:,.0f} MB are free for it; allowed: as much --memory, or another head, such as linear"
-                )
-            self.batch = min(BATCH, int(memory / 2 / needed))
-            self.block = min(self.block, max(1, int(memory / 4 / (8 * LOGITS * self.batch * self.classes))))
+        one = 8 * VECTORS * self.classes * (design.rotated.shape[1] + 1)  # bytes of one penalty
+        self.batch = max(1, min(BATCH, BATCH_BYTES // one))
+        self.block = max(1, BLOCK_BYTES // (8 * LOGITS * self.batch * self.classes))
+        if memory is not None and one > max(memory / 2, BATCH_BYTES):
+            raise BadData(
+                f"logistic regression of {self.classes:,} classes needs {2 * one / 1e6:,.0f} MB for each penalty and "
+                f"{memory / 1e6:,.0f} MB are free for it; allowed: as much --memory, or another head, such as linear"
+            )
 
     def solve(self, path: Sequence[Penalty]) -> Iterator[tuple[slice, FixedLinear]]:
         """Slices of the path, strong penalties first, each with its probe."""
@@ -91,7 +93,7 @@ class Logistic:
     ) -> tuple[Float[Tensor, " K"], Float[Tensor, "K C R"]]:
         design, (k, c, _) = self.design, map_.shape
         z, weights = design.rotated[block], design.weights[block]
-        logits = torch.matmul(z, map_[..., :-1].flatten(0, 1).T).view(-1, k, c) + map_[..., -1]  # [N, K, C]
+        logits = matmul(z, map_[..., :-1].flatten(0, 1).T).view(-1, k, c) + map_[..., -1]  # [N, K, C]
         if self.multinomial:
             classes = torch.from_numpy(design.tokens.labels[design.rows[block]]).to(logits.device)
             index = classes[:, None, None].expand(-1, k, 1)
@@ -102,5 +104,5 @@ class Logistic:
             losses = (F.softplus(logits) - logits * targets[:, None]).sum(-1)
             slope = torch.sigmoid(logits) - targets[:, None]
         slope *= weights[:, None, None]
-        gradient = (slope.flatten(1).T @ z).view(k, c, -1)
+        gradient = matmul(slope.flatten(1).T, z).view(k, c, -1)
         return weights @ losses, torch.cat([gradient, slope.sum(0)[..., None]], dim=-1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlfusion.probing.heads.contract import HeadModule
-from mlfusion.probing.solvers.design import BLOCK, float64_device
+from mlfusion.probing.solvers.design import BLOCK, float64_device, matmul
 from mlfusion.probing.targets import Target
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.shapes import Float, Int
@@ -92,7 +92,7 @@ class Neighbours(HeadModule):
         indices = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
         for start in range(0, self.bank.shape[1], step):
             block = self.bank[0, start : start + step].to(queries.dtype)
-            block_cosine = queries @ block.T
+            block_cosine = matmul(queries, block.T)
             rows = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
             if own is not None:
                 block_cosine.masked_fill_(rows == own[:, None], -math.inf)

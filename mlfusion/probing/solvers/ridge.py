@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty
+from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty, matmul
 from mlfusion.shapes import Float
 
 SCALES = tuple(np.geomspace(1e-1, 1e3, 81).tolist())  # candidate factors of ridge's scores
@@ -39,7 +39,7 @@ class Ridge:
     def _left_out(self, setting: Penalty) -> Float[Tensor, "N C"]:
         design = self.design
         share = 1 / (design.eigenvalues + setting.penalty)
-        fitted = self.mean + design.rotated @ (share[:, None] * self.product)
+        fitted = self.mean + matmul(design.rotated, share[:, None] * self.product)
         leverage = design.weights * (1 / design.weights.sum() + design.rotated.square() @ share)
         return (fitted - leverage[:, None] * design.targets) / (1 - leverage)[:, None]
 
