@@ -201,7 +201,8 @@ def test_the_outcome_of_an_attentive_probe() -> None:
     assert outcome.train > 0.7 and outcome.val > 0.7
     assert outcome.metrics == measures.scores(test.labels, outcome.predictions)
     assert outcome.seconds > 0
-    assert seen[-1] == (8 * 40 + 40, 8 * 40 + 40)
+    assert outcome.stability is not None
+    assert seen[-1][0] == seen[-1][1] >= 8 * 40 + 40 + 40  # the grid, a twin of the choice or more, and the refit
     assert [at for at, _ in seen] == sorted({at for at, _ in seen})
 
 
@@ -394,11 +395,11 @@ def test_who_gets_to_the_end_has_the_score_of_a_whole_search(head: Head, monkeyp
     kept, kept_loss = halved.scores()
     alive = np.isfinite(kept_loss)
     assert alive.sum() == 2  # of twelve, four, two
-    np.testing.assert_allclose(kept[alive], score[alive], atol=1e-6)
-    np.testing.assert_allclose(kept_loss[alive], loss[alive], rtol=1e-4)
+    assert np.array_equal(kept[alive], score[alive]) and np.array_equal(kept_loss[alive], loss[alive])
     assert np.isneginf(kept[~alive]).all() and np.isinf(kept_loss[~alive]).all()
     assert {WIDE.configurations("linear")[k].lr for k in np.flatnonzero(alive)} <= {1e-1, 1e-2}
-    assert halved.done + halved.refitting.steps == halved.steps < 0.5 * whole.steps
+    remaining = (1 if head == "linear" else 2) * halved.refitting.steps  # the refit, and a twin
+    assert halved.done + remaining == halved.steps < 0.6 * whole.steps
 
 
 def test_halving_tells_how_far_it_is_and_ends_in_the_same_probe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,9 +413,7 @@ def test_halving_tells_how_far_it_is_and_ends_in_the_same_probe(monkeypatch: pyt
     chosen = (halved.selected["lr"],), (halved.selected["weight_decay"],)
     alone = dataclasses.replace(WIDE, learning_rates=chosen[0], weight_decays=chosen[1])
     monkeypatch.setitem(SEARCH_GRIDS, "quick", alone)
-    np.testing.assert_allclose(
-        halved.predictions, fitted("linear", tokens(), tokens(seed=1)).predictions, rtol=1e-4, atol=1e-5
-    )
+    assert np.array_equal(halved.predictions, fitted("linear", tokens(), tokens(seed=1)).predictions)
 
 
 # --- few-shot --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import torch
 
 from mlfusion.probing import grids, protocol
 from mlfusion.probing.heads import HEADS, HeadShape
@@ -17,6 +16,7 @@ from mlfusion.probing.training.population import Configuration, Population, Trai
 from mlfusion.probing.training.precision import Numerics
 from mlfusion.specs.names import Head, Probe
 from mlfusion.specs.options import SearchOptions
+from mlfusion.system import threads
 
 IMAGES = (32, 64, 128, 256)  # sizes of the trial's batch; the next smaller one is tried
 STEPS = 3  # steps of the trial; the first is not counted
@@ -50,7 +50,8 @@ def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: st
     )
     batch = max((b for b in IMAGES if b <= schedule.batch_size), default=IMAGES[0])
     per_step = _step_seconds(probe.head, shape, batch, Numerics.of(device, search.precision))
-    return per_step * (steps + schedule.steps) * schedule.batch_size / batch
+    alone = 1 if HEADS[probe.head].is_convex else 2  # the refit, and the twin that tries the choice: one thread each
+    return per_step * (steps + alone * schedule.steps * threads.count()) * schedule.batch_size / batch
 
 
 def _random_tokens(images: int, tokens: int, width: int, classes: int) -> Tokens:
@@ -61,9 +62,9 @@ def _random_tokens(images: int, tokens: int, width: int, classes: int) -> Tokens
 
 @cache
 def _step_seconds(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> float:
-    """Seconds of one step of one configuration on a batch."""
+    """Seconds of one step of one configuration on a batch, where all threads are busy."""
     # One configuration per thread: a grid has more, and keeps all threads busy.
-    count = torch.get_num_threads()
+    count = threads.count()
     configurations = [Configuration(1e-3, 1e-2 + k, 0.1) for k in range(count)]
     tokens = _random_tokens(images, shape.tokens, shape.width, shape.classes)
     schedule = Schedule(images, steps=100, batch_size=images, batches=1)

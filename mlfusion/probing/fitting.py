@@ -30,7 +30,7 @@ NONE = np.empty(0, np.int64)  # no rows
 
 @dataclass(frozen=True)
 class Resources:
-    """The device and memory for training; results depend on them only by rounding."""
+    """The device and memory for training; results depend on the device only, by rounding."""
 
     device: str
     memory: int  # bytes

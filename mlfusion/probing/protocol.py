@@ -16,8 +16,9 @@ from mlfusion.probing.targets import Target, kind_of
 from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import LARGEST_BATCH, Tokens
 from mlfusion.shapes import Float, Num
-from mlfusion.specs.names import Head
+from mlfusion.specs.names import Head, Stability
 from mlfusion.specs.options import TrainingOptions
+from mlfusion.system.threads import in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Outcome:
     metrics: dict[str, Any]  # scores on the test set, see `statistics.measures`
     selected: dict[str, float | int]
     at_end: dict[str, str]  # those selected at an end of the grid, see `grids.at_end`
+    stability: Stability | None  # of the choice; None: not tried
     configurations: int
     parameters: int
     shape: HeadShape
@@ -43,6 +45,7 @@ class Outcome:
     weights: dict[str, np.ndarray]  # parameters and statistics of the refitted probe
 
 
+@in_order()
 def fit(
     head: Head,
     train: Tokens,
@@ -72,7 +75,7 @@ def fit(
     target.check_choice(train.labels)
     search = SOLVERS.get(head, Training)(head, train, target, options, training, progress)
     score, loss = search.scores()
-    best = choose(score, loss)
+    best, stability = search.settle(choose(score, loss), score)
     probe = search.refit(best)
     on_train = target.predictions(search.on_train(probe)).numpy()
     test_tokens = _checked_test(test, train, target)
@@ -87,6 +90,7 @@ def fit(
         metrics=metrics,
         selected=search.selected(best),
         at_end=at_end(search.candidates, best),
+        stability=stability,
         configurations=len(score),
         parameters=sum(p.numel() for p in probe.parameters()),
         shape=search.shape,
@@ -130,9 +134,9 @@ def predict(
     """Predictions of a population of one, and its attention, the mean over heads, if it has any."""
     predictions, attention = [], []
     for outputs, batch in population.read(probe, tokens, np.arange(len(tokens)), block=block, device=device):
-        predictions.append(target.predictions(outputs[0]).numpy())
-        if probe.has_attention:
-            with torch.no_grad():
+        with torch.no_grad(), in_order():
+            predictions.append(target.predictions(outputs[0]).numpy())
+            if probe.has_attention:
                 attention.append(probe.attention(batch)[0].mean(1).cpu().numpy())
     return np.concatenate(predictions), np.concatenate(attention) if attention else None
 

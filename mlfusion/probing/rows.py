@@ -81,6 +81,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         halving=search.halving,
         smoothing=search.smoothing or None,
         streamed=fitted.streamed,
+        stability=outcome.stability,
         duplicates=Duplicates(bytes=pair.overlap.bytes, near=pair.overlap.near),
         drop_duplicates=search.drop_duplicates,
     )

@@ -24,10 +24,14 @@ from mlfusion.probing.training.batches import LARGEST_BATCH, Tokens
 from mlfusion.probing.training.population import Configuration, Population, TrainingData
 from mlfusion.probing.training.precision import Numerics
 from mlfusion.shapes import Float, Int
-from mlfusion.specs.names import Head
+from mlfusion.specs.names import Head, Stability
 from mlfusion.specs.options import SearchOptions, TrainingOptions
 
 Scores = tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]
+
+NEAR = 8  # configurations near the best whose stability may be tried
+CHANGED = 0.1  # a prediction that moves by more than this is another answer
+UNSTABLE = 0.02  # share of images with another answer above which a configuration is unstable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,10 @@ class Search(ABC):
     def scores(self) -> Scores:
         """Score and loss of every configuration on images that it was not fitted to; -inf and inf if it diverged."""
 
+    def settle(self, best: int, score: Float[np.ndarray, " K"]) -> tuple[int, Stability | None]:
+        """The configuration to take where `best` has the best score, and its stability; None if there is nothing to try."""
+        return best, None
+
     @abstractmethod
     def refit(self, best: int) -> HeadModule:
         """The configuration fitted to all of train."""
@@ -106,6 +114,9 @@ class Training(Search):
     With `halving`, all are trained for a ninth of the steps, the best third of them for a third, and the best third of those
     to the end (successive halving, arXiv 1502.07943). Each stage starts again, with the schedule of the whole training: a
     configuration that reaches the end has the same score as without halving.
+
+    Training may be chaotic, at a high learning rate above all: it then amplifies rounding until other answers come out. So
+    the best configuration is trained once more as a twin, whose initial weights differ in their last places (`settle`).
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -130,22 +141,63 @@ class Training(Search):
         self.block = self.refitting.batch_size
         self.rungs = rungs(len(self.configurations), self.choosing.steps, halving=options.search.halving)
         self.steps = sum(members * until for members, until in self.rungs) + self.refitting.steps
+        if not HEADS[head].is_convex:
+            self.steps += self.choosing.steps  # of the twin
+        self._outputs: dict[int, Tensor] = {}  # [n, C] of the best so far, for the images held out
 
     def scores(self) -> Scores:
         """Scores as in `Search`; -inf and inf for a configuration that halving stopped."""
         score, loss = np.empty(0), np.empty(0)
         running = np.arange(len(self.configurations))
-        loss_function = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
         for members, until in self.rungs:
             if members < len(running):
                 running = np.sort(running[np.lexsort((loss[running], -score[running]))[:members]])
             score, loss = (np.full(len(self.configurations), value) for value in (-np.inf, np.inf))
-            configurations = [self.configurations[k] for k in running]
-            data = TrainingData(self.train, self.fitted, self.choosing, until)
-            for group, probe in self._train(configurations, data, loss_function):
-                outputs = self.outputs(probe, self.held_out, self.choosing.batch_size)
-                score[running[group]], loss[running[group]] = self.measure(outputs, self.held_out, loss_function)
+            self._outputs = {}
+            for ks, outputs, scores, losses in self._measured([self.configurations[k] for k in running], until):
+                score[running[ks]], loss[running[ks]] = scores, losses
+                self._outputs |= dict(zip(running[ks].tolist(), outputs, strict=True))
+                ranks = np.lexsort((loss, -score))[:NEAR].tolist()
+                self._outputs = {k: self._outputs[k] for k in ranks if k in self._outputs}
         return score, loss
+
+    def settle(self, best: int, score: Float[np.ndarray, " K"]) -> tuple[int, Stability | None]:
+        """The configuration to take instead of an unstable best one: a stable one within its noise.
+
+        A configuration is unstable if its twin gives other answers for more than a share `UNSTABLE` of the n images held
+        out. Its noise is max(|s − s'|, √(p / n)), s and s' being both scores and p that share: p·n answers that are right or
+        wrong by chance have a mean with a standard deviation of √(p·n) / n at most.
+        """
+        if HEADS[self.head].is_convex:
+            return best, None
+        [(share, other)] = self._twins([best])
+        if share <= UNSTABLE:
+            return best, "stable"
+        noise = max(abs(score[best] - other), np.sqrt(share / len(self.held_out)))
+        near = [k for k in self._outputs if k != best and score[k] >= score[best] - noise]
+        self.steps += len(near) * self.choosing.steps
+        stable = (k for k, (share, _) in zip(near, self._twins(near), strict=True) if share <= UNSTABLE)
+        taken = next(stable, None)
+        return (best, "unstable") if taken is None else (taken, "instead of an unstable one")
+
+    def _twins(self, members: Sequence[int]) -> list[tuple[float, float]]:
+        """The share of answers that the twin of each changes, and its score."""
+        found: list[tuple[float, float]] = []
+        twins = [replace(self.configurations[k], twin=True) for k in members]
+        for ks, outputs, scores, _ in self._measured(twins, None) if twins else ():
+            pairs = zip(members[ks], outputs, scores.tolist(), strict=True)
+            found += [(changed(self.target, self._outputs[k], other), score) for k, other, score in pairs]
+        return found
+
+    def _measured(
+        self, configurations: Sequence[Configuration], until: int | None
+    ) -> Iterator[tuple[slice, Float[Tensor, "k n C"], Float[np.ndarray, " k"], Float[np.ndarray, " k"]]]:
+        """Configurations trained on the fitted part: outputs, scores and losses for the images held out."""
+        loss = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
+        data = TrainingData(self.train, self.fitted, self.choosing, until)
+        for part, probe in self._train(configurations, data, loss):
+            outputs = self.outputs(probe, self.held_out, self.choosing.batch_size)
+            yield part, outputs, *self.measure(outputs, self.held_out, loss)
 
     def refit(self, best: int) -> HeadModule:
         loss_function = self.target.loss(self.train.labels, self.device, torch.float32)
@@ -167,6 +219,13 @@ class Training(Search):
     ) -> Iterator[tuple[slice, HeadModule]]:
         members = Population(self.head, self.shape, configurations, self.options.seed)
         return population.train(members, data, self.numerics, memory=self.memory, progress=self.advance, loss=loss)
+
+
+def changed(target: Target, one: Float[Tensor, "n C"], other: Float[Tensor, "n C"]) -> float:
+    """The share of images of which a probability, or the standardised number, differs by more than `CHANGED`."""
+    a, b = (outputs if target.kind == "number" else target.predictions(outputs) for outputs in (one, other))
+    same = (a - b).abs() <= CHANGED  # not where one is NaN
+    return float((~same.all(1)).double().mean())
 
 
 class SolvedSearch(Search):

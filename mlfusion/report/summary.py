@@ -101,11 +101,12 @@ def mean_gain(scores: Sequence[Score]) -> float | None:
 
 
 def footnotes(scores: Iterable[Score]) -> list[str]:
-    """The sentences under a table of these scores: what marks mean, and which test images are in train too."""
+    """The sentences under a table of these scores: what marks mean, duplicates, and unstable choices."""
     scores = list(scores)
     rows = [row for score in scores for row in score.rows]
     duplicates = dict.fromkeys(f"{row.dataset}: {note}" for row in rows if (note := row.duplicates_note()))
-    return [*meanings(scores), *duplicates]
+    unstable = dict.fromkeys(f"{row.probe} on {row.dataset}: {note}" for row in rows if (note := row.stability_note()))
+    return [*meanings(scores), *duplicates, *unstable]
 
 
 def all_marks(scores: Iterable[Score]) -> str:

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 from mlfusion.specs.commands import extract_command, probe_command
 from mlfusion.specs.definitions import option_words
 from mlfusion.specs.identity import Pair
+from mlfusion.specs.names import Stability
 from mlfusion.specs.options import GridName, SearchOptions
 
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
@@ -168,6 +169,7 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     halving: bool = False  # weak configurations were stopped early
     smoothing: Finite | None = None  # label smoothing; None: no smoothing
     streamed: bool = False  # tokens were read in shuffled batches, not loaded
+    stability: Stability | None = None  # whether rounding alone changes the chosen probe's answers; None: not tried
     duplicates: Duplicates | None = None  # of the features; None: the row was made before they were counted
     drop_duplicates: bool = False  # train images that are in test too were left out of train
     at_end: dict[str, str] = {}  # hyper-parameters selected at an end of the grid: {"lr": "largest"}
@@ -203,6 +205,14 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The hyper-parameters at an end of the grid, such as 'lr 0.1 (largest)'; empty if there are none."""
         selected = self.selected.given()
         return ", ".join(f"{name} {selected[name]:g} ({end})" for name, end in self.at_end.items() if name in selected)
+
+    def stability_note(self) -> str:
+        """A sentence about a choice that rounding alone changes; empty if it is stable, or was not tried."""
+        if self.stability == "unstable":
+            return (
+                "the chosen configuration is unstable: rounding alone changes its answers, and no stable one is as good"
+            )
+        return ""
 
     def options(self) -> str:
         """The options that differ from the protocol's defaults, such as '4 shots, halving'; empty if none does."""

@@ -24,6 +24,9 @@ Head = Literal[
     "knn",
 ]
 HEAD_NAMES: tuple[Head, ...] = get_args(Head)
+Stability = Literal["stable", "unstable", "instead of an unstable one"]
+"""Whether rounding alone changes the answers of a chosen configuration; or the best had to give way to a stable one."""
+
 STUDY_HEADS: tuple[Head, ...] = ("linear", "attentive")
 """Heads of the study (arXiv 2601.09322); the others are for comparison."""
 

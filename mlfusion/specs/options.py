@@ -236,7 +236,7 @@ class TrainingOptions(Options):
         None,
         amount(minimum=1),
         "Memory limit for training, such as 4GB; default: most of the free memory.",
-        effect="rounding",
+        effect="bit",
     )
 
 

@@ -32,6 +32,7 @@ class HeadModule(nn.Module, ABC):
     """
 
     max_grad_norm: ClassVar[float | None] = 5.0  # each configuration's gradient is clipped to it
+    is_convex: ClassVar[bool] = False  # whether the loss is, so that training amplifies no rounding
     has_dropout: ClassVar[bool] = False  # whether the rate of dropout is one of its hyper-parameters
     has_attention: ClassVar[bool] = True  # whether `attention` is implemented
 

@@ -15,6 +15,7 @@ class LinearMap(HeadModule, ABC):
     """K linear maps of the concatenated tokens of an image, computed by one product; subclasses define the weights."""
 
     max_grad_norm: ClassVar[float | None] = None
+    is_convex: ClassVar[bool] = True
     has_attention: ClassVar[bool] = False
 
     weight: nn.Parameter  # [K, C, T·D]

@@ -1,12 +1,13 @@
 """Training of a whole grid of configurations in lockstep, on one pass over the tokens.
 
 All configurations see the same images, in the same order, with the same jitter. Everything else (initialisation, dropout
-masks, learning rate, weight decay, gradient clipping) is a vector over the population, so each configuration gets the same
-result as alone.
+masks, learning rate, weight decay, gradient clipping) is each configuration's own.
 
-A population is trained in blocks of few configurations. A block is small enough for a core's caches, and one thread works on
-it: a grid has more configurations than a machine has cores, so that matrix products need not be split among threads that wait
-for each other. The number of blocks that are alive together follows from the free memory and from what a trial step takes.
+On a processor every configuration has products of its own, each by one thread. Libraries round the sums of a wide product by
+the place of a column, the number of columns and the number of threads, and training amplifies what they round: this way a
+configuration ends at the same bits in every population, whatever the memory and the number of threads. A grid has more
+configurations than a machine has cores, so that threads need not share a product to be busy. An accelerator, which is slow at
+small products, computes all configurations that fit into its memory at once, to rounding.
 """
 
 import math
@@ -29,12 +30,15 @@ from mlfusion.probing.training.optimizer import AdamW, cosine
 from mlfusion.probing.training.precision import Numerics, tensor_cores
 from mlfusion.shapes import Float, Int, Shaped
 from mlfusion.specs.names import Head
+from mlfusion.system import threads
 from mlfusion.system.memory import Footprint, available
+from mlfusion.system.threads import in_order
 
 MEMORY_SHARE = 0.8  # share of the free memory that training may take
-CACHE_BYTES = 1 << 26  # bytes that one step of a block may use
-MIN_BLOCK = 3  # configurations that a block may always have, since they share tokens
-BATCHES_AHEAD = 2  # batches in memory if several workers share the blocks
+BUNDLE = 3  # largest number of configurations that a worker steps one after another
+BUNDLE_BYTES = 1 << 26  # size of the configurations of a bundle, with what a step takes
+BATCHES_AHEAD = 2  # batches in memory if several workers share the configurations
+TWIN_FACTOR = 2**-22  # relative change of a twin's initial weights: one or two units in the last place of float32
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ class Configuration:
     lr: float
     weight_decay: float
     dropout: float = 0.0
+    twin: bool = False  # whether the initial weights are changed in their last places
 
     def seed(self, seed: int) -> int:
-        """The seed of this configuration's own random streams: the same in every population that has it."""
+        """The seed of this configuration's own random streams: the same in every population, and that of its twin."""
         return stream("configuration", seed, self.lr, self.weight_decay, self.dropout)
 
 
@@ -107,46 +112,36 @@ def _mean_square(outputs: Float[Tensor, "K B C"], _: Shaped[Tensor, "B ..."]) ->
 
 @dataclass(frozen=True)
 class Layout:
-    """Partition of a population: groups that fit into memory, each split into blocks for the workers."""
+    """Partition of a population: groups that fit into memory, each split among workers."""
 
     together: int  # configurations of a group
-    block: int  # configurations of a block
-    workers: int  # blocks that are trained at the same time
+    bundle: int  # configurations that a worker steps one after another; on an accelerator, those of one block
+    workers: int  # bundles that are stepped at the same time
 
     @classmethod
     def of(cls, count: int, need: Needs, *, memory: int, threads: int, shared: bool) -> "Layout":
         """The layout with as many of `count` configurations in a group as `memory` bytes hold.
 
-        `shared`: blocks run on a device that works on one at a time, rather than one on each of `threads` cores.
+        `shared`: they run on a device that works on all at once, rather than one on each of `threads` cores.
 
         Raises:
             BadData: not even one configuration fits into memory.
         """
         # A step of one small configuration is shorter than the overhead of Python: fewer workers, each with a few.
-        smallest_block = max(1, min(MIN_BLOCK, CACHE_BYTES // (need.each + need.step)))
-        workers = 1 if shared else max(1, min(threads, count // smallest_block))
+        bundle = max(1, min(BUNDLE, BUNDLE_BYTES // (need.each + need.step)))
+        workers = 1 if shared else max(1, min(threads, count // bundle))
         while workers > 1 and BATCHES_AHEAD * need.batch + workers * (need.each + need.step) > memory:
             workers -= 1
-        batch = need.batch * (BATCHES_AHEAD if workers > 1 else 1)
-        free = memory - batch - workers * need.step
-        if free < need.each:
+        free = memory - need.batch * (BATCHES_AHEAD if workers > 1 else 1)
+        together = min(count, free // (need.each + need.step) if shared else (free - workers * need.step) // need.each)
+        if together < 1:
             raise BadData(_too_little_memory(need, memory))
-        together = min(count, free // need.each)
-        if shared:
-            return cls(max(1, min(together, (memory - need.batch) // (need.each + need.step))), together, 1)
-        # Too many configurations exceed a core's caches; too few wait for Python.
-        block = max(1, min(max(MIN_BLOCK, CACHE_BYTES // (need.each + need.step)), together // workers))
-        while block > 1 and batch + together * need.each + workers * block * need.step > memory:
-            block -= 1
-        return cls(together, block, workers)
+        return cls(together, together if shared else bundle, workers)
 
-    def groups(self, count: int) -> list[list[slice]]:
-        """The blocks of every group, as slices of the population."""
+    def groups(self, count: int) -> list[slice]:
+        """The groups, as slices of the population."""
         edges = np.linspace(0, count, math.ceil(count / self.together) + 1).round().astype(int)
-        return [
-            [slice(a + i, min(a + i + self.block, b)) for i in range(0, b - a, self.block)]
-            for a, b in pairwise(edges.tolist())
-        ]
+        return [slice(a, b) for a, b in pairwise(edges.tolist())]
 
 
 def _too_little_memory(need: Needs, memory: int) -> str:
@@ -170,6 +165,9 @@ class _Block:
             dropouts=[member.dropout for member in members],
         )
         self.probe.to(torch.device(numerics.device), numerics.dtype)
+        for k, member in enumerate(members):
+            if member.twin:
+                _shake([parameter.detach()[k] for parameter in self.probe.parameters()], member.seed(population.seed))
         self.probe.train()
         self._optimizer = AdamW(
             self.probe.parameters(),
@@ -191,8 +189,16 @@ class _Block:
         self._optimizer.step(cosine(self._optimizer.lr, step, steps).tolist())
 
 
+def _shake(weights: Sequence[Float[Tensor, "..."]], seed: int) -> None:
+    """Multiply every weight by 1 ± TWIN_FACTOR, in place, with signs that follow from the seed."""
+    signs = torch.Generator().manual_seed(seed)
+    for weight in weights:
+        sign = 2 * torch.randint(2, weight.shape, generator=signs).to(weight) - 1
+        weight.mul_(1 + TWIN_FACTOR * sign)
+
+
 class _Workers:
-    """Threads that step blocks, one block a thread; one worker alone uses all of torch's threads for each block.
+    """Threads that step bundles of blocks, one bundle a thread.
 
     No worker waits for the others at the end of a step: it continues with the next batch, which is prepared meanwhile.
     """
@@ -202,18 +208,14 @@ class _Workers:
         self._last: dict[Any, Future[None]] = {}
 
     def __enter__(self) -> Self:
-        self._threads = torch.get_num_threads()
-        if self._pool:
-            torch.set_num_threads(1)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._threads)
 
     def step(self, work: Callable[[Any], None], blocks: Sequence[Any]) -> int:
-        """Begin a step of all blocks; return the number of steps that ended meanwhile: 0 or 1."""
+        """Begin a step of all bundles; return the number of steps that ended meanwhile: 0 or 1."""
         if self._pool is None:
             for block in blocks:
                 work(block)
@@ -227,7 +229,7 @@ class _Workers:
         return self._wait(self._last)
 
     @staticmethod
-    def _next(work: Callable[[_Block], None], block: Any, previous: "Future[None] | None") -> None:
+    def _next(work: Callable[[Any], None], block: Any, previous: "Future[None] | None") -> None:
         if previous:
             previous.result()  # it started earlier, so another worker runs it if it has not ended
         work(block)
@@ -251,12 +253,14 @@ def train(
 ) -> Iterator[tuple[slice, HeadModule]]:
     """Train all configurations, as many at the same time as fit into memory.
 
+    On a processor, a configuration ends at the same bits whatever it is trained with, and whatever memory and threads.
+
     Args:
         population: the configurations.
         data: the images to train on.
         numerics: device and types. With bfloat16 products, parameters, softmax, BatchNorm and loss stay as wide as `dtype`.
-        memory: limit in bytes, by default most of the free memory; results do not depend on it.
-        layout: the partition of the population, by default one that fits `memory`; results do not depend on it either.
+        memory: limit in bytes, by default most of the free memory.
+        layout: the partition of the population, by default one that fits `memory`.
         progress: called after each step with the number of configurations that took it.
         loss: outputs [K, B, C] and labels → [K]; by default cross-entropy with class weights.
 
@@ -274,30 +278,38 @@ def train(
         len(population),
         needs(population.head, population.shape, schedule.batch_size, numerics),
         memory=int(MEMORY_SHARE * available(numerics.device)) if memory is None else memory,
-        threads=torch.get_num_threads(),
+        threads=threads.count(),
         shared=numerics.is_accelerated,
     )
+    size = layout.bundle if numerics.is_accelerated else 1
     for group in layout.groups(len(population)):
-        blocks = [_Block(population[part], numerics, loss) for part in group]
+        parts = [slice(start, min(start + size, group.stop)) for start in range(group.start, group.stop, size)]
+        blocks = [_Block(population[part], numerics, loss) for part in parts]
+        bundles = [tuple(blocks[n : n + layout.bundle]) for n in range(0, len(blocks), layout.bundle)]
         steps = batches(tokens, data.rows, schedule, seed=population.seed, device=numerics.device, dtype=numerics.dtype)
-        report = partial(progress or (lambda _: None), group[-1].stop - group[0].start)
-        with tensor_cores(numerics.device), _Workers(min(layout.workers, len(blocks))) as workers:
-            _run(blocks, workers, steps, data.schedule.steps, report)
-        for part, block in zip(group, blocks, strict=True):
+        report = partial(progress or (lambda _: None), group.stop - group.start)
+        with tensor_cores(numerics.device), in_order(), _Workers(min(layout.workers, len(bundles))) as workers:
+            _run(bundles, workers, steps, data.schedule.steps, report)
+        for part, block in zip(parts, blocks, strict=True):
             block.probe.eval()
             yield part, block.probe
 
 
 def _run(
-    blocks: Sequence[_Block],
+    bundles: Sequence[tuple[_Block, ...]],
     workers: _Workers,
     data: Iterator[tuple[Float[Tensor, "B T D"], Shaped[Tensor, "B ..."]]],
     steps: int,
     report: Callable[[], None],
 ) -> None:
     """Step all blocks on every batch."""
+
+    def work(bundle: tuple[_Block, ...], *, step: int, tokens: Tensor, labels: Tensor) -> None:
+        for block in bundle:
+            block.step(tokens, labels, step, steps)
+
     for step, (batch, labels) in enumerate(data):
-        if workers.step(partial(_Block.step, tokens=batch, labels=labels, step=step, steps=steps), blocks):
+        if workers.step(partial(work, step=step, tokens=batch, labels=labels), bundles):
             report()
     if workers.finish():
         report()
@@ -317,7 +329,7 @@ def read(
 ) -> Iterator[tuple[Float[Tensor, "K b C"], Float[Tensor, "b T D"]]]:
     """A probe's logits for images `rows`, `block` at a time, each with the normalised tokens."""
     for start in range(0, len(rows), block):
-        batch = tokens.normalised(rows[start : start + block], device)
-        with torch.no_grad():
+        with torch.no_grad(), in_order():
+            batch = tokens.normalised(rows[start : start + block], device)
             outputs = probe(batch)
         yield outputs, batch
