@@ -384,7 +384,7 @@ def test_a_third_goes_on_three_times_as_far() -> None:
         assert members == sorted(members, reverse=True) and members[0] == configurations and members[-1] >= 1
 
 
-@pytest.mark.parametrize("head", ["linear", "attentive"])
+@pytest.mark.parametrize("head", ["linear", "attentive", "v-jepa"])
 def test_who_gets_to_the_end_has_the_score_of_a_whole_search(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SEARCH_GRIDS, "quick", WIDE)
     if head == "attentive":  # with dropout, whose masks are a configuration's own
