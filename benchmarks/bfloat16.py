@@ -55,7 +55,7 @@ def literal(train: Tokens, rows: np.ndarray, classes: int, one: Configuration, *
     criterion = nn.CrossEntropyLoss(weight=weights)
     passing = batches(train, rows, schedule, seed=seed, device="cpu")
     for step, (x, y) in enumerate(islice(passing, schedule.steps)):
-        [optimizer.param_groups[0]["lr"]] = cosine(torch.tensor([one.lr]), step, schedule.steps).tolist()
+        [optimizer.param_groups[0]["lr"]] = cosine([one.lr], step, schedule.steps)
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)

@@ -120,7 +120,7 @@ def test_a_twin_differs_in_the_last_places_of_its_initial_weights_alone() -> Non
         torch.testing.assert_close(value, other, rtol=2**-21, atol=0)
         assert not value.any() or (value == 1).all() or not torch.equal(value, other), name
     tokens = torch.ones(5, 4, 10)
-    assert torch.equal(one.probe.draw_mask(tokens), twin.probe.draw_mask(tokens))  # type: ignore[operator]
+    assert torch.equal(one.probe.draw_mask(tokens), twin.probe.draw_mask(tokens))
 
 
 @pytest.mark.parametrize("head", ["linear", "attentive"])
@@ -165,7 +165,7 @@ def test_training_with_dropout_follows_the_literal_loop_given_the_same_masks() -
     for step in range(steps):
         losses.cross_entropy(probe(tokens[step], keep[step]), labels[step], weights).sum().backward()
         optimizer.clip(5.0)
-        optimizer.step(cosine(optimizer.lr, step, steps).tolist())
+        optimizer.step(cosine(optimizer.lr, step, steps))
     for i, module in enumerate(modules):
         batches = zip(tokens, labels, keep[:, i], strict=True)
         train_literally(
@@ -206,15 +206,15 @@ def test_adamw_and_clipping_are_those_of_torch_for_each_configuration() -> None:
 
 
 def test_rates_follow_torchs_cosine_from_each_configurations_own() -> None:
-    steps, own = 50, torch.tensor([1e-1, 1e-3], dtype=F64)
-    for i, lr in enumerate(own.tolist()):
+    steps, own = 50, [1e-1, 1e-3]
+    for i, lr in enumerate(own):
         optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=lr)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
         for step in range(steps):
-            assert cosine(own, step, steps)[i].item() == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+            assert cosine(own, step, steps)[i] == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
             optimizer.step()
             scheduler.step()
-    assert cosine(own, steps, steps).tolist() == pytest.approx([1e-6, 1e-6])
+    assert cosine(own, steps, steps) == pytest.approx([1e-6, 1e-6])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA knows")
@@ -367,7 +367,7 @@ def test_linear_reaches_the_optimum_that_scikit_learn_finds() -> None:
     optimizer = AdamW(probe.parameters(), lr=[0.1, 0.03], weight_decay=[0.0, 0.0])
     for step in range(800):
         losses.cross_entropy(probe(inputs), truth, torch.ones(3, dtype=F64)).sum().backward()
-        optimizer.step(cosine(optimizer.lr, step, 800).tolist())
+        optimizer.step(cosine(optimizer.lr, step, 800))
     reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000).fit(x.reshape(240, 4), labels)
     expected = reference.predict_proba(x.reshape(240, 4))
     for probabilities in probe(inputs).softmax(-1).detach().numpy():

@@ -23,7 +23,7 @@ class AdamW:
     ) -> None:
         """Weight decay applies to every parameter, scales and biases included."""
         self.parameters = list(parameters)
-        self.lr = torch.tensor(lr, dtype=torch.float64)
+        self.lr = lr
         self.weight_decay = weight_decay
         values = [p.detach() for p in self.parameters]
         moments = [[torch.zeros_like(p) for p in values] for _ in range(2)]
@@ -57,7 +57,7 @@ class AdamW:
         Args:
             rates: learning rates [K], equal for configurations whose `lr` is equal. Default: `lr`.
         """
-        rates = self.lr.tolist() if rates is None else rates
+        rates = self.lr if rates is None else rates
         self._pop_factored()
         with_gradient = [n for n, p in enumerate(self.parameters) if p.grad is not None]
         without_gradient = [n for n, p in enumerate(self.parameters) if p.grad is None and n not in self._factored]
@@ -105,6 +105,7 @@ class AdamW:
                 self._factored[n] = gradient
 
 
-def cosine(lr: Float[Tensor, " K"], step: int, steps: int) -> Float[Tensor, " K"]:
+def cosine(lr: Sequence[float], step: int, steps: int) -> list[float]:
     """Learning rates at `step` of a cosine decay from `lr` to 1e-6, without warm-up."""
-    return LAST_LEARNING_RATE + (lr - LAST_LEARNING_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
+    share = (1 + math.cos(math.pi * step / steps)) / 2
+    return [LAST_LEARNING_RATE + (each - LAST_LEARNING_RATE) * share for each in lr]

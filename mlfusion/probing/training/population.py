@@ -186,7 +186,7 @@ class _Block:
         torch.autograd.backward(self._loss(logits.to(self._dtype), labels).sum())
         if self.probe.max_grad_norm is not None:
             self._optimizer.clip(self.probe.max_grad_norm)
-        self._optimizer.step(cosine(self._optimizer.lr, step, steps).tolist())
+        self._optimizer.step(cosine(self._optimizer.lr, step, steps))
 
 
 def _shake(weights: Sequence[Float[Tensor, "..."]], seed: int) -> None:
