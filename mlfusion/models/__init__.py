@@ -3,9 +3,7 @@
 A model is a catalogue name, an id on the Hugging Face hub, or a folder in the hub's format; each is resolved to a folder.
 """
 
-import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ from mlfusion.models import checkpoints as checkpoints
 from mlfusion.models import hub as hub
 from mlfusion.models.catalogue import CATALOGUE as CATALOGUE
 from mlfusion.models.catalogue import EMBEDDED as EMBEDDED
+from mlfusion.models.files import refuse_quantised, sha256
+from mlfusion.models.files import weight_files as weight_files
 from mlfusion.specs.identity import Compute, Hook, ModelSpec, digest
 from mlfusion.specs.names import Setting
 from mlfusion.system.references import find_path, parse_model, short_name
@@ -73,17 +73,6 @@ def locate(reference: str) -> Checkpoint:
     return Checkpoint(folder, name + ref.suffix, source + ref.suffix, revision, ref.hook, ref.settings)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: safetensors if there are any; BadModel if there are none, or one cannot be read."""
-    patterns = checkpoints.WEIGHTS[checkpoints.layout(folder)]
-    for pattern in patterns:
-        if files := sorted(folder.glob(pattern)):
-            for file in files:
-                checkpoints.verify(file)
-            return files
-    raise BadModel(f"{folder} holds no weights; allowed: {', '.join(patterns)}")
-
-
 def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float32", view: str = "plain") -> ModelSpec:
     """Return the identity of this model's features: weights and architecture, by its files, and the other arguments.
 
@@ -91,7 +80,7 @@ def identify(checkpoint: Checkpoint, preprocess: str, compute: Compute = "float3
     """
     config, dimensions = configuration(checkpoint), shape(checkpoint)
     return ModelSpec(
-        weights=_sha256(tuple(weight_files(checkpoint.folder))),
+        weights=sha256(weight_files(checkpoint.folder)),
         revision=checkpoint.revision,
         config=digest(_without_cosmetics(config.to_dict())),
         preprocess=preprocess,
@@ -128,12 +117,13 @@ def configuration(checkpoint: Checkpoint) -> Any:
     """A checkpoint's configuration as one of transformers, whichever library wrote it, with the changed settings.
 
     Raises:
-        BadModel: transformers cannot read it.
+        BadModel: transformers cannot read it, or it says that the weights are quantised.
         UnknownName: a setting that it does not have.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    refuse_quantised(checkpoint.folder)
     try:
         if checkpoints.layout(checkpoint.folder) == "transformers":
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -164,13 +154,3 @@ def _without_cosmetics(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {str(name): _without_cosmetics(value) for name, value in config.items() if name not in COSMETIC}
-
-
-@lru_cache(maxsize=8)
-def _sha256(files: tuple[Path, ...]) -> str:
-    """SHA-256 of the files' bytes, since names and dates can be wrong. It takes about a second per gigabyte."""
-    total = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()

@@ -6,7 +6,6 @@ that fits (`timm`, `open_clip`), by the tensors' names and shapes; `backbone.con
 """
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +14,6 @@ from mlfusion.models import open_clip, timm
 
 Layout = Literal["transformers", "timm", "open_clip"]
 
-_HUB = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
-WEIGHTS: dict[Layout, tuple[str, ...]] = {
-    "transformers": _HUB,
-    "timm": _HUB,
-    "open_clip": ("open_clip*.safetensors", "open_clip*.bin", "*.safetensors", "*.bin", "*.pt"),
-}
-"""Patterns of the files that hold the weights; the first one that matches a file is used."""
-
-LFS_POINTER = b"version https://git-lfs"
 
 
 def layout(folder: Path) -> Layout:
@@ -46,7 +36,6 @@ def configuration(folder: Path, files: tuple[Path, ...]) -> Any:
     return open_clip.configuration(read_json(folder / "open_clip_config.json"), shapes_of(files), folder.name)
 
 
-@lru_cache(maxsize=8)
 def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
     """Tensor name → shape, of safetensors by the headers alone; raises BadModel if a file holds anything but tensors."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -83,32 +72,6 @@ def unpickled(file: Path) -> dict[str, Any]:
     if not isinstance(body, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in body.values()):
         raise BadModel(f"{file} holds no tensors by name; allowed: a state dict")
     return body
-
-
-def verify(file: Path) -> None:
-    """Check that a file of weights can be read, by its header alone where it is safetensors.
-
-    Raises:
-        BadModel: it is a Git LFS pointer, cut short, damaged, or holds more than plain tensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    with open(file, "rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise BadModel(
-                f"{file} is a Git LFS pointer and holds no weights; type `git lfs pull` in {file.parent}, or download the "
-                "file itself"
-            )
-    if file.suffix != ".safetensors":
-        unpickled(file)
-        return
-    try:
-        with safe_open(file, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as err:
-        raise BadModel(
-            f"{file} is damaged or cut short ({first_line(err)}); allowed: a whole safetensors file. Download it again"
-        ) from err
 
 
 def read_json(path: Path) -> dict[str, Any]:

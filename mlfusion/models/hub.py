@@ -1,23 +1,16 @@
 """Models of the Hugging Face hub: finds and downloads their files, and asks the hub about a repository."""
 
+import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from mlfusion.errors import Unavailable
-from mlfusion.models import checkpoints
+from mlfusion.models import files
 from mlfusion.models.catalogue import EMBEDDED
-
-CONFIGURATION = [
-    "config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "open_clip_config.json",
-]
+from mlfusion.models.files import CONFIGURATION, INDEX, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -38,17 +31,20 @@ def download(hub_id: str, reference: str, revision: str | None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    with _translate_errors(hub_id, reference, revision):
-        # The configuration tells the layout. A repository may hold the weights in four formats: only the first is downloaded.
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=CONFIGURATION))
-        for pattern in checkpoints.WEIGHTS[checkpoints.layout(folder)]:
-            patterns = [*CONFIGURATION, pattern, f"{pattern}.index.json"]
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-            if any(folder.glob(pattern)):
-                return folder
+    def snapshot(*names: str) -> Path:
+        with _translate_errors(hub_id, reference, revision):
+            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*CONFIGURATION, *names]))
+
+    # The configuration tells the names. A repository may hold the weights in four formats: only the first is downloaded.
+    folder = snapshot()
+    files.refuse_adapter(folder)
+    for pattern in (patterns := files.patterns(folder)):
+        name = files.choose(_names(snapshot(pattern)), [pattern])
+        if name is not None:
+            return snapshot(name, *files.shards(folder / name)) if name.endswith(INDEX) else folder
     raise Unavailable(
-        f"the weights of {reference} are not on this machine, and the hub gave none "
-        f"({', '.join(checkpoints.WEIGHTS[checkpoints.layout(folder)])}); connect and try again, or give another --model"
+        f"the weights of {reference} are not on this machine, and the hub gave none ({', '.join(patterns)}); connect and "
+        "try again, or give another --model"
     )
 
 
@@ -60,8 +56,8 @@ def find_local(hub_id: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
-    has_weights = any(any(folder.glob(pattern)) for pattern in checkpoints.WEIGHTS[checkpoints.layout(folder)])
-    return folder if has_weights and any((folder / name).is_file() for name in CONFIGURATION) else None
+    names = set(_names(folder))
+    return folder if files.candidates(names, files.patterns(folder)) and names & set(CONFIGURATION) else None
 
 
 def fetch_info(hub_id: str, reference: str, revision: str | None) -> RepositoryInfo:
@@ -78,16 +74,21 @@ def fetch_info(hub_id: str, reference: str, revision: str | None) -> RepositoryI
             HfApi().auth_check(hub_id)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     names = [name for name in sizes if "/" not in name]
-    layout: checkpoints.Layout = "open_clip" if "config.json" not in names else "transformers"
-    by_pattern = ([name for name in names if fnmatch(name, pattern)] for pattern in checkpoints.WEIGHTS[layout])
-    weights = next(filter(None, by_pattern), [])
+    weights = files.candidates(names, WEIGHTS["open_clip" if "config.json" not in names else "transformers"])
+    # What an index names is known after its download; by convention it is model-00001-of-00002.safetensors and so on.
+    for stem, _, suffix in [name.removesuffix(INDEX).rpartition(".") for name in weights if name.endswith(INDEX)]:
+        weights = [*weights, *fnmatch.filter(names, f"{stem}-*-of-*.{suffix}")]
     licence = info.card_data.get("license") if info.card_data else None
     return RepositoryInfo(
         revision=info.sha or "",
-        nbytes=sum(sizes[name] for name in {*weights, *(set(names) & set(CONFIGURATION))}),
+        nbytes=sum(sizes[name] for name in set(names) & {*weights, *CONFIGURATION}),
         licence=licence if isinstance(licence, str) else None,
         gated=bool(info.gated),
     )
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 def logged_in() -> bool:
