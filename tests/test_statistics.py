@@ -247,7 +247,7 @@ def test_no_interval_of_fewer_images_than_it_needs() -> None:
 # --- simulated worlds ------------------------------------------------------------------------------------------------
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import level  # noqa: E402
+import level  # type: ignore[import-not-found]  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["balanced accuracy", "the same, 3 seeds", "macro-F1", "R²"])

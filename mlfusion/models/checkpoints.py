@@ -6,6 +6,8 @@ that fits (`timm`, `open_clip`), by the tensors' names and shapes; `backbone.con
 """
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,6 @@ from mlfusion.errors import BadModel, first_line
 from mlfusion.models import open_clip, timm
 
 Layout = Literal["transformers", "timm", "open_clip"]
-
 
 
 def layout(folder: Path) -> Layout:
@@ -36,22 +37,43 @@ def configuration(folder: Path, files: tuple[Path, ...]) -> Any:
     return open_clip.configuration(read_json(folder / "open_clip_config.json"), shapes_of(files), folder.name)
 
 
-def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape, of safetensors by the headers alone; raises BadModel if a file holds anything but tensors."""
-    shapes: dict[str, tuple[int, ...]] = {}
+@dataclass(frozen=True)
+class Header:
+    """What a file says of one of its tensors."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # 'F32', 'BF16', 'I8' and so on in safetensors; 'torch.float32' and so on in a pickle
+
+
+def headers_of(files: Iterable[Path]) -> dict[str, Header]:
+    """Tensor name → its header; raises BadModel if a file holds anything but tensors, or two files hold the same one."""
+    headers: dict[str, Header] = {}
     for file in files:
         try:
             if file.suffix == ".safetensors":
                 with open(file, "rb") as stream:
-                    header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-                shapes |= {key: tuple(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
+                    body = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+                body.pop("__metadata__", None)
+                found = {key: Header(file, tuple(entry["shape"]), entry["dtype"]) for key, entry in body.items()}
             else:
-                shapes |= {key: tuple(tensor.shape) for key, tensor in unpickled(file).items()}
+                tensors = unpickled(file).items()
+                found = {key: Header(file, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in tensors}
         except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as err:
             raise BadModel(
                 f"{file} holds no tensors that can be read ({err}); allowed: safetensors, or plain tensors"
             ) from err
-    return shapes
+        if twice := sorted(found.keys() & headers):
+            raise BadModel(
+                f"{file} and {headers[twice[0]].file} both hold {twice[0]}; allowed: one file for each tensor"
+            )
+        headers |= found
+    return headers
+
+
+def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
+    """Tensor name → shape; errors as in `headers_of`."""
+    return {name: header.shape for name, header in headers_of(files).items()}
 
 
 def unpickled(file: Path) -> dict[str, Any]:

@@ -5,10 +5,11 @@ The places to read are found by recording trial passes (`anatomy`), not by a tab
 2601.09322; `blocks.i.norm2` and `norm` in timm's words). Other hook points have names.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from mlfusion.specs.identity import GRID_SIDES, HOOKS, KINDS, Compute, Hook, Pai
 from mlfusion.specs.names import layer_ranges
 
 __all__ = ["Anatomy", "Backbone", "Tap", "dissect"]
+
+SHOWN = 3  # missing tensors that are looked for; each takes a few forward passes
 
 
 class Backbone:
@@ -45,26 +48,23 @@ class Backbone:
         self.name = checkpoint.name
         self.device = torch.device(device)
         self.preprocessing = preprocessing or read(checkpoint.folder)
-        self._dtype: torch.dtype = getattr(torch, compute)
+        self._dtype = torch.float32
         loaded = load(checkpoint)
         self._model = loaded.tower.to(self.device)
         shape = models.shape(checkpoint)
         self._arguments = partial(forward_arguments, self._model, shape.patch_px)
         pixels = (3, *self.preprocessing.pixels)
         self.anatomy = dissect(self._model, self._arguments, pixels, shape=shape, name=self.name, absent=loaded.missing)
-        if missing := sorted(key for key in loaded.missing if key.rpartition(".")[0] in self.anatomy.used):
-            raise BadModel(
-                f"the weights of {self.name} lack {len(missing)} tensors that the forward pass needs, such as {missing[0]}; "
-                "the features would be random. Allowed: a checkpoint of the class its config.json names"
-            )
-        for part in (self._model, loaded.projection):
-            if part is not None:
-                _convert(part, self._dtype)
         self.projects = (  # whether it has the hook point 'projected', in a space that images share with texts
             loaded.projection is not None and not loaded.missing_projection and self.anatomy.final_mode != "raw"
         )
         self._taps = self._taps_at(checkpoint.hook, loaded)
         self._reducers = {layer: Reducer(tap) for layer, tap in self._taps.items()}
+        self._refuse_missing(loaded.missing)
+        self._dtype = getattr(torch, compute)
+        for part in (self._model, loaded.projection):
+            if part is not None:
+                _convert(part, self._dtype)
 
     @property
     def depth(self) -> int:
@@ -142,6 +142,38 @@ class Backbone:
         if absent := {(layer, kind) for layer in kinds_of for kind in kinds_of[layer]} - set(tokens_of):
             raise BadModel(f"{self.name}: the forward pass never came to {sorted(absent)}")
         return {pair: tokens.float() for pair, tokens in tokens_of.items()}
+
+    def _refuse_missing(self, missing: Iterable[str]) -> None:
+        """Raise BadModel if the tokens depend on a tensor that the weights lack: on NaN, which they are filled with.
+
+        They keep it, so that no other forward pass reads a random number either.
+        """
+        lacking = {name: tensor for name, tensor in self._model.state_dict().items() if name in missing}
+        random = {name: tensor.clone() for name, tensor in lacking.items()}
+        pixels = torch.zeros(1, 3, *self.preprocessing.pixels)
+
+        def needed(names: list[str]) -> Iterator[str]:
+            for name in names:
+                lacking[name].fill_(torch.nan)
+            tokens = self(pixels, [(layer, "all") for layer in self._taps]) if names else {}
+            for name in names:
+                lacking[name].copy_(random[name])
+            if any(part.isnan().any() for part in tokens.values()):
+                half = len(names) // 2
+                if half:
+                    yield from needed(names[:half])
+                    yield from needed(names[half:])
+                else:
+                    yield from names
+
+        if found := list(islice(needed(sorted(lacking)), SHOWN)):
+            raise BadModel(
+                f"the weights of {self.name} lack {len(found)} {'or more ' * (len(found) == SHOWN)}tensors that the forward "
+                f"pass needs, such as {found[0]}; the features would be random. Allowed: a checkpoint of the class its "
+                "config.json names"
+            )
+        for tensor in lacking.values():
+            tensor.fill_(torch.nan)
 
     def _taps_at(self, hook: Hook, loaded: LoadedTower) -> dict[int, Tap]:
         """Layer → the place where it is read at this hook point."""

@@ -52,7 +52,6 @@ class Anatomy:
     final: str | None  # the final norm's path; None: the last block's output is not normed
     final_mode: FinalMode
     taps: dict[Hook, dict[int, Tap]]  # hook point → layer → where it is read
-    used: frozenset[str]  # paths of the modules that the deepest layer needs
 
     @property
     def depth(self) -> int:
@@ -149,7 +148,6 @@ def dissect(
     final_mode, taps["norm2"][depth] = _final_tap(trace, blocks[depth], final)
     if missing := sorted(set(range(depth)) - set(taps["norm2"])):
         raise BadModel(f"{name}: its blocks {missing} have no second norm, as the first one has; allowed: blocks alike")
-    end = (final or trace.runs[-1]).end
     return Anatomy(
         blocks=trace.blocks,
         lists=re.sub(r"\.\d+\.", ".*.", re.sub(r"\.?\d+$", "", paths[trace.blocks[0]])),
@@ -157,8 +155,6 @@ def dissect(
         final=paths[final.module] if final is not None else None,
         final_mode=final_mode,
         taps={hook: taps_of for hook, taps_of in taps.items() if taps_of},
-        # A parameter may belong to a module that runs only as a part of its parent: the parent's call counts.
-        used=frozenset(paths[call.module] for call in trace.recorder.calls if call.begin < end),
     )
 
 

@@ -5,11 +5,9 @@ The new names are those of checkpoints on the hub, which every version of transf
 
 import re
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mlfusion.models import checkpoints, timm
@@ -46,17 +44,13 @@ OPEN_CLIP = {  # to timm's names, which CLIP maps to transformers'
 }
 
 
-def tensors(folder: Path, files: tuple[Path, ...], config: Any) -> dict[str, Tensor]:
+def tensors(weights: dict[str, Tensor], layout: checkpoints.Layout, config: Any) -> dict[str, Tensor]:
     """The tensors of a timm or open_clip checkpoint, under the names of the class of `config`."""
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        weights |= load_file(file) if file.suffix == ".safetensors" else checkpoints.unpickled(file)
-    if checkpoints.layout(folder) == "open_clip":
+    if layout == "open_clip":
         weights = _to_timm_names(weights)
     weights = {name: tensor for name, tensor in weights.items() if not timm.CLASSIFIER.match(name)}
     converters = {"clip_vision_model": _clip, "dinov2": _dinov2, "dinov2_with_registers": _dinov2}
-    convert = converters.get(config.model_type, _vit)
-    return {name: tensor.float().contiguous() for name, tensor in convert(weights, config).items()}
+    return converters.get(config.model_type, _vit)(weights, config)
 
 
 def _to_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,18 +1,22 @@
 """Loads a checkpoint's vision tower, float32 and frozen, and prepares the arguments of its forward pass."""
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mlfusion import models
 from mlfusion.errors import BadModel, first_line
 from mlfusion.models import checkpoints
 from mlfusion.models.backbone import conversion
+from mlfusion.models.backbone.placement import place, refuse_leftovers, refuse_shapes, submodule
 
 
 @dataclass(frozen=True)
@@ -26,53 +30,142 @@ class LoadedTower:
 
 
 def load(checkpoint: models.Checkpoint) -> LoadedTower:
-    """Load the vision tower, which may be a part of a model of images and texts; raises BadModel if that fails."""
-    config = models.configuration(checkpoint)
-    model, missing = _read(checkpoint.folder, config)
+    """Load the vision tower, which may be a part of a model of images and texts; the other parts are not read.
+
+    Raises:
+        BadModel: a tensor of the file has no place, a shape differs, a number is not finite, or transformers cannot load it.
+    """
+    config, layout = models.configuration(checkpoint), checkpoints.layout(checkpoint.folder)
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0
+    kind = _class(config)
+    files = models.weight_files(checkpoint.folder)
+    headers = checkpoints.headers_of(files)
+    with _quiet():
+        try:
+            with torch.device("meta"):
+                blank = kind(config)
+            parts = [submodule(blank, _tower(blank))]
+            if isinstance(getattr(blank, "visual_projection", None), nn.Module):
+                parts.append("visual_projection")
+            if layout == "transformers":
+                placement = place(blank, parts, headers, {}, checkpoint.name)
+                tensors: dict[str, Any] = {name: Unread(headers[name].shape) for name in placement.unread}
+                tensors |= {name: Stored(name, headers[name]) for name in placement.read}
+            else:
+                origins, renamed = _renamed(headers, layout, config, checkpoint.name)
+                placement = place(blank, parts, renamed, origins, checkpoint.name)
+                weights = {name: Stored(name, headers[name])[...] for name in origins.values()}
+                converted = conversion.tensors(weights, layout, config)
+                tensors = {name: tensor.float().contiguous() for name, tensor in converted.items()}
+            model, report = kind.from_pretrained(
+                None,
+                state_dict=tensors,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as err:
+            raise BadModel(f"{checkpoint.folder} does not load: {first_line(err)}") from err
+    for piece, found, expected in report["mismatched_keys"]:
+        refuse_shapes(piece, found, expected, checkpoint.name)
     tower = _tower(model)
-    path = next(path for path, module in model.named_modules() if module is tower)
-    prefix = f"{path}." if path else ""
+    prefix = f"{parts[0]}." if parts[0] else ""
     projection = getattr(model, "visual_projection", None)
     return LoadedTower(
         tower=tower.eval().requires_grad_(False),
         projection=projection.eval().requires_grad_(False) if isinstance(projection, nn.Module) else None,
-        missing=frozenset(key.removeprefix(prefix) for key in missing if key.startswith(prefix)),
-        missing_projection=any(key.startswith("visual_projection.") for key in missing),
+        missing=frozenset(key.removeprefix(prefix) for key in placement.missing if key.startswith(prefix)),
+        missing_projection=any(key.startswith("visual_projection.") for key in placement.missing),
     )
 
 
-def _read(folder: Path, config: Any) -> tuple[nn.Module, set[str]]:
-    if config.model_type == "vit_mae":
-        config.mask_ratio = 0.0
+def _renamed(
+    headers: dict[str, checkpoints.Header], layout: checkpoints.Layout, config: Any, name: str
+) -> tuple[dict[str, str], dict[str, checkpoints.Header]]:
+    """For a checkpoint of timm or open_clip: new name → the file's name, and new name → header with the new shape.
+
+    Raises BadModel if the conversion leaves a tensor over that the model could use.
+    """
+    # Each tensor is replaced by one number, its own, spread over its shape: so the results say what they come from.
+    order = dict(enumerate(headers, 2))  # the conversion itself fills with 0 and 1
+    marks = {key: torch.tensor(float(mark)).expand(headers[key].shape) for mark, key in order.items()}
+    origins: dict[str, str] = {}
+    renamed: dict[str, checkpoints.Header] = {}
+    for key, tensor in conversion.tensors(marks, layout, config).items():
+        mark = int(tensor[(-1,) * tensor.ndim])
+        header = headers[order[mark]] if mark in order else checkpoints.Header(Path(), (), "F32")
+        renamed[key] = replace(header, shape=tuple(tensor.shape))
+        if mark in order:
+            origins[key] = order[mark]
+    refuse_leftovers(headers.keys() - set(origins.values()), set(origins.values()), name)
+    return origins, renamed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the reports of transformers: what it would say of missing tensors is checked here and by Backbone."""
     transformers.utils.logging.disable_progress_bar()
     before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # Backbone checks later whether missing tensors are used
+    transformers.utils.logging.set_verbosity_error()
     try:
-        is_transformers = checkpoints.layout(folder) == "transformers"
-        tensors = None if is_transformers else conversion.tensors(folder, tuple(models.weight_files(folder)), config)
-        model, report = _class(config, is_transformers).from_pretrained(
-            folder if is_transformers else None,
-            state_dict=tensors,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            weights_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as err:
-        raise BadModel(f"{folder} does not load: {first_line(err)}") from err
+        yield
     finally:
         transformers.utils.logging.set_verbosity(before)
-    return model, set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
 
 
-def _class(config: Any, is_transformers: bool) -> Any:
+class Stored:
+    """A tensor in a file, which transformers reads when the tensor has its place, as it reads slices of safetensors."""
+
+    def __init__(self, name: str, header: checkpoints.Header) -> None:
+        self._name, self._file = name, header.file
+
+    def __getitem__(self, _: object) -> Tensor:
+        """The tensor in memory of its own: a file that is written again must not change a loaded model."""
+        if self._file.suffix == ".safetensors":
+            with safe_open(self._file, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(self._name).clone()
+        else:
+            tensor = checkpoints.unpickled(self._file)[self._name].clone()
+        if (
+            tensor.is_floating_point()
+            and not tensor.sum(dtype=torch.float32).isfinite()
+            and not tensor.isfinite().all()
+        ):
+            raise BadModel(
+                f"{self._name} in {self._file} has {int((~tensor.isfinite()).sum())} numbers that are not finite (NaN or "
+                "infinity), so it holds no trained weights; allowed: finite numbers. Download or save the model again"
+            )
+        return tensor
+
+
+class Unread:
+    """A tensor of a part that is not used: transformers is given its shape, and no memory is taken."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+
+    def __getitem__(self, _: object) -> "Unread":
+        return self
+
+    def to(self, **_: object) -> Tensor:
+        """The shape on the meta device, for any device and type."""
+        return torch.empty(self._shape, device="meta")
+
+
+def _class(config: Any) -> Any:
     """The class of the model without a head, or with its projection if the checkpoint has one."""
     architecture = (config.architectures or [""])[0]
-    unmapped = is_transformers and type(config) not in transformers.MODEL_MAPPING  # BLIP's vision model alone
+    unmapped = type(config) not in transformers.MODEL_MAPPING  # BLIP's vision model alone
     if (architecture.endswith("VisionModelWithProjection") or unmapped) and hasattr(transformers, architecture):
         return getattr(transformers, architecture)
-    return transformers.AutoModel if is_transformers else transformers.MODEL_MAPPING[type(config)]
+    kind: Any = transformers.MODEL_MAPPING.get(type(config), None)
+    if kind is None:
+        raise BadModel(f"transformers has no model without a head for a {config.model_type}; allowed: vision models")
+    if isinstance(kind, tuple):
+        return next((one for one in kind if one.__name__ == architecture), kind[0])
+    return kind
 
 
 def _tower(model: nn.Module) -> nn.Module:
