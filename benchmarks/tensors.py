@@ -44,7 +44,7 @@ def main() -> None:
     ]
     rows.append(["**all**", *(f"**{total[outcome]:,}**" for outcome in tampering.OUTCOMES)])
     text = f"{len(families)} families, {total['tensors']:,} tensors"
-    text += f" (every {asked.every}th of each family)" if asked.every > 1 else ""
+    text += f" (one in {asked.every} of each family)" if asked.every > 1 else ""
     text += f".\n\n{page.table(['fault', *tampering.OUTCOMES], rows)}"
     print(text)
     if asked.page:

@@ -17,6 +17,8 @@ from tiny import save_images, save_model
 import mlfusion
 from mlfusion import models
 from mlfusion.errors import BadModel
+from mlfusion.extraction.request import Request
+from mlfusion.extraction.run import fill
 from mlfusion.models.backbone import Backbone
 from mlfusion.workflows.doctor import doctor
 
@@ -216,6 +218,16 @@ def test_the_digest_of_old_files_follows_every_change(tmp_path: Path) -> None:
     os.utime(file, ns=(10**18, 10**18))
     assert digest(folder) != before
     assert digest(folder) == digest(folder)
+
+
+def test_weights_that_change_before_they_are_loaded_are_not_extracted(tmp_path: Path) -> None:
+    """Their features would have the key of the weights that were there before."""
+    images = save_images(tmp_path / "d", {"train": 2, "test": 2})
+    folder = save_model("vit", tmp_path / "m")
+    request = Request.of(str(folder), str(images))
+    shutil.copy(save_model("vit", tmp_path / "new", seed=1) / "model.safetensors", folder)
+    with pytest.raises(BadModel, match="the weights of m changed while they were read"):
+        fill(request, cache=tmp_path / "cache")
 
 
 # --- adapters and quantised weights -----------------------------------------------------------------------------------

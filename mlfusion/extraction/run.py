@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from mlfusion import datasets
+from mlfusion import datasets, models
+from mlfusion.errors import BadModel
 from mlfusion.extraction import loader
 from mlfusion.extraction.forward import Forward
 from mlfusion.extraction.loader import Loader
@@ -90,11 +91,14 @@ def extract(
 
 
 def load(request: Request) -> Backbone:
-    """Load the model of a request."""
+    """Load the model of a request; raises BadModel if its weights have changed since the request was resolved."""
     first = request.jobs[0]
-    return Backbone(
+    backbone = Backbone(
         request.checkpoint, request.compute.device, preprocessing=first.steps, compute=first.spec.model.compute
     )
+    if models.sha256(models.weight_files(request.checkpoint.folder)) != first.spec.model.weights:
+        raise BadModel(f"the weights of {request.checkpoint.name} changed while they were read; run the command again")
+    return backbone
 
 
 def fill(

@@ -12,7 +12,8 @@ from mlfusion.models import checkpoints as checkpoints
 from mlfusion.models import hub as hub
 from mlfusion.models.catalogue import CATALOGUE as CATALOGUE
 from mlfusion.models.catalogue import EMBEDDED as EMBEDDED
-from mlfusion.models.files import refuse_quantised, sha256
+from mlfusion.models.files import refuse_quantised
+from mlfusion.models.files import sha256 as sha256
 from mlfusion.models.files import weight_files as weight_files
 from mlfusion.specs.identity import Compute, Hook, ModelSpec, digest
 from mlfusion.specs.names import Setting

@@ -66,7 +66,7 @@ def load(checkpoint: models.Checkpoint) -> LoadedTower:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as err:
+        except (OSError, ValueError, RuntimeError, ImportError) as err:
             raise BadModel(f"{checkpoint.folder} does not load: {first_line(err)}") from err
     for piece, found, expected in report["mismatched_keys"]:
         refuse_shapes(piece, found, expected, checkpoint.name)
