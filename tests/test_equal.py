@@ -103,7 +103,7 @@ def test_the_other_probes_of_a_command_and_their_order_change_nothing(tmp_path: 
 # --- products of the solvers -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(5, 7, 3), (40, 30, 256), (33, 20, 700)])
+@pytest.mark.parametrize("shape", [(5, 7, 3), (40, 30, 256), (33, 20, 700), (300, 100, 600)])  # the last on threads
 def test_a_product_is_the_product_whatever_the_number_of_threads(shape: tuple[int, int, int]) -> None:
     n, m, p = shape
     generator = torch.Generator().manual_seed(0)

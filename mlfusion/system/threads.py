@@ -29,9 +29,12 @@ def count() -> int:
     return _threads or torch.get_num_threads()
 
 
-def share(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
-    """Do some work for every item, on as many threads as there are; no result may depend on the order of the items."""
-    if (workers := min(count(), len(items))) < 2:
+def share(work: Callable[[Any], Any], items: Sequence[Any], *, worth: bool = True) -> None:
+    """Do some work for every item, on as many threads as there are; no result may depend on the order of the items.
+
+    `worth`: whether the work takes so long that starting threads, a tenth of a millisecond each, is worth it.
+    """
+    if (workers := min(count(), len(items))) < 2 or not worth:
         for item in items:
             work(item)
         return

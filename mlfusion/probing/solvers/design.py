@@ -21,6 +21,7 @@ from mlfusion.system.threads import share
 F64 = torch.float64
 BLOCK = 1 << 24  # size of a block of images, neighbours or votes, in numbers
 COLUMNS = 256  # columns of a product that one thread computes
+LARGE = 1 << 24  # multiplications of a product for which starting threads takes little of the time
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def matmul(a: Float[Tensor, "n m"], b: Float[Tensor, "m p"]) -> Float[Tensor, "n
 def add_product(total: Float[Tensor, "n p"], a: Float[Tensor, "n m"], b: Float[Tensor, "m p"]) -> Float[Tensor, "n p"]:
     """`matmul`, added to a matrix in place."""
     columns = COLUMNS if total.device.type == "cpu" else b.shape[1]
-    share(lambda part: part[0].addmm_(a, part[1]), list(zip(total.split(columns, 1), b.split(columns, 1), strict=True)))
+    parts = list(zip(total.split(columns, 1), b.split(columns, 1), strict=True))
+    share(lambda part: part[0].addmm_(a, part[1]), parts, worth=a.numel() * b.shape[1] >= LARGE)
     return total
 
 
