@@ -151,7 +151,7 @@ class Backbone:
         lacking = {name: tensor for name, tensor in self._model.state_dict().items() if name in missing}
         random = {name: tensor.clone() for name, tensor in lacking.items()}
         pixels = torch.randn(1, 3, *self.preprocessing.pixels, generator=torch.Generator().manual_seed(0))
-        everything = [(layer, "all") for layer in self._taps]
+        everything: list[Pair] = [(layer, "all") for layer in self._taps]
         before = self(pixels, everything) if lacking else {}
 
         def needed(names: list[str]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Loads a checkpoint's vision tower, float32 and frozen, and prepares the arguments of its forward pass."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,9 @@ def load(checkpoint: models.Checkpoint) -> LoadedTower:
     kind = _class(config)
     files = models.weight_files(checkpoint.folder)
     headers = checkpoints.headers_of(files)
-    with _quiet():
+    with _quiet(), ExitStack() as opened:
         try:
+            readers = {file: _reader(file, opened) for file in files}
             with torch.device("meta"):
                 blank = kind(config)
             parts = [submodule(blank, _tower(blank))]
@@ -51,11 +52,11 @@ def load(checkpoint: models.Checkpoint) -> LoadedTower:
             if layout == "transformers":
                 placement = place(blank, parts, headers, {}, checkpoint.name)
                 tensors: dict[str, Any] = {name: Unread(headers[name].shape) for name in placement.unread}
-                tensors |= {name: Stored(name, headers[name]) for name in placement.read}
+                tensors |= {name: Stored(name, headers[name].file, readers) for name in placement.read}
             else:
                 origins, renamed = _renamed(headers, layout, config, checkpoint.name)
                 placement = place(blank, parts, renamed, origins, checkpoint.name)
-                weights = {name: Stored(name, headers[name])[...] for name in origins.values()}
+                weights = {name: Stored(name, headers[name].file, readers)[...] for name in origins.values()}
                 converted = conversion.tensors(weights, layout, config)
                 tensors = {name: tensor.float().contiguous() for name, tensor in converted.items()}
             model, report = kind.from_pretrained(
@@ -115,19 +116,22 @@ def _quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(before)
 
 
+def _reader(file: Path, opened: ExitStack) -> Callable[[str], Tensor]:
+    """A function from a tensor's name to the tensor, memory-mapped; the file stays open as long as `opened`."""
+    if file.suffix == ".safetensors":
+        return opened.enter_context(safe_open(file, framework="pt")).get_tensor
+    return checkpoints.unpickled(file).__getitem__
+
+
 class Stored:
     """A tensor in a file, which transformers reads when the tensor has its place, as it reads slices of safetensors."""
 
-    def __init__(self, name: str, header: checkpoints.Header) -> None:
-        self._name, self._file = name, header.file
+    def __init__(self, name: str, file: Path, readers: Mapping[Path, Callable[[str], Tensor]]) -> None:
+        self._name, self._file, self._read = name, file, readers[file]
 
     def __getitem__(self, _: object) -> Tensor:
         """The tensor in memory of its own: a file that is written again must not change a loaded model."""
-        if self._file.suffix == ".safetensors":
-            with safe_open(self._file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(self._name).clone()
-        else:
-            tensor = checkpoints.unpickled(self._file)[self._name].clone()
+        tensor = self._read(self._name).clone()
         if (
             tensor.is_floating_point()
             and not tensor.sum(dtype=torch.float32).isfinite()
