@@ -245,11 +245,10 @@ FAULTS: dict[str, Fault] = {
     "words where numbers are requested": Fault(
         ("class folders", *TABLES), ("class",), content=_label("cat"), files=_options(target="number")
     ),
-    "a column that is not there": Fault((*TABLES, "tars", "Parquet", *ARRAYS), files=_options(label_column="nothing")),
-    "an image column that is not there": Fault(
-        (*TABLES, "tars", "Parquet", *ARRAYS), files=_options(image_column="nothing")
-    ),
-    "ids that are not there": Fault((*TABLES, "Parquet"), files=_options(id_column="nothing")),
+    "a column that is not there": Fault(tuple(FORMS), files=_options(label_column="nothing")),
+    "an image column that is not there": Fault(tuple(FORMS), files=_options(image_column="nothing")),
+    "ids that are not there": Fault(tuple(FORMS), files=_options(id_column="nothing")),
+    "splits that are not there": Fault(tuple(FORMS), files=_options(split_column="nothing")),
     "more parts than images of a class": Fault(
         tuple(FORMS),
         ("class",),

@@ -37,6 +37,43 @@ def test_every_form_gives_the_same_images_and_labels(form, tmp_path):
         np.testing.assert_array_equal(np.asarray(split.image(4)), np.asarray(want.image(4)))
 
 
+UNUSED = {
+    "csv of each split": {"config"},
+    "one csv": {"config"},
+    "jsonl": {"config"},
+    "tars": {"id_column", "split_column", "image_root", "config"},
+    "parquet": set(),
+    "class folders": {"image_column", "label_column", "id_column", "split_column", "image_root", "config"},
+    "digits": {"image_column", "label_column", "id_column", "split_column", "image_root", "config"},
+    "npz": {"id_column", "split_column", "image_root", "config"},
+}
+"""Form → the options that have no effect on how it is read."""
+
+
+@pytest.mark.parametrize(("form", "option"), [(form, option) for form in UNUSED for option in sorted(UNUSED[form])])
+def test_an_option_that_a_form_does_not_use_is_refused(form, option, tmp_path):
+    if form == "digits":
+        source, words = "digits", {}
+    elif form == "npz":
+        images, labels = np.arange(144, dtype=np.uint8).reshape(4, 6, 6), np.array([0, 1, 0, 1])
+        np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels)
+        source, words = tmp_path / "a.npz", {}
+    else:
+        whole = plain(tmp_path)
+        make, words = FORMS.get(form, (lambda _data, root: root, {}))
+        source = make(whole, tmp_path)
+    assert datasets.load(str(source), ReadOptions(**words, target="class")).splits
+    with pytest.raises(
+        BadData, match=rf"--{option.replace('_', '-')} mine has no effect; allowed: .*[Ll]eave the option out"
+    ):
+        datasets.load(str(source), ReadOptions(**{**words, option: "mine"}))
+
+
+def test_digits_are_classes_only():
+    with pytest.raises(BadData, match="--target number has no effect"):
+        datasets.load("digits", ReadOptions(target="number"))
+
+
 @pytest.mark.parametrize("form", [*FORMS, "class folders", "digits", "arrays"])
 def test_a_split_travels_to_other_processes(form, tmp_path):
     if form == "digits":

@@ -23,6 +23,7 @@ from mlfusion.datasets import remote as _remote
 from mlfusion.datasets import tars as _tars
 from mlfusion.datasets.catalogue import CATALOGUE as CATALOGUE
 from mlfusion.datasets.catalogue import CatalogueRow as CatalogueRow
+from mlfusion.datasets.columns import refuse_unused
 from mlfusion.datasets.depth import measure_window
 from mlfusion.datasets.depth import report_depth as report_depth
 from mlfusion.datasets.images import SUFFIXES as SUFFIXES
@@ -61,6 +62,7 @@ def load(reference: str, options: ReadOptions | None = None) -> DataSet:
     row = CATALOGUE.get(reference)
     path = find_path("data set", reference)
     if row and row.source == "embedded":
+        refuse_unused(options, row.source, reference)
         return _resplit(_digits(), options)
     if path is not None:
         form, splits = _read_path(path, reference, options)
@@ -193,6 +195,7 @@ def _read_file(path: Path, reference: str, options: ReadOptions) -> tuple[str, d
 
 def _build(name: str, source: str, form: str, raw: Mapping[str, RawSplit], options: ReadOptions) -> DataSet:
     """Raw splits → a checked data set: encodes the labels, and resplits on request."""
+    refuse_unused(options, form, name)
     for split, one in raw.items():
         if not len(one.ids):
             raise BadData(f"{name}, split {split}: no images; allowed: {', '.join(sorted(SUFFIXES))}")

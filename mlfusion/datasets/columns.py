@@ -1,14 +1,51 @@
-"""Chooses the columns of images and labels by the user's option, else by type and usual name; one rule for all tables."""
+"""Chooses the columns of images and labels by the user's option, else by type and usual name; one rule for all forms."""
 
 import logging
 from collections.abc import Mapping, Sequence
 
 from mlfusion.errors import BadData
+from mlfusion.specs.options import ReadOptions
 
 logger = logging.getLogger(__name__)
 
 IMAGES = ("image", "img", "images", "file_name", "filename", "file", "path", "image_path", "filepath", "image_file")
 LABELS = ("label", "cls", "labels", "class", "target", "fine_label")
+
+COLUMNS = ("image_column", "label_column", "id_column", "split_column", "target")
+USED_OPTIONS: dict[str, tuple[str, ...]] = {
+    "class folders": ("target",),
+    "table": (*COLUMNS, "image_root"),
+    "WebDataset": ("image_column", "label_column", "target"),
+    "Parquet files": (*COLUMNS, "image_root", "config"),
+    "Parquet file": (*COLUMNS, "image_root"),
+    "hub data set": (*COLUMNS, "config"),
+    "arrays": ("image_column", "label_column", "target"),
+    "embedded": (),
+}
+"""Beginning of a form's name → which of `OPTIONS` it uses."""
+
+OPTIONS = (*COLUMNS, "image_root", "config")
+NEUTRAL = {"split_column": "none", "target": "class"}
+"""Values that every form takes: the first asks for what a form without columns does, the second for what digits are."""
+
+
+def refuse_unused(options: ReadOptions, form: str, name: str) -> None:
+    """Refuse an option that this form of data set does not use, so that its labels are never other than those asked for.
+
+    Raises:
+        BadData: names the option, and what the form uses.
+    """
+    used = next(each for start, each in USED_OPTIONS.items() if form.startswith(start))
+    if form.endswith("read in place"):
+        used = (*used, "config")
+    for option in OPTIONS:
+        value = getattr(options, option)
+        if option not in used and value is not None and value != NEUTRAL.get(option):
+            flags = ", ".join(f"--{each.replace('_', '-')}" for each in used) or "none of these options"
+            raise BadData(
+                f"{name} is read as {form}, where --{option.replace('_', '-')} {value} has no effect; allowed: {flags}. Leave "
+                "the option out, or give the path of the table or file that it is about"
+            )
 
 
 def choose_column(
