@@ -137,6 +137,46 @@ def test_heads_decoders_text_and_buffers_change_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(features(folder), before, rtol=0, atol=0)
 
 
+def headed(kind: str, folder: Path, **settings: object) -> transformers.PreTrainedModel:
+    """A model with a head, with random numbers in every tensor, and its checkpoint in `folder`."""
+    config = getattr(transformers, kind).config_class(**zoo.PLAIN, **settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": size})
+    )
+    return model.eval()
+
+
+def test_the_norm_of_a_pretraining_head_is_not_that_of_the_tower(tmp_path: Path) -> None:
+    """BEiT's head calls it `layernorm`, as the tower does behind its prefix."""
+    settings = {"use_absolute_position_embeddings": True, "use_mask_token": True, "use_mean_pooling": False}
+    folder = tmp_path / "m"
+    model = headed("BeitForMaskedImageModeling", folder, **settings)
+    with torch.inference_mode():
+        torch.testing.assert_close(features(folder), model.beit(PIXELS).last_hidden_state)
+    edit(folder, without("beit.layernorm"))
+    assert "lack 2 tensors" in refusal(folder)
+
+
+def test_a_head_whose_names_only_its_class_tells_is_left_over(tmp_path: Path) -> None:
+    """The pyramid of data2vec's segmentation; without its class, and for other names, it is refused."""
+    folder = tmp_path / "m"
+    headed("Data2VecVisionForSemanticSegmentation", folder, out_indices=[1, 2, 3, 3])
+    before = features(folder)
+    edit(folder, without("fpn1"))
+    torch.testing.assert_close(features(folder), before, rtol=0, atol=0)
+    edit(folder, beside(data2vec_vision__encoder__layer__1__extra=torch.ones(3)))
+    assert "data2vec_vision.encoder.layer.1.extra" in refusal(folder)
+    edit(folder, without("extra"))
+    configure(folder, architectures=["Data2VecVisionModel"])
+    assert "have fpn2.0.bias" in refusal(folder)
+
+
 @pytest.mark.parametrize("prefix", ["backbone.", "module.", "model.encoder_q."])
 def test_names_of_another_program_are_shown_beside_those_expected(prefix: str, tmp_path: Path) -> None:
     folder = edit(save_model("vit", tmp_path / "m"), lambda held: {prefix + name: held[name] for name in held})

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def load(checkpoint: models.Checkpoint) -> LoadedTower:
             if isinstance(getattr(blank, "visual_projection", None), nn.Module):
                 parts.append("visual_projection")
             if layout == "transformers":
-                placement = place(blank, parts, headers, {}, checkpoint.name)
+                placement = place(blank, parts, headers, {}, checkpoint.name, lambda: _with_head(config, kind))
                 tensors: dict[str, Any] = {name: Unread(headers[name].shape) for name in placement.unread}
                 tensors |= {name: Stored(name, headers[name].file, readers) for name in placement.read}
             else:
@@ -170,6 +170,16 @@ def _class(config: Any) -> Any:
     if isinstance(kind, tuple):
         return next((one for one in kind if one.__name__ == architecture), kind[0])
     return kind
+
+
+def _with_head(config: Any, kind: Any) -> Any:
+    """The model of the class that config.json names, on the meta device, or None if it is `kind` or cannot be built."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is None or named is kind or getattr(named, "config_class", None) is not type(config):
+        return None
+    with suppress(Exception), torch.device("meta"):  # a head's own settings may be wrong, and the head is not used
+        return named(config)
+    return None
 
 
 def _tower(model: nn.Module) -> nn.Module:

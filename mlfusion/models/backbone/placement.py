@@ -4,7 +4,7 @@ Nothing is loaded: the model is built on the meta device, which holds shapes and
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -29,18 +29,31 @@ class Placement:
 
 
 def place(
-    model: PreTrainedModel, parts: Iterable[str], tensors: dict[str, Header], origins: dict[str, str], name: str
+    model: PreTrainedModel,
+    parts: Iterable[str],
+    tensors: dict[str, Header],
+    origins: dict[str, str],
+    name: str,
+    with_head: Callable[[], PreTrainedModel | None] = lambda: None,
 ) -> Placement:
     """Place the tensors of a checkpoint in a model.
 
     `parts`: paths of the image tower and its projection in the model, '' for the whole of it; `tensors`: headers under the
-    names that the class of transformers knows; `origins`: of renamed tensors, the names in the file; `name`: for messages.
+    names that the class of transformers knows; `origins`: of renamed tensors, the names in the file; `name`: for messages;
+    `with_head`: builds the model with the head that the checkpoint was saved with, on the meta device, if there is one.
 
     Raises:
         BadModel: a tensor has no place and no reason to be left over, two have the same one, or a shape or type differs.
     """
     held, targets = model.state_dict(), _targets(model, tensors)
     parts = tuple(f"{part}." if part else "" for part in parts)
+    left = tensors.keys() - targets.keys()
+    inside = {tensor for tensor in targets if tensor.startswith(f"{model.base_model_prefix}.")}
+    # A head may have names of the tower, and others that no pattern knows. It is built only then, since that takes time.
+    if (inside and len(inside) < len(targets)) or any(leftovers.reason(tensor, targets) is None for tensor in left):
+        head = _of_head(with_head(), model, tensors)
+        targets = {tensor: places for tensor, places in targets.items() if tensor not in head}
+        left -= head
     read = {tensor for tensor, places in targets.items() if any(place.startswith(parts) for place in places)}
     if not read:
         raise BadModel(_misnamed(name, tensors, held))
@@ -56,7 +69,7 @@ def place(
             )
         taken[places[0]] = source
         refuse_shapes(source, tensors[tensor].shape, held[places[0]].shape, name)
-    refuse_leftovers(tensors.keys() - targets.keys(), read, name)
+    refuse_leftovers(left, read, name)
     filled = {place for places in targets.values() for place in places}
     wanted = {place for place, tensor in held.items() if place.startswith(parts) and tensor.is_floating_point()}
     missing = wanted - filled
@@ -109,6 +122,23 @@ def _targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[st
             pieces = converter.target_patterns if converter else [place]
             targets[name] = tuple(place.replace(pieces[0], piece) for piece in pieces)
     return targets
+
+
+def _of_head(whole: PreTrainedModel | None, model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """The tensors of a model with a head that are not those of the model without it."""
+    if whole is None:
+        return set()
+    prefix = f"{model.base_model_prefix}." if hasattr(whole, model.base_model_prefix) else None
+    without = () if prefix else model.state_dict()
+    held = (
+        whole.state_dict()
+    )  # a name as it is comes first: transformers mixes up two norms that differ by the prefix alone
+    places = {tensor: tensor if tensor in held else places[0] for tensor, places in _targets(whole, names).items()}
+    return {
+        tensor
+        for tensor, place in places.items()
+        if place not in without and not (prefix and place.startswith(prefix)) and leftovers.change(tensor) is None
+    }
 
 
 def _misnamed(name: str, tensors: Iterable[str], held: dict[str, Tensor]) -> str:
