@@ -47,6 +47,14 @@ def as_pickle(folder: Path) -> Path:
     return folder
 
 
+def as_old_pickle(folder: Path) -> Path:
+    """As torch wrote it before 1.6: no zip archive."""
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
 def as_shards(folder: Path, stem: str = "model") -> Path:
     """The same tensors in two files and an index."""
     tensors = list(load_file(folder / "model.safetensors").items())
@@ -63,7 +71,16 @@ def as_shards(folder: Path, stem: str = "model") -> Path:
 # --- which files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [as_pickle, as_shards])
+def test_a_pickle_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    file = as_old_pickle(save_model("vit", tmp_path / "m")) / "pytorch_model.bin"
+    whole = file.read_bytes()
+    for nbytes in range(0, len(whole), len(whole) // 20):
+        file.write_bytes(whole[:nbytes])
+        with pytest.raises(BadModel):
+            models.weight_files(tmp_path / "m")
+
+
+@pytest.mark.parametrize("form", [as_pickle, as_old_pickle, as_shards])
 def test_weights_of_every_form_give_the_same_features(form: Callable[[Path], Path], tmp_path: Path) -> None:
     plain = save_model("vit", tmp_path / "plain")
     other = form(Path(shutil.copytree(plain, tmp_path / "other")))

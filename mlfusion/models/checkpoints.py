@@ -77,14 +77,25 @@ def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def unpickled(file: Path) -> dict[str, Any]:
-    """The tensors of a .bin or .pt file, memory-mapped; raises BadModel, and loads nothing, if it holds anything else."""
+    """The tensors of a .bin or .pt file, memory-mapped if possible; raises BadModel if it holds anything else, unloaded."""
     import pickle
+    import zipfile
 
     import torch
 
     try:
-        body = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as err:
+        # Files of torch before 1.6 are no zip archives, and cannot be mapped.
+        body = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as err:
         raise BadModel(
             f"{file} holds more than plain tensors and is not loaded ({first_line(err)}); allowed: safetensors"
         ) from err
