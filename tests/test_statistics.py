@@ -188,7 +188,34 @@ def test_the_p_value_of_few_images_counts_every_swap(images: int) -> None:
         assert f"no interval from {images} test images: a bootstrap needs 20 or more" in found.refused
 
 
+def test_images_on_which_both_say_the_same_do_not_blur_the_p_value() -> None:
+    """Of 1,000 images the two are right on others nine times: all swaps of the nine are counted, as in McNemar's test."""
+    labels, a = world(27, n=1000, classes=2)
+    a = np.eye(2)[a.argmax(1)]
+    b = a.copy()
+    b[:9] = 1 - a[:9]
+    assert statistics.difference(labels, a, b, metric="accuracy").p == pytest.approx(statistics.mcnemar(labels, a, b).p)
+
+
+def test_the_interval_is_that_of_scipys_bootstrap() -> None:
+    """Errors of 40 numbers; the level is that of Student's t, as Hesterberg moves percentiles apart."""
+    random = np.random.default_rng(28)
+    errors = random.normal(size=40)
+    found = statistics.interval(np.zeros(40), errors, metric="mae")
+    tail = scipy.stats.norm.cdf(math.sqrt(40 / 39) * scipy.stats.t.ppf(0.025, 39))
+    expected = scipy.stats.bootstrap(
+        (np.abs(errors),),
+        np.mean,
+        n_resamples=2000,
+        method="percentile",
+        confidence_level=1 - 2 * tail,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=1e-12)
+
+
 CLASS = {
+    "accuracy": lambda t, p: reference.accuracy_score(t, p.argmax(1)),
     "balanced_accuracy": lambda t, p: reference.balanced_accuracy_score(t, p.argmax(1)),
     "macro_f1": lambda t, p: reference.f1_score(t, p.argmax(1), average="macro", labels=np.unique(t)),
     "loss": lambda t, p: reference.log_loss(t, p, labels=np.arange(p.shape[1])),

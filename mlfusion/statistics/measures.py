@@ -1,8 +1,7 @@
 """Metrics of test images as functions of the images' weights: with all weights one, the scores of a row.
 
 A resample of the bootstrap is a row of whole-numbered weights, and its score is that of a data set in which each image stands
-as often; a thousand resamples are scored by one product with a sparse matrix. docs/method.md has the rules for ties and for
-classes without images.
+as often. docs/method.md has the rules for ties and for classes without images.
 """
 
 from collections.abc import Callable
@@ -109,36 +108,59 @@ def _average(values: np.ndarray) -> Measure:
     return lambda weights: weights @ values / weights.sum(1)
 
 
+def image_terms(labels: np.ndarray, predictions: np.ndarray, metric: str) -> np.ndarray:
+    """What each image adds to a score that is a sum over these images, one of `SUMS` [N]; arguments as in `measure`."""
+    if metric == "balanced_accuracy":
+        counts = np.bincount(labels)
+        return _right(labels, predictions) / (counts[labels] * np.count_nonzero(counts))
+    return AVERAGES[_kind(labels)][metric](labels, predictions) / len(labels)
+
+
 # --- one class per image ---------------------------------------------------------------------------------------------
 
 
-def _by_class(classes: np.ndarray, count: int) -> Measure:
-    """Weights of the images [B, N] → weight of each class [B, C]."""
-    from scipy.sparse import csr_array
+def _totals(groups: np.ndarray, count: int) -> Measure:
+    """Weights of the images [B, N] → weight of each of `count` groups [B, count]; `groups` are those of the images [N]."""
+    return lambda weights: np.stack([np.bincount(groups, of_images, count) for of_images in weights])
 
-    images = len(classes)
-    members = csr_array((np.ones(images), classes, np.arange(images + 1)), shape=(images, count))
-    return lambda weights: (members.T @ weights.T).T
+
+def _by_class(labels: np.ndarray, answers: np.ndarray, classes: int) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
+    """Weights [B, N] → weight of each class [B, C] on the images that are right, and on all images of the class."""
+    totals = _totals(labels + classes * (answers == labels), 2 * classes)
+
+    def right_and_all(weights: np.ndarray) -> tuple[np.ndarray, ...]:
+        wrong, right = np.split(totals(weights), 2, axis=1)
+        return right, right + wrong
+
+    return right_and_all
 
 
 def _recall(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
     """The recall of each class [B, C]; NaN for one without images."""
-    truth = _by_class(labels, probabilities.shape[1])
-    right = probabilities.argmax(1) == labels
-    return lambda weights: _share(truth(weights * right), truth(weights))
+    right_and_all = _by_class(labels, probabilities.argmax(1), probabilities.shape[1])
+
+    def score(weights: np.ndarray) -> np.ndarray:
+        right, present = right_and_all(weights)
+        return _share(right, present)
+
+    return score
 
 
 def _f1(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
     """F1 of each class [B, C]; NaN for one without images."""
-    predicted = probabilities.argmax(1)
-    truth, guesses = (_by_class(classes, probabilities.shape[1]) for classes in (labels, predicted))
-    right = predicted == labels
+    answers, classes = probabilities.argmax(1), probabilities.shape[1]
+    right_and_all, guesses = _by_class(labels, answers, classes), _totals(answers, classes)
 
     def score(weights: np.ndarray) -> np.ndarray:
-        present = truth(weights)
-        return np.where(present > 0, _share(2 * truth(weights * right), present + guesses(weights)), np.nan)
+        right, present = right_and_all(weights)
+        return np.where(present > 0, _share(2 * right, present + guesses(weights)), np.nan)
 
     return score
+
+
+def _right(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Whether each image's own class is the most probable [N]."""
+    return np.asarray(probabilities.argmax(1) == labels)
 
 
 def _own_class(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -217,9 +239,9 @@ def _micro_f1(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
     return score
 
 
-def _label_loss(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
+def _label_loss(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     wide = probabilities.astype(np.float64)
-    return _average(_log_loss(np.where(labels > 0, wide, 1 - wide)).mean(1))
+    return np.asarray(_log_loss(np.where(labels > 0, wide, 1 - wide)).mean(1))
 
 
 # --- a number per image ----------------------------------------------------------------------------------------------
@@ -252,25 +274,41 @@ def _rmse(labels: np.ndarray, predicted: np.ndarray) -> Measure:
     return lambda weights: np.sqrt(mean(weights))
 
 
+AVERAGES: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = {
+    "class": {
+        "accuracy": _right,
+        "top5": _in_top,
+        "loss": lambda labels, p: _log_loss(_own_class(labels, p)[:, 0]),
+    },
+    "labels": {"loss": _label_loss},
+    "number": {"mae": lambda labels, predicted: np.abs(_errors(labels, predicted))},
+}
+"""{kind of labels: {metric: values of the images [N], whose mean it is}}."""
+
+SUMS = {"balanced_accuracy"}.union(*AVERAGES.values())
+"""Metrics that are sums over images as long as no image changes its weight."""
+
+
+def _averages(kind: str) -> dict[str, Callable[[np.ndarray, np.ndarray], Measure]]:
+    def average(values: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[np.ndarray, np.ndarray], Measure]:
+        return lambda labels, predictions: _average(values(labels, predictions))
+
+    return {name: average(values) for name, values in AVERAGES[kind].items()}
+
+
 METRICS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
     "class": {
         "balanced_accuracy": lambda labels, p: _mean_of_present(_recall(labels, p)),
-        "accuracy": lambda labels, p: _average(p.argmax(1) == labels),
-        "top5": lambda labels, p: _average(_in_top(labels, p)),
         "macro_f1": lambda labels, p: _mean_of_present(_f1(labels, p)),
-        "loss": lambda labels, p: _average(_log_loss(_own_class(labels, p)[:, 0])),
+        **_averages("class"),
     },
     "labels": {
         "mean_average_precision": lambda labels, p: _mean_of_present(_average_precision(labels, p)),
         "micro_f1": _micro_f1,
         "macro_f1": lambda labels, p: _mean_of_present(_label_f1(labels, p)),
-        "loss": _label_loss,
+        **_averages("labels"),
     },
-    "number": {
-        "r2": _r2,
-        "mae": lambda labels, predicted: _average(np.abs(_errors(labels, predicted))),
-        "rmse": _rmse,
-    },
+    "number": {"r2": _r2, "rmse": _rmse, **_averages("number")},
 }
 """{kind of labels: {metric: measure}}: one class per image, several labels, or a number."""
 
