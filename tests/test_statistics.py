@@ -252,6 +252,46 @@ def test_an_accuracy_with_few_wrong_images_has_the_interval_of_wilson() -> None:
     assert statistics.interval(labels[:1], right[:1]).low == pytest.approx(0.2065, abs=1e-4)
 
 
+def test_no_interval_of_a_score_that_no_resample_changes() -> None:
+    """Perfect answers, labels that are all the same, and labels that no image has."""
+    labels = np.arange(60)[:, None] % np.array([2, 3, 4]) == 0
+    perfect = statistics.interval(labels.astype(int), labels.astype(float), metric="mean_average_precision")
+    constant = statistics.interval(np.full(60, 0.1), np.arange(60.0), metric="r2")
+    absent = statistics.interval(np.zeros((60, 3), int), labels.astype(float), metric="mean_average_precision")
+    for found in (perfect, constant, absent):
+        assert found.low is found.high is None and str(found.refused).startswith("no interval: almost every sample")
+    ties = np.full((60, 3), 0.5)
+    both = statistics.difference(np.zeros((60, 3), int), labels.astype(float), ties, metric="mean_average_precision")
+    assert both.low is both.high is None and both.refused == absent.refused
+
+
+def test_a_top_five_with_no_wrong_image_has_the_interval_of_wilson() -> None:
+    labels = np.arange(40) % 8
+    answers = np.eye(8)[labels] + 0.1
+    assert statistics.interval(labels, answers, metric="top5") == statistics.interval(
+        labels, answers, metric="accuracy"
+    )
+
+
+@pytest.mark.parametrize("unit", [1e-14, 1.0, 1e14])
+def test_the_test_of_an_error_does_not_depend_on_its_unit(unit: float) -> None:
+    random = np.random.default_rng(29)
+    labels, a, b = random.normal(size=(3, 30))
+    for metric in ("mae", "rmse", "r2"):
+        expected = statistics.difference(labels, labels + 0.1 * a, labels + b, metric=metric)
+        found = statistics.difference(unit * labels, unit * (labels + 0.1 * a), unit * (labels + b), metric=metric)
+        assert found.p == expected.p < 0.01
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_finite_number_is_refused(value: float) -> None:
+    scores = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, value]
+    with pytest.raises(BadData, match="neither ranked nor tested"):
+        statistics.wilcoxon(scores)
+    with pytest.raises(BadData, match="neither ranked nor tested"):
+        statistics.ranking({"a": scores, "b": scores[::-1], "c": scores})
+
+
 def test_no_interval_of_fewer_images_than_it_needs() -> None:
     random = np.random.default_rng(24)
     numbers = random.normal(size=19)

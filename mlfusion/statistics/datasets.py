@@ -80,8 +80,15 @@ def merge_last_bits(values: ArrayLike) -> np.ndarray:
 
     Every test and every rank reads scores through this function, so that all of them see the same ties: the mean of the same
     seeds in another order differs by 1e-16. Rounding to decimals would not do, since it splits such a pair at a half.
+
+    Raises:
+        BadData: one of them is no finite number.
     """
     numbers = np.asarray(values, np.float64)
+    if not np.isfinite(numbers).all():
+        raise BadData(
+            "a score that is infinite or not a number can be neither ranked nor tested; allowed: finite scores"
+        )
     order = np.argsort(numbers, axis=None, kind="stable")
     ascending = numbers.ravel()[order]
     first = np.diff(ascending, prepend=-np.inf) > _LAST_BITS * max(1.0, np.abs(ascending).max(initial=0.0))

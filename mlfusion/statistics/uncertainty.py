@@ -12,7 +12,7 @@ from math import sqrt
 import numpy as np
 
 from mlfusion.errors import BadData
-from mlfusion.statistics.measures import SUMS, Measure, check, full_score, image_terms, measure
+from mlfusion.statistics.measures import AVERAGES, SUMS, Measure, check, full_score, image_terms, measure
 
 MIN_IMAGES = 20
 """Minimum number of test images for a bootstrap interval: with fewer, 95 % intervals contain the true value less often."""
@@ -25,6 +25,9 @@ MIN_OUTCOMES = 10
 
 _BLOCK = 500_000  # weights in memory at a time: 4 MB, which fits into a processor's cache
 _ROUNDING = 1e-12  # differences of two swaps that differ by less, as a share of the scores, are equal up to rounding
+_ALL_EQUAL = (
+    "no interval: almost every sample of these test images has the same score, so a bootstrap shows no variation"
+)
 
 Predictions = np.ndarray | Sequence[np.ndarray]
 """Probabilities [N, C], or numbers [N]; or a sequence of them, one per seed."""
@@ -128,8 +131,9 @@ def interval(
     score = _mean_measure(labels, predictions, metric)
     value, level = full_score(score, len(labels)), bootstrap.level
     means, refused = _means(labels, metric), None
-    if metric in ("accuracy", "balanced_accuracy", "macro_f1"):
-        right = float(np.mean([answers.argmax(1) == labels for answers in _seeds(predictions)], axis=0).sum())
+    if metric in ("accuracy", "balanced_accuracy", "macro_f1", "top5"):
+        hits = AVERAGES["class"]["top5" if metric == "top5" else "accuracy"]
+        right = float(np.mean([hits(labels, answers) for answers in _seeds(predictions)], axis=0).sum())
         if min(right, len(labels) - right) < MIN_OUTCOMES:
             if metric != "macro_f1":
                 counts = np.bincount(labels) if metric == "balanced_accuracy" else np.array([len(labels)])
@@ -139,7 +143,10 @@ def interval(
             )
     if refused := refused or _too_few(len(labels), means):
         return Interval(value, None, None, level, bootstrap.resamples, refused)
-    return Interval(value, *bootstrap.limits(score, len(labels), means), level, bootstrap.resamples)
+    low, high = bootstrap.limits(score, len(labels), means)
+    if low == high:
+        return Interval(value, None, None, level, bootstrap.resamples, _ALL_EQUAL)
+    return Interval(value, low, high, level, bootstrap.resamples)
 
 
 def difference(
@@ -166,7 +173,10 @@ def difference(
     low, high = (None, None)
     if not refused:
         low, high = bootstrap.limits(lambda weights: score_a(weights) - score_b(weights), len(labels), means)
-    least = abs(value) - _ROUNDING * max(1.0, abs(a_score), abs(b_score))
+        if low == high:
+            low, high, refused = None, None, _ALL_EQUAL
+    unit = 0.0 if metric in ("mae", "rmse") else 1.0  # errors have the unit of the labels, other scores end at 1
+    least = abs(value) - _ROUNDING * max(unit, abs(a_score), abs(b_score))
     p = _swap_p(labels, a, b, metric, least, bootstrap)
     return Difference(a_score, b_score, value, low, high, bootstrap.level, p, bootstrap.resamples, refused)
 
