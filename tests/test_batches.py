@@ -126,7 +126,7 @@ def test_a_probe_streams_what_it_may_not_load(tmp_path: Path) -> None:
     assert loaded.test > 0.6 and streamed.test == pytest.approx(loaded.test, abs=0.01)
     assert streamed.id == loaded.id
     with pytest.raises(
-        BadData, match=r"not even one configuration can be trained: it needs .* for a batch .* --memory"
+        BadData, match=r"not even one block of configurations can be trained: it needs .* for a batch .* --memory"
     ):
         mlfusion.probe(
             "d",

@@ -69,11 +69,12 @@ def trained(
     steps: int = 12,
     layout: Layout | None = None,
     dtype: torch.dtype = F64,
+    width: int = 1,
 ) -> list[dict[str, Tensor]]:
     """The state of every configuration after training on all the images."""
     states: list[dict[str, Tensor]] = []
     for part, probe in population.train(
-        Population(head, SHAPE, configurations, seed=3), on_all(tokens, steps), Numerics(dtype=dtype), layout=layout
+        Population(head, SHAPE, configurations, 3, width), on_all(tokens, steps), Numerics(dtype=dtype), layout=layout
     ):
         assert part.start == len(states)
         states += [{n: v[k] for n, v in probe.state_dict().items()} for k in range(part.stop - part.start)]
@@ -82,17 +83,51 @@ def trained(
 
 @pytest.mark.parametrize("head", EVERY_HEAD)
 @pytest.mark.parametrize(
-    "layout", [None, Layout(7, 1, 3), Layout(3, 2, 1), Layout(1, 1, 1)], ids=["default", "wide", "groups", "one by one"]
+    ("width", "layout"),
+    [(1, None), (1, Layout(7, 1, 3)), (1, Layout(3, 2, 1)), (3, None), (3, Layout(1, 1, 1)), (7, None)],
+    ids=["default", "wide", "groups", "blocks", "blocks one by one", "one block"],
 )
-def test_a_configuration_ends_at_the_same_bits_whatever_it_is_trained_with(head: Head, layout: Layout | None) -> None:
+def test_a_configuration_ends_at_the_same_bits_whatever_it_is_trained_with(
+    head: Head, width: int, layout: Layout | None
+) -> None:
     """In float32, at a learning rate that amplifies rounding, first, in the middle and last of seven."""
-    tokens, fast = some(41), [dataclasses.replace(one, lr=0.1) for one in SEVEN]
-    together = trained(head, tokens, fast, layout=layout, dtype=torch.float32)
+    tokens = some(41)
+    fast = [dataclasses.replace(one, lr=0.1, place=place) for place, one in enumerate(SEVEN)]
+    together = trained(head, tokens, fast, layout=layout, dtype=torch.float32, width=width)
     assert len(together) == 7
-    for place in (0, 3, 6):
-        [alone] = trained(head, tokens, [fast[place]], dtype=torch.float32)
+    company = trained(
+        head, tokens, [fast[k] for k in (6, 0, 3)], dtype=torch.float32, width=width
+    )  # 0, 3 and 6: one place
+    for place, in_company in zip((6, 0, 3), company, strict=True):
+        [alone] = trained(head, tokens, [fast[place]], dtype=torch.float32, width=width)
         for name, value in together[place].items():
-            assert torch.equal(value, alone[name]), name
+            assert torch.equal(value, alone[name]) and torch.equal(value, in_company[name]), name
+
+
+@pytest.mark.parametrize("head", EVERY_HEAD)
+def test_blocks_give_what_each_configuration_gives_by_itself(head: Head) -> None:
+    """In float64: the products that configurations share are those of each alone, to rounding."""
+    tokens, placed = some(40), [dataclasses.replace(one, place=place) for place, one in enumerate(SEVEN)]
+    for alone, state in zip(trained(head, tokens, placed), trained(head, tokens, placed, width=4), strict=True):
+        for name, value in state.items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@given(st.lists(st.integers(0, 62), max_size=20, unique=True), st.integers(1, 7))
+def test_every_configuration_has_its_place_in_one_block(places: list[int], width: int) -> None:
+    members = [Configuration(0.1, 0.1, place=place) for place in places]
+    blocks = Population("linear", SHAPE, members, 0, width).blocks()
+    assert sorted(k for block in blocks for k in block.values()) == list(range(len(places)))
+    assert all(place == places[k] % width for block in blocks for place, k in block.items())
+    most = max((sum(place % width == p for place in places) for p in range(width)), default=0)
+    assert len(blocks) == most  # no more than the place that most of them have needs
+
+
+def test_the_width_of_blocks_follows_from_the_sizes_of_the_grid() -> None:
+    small = HeadShape(tokens=8, width=64, classes=10, heads=8)
+    large = HeadShape(tokens=24, width=768, classes=47, heads=24)
+    assert [population.width_of("attentive", small, 300, size) for size in (63, 21, 3, 1)] == [7, 7, 3, 1]
+    assert population.width_of("attentive", large, 300, 63) == 1
 
 
 @pytest.mark.parametrize("head", EVERY_HEAD)
@@ -427,7 +462,7 @@ def test_a_layout_tiles_the_population_and_fits(
     count: int, memory: int, need: Needs, threads: int, shared: bool
 ) -> None:
     if need.batch + need.each + need.step > memory:
-        with pytest.raises(BadData, match="not even one configuration"):
+        with pytest.raises(BadData, match="not even one block"):
             Layout.of(count, need, memory=memory, threads=threads, shared=shared)
         return
     layout = Layout.of(count, need, memory=memory, threads=threads, shared=shared)

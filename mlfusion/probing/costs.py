@@ -15,7 +15,7 @@ from mlfusion.probing.training.batches import Schedule, Tokens
 from mlfusion.probing.training.population import Configuration, Population, TrainingData
 from mlfusion.probing.training.precision import Numerics
 from mlfusion.specs.names import Head, Probe
-from mlfusion.specs.options import SearchOptions
+from mlfusion.specs.options import GridName, SearchOptions
 from mlfusion.system import threads
 
 IMAGES = (32, 64, 128, 256)  # sizes of the trial's batch; the next smaller one is tried
@@ -49,7 +49,7 @@ def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: st
         heads=heads if HEADS[probe.head].has_attention else 1,
     )
     batch = max((b for b in IMAGES if b <= schedule.batch_size), default=IMAGES[0])
-    per_step = _step_seconds(probe.head, shape, batch, Numerics.of(device, search.precision))
+    per_step = _step_seconds(probe.head, shape, batch, Numerics.of(device, search.precision), search.grid)
     alone = 1 if HEADS[probe.head].is_convex else 2  # the refit, and the twin that tries the choice: one thread each
     return per_step * (steps + alone * schedule.steps * threads.count()) * schedule.batch_size / batch
 
@@ -61,16 +61,17 @@ def _random_tokens(images: int, tokens: int, width: int, classes: int) -> Tokens
 
 
 @cache
-def _step_seconds(head: Head, shape: HeadShape, images: int, numerics: Numerics) -> float:
+def _step_seconds(head: Head, shape: HeadShape, images: int, numerics: Numerics, grid: GridName) -> float:
     """Seconds of one step of one configuration on a batch, where all threads are busy."""
-    # One configuration per thread: a grid has more, and keeps all threads busy.
-    count = threads.count()
-    configurations = [Configuration(1e-3, 1e-2 + k, 0.1) for k in range(count)]
+    # One block per thread: a grid has more, and keeps all threads busy.
+    width = population.width_of(head, shape, images, len(grids.SEARCH_GRIDS[grid].configurations(head)))
+    count = width * threads.count()
+    configurations = [Configuration(1e-3, 1e-2 + k, 0.1, place=k) for k in range(count)]
     tokens = _random_tokens(images, shape.tokens, shape.width, shape.classes)
     schedule = Schedule(images, steps=100, batch_size=images, batches=1)
     ends: list[float] = []
     for _ in population.train(
-        Population(head, shape, configurations, seed=0),
+        Population(head, shape, configurations, seed=0, width=width),
         TrainingData(tokens, np.arange(images), schedule, until=STEPS),
         numerics,
         progress=lambda _: ends.append(time.perf_counter()),

@@ -136,8 +136,10 @@ class Training(Search):
         self.numerics = Numerics.of(self.device, options.search.precision)
         self.shape = replace(self.shape, heads=heads)
         grid = SEARCH_GRIDS[options.search.grid]
-        self.candidates = self.configurations = grid.configurations(head)
+        self.candidates = grid.configurations(head)
+        self.configurations = [replace(one, place=k) for k, one in enumerate(self.candidates)]
         self.choosing, self.refitting = grid.schedule(len(self.fitted)), grid.schedule(len(self.train))
+        self.width = population.width_of(head, self.shape, self.choosing.batch_size, len(self.candidates))
         self.block = self.refitting.batch_size
         self.rungs = rungs(len(self.configurations), self.choosing.steps, halving=options.search.halving)
         self.steps = sum(members * until for members, until in self.rungs) + self.refitting.steps
@@ -154,7 +156,8 @@ class Training(Search):
                 running = np.sort(running[np.lexsort((loss[running], -score[running]))[:members]])
             score, loss = (np.full(len(self.configurations), value) for value in (-np.inf, np.inf))
             self._outputs = {}
-            for ks, outputs, scores, losses in self._measured([self.configurations[k] for k in running], until):
+            configurations = [self.configurations[k] for k in running]
+            for ks, outputs, scores, losses in self._measured(configurations, until, self.width):
                 score[running[ks]], loss[running[ks]] = scores, losses
                 self._outputs |= dict(zip(running[ks].tolist(), outputs, strict=True))
                 ranks = np.lexsort((loss, -score))[:NEAR].tolist()
@@ -184,25 +187,25 @@ class Training(Search):
         """The share of answers that the twin of each changes, and its score."""
         found: list[tuple[float, float]] = []
         twins = [replace(self.configurations[k], twin=True) for k in members]
-        for ks, outputs, scores, _ in self._measured(twins, None) if twins else ():
+        for ks, outputs, scores, _ in self._measured(twins, None, 1) if twins else ():
             pairs = zip(members[ks], outputs, scores.tolist(), strict=True)
             found += [(changed(self.target, self._outputs[k], other), score) for k, other, score in pairs]
         return found
 
     def _measured(
-        self, configurations: Sequence[Configuration], until: int | None
+        self, configurations: Sequence[Configuration], until: int | None, width: int
     ) -> Iterator[tuple[slice, Float[Tensor, "k n C"], Float[np.ndarray, " k"], Float[np.ndarray, " k"]]]:
         """Configurations trained on the fitted part: outputs, scores and losses for the images held out."""
         loss = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
         data = TrainingData(self.train, self.fitted, self.choosing, until)
-        for part, probe in self._train(configurations, data, loss):
+        for part, probe in self._train(configurations, data, loss, width):
             outputs = self.outputs(probe, self.held_out, self.choosing.batch_size)
             yield part, outputs, *self.measure(outputs, self.held_out, loss)
 
     def refit(self, best: int) -> HeadModule:
         loss_function = self.target.loss(self.train.labels, self.device, torch.float32)
         data = TrainingData(self.train, self.everything, self.refitting)
-        [(_, probe)] = self._train([self.configurations[best]], data, loss_function)
+        [(_, probe)] = self._train([self.configurations[best]], data, loss_function, 1)
         return probe
 
     def selected(self, best: int) -> dict[str, float | int]:
@@ -215,9 +218,9 @@ class Training(Search):
         return selected | {"steps": self.refitting.steps, "batch_size": self.refitting.batch_size}
 
     def _train(
-        self, configurations: Sequence[Configuration], data: TrainingData, loss: Loss
+        self, configurations: Sequence[Configuration], data: TrainingData, loss: Loss, width: int
     ) -> Iterator[tuple[slice, HeadModule]]:
-        members = Population(self.head, self.shape, configurations, self.options.seed)
+        members = Population(self.head, self.shape, configurations, self.options.seed, width)
         return population.train(members, data, self.numerics, memory=self.memory, progress=self.advance, loss=loss)
 
 

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mlfusion.shapes import Float, Int
 
 WIDTH_MULTIPLE = 32  # the width of tokens must be a multiple
+FEW_COLUMNS = 128  # of folded keys: queries of all configurations of a block
 NUMBERS_PER_THREAD = 1 << 21  # minimum for which a thread of its own is faster
 
 _enabled = os.environ.get("MLFUSION_KERNELS") != "0"
@@ -92,7 +93,7 @@ def softmax(x: Float[Tensor, "B T D"], folded: Float[Tensor, "KH D"]) -> Float[T
     if not supports_inputs(x, folded):
         keys = folded.to(x.dtype).T
         # In float32 on a processor, a product for each image is faster than one of many rows and few columns.
-        each = x.device.type == "cpu" and x.dtype is folded.dtype
+        each = x.device.type == "cpu" and x.dtype is folded.dtype and heads <= FEW_COLUMNS
         scores = torch.bmm(x, keys.expand(b, d, heads)) if each else (x.flatten(0, 1) @ keys).view(b, t, heads)
         return torch.softmax(scores.to(folded.dtype), dim=1)
     out = torch.empty(b, t, heads)

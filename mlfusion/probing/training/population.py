@@ -3,11 +3,12 @@
 All configurations see the same images, in the same order, with the same jitter. Everything else (initialisation, dropout
 masks, learning rate, weight decay, gradient clipping) is each configuration's own.
 
-On a processor every configuration has products of its own, each by one thread. Libraries round the sums of a wide product by
-the place of a column, the number of columns and the number of threads, and training amplifies what they round: this way a
-configuration ends at the same bits in every population, whatever the memory and the number of threads. A grid has more
-configurations than a machine has cores, so that threads need not share a product to be busy. An accelerator, which is slow at
-small products, computes all configurations that fit into its memory at once, to rounding.
+On a processor small configurations share products, in blocks whose width depends on their sizes alone, and one thread computes
+each product. Libraries round the sums of a wide product by the place of a column, the number of columns and the number of
+threads, and training amplifies what they round: so every configuration has a place of its own in a block, and a place that
+none takes is filled. This way a configuration ends at the same bits in every population, whatever the memory and the number
+of threads. A grid has more configurations than a machine has cores, so that threads need not share a product to be busy. An
+accelerator, which is slow at small products, computes all configurations that fit into its memory at once, to rounding.
 """
 
 import math
@@ -35,8 +36,10 @@ from mlfusion.system.memory import Footprint, available
 from mlfusion.system.threads import in_order
 
 MEMORY_SHARE = 0.8  # share of the free memory that training may take
-BUNDLE = 3  # largest number of configurations that a worker steps one after another
-BUNDLE_BYTES = 1 << 26  # size of the configurations of a bundle, with what a step takes
+WIDTH = 7  # configurations of a block: the paper's grids, of 21 and 63, fill whole blocks
+SHARED_WORK = 1 << 19  # largest number of numbers that a step of a configuration in a block reads and makes
+BUNDLE = 3  # largest number of blocks that a worker steps one after another
+BUNDLE_BYTES = 1 << 26  # size of the blocks of a bundle, with what a step takes
 BATCHES_AHEAD = 2  # batches in memory if several workers share the configurations
 TWIN_FACTOR = 2**-22  # relative change of a twin's initial weights: one or two units in the last place of float32
 
@@ -49,6 +52,7 @@ class Configuration:
     weight_decay: float
     dropout: float = 0.0
     twin: bool = False  # whether the initial weights are changed in their last places
+    place: int = 0  # its place in a block, modulo the block's width: its number in the grid
 
     def seed(self, seed: int) -> int:
         """The seed of this configuration's own random streams: the same in every population, and that of its twin."""
@@ -63,14 +67,37 @@ class Population:
     shape: HeadShape
     configurations: Sequence[Configuration]
     seed: int  # determines order and jitter; with a configuration, its initialisation and dropout masks
+    width: int = 1  # number of configurations that share products on a processor, see `width_of`
 
     def __len__(self) -> int:
         """K, the number of configurations."""
         return len(self.configurations)
 
-    def __getitem__(self, part: slice) -> "Population":
-        """Some of the configurations."""
-        return replace(self, configurations=self.configurations[part])
+    def some(self, members: Sequence[int]) -> "Population":
+        """The configurations with these numbers."""
+        return replace(self, configurations=[self.configurations[k] for k in members])
+
+    def blocks(self) -> list[dict[int, int]]:
+        """The blocks in which a processor trains them: place → number of the configuration."""
+        blocks: list[dict[int, int]] = []
+        for k, configuration in enumerate(self.configurations):
+            place = configuration.place % self.width
+            block = next((block for block in blocks if place not in block), None)
+            if block is None:
+                blocks.append(block := {})
+            block[place] = k
+        return blocks
+
+
+def width_of(head: Head, shape: HeadShape, batch: int, configurations: int) -> int:
+    """The width of the blocks of a grid: that many configurations share products, since small products waste time.
+
+    It depends on nothing but the head, its shape, the images of a batch and the size of the grid.
+    """
+    probe = HEADS[head](shape, seeds=[0], dropouts=[0.0])
+    parameters = sum(parameter.numel() for parameter in probe.parameters())
+    work = parameters + batch * (shape.tokens * shape.heads + shape.width)
+    return min(WIDTH, configurations) if work <= SHARED_WORK else 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +117,10 @@ class Needs:
     batch: int  # a batch of tokens, and the tensors that all configurations share
     each: int  # parameters and moments of one configuration
     step: int  # temporary tensors of a step of one configuration
+
+    def of_block(self, width: int) -> "Needs":
+        """Those of a block of configurations, in place of one."""
+        return Needs(self.batch, width * self.each, width * self.step)
 
 
 @cache
@@ -112,22 +143,25 @@ def _mean_square(outputs: Float[Tensor, "K B C"], _: Shaped[Tensor, "B ..."]) ->
 
 @dataclass(frozen=True)
 class Layout:
-    """Partition of a population: groups that fit into memory, each split among workers."""
+    """Partition of the blocks of a population: groups that fit into memory, each split among workers.
 
-    together: int  # configurations of a group
-    bundle: int  # configurations that a worker steps one after another; on an accelerator, those of one block
+    On an accelerator every configuration counts as a block, and a group is computed at once.
+    """
+
+    together: int  # blocks of a group
+    bundle: int  # blocks that a worker steps one after another; on an accelerator, those of a group
     workers: int  # bundles that are stepped at the same time
 
     @classmethod
     def of(cls, count: int, need: Needs, *, memory: int, threads: int, shared: bool) -> "Layout":
-        """The layout with as many of `count` configurations in a group as `memory` bytes hold.
+        """The layout with as many of `count` blocks in a group as `memory` bytes hold; `need` is that of a block.
 
         `shared`: they run on a device that works on all at once, rather than one on each of `threads` cores.
 
         Raises:
-            BadData: not even one configuration fits into memory.
+            BadData: not even one block fits into memory.
         """
-        # A step of one small configuration is shorter than the overhead of Python: fewer workers, each with a few.
+        # A step of a small block is shorter than the overhead of Python: fewer workers, each with a few.
         bundle = max(1, min(BUNDLE, BUNDLE_BYTES // (need.each + need.step)))
         workers = 1 if shared else max(1, min(threads, count // bundle))
         while workers > 1 and BATCHES_AHEAD * need.batch + workers * (need.each + need.step) > memory:
@@ -139,7 +173,7 @@ class Layout:
         return cls(together, together if shared else bundle, workers)
 
     def groups(self, count: int) -> list[slice]:
-        """The groups, as slices of the population."""
+        """The groups, as slices of `count` blocks."""
         edges = np.linspace(0, count, math.ceil(count / self.together) + 1).round().astype(int)
         return [slice(a, b) for a, b in pairwise(edges.tolist())]
 
@@ -148,8 +182,8 @@ def _too_little_memory(need: Needs, memory: int) -> str:
     parts = (need.batch + need.step + need.each, need.batch, need.step + need.each, memory)
     least, tokens, probe, free = (f"{part / 1e6:,.1f} MB" for part in parts)
     return (
-        f"not even one configuration can be trained: it needs {least} of memory ({tokens} for a batch of tokens, "
-        f"{probe} for the probe), and {free} may be taken; allowed: a probe that fits. Free memory, raise --memory, or "
+        f"not even one block of configurations can be trained: it needs {least} of memory ({tokens} for a batch of tokens, "
+        f"{probe} for the probes), and {free} may be taken; allowed: a probe that fits. Free memory, raise --memory, or "
         "choose fewer layers or another head"
     )
 
@@ -159,6 +193,7 @@ class _Block:
 
     def __init__(self, population: Population, numerics: Numerics, loss: Loss) -> None:
         members = population.configurations
+        self._population = population
         self.probe = HEADS[population.head](
             population.shape,
             seeds=[member.seed(population.seed) for member in members],
@@ -187,6 +222,16 @@ class _Block:
         if self.probe.max_grad_norm is not None:
             self._optimizer.clip(self.probe.max_grad_norm)
         self._optimizer.step(cosine(self._optimizer.lr, step, steps))
+
+    def probe_of(self, place: int) -> HeadModule:
+        """The trained probe of one configuration."""
+        alone = self._population.some([place])
+        if len(self._population) == 1:
+            return self.probe
+        probe = HEADS[alone.head](alone.shape, seeds=[0], dropouts=[alone.configurations[0].dropout])
+        state = {name: value[place : place + 1].clone() for name, value in self.probe.state_dict().items()}
+        probe.load_state_dict(state, assign=True)
+        return probe
 
 
 def _shake(weights: Sequence[Float[Tensor, "..."]], seed: int) -> None:
@@ -268,31 +313,42 @@ def train(
         Some of the configurations and their probe, in evaluation mode. A configuration that diverged is not finite.
 
     Raises:
-        BadData: not even one configuration fits into memory.
+        BadData: not even one block fits into memory.
     """
     if loss is None:
         weights = torch.from_numpy(class_weights(data.tokens.labels[data.rows], population.shape.classes))
         loss = partial(cross_entropy, weights=weights.to(numerics.device, numerics.dtype))
     tokens, schedule = _move(data.tokens, numerics), replace(data.schedule, steps=data.until or data.schedule.steps)
+    width = 1 if numerics.is_accelerated else population.width
+    need = needs(population.head, population.shape, schedule.batch_size, numerics).of_block(width)
+    every = [{0: k} for k in range(len(population))] if numerics.is_accelerated else population.blocks()
     layout = layout or Layout.of(
-        len(population),
-        needs(population.head, population.shape, schedule.batch_size, numerics),
+        len(every),
+        need,
         memory=int(MEMORY_SHARE * available(numerics.device)) if memory is None else memory,
         threads=threads.count(),
         shared=numerics.is_accelerated,
     )
-    size = layout.bundle if numerics.is_accelerated else 1
-    for group in layout.groups(len(population)):
-        parts = [slice(start, min(start + size, group.stop)) for start in range(group.start, group.stop, size)]
-        blocks = [_Block(population[part], numerics, loss) for part in parts]
+    for group in layout.groups(len(every)):
+        places = every[group]
+        members = sorted(k for block in places for k in block.values())
+        if numerics.is_accelerated:
+            blocks = [_Block(population.some(members), numerics, loss)]
+        else:  # a place that none takes is filled with the first of the block
+            filled = [[block.get(place, min(block.values())) for place in range(width)] for block in places]
+            blocks = [_Block(population.some(block), numerics, loss) for block in filled]
         bundles = [tuple(blocks[n : n + layout.bundle]) for n in range(0, len(blocks), layout.bundle)]
         steps = batches(tokens, data.rows, schedule, seed=population.seed, device=numerics.device, dtype=numerics.dtype)
-        report = partial(progress or (lambda _: None), group.stop - group.start)
+        report = partial(progress or (lambda _: None), len(members))
         with tensor_cores(numerics.device), in_order(), _Workers(min(layout.workers, len(bundles))) as workers:
             _run(bundles, workers, steps, data.schedule.steps, report)
-        for part, block in zip(parts, blocks, strict=True):
-            block.probe.eval()
-            yield part, block.probe
+        if numerics.is_accelerated:
+            yield slice(members[0], members[-1] + 1), blocks[0].probe.eval()
+            continue
+        where = {k: (block, place) for block, of in zip(blocks, places, strict=True) for place, k in of.items()}
+        for k in members:
+            block, place = where[k]
+            yield slice(k, k + 1), block.probe_of(place).eval()
 
 
 def _run(
