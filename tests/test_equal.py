@@ -25,7 +25,7 @@ from mlfusion.specs.options import TrainingOptions
 from mlfusion.system import threads
 
 FAST = grids.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2, 1e-4), dropouts=(0.1,), epochs=1, least_steps=25)
-LITTLE = 1_000_000  # bytes: less than two of the larger configurations take
+LITTLE = 3_000_000  # bytes: less than two blocks of the larger configurations take
 
 
 @pytest.fixture(autouse=True)

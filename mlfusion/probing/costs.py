@@ -15,7 +15,7 @@ from mlfusion.probing.training.batches import Schedule, Tokens
 from mlfusion.probing.training.population import Configuration, Population, TrainingData
 from mlfusion.probing.training.precision import Numerics
 from mlfusion.specs.names import Head, Probe
-from mlfusion.specs.options import GridName, SearchOptions
+from mlfusion.specs.options import SearchOptions
 from mlfusion.system import threads
 
 IMAGES = (32, 64, 128, 256)  # sizes of the trial's batch; the next smaller one is tried
@@ -49,9 +49,12 @@ def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: st
         heads=heads if HEADS[probe.head].has_attention else 1,
     )
     batch = max((b for b in IMAGES if b <= schedule.batch_size), default=IMAGES[0])
-    per_step = _step_seconds(probe.head, shape, batch, Numerics.of(device, search.precision), search.grid)
-    alone = 1 if HEADS[probe.head].is_convex else 2  # the refit, and the twin that tries the choice: one thread each
-    return per_step * (steps + alone * schedule.steps * threads.count()) * schedule.batch_size / batch
+    numerics = Numerics.of(device, search.precision)
+    width = population.width_of(probe.head, shape, batch, configurations)
+    together, alone = (_step_seconds(probe.head, shape, batch, numerics, each) for each in (width, 1))
+    singles = 1 if HEADS[probe.head].is_convex else 2  # the refit, and the twin that tries the choice: one thread each
+    step = together * steps + alone * singles * schedule.steps * threads.count()
+    return step * schedule.batch_size / batch
 
 
 def _random_tokens(images: int, tokens: int, width: int, classes: int) -> Tokens:
@@ -61,10 +64,9 @@ def _random_tokens(images: int, tokens: int, width: int, classes: int) -> Tokens
 
 
 @cache
-def _step_seconds(head: Head, shape: HeadShape, images: int, numerics: Numerics, grid: GridName) -> float:
-    """Seconds of one step of one configuration on a batch, where all threads are busy."""
+def _step_seconds(head: Head, shape: HeadShape, images: int, numerics: Numerics, width: int) -> float:
+    """Seconds of one step of one configuration on a batch, where all threads are busy; `width` share products."""
     # One block per thread: a grid has more, and keeps all threads busy.
-    width = population.width_of(head, shape, images, len(grids.SEARCH_GRIDS[grid].configurations(head)))
     count = width * threads.count()
     configurations = [Configuration(1e-3, 1e-2 + k, 0.1, place=k) for k in range(count)]
     tokens = _random_tokens(images, shape.tokens, shape.width, shape.classes)
