@@ -424,3 +424,24 @@ def test_ids_stay_text_in_a_csv(tmp_path: Path) -> None:
     export.write([row(one, code="0123456") for one in older], tmp_path / "older.csv")
     read = pandas.read_csv(tmp_path / "older.csv", dtype={"id": str, "code": str})
     assert read["id"].tolist() == older and set(read["code"]) == {"0123456"}
+
+
+def test_rows_that_differ_seed_by_seed_are_marked_even_where_all_seeds_together_do_not() -> None:
+    a, b = ([row(f"{name}{seed}", seed=seed) for seed in (0, 1)] for name in "ab")
+    assert statistics.differences(a, b) == {}
+    mixed = [msgspec.structs.replace(one, precision=p) for one, p in zip(a, ("float32", "bfloat16"), strict=True)]
+    other = [msgspec.structs.replace(one, precision=p) for one, p in zip(b, ("bfloat16", "float32"), strict=True)]
+    assert statistics.differences(mixed, other) == {
+        "precision": "precision: bfloat16, float32 against bfloat16, float32 in other seeds"
+    }
+    same = [msgspec.structs.replace(one, precision=p) for one, p in zip(b, ("float32", "bfloat16"), strict=True)]
+    assert statistics.differences(mixed, same) == {}
+
+
+def test_ranked_probes_with_other_seeds_are_marked() -> None:
+    scores = {"cls-last/linear": [0.7, 0.7], "ap-last/linear": [0.8, 0.7], "cls+ap-last/linear": [0.9, 0.8]}
+    rows = [one for number in range(6) for one in study(scores, dataset=f"set{number}")]
+    assert statistics.rank(rows, baseline="cls-last/linear").marks == ()
+    fewer = [one for one in rows if (one.probe, one.dataset, one.seed) != ("ap-last/linear", "set3", 1)]
+    marks = statistics.rank(fewer, baseline="cls-last/linear").marks
+    assert marks == ("the ranked probes do not have the same seeds",)

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlfusion.report.numbers import count, mean_sd, percent, points, short_count
+from mlfusion.report.numbers import count, mean_sd, percent, plural, points, short_count
 from mlfusion.report.sentences import answer, opening, protocol_notes
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import (
@@ -57,7 +57,7 @@ def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> Rende
     notes = [opening(groups)]
     notes += [f"{count(singles)} scores of single layers are not in these tables."] if singles else []
     notes += protocol_notes(groups)
-    notes += [f"{count(older)} older sets of features are not shown."] if older else []
+    notes += [f"{plural(older, 'older set of features is', 'older sets of features are')} not shown."] if older else []
     notes.append("For validation scores, parameters and times type: mlfusion report --long.")
     return Group(*parts, Text(" ".join(notes)))
 

@@ -306,6 +306,10 @@ def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> ProbeRan
         for name in ("code", "precision")
         if len(values := {str(getattr(row, name)) for row in rows if row.probe in table.scores}) > 1
     ]
+    cases = {probe: {(row.dataset, row.seed) for row in rows if row.probe == probe} for probe in table.scores}
+    ranked = [{case for case in each if case[0] in table.datasets} for each in cases.values()]
+    if any(each != ranked[0] for each in ranked):
+        marks.append("the ranked probes do not have the same seeds")
     if older := len(every) - len(rows):
         marks.insert(0, f"{older} rows of protocols before {newest} do not count, since they measure differently")
     return ProbeRanking(
@@ -389,14 +393,17 @@ def _comparable(a: Row, b: Row) -> None:
 
 
 def differences(a: Sequence[Row], b: Sequence[Row]) -> dict[str, str]:
-    """Differences between rows of one setting besides the probe, which may explain a difference in scores, by field.
+    """Differences between rows of one setting, paired by seed, which may explain a difference in scores, by field.
 
     {'code': 'code: abc against def'}; an option that was not used is 'none'. `compare` and reports mark them.
     """
     found: dict[str, str] = {}
     objects = [[msgspec.to_builtins(row) for row in rows] for rows in (a, b)]  # without options at their default
     for name in MARKED:
-        values_a, values_b = (sorted({str(row.get(name, "none")) for row in rows}) for rows in objects)
-        if values_a != values_b:
-            found[name] = f"{name}: {', '.join(values_a)} against {', '.join(values_b)}"
+        by_row = [[str(row.get(name, "none")) for row in rows] for rows in objects]
+        if by_row[0] == by_row[1]:
+            continue
+        values_a, values_b = (", ".join(sorted(set(values))) for values in by_row)
+        where = " in other seeds" if values_a == values_b else ""
+        found[name] = f"{name}: {values_a} against {values_b}{where}"
     return found
