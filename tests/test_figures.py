@@ -262,7 +262,7 @@ def test_other_code_than_the_baselines_is_marked() -> None:
     rows = study({BASE: [0.9, 0.91], ALF: [0.95, 0.96], LINEAR: [0.92, 0.93]})
     rows = [replace(row, code="later" if row.probe == ALF else "abc") for row in rows]
     [group] = comparison_groups(rows)
-    assert [score.probe for score in group.scores if score.other_code] == [ALF]
+    assert [score.probe for score in group.scores if score.other] == [ALF]
     text = page.page(ReportData(rows))
     assert "1 score was made by another version of the code" in re.sub("<[^>]+>", "", text)
     assert "(marked \N{DAGGER})" in text
