@@ -9,6 +9,7 @@ MlfusionError
     BadImage         one image that cannot be read
   NotCached          stage 2 was asked for features that stage 1 has not written
   CacheUnusable      the cache cannot be written or read: read-only, full, damaged, from a newer version
+    CacheUnread      a file of it that may not be read, which is no damage
   ResultsUnusable    likewise the results, or there are none yet
   BadRecipe          a recipe says something that no recipe may say
 
@@ -62,6 +63,10 @@ class NotCached(MlfusionError):
 
 class CacheUnusable(MlfusionError):
     """The cache cannot be written to or trusted."""
+
+
+class CacheUnread(CacheUnusable):
+    """A file of the cache that the system does not let us read; it may be sound."""
 
 
 class ResultsUnusable(MlfusionError):
