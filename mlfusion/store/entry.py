@@ -161,7 +161,9 @@ class Entry:
         """
         times: dict[Names, int] = {}
         for entry in (self, *self.lower):
-            for name in entry.tree.names(f"{entry.at}/names"):
+            with records.reading(entry.path):
+                files = entry.tree.names(f"{entry.at}/names")
+            for name in files:
                 if name.endswith(".json"):
                     with suppress(FileNotFoundError):
                         names, time = entry.alias(name)
@@ -192,7 +194,11 @@ class Entry:
 
     def _opened(self) -> Iterator[tuple[Stream, Tree]]:
         """Each stream and its folder, which is open until the next one."""
-        with suppress(FileNotFoundError), self.tree.holding(f"{self.at}/{TOKENS}") as tokens:
+        with (
+            records.reading(self.path),
+            suppress(FileNotFoundError),
+            self.tree.holding(f"{self.at}/{TOKENS}") as tokens,
+        ):
             for name in filter(STREAM.fullmatch, tokens.names()):
                 with suppress(FileNotFoundError), tokens.holding(name) as folder:
                     yield self._stream(folder, name), folder

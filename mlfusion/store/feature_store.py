@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -331,6 +331,8 @@ class FeatureStore:
         """
         with disk.translate_os_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
+            if owner := records.owned_by(self.root.resolve()):
+                _say_once(f"the cache at {self.root} is another user's{owner}, who can change what you extract")
             marker = CacheMarker(format=FORMAT, uuid=str(uuid.uuid4()))
             for name, text in {"CACHEDIR.TAG": CACHEDIR_TAG, MARKER: records.encode(marker)}.items():
                 if not self.tree.require(name, stat.S_IFREG):
@@ -350,6 +352,11 @@ class FeatureStore:
             entry.add_alias(names)
             entry.sweep()
             return entry
+
+
+@lru_cache
+def _say_once(line: str) -> None:
+    logger.warning(line)
 
 
 def read_or_report(read: Callable[[], T | None], on_damage: OnDamage | None = None) -> T | None:

@@ -6,7 +6,8 @@ import json
 import os
 import pwd
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -209,6 +210,15 @@ def unread(path: Path, err: OSError) -> CacheUnusable:
     if err.errno == errno.EIO:
         return damaged(path, f"the disk does not give it ({err.strerror})")
     return CacheUnread(f"{path} cannot be read ({err.strerror}){owned_by(path)}; ask for the permission to read it")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to read a folder into `CacheUnread`."""
+    try:
+        yield
+    except PermissionError as err:
+        raise unread(Path(err.filename or path), err) from err
 
 
 def owned_by(path: Path) -> str:

@@ -120,6 +120,13 @@ def _damage(path: Path, err: Exception, quarantine: tuple[str, ...], *, repairab
 
 def verify_entry(folder: Path) -> Iterator[Damage]:
     """All damage in one entry's folder; an incomplete stream is no damage."""
+    try:
+        yield from _verify(folder)
+    except PermissionError as err:  # a folder of the entry may not be read
+        yield Damage(Path(err.filename), str(unread(Path(err.filename), err)), (), unread=True)
+
+
+def _verify(folder: Path) -> Iterator[Damage]:
     tree, at = open_tree(folder.parent.parent), f"{folder.parent.name}/{folder.name}"
     beside = list(_found(tree, at, stat.S_IFDIR)) or [
         damage for name in FOLDERS for damage in _found(tree, f"{at}/{name}", stat.S_IFDIR)
