@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import workers
 from sealed import read_json, sealed
 from test_store import MODEL, NAMES, SHAPES, fill, new_entry, small_shards  # noqa: F401 - the fixture makes shards small here too
 from tiny import save_images, save_model
@@ -505,3 +506,27 @@ def test_a_sample_shows_numbers_that_are_not_the_models(tmp_path: Path) -> None:
     shutil.rmtree(data)
     gone = compare_sample(cache, 4)
     assert (gone.images, len(gone.skipped)) == (0, 2)
+
+
+# --- from format 3 on ---------------------------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden" / "format-3"
+
+
+@pytest.mark.parametrize(("images", "dtype", "rounding"), [(12, "float16", 1e-3), (10, "int8", 1e-2)])
+def test_a_cache_of_this_format_is_read_and_reused_by_every_later_one(
+    images: int, dtype: str, rounding: float, tmp_path: Path
+) -> None:
+    """The files that were committed when the format was new; their numbers are a formula's."""
+    shutil.copytree(GOLDEN, tmp_path / "cache")
+    kept = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert not verify(tmp_path / "cache").damaged
+    entry = FeatureStore(tmp_path / "cache").entry(workers.spec(images, dtype))
+    assert entry is not None, "the key of the same features is another by now"
+    for layer, kind in sorted(workers.PAIRS):
+        want = workers.numbers(range(images), layer, kind)
+        np.testing.assert_allclose(entry.read([layer], [kind])[:, 0], want, atol=rounding)
+    passes = tmp_path / "passes"
+    workers.extract(tmp_path / "cache", images=images, dtype=dtype, passes=passes)
+    assert not passes.exists()  # nothing was computed again
+    assert all(path.read_bytes() == data for path, data in kept.items())
