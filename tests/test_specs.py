@@ -25,7 +25,10 @@ SPEC = FeatureSpec(model=MODEL, data=DATA)
 WRITTEN_OUT = (
     '{"data":{"classes":["a","b"],"content":"' + "ef" * 32 + '","images":7,"split":"train","type":"DataSpec"},'
     '"dtype":"float16","format":3,'
-    '"model":{"compute":"float32","config":"' + "cd" * 8 + '","depth":12,"hook":"norm2","preprocess":"{}","revision":null,'
+    '"model":{"compute":"float32","config":"'
+    + "cd"
+    * 8
+    + '","depth":12,"hook":"norm2","preprocess":"{}","revision":null,'
     '"type":"ModelSpec","weights":"' + "ab" * 32 + '","width":192},"type":"FeatureSpec"}'
 )
 
