@@ -99,23 +99,27 @@ class Pin:
     """A reader's mark in an entry; a cache that cannot be written gets none."""
 
     def __init__(self, tree: Tree, folder: str) -> None:
-        self._tree, self._path, self._process = tree, f"{folder}/{disk.claim()}", os.getpid()
-        self._renewed = time.monotonic()
+        self._name, self._process, self._renewed = disk.claim(), os.getpid(), time.monotonic()
+        self._folder: Tree | None = None  # open until the end, since a prune may move it
         with suppress(OSError):
-            self._tree.create(self._path).close()
+            self._folder = tree.hold(folder)
+            self._folder.create(self._name).close()
 
     def renew(self) -> None:
         """Renew the pin; cheap to call often."""
         if time.monotonic() - self._renewed > PIN_TERM / 100:
             self._renewed = time.monotonic()
             with suppress(OSError):
-                self._tree.touch(self._path)
+                if self._folder:
+                    self._folder.touch(self._name)
 
     def close(self) -> None:
-        """Remove the pin; does nothing in a forked child."""
-        if os.getpid() == self._process:
-            with suppress(OSError):
-                self._tree.remove(self._path)
+        """Remove the pin; a forked child leaves it to its parent."""
+        if self._folder:
+            if os.getpid() == self._process:
+                with suppress(OSError):
+                    self._folder.remove(self._name)
+            self._folder.close()
 
 
 def in_use(tree: Tree, folder: str) -> str:

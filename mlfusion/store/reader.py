@@ -277,8 +277,8 @@ class TokenReader:
         self._shards.clear()
         while self._folders:
             self._folders.popitem()[1].close()
-        for pin in self._pins:
-            pin.close()
+        while self._pins:
+            self._pins.pop().close()
 
     def __enter__(self) -> Self:
         return self

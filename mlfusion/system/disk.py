@@ -35,7 +35,16 @@ def process_scope() -> str:
 
 def claim() -> str:
     """A unique name of the calling process: host~process.start~random."""
-    return f"{process_scope()}~{os.getpid()}.{_start_time(os.getpid())}~{uuid.uuid4().hex[:8]}"
+    return f"{process_scope()}~{_own_process(os.getpid())}~{uuid.uuid4().hex[:8]}"
+
+
+@cache
+def _own_process(number: int) -> str:
+    """Number and start time of the calling process; to read the time takes as long as to read a record."""
+    return f"{number}.{_start_time(number)}"
+
+
+os.register_at_fork(after_in_child=_own_process.cache_clear)
 
 
 _CLAIM = re.compile(r"[^~/]+~[1-9]\d*(\.\d*)?~[0-9a-f]{8}")

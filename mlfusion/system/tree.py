@@ -71,7 +71,7 @@ class Tree:
         if self._held is None:
             folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         else:
-            folder = os.open(".", FOLDER, dir_fd=self._held)
+            folder = self._held if path else os.open(".", FOLDER, dir_fd=self._held)
         walked = ""
         try:
             for part in path.split("/") if path else ():
@@ -79,13 +79,18 @@ class Tree:
                     raise ValueError(f"{path!r} is no path below a root")
                 walked += f"/{part}"
                 inner = os.open(part, FOLDER, dir_fd=folder)
-                os.close(folder)
+                self._done(folder)
                 folder = inner
         except OSError as err:
             fault = self._fault(err, walked, folder, stat.S_IFDIR)
-            os.close(folder)
+            self._done(folder)
             raise fault from None
         return folder
+
+    def _done(self, folder: int) -> None:
+        """Close a descriptor, but not that of a held root."""
+        if folder != self._held:
+            os.close(folder)
 
     def _fault(self, err: OSError, path: str, folder: int, wanted: int) -> Exception:
         """The error to raise if what a path names cannot be opened: damage if it is of another sort."""
@@ -112,8 +117,7 @@ class Tree:
                 err.filename = f"{self.root}/{path}"
             raise
         finally:
-            if folder != self._held:
-                os.close(folder)
+            self._done(folder)
 
     def open(self, path: str) -> int:
         """A descriptor of a regular file, for reading."""
@@ -201,7 +205,7 @@ class Tree:
 
     @property
     def _mode(self) -> int:
-        return os.stat(self.root).st_mode
+        return os.stat(self.root if self._held is None else self._held).st_mode
 
     def make(self, path: str) -> None:
         """Create a folder, not its parents; FileExistsError if the name is taken."""
