@@ -1,12 +1,15 @@
 """What a stranger puts into a cache leads nowhere, what is wrong is one sentence, and users of one cache spare each other."""
 
 import errno
+import json
 import os
 import shutil
 import socket
 import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,7 +25,7 @@ from mlfusion.errors import CacheUnread, CacheUnusable, MlfusionError, printable
 from mlfusion.specs.definitions import build
 from mlfusion.specs.identity import digest
 from mlfusion.specs.options import PruneOptions
-from mlfusion.store import Entry, FeatureStore, Gap, streams_for
+from mlfusion.store import Entry, FeatureStore, Gap, records, streams_for
 from mlfusion.store.entry import zarr_group
 from mlfusion.store.housekeeping import copy_entries, disk_usage, list_entries, prune, remove_entry
 from mlfusion.store.leases import Leases
@@ -255,6 +258,39 @@ def test_depth_width_and_view_are_those_of_the_key(change: dict, entry: Entry) -
     (entry.path / "entry.json").write_text(sealed(body))
     with pytest.raises(CacheUnusable, match=r"entry\.json is damaged"):
         Entry(entry.path)
+
+
+def random_json(random: np.random.Generator, depth: int) -> str:
+    """Random JSON whose keys and texts hold colons, escapes and spaces; some keys occur twice."""
+
+    def pick(*choices: str) -> str:
+        return choices[int(random.integers(len(choices)))]
+
+    inner = [random_json(random, depth - 1) for _ in range(int(random.integers(4)))] if depth else []
+    match int(random.integers(3)):
+        case 0 if inner:
+            return f"[{','.join(inner)}]"
+        case 1 if inner:
+            keys = ('"a"', '"b"', '":"', '"\\u0061"', '"\\u003a"', '"a:"')
+            return "{" + ",".join(f"{pick(*keys)}{pick('', ' ')}:{value}" for value in inner) + "}"
+    return pick("1", "null", '"x"', '":"', '"a:b:"', '"\\u003a"', '"\\\\u:"', '"\\":"', '"{"', "{}")
+
+
+def keys_occur_once(text: str) -> bool:
+    """Python's own reader, key by key."""
+    repeated: list[int] = []
+    json.loads(text, object_pairs_hook=lambda pairs: repeated.append(len(pairs) - len(dict(pairs))))
+    return not any(repeated)
+
+
+def test_every_key_that_occurs_twice_is_found() -> None:
+    random = np.random.default_rng(0)
+    texts = [random_json(random, 4) for _ in range(3000)]
+    once = [keys_occur_once(text) for text in texts]
+    assert 100 < sum(once) < 2900
+    for text, valid in zip(texts, once, strict=True):
+        with nullcontext() if valid else pytest.raises(ValueError, match="twice"):
+            records.parse(text.encode(), Any)
 
 
 @pytest.mark.parametrize(
