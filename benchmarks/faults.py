@@ -91,12 +91,7 @@ def inputs(figures: dict[str, Any]) -> str:
     return page.table(heads, [*rows, ("**all**", *(f"**{count:,}**" for count in every))])
 
 
-def records(figures: dict[str, Any]) -> str:
-    """The table of forged records, and of what became of them."""
-    return page.table(["outcome", "trials"], [(what, f"{count:,}") for what, count in figures.items()])
-
-
-PARTS = {"records": records, "soak": soak, "shards": shards, "inputs": inputs}  # of the page, beside the trials
+PARTS = {"soak": soak, "shards": shards, "inputs": inputs}  # of the page, beside the trials
 
 
 def main() -> None:

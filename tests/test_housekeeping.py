@@ -31,7 +31,6 @@ from mlfusion.store.housekeeping import (
 from mlfusion.store.leases import Leases
 from mlfusion.store.verify import repair_entry, verify, verify_entry
 from mlfusion.system import disk
-from mlfusion.system.tree import Tree
 
 RUN = RunRecord(
     when="2026-01-01T00:00:00+00:00",
@@ -183,9 +182,9 @@ def test_what_the_commands_do_is_done_by_functions(tmp_path):
     assert (listed.tokens, listed.bytes, listed.skipped) == ("cls+ap@1-3", entry.nbytes(), 0)
     assert entry_paths(two) == [two]
     assert entry_paths(two, EntryFilter(dataset="d")) == [copied.path]
-    files = tree(two / "v3")
+    files = tree(two / "v2")
     assert disk_usage(two).entries == {("m", "d"): sum(map(len, files.values()))}
-    assert verify(two).to_json() == {"entries": 1, "damaged": [], "unread": [], "quarantined": []}
+    assert verify(two).to_json() == {"entries": 1, "damaged": [], "quarantined": []}
     [shard, *_] = two.rglob("tokens.h5")
     shard.write_bytes(shard.read_bytes()[:-1])
     assert [damage.path for damage in verify(two).damaged] == [shard.parent]
@@ -206,8 +205,8 @@ def test_what_goes_by_age_size_and_need(tmp_path):
         entry = new_entry(tmp_path, images)
         fill(entry, "zarr")
         then = time.time() - days * 86400
-        for path in (entry.path / "names", *(path for path in entry.path.rglob("*") if path.is_file())):
-            os.utime(path, (then, then))
+        for name in ("names", "entry.json"):
+            os.utime(entry.path / name, (then, then))
     assert decisions(store, older=3 * 86400) == {9: True, 17: True, 25: False}
     sizes = {entry.spec.data.images: entry.size() for entry in store.own_entries()}
     assert decisions(store, size=sizes[25] + sizes[17]) == {9: True, 17: False, 25: False}
@@ -236,7 +235,7 @@ def test_a_reader_keeps_its_entry(tmp_path):
 
 def test_an_extraction_keeps_its_entry(tmp_path):
     entry = new_entry(tmp_path)
-    leases = Leases(entry.tree, f"{entry.at}/leases")
+    leases = Leases(entry.path / "leases")
     assert leases.take(["cls~0"])
     assert remove_entry(tmp_path, entry.path) == "it is being extracted"
     leases.release()
@@ -271,12 +270,12 @@ def test_the_commands(run, words, tmp_path):
         ("train", 12, "cls+ap@1-4"),
     ]
     assert run("cache", "du", "--json")["bytes"] == sum(
-        f.stat().st_size for f in (tmp_path / "cache" / "v3").rglob("*") if f.is_file()
+        f.stat().st_size for f in (tmp_path / "cache" / "v2").rglob("*") if f.is_file()
     )
     assert run("cache", "path", "--json")["paths"] == [str(tmp_path / "cache")]
     paths = run("cache", "path", *words, "--split", "train", "--json")["paths"]
     assert [Path(path).name for path in paths] == [row["key"] for row in rows if row["split"] == "train"]
-    assert run("cache", "verify", "--json") == {"entries": 2, "damaged": [], "unread": [], "quarantined": []}
+    assert run("cache", "verify", "--json") == {"entries": 2, "damaged": [], "quarantined": []}
     assert run("cache", "export", str(tmp_path / "copy"), "--format", "hdf5", "--json")["entries"]
     assert {row["key"] for row in run("cache", "ls", "--cache", "copy", "--json")["entries"]} == {
         row["key"] for row in rows
@@ -287,7 +286,7 @@ def test_the_commands(run, words, tmp_path):
     again = run("extract", *words, "--json")["features"]
     assert sum(one["forward_passes"] for one in again) == 0
     # one shard damaged: found, taken out, and only it is made again
-    [shard, *_] = (tmp_path / "cache" / "v3").rglob("*.h5")
+    [shard, *_] = (tmp_path / "cache" / "v2").rglob("*.h5")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 255
     shard.write_bytes(data)
@@ -306,7 +305,7 @@ def test_a_damaged_entry_hides_no_other(file, run, words, tmp_path):
     run("extract", *words)
     rows = run("cache", "ls", "--json")["entries"]
     [train] = (row["key"] for row in rows if row["split"] == "train")
-    [path] = (tmp_path / "cache" / "v3" / train).rglob(file)
+    [path] = (tmp_path / "cache" / "v2" / train).rglob(file)
     path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
     said = run("cache", "ls", "--json")
     assert [row["split"] for row in said["entries"]] == ["test"]
@@ -410,7 +409,7 @@ def test_a_labs_cache_below_ones_own(run, words, tmp_path):
     assert run("cache", "ls", "--cache", "mine", "--json")["entries"] == []
     now = tree(tmp_path / "lab")
     assert {name: data for name, data in now.items() if "/pins/" not in name} == lab
-    [shard, *_] = (tmp_path / "lab" / "v3").rglob("0/0/0/0")
+    [shard, *_] = (tmp_path / "lab" / "v2").rglob("0/0/0/0")
     shard.write_bytes(shard.read_bytes()[::-1])
     assert str(shard.parent.parent.parent.parent.name) in run("cache", "verify", "--cache", both, code=1)
     assert run("cache", "verify", "--repair", "--cache", both, "--json", code=1)["quarantined"] == []  # it is the lab's
@@ -429,10 +428,8 @@ def test_thousands_of_entries_are_listed_by_reading_each_once(tmp_path, monkeypa
     for images in range(1, 41):
         fill(new_entry(tmp_path, images), "zarr", {(1, "cls")})
     opened: list[str] = []
-    read = Tree.read_at
-    monkeypatch.setattr(
-        Tree, "read_at", lambda tree, path, most: (opened.append(f"{tree.root}/{path}"), read(tree, path, most))[1]
-    )
+    read = disk.read_sealed
+    monkeypatch.setattr(disk, "read_sealed", lambda path: (opened.append(str(path)), read(path))[1])
     assert len(FeatureStore(tmp_path).find(model="m", dataset="d")) == 40
     assert max(map(opened.count, opened)) == 1
     assert len(opened) <= 3 * 40

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from mlfusion.errors import MlfusionError, printable
+from mlfusion.errors import MlfusionError
 from mlfusion.system.progress import set_quiet
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Commands(TyperGroup):
         except MlfusionError as err:
             if _volume > 0:
                 traceback.print_exc()
-            typer.echo("error: " + printable(" ".join(str(err).split())), err=True)
+            typer.echo("error: " + " ".join(str(err).split()), err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             notify("stopped; what was finished is kept, the same command goes on from here")
@@ -54,12 +54,7 @@ def set_verbosity(volume: int) -> None:
 def notify(line: str) -> None:
     """Print a message on standard error, unless --quiet is given."""
     if _volume >= 0:
-        typer.echo(printable(line), err=True)
-
-
-def say(line: str) -> None:
-    """Print a line of a result."""
-    typer.echo(printable(line))
+        typer.echo(line, err=True)
 
 
 def print_json(body: Any) -> None:
@@ -86,9 +81,7 @@ def print_rows(rows: Sequence[dict[str, Any]], empty: str = "") -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return (
-        f"{value:,}" if isinstance(value, int) else "" if value is None else printable(str(value)).replace("\n", "\\n")
-    )
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
 
 
 def row_json(row: "Row") -> dict[str, Any]:

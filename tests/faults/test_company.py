@@ -49,7 +49,7 @@ def test_one_sleeps_longer_than_its_lease(many, trial, tmp_path, monkeypatch):
             other = Child(extract, root, pause=0.001)
             assert other.wait() == 0, other.said
             right(FeatureStore(root).entry(spec()))
-            before = published(root / "v3" / spec().key)
+            before = published(root / "v2" / spec().key)
             sleeper.send(signal.SIGCONT)
             assert sleeper.wait() == 0, sleeper.said
             assert before == published(whole(root).path)
@@ -103,7 +103,7 @@ def test_clocks_that_lie(years, trial, tmp_path, monkeypatch):
     with trial("clock skew"):
         child = Child(extract, root, pause=0.03)
         deadline = time.monotonic() + 20
-        while not list(root.glob("v3/*/leases/*")) and time.monotonic() < deadline:
+        while not list(root.glob("v2/*/leases/*")) and time.monotonic() < deadline:
             time.sleep(0.01)
         for path in [*root.rglob("*")]:
             if path.exists():
