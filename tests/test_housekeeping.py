@@ -182,7 +182,7 @@ def test_what_the_commands_do_is_done_by_functions(tmp_path):
     assert (listed.tokens, listed.bytes, listed.skipped) == ("cls+ap@1-3", entry.nbytes(), 0)
     assert entry_paths(two) == [two]
     assert entry_paths(two, EntryFilter(dataset="d")) == [copied.path]
-    files = tree(two / "v2")
+    files = tree(two / "v3")
     assert disk_usage(two).entries == {("m", "d"): sum(map(len, files.values()))}
     assert verify(two).to_json() == {"entries": 1, "damaged": [], "quarantined": []}
     [shard, *_] = two.rglob("tokens.h5")
@@ -270,7 +270,7 @@ def test_the_commands(run, words, tmp_path):
         ("train", 12, "cls+ap@1-4"),
     ]
     assert run("cache", "du", "--json")["bytes"] == sum(
-        f.stat().st_size for f in (tmp_path / "cache" / "v2").rglob("*") if f.is_file()
+        f.stat().st_size for f in (tmp_path / "cache" / "v3").rglob("*") if f.is_file()
     )
     assert run("cache", "path", "--json")["paths"] == [str(tmp_path / "cache")]
     paths = run("cache", "path", *words, "--split", "train", "--json")["paths"]
@@ -286,7 +286,7 @@ def test_the_commands(run, words, tmp_path):
     again = run("extract", *words, "--json")["features"]
     assert sum(one["forward_passes"] for one in again) == 0
     # one shard damaged: found, taken out, and only it is made again
-    [shard, *_] = (tmp_path / "cache" / "v2").rglob("*.h5")
+    [shard, *_] = (tmp_path / "cache" / "v3").rglob("*.h5")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 255
     shard.write_bytes(data)
@@ -305,7 +305,7 @@ def test_a_damaged_entry_hides_no_other(file, run, words, tmp_path):
     run("extract", *words)
     rows = run("cache", "ls", "--json")["entries"]
     [train] = (row["key"] for row in rows if row["split"] == "train")
-    [path] = (tmp_path / "cache" / "v2" / train).rglob(file)
+    [path] = (tmp_path / "cache" / "v3" / train).rglob(file)
     path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
     said = run("cache", "ls", "--json")
     assert [row["split"] for row in said["entries"]] == ["test"]
@@ -409,7 +409,7 @@ def test_a_labs_cache_below_ones_own(run, words, tmp_path):
     assert run("cache", "ls", "--cache", "mine", "--json")["entries"] == []
     now = tree(tmp_path / "lab")
     assert {name: data for name, data in now.items() if "/pins/" not in name} == lab
-    [shard, *_] = (tmp_path / "lab" / "v2").rglob("0/0/0/0")
+    [shard, *_] = (tmp_path / "lab" / "v3").rglob("0/0/0/0")
     shard.write_bytes(shard.read_bytes()[::-1])
     assert str(shard.parent.parent.parent.parent.name) in run("cache", "verify", "--cache", both, code=1)
     assert run("cache", "verify", "--repair", "--cache", both, "--json", code=1)["quarantined"] == []  # it is the lab's

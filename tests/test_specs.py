@@ -24,7 +24,7 @@ SPEC = FeatureSpec(model=MODEL, data=DATA)
 
 WRITTEN_OUT = (
     '{"data":{"classes":["a","b"],"content":"' + "ef" * 32 + '","images":7,"split":"train","type":"DataSpec"},'
-    '"dtype":"float16","format":2,'
+    '"dtype":"float16","format":3,'
     '"model":{"compute":"float32","config":"' + "cd" * 8 + '","hook":"norm2","preprocess":"{}","revision":null,'
     '"type":"ModelSpec","weights":"' + "ab" * 32 + '"},"type":"FeatureSpec"}'
 )

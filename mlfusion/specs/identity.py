@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-FORMAT = 2
+FORMAT = 3
 """Version of the key and of the layout on disk; readers reject newer versions."""
 
 MAX_PIXELS = 178_956_970

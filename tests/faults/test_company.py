@@ -49,7 +49,7 @@ def test_one_sleeps_longer_than_its_lease(many, trial, tmp_path, monkeypatch):
             other = Child(extract, root, pause=0.001)
             assert other.wait() == 0, other.said
             right(FeatureStore(root).entry(spec()))
-            before = published(root / "v2" / spec().key)
+            before = published(root / "v3" / spec().key)
             sleeper.send(signal.SIGCONT)
             assert sleeper.wait() == 0, sleeper.said
             assert before == published(whole(root).path)

@@ -263,7 +263,7 @@ def test_a_part_that_is_missing(format, cache, many, trial, tmp_path):
     cache(format)
     sound, root = tmp_path / "sound", tmp_path / "cache"
     root.rename(sound)
-    folder = Path("v2") / spec().key
+    folder = Path("v3") / spec().key
     for name in sorted(files(sound / folder))[:: many(4, 1)]:
         if name.startswith("names"):
             continue
@@ -284,17 +284,17 @@ def test_a_format_from_the_future(cache, trial, tmp_path):
     entry = cache("zarr")
     for path in (tmp_path / "cache" / "mlfusion-cache.json", entry.path / "entry.json"):
         sound = path.read_text()
-        path.write_text(sealed({**read_json(path), "format": 3}))
+        path.write_text(sealed({**read_json(path), "format": 4}))
         before = files(tmp_path / "cache")
         with trial("a format version from the future"):
-            with pytest.raises(CacheUnusable, match=r"format 3.*update mlfusion"):
+            with pytest.raises(CacheUnusable, match=r"format 4.*update mlfusion"):
                 _ = FeatureStore(tmp_path / "cache").entry(spec())
-            with pytest.raises(CacheUnusable, match=r"format 3.*update mlfusion"):
+            with pytest.raises(CacheUnusable, match=r"format 4.*update mlfusion"):
                 extract(tmp_path / "cache")
             assert files(tmp_path / "cache") == before
         path.write_text(sound)
     assert len(whole(tmp_path / "cache").samples) == IMAGES
     with trial("a format version from the future"):  # whatever else that format may hold
-        (tmp_path / "cache" / "mlfusion-cache.json").write_text(json.dumps({"format": 3, "sealed": "otherwise"}))
+        (tmp_path / "cache" / "mlfusion-cache.json").write_text(json.dumps({"format": 4, "sealed": "otherwise"}))
         with pytest.raises(CacheUnusable):
             FeatureStore(tmp_path / "cache")

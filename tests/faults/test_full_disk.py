@@ -36,7 +36,7 @@ def mended(root, child: Child, before: dict, format: str) -> None:
     status = child.wait()
     assert status in (0, UNUSABLE), child.said
     assert status == 0 or "no space left for the cache" in child.said
-    now = published(root / "v2" / spec(12).key)
+    now = published(root / "v3" / spec(12).key)
     assert before.items() <= now.items()
     again = Child(extract, root, images=12, format=format)
     assert again.wait() == 0, again.said
@@ -70,7 +70,7 @@ def test_full_after_some_shards(trial, tmp_path):
     root = tmp_path / "cache"
     child = Child(extract, root, images=12, pause=0.02)
     child.kill_after(0.25)
-    before = published(root / "v2" / spec(12).key)
+    before = published(root / "v3" / spec(12).key)
     with trial("a full disk behind published shards"):
         mended(root, Child(full, root, 3, "zarr"), before, "zarr")
 
@@ -106,7 +106,7 @@ def test_full_for_a_moment(many, trial, tmp_path):
                 root = tmp_path / f"{which} {turn}"
                 child = Child(full_for_a_moment, root, which, tmp_path / "count")
                 assert child.wait() == UNUSABLE, child.said
-                found = {name: data for name, data in files(root / "v2" / spec(20).key).items() if "/c/" in name}
+                found = {name: data for name, data in files(root / "v3" / spec(20).key).items() if "/c/" in name}
                 assert found.items() <= want.items()
                 extract(root, images=20)
                 assert files(whole(root, 20).path) == want

@@ -51,7 +51,7 @@ def done_rows(folder: Path) -> set[int]:
 
 def finish(root: Path, passes: Path, format: str, want: dict[str, bytes]) -> None:
     """Run to the end after a kill: nothing that was there is computed or written again, and all bytes are as they should be."""
-    folder = root / "v2" / spec().key
+    folder = root / "v3" / spec().key
     before, rows = published(folder), done_rows(folder)
     passes.unlink(missing_ok=True)
     child = Child(extract, root, format=format, passes=passes)
@@ -75,7 +75,7 @@ def test_killed_at_random_moments(format, many, trial, tmp_path):
     while kills < many(12, 150):
         number += 1
         root = tmp_path / f"cache {number}"
-        folder = root / "v2" / spec().key
+        folder = root / "v3" / spec().key
         before: dict[str, tuple[int, int]] = {}
         for _ in range(int(random.integers(1, 5))):  # kills in a row, before it may end
             with trial(f"kill -9 at a random moment, {format}"):
@@ -130,7 +130,7 @@ def test_killed_at_every_step(format, many, trial, tmp_path):
         root = tmp_path / f"step {step}"
         with trial(f"kill -9 before each change to the disk, {format}"):
             assert Child(killed, root, step).wait() == -signal.SIGKILL
-            kept = published(root / "v2" / spec(12).key)
+            kept = published(root / "v3" / spec(12).key)
             child = Child(extract, root, images=12, format=format)
             assert child.wait() == 0, child.said
             entry = whole(root, 12)

@@ -105,7 +105,7 @@ def test_drafts_swept_under_an_extractor(many, trial, tmp_path):
                     disk.remove(draft)
             status = child.wait()
             assert status in (0, UNUSABLE), child.said
-            before = published(root / "v2" / spec().key)
+            before = published(root / "v3" / spec().key)
             extract(root)
             assert before.items() <= published(whole(root).path).items()
 
@@ -139,7 +139,7 @@ def test_each_flush_fails_once(format, many, trial, tmp_path):
             child = Child(failing_flush, root, which, format)
             assert child.wait() == UNUSABLE, child.said
             assert "fails (Input/output error)" in child.said
-            before = published(root / "v2" / spec(12).key)
+            before = published(root / "v3" / spec(12).key)
             child = Child(extract, root, images=12, format=format)
             assert child.wait() == 0, child.said
             assert before.items() <= published(whole(root, 12).path).items()

@@ -40,8 +40,8 @@ def starve(place: Path, options: str, format: str, want: dict[str, bytes]) -> No
         extract(root, images=12, format=format)
     before = {}
     if FeatureStore(root).entry(spec(12)) is not None:
-        before = published(root / "v2" / spec(12).key)
-        assert list(verify_entry(root / "v2" / spec(12).key)) == []  # what was published is valid
+        before = published(root / "v3" / spec(12).key)
+        assert list(verify_entry(root / "v3" / spec(12).key)) == []  # what was published is valid
         assert litter(root) == []
     mount(place, ROOM, again=True)
     extract(root, images=12, format=format)

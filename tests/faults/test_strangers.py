@@ -39,7 +39,7 @@ def test_a_sound_shard_of_another_entry(record, trial, tmp_path, monkeypatch):
         with trial("a sound shard of another entry put in place of one"):
             mine = folder / POOLED / "c" / str(shard)
             shutil.move(mine, tmp_path / "aside")
-            shutil.copytree(other / "v2" / spec().key / POOLED / "c" / str(shard), mine)
+            shutil.copytree(other / "v3" / spec().key / POOLED / "c" / str(shard), mine)
             if not record:
                 shutil.copy(tmp_path / "aside" / "commit.json", mine / "commit.json")
             assert list(verify_entry(folder))
@@ -91,9 +91,9 @@ def test_one_cache_however_it_is_written(name, trial, tmp_path, monkeypatch):
     os.symlink("place/cache", tmp_path / "linked cache")
     want = files(extract(tmp_path / "place" / "cache").path)
     with trial("a root written otherwise, and moved"):
-        before = published(tmp_path / "place" / "cache" / "v2" / spec().key)
+        before = published(tmp_path / "place" / "cache" / "v3" / spec().key)
         extract(ROOTS[name](tmp_path))
-        assert published(tmp_path / "place" / "cache" / "v2" / spec().key) == before
+        assert published(tmp_path / "place" / "cache" / "v3" / spec().key) == before
         said = subprocess.run(
             [sys.executable, "-m", "mlfusion", "cache", "verify", "--json", "--cache", str(ROOTS[name](tmp_path))],
             capture_output=True,

@@ -74,7 +74,7 @@ def test_a_study_killed_ten_times_ends_with_the_same_rows(recipe, tmp_path, many
     assert child.wait() == 0, child.said
     assert kept(root) == want
     assert rows == sorted(rows) or len(set(tmp_path.glob("killed*"))) > 1
-    for entry in (root / "cache" / "v2").glob("[0-9a-f]*"):
+    for entry in (root / "cache" / "v3").glob("[0-9a-f]*"):
         assert list(verify_entry(entry)) == []
     arrays = {path.name for path in (root / "results" / "arrays").glob("[!.]*.npz")}
     assert arrays >= {f"{name}.npz" for name in want}

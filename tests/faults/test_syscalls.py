@@ -178,7 +178,7 @@ def test_a_kill_or_an_error_at_any_call(format, many, trial, tmp_path):
             status = child.wait()
             assert status in (0, UNUSABLE, -signal.SIGKILL), (name, what, number, child.said)
             assert status != -signal.SIGKILL or "KILL" in what
-            before = published(root / "v2" / spec(12).key)
+            before = published(root / "v3" / spec(12).key)
             child = Child(extract, root, images=12, format=format)
             assert child.wait() == 0, (name, what, number, child.said)
             folder = whole(root, 12).path

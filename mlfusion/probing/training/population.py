@@ -330,13 +330,8 @@ def train(
         shared=numerics.is_accelerated,
     )
     for group in layout.groups(len(every)):
-        places = every[group]
-        members = sorted(k for block in places for k in block.values())
-        if numerics.is_accelerated:
-            blocks = [_Block(population.some(members), numerics, loss)]
-        else:  # a place that none takes is filled with the first of the block
-            filled = [[block.get(place, min(block.values())) for place in range(width)] for block in places]
-            blocks = [_Block(population.some(block), numerics, loss) for block in filled]
+        blocks = _blocks(population, every[group], numerics, loss)
+        members = sorted(k for places in every[group] for k in places.values())
         bundles = [tuple(blocks[n : n + layout.bundle]) for n in range(0, len(blocks), layout.bundle)]
         steps = batches(tokens, data.rows, schedule, seed=population.seed, device=numerics.device, dtype=numerics.dtype)
         report = partial(progress or (lambda _: None), len(members))
@@ -345,10 +340,19 @@ def train(
         if numerics.is_accelerated:
             yield slice(members[0], members[-1] + 1), blocks[0].probe.eval()
             continue
-        where = {k: (block, place) for block, of in zip(blocks, places, strict=True) for place, k in of.items()}
+        where = {k: (block, place) for block, of in zip(blocks, every[group], strict=True) for place, k in of.items()}
         for k in members:
             block, place = where[k]
             yield slice(k, k + 1), block.probe_of(place).eval()
+
+
+def _blocks(population: Population, places: Sequence[dict[int, int]], numerics: Numerics, loss: Loss) -> list[_Block]:
+    """The blocks of a group, of which `places` has place → number of the configuration; on an accelerator a single one."""
+    if numerics.is_accelerated:
+        return [_Block(population.some([k for one in places for k in one.values()]), numerics, loss)]
+    # A place that none takes is filled with the first of the block.
+    filled = [[one.get(place, min(one.values())) for place in range(population.width)] for one in places]
+    return [_Block(population.some(members), numerics, loss) for members in filled]
 
 
 def _run(
