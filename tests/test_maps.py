@@ -127,7 +127,7 @@ def test_rows_and_columns_are_those_of_the_models_own_patches(name):
         check_grid(name, model, height, width)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ODD)
 def test_rows_and_columns_at_every_size(name):
     build, *_, low = ODD[name]

@@ -49,7 +49,7 @@ def fitted(head: Head, offset: float, scale: float = 1.0) -> tuple[protocol.Outc
 FAST = ("linear", "attentive", "ridge", "knn")
 
 
-@pytest.mark.parametrize("head", [*FAST, *(pytest.param(h, marks=pytest.mark.slow) for h in HEADS if h not in FAST)])
+@pytest.mark.parametrize("head", [*FAST, *(pytest.param(h, marks=pytest.mark.long) for h in HEADS if h not in FAST)])
 def test_every_head_has_the_scores_of_the_same_labels_near_zero(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SEARCH_GRIDS, "quick", SHORT)
     near, _ = fitted(head, 0.0)
@@ -106,7 +106,7 @@ def table(folder: Path, offset: float) -> Path:
     "probes",
     [
         ("cls-last/ridge", "cls-last/knn"),
-        pytest.param(("cls-last/linear", "cls+ap-last/attentive"), marks=pytest.mark.slow),
+        pytest.param(("cls-last/linear", "cls+ap-last/attentive"), marks=pytest.mark.long),
     ],
 )
 def test_seconds_since_1970_are_scored_and_predicted_as_seconds_of_the_day(

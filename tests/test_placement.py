@@ -347,7 +347,7 @@ def test_the_image_tower_of_a_large_model_is_read_without_its_text_model(tmp_pat
     torch.testing.assert_close(features(folder), before, rtol=0, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 def test_the_memory_is_that_of_the_tower(tmp_path: Path) -> None:
     small = vision_language(tmp_path / "small")
@@ -362,7 +362,7 @@ def test_the_memory_is_that_of_the_tower(tmp_path: Path) -> None:
 SAMPLE = [*itertools.islice(zoo.ZOO, 0, None, 7)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_tensor_that_is_missing_added_renamed_or_reshaped_is_refused_or_not_used(name: str, tmp_path: Path) -> None:
     """A sample of the tensors of a few families; `benchmarks/tensors.py` tries them all."""

@@ -16,7 +16,7 @@ NEAR = 1e-5
 HALF = {"bfloat16": 0.03, "float16": 0.004}  # type → largest error, as a share of the features' norm
 
 
-@pytest.mark.parametrize("compute", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compute", ["bfloat16", pytest.param("float16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_every_family_runs_in_half_precision(name, compute, tmp_path):
     checkpoint = models.locate(str(zoo.save(name, tmp_path / "model")))

@@ -319,7 +319,7 @@ import level  # type: ignore[import-not-found]  # noqa: E402
 
 @pytest.mark.parametrize("name", ["balanced accuracy", "the same, 3 seeds", "macro-F1", "R²"])
 @pytest.mark.parametrize(
-    "images", [8, pytest.param(20, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+    "images", [8, pytest.param(20, marks=pytest.mark.long), pytest.param(100, marks=pytest.mark.long)]
 )
 def test_tests_over_images_hold_their_level(name: str, images: int) -> None:
     worlds = 60 if images == 8 else 150
@@ -327,7 +327,7 @@ def test_tests_over_images_hold_their_level(name: str, images: int) -> None:
         assert share * worlds <= binom.ppf(0.9995, worlds, 0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["balanced accuracy of about 97 %", "macro-F1", "R²"])
 @pytest.mark.parametrize("images", [8, 20, 100])
 def test_intervals_of_simulated_worlds_contain_the_truth(name: str, images: int) -> None:
@@ -337,7 +337,7 @@ def test_intervals_of_simulated_worlds_contain_the_truth(name: str, images: int)
 
 
 @pytest.mark.parametrize("step", [0.0, 0.01])
-@pytest.mark.parametrize("datasets", [5, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 12, 20))])
+@pytest.mark.parametrize("datasets", [5, 8, *(pytest.param(n, marks=pytest.mark.long) for n in (6, 12, 20))])
 def test_tests_over_data_sets_hold_their_level(datasets: int, step: float) -> None:
     worlds = 40 if datasets == 8 else 150
     found = level.dataset_alarms(datasets, 3, step, worlds)
