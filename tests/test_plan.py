@@ -82,7 +82,7 @@ def test_what_is_there_is_not_planned_again(model: str, data: str) -> None:
 def test_more_layers_are_planned_beside_those_that_are_there(model: str, data: str) -> None:
     mlfusion.extract(model, data, tokens="ap", layers="2")
     before = planned(model, data, tokens="ap", layers="2,4", splits="train")
-    held = sum(path.stat().st_size for path in written(Path("cache/v2") / before.splits[0].key))
+    held = sum(path.stat().st_size for path in written(Path("cache/v3") / before.splits[0].key))
     [done] = mlfusion.extract(model, data, tokens="ap", layers="2,4", splits="train", batch_size=3)
     [plan] = before.splits
     assert plan.bytes_held == held

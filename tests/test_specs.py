@@ -56,7 +56,7 @@ def test_the_key_is_the_same_on_every_machine():
         ("data", "images", 8),
         ("data", "classes", ("a", "c")),
         (None, "dtype", "float32"),
-        (None, "format", 3),
+        (None, "format", 4),
     ],
 )
 def test_what_changes_the_numbers_changes_the_key(part, field, value):

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from mlfusion.errors import BadModel, first_line
 from mlfusion.models import checkpoints
 from mlfusion.models.backbone import conversion
 from mlfusion.models.backbone.placement import place, refuse_leftovers, refuse_shapes, submodule
+
+COMBINED = {"cls_token", "reg_token", "dist_token", "pos_embed", "visual.class_embedding", "visual.proj"}
+"""Tensors of timm and open_clip that the conversion may add to others, or leave out with a model's projection."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ def load(checkpoint: models.Checkpoint) -> LoadedTower:
     kind = _class(config)
     files = models.weight_files(checkpoint.folder)
     headers = checkpoints.headers_of(files)
-    with _quiet(), ExitStack() as opened:
+    with _quiet():
         try:
-            readers = {file: _reader(file, opened) for file in files}
+            readers = {file: _reader(file) for file in files}
             with torch.device("meta"):
                 blank = kind(config)
             parts = [submodule(blank, _tower(blank))]
@@ -56,7 +59,8 @@ def load(checkpoint: models.Checkpoint) -> LoadedTower:
             else:
                 origins, renamed = _renamed(headers, layout, config, checkpoint.name)
                 placement = place(blank, parts, renamed, origins, checkpoint.name)
-                weights = {name: Stored(name, headers[name].file, readers)[...] for name in origins.values()}
+                needed = {*origins.values(), *headers.keys() & COMBINED}
+                weights = {name: Stored(name, headers[name].file, readers)[...] for name in needed}
                 converted = conversion.tensors(weights, layout, config)
                 tensors = {name: tensor.float().contiguous() for name, tensor in converted.items()}
             model, report = kind.from_pretrained(
@@ -100,7 +104,7 @@ def _renamed(
         renamed[key] = replace(header, shape=tuple(tensor.shape))
         if mark in order:
             origins[key] = order[mark]
-    refuse_leftovers(headers.keys() - set(origins.values()), set(origins.values()), name)
+    refuse_leftovers(headers.keys() - set(origins.values()) - COMBINED, set(origins.values()), name)
     return origins, renamed
 
 
@@ -116,10 +120,13 @@ def _quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(before)
 
 
-def _reader(file: Path, opened: ExitStack) -> Callable[[str], Tensor]:
-    """A function from a tensor's name to the tensor, memory-mapped; the file stays open as long as `opened`."""
+def _reader(file: Path) -> Callable[[str], Tensor]:
+    """A function from a tensor's name to the tensor, memory-mapped.
+
+    The file is not closed before the function is released: transformers' threads may still read when one of them fails.
+    """
     if file.suffix == ".safetensors":
-        return opened.enter_context(safe_open(file, framework="pt")).get_tensor
+        return safe_open(file, framework="pt").get_tensor
     return checkpoints.unpickled(file).__getitem__
 
 
