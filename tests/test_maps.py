@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from zoo import PLAIN, ZOO, given
+from zoo import PLAIN, ZOO, given, shaken
 
 from mlfusion import models
 from mlfusion.errors import BadModel
@@ -19,14 +19,6 @@ from mlfusion.models.backbone.patches import grid_of
 from mlfusion.models.backbone.taps import Reducer
 
 NEAR = 1e-5
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval().requires_grad_(False)
 
 
 def dissected(model: nn.Module, patch_px: int | None, depth: int, pixels: Tensor) -> Anatomy:

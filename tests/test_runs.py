@@ -7,6 +7,7 @@ import torch
 import transformers
 import zoo
 from torch import nn
+from zoo import shaken
 
 from mlfusion import models
 from mlfusion.errors import BadModel
@@ -40,14 +41,6 @@ def test_angles_that_a_model_computes_itself_stay_exact(tmp_path):
 
 
 # --- pretraining checkpoints -----------------------------------------------------------------------------------------
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval().requires_grad_(False)
 
 
 def saved(model: nn.Module, folder, side: int) -> str:

@@ -341,6 +341,15 @@ ZOO: dict[str, Truth] = {
 }
 
 
+def shaken(model: nn.Module) -> nn.Module:
+    """A model whose parameters are all far from where they begin, so that none can be lost unnoticed."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval().requires_grad_(False)
+
+
 def save(name: str, folder: Path, seed: int = 0) -> Path:
     """A model of that family with random weights, as a folder in the hub's format."""
     truth = ZOO[name]

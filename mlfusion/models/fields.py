@@ -1,6 +1,7 @@
 """Judges the fields of another library's configuration: each one is read, has no effect, or is refused by name."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,13 @@ class Fields:
                     f"{self.part} has {name} = {value!r}, and the tensors of its file have {fact!r}; allowed: a "
                     "configuration and weights that belong together"
                 )
+
+
+def misfit(names: Iterable[str], known: re.Pattern[str], needed: Iterable[str]) -> str | None:
+    """The first name that is not known, or 'no NAME' for the first that is needed and not there; None if there is none."""
+    there = sorted(names)
+    unknown = next((name for name in there if not known.fullmatch(name)), None)
+    return unknown or next((f"no {name}" for name in needed if name not in there), None)
 
 
 def square(value: Any, part: str) -> int:

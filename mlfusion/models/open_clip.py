@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlfusion.errors import BadModel
-from mlfusion.models.fields import Fields, square
+from mlfusion.models.fields import Fields, misfit, square
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -82,6 +82,7 @@ VISUAL = re.compile(
     r"visual\.(?:conv1\.weight|class_embedding|positional_embedding|proj|ln_(?:pre|post)\.(?:weight|bias))"
 )
 
+KNOWN = re.compile(f"{RESBLOCK.pattern}|{VISUAL.pattern}")
 NEEDED = ("visual.conv1.weight", "visual.positional_embedding", "visual.transformer.resblocks.0.mlp.c_fc.weight")
 
 
@@ -100,11 +101,9 @@ def configuration(config: Mapping[str, Any], tensors: Shapes, name: str) -> Any:
     MODEL.check(model)
     VISION.check(vision)
     shapes = {key: shape for key, shape in tensors.items() if key.startswith("visual.")}
-    unknown = sorted(key for key in shapes if not RESBLOCK.fullmatch(key) and not VISUAL.fullmatch(key))
-    lacking = [key for key in NEEDED if key not in shapes]
-    if unknown or lacking:
+    if wrong := misfit(shapes, KNOWN, NEEDED):
         raise BadModel(
-            f"the image tower of open_clip in {name} has {unknown[0] if unknown else f'no {lacking[0]}'}, for which "
+            f"the image tower of open_clip in {name} has {wrong}, for which "
             "transformers has no class; allowed: plain vision transformers of open_clip, with a class token"
         )
     width, _, *patch = shapes["visual.conv1.weight"]

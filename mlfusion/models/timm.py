@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlfusion.errors import BadModel
-from mlfusion.models.fields import Fields, square
+from mlfusion.models.fields import Fields, misfit, square
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -92,6 +92,7 @@ BLOCK = re.compile(
 OUTSIDE = re.compile(r"(?:cls|dist|reg)_token|pos_embed|(?:patch_embed\.proj|norm|fc_norm|norm_pre)\.(?:weight|bias)")
 CLASSIFIER = re.compile(r"(?:head|head_dist|pre_logits)\.")
 
+KNOWN = re.compile(f"{BLOCK.pattern}|{OUTSIDE.pattern}")
 NEEDED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
 
 
@@ -107,11 +108,9 @@ def configuration(config: Mapping[str, Any], tensors: Shapes) -> Any:
     ARGUMENTS.check(arguments)
     PRETRAINED.check(pretrained)
     shapes = {key: shape for key, shape in tensors.items() if not CLASSIFIER.match(key)}
-    unknown = sorted(key for key in shapes if not BLOCK.fullmatch(key) and not OUTSIDE.fullmatch(key))
-    lacking = [key for key in NEEDED if key not in shapes]
-    if unknown or lacking:
+    if wrong := misfit(shapes, KNOWN, NEEDED):
         raise BadModel(
-            f"timm's {name} has {unknown[0] if unknown else f'no {lacking[0]}'}, for which transformers has no "
+            f"timm's {name} has {wrong}, for which transformers has no "
             "class; allowed: plain ViT, DeiT, MAE, CLIP and DINOv2 of timm (no rotary positions, no pooling by attention). "
             "Many others have a repository in transformers' own format, such as google/siglip-base-patch16-224"
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 PARTS = {  # the reason → the part of the name; the part stands outside the blocks, so before any number
     "a head": r"(?:\w+_)?(?:heads?|classifiers?|predictors?|logits|logit_scale|logit_bias|projector|projection|projections)"
-    r"|head_dist|fc|neck",
+    r"|proj|head_dist|fc|neck",
     "a pooler": r"pooler|(?:\w+_)?pooling|probe",
     "a decoder of pretraining": r"decoder\w*|mask_token|mask_decoder|prompt_encoder|shared_image_embedding",
     "the text half": r"text\w*|language_model|lm\w*|qformer|query_tokens|token_embedding|positional_embedding|transformer"

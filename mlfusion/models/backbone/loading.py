@@ -1,7 +1,7 @@
 """Loads a checkpoint's vision tower, float32 and frozen, and prepares the arguments of its forward pass."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +17,6 @@ from mlfusion.errors import BadModel, first_line
 from mlfusion.models import checkpoints
 from mlfusion.models.backbone import conversion
 from mlfusion.models.backbone.placement import place, refuse_leftovers, refuse_shapes, submodule
-
-COMBINED = {"cls_token", "reg_token", "dist_token", "pos_embed", "visual.class_embedding", "visual.proj"}
-"""Tensors of timm and open_clip that the conversion may add to others, or leave out with a model's projection."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,9 @@ def load(checkpoint: models.Checkpoint) -> LoadedTower:
                 tensors: dict[str, Any] = {name: Unread(headers[name].shape) for name in placement.unread}
                 tensors |= {name: Stored(name, headers[name].file, readers) for name in placement.read}
             else:
-                origins, renamed = _renamed(headers, layout, config, checkpoint.name)
+                origins, renamed, used = _renamed(headers, layout, config, checkpoint.name)
                 placement = place(blank, parts, renamed, origins, checkpoint.name)
-                needed = {*origins.values(), *headers.keys() & COMBINED}
-                weights = {name: Stored(name, headers[name].file, readers)[...] for name in needed}
+                weights = {name: Stored(name, headers[name].file, readers)[...] for name in used}
                 converted = conversion.tensors(weights, layout, config)
                 tensors = {name: tensor.float().contiguous() for name, tensor in converted.items()}
             model, report = kind.from_pretrained(
@@ -88,24 +84,43 @@ def load(checkpoint: models.Checkpoint) -> LoadedTower:
 
 def _renamed(
     headers: dict[str, checkpoints.Header], layout: checkpoints.Layout, config: Any, name: str
-) -> tuple[dict[str, str], dict[str, checkpoints.Header]]:
-    """For a checkpoint of timm or open_clip: new name → the file's name, and new name → header with the new shape.
+) -> tuple[dict[str, str], dict[str, checkpoints.Header], set[str]]:
+    """For a checkpoint of timm or open_clip: new name → the file's name, new name → header with the new shape, and the used.
 
-    Raises BadModel if the conversion leaves a tensor over that the model could use.
+    A new tensor that is made of several has no name in the file.
+
+    Raises:
+        BadModel: the conversion leaves a tensor over that the model could use.
     """
     # Each tensor is replaced by one number, its own, spread over its shape: so the results say what they come from.
-    order = dict(enumerate(headers, 2))  # the conversion itself fills with 0 and 1
-    marks = {key: torch.tensor(float(mark)).expand(headers[key].shape) for mark, key in order.items()}
-    origins: dict[str, str] = {}
-    renamed: dict[str, checkpoints.Header] = {}
-    for key, tensor in conversion.tensors(marks, layout, config).items():
-        mark = int(tensor[(-1,) * tensor.ndim])
-        header = headers[order[mark]] if mark in order else checkpoints.Header(Path(), (), "F32")
-        renamed[key] = replace(header, shape=tuple(tensor.shape))
-        if mark in order:
-            origins[key] = order[mark]
-    refuse_leftovers(headers.keys() - set(origins.values()) - COMBINED, set(origins.values()), name)
-    return origins, renamed
+    numbers = {
+        key: torch.tensor(float(n), requires_grad=True) for n, key in enumerate(headers, 2)
+    }  # 0 and 1 are fillings
+    names = {int(number): key for key, number in numbers.items()}
+    spread = {key: number.expand(headers[key].shape) for key, number in numbers.items()}
+    converted = conversion.tensors(spread, layout, config)
+    last = {key: int(tensor[(-1,) * tensor.ndim]) for key, tensor in converted.items()}
+    origins = {key: names[number] for key, number in last.items() if number in names}
+    blank = checkpoints.Header(Path(), (), "F32")
+    renamed = {
+        key: replace(headers[origins[key]] if key in origins else blank, shape=tuple(tensor.shape))
+        for key, tensor in converted.items()
+    }
+    used = {names[int(number)] for number in _leaves(converted.values())}
+    refuse_leftovers(headers.keys() - used, used, name)
+    return origins, renamed, used
+
+
+def _leaves(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors from which these were computed, as autograd recorded it."""
+    nodes = {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes |= {before for before, _ in node.next_functions if before is not None} - seen
+        seen |= nodes
 
 
 @contextmanager
