@@ -191,7 +191,7 @@ class Pool(torch.autograd.Function):
     """Tokens averaged by softmax of their scores, projected by every head, and the heads joined by the output projection.
 
     The gradients are written by hand, because tokens need no gradient, and because of the layout: every product writes its
-    result as the next one reads it. The averages and their gradients, which are the largest tensors, are written by strides;
+    result as the next one reads it. The averages and their gradients, which are the largest tensors, are read by strides;
     all others have the images last, [K, H·E, B] and [K, D, B]. Products have the type of the tokens; softmax and gradients
     have that of the parameters.
     """
@@ -349,13 +349,13 @@ def _chunks(x: Float[Tensor, "B T D"], heads: int) -> list[slice]:
 def _averages(
     weights: Float[Tensor, "B T KH"], x: Float[Tensor, "B T D"], use_kernels: bool
 ) -> Float[Tensor, "KH B D"]:
-    """Sums of tokens by weights, written in this order: a transposition afterwards costs as much again."""
+    """Sums of tokens by weights; products write whole tensors, and the next ones read them by strides.
+
+    A product that writes by strides computes its matrices one after another, which costs a small head twice as much.
+    """
     if use_kernels:
         return kernels.averages(weights, x)
-    weights = weights.to(x.dtype)
-    out = x.new_empty(weights.shape[2], len(x), x.shape[2])
-    torch.bmm(weights.mT, x, out=out.transpose(0, 1))
-    return out
+    return torch.bmm(weights.to(x.dtype).mT, x).transpose(0, 1)
 
 
 def _values(
@@ -377,10 +377,9 @@ def _attention_gradients(
     x: Float[Tensor, "B T D"], grad_values: Float[Tensor, "KH E B"], projections: Float[Tensor, "KH E D"]
 ) -> Float[Tensor, "B T KH"]:
     """Gradients by the weights of the averages."""
-    (b, t, d), heads = x.shape, len(projections)
+    (b, t, _), heads = x.shape, len(projections)
     grad_attention = x.new_empty(b, t, heads)
     for images in _chunks(x, heads):
-        grad_averages = x.new_empty(len(x[images]), heads, d)  # laid out as the next product reads them
-        torch.bmm(grad_values[:, :, images].mT, projections, out=grad_averages.transpose(0, 1))
+        grad_averages = torch.bmm(grad_values[:, :, images].mT, projections).transpose(0, 1)
         torch.bmm(x[images], grad_averages.mT, out=grad_attention[images])
     return grad_attention
