@@ -24,8 +24,11 @@ from mlfusion.specs.names import Head
 from mlfusion.specs.options import TrainingOptions
 from mlfusion.system import threads
 
-FAST = grids.Grid(learning_rates=(1e-1, 1e-2), weight_decays=(1e-2, 1e-4), dropouts=(0.1,), epochs=1, least_steps=25)
-LITTLE = 3_000_000  # bytes: less than two blocks of the larger configurations take
+# Eight configurations are a block of seven and one more.
+FAST = grids.Grid(
+    learning_rates=(1e-1, 3e-2, 1e-2, 3e-3), weight_decays=(1e-2, 1e-4), dropouts=(0.1,), epochs=1, least_steps=8
+)
+LITTLE = 8_000_000  # bytes: less than two blocks of the larger configurations take
 
 
 @pytest.fixture(autouse=True)
