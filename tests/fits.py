@@ -8,7 +8,7 @@ from mlfusion.probing.heads import HEADS
 from mlfusion.probing.search import FitOptions
 from mlfusion.specs.options import SearchOptions
 
-EVERY_HEAD = [pytest.param(head, marks=pytest.mark.slow) if head == "v-jepa-4" else head for head in HEADS]
+EVERY_HEAD = [pytest.param(head, marks=pytest.mark.long) if head == "v-jepa-4" else head for head in HEADS]
 """The heads that are trained, for `parametrize`; the deepest takes as long as all others together."""
 
 

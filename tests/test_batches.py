@@ -164,7 +164,7 @@ print(int(peak.split()[1]) * 1024 // 10**6)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is told by Linux's /proc")
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     few, many, tokens, width = 2000, 16000, 64, 128

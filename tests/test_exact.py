@@ -238,7 +238,7 @@ def test_more_classes_than_memory_are_refused_before_anything_is_solved(monkeypa
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_logistic_regression_of_many_classes_keeps_to_its_memory() -> None:
     """Peak of a process: 1,000 classes of 3,000 images, with a limit and without one."""
     code = """

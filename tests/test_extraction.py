@@ -247,7 +247,7 @@ mlfusion.extract(sys.argv[1], sys.argv[2], splits="train", batch_size=2, tokens=
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["zarr", "hdf5"])
+@pytest.mark.parametrize("format", ["zarr", pytest.param("hdf5", marks=pytest.mark.long)])
 def test_killed_anywhere_it_ends_with_the_same_bytes(format, model, images, tmp_path):
     """kill -9 once shards have begun to appear, several times, then to the end: compared with an undisturbed run."""
 
@@ -461,7 +461,7 @@ def test_every_run_says_what_made_it(model, images):
     assert one.to_json()["images_per_second"] == run["images_per_second"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_kept_does_not_grow_with_the_images(model, tmp_path):
     """The loop over many images holds no more tensors than over few: of pictures, tokens and what waits to be written."""
     import gc

@@ -175,7 +175,7 @@ def _resize_below(resize, limit):
     return limited
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_picture_of_one_column_is_read_in_little_memory(tmp_path):
     """Resized it would take 11.8 GB. The process may take 1 GB more than it has when everything is imported."""
     save_model("dinov2", tmp_path / "m")
