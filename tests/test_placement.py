@@ -21,6 +21,7 @@ from torch import Tensor
 from mlfusion import models
 from mlfusion.errors import BadModel
 from mlfusion.models.backbone import Backbone
+from mlfusion.models.backbone.tracing import CallRecorder
 
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 PIXELS = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -210,6 +211,58 @@ def test_a_pooler_that_is_missing_is_not_needed(tmp_path: Path) -> None:
     before = features(folder)
     edit(folder, without("pooler"))
     torch.testing.assert_close(features(folder), before, rtol=0, atol=0)
+
+
+def test_what_the_trial_pass_does_not_read_costs_no_pass_of_its_own(tmp_path: Path) -> None:
+    """A missing pooler is read after the last layer, and positions before it."""
+    passes = []
+
+    def opened(folder: Path) -> int:
+        passes.clear()
+        with torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, _: passes.append(type(module).__name__)
+        ):
+            Backbone(models.locate(str(folder)))
+        return passes.count("ViTModel")
+
+    whole = opened(save_model("vit", tmp_path / "m"))
+    assert opened(edit(tmp_path / "m", without("pooler"))) == whole
+    with pytest.raises(BadModel):
+        opened(edit(tmp_path / "m", without("position_embeddings")))
+    assert passes.count("ViTModel") > whole
+
+
+class _ByRoundabout(torch.nn.Module):
+    """Uses its weight by a view, by a view of the view in place of it, and a tied one by another name; one not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.viewed, self.tied = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
+        self.alias, self.unread = self.tied, torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.viewed.data[None].expand(2, 4)[:, :2].sum() + self.alias.sum()
+
+
+def test_reading_is_seen_however_a_module_comes_by_its_tensor() -> None:
+    recorder, module = CallRecorder(), _ByRoundabout()
+    with torch.inference_mode(), recorder.recording([module], dict(module.named_parameters(remove_duplicate=False))):
+        module(torch.ones(1))
+    [call] = recorder.calls
+    assert recorder.reads.keys() == {"viewed", "tied", "alias"}
+    assert all(call.begin < step < call.end for step in recorder.reads.values())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_a_file_that_is_written_again_does_not_change_a_loaded_model(kind: torch.dtype, tmp_path: Path) -> None:
+    folder = edit(save_model("vit", tmp_path / "m"), lambda held: {name: held[name].to(kind) for name in held})
+    backbone, file = Backbone(models.locate(str(folder))), folder / "model.safetensors"
+    before = backbone(PIXELS, [(2, "all")])[2, "all"]
+    with open(file, "r+b") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        stream.seek(start)
+        stream.write(bytes(file.stat().st_size - start))
+    torch.testing.assert_close(backbone(PIXELS, [(2, "all")])[2, "all"], before, rtol=0, atol=0)
 
 
 def test_one_layer_scale_that_is_missing_is_refused(tmp_path: Path) -> None:

@@ -146,9 +146,10 @@ class Backbone:
     def _refuse_missing(self, missing: Iterable[str]) -> None:
         """Raise BadModel if the tokens depend on a tensor that the weights lack: if NaN in it changes them.
 
-        They keep it, so that no other forward pass reads a random number either.
+        Only tensors that the trial pass read can do so. All keep NaN, so that no other pass reads a random number either.
         """
-        lacking = {name: tensor for name, tensor in self._model.state_dict().items() if name in missing}
+        absent = {name: tensor for name, tensor in self._model.state_dict().items() if name in missing}
+        lacking = {name: tensor for name, tensor in absent.items() if name in self.anatomy.absent_read}
         random = {name: tensor.clone() for name, tensor in lacking.items()}
         pixels = torch.randn(1, 3, *self.preprocessing.pixels, generator=torch.Generator().manual_seed(0))
         everything: list[Pair] = [(layer, "all") for layer in self._taps]
@@ -174,7 +175,7 @@ class Backbone:
                 f"pass needs, such as {found[0]}; the features would be random. Allowed: a checkpoint of the class its "
                 "config.json names"
             )
-        for tensor in lacking.values():
+        for tensor in absent.values():
             tensor.fill_(torch.nan)
 
     def _taps_at(self, hook: Hook, loaded: LoadedTower) -> dict[int, Tap]:

@@ -52,6 +52,7 @@ class Anatomy:
     final: str | None  # the final norm's path; None: the last block's output is not normed
     final_mode: FinalMode
     taps: dict[Hook, dict[int, Tap]]  # hook point → layer → where it is read
+    absent_read: frozenset[str]  # of the tensors that the checkpoint lacks, those read up to the last layer
 
     @property
     def depth(self) -> int:
@@ -131,7 +132,7 @@ def dissect(
         BadModel: no blocks are found, or the model does not run on pictures of that size.
     """
     depth = shape.depth
-    trace = _trace(model, to_arguments, pixels, depth, name)
+    trace = _trace(model, to_arguments, pixels, depth, name, absent)
     layout = _layout(trace, Trials(model, to_arguments, pixels, name), shape.patch_px)
     norm2 = _second_norm(trace.blocks[0], trace.runs[0], trace.recorder)
     blocks = _block_taps(trace, layout)
@@ -155,14 +156,17 @@ def dissect(
         final=paths[final.module] if final is not None else None,
         final_mode=final_mode,
         taps={hook: taps_of for hook, taps_of in taps.items() if taps_of},
+        absent_read=_read_by(trace, final),
     )
 
 
-def _trace(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], depth: int, name: str) -> Trace:
-    """Run a picture of noise through the model, and record the calls."""
+def _trace(
+    model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], depth: int, name: str, absent: Container[str]
+) -> Trace:
+    """Run a picture of noise through the model, and record the calls and the readings of absent tensors."""
     device = next(model.parameters()).device
     noise = torch.randn(1, *pixels, generator=torch.Generator().manual_seed(0)).to(device)
-    recorder = CallRecorder()
+    recorder, held = CallRecorder(), model.state_dict()
     frames = getattr(getattr(model, "config", None), "num_frames", 1)
     if frames > 1:
         raise BadModel(
@@ -170,7 +174,7 @@ def _trace(model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...],
             "gets an image as a clip"
         )
     try:
-        with recorder.recording(model.modules()):
+        with recorder.recording(model.modules(), {key: held[key] for key in held if key in absent}):
             model(**to_arguments(noise))
     except (ValueError, RuntimeError, TypeError) as err:
         if "input_ids" in inspect.signature(model.forward).parameters:
@@ -256,6 +260,13 @@ def _final_norm(trace: Trace) -> Call | None:
     width = last.output_shape[1 if channels_first else -1]
     after = (call for call in trace.recorder.calls if call.begin > last.end and _is_norm(call.module))
     return next((call for call in after if call.module not in inside and _width(call.module) == width), None)
+
+
+def _read_by(trace: Trace, final: Call | None) -> frozenset[str]:
+    """The watched tensors that were read before the last block and the final norm were done."""
+    ends = {*trace.blocks, *([final.module] if final is not None else [])}
+    last = max(call.end for call in trace.recorder.calls if call.module in ends)
+    return frozenset(name for name, step in trace.recorder.reads.items() if step < last)
 
 
 def _is_absent_pooler(path: str, norm: nn.Module, absent: Container[str]) -> bool:

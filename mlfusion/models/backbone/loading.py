@@ -152,13 +152,13 @@ class Stored:
         self._name, self._file, self._read = name, file, readers[file]
 
     def __getitem__(self, _: object) -> Tensor:
-        """The tensor in memory of its own: a file that is written again must not change a loaded model."""
-        tensor = self._read(self._name).clone()
-        if (
-            tensor.is_floating_point()
-            and not tensor.sum(dtype=torch.float32).isfinite()
-            and not tensor.isfinite().all()
-        ):
+        """The tensor in memory of its own, float32: a file that is written again must not change a loaded model."""
+        stored = self._read(self._name)
+        if not stored.is_floating_point():
+            return stored.clone()
+        # Converted here, since transformers would make a second copy.
+        tensor = stored.to(torch.float32, copy=True)
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise BadModel(
                 f"{self._name} in {self._file} has {int((~tensor.isfinite()).sum())} numbers that are not finite (NaN or "
                 "infinity), so it holds no trained weights; allowed: finite numbers. Download or save the model again"

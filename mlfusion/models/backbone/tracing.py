@@ -4,7 +4,7 @@ Each tensor object has a number of its own. The numbers show that a norm feeds a
 change between versions of transformers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mlfusion.errors import BadModel
@@ -35,6 +37,7 @@ class CallRecorder:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.reads: dict[str, int] = {}  # name of a watched tensor → the step at which an operation first got it
         self._ids: Any = WeakIdKeyDictionary()
         self._clock, self._next_id = count(), count()
         self._running: list[Call] = []
@@ -48,13 +51,19 @@ class CallRecorder:
         return (call for call in self.calls if outer.begin < call.begin and call.end < outer.end)
 
     @contextmanager
-    def recording(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Record the calls of these modules inside the with statement."""
+    def recording(self, modules: Iterable[nn.Module], watched: Mapping[str, Tensor]) -> Iterator[None]:
+        """Record the calls of these modules, and the first reading of each watched tensor, inside the with statement."""
         with ExitStack() as hooks:
+            if watched:  # a pass that is watched takes longer
+                hooks.enter_context(_Watch(self, watched))
             for module in modules:
                 hooks.enter_context(module.register_forward_pre_hook(self._begin, with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(self._end))
             yield
+
+    def read(self, name: str) -> None:
+        """A watched tensor is the argument of an operation."""
+        self.reads.setdefault(name, next(self._clock))
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call = Call(module, next(self._clock))
@@ -74,6 +83,29 @@ class CallRecorder:
         if tensor not in self._ids:
             self._ids[tensor] = next(self._next_id)
         return self._ids[tensor]
+
+
+class _Watch(TorchDispatchMode):
+    """Sees each operation with its tensors, however a module came by them: as a weight, a view or an alias."""
+
+    def __init__(self, recorder: CallRecorder, watched: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._names: dict[int, list[str]] = {}
+        for name, tensor in watched.items():  # tied weights have one memory
+            self._names.setdefault(_memory(tensor), []).append(name)
+
+    def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                for name in self._names.get(_memory(value), ()):
+                    self._recorder.read(name)
+        return operation(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    """The same number for tensors that share their memory."""
+    return tensor.untyped_storage()._cdata
 
 
 def first_tensor(values: Iterable[Any]) -> Tensor | None:
