@@ -12,7 +12,6 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -467,6 +466,18 @@ def test_of_one_probe_and_seed_the_last_row_counts_and_the_other_is_told() -> No
     assert "1 older row is left out" in Page(page(rows)).text
 
 
+def test_every_table_says_which_precision_was_left_out_for_another() -> None:
+    narrow = study({BASE: [0.5, 0.6]})
+    rows = [*(replace(one, precision="bfloat16") for one in narrow), *study({BASE: [0.7, 0.8]})]
+    rows = [replace(one, id=f"{n:016x}") for n, one in enumerate(rows)]
+    told = "2 older rows are left out: the same probe, seed and features were run again later"
+    told += " (precision bfloat16, then float32)."
+    assert told in Page(page(rows)).text
+    assert told in markdown(rows)
+    assert told in " ".join(shown(rows).split())
+    assert "left out" not in shown(narrow)
+
+
 def test_what_was_run_can_be_run_again() -> None:
     """By the words that find model and data set again, with the options of the rows; folders of the machine are not named."""
     rows = study(SCORES) + study({BASE: [0.9], "cls-layer-1/linear": [0.5]}, depth=1, model="my model")
@@ -475,10 +486,8 @@ def test_what_was_run_can_be_run_again() -> None:
     asked = "--grid quick --seeds 0,1 --precision float32"
     assert f"mlfusion probe --model org/a-vit --dataset digits --probe cls+ap-all-layers/linear {asked}" in parsed.text
     assert f"--probe {BASE},cls-each-layer/linear --grid quick --seeds 0 --precision float32" in parsed.text
-    sources = msgspec.structs.replace(
-        rows[0].sources, model="/secret/place/my vit", options=("--image-root", "/secret/x")
-    )
-    parsed = Page(page([msgspec.structs.replace(row, sources=sources) for row in rows], name="out.html"))
+    sources = replace(rows[0].sources, model="/secret/place/my vit", options=("--image-root", "/secret/x"))
+    parsed = Page(page([replace(row, sources=sources) for row in rows], name="out.html"))
     assert "--model 'DIR/my vit'" in parsed.text and "--image-root DIR/x" in parsed.text
     assert "secret" not in parsed.text
     assert "mlfusion report --html out.html" in parsed.text

@@ -197,7 +197,7 @@ def _runs(data: ReportData, page: str) -> Section:
         "libraries": library_versions(groups),
         "rows": rows,
         "listed": len(listed),  # rows in the table
-        "replaced": len(data.rows) - rows,  # older rows that are left out
+        "replaced": sentences.replaced_notes(data.rows),
     }
     tables = {"runs": page_tables.runs_table(groups)} | ({"rows": page_tables.rows_table(listed)} if listed else {})
     return Section("run", "What was run", (), tables, "runs", content, [("run", "What was run")])

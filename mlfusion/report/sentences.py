@@ -1,11 +1,12 @@
 """Results in sentences, which claim no more than the rows show."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from mlfusion.report.numbers import count, enumerated, percent, plural, plus_minus, points
-from mlfusion.report.summary import ALF, MARKS, ComparisonGroup, LayerAttention, metric_name
+from mlfusion.report.summary import ALF, MARKS, ComparisonGroup, LayerAttention, metric_name, replaced
+from mlfusion.results import Row
 from mlfusion.specs.names import BASELINE
 from mlfusion.statistics import Spread
 from mlfusion.system.progress import duration
@@ -72,6 +73,22 @@ def protocol_notes(groups: Sequence[ComparisonGroup]) -> list[str]:
         return []
     listed = enumerated([f"{plural(counts[n], 'row', 'rows')} of protocol {n}" for n in sorted(counts)])
     return [f"Protocols measure differently ({listed}): no gain is counted between them, and they share no table."]
+
+
+def replaced_notes(rows: Iterable[Row]) -> list[str]:
+    """One sentence about the rows that are left out for later ones, with the settings that changed; none if all count."""
+    pairs = replaced(rows)
+    if not pairs:
+        return []
+    changes = [
+        f"{name} {getattr(old, name)}, then {getattr(new, name)}"
+        for old, new in pairs
+        for name in MARKS
+        if getattr(old, name) != getattr(new, name)
+    ]
+    listed = f" ({'; '.join(dict.fromkeys(changes))})" * bool(changes)
+    left_out = plural(len(pairs), "older row is", "older rows are")
+    return [f"{left_out} left out: the same probe, seed and features were run again later{listed}."]
 
 
 def answer(group: ComparisonGroup) -> str:

@@ -285,6 +285,13 @@ def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
     return [ComparisonGroup(*key, _group_name(key, keys), _scores([*grouped[key].values()])) for key in keys]
 
 
+def replaced(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """The rows that do not count, each with the later one of the same setting, probe and seed that does."""
+    keyed = [((setting(row), row.probe, row.seed), row) for row in rows]
+    latest = dict(keyed)
+    return [(row, latest[key]) for key, row in keyed if row is not latest[key]]
+
+
 def _group_name(key: Setting, keys: Sequence[Setting]) -> str:
     """'vit on digits', and the grid, metric, features or protocol that distinguish it from another group."""
     rivals = [other for other in keys if other[:2] == key[:2]]

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlfusion.report.numbers import count, mean_sd, percent, plural, points, short_count
-from mlfusion.report.sentences import answer, opening, protocol_notes
+from mlfusion.report.sentences import answer, opening, protocol_notes, replaced_notes
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import (
     ComparisonGroup,
@@ -48,7 +48,7 @@ def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> Rende
     if long or all(len(study.datasets) <= MAX_DATASETS for study in all_studies):
         for group in groups:
             parts += [_table(group), *_footnote(group.scores), Text(answer(group)), Text()]
-        return Group(*parts[:-1], *(Text(note) for note in protocol_notes(groups)))
+        return Group(*parts[:-1], *(Text(note) for note in [*protocol_notes(groups), *replaced_notes(rows)]))
     for study in all_studies:
         for model in study.models:
             parts += [*_side_by_side(study, model, width), Text()]
@@ -56,7 +56,7 @@ def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> Rende
     singles = sum(score.layerwise is not None for group in groups for score in group.scores)
     notes = [opening(groups)]
     notes += [f"{count(singles)} scores of single layers are not in these tables."] if singles else []
-    notes += protocol_notes(groups)
+    notes += [*protocol_notes(groups), *replaced_notes(rows)]
     notes += [f"{plural(older, 'older set of features is', 'older sets of features are')} not shown."] if older else []
     notes.append("For validation scores, parameters and times type: mlfusion report --long.")
     return Group(*parts, Text(" ".join(notes)))
@@ -155,7 +155,7 @@ def markdown(rows: Sequence[Row]) -> str:
             *(line for note in footnotes(group.scores) for line in ("", note)),
         ]
         parts.append("\n".join(text))
-    return "\n\n".join([*parts, *protocol_notes(groups)]) + "\n"
+    return "\n\n".join([*parts, *protocol_notes(groups), *replaced_notes(rows)]) + "\n"
 
 
 def _sizes(group: ComparisonGroup) -> str:
