@@ -4,19 +4,21 @@ import multiprocessing
 import os
 import pickle
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import xxhash
 from forms import rows
 from test_pictures import encoded
 
 import mlfusion
 from mlfusion import datasets
 from mlfusion.datasets import ReadOptions, remote
+from mlfusion.datasets import split as split_module
 from mlfusion.errors import BadData
 
 DATE = 315532800  # of every file here, so that a copy by date would not notice that it was replaced
@@ -119,3 +121,27 @@ def test_configurations_are_chosen_and_never_joined(tmp_path):
         datasets.load("set")
     split = datasets.load("set", ReadOptions(config="small")).split("train")
     assert [body for _, _, body in rows(split)] == [encoded(0, k) for k in range(2)]
+
+
+def test_one_thread_reads_the_digests_of_a_table_and_several_those_of_files(tmp_path, monkeypatch):
+    """Rows come in order from one open file, so that other threads would only wait; a part of a split is no exception."""
+    pools = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, threads: int) -> None:
+            pools.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(split_module, "ThreadPoolExecutor", Pool)
+    bodies = [encoded(n % 2, n) for n in range(40)]
+    write(tmp_path / "set/train.parquet", bodies, ["a", "b"] * 20, row_group_size=7)
+    table = datasets.load("set").split("train")
+    found = [one.read_digests("set") for one in (table, table.take(np.arange(30, 3, -2), "part"))]
+    assert pools == [1, 1]
+    assert [bytes(one) for one in found[0]] == [xxhash.xxh3_128_digest(body) for body in bodies]
+    assert np.array_equal(found[1], found[0][30:3:-2])
+    for n, body in enumerate(bodies):
+        (tmp_path / f"files/train/{'ab'[n % 2]}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"files/train/{'ab'[n % 2]}/{n}.png").write_bytes(body)
+    datasets.load("files").split("train").read_digests("files")
+    assert pools[2] > 1

@@ -119,6 +119,7 @@ class Rows:
 class Groups:
     """Rows of Parquet files, which are read in order and by groups."""
 
+    in_order = True  # so more threads than one only wait for each other
     files: tuple[str, ...]
     positions: np.ndarray  # [images, 3] int64: file, group, row in the group
     rows: Rows

@@ -63,8 +63,9 @@ class Split:
         return xxhash.xxh3_128_digest(self.read(row)) if self.digests is None else self.digests[row].tobytes()
 
     def read_digests(self, dataset: str) -> np.ndarray:
-        """The digests of all images, [images, 16] uint8: every image's bytes are read once, by several threads.
+        """The digests of all images, [images, 16] uint8: every image's bytes are read once.
 
+        Several threads read, or one where others would only wait for it, as for a Parquet file.
         `dataset` is a name for the progress bar; raises BadData as `digest`.
         """
         if self.digests is not None:
@@ -73,7 +74,7 @@ class Split:
         tasks = [range(len(self))[first : first + TASK_IMAGES] for first in range(0, len(self), TASK_IMAGES)]
         with (
             track(f"reading {dataset}/{self.name}", len(self), "images") as bar,
-            ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as pool,
+            ThreadPoolExecutor(1 if _in_order(self.encoded) else min(8, (os.cpu_count() or 1) + 1)) as pool,
         ):
             for done in pool.map(lambda rows: list(map(self.digest, rows)), tasks):
                 digests += b"".join(done)
@@ -105,6 +106,13 @@ class Split:
             encoded=partial(read_row_of, self.encoded, rows),
             digests=None if self.digests is None else self.digests[rows],
         )
+
+
+def _in_order(encoded: Encoded) -> bool:
+    """Whether only one thread at a time can read rows of this source, or of the one that it is a part of."""
+    while isinstance(encoded, partial):
+        encoded = encoded.args[0]
+    return getattr(encoded, "in_order", False)
 
 
 def read_row_of(encoded: Encoded, rows: np.ndarray, row: int) -> bytes:
