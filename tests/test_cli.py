@@ -184,7 +184,7 @@ def test_of_a_data_set_that_changed_the_features_extracted_last_are_used(run, mo
         shutil.copy(images / split / "red" / "000.png", images / split / "red" / "001.png")
     second, told = keys()
     assert not set(first) & set(second)
-    assert "1 other sets of features have these names; those extracted last are used" in told
+    assert "1 other set of features has these names; those extracted last are used" in told
     shutil.rmtree(images)
     shutil.copytree(tmp_path / "as-it-was", images)
     assert keys()[0] == first  # reused, not computed again, and meant again
@@ -409,6 +409,8 @@ def test_a_kept_probe_classifies_new_images(run, model, images, short_grid):
     wrong = run("predict", "--probe", "nowhere", pictures[0])
     assert wrong.code == 1
     assert wrong.err.startswith("error: no probe in 'nowhere'; allowed:")
+    empty = run("predict", "--probe", "", pictures[0])
+    assert empty.code == 1 and empty.err.startswith("error: the folder of the probe is an empty text; allowed:")
 
 
 def test_few_shots_halving_and_smoothing_make_rows_of_their_own(run, model, images, short_grid):

@@ -289,7 +289,7 @@ def test_show_and_the_page_say_what_was_chosen_at_an_end_of_the_grid(tmp_path: P
 def test_compare_at_the_command_line(at: Path, run: Any) -> None:
     code, out, err = run("results", "compare", "cls+ap-2-layers/attentive", "cls-last/linear", "--resamples", "200")
     assert code == 0 and len(out.splitlines()) == 2 and "A: cls+ap-2-layers/attentive" in out
-    assert "no interval from 12 test images: a bootstrap needs 20 or more" in err and len(err.splitlines()) == 1
+    assert "no interval from 18 test images: a bootstrap needs 20 or more" in err and len(err.splitlines()) == 1
     said = json.loads(run("results", "compare", "cls+ap-2-layers/attentive", "cls-last/linear", "--json")[1])
     [one] = said["comparisons"]
     assert one["seeds"] == [0, 1] and len(one["mcnemar"]) == 2
@@ -367,7 +367,7 @@ def test_rows_of_older_protocols_do_not_count_in_ranks_and_what_differs_is_told(
     older = [row(f"old-{n}", dataset=f"set-{n}", probe="cls-last/ridge", test=0.9, protocol=1) for n in range(6)]
     found = statistics.rank([*rows, *older], baseline="cls-last/linear")
     assert "cls-last/ridge" not in found.ranking.names
-    assert found.marks == ("6 rows of protocols before 2 do not count, since they measure differently",)
+    assert found.marks == ("6 rows of protocols before 2 cannot count: protocols measure differently",)
     mixed = [
         msgspec.structs.replace(one, precision="bfloat16") if one.probe in ("ap-last/linear",) else one for one in rows
     ]

@@ -187,6 +187,18 @@ def test_names_of_another_program_are_shown_beside_those_expected(prefix: str, t
     assert re.search("the class has [a-z]", said)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "student.backbone."])
+def test_the_prefix_of_a_wrapper_is_named_for_timm_and_open_clip(prefix: str, tmp_path: Path) -> None:
+    def wrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {prefix + name: tensor for name, tensor in tensors.items()}
+
+    for folder in (
+        write_timm(tmp_path / "t", wrapped(timm()), "vit_base_patch16_224"),
+        write_open_clip(tmp_path / "c", wrapped(open_clip())),
+    ):
+        assert f"begin with {prefix}, as a wrapper of the model saves them" in refusal(folder)
+
+
 def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
     """With and without the prefix of a model with a head."""
     folder = edit(save_model("vit", tmp_path / "m"), lambda held: {**held, "vit.layernorm.weight": torch.ones(32)})
@@ -203,7 +215,7 @@ def test_positions_that_are_missing_are_refused_at_every_size(name: str, tmp_pat
         size = {"height": side, "width": side}
         file = folder / "preprocessor_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"size": size, "crop_size": size}))
-        assert re.search("lack 1 tensors that the forward pass needs, such as .*position_embedding", refusal(folder))
+        assert re.search("lack 1 tensor that the forward pass needs, such as .*position_embedding", refusal(folder))
 
 
 def test_a_pooler_that_is_missing_is_not_needed(tmp_path: Path) -> None:
@@ -282,7 +294,7 @@ def test_numbers_that_are_not_finite_are_named(number: float, tmp_path: Path) ->
 
     said = refusal(edit(save_model("vit", tmp_path / "m"), spoil))
     assert "layernorm.weight in " in said
-    assert "has 1 numbers that are not finite" in said
+    assert "has 1 number that is not finite" in said
 
 
 # --- shapes and types -------------------------------------------------------------------------------------------------

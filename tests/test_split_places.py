@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -298,6 +300,29 @@ def test_hidden_test_images_beside_class_folders_are_counted(tmp_path, caplog):
     write(tmp_path / "test" / "0.png", picture(0))
     assert sizes(load(tmp_path, split_ratio="0.5/0.5")) == {"train": 4, "test": 4}
     assert "1 image is in no class folder and left out, the first test/0.png" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"split_ratio": "0.5/0.5"}])
+def test_a_table_of_another_name_beside_class_folders_is_told(options, tmp_path, caplog):
+    save_images(tmp_path, {"all": 4} if options else {"train": 2, "test": 2})
+    root = tmp_path / "all" if options else tmp_path
+    (root / "diagnoses.csv").write_text("path,label\n")
+    assert datasets.load(str(root), ReadOptions(**options)).form == "class folders"
+    assert "diagnoses.csv is left out; give the path of a file to read that" in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_the_command_for_a_table_in_another_encoding_makes_it_readable(encoding, tmp_path):
+    save_images(tmp_path, {"train": 4})
+    images = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
+    names = ("bar", "café")
+    lines = [f"{path},{names[n % 2]},{'train' if n > 3 else 'test'}" for n, path in enumerate(images)]
+    file = tmp_path / "a table.csv"
+    file.write_bytes("\n".join(["path,label,split", *lines]).encode(encoding))
+    with pytest.raises(BadData, match="allowed: UTF-8") as refused:
+        datasets.load(str(file))
+    subprocess.run(re.search("`(iconv .*)`", str(refused.value))[1], shell=True, check=True)
+    assert datasets.load(str(tmp_path / "a table-utf8.csv")).classes == names
 
 
 def test_two_folders_of_one_split_are_refused(tmp_path):

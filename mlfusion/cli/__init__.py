@@ -42,6 +42,7 @@ from mlfusion.cli.report import report
 from mlfusion.cli.results import app as results_app
 from mlfusion.cli.study import run
 from mlfusion.specs.options import ComputeOptions, FeatureOptions, SearchOptions, StorageOptions, TrainingOptions
+from mlfusion.system.words import plural
 
 app = typer.Typer(
     cls=Commands,
@@ -207,7 +208,7 @@ def pretrain(
             bar.to(event["done"])
 
         summary = run_pretrain(recipe, out, progress=show_progress)
-    typer.echo(f"{out}: {summary['steps']:,} steps, {summary['seconds']:,} s")
+    typer.echo(f"{out}: {plural(summary['steps'], 'step')}, {summary['seconds']:,} s")
 
 
 def main() -> None:

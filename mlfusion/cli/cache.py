@@ -11,6 +11,7 @@ from mlfusion.cli.output import notify, print_json, print_rows
 from mlfusion.errors import CacheUnusable
 from mlfusion.specs.definitions import command
 from mlfusion.specs.options import ComputeOptions, CopyOptions, EntryFilter, FeatureOptions, PruneOptions
+from mlfusion.system.words import plural
 
 if TYPE_CHECKING:
     from mlfusion.store import Entry
@@ -107,7 +108,7 @@ def verify(
         for path in report.quarantined:
             typer.echo(f"moved to {path}")
         typer.echo(
-            f"{report.entries:,} entries, {len(report.damaged):,} damaged"
+            f"{plural(report.entries, 'entry', 'entries')}, {len(report.damaged):,} damaged"
             + ("; run the same `mlfusion extract` again to make what is missing" if report.quarantined else "")
         )
     if report.damaged and not report.quarantined:
@@ -132,7 +133,7 @@ def prune(options: PruneOptions, cache: Cache = None, as_json: AsJson = False) -
     print_rows(body["entries"], empty="no such entries; see: mlfusion cache ls")
     removed = sum(decision.removed for decision in result.decisions)
     verb = "would remove" if options.dry_run else "removed"
-    typer.echo(f"{verb} {removed:,} of {result.entries:,} entries, {result.bytes_freed:,} bytes")
+    typer.echo(f"{verb} {removed:,} of {plural(result.entries, 'entry', 'entries')}, {result.bytes_freed:,} bytes")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from mlfusion.errors import MlfusionError
 from mlfusion.system.progress import set_quiet
+from mlfusion.system.words import plural
 
 if TYPE_CHECKING:
     from mlfusion.results import Row
@@ -101,9 +102,13 @@ def print_extracted(result: dict[str, Any], write: Any = typer.echo) -> None:
     skipped = f", {result['images_skipped']} skipped as unreadable" if result["images_skipped"] else ""
     view = "" if result["view"] == "plain" else f", {result['view']}"
     rate = f" at {result['images_per_second']:,.1f} images/s (limit: {result['limit']})" if result["limit"] else ""
+    written, passes = (
+        plural(result["images_written"], "image"),
+        plural(result["forward_passes"], "forward pass", "forward passes"),
+    )
     write(
-        f"{result['model']} on {result['dataset']}/{result['split']}{view}: {result['images_written']:,} images written{rate}, "
-        f"{result['images_reused']:,} reused{skipped}; {result['forward_passes']} forward passes; "
+        f"{result['model']} on {result['dataset']}/{result['split']}{view}: {written} written{rate}, "
+        f"{result['images_reused']:,} reused{skipped}; {passes}; "
         f"{result['bytes'] / 1e6:,.1f} MB in {result['key']}"
     )
     for name, reason in list(result["skipped"].items())[:SHOWN]:

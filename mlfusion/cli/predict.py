@@ -1,6 +1,5 @@
 """`mlfusion predict`: classifies new images with a saved probe."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,9 @@ from mlfusion.cli.output import print_json
 
 def predict(
     images: Annotated[list[str], typer.Argument(help="Image files.")],
-    probe: Annotated[Path, typer.Option("--probe", help="Folder of a probe that `mlfusion probe --save` wrote.")],
+    probe: Annotated[
+        str, typer.Option("--probe", metavar="PATH", help="Folder of a probe that `mlfusion probe --save` wrote.")
+    ],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder or hub id of the same backbone, if it has moved.")
     ] = None,

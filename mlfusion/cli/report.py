@@ -8,6 +8,7 @@ import typer
 from mlfusion.cli.options import Cache, with_options
 from mlfusion.cli.output import notify, print_table
 from mlfusion.specs.options import ReportOptions
+from mlfusion.system.words import plural
 
 MAX_SHOWN = 40  # lines of the comparison in the terminal; the CSV file and the page have all lines
 
@@ -45,4 +46,4 @@ def report(
     if options.html:
         typer.echo(f"report: {options.html}")
     if options.figures:
-        typer.echo(f"figures: {len(files)} files in {options.figures}")
+        typer.echo(f"figures: {plural(len(files), 'file')} in {options.figures}")

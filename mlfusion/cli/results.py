@@ -10,6 +10,7 @@ from mlfusion.cli.options import AsJson, Cache, ResultsPath, with_options
 from mlfusion.cli.output import notify, print_json, print_rows
 from mlfusion.specs.definitions import command
 from mlfusion.specs.options import RowFilter, SettingFilter
+from mlfusion.system.words import plural
 
 if TYPE_CHECKING:
     from mlfusion.results import Row
@@ -180,7 +181,7 @@ def export(
     if as_json:
         print_json({"path": str(path), "results": len(selected)})
     else:
-        typer.echo(f"{path}: {len(selected):,} results")
+        typer.echo(f"{path}: {plural(len(selected), 'result')}")
 
 
 @app.command("import")
@@ -196,7 +197,7 @@ def import_(
     if as_json:
         print_json({"taken": imported, "there": unchanged})
     else:
-        typer.echo(f"{imported:,} results taken over, {unchanged:,} were here already")
+        typer.echo(f"{plural(imported, 'result')} taken over, {unchanged:,} here already")
 
 
 @app.command()
@@ -253,7 +254,7 @@ def track(
     if as_json:
         print_json({"where": where, "results": len(selected)})
     else:
-        typer.echo(f"{len(selected):,} results shown in {where}")
+        typer.echo(f"{plural(len(selected), 'result')} shown in {where}")
 
 
 # --- printing --------------------------------------------------------------------------------------------------------

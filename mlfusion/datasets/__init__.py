@@ -151,7 +151,7 @@ def _read_path(path: Path, reference: str, options: ReadOptions) -> tuple[str, d
     # Images beside containers may be those that the containers' cells name: one folder of them is no class.
     has_classes = folders.splits and (not (tars or parquet) or _files.has_classes(path, folders))
     if has_classes or (len(folders.classes) > 1 and not has_splits):
-        _report_left_out(path, [*tars, *parquet])
+        _report_left_out(path, [*tars, *parquet, *_files.other_tables(path)])
         if has_classes or options.split_ratio:
             return "class folders", _files.class_folders(path, folders, options)
     elif tars:
@@ -161,6 +161,7 @@ def _read_path(path: Path, reference: str, options: ReadOptions) -> tuple[str, d
     elif arrays:
         return "arrays", _arrays.npy(path, options)
     elif options.split_ratio or any(split_word(child.name) for child in path.iterdir()):
+        _report_left_out(path, _files.other_tables(path))
         return "class folders", _files.class_folders(path, folders, options)
     children = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     raise BadData(
@@ -169,7 +170,7 @@ def _read_path(path: Path, reference: str, options: ReadOptions) -> tuple[str, d
 
 
 def _report_left_out(root: Path, files: Sequence[str]) -> None:
-    """Report containers that lie beside class folders."""
+    """Report containers and tables that lie beside class folders."""
     if files:
         logger.warning(
             "%s is read as class folders, and %s %s left out; give the path of a file to read that",

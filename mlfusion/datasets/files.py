@@ -1,10 +1,12 @@
 """Reads image files from folders of class folders, and from tables of paths. No path may lead out of its folder."""
 
+import codecs
 import csv
 import json
 import logging
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
 from mlfusion.specs.splits import SPLITS, split_word
 from mlfusion.system.references import is_inside
+from mlfusion.system.words import plural
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +191,11 @@ def tables_in(root: Path) -> dict[str, Path]:
     return {split: paths[split] for split in SPLITS if split in paths} or dict(zip(("",), read, strict=False))
 
 
+def other_tables(root: Path) -> list[str]:
+    """Names of the tables that lie in a folder."""
+    return sorted(path.name for path in root.iterdir() if path.suffix in TABLES and path.is_file())
+
+
 def _is_table(path: Path) -> bool:
     """Whether a file is a table of paths; a Parquet file may hold the images themselves."""
     return path.is_file() and (path.suffix in TABLES or _names_images(path))
@@ -261,7 +269,14 @@ def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(_json_lines(path, file) if path.suffix == ".jsonl" else _csv_lines(path, file))
-    except (UnicodeDecodeError, csv.Error) as err:
+    except UnicodeDecodeError as err:
+        encoding = "utf-16" if err.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "cp1252"
+        rewritten = path.with_name(f"{path.stem}-utf8{path.suffix}")
+        raise BadData(
+            f"{path} cannot be read as a table: {err}; allowed: UTF-8, with a line of column names. A table of a spreadsheet "
+            f"becomes one by `iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(rewritten))}`"
+        ) from err
+    except csv.Error as err:
         raise BadData(f"{path} cannot be read as a table: {err}; allowed: UTF-8, with a line of column names") from err
     if not rows:
         raise BadData(f"{path} holds no rows; allowed: a line of column names, and a line for each image")
@@ -360,8 +375,9 @@ def _resolve_paths(root: Path, cells: Sequence[Any], location: str) -> list[str]
     if missing:
         row, path = missing[0]
         windows = " (a path with backslashes, from Windows)" if "\\" in path else ""
+        lost = plural(len(missing), "file that is", "files that are")
         raise BadData(
-            f"{location} names {len(missing):,} files that are not there, the first in row {row + 1}: {path}{windows}; paths "
+            f"{location} names {lost} not there, the first in row {row + 1}: {path}{windows}; paths "
             f"begin at {root}, or where --image-root says"
         )
     return paths

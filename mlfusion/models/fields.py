@@ -1,7 +1,7 @@
 """Judges the fields of another library's configuration: each one is read, has no effect, or is refused by name."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,18 @@ def misfit(names: Iterable[str], known: re.Pattern[str], needed: Iterable[str]) 
     there = sorted(names)
     unknown = next((name for name in there if not known.fullmatch(name)), None)
     return unknown or next((f"no {name}" for name in needed if name not in there), None)
+
+
+def refuse_wrapper(names: Iterable[str], needed: Sequence[str], whose: str) -> None:
+    """Raise BadModel if all needed names are there behind one prefix, such as 'module.', and not without it."""
+    there = set(names)
+    for name in sorted(name for name in there if name.endswith(f".{needed[0]}")):
+        prefix = name.removesuffix(needed[0])
+        if all(prefix + each in there and each not in there for each in needed):
+            raise BadModel(
+                f"the names in the weights of {whose} begin with {prefix}, as a wrapper of the model saves them; allowed: "
+                f"{needed[0]} and so on. Save the state dict of the model inside the wrapper, or the names without {prefix}"
+            )
 
 
 def square(value: Any, part: str) -> int:

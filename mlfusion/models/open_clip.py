@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlfusion.errors import BadModel
-from mlfusion.models.fields import Fields, misfit, square
+from mlfusion.models.fields import Fields, misfit, refuse_wrapper, square
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -100,6 +100,7 @@ def configuration(config: Mapping[str, Any], tensors: Shapes, name: str) -> Any:
     vision = model.get("vision_cfg") or {}
     MODEL.check(model)
     VISION.check(vision)
+    refuse_wrapper(tensors, NEEDED, name)
     shapes = {key: shape for key, shape in tensors.items() if key.startswith("visual.")}
     if wrong := misfit(shapes, KNOWN, NEEDED):
         raise BadModel(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlfusion.errors import BadModel
-from mlfusion.models.fields import Fields, misfit, square
+from mlfusion.models.fields import Fields, misfit, refuse_wrapper, square
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -108,6 +108,7 @@ def configuration(config: Mapping[str, Any], tensors: Shapes) -> Any:
     ARGUMENTS.check(arguments)
     PRETRAINED.check(pretrained)
     shapes = {key: shape for key, shape in tensors.items() if not CLASSIFIER.match(key)}
+    refuse_wrapper(shapes, NEEDED, f"timm's {name}")
     if wrong := misfit(shapes, KNOWN, NEEDED):
         raise BadModel(
             f"timm's {name} has {wrong}, for which transformers has no "

@@ -17,6 +17,7 @@ from mlfusion.specs.names import Probe, expand_braces, parse_probes
 from mlfusion.specs.options import SearchOptions, StorageOptions, TrainingOptions
 from mlfusion.store import FeatureStore
 from mlfusion.store.features import SplitPair, impossible, split_pairs
+from mlfusion.system.words import plural
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def probe(
             "forward pass"
         )
         if pair.older:
-            log(f"{pair.older} other sets of features have these names; those extracted last are used")
+            others = plural(pair.older, "other set of features has", "other sets of features have")
+            log(f"{others} these names; those extracted last are used")
         pair_rows, count = run(
             pair, jobs_of(cached, search), results, training, save=storage.save, trackers=trackers, log=log
         )
@@ -88,7 +90,8 @@ def run(
     existing = {job: stored(results, job, pair.keys, device) for job in jobs}
     unsaved = {job for job, row in existing.items() if row and save and not is_saved(results, row)}
     if count := sum(row is not None for row in existing.values()):
-        log(f"{count} of {len(jobs)} results are in {results.root} already and are not made again")
+        verb = "is" if count == 1 else "are"
+        log(f"{count} of {plural(len(jobs), 'result')} {verb} in {results.root} already and not made again")
     if unsaved:
         log(f"{len(unsaved)} of them are trained again, since their probes were not kept")
     for job in jobs:

@@ -12,7 +12,7 @@ from statistics import fmean
 from mlfusion.errors import BadData
 from mlfusion.report import tables
 from mlfusion.report.files import write_whole
-from mlfusion.report.numbers import between, count, p_value, percent, plural, plus_minus, points
+from mlfusion.report.numbers import between, count, p_value, percent, plus_minus, points
 from mlfusion.report.sentences import protocol_notes
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import ALF, ComparisonGroup, code_versions, comparison_groups
@@ -21,6 +21,7 @@ from mlfusion.specs.names import BASELINE, layer_ranges
 from mlfusion.statistics.datasets import gain_tests
 from mlfusion.statistics.rows import Comparison, by_dataset, compare_probes, cost
 from mlfusion.system.progress import duration
+from mlfusion.system.words import plural
 
 COMPARED_PROBES = (ALF, "cls+ap-all-layers/linear", "all-tokens-last/attentive")
 """Probes whose gain over the baseline is given case by case: ALF, all layers without attention, AAT."""

@@ -55,11 +55,6 @@ def from_to(values: Iterable[int]) -> str:
     return " to ".join(str(value) for value in dict.fromkeys((ordered[0], ordered[-1])))
 
 
-def plural(number: int, singular: str, plural_form: str) -> str:
-    """'1 seed', '2 seeds'."""
-    return f"{number} {singular if number == 1 else plural_form}"
-
-
 def capitalized(text: str) -> str:
     """'balanced accuracy' → 'Balanced accuracy'."""
     return text[:1].upper() + text[1:]

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record
-from mlfusion.report.numbers import count, mean_sd, percent, plural, points
+from mlfusion.report.numbers import count, mean_sd, percent, points
 from mlfusion.report.summary import ComparisonGroup, Score, comparison_groups
 from mlfusion.report.terminal import bare_table
 from mlfusion.results import Row
+from mlfusion.system.words import plural
 
 SOURCE = "Ciernik et al., arXiv 2601.09322"
 METRIC = "balanced_accuracy"  # the published metric

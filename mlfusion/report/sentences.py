@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from mlfusion.report.numbers import count, enumerated, percent, plural, plus_minus, points
+from mlfusion.report.numbers import count, enumerated, percent, plus_minus, points
 from mlfusion.report.summary import ALF, MARKS, ComparisonGroup, LayerAttention, metric_name, replaced
 from mlfusion.results import Row
 from mlfusion.specs.names import BASELINE
 from mlfusion.statistics import Spread
 from mlfusion.system.progress import duration
+from mlfusion.system.words import plural
 
 CASES = "(a model on a data set)"
 VERDICTS = {1: "help", 0: "make no clear difference", -1: "do not help"}

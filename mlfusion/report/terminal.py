@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlfusion.report.numbers import count, mean_sd, percent, plural, points, short_count
+from mlfusion.report.numbers import count, mean_sd, percent, points, short_count
 from mlfusion.report.sentences import answer, opening, protocol_notes, replaced_notes
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import (
@@ -22,6 +22,7 @@ from mlfusion.report.summary import (
 from mlfusion.report.tables import markdown_lines, seed_counts
 from mlfusion.results import Row
 from mlfusion.system.progress import duration
+from mlfusion.system.words import plural
 
 COLUMNS = ("test", "gain, points", "val", "param.", "time", "n")
 

@@ -19,6 +19,7 @@ from mlfusion.specs.definitions import option_words
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import Stability
 from mlfusion.specs.options import GridName, SearchOptions
+from mlfusion.system.words import plural
 
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 """A number that is neither infinite nor NaN."""
@@ -108,7 +109,8 @@ class Duplicates(Struct, frozen=True, kw_only=True):
             return ""
         near = "near copies were not looked for" if self.near is None else f"{self.near:,} as near copies"
         both = self.bytes + (self.near or 0)
-        return f"{both:,} of {images:,} test images are in train too: {self.bytes:,} byte for byte, {near}"
+        of, verb = plural(images, "test image"), "is" if both == 1 else "are"
+        return f"{both:,} of {of} {verb} in train too: {self.bytes:,} byte for byte, {near}"
 
 
 class Sources(Struct, frozen=True, kw_only=True):

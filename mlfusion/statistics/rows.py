@@ -26,6 +26,7 @@ from mlfusion.statistics.datasets import (
 )
 from mlfusion.statistics.images import Calibration
 from mlfusion.statistics.uncertainty import BOOTSTRAP, Bootstrap, Difference, Interval, McNemar
+from mlfusion.system.words import plural
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,9 @@ def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> ProbeRan
     if any(each != ranked[0] for each in ranked):
         marks.append("the ranked probes do not have the same seeds")
     if older := len(every) - len(rows):
-        marks.insert(0, f"{older} rows of protocols before {newest} do not count, since they measure differently")
+        marks.insert(
+            0, f"{plural(older, 'row')} of protocols before {newest} cannot count: protocols measure differently"
+        )
     return ProbeRanking(
         ranking=ranking(table.scores, level=1 - level),
         against=tuple(gain_tests(gains, level=1 - level)),

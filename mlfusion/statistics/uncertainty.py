@@ -13,6 +13,7 @@ import numpy as np
 
 from mlfusion.errors import BadData
 from mlfusion.statistics.measures import AVERAGES, SUMS, Measure, check, full_score, image_terms, measure
+from mlfusion.system.words import plural
 
 MIN_IMAGES = 20
 """Minimum number of test images for a bootstrap interval: with fewer, 95 % intervals contain the true value less often."""
@@ -258,7 +259,7 @@ def _too_few(images: int, means: int) -> str | None:
     if images >= MIN_IMAGES and images > means:
         return None
     needed = max(MIN_IMAGES, means + 1)
-    return f"no interval from {images} test images: a bootstrap needs {needed} or more"
+    return f"no interval from {plural(images, 'test image')}: a bootstrap needs {needed} or more"
 
 
 def _too_alike(labels: np.ndarray, a: Predictions, b: Predictions, metric: str) -> str | None:
@@ -271,8 +272,8 @@ def _too_alike(labels: np.ndarray, a: Predictions, b: Predictions, metric: str) 
     if (different := int(differs.sum())) >= MIN_DIFFERENT:
         return None
     return (
-        f"no interval of the difference: the two differ on {different} of {len(labels)} test images, and a bootstrap needs "
-        f"{MIN_DIFFERENT} or more"
+        f"no interval of the difference: the two differ on {different} of {plural(len(labels), 'test image')}, and a bootstrap "
+        f"needs {MIN_DIFFERENT} or more"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlfusion import datasets, models
-from mlfusion.errors import BadModel
+from mlfusion.errors import BadModel, ResultsUnusable
 from mlfusion.extraction import loader
 from mlfusion.models import preprocessing
 from mlfusion.models.backbone import Backbone
@@ -83,6 +83,11 @@ def predict(
         BadModel: the backbone is another than the probe's.
         BadData: an image cannot be read.
     """
+    if not str(probe):
+        raise ResultsUnusable(
+            "the folder of the probe is an empty text; allowed: a folder that `mlfusion probe --save` wrote, which says where "
+            "it is"
+        )
     card, head = saved.load(Path(probe))
     checkpoint = models.locate(_model_reference(model, card.backbone.source))
     steps, spec, decoding = _training_setup(checkpoint, card.backbone)

@@ -28,6 +28,7 @@ from mlfusion.store.features import SplitPair
 from mlfusion.store.overlap import compared_pair
 from mlfusion.system import disk
 from mlfusion.system.progress import duration
+from mlfusion.system.words import plural
 from mlfusion.workflows.recipe import Recipe
 
 TRIAL_SECONDS = 2.0  # duration of the trial of each model, whose rate is used for all data sets
@@ -146,13 +147,14 @@ class Plan:
         if self.is_done:
             return "nothing is missing: every row is there already"
         passes = sum(case.forward_passes for case in self.cases)
+        computed = plural(passes, "forward pass", "forward passes")
         rows = sum(len(case.missing) for case in self.cases)
         total = sum(len(case.jobs) for case in self.cases)
         extraction = sum(case.extract_seconds for case in self.cases)
         return (
-            f"to do: {passes:,} forward passes ({duration(extraction)}), {self.bytes_to_write / 1e6:,.1f} MB of "
-            f"{self.free_bytes / 1e6:,.1f} MB free, {rows:,} of {total:,} rows ({duration(self.seconds - extraction)}); about "
-            f"{duration(self.seconds)} in all, by short trials"
+            f"to do: {computed} ({duration(extraction)}), {self.bytes_to_write / 1e6:,.1f} MB of "
+            f"{self.free_bytes / 1e6:,.1f} MB free, {rows:,} of {plural(total, 'row')} "
+            f"({duration(self.seconds - extraction)}); about {duration(self.seconds)} in all, by short trials"
         )
 
 

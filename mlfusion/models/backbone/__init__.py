@@ -23,6 +23,7 @@ from mlfusion.models.preprocessing import Preprocessing, read
 from mlfusion.shapes import Float
 from mlfusion.specs.identity import GRID_SIDES, HOOKS, KINDS, Compute, Hook, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges
+from mlfusion.system.words import plural
 
 __all__ = ["Anatomy", "Backbone", "Tap", "dissect"]
 
@@ -170,8 +171,9 @@ class Backbone:
                     yield from names
 
         if found := list(islice(needed(sorted(lacking)), SHOWN)):
+            absent_tensors = plural(len(found), "tensor", "or more tensors" if len(found) == SHOWN else "tensors")
             raise BadModel(
-                f"the weights of {self.name} lack {len(found)} {'or more ' * (len(found) == SHOWN)}tensors that the forward "
+                f"the weights of {self.name} lack {absent_tensors} that the forward "
                 f"pass needs, such as {found[0]}; the features would be random. Allowed: a checkpoint of the class its "
                 "config.json names"
             )

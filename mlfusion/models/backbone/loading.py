@@ -17,6 +17,7 @@ from mlfusion.errors import BadModel, first_line
 from mlfusion.models import checkpoints
 from mlfusion.models.backbone import conversion
 from mlfusion.models.backbone.placement import place, refuse_leftovers, refuse_shapes, submodule
+from mlfusion.system.words import plural
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,9 @@ class Stored:
         # Converted here, since transformers would make a second copy.
         tensor = stored.to(torch.float32, copy=True)
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            wrong = plural(int((~tensor.isfinite()).sum()), "number that is", "numbers that are")
             raise BadModel(
-                f"{self._name} in {self._file} has {int((~tensor.isfinite()).sum())} numbers that are not finite (NaN or "
+                f"{self._name} in {self._file} has {wrong} not finite (NaN or "
                 "infinity), so it holds no trained weights; allowed: finite numbers. Download or save the model again"
             )
         return tensor
