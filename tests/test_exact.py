@@ -196,6 +196,28 @@ def test_logistic_regression_of_real_features(shared: Any) -> None:
         assert objective(tokens, target, weight, bias, one.penalty) <= expected * (1 + 1e-6)
 
 
+def test_answers_of_the_strongest_penalty_are_those_of_float64() -> None:
+    """Of noise, probabilities of 30 classes at λ = 10⁶ differ in the eighth digit, which float32 does not have."""
+    random = np.random.default_rng(0)
+    train, test = (Tokens(random.normal(size=(120, 1, 64)).astype(np.float32), np.arange(120) % 30) for _ in range(2))
+    target = OneClass(30)
+    # To the square of its tiny coefficients the minimum is the gradient at nought over λ, and the bias takes the mean away.
+    mean = flat(train).mean(0)
+    expected = (flat(test) - mean) @ ((np.eye(30)[train.labels] - 1 / 30).T @ (flat(train) - mean) / 1e6).T
+    [(_, probe)] = Logistic(design(train, target)).solve([Penalty(1e6)])
+    found = target.predictions(torch.from_numpy(outputs(probe, test)))[0].numpy()
+    ties = (found == found.max(1, keepdims=True)).sum(1)
+    assert (ties == 1).all()
+    assert (found.argmax(1) == expected.argmax(1)).all()
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
+
+
+def test_equal_outputs_stay_ties() -> None:
+    told = OneClass(3).predictions(torch.tensor([[1.0, 1.0, 0.0], [0.0, 1e-9, 0.0], [0.0, -800.0, -900.0]])).numpy()
+    assert told[0, 0] == told[0, 1] and told[1].argmax() == 1 and told[1, 0] == told[1, 2]
+    assert (told >= 0).all() and told[2].tolist() == [1, 0, 0]
+
+
 def test_logistic_regression_has_no_numbers() -> None:
     with pytest.raises(BadData, match="logistic regression has no numbers; allowed: classes or labels"):
         Logistic(design(*data(TALL, "number")))

@@ -133,7 +133,11 @@ class OneClass(Target):
         return partial(cross_entropy, weights=weights, smoothing=self.smoothing)
 
     def predictions(self, outputs: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        return torch.softmax(outputs.cpu().double(), dim=-1).float()
+        """Probabilities whose largest stays the largest where float32 cannot tell it from others, as near λ = 10⁶."""
+        exact = torch.softmax(outputs.cpu().double(), dim=-1)
+        rounded, top = exact.float(), exact.argmax(-1, keepdim=True)
+        tied = (rounded == rounded.gather(-1, top)) & (exact < exact.gather(-1, top))
+        return torch.where(tied, torch.nextafter(rounded, torch.zeros(())), rounded)
 
 
 @dataclass(frozen=True)
