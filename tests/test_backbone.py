@@ -135,7 +135,7 @@ def test_weights_that_the_forward_pass_lacks_are_refused(tmp_path):
     lost = next(name for name in tensors if "2" in name and "fc1" in name.replace("intermediate.dense", "fc1"))
     del tensors[lost]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BadModel, match=r"lack 1 tensors .* random"):
+    with pytest.raises(BadModel, match=r"lack 1 tensor .* random"):
         Backbone(models.locate(str(folder)))
 
 

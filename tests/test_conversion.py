@@ -238,7 +238,7 @@ def test_such_a_checkpoint_goes_through_both_stages(tmp_path):
         (lambda t: {k: v for k, v in t.items() if "blocks.0.mlp" not in k}, r"has no blocks\.0\.mlp\.fc1\.weight"),
         (
             lambda t: {k: v for k, v in t.items() if k != "blocks.1.norm2.bias"},
-            r"lack 1 tensors .*layers?\.1\.layernorm_after\.bias",
+            r"lack 1 tensor .*layers?\.1\.layernorm_after\.bias",
         ),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_layer_scale_that_is_lost_is_not_taken_for_one(block, tmp_path):
     tensors = timm(scales=True)
     del tensors[f"blocks.{block}.ls1.gamma"]
     folder = write_timm(tmp_path / "m", tensors, "vit_base_patch14_dinov2")
-    with pytest.raises(BadModel, match=rf"lack 1 tensors .*{block}\.layer_scale1\.lambda1"):
+    with pytest.raises(BadModel, match=rf"lack 1 tensor .*{block}\.layer_scale1\.lambda1"):
         Backbone(models.locate(str(folder)))
 
 

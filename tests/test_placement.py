@@ -21,7 +21,9 @@ from torch import Tensor
 from mlfusion import models
 from mlfusion.errors import BadModel
 from mlfusion.models.backbone import Backbone
+from mlfusion.models.backbone.loading import memory_of
 from mlfusion.models.backbone.tracing import CallRecorder
+from mlfusion.workflows import doctor
 
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 PIXELS = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -410,6 +412,21 @@ def test_the_image_tower_of_a_large_model_is_read_without_its_text_model(tmp_pat
     torch.testing.assert_close(before, tokens)
     edit(folder, lambda held: {name: held[name] * 0 + torch.nan if name in text else held[name] for name in held})
     torch.testing.assert_close(features(folder), before, rtol=0, atol=0)
+
+
+def test_doctor_asks_for_the_memory_of_the_tower_and_not_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = vision_language(tmp_path / "m", hidden_size=256, intermediate_size=1024)
+    held = load_file(folder / "model.safetensors")
+    tower = sum(4 * tensor.numel() for name, tensor in held.items() if "vision" in name)
+    assert memory_of(models.locate(str(folder))) == tower
+    assert 4 * tower < (folder / "model.safetensors").stat().st_size
+    for free, refused in ((3 * tower, False), (tower, True)):
+        monkeypatch.setattr(doctor, "available", lambda _, free=free: free)
+        found = list(doctor._files(str(folder), "cpu"))
+        assert any("GB needed" in one.description for one in found) == refused
+        assert any(one.check == "features" for one in found) != refused
 
 
 @pytest.mark.long

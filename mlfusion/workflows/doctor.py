@@ -14,6 +14,7 @@ from mlfusion import models
 from mlfusion.errors import MlfusionError, Unavailable, UnknownName
 from mlfusion.models import checkpoints, hub, preprocessing
 from mlfusion.models.backbone import Backbone
+from mlfusion.models.backbone.loading import memory_of
 from mlfusion.probing.heads import kernels
 from mlfusion.specs.identity import HOOKS
 from mlfusion.specs.names import layer_ranges
@@ -26,7 +27,7 @@ from mlfusion.system.references import find_path, parse_model
 State = Literal["ok", "note", "problem"]
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface-hub", "zarr", "h5py", "safetensors", "pillow")
 EXTRAS = {"altair": "pip install 'mlfusion[report]' for the figures of reports"}
-LOADING_FACTOR = 2.0  # memory for loading a model and running one batch, by the size of its weights
+LOADING_FACTOR = 2.0  # memory for loading a model and running one batch, by the size of its vision tower in float32
 
 
 class Finding(Struct, frozen=True):
@@ -209,7 +210,7 @@ def _files(name: str, device: str) -> Iterator[Finding]:
         yield Finding("configuration", "ok", f"{shape.depth} layers of width {shape.width}")
         steps = preprocessing.read(checkpoint.folder)
         yield Finding("preprocessing", "ok", f"images of {steps.pixels[0]} x {steps.pixels[1]} px")
-        needed = int(LOADING_FACTOR * sum(file.stat().st_size for file in files))
+        needed = int(LOADING_FACTOR * memory_of(checkpoint))
         if needed > (free := available("cpu")):
             description = f"about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} free"
             yield Finding("memory", "problem", description, "free some memory")

@@ -1,6 +1,7 @@
 """Loads a checkpoint's vision tower, float32 and frozen, and prepares the arguments of its forward pass."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from mlfusion import models
 from mlfusion.errors import BadModel, first_line
 from mlfusion.models import checkpoints
 from mlfusion.models.backbone import conversion
-from mlfusion.models.backbone.placement import place, refuse_leftovers, refuse_shapes, submodule
+from mlfusion.models.backbone.placement import Placement, place, refuse_leftovers, refuse_shapes, submodule
 from mlfusion.system.words import plural
 
 
@@ -30,50 +31,48 @@ class LoadedTower:
     missing_projection: bool
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is read of a checkpoint, and into which class; known from the files' headers alone."""
+
+    config: Any
+    kind: Any
+    layout: checkpoints.Layout
+    headers: dict[str, checkpoints.Header]
+    parts: list[str]  # paths of the vision tower and its projection in the model
+    placement: Placement
+    read: frozenset[str]  # names, in the files, of the tensors that are read
+
+
 def load(checkpoint: models.Checkpoint) -> LoadedTower:
     """Load the vision tower, which may be a part of a model of images and texts; the other parts are not read.
 
     Raises:
         BadModel: a tensor of the file has no place, a shape differs, a number is not finite, or transformers cannot load it.
     """
-    config, layout = models.configuration(checkpoint), checkpoints.layout(checkpoint.folder)
-    if config.model_type == "vit_mae":
-        config.mask_ratio = 0.0
-    kind = _class(config)
-    files = models.weight_files(checkpoint.folder)
-    headers = checkpoints.headers_of(files)
-    with _quiet():
-        try:
-            readers = {file: _reader(file) for file in files}
-            with torch.device("meta"):
-                blank = kind(config)
-            parts = [submodule(blank, _tower(blank))]
-            if isinstance(getattr(blank, "visual_projection", None), nn.Module):
-                parts.append("visual_projection")
-            if layout == "transformers":
-                placement = place(blank, parts, headers, {}, checkpoint.name, lambda: _with_head(config, kind))
-                tensors: dict[str, Any] = {name: Unread(headers[name].shape) for name in placement.unread}
-                tensors |= {name: Stored(name, headers[name].file, readers) for name in placement.read}
-            else:
-                origins, renamed, used = _renamed(headers, layout, config, checkpoint.name)
-                placement = place(blank, parts, renamed, origins, checkpoint.name)
-                weights = {name: Stored(name, headers[name].file, readers)[...] for name in used}
-                converted = conversion.tensors(weights, layout, config)
-                tensors = {name: tensor.float().contiguous() for name, tensor in converted.items()}
-            model, report = kind.from_pretrained(
-                None,
-                state_dict=tensors,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, ImportError) as err:
-            raise BadModel(f"{checkpoint.folder} does not load: {first_line(err)}") from err
+    with _loading(checkpoint):
+        plan = _plan(checkpoint)
+        headers, placement = plan.headers, plan.placement
+        readers = {file: _reader(file) for file in {header.file for header in headers.values()}}
+        stored = {name: Stored(name, headers[name].file, readers) for name in plan.read}
+        if plan.layout == "transformers":
+            tensors: dict[str, Any] = {name: Unread(headers[name].shape) for name in placement.unread} | stored
+        else:
+            weights = {name: tensor[...] for name, tensor in stored.items()}
+            converted = conversion.tensors(weights, plan.layout, plan.config)
+            tensors = {name: tensor.float().contiguous() for name, tensor in converted.items()}
+        model, report = plan.kind.from_pretrained(
+            None,
+            state_dict=tensors,
+            config=plan.config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     for piece, found, expected in report["mismatched_keys"]:
         refuse_shapes(piece, found, expected, checkpoint.name)
     tower = _tower(model)
-    prefix = f"{parts[0]}." if parts[0] else ""
+    prefix = f"{plan.parts[0]}." if plan.parts[0] else ""
     projection = getattr(model, "visual_projection", None)
     return LoadedTower(
         tower=tower.eval().requires_grad_(False),
@@ -81,6 +80,42 @@ def load(checkpoint: models.Checkpoint) -> LoadedTower:
         missing=frozenset(key.removeprefix(prefix) for key in placement.missing if key.startswith(prefix)),
         missing_projection=any(key.startswith("visual_projection.") for key in placement.missing),
     )
+
+
+def memory_of(checkpoint: models.Checkpoint) -> int:
+    """Bytes that the vision tower takes in float32, by the files' headers; errors as in `load`."""
+    with _loading(checkpoint):
+        plan = _plan(checkpoint)
+    return sum(4 * math.prod(plan.headers[name].shape) for name in plan.read)
+
+
+def _plan(checkpoint: models.Checkpoint) -> _Plan:
+    config, layout = models.configuration(checkpoint), checkpoints.layout(checkpoint.folder)
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0
+    kind = _class(config)
+    headers = checkpoints.headers_of(models.weight_files(checkpoint.folder))
+    with torch.device("meta"):
+        blank = kind(config)
+    parts = [submodule(blank, _tower(blank))]
+    if isinstance(getattr(blank, "visual_projection", None), nn.Module):
+        parts.append("visual_projection")
+    if layout == "transformers":
+        placement = place(blank, parts, headers, {}, checkpoint.name, lambda: _with_head(config, kind))
+        return _Plan(config, kind, layout, headers, parts, placement, placement.read)
+    origins, renamed, used = _renamed(headers, layout, config, checkpoint.name)
+    placement = place(blank, parts, renamed, origins, checkpoint.name)
+    return _Plan(config, kind, layout, headers, parts, placement, frozenset(used))
+
+
+@contextmanager
+def _loading(checkpoint: models.Checkpoint) -> Iterator[None]:
+    """Without the reports of transformers, and with its errors as `BadModel`."""
+    with _quiet():
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, ImportError) as err:
+            raise BadModel(f"{checkpoint.folder} does not load: {first_line(err)}") from err
 
 
 def _renamed(
