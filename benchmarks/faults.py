@@ -4,7 +4,7 @@
 
 Runs the long form of tests/faults, file by file, a process each. A file that passed is not run again while its tally lies in
 --folder, unless it is named; one that failed is, and says why. `--minutes 60 soak` lets users of every kind loose on one
-cache for an hour; `inputs` gives random data sets and processors to the readers. With --page the tables go into
+cache for an hour; `inputs` gives random data sets and processors to the readers, and `model_folders` forged configurations. With --page the tables go into
 docs/measurements/faults.md, losses included; with --table nothing is run, and they show the tallies there are.
 """
 
@@ -91,7 +91,16 @@ def inputs(figures: dict[str, Any]) -> str:
     return page.table(heads, [*rows, ("**all**", *(f"**{count:,}**" for count in every))])
 
 
-PARTS = {"soak": soak, "shards": shards, "inputs": inputs}  # of the page, beside the trials
+def folders(figures: dict[str, Any]) -> str:
+    """The table of forged configurations of models, and of what became of them."""
+    outcomes = ["tried", "right", "refused", "traceback", "silently wrong"]
+    rows = [(form, *(f"{count.get(name, 0):,}" for name in outcomes)) for form, count in sorted(figures.items())]
+    every = [f"**{sum(count.get(name, 0) for count in figures.values()):,}**" for name in outcomes]
+    heads = ["form of the folder", "configurations", "right", "refused in one sentence", "traceback", "silently wrong"]
+    return page.table(heads, [*rows, ("**all**", *every)])
+
+
+PARTS = {"soak": soak, "shards": shards, "inputs": inputs, "folders": folders}  # of the page, beside the trials
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ MlfusionError
 The command line prints any of these in one line and exits with 1; every other exception is our bug and stays a traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -72,6 +73,30 @@ class BadRecipe(MlfusionError):
     """A recipe that cannot be run as written."""
 
 
+@contextmanager
+def boundary(sentence: Callable[[str], MlfusionError]) -> Iterator[None]:
+    """A call into a library on what somebody else wrote: whatever it raises there becomes one of our errors.
+
+    Libraries raise exceptions of every type on a damaged or forged file, so that no list of types is complete. Only calls of
+    a library belong inside, since a mistake of ours would be taken for one of the file.
+
+    Args:
+        sentence: makes the error from the first line of the library's message.
+    """
+    try:
+        yield
+    except MlfusionError:
+        raise
+    except Exception as err:
+        raise sentence(first_line(err)) from err
+
+
 def first_line(err: BaseException) -> str:
-    """The first line of a library's message, short enough to quote in one of ours; its type's name if it has none."""
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
+    """The first line of a library's message, short enough to quote in one of ours; its type's name if it has none.
+
+    A line that ends in a colon goes on with the next one.
+    """
+    if isinstance(err, KeyError):
+        return f"{err} is missing"[:200]
+    first, *others = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
+    return f"{first} {others[0] if first.endswith(':') and others else ''}".strip()[:200]

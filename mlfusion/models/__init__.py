@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfusion.errors import BadModel, UnknownName, first_line
+from mlfusion.errors import BadModel, UnknownName, boundary
 from mlfusion.models import checkpoints as checkpoints
 from mlfusion.models import hub as hub
 from mlfusion.models.catalogue import CATALOGUE as CATALOGUE
 from mlfusion.models.catalogue import EMBEDDED as EMBEDDED
-from mlfusion.models.files import refuse_quantised
+from mlfusion.models.files import refuse_links, refuse_quantised, refuse_sizes
 from mlfusion.models.files import sha256 as sha256
 from mlfusion.models.files import weight_files as weight_files
 from mlfusion.specs.identity import Compute, Hook, ModelSpec, digest
@@ -71,6 +71,7 @@ def locate(reference: str) -> Checkpoint:
         folder = hub.download(source, ref.name, row.revision if row else None)
         # The hub's cache keeps a snapshot in a folder named by its commit.
         name, revision = row.name if row else source.rsplit("/", 1)[-1], folder.name
+    refuse_links(folder)
     return Checkpoint(folder, name + ref.suffix, source + ref.suffix, revision, ref.hook, ref.settings)
 
 
@@ -100,9 +101,10 @@ def shape(checkpoint: Checkpoint) -> Shape:
     config = configuration(checkpoint)
     vision = getattr(config, "vision_config", config)
     depths, widths = getattr(vision, "depths", None), getattr(vision, "hidden_sizes", None)
-    depth = sum(depths) if isinstance(depths, (list, tuple)) else getattr(vision, "num_hidden_layers", None)
-    width = getattr(vision, "hidden_size", None) or (widths[-1] if widths else None)
-    if not depth or not width:
+    stages = isinstance(depths, (list, tuple)) and all(type(stage) is int for stage in depths)
+    depth: Any = sum(depths or ()) if stages else getattr(vision, "num_hidden_layers", None)
+    width: Any = getattr(vision, "hidden_size", None) or (widths[-1] if isinstance(widths, (list, tuple)) else None)
+    if not all(type(size) is int and size > 0 for size in (depth, width)):
         raise BadModel(
             f"{checkpoint.name} ({config.model_type}) has no depth and width in its configuration (num_hidden_layers and "
             "hidden_size, or depths and hidden_sizes); allowed: vision transformers and residual networks"
@@ -111,7 +113,7 @@ def shape(checkpoint: Checkpoint) -> Shape:
     patch = getattr(vision, "patch_stride", None) or getattr(vision, "patch_size", None)
     if isinstance(patch, (list, tuple)):
         patch = patch[-1]
-    return Shape(int(depth), int(width), int(patch) if isinstance(patch, int) else None)
+    return Shape(depth, width, patch if isinstance(patch, int) and patch > 0 else None)
 
 
 def configuration(checkpoint: Checkpoint) -> Any:
@@ -121,20 +123,21 @@ def configuration(checkpoint: Checkpoint) -> Any:
         BadModel: transformers cannot read it, or it says that the weights are quantised.
         UnknownName: a setting that it does not have.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     refuse_quantised(checkpoint.folder)
-    try:
+    refuse_sizes(checkpoint.folder)
+    with boundary(
+        lambda reason: BadModel(
+            f"{checkpoint.folder}/config.json cannot be read ({reason}); allowed: a model_type that transformers knows, with "
+            "the fields that save_pretrained writes. Save or download the model again"
+        )
+    ):
         if checkpoints.layout(checkpoint.folder) == "transformers":
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         else:
             config = checkpoints.configuration(checkpoint.folder, tuple(weight_files(checkpoint.folder)))
-    except (OSError, ValueError, KeyError) as err:
-        raise BadModel(
-            f"{checkpoint.folder}/config.json cannot be read ({first_line(err)}); allowed: a model_type that "
-            "transformers knows"
-        ) from err
+    config._attn_implementation = None  # compiled code of other packages is ours to choose, never the folder's
     vision = getattr(config, "vision_config", config)
     for key, value in checkpoint.settings:
         if key not in (settings := vision.to_dict()):
@@ -143,10 +146,9 @@ def configuration(checkpoint: Checkpoint) -> Any:
         allowed = (int, float) if type(old) is float else type(old)
         if old is not None and value is not None and not isinstance(value, allowed):
             raise BadModel(f"{key}={value} is a {type(value).__name__}; allowed: {type(old).__name__}, such as {old}")
-        try:
+        of = f"{key}={value} is no setting of a {config.model_type}"
+        with boundary(lambda reason, of=of: BadModel(f"{of} ({reason})")):  # type: ignore[misc]
             setattr(vision, key, value)
-        except StrictDataclassError as err:
-            raise BadModel(f"{key}={value} is no setting of a {config.model_type} ({first_line(err)})") from err
     return config
 
 

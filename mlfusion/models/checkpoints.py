@@ -6,13 +6,18 @@ that fits (`timm`, `open_clip`), by the tensors' names and shapes; `backbone.con
 """
 
 import json
+import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlfusion.errors import BadModel, first_line
+from mlfusion.errors import BadModel, boundary
 from mlfusion.models import open_clip, timm
+
+LARGEST_JSON = 1 << 26  # bytes; the index of a model of 100,000 tensors has a tenth of it
+LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 Layout = Literal["transformers", "timm", "open_clip"]
 
@@ -50,25 +55,33 @@ def headers_of(files: Iterable[Path]) -> dict[str, Header]:
     """Tensor name → its header; raises BadModel if a file holds anything but tensors, or two files hold the same one."""
     headers: dict[str, Header] = {}
     for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                with open(file, "rb") as stream:
-                    body = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-                body.pop("__metadata__", None)
-                found = {key: Header(file, tuple(entry["shape"]), entry["dtype"]) for key, entry in body.items()}
-            else:
-                tensors = unpickled(file).items()
-                found = {key: Header(file, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in tensors}
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as err:
-            raise BadModel(
-                f"{file} holds no tensors that can be read ({err}); allowed: safetensors, or plain tensors"
-            ) from err
+        if file.suffix == ".safetensors":
+            found = _header_of(file)
+        else:
+            tensors = unpickled(file).items()
+            found = {key: Header(file, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in tensors}
         if twice := sorted(found.keys() & headers):
             raise BadModel(
                 f"{file} and {headers[twice[0]].file} both hold {twice[0]}; allowed: one file for each tensor"
             )
         headers |= found
     return headers
+
+
+def _header_of(file: Path) -> dict[str, Header]:
+    """The header of a safetensors file, which the library has checked (`files.verify`)."""
+    with (
+        boundary(
+            lambda reason: BadModel(f"{file} holds no tensors that can be read ({reason}); allowed: whole safetensors")
+        ),
+        open(file, "rb") as stream,
+    ):
+        length = int.from_bytes(stream.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise BadModel(f"{file} has a header of {length:,} bytes; allowed: at most {LARGEST_HEADER:,}")
+        body = json.loads(stream.read(length))
+        body.pop("__metadata__", None)
+        return {key: Header(file, tuple(entry["shape"]), entry["dtype"]) for key, entry in body.items()}
 
 
 def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
@@ -78,27 +91,17 @@ def shapes_of(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
 
 def unpickled(file: Path) -> dict[str, Any]:
     """The tensors of a .bin or .pt file, memory-mapped if possible; raises BadModel if it holds anything else, unloaded."""
-    import pickle
     import zipfile
 
     import torch
 
-    try:
+    with boundary(
+        lambda reason: BadModel(
+            f"{file} holds more than plain tensors and is not loaded ({reason}); allowed: safetensors"
+        )
+    ):
         # Files of torch before 1.6 are no zip archives, and cannot be mapped.
         body = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as err:
-        raise BadModel(
-            f"{file} holds more than plain tensors and is not loaded ({first_line(err)}); allowed: safetensors"
-        ) from err
     for key in ("state_dict", "model"):
         if isinstance(body, dict) and isinstance(body.get(key), dict):
             body = body[key]
@@ -109,12 +112,18 @@ def unpickled(file: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object, or an empty one if there is no such file; raises BadModel if it holds something else."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists() and not path.is_symlink():
         return {}
-    except (OSError, ValueError) as err:
-        raise BadModel(f"{path} cannot be read: {err}") from err
+    cannot, allowed = f"{path} cannot be read", "allowed: a JSON object in a plain file"
+    with (
+        boundary(lambda reason: BadModel(f"{cannot} ({reason}); {allowed}. Download it again")),
+        # Without waiting, as it would for a pipe.
+        open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file,
+    ):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_JSON:
+            raise BadModel(f"{cannot}; {allowed} of at most {LARGEST_JSON:,} bytes. Download it again")
+        body = json.loads(file.read().decode())
     if not isinstance(body, dict):
         raise BadModel(f"{path} holds no JSON object")
     return body

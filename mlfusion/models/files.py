@@ -10,7 +10,7 @@ from fnmatch import filter as matching
 from functools import lru_cache
 from pathlib import Path
 
-from mlfusion.errors import BadModel, first_line
+from mlfusion.errors import BadModel, boundary
 from mlfusion.models import checkpoints
 
 CONFIGURATION = [
@@ -35,6 +35,8 @@ WEIGHTS: dict[checkpoints.Layout, tuple[str, ...]] = {
     "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "*.safetensors", "*.bin", "*.pt"),
 }
 """Names of the file that holds the weights, or that names their files: the first that exists is used."""
+
+LARGEST = {"layers": 4096, "depth": 4096, "num_labels": 1_000_000}  # by a word in the field's name
 
 LFS_POINTER = b"version https://git-lfs"
 SETTLED = 2_000_000_000  # ns; a file that is younger may change again within one tick of the file system's clock
@@ -76,6 +78,8 @@ def weight_files(folder: Path) -> list[Path]:
         raise BadModel(f"{folder} holds no weights; allowed: {', '.join(allowed)}")
     files = [folder / shard for shard in shards(folder / name)] if name.endswith(INDEX) else [folder / name]
     for file in files:
+        if file.is_symlink():
+            refuse_link(file)
         verify(file)
     return files
 
@@ -115,13 +119,54 @@ def refuse_quantised(folder: Path) -> None:
         parts += [(file, value) for value in part.values() if isinstance(value, dict)]
 
 
+def refuse_sizes(folder: Path) -> None:
+    """Raise BadModel for a number of blocks or classes that no model has: building them would take all memory."""
+    parts = [(name, checkpoints.read_json(folder / name)) for name in ("config.json", "open_clip_config.json")]
+    while parts:
+        file, part = parts.pop()
+        for field, value in part.items():
+            numbers = value if isinstance(value, list) else [value]
+            limit = next((most for word, most in LARGEST.items() if word in field), None)
+            if limit and any(isinstance(number, (int, float)) and not number <= limit for number in numbers):
+                raise BadModel(
+                    f"{folder / file} says {field} is {str(value)[:40]}; allowed: at most {limit:,}. Download it again"
+                )
+        parts += [(file, value) for value in part.values() if isinstance(value, dict)]
+
+
+def refuse_links(folder: Path) -> None:
+    """Check every file of the configuration by `refuse_link`."""
+    for name in CONFIGURATION:
+        if (folder / name).is_symlink() or (folder / name).exists():
+            refuse_link(folder / name)
+
+
+def refuse_link(file: Path) -> None:
+    """Raise BadModel if a file is no plain one, or a link that leads out of its folder.
+
+    In the hub's cache the files of a snapshot are links into their repository's folder, and these are followed.
+    """
+    folder = file.parent.resolve()
+    root = folder.parents[1] if folder.parent.name == "snapshots" else folder
+    try:
+        target = file.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise BadModel(f"{file} is a link that leads nowhere; allowed: the file itself. Download it again") from None
+    if not target.is_relative_to(root):
+        raise BadModel(
+            f"{file} is a link to {target}, which lies outside of {root}; allowed: files of that folder. Copy the file there"
+        )
+    if not target.is_file():
+        raise BadModel(f"{file} is no plain file; allowed: a file. Download it again")
+
+
 def verify(file: Path) -> None:
     """Check that a file of weights can be read, by its header alone where it is safetensors.
 
     Raises:
         BadModel: it is missing, a Git LFS pointer, cut short, damaged, or holds more than plain tensors.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not file.is_file():
         raise BadModel(f"{file} is missing, and the index names it; download it, or save the model again")
@@ -134,13 +179,15 @@ def verify(file: Path) -> None:
     if file.suffix != ".safetensors":
         checkpoints.unpickled(file)
         return
-    try:
-        with safe_open(file, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as err:
-        raise BadModel(
-            f"{file} is damaged or cut short ({first_line(err)}); allowed: a whole safetensors file. Download it again"
-        ) from err
+    with (
+        boundary(
+            lambda reason: BadModel(
+                f"{file} is damaged or cut short ({reason}); allowed: a whole safetensors file. Download it again"
+            )
+        ),
+        safe_open(file, framework="numpy"),
+    ):
+        pass
 
 
 def sha256(files: Iterable[Path]) -> str:

@@ -19,12 +19,13 @@ import math
 import re
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
 
-from mlfusion.errors import BadModel, first_line
+from mlfusion.errors import BadModel, boundary
 from mlfusion.models import Shape
 from mlfusion.models.backbone.patches import (
     ToArguments,
@@ -160,6 +161,18 @@ def dissect(
     )
 
 
+def _why_not(model: nn.Module, pixels: tuple[int, ...], name: str, reason: str) -> BadModel:
+    """The error where a forward pass fails for this reason."""
+    if "input_ids" in inspect.signature(model.forward).parameters:
+        return BadModel(
+            f"{name} takes a text with each image ({reason}); allowed: a model with a vision tower of its own"
+        )
+    return BadModel(
+        f"{name} does not run on the {tuple(pixels[1:])} pixels that its preprocessor_config.json makes ({reason}); allowed: "
+        "settings that fit the weights. Save or download the model again"
+    )
+
+
 def _trace(
     model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], depth: int, name: str, absent: Container[str]
 ) -> Trace:
@@ -173,18 +186,9 @@ def _trace(
             f"{name} takes videos of {frames} frames, and no single images; allowed: a model of images, or V-JEPA 2, which "
             "gets an image as a clip"
         )
-    try:
-        with recorder.recording(model.modules(), {key: held[key] for key in held if key in absent}):
-            model(**to_arguments(noise))
-    except (ValueError, RuntimeError, TypeError) as err:
-        if "input_ids" in inspect.signature(model.forward).parameters:
-            raise BadModel(
-                f"{name} takes a text with each image ({first_line(err)}); allowed: a model with a vision tower of its own"
-            ) from err
-        raise BadModel(
-            f"{name} does not run on the {tuple(pixels[1:])} pixels that its preprocessor_config.json makes: "
-            f"{first_line(err)}"
-        ) from err
+    absent_held = {key: held[key] for key in held if key in absent}
+    with boundary(partial(_why_not, model, pixels, name)), recorder.recording(model.modules(), absent_held):
+        model(**to_arguments(noise))
     blocks = _blocks(model, recorder, depth, name)
     runs = tuple(call for block in blocks if (call := recorder.first(block)))
     return Trace(

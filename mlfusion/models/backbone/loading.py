@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mlfusion import models
-from mlfusion.errors import BadModel, first_line
+from mlfusion.errors import BadModel, boundary
 from mlfusion.models import checkpoints
 from mlfusion.models.backbone import conversion
 from mlfusion.models.backbone.placement import Placement, place, refuse_leftovers, refuse_shapes, submodule
@@ -111,11 +111,10 @@ def _plan(checkpoint: models.Checkpoint) -> _Plan:
 @contextmanager
 def _loading(checkpoint: models.Checkpoint) -> Iterator[None]:
     """Without the reports of transformers, and with its errors as `BadModel`."""
-    with _quiet():
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError, ImportError) as err:
-            raise BadModel(f"{checkpoint.folder} does not load: {first_line(err)}") from err
+    cannot = f"{checkpoint.folder} does not load"
+    saved = "allowed: a configuration and weights that one model was saved with. Save or download the model again"
+    with _quiet(), boundary(lambda reason: BadModel(f"{cannot} ({reason}); {saved}")):
+        yield
 
 
 def _renamed(

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mlfusion.errors import BadModel, first_line
+from mlfusion.errors import BadModel, boundary
 from mlfusion.models import open_clip
 from mlfusion.models.checkpoints import read_json
-from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges, resize_mark
+from mlfusion.models.preprocessing.steps import FILTERS, Steps, canonical, edges, refuse_size, resize_mark
 from mlfusion.specs.identity import AS_STORED, Decoding
 
 
@@ -59,15 +59,23 @@ class TransformersProcessor:
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
+        settings = processor.to_dict()
+        for name in ("size", "crop_size", "pad_size"):
+            for side in ("height", "width", "shortest_edge"):
+                given = settings.get(name)
+                if isinstance(given, Mapping) and isinstance(edge := given.get(side), int):
+                    refuse_size(name, edge)  # before a picture of that size is made
         noise = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
-        try:
-            with np.errstate(divide="raise", invalid="raise", over="raise"):  # such as a standard deviation of 0
-                shapes = {self.picture(Image.fromarray(pixels)).shape[1:] for pixels in (noise, noise.swapaxes(0, 1))}
-        except (ValueError, RuntimeError, TypeError, ArithmeticError) as err:
-            raise BadModel(
-                f"{type(processor).__name__} cannot prepare a picture by the settings it was given ({first_line(err)}); "
-                "allowed: a preprocessor_config.json whose sizes fit together"
-            ) from err
+        with (
+            boundary(
+                lambda reason: BadModel(
+                    f"{type(processor).__name__} cannot prepare a picture by the settings it was given ({reason}); "
+                    "allowed: a preprocessor_config.json whose sizes fit together"
+                )
+            ),
+            np.errstate(divide="raise", invalid="raise", over="raise"),  # such as a standard deviation of 0
+        ):
+            shapes = {self.picture(Image.fromarray(pixels)).shape[1:] for pixels in (noise, noise.swapaxes(0, 1))}
         if len(shapes) > 1:
             raise BadModel(
                 f"pictures of every shape would come out of {type(processor).__name__} by the settings it was given; allowed: "
@@ -118,12 +126,10 @@ def read(
         BadModel: neither this code nor transformers can read the folder, or the study has no recipe for the model's family.
     """
     config = read_json(folder / "config.json")
-    try:
+    with boundary(
+        lambda reason: BadModel(f"the preprocessing settings of {folder} cannot be used ({reason}); {ALLOWED}")
+    ):
         steps = _from_study(folder, config) if variant.startswith("paper") else _from_files(folder, config)
-    except KeyError as err:
-        raise BadModel(f"the preprocessing settings of {folder} lack {err}; {ALLOWED}") from err
-    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as err:
-        raise BadModel(f"the preprocessing settings of {folder} cannot be used ({first_line(err)}); {ALLOWED}") from err
     if isinstance(steps, TransformersProcessor):
         if variant != "exact" or size is not None or view != "plain":
             raise BadModel(
@@ -340,11 +346,10 @@ def _processor(folder: Path) -> Any:
     """The model's own image processor, in its PIL form: exact, and without torchvision."""
     from transformers import AutoImageProcessor
 
-    try:
+    with boundary(
+        lambda reason: BadModel(
+            f"{folder.name}: no image processor can be made ({reason}); allowed: a preprocessor_config.json of one of "
+            f"{', '.join(DEFAULTS)}, or of another processor that has a PIL form in transformers"
+        )
+    ):
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
-    except (OSError, ValueError, ImportError) as err:
-        raise BadModel(
-            f"{folder.name}: no image processor can be made ({first_line(err)}); allowed: a "
-            f"preprocessor_config.json of one of {', '.join(DEFAULTS)}, or of another processor "
-            "that has a PIL form in transformers"
-        ) from err

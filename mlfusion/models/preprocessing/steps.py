@@ -45,6 +45,7 @@ PILLOW_13 = "5b27cac7583b0616"
 """Digest of the known picture of `resize_mark`, resized by Pillow 13.0."""
 
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
+LARGEST_INPUT = 1 << 24  # pixels of a picture that a model is given: 4096 squared, several times what any model takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +70,8 @@ class Steps:
                 "with a crop_size, or a size with height and width"
             )
         for name, edge in (("size", self.size), ("crop_size", self.crop_size)):
-            height, width = edge if isinstance(edge, tuple) else (edge or 1, edge or 1)
-            if edge is not None and (edge == 0 or min(height, width) < 1 or height * width > MAX_PIXELS):
-                raise BadModel(f"{name} {edge}: allowed are 1 pixel and more, and up to {MAX_PIXELS:,} in a picture")
+            if edge is not None:
+                refuse_size(name, edge)
         for name, colours in (("image_mean", self.image_mean), ("image_std", self.image_std)):
             if colours is not None and not (len(colours) == 3 and all(map(math.isfinite, colours))):
                 raise BadModel(f"{name} {list(colours)}: allowed are three finite numbers, or one for all colours")
@@ -313,6 +313,13 @@ def from_key(key: str) -> tuple[Steps | None, Decoding]:
         return (steps if known and steps.key() == unmarked else None), decoding
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, BadModel):
         return None, decoding
+
+
+def refuse_size(name: str, edge: tuple[int, int] | int) -> None:
+    """Raise BadModel for a size that no model takes, before a picture of it is made."""
+    height, width = edge if isinstance(edge, tuple) else (edge, edge)
+    if min(height, width) < 1 or height * width > LARGEST_INPUT:
+        raise BadModel(f"{name} {edge}: allowed are 1 pixel and more, and up to {LARGEST_INPUT:,} in a picture")
 
 
 def edges(value: Any) -> tuple[int, int] | int:
