@@ -4,8 +4,9 @@
 
 Runs the long form of tests/faults, file by file, a process each. A file that passed is not run again while its tally lies in
 --folder, unless it is named; one that failed is, and says why. `--minutes 60 soak` lets users of every kind loose on one
-cache for an hour; `inputs` gives random data sets and processors to the readers, and `model_folders` forged configurations. With --page the tables go into
-docs/measurements/faults.md, losses included; with --table nothing is run, and they show the tallies there are.
+cache for an hour; `inputs` gives random data sets and processors to the readers, and `model_folders` forged configurations.
+With --page the tables go into docs/measurements/faults.md, losses included; with --table nothing is run, and they show the
+tallies there are.
 """
 
 import argparse

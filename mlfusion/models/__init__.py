@@ -4,6 +4,7 @@ A model is a catalogue name, an id on the Hugging Face hub, or a folder in the h
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,14 @@ def configuration(checkpoint: Checkpoint) -> Any:
         allowed = (int, float) if type(old) is float else type(old)
         if old is not None and value is not None and not isinstance(value, allowed):
             raise BadModel(f"{key}={value} is a {type(value).__name__}; allowed: {type(old).__name__}, such as {old}")
-        of = f"{key}={value} is no setting of a {config.model_type}"
-        with boundary(lambda reason, of=of: BadModel(f"{of} ({reason})")):  # type: ignore[misc]
+        with boundary(partial(_no_setting, key, value, config.model_type)):
             setattr(vision, key, value)
     return config
+
+
+def _no_setting(key: str, value: Setting, model_type: str, reason: str) -> BadModel:
+    """The error where a configuration does not take a changed setting."""
+    return BadModel(f"{key}={value} is no setting of a {model_type} ({reason})")
 
 
 def _without_cosmetics(config: Any) -> Any:
