@@ -101,7 +101,12 @@ def folders(figures: dict[str, Any]) -> str:
     return page.table(heads, [*rows, ("**all**", *every)])
 
 
-PARTS = {"soak": soak, "shards": shards, "inputs": inputs, "folders": folders}  # of the page, beside the trials
+def records(figures: dict[str, Any]) -> str:
+    """The table of forged records, and of what became of them."""
+    return page.table(["outcome", "trials"], [(what, f"{count:,}") for what, count in figures.items()])
+
+
+PARTS = {"records": records, "soak": soak, "shards": shards, "inputs": inputs, "folders": folders}
 
 
 def main() -> None:

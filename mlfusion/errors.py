@@ -9,12 +9,14 @@ MlfusionError
     BadImage         one image that cannot be read
   NotCached          stage 2 was asked for features that stage 1 has not written
   CacheUnusable      the cache cannot be written or read: read-only, full, damaged, from a newer version
+    CacheUnread      a file of it that may not be read, which is no damage
   ResultsUnusable    likewise the results, or there are none yet
   BadRecipe          a recipe says something that no recipe may say
 
 The command line prints any of these in one line and exits with 1; every other exception is our bug and stays a traceback.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -65,12 +67,24 @@ class CacheUnusable(MlfusionError):
     """The cache cannot be written to or trusted."""
 
 
+class CacheUnread(CacheUnusable):
+    """A file of the cache that the system does not let us read; it may be sound."""
+
+
 class ResultsUnusable(MlfusionError):
     """Results that cannot be saved or read."""
 
 
 class BadRecipe(MlfusionError):
     """A recipe that cannot be run as written."""
+
+
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters and those that turn the direction of text as escapes, '\\x1b'."""
+    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @contextmanager

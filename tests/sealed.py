@@ -8,7 +8,7 @@ from mlfusion.system import disk
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(disk.read_sealed(path))
+    return json.loads(disk.unsealed(path.read_bytes()))
 
 
 def sealed(body: dict[str, Any]) -> str:

@@ -125,8 +125,6 @@ SWITCHED_OFF = {
     "report/figures/charts.py": 2,
     "results/database.py": 1,
     "store/features.py": 2,
-    "store/formats.py": 1,
-    "store/leases.py": 1,
     "store/reader.py": 3,
     "workflows/advice.py": 1,
 }

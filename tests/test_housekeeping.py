@@ -31,6 +31,7 @@ from mlfusion.store.housekeeping import (
 from mlfusion.store.leases import Leases
 from mlfusion.store.verify import repair_entry, verify, verify_entry
 from mlfusion.system import disk
+from mlfusion.system.tree import Tree
 
 RUN = RunRecord(
     when="2026-01-01T00:00:00+00:00",
@@ -184,7 +185,7 @@ def test_what_the_commands_do_is_done_by_functions(tmp_path):
     assert entry_paths(two, EntryFilter(dataset="d")) == [copied.path]
     files = tree(two / "v3")
     assert disk_usage(two).entries == {("m", "d"): sum(map(len, files.values()))}
-    assert verify(two).to_json() == {"entries": 1, "damaged": [], "quarantined": []}
+    assert verify(two).to_json() == {"entries": 1, "damaged": [], "unread": [], "quarantined": []}
     [shard, *_] = two.rglob("tokens.h5")
     shard.write_bytes(shard.read_bytes()[:-1])
     assert [damage.path for damage in verify(two).damaged] == [shard.parent]
@@ -205,8 +206,8 @@ def test_what_goes_by_age_size_and_need(tmp_path):
         entry = new_entry(tmp_path, images)
         fill(entry, "zarr")
         then = time.time() - days * 86400
-        for name in ("names", "entry.json"):
-            os.utime(entry.path / name, (then, then))
+        for path in (entry.path / "names", *(path for path in entry.path.rglob("*") if path.is_file())):
+            os.utime(path, (then, then))
     assert decisions(store, older=3 * 86400) == {9: True, 17: True, 25: False}
     sizes = {entry.spec.data.images: entry.size() for entry in store.own_entries()}
     assert decisions(store, size=sizes[25] + sizes[17]) == {9: True, 17: False, 25: False}
@@ -235,7 +236,7 @@ def test_a_reader_keeps_its_entry(tmp_path):
 
 def test_an_extraction_keeps_its_entry(tmp_path):
     entry = new_entry(tmp_path)
-    leases = Leases(entry.path / "leases")
+    leases = Leases(entry.tree, f"{entry.at}/leases")
     assert leases.take(["cls~0"])
     assert remove_entry(tmp_path, entry.path) == "it is being extracted"
     leases.release()
@@ -275,7 +276,7 @@ def test_the_commands(run, words, tmp_path):
     assert run("cache", "path", "--json")["paths"] == [str(tmp_path / "cache")]
     paths = run("cache", "path", *words, "--split", "train", "--json")["paths"]
     assert [Path(path).name for path in paths] == [row["key"] for row in rows if row["split"] == "train"]
-    assert run("cache", "verify", "--json") == {"entries": 2, "damaged": [], "quarantined": []}
+    assert run("cache", "verify", "--json") == {"entries": 2, "damaged": [], "unread": [], "quarantined": []}
     assert run("cache", "export", str(tmp_path / "copy"), "--format", "hdf5", "--json")["entries"]
     assert {row["key"] for row in run("cache", "ls", "--cache", "copy", "--json")["entries"]} == {
         row["key"] for row in rows
@@ -428,8 +429,10 @@ def test_thousands_of_entries_are_listed_by_reading_each_once(tmp_path, monkeypa
     for images in range(1, 41):
         fill(new_entry(tmp_path, images), "zarr", {(1, "cls")})
     opened: list[str] = []
-    read = disk.read_sealed
-    monkeypatch.setattr(disk, "read_sealed", lambda path: (opened.append(str(path)), read(path))[1])
+    read = Tree.read_at
+    monkeypatch.setattr(
+        Tree, "read_at", lambda tree, path, most: (opened.append(f"{tree.root}/{path}"), read(tree, path, most))[1]
+    )
     assert len(FeatureStore(tmp_path).find(model="m", dataset="d")) == 40
     assert max(map(opened.count, opened)) == 1
     assert len(opened) <= 3 * 40

@@ -25,8 +25,11 @@ SPEC = FeatureSpec(model=MODEL, data=DATA)
 WRITTEN_OUT = (
     '{"data":{"classes":["a","b"],"content":"' + "ef" * 32 + '","images":7,"split":"train","type":"DataSpec"},'
     '"dtype":"float16","format":3,'
-    '"model":{"compute":"float32","config":"' + "cd" * 8 + '","hook":"norm2","preprocess":"{}","revision":null,'
-    '"type":"ModelSpec","weights":"' + "ab" * 32 + '"},"type":"FeatureSpec"}'
+    '"model":{"compute":"float32","config":"'
+    + "cd"
+    * 8
+    + '","depth":12,"hook":"norm2","preprocess":"{}","revision":null,'
+    '"type":"ModelSpec","weights":"' + "ab" * 32 + '","width":192},"type":"FeatureSpec"}'
 )
 
 
@@ -57,6 +60,8 @@ def test_the_key_is_the_same_on_every_machine():
         ("data", "classes", ("a", "c")),
         (None, "dtype", "float32"),
         (None, "format", 4),
+        ("model", "depth", 13),
+        ("model", "width", 7),
     ],
 )
 def test_what_changes_the_numbers_changes_the_key(part, field, value):

@@ -197,7 +197,7 @@ def published(entry_folder: Path) -> dict[str, tuple[int, int]]:
 
 def litter(root: Path) -> list[Path]:
     """What should not be left in a cache that nobody is at work in."""
-    return [*root.rglob(f"{disk.DRAFT}*"), *root.glob("v*/*/leases/*"), *root.glob("v2/*/pins/*")]
+    return [*root.rglob(f"{disk.DRAFT}*"), *root.glob("v*/*/leases/*"), *root.glob("v*/*/pins/*")]
 
 
 def right(entry: Entry) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Model, with_options
-from mlfusion.cli.output import notify, print_json, print_rows
+from mlfusion.cli.output import notify, print_json, print_rows, say
 from mlfusion.errors import CacheUnusable
 from mlfusion.specs.definitions import command
 from mlfusion.specs.options import ComputeOptions, CopyOptions, EntryFilter, FeatureOptions, PruneOptions
@@ -53,10 +53,12 @@ def du(cache: Cache = None, as_json: AsJson = False) -> None:
         print_json(body)
         return
     print_rows(body["entries"], empty="no features yet; run: mlfusion extract")
+    for reason in usage.damaged:
+        notify(f"not counted: {reason}")
     for name, nbytes in usage.beside.items():
         if nbytes:
-            typer.echo(f"{usage.root / name}: {nbytes:,} bytes; may be deleted")
-    typer.echo(f"in all: {body['bytes']:,} bytes in {usage.root}")
+            say(f"{usage.root / name}: {nbytes:,} bytes; may be deleted")
+    say(f"in all: {body['bytes']:,} bytes in {usage.root}")
 
 
 @app.command()
@@ -80,36 +82,55 @@ def explain(
     for explained in explanations:
         body = explained.to_json()
         lacking = f"; lacks {body['lacking']}" if body["lacking"] and explained.entry else ""
-        typer.echo(f"{explained.split}: {body['state']}, {body['path'] or explained.key}{lacking}")
+        say(f"{explained.split}: {body['state']}, {body['path'] or explained.key}{lacking}")
         if explained.nearest:
             spec = explained.nearest.spec
-            typer.echo(f"  nearest: {spec.model.name} on {spec.data.name}/{spec.data.split}, {explained.nearest.key}")
+            say(f"  nearest: {spec.model.name} on {spec.data.name}/{spec.data.split}, {explained.nearest.key}")
         for name, requested, cached in explained.differences:
-            typer.echo(
-                f"  {name} differs: " + (f"{requested} here, {cached} there" if cached else f"there, {requested}")
-            )
+            say(f"  {name} differs: " + (f"{requested} here, {cached} there" if cached else f"there, {requested}"))
 
 
 @app.command()
 def verify(
     fix: Annotated[bool, typer.Option("--repair", help="Move damaged files to quarantine/.")] = False,
+    sample: Annotated[
+        int | None,
+        typer.Option(min=1, help="Run this many images of each entry again, and compare them with the stored tokens."),
+    ] = None,
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare every file with its checksum; exit 1 if damaged files remain."""
+    """Compare every file with its checksum; exit 1 if damaged files remain, or if a sample differs."""
     from mlfusion.store.verify import verify as run
 
-    report = run(cache, repair=fix)
+    report, again = run(cache, repair=fix), None
+    if sample is not None:
+        from mlfusion.workflows.sampling import compare_sample
+
+        again = compare_sample(cache, sample)
     if as_json:
-        print_json(report.to_json())
+        print_json(report.to_json() | ({"sample": again.to_json()} if again else {}))
     else:
-        for damage in report.damaged:
-            typer.echo(f"{damage.path}: {damage.why}")
+        for damage in (*report.damaged, *report.unread):
+            say(f"{damage.path}: {damage.why}")
         for path in report.quarantined:
-            typer.echo(f"moved to {path}")
-        typer.echo(
+            say(f"moved to {path}")
+        say(
             f"{plural(report.entries, 'entry', 'entries')}, {len(report.damaged):,} damaged"
+            + (f", {plural(len(report.unread), 'file')} that may not be read" if report.unread else "")
             + ("; run the same `mlfusion extract` again to make what is missing" if report.quarantined else "")
+        )
+    if again:
+        for reason in (*again.skipped, *again.different):
+            notify(reason)
+    if again and not as_json:
+        verdict = f"{len(again.different):,} entries differ" if again.different else "they agree"
+        say(f"{again.images:,} images of {again.entries:,} entries were run again: {verdict}")
+    if again and again.different:
+        raise CacheUnusable("the cache holds numbers that its models do not give")
+    if report.unread:
+        raise CacheUnusable(
+            "parts of the cache may not be read, and were left as they are; ask their owners to share them"
         )
     if report.damaged and not report.quarantined:
         raise CacheUnusable("parts of the cache are damaged; run: " + command("cache verify --repair", cache=cache))
@@ -131,9 +152,11 @@ def prune(options: PruneOptions, cache: Cache = None, as_json: AsJson = False) -
         print_json(body)
         return
     print_rows(body["entries"], empty="no such entries; see: mlfusion cache ls")
+    for reason in result.damaged:
+        notify(f"stays: {reason}")
     removed = sum(decision.removed for decision in result.decisions)
     verb = "would remove" if options.dry_run else "removed"
-    typer.echo(f"{verb} {removed:,} of {plural(result.entries, 'entry', 'entries')}, {result.bytes_freed:,} bytes")
+    say(f"{verb} {removed:,} of {plural(result.entries, 'entry', 'entries')}, {result.bytes_freed:,} bytes")
 
 
 @app.command()
@@ -160,10 +183,17 @@ def import_(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copy entries of another cache into this one; every chunk is checked while copying."""
+    """Copy entries of another cache into this one; every chunk is checked while copying.
+
+    Whoever could write that cache decides its numbers; `mlfusion cache verify --sample` runs some images again.
+    """
     from mlfusion.store.housekeeping import copy_entries
 
     _print_copied(copy_entries([source], cache, options), as_json)
+    notify(
+        f"whoever could write {source} decides the numbers that were copied; to compare some with the model's: "
+        + command("cache verify", ["--sample", "16"], cache=cache)
+    )
 
 
 def _print_copied(copied: "list[tuple[Entry, int]]", as_json: bool) -> None:
@@ -172,7 +202,7 @@ def _print_copied(copied: "list[tuple[Entry, int]]", as_json: bool) -> None:
         print_json({"entries": entries})
         return
     for entry, nbytes in copied:
-        typer.echo(f"{entry.path}: {nbytes:,} bytes written")
+        say(f"{entry.path}: {nbytes:,} bytes written")
 
 
 @app.command()
@@ -191,7 +221,7 @@ def path(
         print_json({"paths": paths})
         return
     for one in paths:
-        typer.echo(one)
+        say(one)
     if not paths:
         notify("nothing of that is cached; see: " + command("cache ls", cache=cache))
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from mlfusion.errors import MlfusionError
+from mlfusion.errors import MlfusionError, printable
 from mlfusion.system.progress import set_quiet
 from mlfusion.system.words import plural
 
@@ -28,7 +28,7 @@ class Commands(TyperGroup):
         except MlfusionError as err:
             if _volume > 0:
                 traceback.print_exc()
-            typer.echo("error: " + " ".join(str(err).split()), err=True)
+            typer.echo("error: " + printable(" ".join(str(err).split())), err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             notify("stopped; what was finished is kept, the same command goes on from here")
@@ -55,7 +55,12 @@ def set_verbosity(volume: int) -> None:
 def notify(line: str) -> None:
     """Print a message on standard error, unless --quiet is given."""
     if _volume >= 0:
-        typer.echo(line, err=True)
+        typer.echo(printable(line), err=True)
+
+
+def say(line: str) -> None:
+    """Print a line of a result."""
+    typer.echo(printable(line))
 
 
 def print_json(body: Any) -> None:
@@ -82,7 +87,9 @@ def print_rows(rows: Sequence[dict[str, Any]], empty: str = "") -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+    return (
+        f"{value:,}" if isinstance(value, int) else "" if value is None else printable(str(value)).replace("\n", "\\n")
+    )
 
 
 def row_json(row: "Row") -> dict[str, Any]:

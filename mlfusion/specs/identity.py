@@ -8,10 +8,12 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from msgspec import Meta
 
 FORMAT = 3
-"""Version of the key and of the layout on disk; readers reject newer versions."""
+"""Version of the key and of the layout on disk; readers reject newer versions. From 3 on, older ones are read and reused."""
 
 MAX_PIXELS = 178_956_970
 """Default of the largest image: Pillow's limit against decompression bombs."""
@@ -64,6 +66,13 @@ Pair = tuple[int, TokenKind]
 """(layer, token kind): the unit in which features are requested, stored and computed."""
 
 
+# What a record from a stranger may say; creating a spec checks nothing, reading one from a record does.
+Text = Annotated[str, Meta(max_length=100_000)]
+Name = Annotated[str, Meta(max_length=10_000)]
+Depth = Annotated[int, Meta(ge=1, le=10_000)]
+Width = Annotated[int, Meta(ge=1, le=1 << 20)]
+Images = Annotated[int, Meta(ge=0, le=1 << 40)]
+
 OMIT_IF_DEFAULT = {"omit_if_default": True}
 """Metadata of a field that was added later: digests omit its default, so that existing keys stay the same."""
 
@@ -108,17 +117,17 @@ AS_STORED = Decoding()
 class ModelSpec:
     """A frozen backbone with its preprocessing, hook point and compute type, which decide an image's tokens."""
 
-    weights: str  # sha256 of the weight files
-    revision: str | None  # commit on the hub; None for a folder
-    config: str  # digest of the architecture's configuration
-    preprocess: str  # canonical JSON of the preprocessing
+    weights: Name  # sha256 of the weight files
+    revision: Name | None  # commit on the hub; None for a folder
+    config: Name  # digest of the architecture's configuration
+    preprocess: Text  # canonical JSON of the preprocessing
     hook: Hook = "norm2"  # position in each block where tokens are read
     compute: Compute = "float32"  # precision of the forward pass
-    name: str = field(compare=False)
-    family: str = field(compare=False)  # transformers' model_type
-    depth: int = field(compare=False)  # L, the number of blocks: layers are 1..L, L being the final norm
-    width: int = field(compare=False)  # D, the channels of a token
-    view: str = field(default="plain", compare=False)  # the view in `preprocess`
+    depth: Depth  # L, the number of blocks: layers are 1..L, L being the final norm
+    width: Width  # D, the channels of a token
+    name: Name = field(compare=False)
+    family: Name = field(compare=False)  # transformers' model_type
+    view: Name = field(default="plain", compare=False)  # the view in `preprocess`
     # Token kinds of the last layer; empty: not known yet.
     kinds: tuple[TokenKind, ...] = field(default=(), compare=False)
 
@@ -127,12 +136,12 @@ class ModelSpec:
 class DataSpec:
     """One split of a data set: its images, their order and their labels."""
 
-    content: str  # digest of the ids, image bytes and labels of all rows, in order
-    split: str
-    images: int
-    classes: tuple[str, ...]
-    resplit: str = field(default="", metadata=OMIT_IF_DEFAULT)  # ratio and seed of --split-ratio: '0.8/0.2 seed 0'
-    name: str = field(compare=False)
+    content: Name  # digest of the ids, image bytes and labels of all rows, in order
+    split: Name
+    images: Images
+    classes: tuple[Text, ...]
+    resplit: Name = field(default="", metadata=OMIT_IF_DEFAULT)  # ratio and seed of --split-ratio: '0.8/0.2 seed 0'
+    name: Name = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,13 @@
 
 import json
 import os
+import re
+import stat
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
@@ -30,30 +33,32 @@ from mlfusion.store.formats import FORMATS, ShardWriter
 from mlfusion.store.reader import TokenReader
 from mlfusion.store.records import Names, RunRecord, Samples, damaged, removed_message
 from mlfusion.store.shard import Check, Source, spans
-from mlfusion.store.stream import CHUNK, CommitRecord, Stream, StreamManifest
-from mlfusion.system import disk
+from mlfusion.store.stream import CHUNK, TOKENS, CommitRecord, Stream, StreamManifest
+from mlfusion.system.tree import Tree
 
-TOKENS = "tokens"
 GROUP = f"{TOKENS}/zarr.json"
 FOLDERS = (TOKENS, "names", "runs", "leases", "pins")
+KEY = re.compile("[0-9a-f]{16}")
+STREAM = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*\.L\d+([-.]\d+)*")  # the name of a stream's folder
 
 
 class ShardDraft:
     """A shard that is being written. `publish` gives it its name; without it, the `with` removes the draft at its end."""
 
-    def __init__(self, folder: Path, samples: Samples, stream: Stream, shard: int) -> None:
-        """`folder` is the stream's folder, `samples` are all rows of the entry."""
-        self._samples, self.stream, self.shard = samples, stream, shard
+    def __init__(self, tree: Tree, entry: str, samples: Samples, stream: Stream, shard: int) -> None:
+        """`entry` is the path of the entry below the cache's root, `samples` are all its rows."""
+        self._tree, self._samples, self.stream, self.shard = tree, samples, stream, shard
         self.row = stream.rows(shard).start  # the next image to append
         self._skipped: dict[int, str] = {}
-        self._final = folder / "c" / str(shard)
-        self._draft = disk.draft_name(folder)
+        folder = f"{entry}/{stream.folder}"
+        self._final = f"{folder}/c/{shard}"
         writer = FORMATS[stream.format]
-        file = self._draft / writer.file
-        with disk.drafted(self._draft):
-            self._draft.mkdir()  # not its parents: a pruned entry must not come back
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._writer: ShardWriter = writer(file, stream, shard)
+        with tree.drafted(folder) as self._draft:
+            tree.make(self._draft)  # not its parents: a pruned entry must not come back
+            *folders, _ = accumulate(writer.file.split("/"), "{}/{}".format)
+            for inner in folders:
+                tree.make(f"{self._draft}/{inner}")
+            self._writer: ShardWriter = writer(partial(tree.create, f"{self._draft}/{writer.file}"), stream, shard)
 
     def append(
         self,
@@ -107,42 +112,46 @@ class ShardDraft:
             chunks=written.chunks.shape,
             **{name: written.chunks[name].tobytes() for name in CHUNK.names or ()},
         )
-        disk.write(self._draft / "commit.json", records.encode(record))
-        return disk.publish_folder(self._draft, self._final)
+        self._tree.write(f"{self._draft}/commit.json", records.encode(record).encode())
+        return self._tree.publish_folder(self._draft, self._final)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._writer.abandon()
-        disk.remove(self._draft)
+        self._tree.remove(self._draft)
 
 
 class Entry:
     """Reads and writes one folder of the cache; `lower` are the same entry's folders in lower layers, which are only read."""
 
-    def __init__(self, path: Path, lower: Sequence["Entry"] = ()) -> None:
+    def __init__(self, path: Path, lower: Sequence["Entry"] = (), tree: Tree | None = None) -> None:
         """Read the entry's record: NotCached if it was removed, CacheUnusable if it is damaged or of a newer format."""
         self.path, self.lower, self.key = path, tuple(lower), path.name
-        file = path / "entry.json"
+        self.tree, self.at = tree or records.open_tree(path.parent.parent), f"{path.parent.name}/{path.name}"
         try:
-            self.spec = records.read(file, FeatureSpec, versioned=path)
+            self.spec = records.load(self.tree, f"{self.at}/entry.json", FeatureSpec)
         except FileNotFoundError as err:
             raise NotCached(removed_message(path)) from err
-        except OSError as err:
-            raise damaged(file, str(err)) from err
-        if self.spec.key != self.key:
-            raise damaged(file, "it does not belong to this folder")
+        if why := "it does not belong to this folder" if self.spec.key != self.key else records.spec_fault(self.spec):
+            raise damaged(path / "entry.json", why)
 
     @cached_property
     def samples(self) -> Samples:
         """All rows, those of skipped images included; checked against the key."""
         with suppress(Exception):  # NumPy parses a header as Python source: a changed byte can raise any exception
-            found = Samples.read(self.path, self.spec.data.classes)
+            found = Samples.read(self.tree, self.at, self.spec.data)
             if found.content == self.spec.data.content:
                 return found
-        if not (self.path / "entry.json").exists():
-            raise NotCached(removed_message(self.path))
+        self._state("entry.json")
+        for name in records.FILES:
+            try:
+                os.close(self.tree.open(f"{self.at}/{name}"))
+            except FileNotFoundError:
+                break
+            except OSError as err:
+                raise records.unread(self.path / name, err) from err
         raise damaged(self.path, "ids, labels or digests of its images do not match its key")
 
     def aliases(self) -> dict[Names, int]:
@@ -152,36 +161,74 @@ class Entry:
         """
         times: dict[Names, int] = {}
         for entry in (self, *self.lower):
-            with suppress(FileNotFoundError), os.scandir(entry.path / "names") as items:
-                for file in items:
-                    if file.name.endswith(".json"):
-                        names, time = records.read(Path(file.path), Names), file.stat().st_mtime_ns
+            with records.reading(entry.path):
+                files = entry.tree.names(f"{entry.at}/names")
+            for name in files:
+                if name.endswith(".json"):
+                    with suppress(FileNotFoundError):
+                        names, time = entry.alias(name)
                         times[names] = max(time, times.get(names, 0))
         return dict(sorted(times.items(), key=lambda item: (item[1], item[0].dataset, item[0].split)))
+
+    def alias(self, name: str) -> tuple[Names, int]:
+        """The names in one file of the folder `names`, and its time in nanoseconds; errors as of `records.load`."""
+        names, time = records.load_at(self.tree, f"{self.at}/names/{name}", Names)
+        if name != names_file(names):
+            raise damaged(self.path / "names" / name, "it is not named after what it holds")
+        return names, time
 
     def names(self) -> list[Names]:
         """All names under which this entry was extracted; the name extracted last is the last one."""
         return list(self.aliases())
 
     def folder(self, stream: Stream) -> Path:
-        """Folder of a stream."""
-        return self.path / TOKENS / stream.name
+        """Whole path of a stream's folder, for messages."""
+        return self.path / stream.folder
 
     def streams(self) -> list[Stream]:
-        """All streams in this folder, complete or not."""
-        try:
-            folders = disk.published(self.path / TOKENS, "stream.json")
-            return [records.read(folder / "stream.json", Stream) for folder in folders]
-        except FileNotFoundError as err:
-            raise NotCached(removed_message(self.path)) from err
+        """All streams in this folder, complete or not; CacheUnusable if one cannot be this entry's."""
+        found = [stream for stream, _ in self._opened()]
+        if not found and self.tree.stat(f"{self.at}/entry.json") is None:
+            raise NotCached(removed_message(self.path))
+        return found
+
+    def _opened(self) -> Iterator[tuple[Stream, Tree]]:
+        """Each stream and its folder, which is open until the next one."""
+        with (
+            records.reading(self.path),
+            suppress(FileNotFoundError),
+            self.tree.holding(f"{self.at}/{TOKENS}") as tokens,
+        ):
+            for name in filter(STREAM.fullmatch, tokens.names()):
+                with suppress(FileNotFoundError), tokens.holding(name) as folder:
+                    yield self._stream(folder, name), folder
+
+    def stream(self, name: str) -> Stream:
+        """The stream in one folder; errors as of `records.load`."""
+        with self.tree.holding(f"{self.at}/{TOKENS}/{name}") as folder:
+            return self._stream(folder, name)
+
+    def _stream(self, folder: Tree, name: str) -> Stream:
+        stream = records.load(folder, "stream.json", Stream)
+        if why := self.stream_fault(stream, name):
+            raise damaged(folder.path("stream.json"), why)
+        return stream
+
+    def stream_fault(self, stream: Stream, name: str) -> str:
+        """Why a stream cannot be that in the folder `name` of this entry, in words; '' if it can."""
+        return "it is another stream's" if stream.name != name else stream.fault(self.spec)
 
     def complete_streams(self) -> list[Stream]:
         """Streams of which every shard is in this folder."""
-        return [stream for stream in self.streams() if (self.folder(stream) / "manifest.json").exists()]
+        return [stream for stream, folder in self._opened() if folder.require("manifest.json", stat.S_IFREG)]
 
     def missing_shards(self, stream: Stream) -> list[int]:
-        """Numbers of a stream's shards that are not published yet."""
-        present = {path.name for path in disk.published(self.folder(stream) / "c")}
+        """Numbers of a stream's shards that are not published yet; CacheUnusable if the rows are damaged."""
+        if stream.images != len(
+            self.samples
+        ):  # their number is that in the entry's record: no list of any length is made
+            raise damaged(self.folder(stream), "it has not as many images as its entry")
+        present = set(self.tree.names(f"{self.at}/{stream.folder}/c"))
         return [shard for shard in range(stream.shards) if str(shard) not in present]
 
     def missing(self, pairs: frozenset[Pair]) -> dict[Stream, set[int]]:
@@ -193,9 +240,10 @@ class Entry:
     def sources(self) -> dict[Pair, Source]:
         """(layer, kind) → the complete stream that holds it, in this folder or in a lower layer."""
         found: dict[Pair, Source] = {}
-        for stream in self.streams():
+        for stream, folder in self._opened():
             with suppress(FileNotFoundError):
-                found |= dict.fromkeys(stream.pairs, Source(self.folder(stream), stream, self.manifest(stream)))
+                manifest = self._manifest(folder, stream)
+                found |= dict.fromkeys(stream.pairs, Source(self.tree, self.at, stream, manifest))
         for entry in self.lower:
             found = entry.sources() | found
         return found
@@ -220,17 +268,23 @@ class Entry:
 
     def rows(self) -> Int[np.ndarray, " N"]:
         """Rows of the readable images, which hold tokens."""
-        return np.setdiff1d(np.arange(self.spec.data.images), np.fromiter(self.skipped(), np.int64))
+        return np.setdiff1d(np.arange(len(self.samples)), np.fromiter(self.skipped(), np.int64))
 
     def read_at(self) -> float:
-        """Time at which this was last extracted or read, in seconds of the file system's clock."""
-        return max(map(self._modified, ("names", "entry.json"))) / 1e9
+        """Time at which this was last extracted or read, in seconds of the file system's clock.
 
-    def _modified(self, name: str) -> int:
-        try:
-            return (self.path / name).stat().st_mtime_ns
-        except FileNotFoundError as err:
-            raise NotCached(removed_message(self.path)) from err
+        A reader who may not write here leaves no mark but the access time of the shards, where the system keeps it.
+        """
+        times = [state.st_mtime for state in map(self._state, ("names", "entry.json"))]
+        for stream in self.complete_streams():
+            shard = self.tree.stat(f"{self.at}/{stream.folder}/c/0/{FORMATS[stream.format].file}")
+            times += [shard.st_atime] if shard else []
+        return max(times)
+
+    def _state(self, name: str) -> os.stat_result:
+        if state := self.tree.stat(f"{self.at}/{name}"):
+            return state
+        raise NotCached(removed_message(self.path))
 
     def nbytes(self) -> int:
         """Bytes of the stored numbers of the complete streams in this folder."""
@@ -238,74 +292,75 @@ class Entry:
 
     def size(self) -> int:
         """Bytes on disk of this folder."""
-        return folder_bytes(self.path)
+        return self.tree.size(self.at)
 
     def add_alias(self, names: Names, at_ns: int | None = None) -> None:
         """Record that this entry was extracted under these names, now or at a time in nanoseconds."""
-        file = self.path / "names" / f"{digest(list(msgspec.structs.astuple(names)))}.json"
-        if not file.exists():
-            disk.publish_text(file, records.encode(names))
-        if at_ns is None:
-            os.utime(file)
-        else:
-            os.utime(file, ns=(at_ns, at_ns))
+        path = f"{self.at}/names/{names_file(names)}"
+        if not self.tree.stat(path):
+            self.tree.publish(path, records.encode(names).encode())
+        self.tree.touch(path, at_ns)
 
     def mark_used(self, names: Names) -> None:
         """Make these names refer to this entry from now on; a read-only cache is left as it is."""
         with suppress(OSError):
             self.add_alias(names)
-            os.utime(self.path / "names")
+            self.tree.touch(f"{self.at}/names")
 
     def record_run(self, run: RunRecord) -> None:
         """Add the provenance of an extraction."""
-        disk.publish_text(self.path / "runs" / f"{uuid.uuid4().hex[:12]}.json", records.encode(run))
+        self.tree.publish(f"{self.at}/runs/{uuid.uuid4().hex[:12]}.json", records.encode(run).encode())
 
     def begin(self, streams: Iterable[Stream]) -> None:
         """Create the folders of new streams; of two writers of the same stream the first one's shard sizes count."""
         for stream in streams:
-            with disk.drafted(disk.draft_name(self.path / TOKENS)) as draft:
-                draft.mkdir()  # not its parents: a pruned entry must not come back
-                (draft / "c").mkdir()
-                for name, text in FORMATS[stream.format].describe(stream).items():
-                    disk.write(draft / name, text)
-                disk.write(draft / "stream.json", records.encode(stream))
-            disk.publish_folder(draft, self.folder(stream))
+            with self.tree.drafted(f"{self.at}/{TOKENS}") as draft:
+                self.tree.make(draft)  # not its parents: a pruned entry must not come back
+                self.tree.make(f"{draft}/c")
+                texts = FORMATS[stream.format].describe(stream) | {"stream.json": records.encode(stream)}
+                for name, text in texts.items():
+                    self.tree.write(f"{draft}/{name}", text.encode())
+            self.tree.publish_folder(draft, f"{self.at}/{stream.folder}")
 
     def draft(self, stream: Stream, shard: int) -> ShardDraft:
         """Begin a shard."""
-        return ShardDraft(self.folder(stream), self.samples, stream, shard)
+        return ShardDraft(self.tree, self.at, self.samples, stream, shard)
 
     def seal(self) -> None:
         """Publish the manifest of every stream with all shards; CacheUnusable if a shard holds rows of other samples."""
         for stream in self.streams():
-            path = self.folder(stream) / "manifest.json"
-            if not path.exists() and not self.missing_shards(stream):
+            path = f"{self.at}/{stream.folder}/manifest.json"
+            if not self.tree.require(path, stat.S_IFREG) and not self.missing_shards(stream):
                 parts = [self.record(stream, shard) for shard in range(stream.shards)]
-                disk.publish_text(path, records.encode(StreamManifest.join(stream, parts)))
+                self.tree.publish(path, records.encode(StreamManifest.join(stream, parts)).encode())
 
     def manifest(self, stream: Stream) -> StreamManifest:
         """The manifest of a stream: CacheUnusable if it is damaged, FileNotFoundError if the stream is not complete."""
-        path = self.folder(stream) / "manifest.json"
-        manifest = records.read(path, StreamManifest)
-        if manifest.stream != stream or not manifest.fits(stream):
-            raise damaged(path, "it is another stream's")
+        with self.tree.holding(f"{self.at}/{stream.folder}") as folder:
+            return self._manifest(folder, stream)
+
+    def _manifest(self, folder: Tree, stream: Stream) -> StreamManifest:
+        manifest = records.load(folder, "manifest.json", StreamManifest, most=records.MANIFEST_BYTES)
+        if manifest.stream != stream or not manifest.fits(stream, range(stream.shards)):
+            raise damaged(folder.path("manifest.json"), "it is another stream's")
         return manifest
 
     def record(self, stream: Stream, shard: int) -> CommitRecord:
         """The commit record of a shard: CacheUnusable if it is damaged, FileNotFoundError if there is no such shard."""
-        path = self.folder(stream) / "c" / str(shard) / "commit.json"
-        record = records.read(path, CommitRecord)
+        path = f"{self.at}/{stream.folder}/c/{shard}/commit.json"
+        record = records.load(self.tree, path, CommitRecord)
         rows = self.samples.digest_of(stream.rows(shard))
-        if (record.stream, record.shard, record.samples) != (stream.name, shard, (rows,)):
-            raise damaged(path, "it is another shard's")
+        same = (record.stream, record.shard, record.samples) == (stream.name, shard, (rows,))
+        if not same or not record.fits(stream, range(shard, shard + 1)):
+            raise damaged(self.tree.path(path), "it is another shard's")
         return record
 
     def sweep(self) -> None:
         """Remove drafts, leases and pins of dead processes."""
-        for folder in (self.path, *(self.path / name for name in FOLDERS), *map(self.folder, self.streams())):
-            disk.sweep(folder)
+        for folder in ("", *(f"/{name}" for name in FOLDERS), *(f"/{stream.folder}" for stream in self.streams())):
+            self.tree.sweep(f"{self.at}{folder}")
         for name in ("leases", "pins"):
-            leases.sweep(self.path / name)
+            leases.sweep(self.tree, f"{self.at}/{name}")
 
     def open(
         self, layers: Sequence[int], kinds: Sequence[TokenKind], *, check: Check = "once", without: Collection[int] = ()
@@ -316,7 +371,7 @@ class Entry:
         a (layer, kind) is not, or not completely, in the cache; CacheUnusable if a record is damaged.
         """
         with suppress(OSError):
-            os.utime(self.path / "entry.json")  # for `prune`, which removes the least recently used entries
+            self.tree.touch(f"{self.at}/entry.json")  # for `prune`, which removes the least recently used entries
         sources = self.sources()
         if absent := [(layer, kind) for layer in layers for kind in kinds if (layer, kind) not in sources]:
             raise NotCached(f"not in the cache: {pair_words(absent)}")
@@ -332,7 +387,7 @@ class Entry:
         width = max(source.stream.width for source in planes)
         return TokenReader(
             [span for source, positions in planes.items() for span in spans(source, positions)],
-            (self.spec.data.images, len(layers), ends[-1], width),
+            (len(self.samples), len(layers), ends[-1], width),
             sorted({*self.skipped(sources), *without}),
             check,
         )
@@ -349,28 +404,33 @@ def pair_words(pairs: Collection[Pair]) -> str:
     return "; ".join(f"{kind} of layers {layer_ranges(layer for layer, k in pairs if k == kind)}" for kind in kinds)
 
 
-def draft_entry(folder: Path, spec: FeatureSpec, rows: Samples) -> Path:
+def names_file(names: Names) -> str:
+    """The name of the file that holds these names."""
+    return f"{digest(list(msgspec.structs.astuple(names)))}.json"
+
+
+def draft_entry(tree: Tree, folder: str, spec: FeatureSpec, rows: Samples) -> str:
     """Write a new entry into a draft in `folder`, ready to be published; returns the draft's path."""
-    with disk.drafted(disk.draft_name(folder)) as draft:
-        draft.mkdir()
+    with tree.drafted(folder) as draft:
+        tree.make(draft)
         for name in FOLDERS:
-            (draft / name).mkdir()
+            tree.make(f"{draft}/{name}")
         for name, content in _files(spec, rows).items():
-            (draft / name).write_bytes(content)
-            disk.flush(draft / name)
+            tree.write(f"{draft}/{name}", content)
     return draft
 
 
-def restore_missing_files(path: Path, spec: FeatureSpec, rows: Samples) -> None:
+def restore_missing_files(tree: Tree, at: str, spec: FeatureSpec, rows: Samples) -> None:
     """Write again the small files and folders that a repair or an interrupted prune removed from an entry."""
     for name in FOLDERS:
-        if not (path / name).is_dir():
-            (path / name).mkdir(exist_ok=True)
-    absent = [name for name in (GROUP, *records.FILES, "entry.json") if not (path / name).exists()]
+        if not tree.require(f"{at}/{name}", stat.S_IFDIR):
+            with suppress(FileExistsError):
+                tree.make(f"{at}/{name}")
+    names = (GROUP, *records.FILES, "entry.json")
+    absent = [name for name in names if not tree.require(f"{at}/{name}", stat.S_IFREG)]
     contents = _files(spec, rows) if absent else {}
     for name in absent:  # entry.json last: it makes the folder an entry again
-        with disk.atomic(path / name) as draft:
-            draft.write_bytes(contents[name])
+        tree.publish(f"{at}/{name}", contents[name])
 
 
 def _files(spec: FeatureSpec, rows: Samples) -> dict[str, bytes]:
@@ -381,14 +441,3 @@ def _files(spec: FeatureSpec, rows: Samples) -> dict[str, bytes]:
 def zarr_group(key: str) -> str:
     """Text of the file that makes the streams' folder a Zarr v3 group."""
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"mlfusion": key}}, indent=2)
-
-
-def folder_bytes(folder: str | Path) -> int:
-    """Bytes of all files below a folder; 0 if it does not exist."""
-    total = 0
-    with suppress(FileNotFoundError), os.scandir(folder) as items:
-        for item in items:
-            with suppress(FileNotFoundError):
-                is_folder = item.is_dir(follow_symlinks=False)
-                total += folder_bytes(item.path) if is_folder else item.stat(follow_symlinks=False).st_size
-    return total

@@ -6,12 +6,13 @@ leased, and waits for them at the end. When an extraction ends or fails, publish
 
 import logging
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -20,12 +21,13 @@ from mlfusion.specs.identity import FORMAT, FeatureSpec, Pair
 from mlfusion.specs.names import ModelRef
 from mlfusion.specs.options import FormatName
 from mlfusion.store import records
-from mlfusion.store.entry import Entry, ShardDraft, draft_entry, restore_missing_files
+from mlfusion.store.entry import KEY, Entry, ShardDraft, draft_entry, restore_missing_files
 from mlfusion.store.leases import Leases
 from mlfusion.store.records import CacheMarker, Names, Samples, removed_message
 from mlfusion.store.stream import Stream, streams_for
 from mlfusion.system import disk
 from mlfusion.system.references import Kind, find_path, parse_model
+from mlfusion.system.tree import Tree
 
 CACHEDIR_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of mlfusion; see README.md beside this file.\n"
 MARKER = "mlfusion-cache.json"
@@ -75,10 +77,11 @@ class Gap:
     def __init__(self, entry: Entry, pairs: frozenset[Pair], log: Callable[[str], None]) -> None:
         self.entry, self._requested, self._log = entry, pairs, log
         self.pairs = pairs  # of all streams of this round, since all pairs of a stream are filled together
-        self._leases = Leases(entry.path / "leases")
+        self._leases = Leases(entry.tree, f"{entry.at}/leases")
         self.renew = self._leases.renew  # to be called after every batch
         self._cleanup = ExitStack()
         self._claimed = False  # whether this worker claimed a piece in this round
+        self._advances = False  # whether a missing shard belongs to a piece, which this or another worker makes
 
     @property
     def title(self) -> str:
@@ -99,13 +102,19 @@ class Gap:
             if not missing:
                 return
             self.pairs = frozenset(pair for stream in missing for pair in stream.pairs)
-            self._claimed = False
+            self._claimed = self._advances = False
             yield self._claim(missing)
             if self._claimed:
                 continue
+            if not self._advances:
+                raise CacheUnusable(
+                    f"the extraction of {self.title} does not advance: shards are missing under {self.entry.path} that no "
+                    "extraction makes; run: mlfusion cache verify --repair"
+                )
             stream, shards = next(iter(missing.items()))  # other extractors make all that is missing
-            if waited_for != (waited_for := self._leases.holder(lease_name(stream, min(shards)))):
-                self._log(f"the rest of {self.title} is being extracted by {waited_for}; waiting for it")
+            holder = self._leases.holder(lease_name(stream, min(shards)))
+            if waited_for != (waited_for := holder) and holder:
+                self._log(f"the rest of {self.title} is being extracted by {holder}; waiting for it")
             time.sleep(min(WAIT, self._leases.term / 4))
 
     def _claim(self, missing: Missing) -> Iterator[Piece]:
@@ -119,6 +128,7 @@ class Gap:
                 for stream, shards in missing.items()
             }
             names = [lease_name(stream, shard) for stream, shards in unleased.items() for shard in sorted(shards)]
+            self._advances = self._advances or bool(names)
             if not names or not self._leases.take(names):
                 continue
             # Another extractor may have published a shard before we took its lease.
@@ -179,8 +189,10 @@ class FeatureStore:
         for layer in self.lower:
             if not layer.root.is_dir():
                 raise CacheUnusable(f"there is no cache at {layer.root}, which was named as one to read from")
-        if (marker := self.root / MARKER).is_file():
-            records.read(marker, CacheMarker, versioned=self.root)
+        self.tree, self.version = records.open_tree(self.root), self.folder.name
+        if self.root.is_dir():
+            with suppress(FileNotFoundError):
+                records.load(Tree(self.root, records.no_cache), MARKER, CacheMarker)
 
     def entry(self, spec: FeatureSpec) -> Entry | None:
         """The entry of these features, complete or not; None if there is none."""
@@ -190,19 +202,23 @@ class FeatureStore:
         """The entry of this key in the uppermost layer that has it, joined with those of lower layers."""
         lower = [entry for layer in self.lower if (entry := layer.by_key(key))]
         with suppress(NotCached):
-            return Entry(self.folder / key, lower)
+            return Entry(self.folder / key, lower, self.tree)
         return Entry(lower[0].path, lower[1:]) if lower else None
 
     def entries(self, on_damage: OnDamage | None = None) -> Iterator[Entry]:
         """All entries of all layers, complete or not; damaged ones are skipped and reported, by default to the log."""
         layers = (self, *self.lower)
-        keys = {path.name for layer in layers for path in disk.published(layer.folder, "entry.json")}
+        keys = {key for layer in layers for key in layer.entry_names()}
         yield from filter(None, (read_or_report(partial(self.by_key, key), on_damage) for key in sorted(keys)))
 
-    def own_entries(self) -> Iterator[Entry]:
-        """Entries of the uppermost layer alone; damaged ones are reported to the log."""
-        paths = disk.published(self.folder, "entry.json")
-        yield from filter(None, (read_or_report(partial(Entry, path)) for path in paths))
+    def entry_names(self) -> list[str]:
+        """Names of the folders of the uppermost layer that can be an entry's."""
+        return [name for name in self.tree.names(self.version) if KEY.fullmatch(name)]
+
+    def own_entries(self, on_damage: OnDamage | None = None) -> Iterator[Entry]:
+        """Entries of the uppermost layer alone; damaged ones are reported, by default to the log."""
+        paths = (self.folder / key for key in self.entry_names())
+        yield from filter(None, (read_or_report(partial(Entry, path), on_damage) for path in paths))
 
     def find(
         self,
@@ -276,9 +292,22 @@ class FeatureStore:
                     "or ask for fewer --layers or --tokens"
                 )
             entry.begin(new)
+            self._compare(entry, shapes)
             with Gap(entry, pairs, log) as gap:
                 yield gap
         entry.mark_used(names)
+
+    @staticmethod
+    def _compare(entry: Entry, shapes: Mapping[Pair, tuple[int, int]]) -> None:
+        """CacheUnusable if a stream that will be filled has other sizes than the model's tokens: numbers from elsewhere."""
+        for stream in entry.streams():
+            for pair in stream.pairs & shapes.keys():
+                if shapes[pair] != (stream.tokens, stream.width):
+                    tokens, width = shapes[pair]
+                    raise CacheUnusable(
+                        f"{entry.folder(stream)} is for {stream.tokens} tokens of width {stream.width}, the model has {tokens} "
+                        f"of width {width}: it is from elsewhere; remove this folder, and run the same command again"
+                    )
 
     def reuse(self, spec: FeatureSpec, samples: Samples, names: Names) -> Entry:
         """The entry of complete features; restores small files that a repair removed, NotCached if a prune removed it."""
@@ -287,7 +316,7 @@ class FeatureStore:
             raise NotCached(removed_message(self.folder / spec.key))
         if entry.path.parent == self.folder:
             with suppress(OSError):  # the cache may be read-only
-                restore_missing_files(entry.path, spec, samples)
+                restore_missing_files(entry.tree, entry.at, spec, samples)
                 entry.sweep()  # drafts of an extractor that was killed after its last shard
         entry.mark_used(names)
         if names not in entry.names():  # the entry is in a cache that is only read
@@ -301,23 +330,33 @@ class FeatureStore:
         CacheUnusable if the cache cannot be written, NotCached if a prune removed the entry meanwhile.
         """
         with disk.translate_os_errors(self.root):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
+            if owner := records.owned_by(self.root.resolve()):
+                _say_once(f"the cache at {self.root} is another user's{owner}, who can change what you extract")
             marker = CacheMarker(format=FORMAT, uuid=str(uuid.uuid4()))
             for name, text in {"CACHEDIR.TAG": CACHEDIR_TAG, MARKER: records.encode(marker)}.items():
-                if not (self.root / name).exists():
-                    disk.publish_text(self.root / name, text)
-            disk.sweep(self.root)
-            disk.sweep(self.folder)
-            path = self.folder / spec.key
-            if not path.exists():
-                disk.publish_folder(draft_entry(self.folder, spec, samples), path)
-            restore_missing_files(path, spec, samples)
+                if not self.tree.require(name, stat.S_IFREG):
+                    self.tree.publish(name, text.encode())
+            if not self.tree.require(self.version, stat.S_IFDIR):
+                with suppress(FileExistsError):
+                    self.tree.make(self.version)
+            self.tree.sweep()
+            self.tree.sweep(self.version)
+            at, path = f"{self.version}/{spec.key}", self.folder / spec.key
+            if not self.tree.require(at, stat.S_IFDIR):
+                self.tree.publish_folder(draft_entry(self.tree, self.version, spec, samples), at)
+            restore_missing_files(self.tree, at, spec, samples)
             entry = self.entry(spec)
             if entry is None or entry.path != path:
                 raise NotCached(removed_message(path))
             entry.add_alias(names)
             entry.sweep()
             return entry
+
+
+@lru_cache
+def _say_once(line: str) -> None:
+    logger.warning(line)
 
 
 def read_or_report(read: Callable[[], T | None], on_damage: OnDamage | None = None) -> T | None:

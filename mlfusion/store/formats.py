@@ -9,11 +9,12 @@ import io
 import json
 import math
 import os
+import uuid
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Protocol
 
 import crc32c
@@ -26,6 +27,10 @@ from mlfusion.store.stream import CHUNK, Stream
 
 CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)  # Zarr's mark for a chunk that a shard does not hold
+
+
+Create = Callable[[], io.FileIO]
+"""Creates the shard's file, open for writing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +52,8 @@ class ShardWriter(Protocol):
         """Name → text of the files that let other programs open the stream's folder; none by default."""
         return {}
 
-    def __init__(self, path: Path, stream: Stream, shard: int) -> None:
-        """Begin a new file at `path`."""
+    def __init__(self, create: Create, stream: Stream, shard: int) -> None:
+        """Begin a new file, which `create` opens."""
 
     def append(self, stored: np.ndarray) -> None:
         """Add the next rows of the shard, [rows, layers, kinds x tokens, columns]."""
@@ -94,9 +99,9 @@ class ZarrWriter(ShardWriter):
         }
         return {"zarr.json": json.dumps(array, indent=2)}
 
-    def __init__(self, path: Path, stream: Stream, shard: int) -> None:
+    def __init__(self, create: Create, stream: Stream, shard: int) -> None:
         self._stream = stream
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = create()
         self._chunk_bytes = stream.chunk_rows * stream.row_bytes
         self._planes = len(stream.layers), len(stream.kinds)
         self._filled = 0
@@ -197,11 +202,11 @@ class Hdf5Writer(ShardWriter):
 
     file = "tokens.h5"
 
-    def __init__(self, path: Path, stream: Stream, shard: int) -> None:
-        self._path, self._stream = path, stream
+    def __init__(self, create: Create, stream: Stream, shard: int) -> None:
+        self._create, self._stream = create, stream
         self._rows = stream.rows(shard)
         # With v110 a truncated file cannot be opened; the older layout would open with part of its rows.
-        self._image = h5py.File(path, "w", driver="core", backing_store=False, libver="v110")
+        self._image = h5py.File(uuid.uuid4().hex, "w", driver="core", backing_store=False, libver="v110")
         self._data = self._image.create_dataset(
             "tokens",
             shape=(len(self._rows), *stream.shape[1:]),
@@ -230,7 +235,7 @@ class Hdf5Writer(ShardWriter):
             rows = image[at : at + min(step, len(self._rows) - starts[block]) * self._stream.row_bytes]
             chunks[block, layer, kind] = at, crc32c.crc32c(rows.data), xxhash.xxh3_64_intdigest(rows.data)
         self._image.close()
-        with open(self._path, "xb", buffering=0) as file:
+        with self._create() as file:
             write_all(file, image.data)
             os.fsync(file.fileno())
         return WrittenShard(len(image), xxhash.xxh3_128_hexdigest(image.data), chunks)

@@ -4,7 +4,9 @@ A prune first renames an entry into `trash/`, where no new reader finds it, chec
 back if there is one. So a reader that pins an entry before it opens it cannot lose it.
 """
 
-import os
+import errno
+import re
+import stat
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -18,14 +20,19 @@ import msgspec
 
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.definitions import command
+from mlfusion.specs.identity import FORMAT
 from mlfusion.specs.names import token_words
 from mlfusion.specs.options import CopyOptions, EntryFilter, FormatName, PruneOptions
-from mlfusion.store.entry import Entry, folder_bytes
+from mlfusion.store.entry import KEY, Entry
 from mlfusion.store.feature_store import QUARANTINE, TRASH, CachePath, FeatureStore, read_or_report
 from mlfusion.store.leases import in_use
+from mlfusion.store.records import open_tree, owned_by
 from mlfusion.store.shard import read_stored
 from mlfusion.system import disk
 from mlfusion.system.progress import track
+from mlfusion.system.tree import Tree
+
+PRUNED = re.compile(f"{KEY.pattern}~[0-9a-f]{{8}}")  # the name of an entry in the trash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +69,7 @@ def list_entries(cache: CachePath = None, chosen: EntryFilter = EntryFilter(), *
 
 def _summary(entry: Entry, reasons: bool) -> EntrySummary:
     spec, sources = entry.spec, entry.sources()
-    own = [source for source in dict.fromkeys(sources.values()) if source.folder.is_relative_to(entry.path)]
+    own = [source for source in dict.fromkeys(sources.values()) if source.tree is entry.tree]
     return EntrySummary(
         model=spec.model.name,
         dataset=spec.data.name,
@@ -91,23 +98,25 @@ class DiskUsage:
 
     root: Path
     entries: dict[tuple[str, str], int]  # (model, data set) → bytes, the largest first
-    beside: dict[str, int]  # other folder, which may be deleted (quarantine, trash) → bytes
+    beside: dict[str, int]  # other folder, which may be deleted (quarantine, trash, an older format) → bytes
+    damaged: tuple[str, ...] = ()  # a sentence about each entry that is damaged, and not counted
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion cache du --json` prints."""
         rows = [{"model": model, "dataset": data, "bytes": size} for (model, data), size in self.entries.items()]
         size = sum(self.entries.values()) + sum(self.beside.values())
-        return {"entries": rows, "beside": self.beside, "bytes": size}
+        return {"entries": rows, "beside": self.beside, "bytes": size, "damaged": list(self.damaged)}
 
 
 def disk_usage(cache: CachePath = None) -> DiskUsage:
     """Measure, file by file, the bytes on disk of a cache's uppermost layer."""
     store = FeatureStore(cache)
     sums: Counter[tuple[str, str]] = Counter()
-    for entry in store.own_entries():
+    damaged: list[str] = []
+    for entry in store.own_entries(damaged.append):
         sums[entry.spec.model.name, entry.spec.data.name] += entry.size()
-    beside = {name: folder_bytes(store.root / name) for name in (QUARANTINE, TRASH)}
-    return DiskUsage(root=store.root, entries=dict(sums.most_common()), beside=beside)
+    beside = {name: store.tree.size(name) for name in (QUARANTINE, TRASH, *map("v{}".format, range(1, FORMAT)))}
+    return DiskUsage(root=store.root, entries=dict(sums.most_common()), beside=beside, damaged=tuple(damaged))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +140,7 @@ class PruneResult:
     decisions: tuple[PruneDecision, ...]  # the least recently used first
     entries: int  # in the cache before
     dry_run: bool
+    damaged: tuple[str, ...] = ()  # a sentence about each entry that is damaged, and therefore stays
 
     @property
     def bytes_freed(self) -> int:
@@ -140,7 +150,8 @@ class PruneResult:
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion cache prune --json` prints."""
         decisions = [asdict(decision) for decision in self.decisions]
-        return {"dry_run": self.dry_run, "entries": decisions, "bytes_freed": self.bytes_freed}
+        body = {"dry_run": self.dry_run, "entries": decisions, "bytes_freed": self.bytes_freed}
+        return body | {"damaged": list(self.damaged)}
 
 
 def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[str] | None = None) -> PruneResult:
@@ -156,14 +167,15 @@ def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[
             "nothing is removed"
         )
     store = FeatureStore(cache)
-    sizes = {entry: entry.size() for entry in store.own_entries()}
+    damaged: dict[str, None] = {}  # each sentence once
+    sizes = {entry: entry.size() for entry in store.own_entries(damaged.setdefault)}
     excess = sum(sizes.values()) - quota if quota is not None else 0
-    selected = {entry.key for entry in store.find(**options.entries.changed())}
+    selected = {entry.key for entry in store.find(**options.entries.changed(), on_damage=damaged.setdefault)}
     read_at: dict[Entry, float] = {}
     for entry in sizes:
-        with suppress(NotCached):  # another prune was faster
-            read_at |= {entry: entry.read_at()} if entry.key in selected else {}
-    now, decisions = disk.clock(store.root), []
+        at = read_or_report(entry.read_at, damaged.setdefault) if entry.key in selected else None
+        read_at |= {} if at is None else {entry: at}  # else another prune was faster, or it is damaged
+    now, decisions = store.tree.clock() if sizes else 0.0, []
     if not options.dry_run:
         empty_trash(store.root)
     for entry in sorted(read_at, key=lambda entry: read_at[entry]):
@@ -174,7 +186,7 @@ def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[
             why = "used lately"
         elif quota is not None and excess <= 0:
             why = "the rest fits"
-        why = why or in_use(entry.path) or ("" if options.dry_run else remove_entry(store.root, entry.path))
+        why = why or _in_use(store.tree, entry.at) or ("" if options.dry_run else remove_entry(store.root, entry.path))
         if not why:
             excess -= sizes[entry]
         decisions.append(
@@ -189,30 +201,51 @@ def prune(options: PruneOptions, cache: CachePath = None, *, needed: Collection[
                 key=entry.key,
             )
         )
-    return PruneResult(decisions=tuple(decisions), entries=len(sizes), dry_run=options.dry_run)
+    return PruneResult(decisions=tuple(decisions), entries=len(sizes), dry_run=options.dry_run, damaged=tuple(damaged))
+
+
+def _in_use(tree: Tree, folder: str) -> str:
+    """`in_use`; an entry whose marks are damaged stays too, since it may be in use."""
+    try:
+        return in_use(tree, folder)
+    except CacheUnusable as err:
+        return str(err)
 
 
 def remove_entry(root: Path, folder: Path) -> str:
     """Remove an entry's folder; returns '', or why it was not removed."""
-    trash = root / TRASH
+    tree, at = open_tree(root), f"{folder.parent.name}/{folder.name}"
+    removed = f"{TRASH}/{folder.name}~{uuid.uuid4().hex[:8]}"
     with disk.translate_os_errors(root):
-        trash.mkdir(exist_ok=True)
-        removed = trash / f"{folder.name}~{uuid.uuid4().hex[:8]}"
-        with suppress(FileNotFoundError):  # another prune was faster
-            os.rename(folder, removed)
-        if use := in_use(removed):
+        if not tree.require(TRASH, stat.S_IFDIR):
+            with suppress(FileExistsError):
+                tree.make(TRASH)
+        try:
+            tree.rename(at, removed)
+        except OSError as err:
+            if err.errno == errno.ENOENT:  # another prune was faster
+                return ""
+            if err.errno in (errno.EPERM, errno.EACCES):
+                return f"it may not be removed ({err.strerror}){owned_by(folder)}"
+            if err.errno != errno.EXDEV:
+                raise
+            removed = at  # a folder in the lower layer of an overlay has no other name
+        if use := _in_use(tree, removed):
             with suppress(OSError):  # a new extraction has just made the folder again: the new one stays
-                os.rename(removed, folder)
+                tree.rename(removed, at)
                 return use
-        disk.remove(removed)
+        tree.remove(removed)
     return ""
 
 
 def empty_trash(root: Path) -> None:
-    """Remove the entries that interrupted prunes left in the trash."""
-    for removed in (root / TRASH).glob("*"):
-        if not in_use(removed):
-            disk.remove(removed)
+    """Remove the entries that interrupted prunes left in the trash; what a prune cannot have put there stays."""
+    tree = open_tree(root)
+    tree.sweep(TRASH)
+    for name in tree.names(TRASH):
+        if PRUNED.fullmatch(name) and not _in_use(tree, f"{TRASH}/{name}"):
+            with suppress(PermissionError):
+                tree.remove(f"{TRASH}/{name}")
 
 
 def copy_entries(source: CachePath, target: CachePath, options: CopyOptions = CopyOptions()) -> list[tuple[Entry, int]]:

@@ -10,20 +10,22 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
+from mlfusion.errors import CacheUnusable
 from mlfusion.system import disk
+from mlfusion.system.tree import Tree
 
 TERM = 60.0  # seconds without renewal after which a lease may be taken over
 PIN_TERM = 24 * 3600.0  # seconds after which a pin of a process on another host is ignored
 RENEWALS = 4  # per term
+CLAIM_BYTES = 1000  # of the longest claim
 
 
 class Leases:
     """The leases of one worker in one folder, each named after a piece of work. Safe for threads."""
 
-    def __init__(self, folder: Path, term: float | None = None) -> None:
-        self._folder = folder
+    def __init__(self, tree: Tree, folder: str, term: float | None = None) -> None:
+        self._tree, self._folder = tree, folder
         self.term = TERM if term is None else term
         self._owned: dict[str, str] = {}  # name → the claim that we wrote into it
         # name → last observed state, and the time of its first observation
@@ -40,9 +42,12 @@ class Leases:
                     return False
         return True
 
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}"
+
     def _take(self, name: str) -> bool:
-        path, claim = self._folder / name, disk.claim()
-        state = _state(path)
+        path, claim = self._path(name), disk.claim()
+        state = _state(self._tree, path)
         if state is not None:
             observed, since = self._observed.get(name, (None, 0.0))
             if observed != state:
@@ -50,13 +55,13 @@ class Leases:
                 self._observed[name] = state, since
             if disk.alive(state[2]) is not False and time.monotonic() - since <= self.term:
                 return False
-            _remove_unchanged(path, state)
-        with disk.drafted(disk.draft_name(self._folder)) as draft:
-            draft.write_text(claim, encoding="utf-8")
-            with suppress(FileNotFoundError):
-                if _link(draft, path):
-                    self._owned[name] = claim
-            draft.unlink(missing_ok=True)
+            with suppress(PermissionError):
+                _remove_unchanged(self._tree, path, state)
+        with suppress(FileNotFoundError), self._tree.drafted(self._folder) as draft:
+            self._tree.write(draft, claim.encode())
+            if _link(self._tree, draft, path, claim):
+                self._owned[name] = claim
+            self._tree.remove(draft)
         return name in self._owned
 
     def renew(self) -> None:
@@ -66,10 +71,9 @@ class Leases:
                 return
             self._renewed = time.monotonic()
             for name, claim in list(self._owned.items()):
-                path = self._folder / name
-                with suppress(OSError):
-                    if path.read_text(encoding="utf-8") == claim:
-                        os.utime(path)
+                with suppress(OSError, CacheUnusable):
+                    if _text(self._tree, self._path(name)) == claim:
+                        self._tree.touch(self._path(name))
                         continue
                 del self._owned[name]  # another worker took it over; this one finishes its work anyway
 
@@ -78,97 +82,124 @@ class Leases:
         with self._lock:
             for name in list(self._owned) if names is None else names:
                 claim = self._owned.pop(name, None)
-                path = self._folder / name
-                with suppress(OSError):
-                    if claim is not None and path.read_text(encoding="utf-8") == claim:
-                        path.unlink()
+                with suppress(OSError, CacheUnusable):
+                    if claim is not None and _text(self._tree, self._path(name)) == claim:
+                        self._tree.remove(self._path(name))
 
     def holder(self, name: str) -> str:
-        """The holder of a lease in words: 'process 17 on host'."""
-        state = _state(self._folder / name)
-        host, _, rest = (state[2] if state else "nobody~0~").partition("~")
+        """The other holder of a lease in words: 'process 17 on host'; '' if there is none."""
+        state = _state(self._tree, self._path(name))
+        if state is None or state[2] == self._owned.get(name):
+            return ""
+        host, _, rest = state[2].partition("~")
         return f"process {rest.partition('~')[0].partition('.')[0]} on {host.rpartition('.')[0] or host}"
 
 
 class Pin:
-    """A reader's mark in an entry; a read-only cache gets none."""
+    """A reader's mark in an entry; a cache that cannot be written gets none."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path, self._process = folder / disk.claim(), os.getpid()
-        self._renewed = time.monotonic()
+    def __init__(self, tree: Tree, folder: str) -> None:
+        self._name, self._process, self._renewed = disk.claim(), os.getpid(), time.monotonic()
+        self._folder: Tree | None = None  # open until the end, since a prune may move it
         with suppress(OSError):
-            self._path.touch()
+            self._folder = tree.hold(folder)
+            self._folder.create(self._name).close()
 
     def renew(self) -> None:
         """Renew the pin; cheap to call often."""
         if time.monotonic() - self._renewed > PIN_TERM / 100:
             self._renewed = time.monotonic()
             with suppress(OSError):
-                os.utime(self._path)
+                if self._folder:
+                    self._folder.touch(self._name)
 
     def close(self) -> None:
-        """Remove the pin; does nothing in a forked child."""
-        if os.getpid() == self._process:
-            with suppress(OSError):
-                self._path.unlink()
+        """Remove the pin; a forked child leaves it to its parent."""
+        if self._folder:
+            if os.getpid() == self._process:
+                with suppress(OSError):
+                    self._folder.remove(self._name)
+            self._folder.close()
 
 
-def in_use(folder: Path) -> str:
+def in_use(tree: Tree, folder: str) -> str:
     """How processes that may be alive use an entry's folder, in words; '' if none does."""
-    if any(_may_be_alive(path, PIN_TERM) for path in disk.published(folder / "pins")):
-        return "it is being read"
-    leased = any(_may_be_alive(path, TERM * 10) for path in disk.published(folder / "leases"))
-    return "it is being extracted" if leased else ""
+    for name, term, use in (("pins", PIN_TERM, "it is being read"), ("leases", TERM * 10, "it is being extracted")):
+        if any(_may_be_alive(tree, f"{folder}/{name}/{mark}", term) for mark in tree.names(f"{folder}/{name}")):
+            return use
+    return ""
 
 
-def sweep(folder: Path) -> None:
-    """Remove leases and pins of dead processes, and those of other hosts after a day."""
-    for path in disk.published(folder):
-        state = _state(path)
-        if state is not None and not _may_be_alive(path, disk.STALE):
-            _remove_unchanged(path, state)
+def sweep(tree: Tree, folder: str) -> None:
+    """Remove leases and pins of dead processes, and those of other hosts after a day.
+
+    What is neither is left, and so is what may not be removed.
+    """
+    for name in tree.names(folder):
+        path = f"{folder}/{name}"
+        with suppress(PermissionError, CacheUnusable):
+            state = _state(tree, path)
+            marks = state is not None and disk.is_claim(_claim_of(name, state[2]))
+            if state is not None and marks and not _may_be_alive(tree, path, disk.STALE):
+                _remove_unchanged(tree, path, state)
 
 
-def _may_be_alive(path: Path, term: float) -> bool:
-    claim = path.name
-    if claim.count("~") != 2:  # a lease: the claim is its text
-        try:
-            claim = path.read_text(encoding="utf-8")
-        except OSError:
-            return False
-    alive = disk.alive(claim)
-    return disk.age(path) < term if alive is None else alive
+def _claim_of(name: str, text: str) -> str:
+    """The claim of a mark: a pin's is its name, a lease's its text."""
+    return name if disk.is_claim(name) else text
 
 
-def _state(path: Path) -> tuple[int, int, str] | None:
-    """(inode, time, text): differs between two holders of a lease, and after each renewal."""
+def _may_be_alive(tree: Tree, path: str, term: float) -> bool:
+    with suppress(OSError, CacheUnusable):
+        claim = _claim_of(path.rpartition("/")[2], "") or _text(tree, path)
+        if disk.is_claim(claim):
+            alive = disk.alive(claim)
+            if alive is not None:
+                return alive
+            with tree.at(path) as (folder, name):
+                return disk.age(name, folder) < term
+    return False
+
+
+def _state(tree: Tree, path: str) -> tuple[int, int, str] | None:
+    """(inode, time, text): differs between two holders of a lease, and after each renewal; None if there is none.
+
+    CacheUnusable if it is a link, a pipe, a folder, or larger than any claim.
+    """
     try:
-        status = path.stat()
-        return status.st_ino, status.st_mtime_ns, path.read_text(encoding="utf-8")
-    except OSError:
+        text, status = tree.read_at(path, CLAIM_BYTES)
+    except (FileNotFoundError, PermissionError):
         return None
+    return status.st_ino, status.st_mtime_ns, text.decode(errors="replace")
 
 
-def _remove_unchanged(path: Path, state: tuple[int, int, str]) -> None:
+def _text(tree: Tree, path: str) -> str:
+    return tree.read(path, CLAIM_BYTES).decode(errors="replace")
+
+
+def _remove_unchanged(tree: Tree, path: str, state: tuple[int, int, str]) -> None:
     """Remove a lease in this state, but not one that another worker has taken since."""
-    draft = disk.draft_name(path.parent)
+    draft = tree.draft(path.rpartition("/")[0])
     with suppress(FileNotFoundError):
-        os.rename(path, draft)
-        if _state(draft) != state:
-            _link(draft, path)
-        draft.unlink()
+        tree.rename(path, draft)
+        if _state(tree, draft) != state:
+            _link(tree, draft, path, _text(tree, draft))
+        tree.remove(draft)
 
 
-def _link(draft: Path, path: Path) -> bool:
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    except OSError:  # no hard links on this file system: exclusive creation is enough for a small claim
+def _link(tree: Tree, draft: str, path: str, claim: str) -> bool:
+    """Give a claim its final name; False if another worker was first."""
+    with tree.at(draft) as (folder, name):
+        final = path.rpartition("/")[2]
         try:
-            file = open(path, "x", encoding="utf-8")  # noqa: SIM115 - closed below
+            os.link(name, final, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
         except FileExistsError:
             return False
-        with disk.drafted(path), file:
-            file.write(draft.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise
+        except OSError:  # no hard links on this file system: exclusive creation is enough for a small claim
+            try:
+                tree.write(path, claim.encode())
+            except FileExistsError:
+                return False
     return True

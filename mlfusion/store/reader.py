@@ -14,16 +14,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from mlfusion.errors import CacheUnusable, NotCached
+from mlfusion.errors import NotCached
 from mlfusion.shapes import Int, Num
 from mlfusion.store.leases import Pin
 from mlfusion.store.records import removed_message
 from mlfusion.store.shard import Check, Shard, Source, Span
+from mlfusion.system.tree import Tree
 
 OPEN_SHARDS = 256  # at most; each takes one file descriptor, or two once it is mapped
 SHUFFLE_BYTES = 1 << 28  # bytes of images that are shuffled together
@@ -98,26 +98,27 @@ class TokenReader:
         self._open()
 
     def _open(self) -> None:
-        self._shards: OrderedDict[tuple[Path, int], Shard] = OrderedDict()
+        self._shards: OrderedDict[tuple[Source, int], Shard] = OrderedDict()
         self._lock = threading.Lock()
         self._max_open = OPEN_SHARDS
         with suppress(ImportError):
             import resource  # not on every system
 
             self._max_open = min(OPEN_SHARDS, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-        folders = list(dict.fromkeys(span.source.folder for span in self._spans))
-        self._pins = [Pin(folder) for folder in dict.fromkeys(folder.parent.parent / "pins" for folder in folders)]
-        # Files are opened relative to these descriptors, so a reader still finds them after a prune moved the folder.
-        self._folders: dict[Path, int] = {}
-        for folder in folders:
+        sources = list(dict.fromkeys(span.source for span in self._spans))
+        entries = {(source.tree.root, source.entry): source.tree for source in sources}
+        self._pins = [Pin(tree, f"{entry}/pins") for (_, entry), tree in entries.items()]
+        # Files are opened relative to these folders, so a reader still finds them after a prune moved the entry.
+        self._folders: dict[Source, Tree] = {}
+        for source in sources:
             for last_attempt in (False, False, True):
                 try:
-                    self._folders[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                    self._folders[source] = source.tree.hold(source.folder)
                     break
                 except FileNotFoundError as err:
                     if last_attempt:
                         self.close()
-                        raise NotCached(removed_message(folder)) from err
+                        raise NotCached(removed_message(source.tree.path(source.folder))) from err
                     time.sleep(0.1)  # a prune that finds our pin moves the folder back
 
     def read(self) -> Num[np.ndarray, "N L T D"]:
@@ -258,20 +259,13 @@ class TokenReader:
         return out
 
     def _shard(self, source: Source, number: int) -> Shard:
-        key = (source.folder, number)
+        key = (source, number)
         with self._lock:
             shard = self._shards.get(key)
             if shard is not None:
                 self._shards.move_to_end(key)
                 return shard
-        path = source.path(number)
-        try:
-            descriptor = os.open(source.file(number), os.O_RDONLY, dir_fd=self._folders[source.folder])
-        except FileNotFoundError as err:
-            raise NotCached(removed_message(path)) from err
-        except OSError as err:
-            raise CacheUnusable(f"{path} cannot be read ({err.strerror}); look at its permissions") from err
-        shard = Shard(source, number, descriptor, [s for s in self._spans if s.source is source])
+        shard = source.open(number, self._folders[source], [span for span in self._spans if span.source is source])
         with self._lock:
             shard = self._shards.setdefault(key, shard)
             while len(self._shards) > self._max_open:
@@ -282,9 +276,9 @@ class TokenReader:
         """Close the files; the reader must not be used afterwards."""
         self._shards.clear()
         while self._folders:
-            os.close(self._folders.popitem()[1])
-        for pin in self._pins:
-            pin.close()
+            self._folders.popitem()[1].close()
+        while self._pins:
+            self._pins.pop().close()
 
     def __enter__(self) -> Self:
         return self

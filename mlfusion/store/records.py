@@ -1,10 +1,14 @@
 """Stored data other than tokens: the rows of a split, and records as sealed JSON that msgspec reads strictly."""
 
+import errno
 import io
 import json
-from collections.abc import Sequence
+import os
+import pwd
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -12,12 +16,17 @@ import msgspec
 import numpy as np
 import xxhash
 
-from mlfusion.errors import BadData, CacheUnusable
-from mlfusion.specs.identity import FORMAT, digest
+from mlfusion.errors import BadData, CacheUnread, CacheUnusable, first_line
+from mlfusion.specs.identity import FORMAT, DataSpec, FeatureSpec, ModelSpec, Name, Text, digest
 from mlfusion.system import disk
+from mlfusion.system.tree import Tree
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+
+RECORD_BYTES = 16 << 20  # of the largest record, but for manifests
+MANIFEST_BYTES = 256 << 20
+ID_BYTES = 1 << 16  # of the largest sample id in ids.json
 
 R = TypeVar("R")
 
@@ -26,33 +35,27 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of every record; reading one with a missing, unknown or mistyped field is an error."""
 
 
-class _Versioned(msgspec.Struct):
-    """The field that a record of any format has."""
-
-    format: int
-
-
 class CacheMarker(Record, frozen=True):
     """The file that marks the root of a cache."""
 
-    format: int
-    uuid: str
+    format: Count
+    uuid: Name
 
 
 class Names(Record, frozen=True):
     """Names that a user gave for a model and a data set, their resolved sources, and the reading; not part of the key."""
 
-    model: str
-    model_source: str  # a catalogue's source, a hub id, or a folder
-    dataset: str
-    dataset_source: str
-    model_argument: str = ""  # for `mlfusion extract`: a catalogue's name, a hub id, or a path
-    dataset_argument: str = ""
-    split: str = ""  # 'test', or 'test=validation' if the validation split replaces it
-    options: tuple[str, ...] = ()  # command-line words of the other options that are not at their default
+    model: Name
+    model_source: Name  # a catalogue's source, a hub id, or a folder
+    dataset: Name
+    dataset_source: Name
+    model_argument: Name = ""  # for `mlfusion extract`: a catalogue's name, a hub id, or a path
+    dataset_argument: Name = ""
+    split: Name = ""  # 'test', or 'test=validation' if the validation split replaces it
+    options: tuple[Text, ...] = ()  # command-line words of the other options that are not at their default
     # Digest of all splits of the data set as they were read: ids, labels, image bytes, classes. Entries of train and test
     # belong together if they have names of one reading. Empty: not known, so that the entry belongs to no other.
-    reading: str = ""
+    reading: Name = ""
 
 
 class RunPart(Record, frozen=True):
@@ -65,25 +68,25 @@ class RunPart(Record, frozen=True):
 class RunRecord(Record, frozen=True):
     """Provenance of one extraction; not part of the key."""
 
-    when: str  # ISO 8601, UTC
-    versions: dict[str, str]  # of Python and of libraries
-    device: str
-    device_name: str
+    when: Name  # ISO 8601, UTC
+    versions: dict[Name, Name]  # of Python and of libraries
+    device: Name
+    device_name: Name
     processors: Count
     threads: Count
-    compute: str
-    dtype: str
+    compute: Name
+    dtype: Name
     batch_size: Count
     out_of_memory: bool  # whether the batch size was reduced because memory ran out
     images: Count
     forward_passes: Count
     seconds: Seconds
     images_per_second: Seconds
-    bottleneck: str  # the slowest part, which the others waited for
-    waited: dict[str, Seconds]  # part → its waiting time
-    parts: dict[str, RunPart]
-    streams: tuple[str, ...]
-    layers: str
+    bottleneck: Name  # the slowest part, which the others waited for
+    waited: dict[Name, Seconds]  # part → its waiting time
+    parts: dict[Name, RunPart]
+    streams: tuple[Name, ...]
+    layers: Name
 
 
 def encode(record: Any) -> str:
@@ -92,18 +95,88 @@ def encode(record: Any) -> str:
     return disk.sealed(json.dumps(plain, indent=1, ensure_ascii=False))
 
 
-def read(path: Path, kind: type[R], *, versioned: Path | None = None) -> R:
-    """The record in a file; `versioned` is the folder to name if the record's `format` is newer than this mlfusion's.
+def parse(text: bytes, kind: type[R]) -> R:
+    """JSON text as an object of this kind, every field checked.
 
-    CacheUnusable if it is damaged, not of this kind, or of a newer format; FileNotFoundError if there is no such file.
+    ValueError, MsgspecError or RecursionError if it is no such text: no UTF-8, NaN, a key that occurs twice, an unknown field,
+    or a value of another type or range.
     """
-    text = disk.read_sealed(path)
+    return _typed(_plain(text), kind)
+
+
+def _plain(text: bytes) -> Any:
+    """JSON text as dictionaries and lists; errors as of `parse`."""
+    body = msgspec.json.decode(text)  # strict, but for keys that occur twice: the last one counts
+    # A text with one colon for each key, and those of its values, has every key once. Only others are read key by key.
+    colons = len(text.split(b":")) - 1  # several times faster than `count`
+    if b"{" in text and ((b"\\" in text and b"\\u" in text) or colons != _colons(body)):
+        json.loads(text, object_pairs_hook=_object)
+    return body
+
+
+def _colons(body: Any) -> int:
+    """Colons in the text of a value in which every key occurs once; fewer if it has lists with colons in them."""
+    if isinstance(body, dict):
+        return len(body) + sum(map(_colons, body.values()))
+    return body.count(":") if isinstance(body, str) else 0
+
+
+def _typed(body: Any, kind: type[R]) -> R:
+    found = msgspec.convert(body, kind, str_keys=True)
+    if kind is FeatureSpec:  # msgspec refuses unknown fields of its own classes alone
+        for part, cls in ((body, FeatureSpec), (body["model"], ModelSpec), (body["data"], DataSpec)):
+            if unknown := part.keys() - cls.__dataclass_fields__.keys():
+                raise ValueError(f"no field {min(unknown)!r} is known")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def load(tree: Tree, path: str, kind: type[R], *, most: int = RECORD_BYTES) -> R:
+    """The record in a file of a cache.
+
+    CacheUnusable if it is damaged or of a newer format, CacheUnread if it may not be read, FileNotFoundError if there is none.
+    """
+    return load_at(tree, path, kind, most=most)[0]
+
+
+def load_at(tree: Tree, path: str, kind: type[R], *, most: int = RECORD_BYTES) -> tuple[R, int]:
+    """The record in a file, as for `load`, and the time of the file in nanoseconds."""
     try:
-        if versioned and (found := msgspec.json.decode(text, type=_Versioned).format) > FORMAT:
-            raise CacheUnusable(f"{versioned} has format {found}, this mlfusion reads {FORMAT}; update mlfusion")
-        return msgspec.json.decode(text, type=kind)
+        sealed, state = tree.read_at(path, most)
+        body = _plain(disk.unsealed(sealed))
+        found = body.get("format") if isinstance(body, dict) and kind in (CacheMarker, FeatureSpec) else 0
+        if type(found) is int and found > FORMAT:
+            raise CacheUnusable(
+                f"{tree.path(path).parent} has format {found}, this mlfusion reads {FORMAT}; update mlfusion"
+            )
+        return _typed(body, kind), state.st_mtime_ns
     except (msgspec.MsgspecError, ValueError, RecursionError) as err:
-        raise damaged(path, str(err)) from err
+        raise tree.damaged(tree.path(path), first_line(err)) from err
+    except FileNotFoundError:
+        raise
+    except OSError as err:
+        raise unread(tree.path(path), err) from err
+
+
+def spec_fault(spec: FeatureSpec) -> str:
+    """Why the fields of a spec do not belong together, in words; '' if they do."""
+    try:
+        view = _view(spec.model.preprocess)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return "its preprocessing is no JSON object"
+    return "" if view == spec.model.view else f"its view is {spec.model.view}, that of its preprocessing another"
+
+
+@lru_cache(maxsize=64)  # few models have thousands of entries
+def _view(preprocess: str) -> Any:
+    """The view in the JSON of a preprocessing."""
+    return parse(preprocess.encode(), dict[str, Any]).get("view", "plain")
 
 
 def removed_message(path: Path) -> str:
@@ -116,6 +189,49 @@ def damaged(path: Path, why: str) -> CacheUnusable:
     return CacheUnusable(
         f"{path} is damaged: {why}; run `mlfusion cache verify --repair`, then the same `mlfusion extract` again"
     )
+
+
+def no_cache(path: Path, why: str) -> CacheUnusable:
+    """The error about a marker that marks no cache."""
+    return CacheUnusable(
+        f"{path} marks no cache that this mlfusion can read: {why}; name another folder with --cache, or delete this file if "
+        "the cache is yours: the next `mlfusion extract` writes it again"
+    )
+
+
+def unread(path: Path, err: OSError) -> CacheUnusable:
+    """The error about a file that the system does not let us read: damage only if the disk fails."""
+    if err.errno == errno.EIO:
+        return damaged(path, f"the disk does not give it ({err.strerror})")
+    return CacheUnread(f"{path} cannot be read ({err.strerror}){owned_by(path)}; ask for the permission to read it")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to read a folder into `CacheUnread`."""
+    try:
+        yield
+    except PermissionError as err:
+        raise unread(Path(err.filename or path), err) from err
+
+
+def owned_by(path: Path) -> str:
+    """'; it belongs to NAME' if a path is another user's, else ''."""
+    try:
+        owner = os.lstat(path).st_uid
+    except OSError:
+        return ""
+    if owner == os.geteuid():
+        return ""
+    try:
+        return f"; it belongs to {pwd.getpwuid(owner).pw_name}"
+    except KeyError:
+        return f"; it belongs to user {owner}"
+
+
+def open_tree(root: Path) -> Tree:
+    """The files and folders of a cache."""
+    return Tree(root, damaged)
 
 
 FILES = ("ids.json", "labels.npy", "digests.npy")
@@ -151,14 +267,22 @@ class Samples:
         return contents
 
     @classmethod
-    def read(cls, folder: Path, classes: tuple[str, ...]) -> "Samples":
+    def read(cls, tree: Tree, folder: str, spec: DataSpec) -> "Samples":
         """Read the files in an entry's folder; damaged ones may raise any exception."""
-        return cls(
-            ids=tuple(json.loads((folder / "ids.json").read_text(encoding="utf-8"))),
-            labels=np.load(folder / "labels.npy", allow_pickle=False),
-            digests=np.load(folder / "digests.npy", allow_pickle=False),
+        count, classes = spec.images, spec.classes
+        limits = (count * ID_BYTES, count * 8 * max(len(classes), 1), count * 64)
+        ids, labels, digests = (
+            tree.read(f"{folder}/{name}", most + 4096) for name, most in zip(FILES, limits, strict=True)
+        )
+        found = cls(
+            ids=parse(ids, tuple[str, ...]),
+            labels=np.load(io.BytesIO(labels), allow_pickle=False),
+            digests=np.load(io.BytesIO(digests), allow_pickle=False),
             classes=classes,
         )
+        if not len(found.ids) == len(found.digests) == count:
+            raise ValueError("not as many as the entry's images")
+        return found
 
     def digest_of(self, rows: range) -> str:
         """Digest of some rows; a shard's record holds it as proof that the shard's rows are those of these samples."""

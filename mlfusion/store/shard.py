@@ -20,10 +20,11 @@ from typing import Literal, TypeVar
 import numpy as np
 import xxhash
 
-from mlfusion.errors import CacheUnusable
+from mlfusion.errors import NotCached
 from mlfusion.store.formats import FORMATS
-from mlfusion.store.records import damaged
+from mlfusion.store.records import damaged, removed_message, unread
 from mlfusion.store.stream import Manifest, Stream
+from mlfusion.system.tree import Tree
 
 Check = Literal["once", "always", "never"]
 """When a chunk's checksum is compared: at its first read by a reader, at every read, or never."""
@@ -40,17 +41,39 @@ MAX_COPY_BYTES = 1 << 22  # limit of a copy, even if it then has fewer than MIN_
 class Source:
     """A complete stream of one entry."""
 
-    folder: Path  # of the stream
+    tree: Tree
+    entry: str  # path of the entry below the cache's root
     stream: Stream
     manifest: Manifest
 
-    def file(self, shard: int) -> str:
-        """The file of a shard, relative to the folder."""
-        return f"c/{shard}/{FORMATS[self.stream.format].file}"
+    @cached_property
+    def folder(self) -> str:
+        """Path of the stream's folder below the cache's root."""
+        return f"{self.entry}/{self.stream.folder}"
 
     def path(self, shard: int) -> Path:
-        """Path of a shard's file."""
-        return self.folder / self.file(shard)
+        """Whole path of a shard's file, for messages."""
+        return self.tree.path(self.file(shard))
+
+    def file(self, shard: int) -> str:
+        """Path of a shard's file below the cache's root."""
+        return f"{self.folder}/{self._file(shard)}"
+
+    def _file(self, shard: int) -> str:
+        return f"c/{shard}/{FORMATS[self.stream.format].file}"
+
+    def open(self, shard: int, held: Tree, spans: "Sequence[Span]" = ()) -> "Shard":
+        """Open a shard's file; `held` is the stream's folder, and `spans` are those that will be read.
+
+        NotCached if it is gone, CacheUnusable if its size is not the manifest's, or if it cannot be read.
+        """
+        try:
+            descriptor = held.open(self._file(shard))
+        except FileNotFoundError as err:
+            raise NotCached(removed_message(self.path(shard))) from err
+        except OSError as err:
+            raise unread(self.path(shard), err) from err
+        return Shard(self, shard, descriptor, spans)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,12 +290,11 @@ def read_stored(source: Source, rows: range) -> np.ndarray:
     """Rows of one block as stored, [rows, layers, kinds x tokens, columns]; CacheUnusable if a chunk is damaged."""
     stream = source.stream
     number = rows.start // stream.shard_rows
-    path = source.path(number)
+    held = source.tree.hold(source.folder)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as err:
-        raise CacheUnusable(f"{path} cannot be read ({err.strerror}); run `mlfusion cache verify`") from err
-    shard = Shard(source, number, descriptor)
+        shard = source.open(number, held)
+    finally:
+        held.close()
     out = np.empty((len(rows), len(stream.layers), len(stream.kinds)), f"V{stream.row_bytes}")
     block, first = divmod(rows.start - stream.rows(number).start, stream.chunk_rows)
     for layer, kind in np.ndindex(out.shape[1:]):

@@ -17,27 +17,35 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from mlfusion.specs.identity import KINDS, Dtype, Pair, TokenKind
+from mlfusion.specs.identity import GRID_SIDES, KINDS, Dtype, FeatureSpec, Name, Pair, Text, TokenKind
 from mlfusion.specs.names import layer_ranges
 from mlfusion.specs.options import FormatName
 from mlfusion.store.encoding import ENCODINGS, Encoding
 from mlfusion.store.records import Count, Record
 
-Size = Annotated[int, msgspec.Meta(gt=0)]
+Size = Annotated[int, msgspec.Meta(gt=0, le=1 << 40)]
+Tokens = Annotated[int, msgspec.Meta(gt=0, le=1 << 20)]
+Layer = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+Digest = Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
 
+TOKENS = "tokens"  # the folder of an entry's streams
 CHUNK_BYTES = 768 * 1024  # a chunk is read whole: large enough for one disk request, small enough to buffer
 SHARD_BYTES = 128 * 1024 * 1024
 SHARD_ROWS = (256, 2048)  # fewest and most images of a shard; a kill loses at most one shard
+MAX_SHARD_ROWS = 1 << 20  # that are read
 MAX_SHARDS = 16  # more only in a large entry: publishing a shard takes as long as writing 10 MB
+
+TOKENS_OF = dict.fromkeys(("cls", "ap", "dist", "max", "std"), 1) | {kind: n * n for kind, n in GRID_SIDES.items()}
+"""Number of tokens of each kind that always has the same number."""
 
 
 class Stream(Record, frozen=True):
     """Shape, shard size and chunk size of one array of tokens; fixed when the stream begins, the same for every writer."""
 
-    layers: tuple[Count, ...]
+    layers: tuple[Layer, ...]
     kinds: tuple[TokenKind, ...]
-    tokens: Size  # tokens of one kind: 1 for ap, 16 for grid4, the whole sequence for all
-    width: Size  # channels per token
+    tokens: Tokens  # tokens of one kind: 1 for ap, 16 for grid4, the whole sequence for all
+    width: Tokens  # channels per token
     images: Size
     dtype: Dtype
     shard_rows: Size  # images in a shard; a power of two, a multiple of chunk_rows
@@ -45,13 +53,37 @@ class Stream(Record, frozen=True):
     format: FormatName
 
     def __post_init__(self) -> None:
-        if not self.layers or not self.kinds or self.shard_rows % self.chunk_rows:
-            raise ValueError("a description of no stream")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError("its layers do not ascend")
+        if not self.kinds or list(self.kinds) != sorted(set(self.kinds), key=KINDS.index):
+            raise ValueError("its token kinds are not each given once, in their order")
+        if any(self.tokens != TOKENS_OF.get(kind, self.tokens) for kind in self.kinds):
+            raise ValueError("a token kind has another number of tokens")
+        sizes = self.chunk_rows, self.shard_rows
+        if any(size & (size - 1) for size in sizes) or sizes[0] > sizes[1] or sizes[1] > MAX_SHARD_ROWS:
+            raise ValueError("its shards and chunks are of no allowed size")
+
+    def fault(self, spec: FeatureSpec) -> str:
+        """Why this cannot be a stream of an entry, in words; '' if it can."""
+        model, data = spec.model, spec.data
+        for what, mine, whole in (("images", self.images, data.images), ("type", self.dtype, spec.dtype)):
+            if mine != whole:
+                return f"its {what} is {mine}, that of its entry {whole}"
+        if self.layers[-1] > model.depth:
+            return f"it has layer {self.layers[-1]} of a model with {model.depth}"
+        if model.kinds and (other := set(self.kinds) - set(model.kinds)):
+            return f"it holds {min(other)} tokens, which the model does not have"
+        return ""
 
     @property
     def name(self) -> str:
         """The stream's folder: 'cls.ap.L1-12'."""
         return ".".join(self.kinds) + ".L" + re.sub(",", ".", layer_ranges(self.layers))
+
+    @property
+    def folder(self) -> str:
+        """Path of its folder in the entry's."""
+        return f"{TOKENS}/{self.name}"
 
     @property
     def pairs(self) -> frozenset[Pair]:
@@ -151,9 +183,9 @@ class Manifest(Record, frozen=True, rename={"sizes": "bytes", "digests": "xxh3_1
     """Consecutive shards of a stream; their blocks of rows are numbered consecutively."""
 
     sizes: tuple[Count, ...]  # bytes of each shard's file
-    digests: tuple[str, ...]  # xxh3-128 of each shard's file
-    samples: tuple[str, ...]  # digest of ids, labels and images of each shard's rows
-    skipped: dict[Count, str]  # row → why its image could not be read; such rows hold no numbers
+    digests: tuple[Digest, ...]  # xxh3-128 of each shard's file
+    samples: tuple[Digest, ...]  # digest of ids, labels and images of each shard's rows
+    skipped: dict[Count, Text]  # row → why its image could not be read; such rows hold no numbers
     chunks: tuple[Count, Count, Count]  # [blocks, layers, kinds], the shape of the tables, in C order
     offsets: bytes  # tables of the fields of CHUNK; msgspec writes them as base64
     crc32c: bytes
@@ -168,16 +200,17 @@ class Manifest(Record, frozen=True, rename={"sizes": "bytes", "digests": "xxh3_1
         """[blocks, layers, kinds] of a field of CHUNK."""
         return np.frombuffer(getattr(self, name), CHUNK[name]).reshape(self.chunks)
 
-    def fits(self, stream: Stream) -> bool:
-        """Whether shards, blocks, layers, kinds, images and offsets can be those of a whole stream."""
-        first = np.arange(0, stream.images, stream.chunk_rows)  # row of each block; a shard holds whole blocks
+    def fits(self, stream: Stream, shards: range) -> bool:
+        """Whether counts, rows and offsets can be those of these shards of a stream, before anything is made of them."""
+        rows = range(shards.start * stream.shard_rows, min(shards.stop * stream.shard_rows, stream.images))
         if not (
-            len(self.sizes) == len(self.digests) == len(self.samples) == stream.shards
-            and self.chunks == (len(first), len(stream.layers), len(stream.kinds))
-            and all(row < stream.images for row in self.skipped)
+            len(self.sizes) == len(self.digests) == len(self.samples) == len(shards)
+            and self.chunks == (-(-len(rows) // stream.chunk_rows), len(stream.layers), len(stream.kinds))
+            and all(row in rows for row in self.skipped)
         ):
             return False
-        nbytes = np.minimum(stream.images - first, stream.chunk_rows) * stream.row_bytes
+        first = np.arange(0, len(rows), stream.chunk_rows)  # row of each block; a shard holds whole blocks
+        nbytes = np.minimum(len(rows) - first, stream.chunk_rows) * stream.row_bytes
         last = np.array(self.sizes)[first // stream.shard_rows] - nbytes  # largest possible offset in each block
         offsets = self.table("offsets").astype(np.int64)  # too large ones become negative
         return bool(np.all((offsets >= 0) & (offsets <= last[:, None, None])))
@@ -186,7 +219,7 @@ class Manifest(Record, frozen=True, rename={"sizes": "bytes", "digests": "xxh3_1
 class CommitRecord(Manifest, frozen=True):
     """The record of one shard, published with it."""
 
-    stream: str
+    stream: Name
     shard: Count
 
 

@@ -7,11 +7,12 @@ Zarr's codec. Nothing is deleted: damaged files are moved to `quarantine/` under
 
 import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,29 @@ import crc32c
 import numpy as np
 import xxhash
 
-from mlfusion.errors import MlfusionError
+from mlfusion.errors import CacheUnread, MlfusionError, NotCached
 from mlfusion.specs.names import layer_ranges
 from mlfusion.store import records
-from mlfusion.store.entry import GROUP, TOKENS, Entry, zarr_group
-from mlfusion.store.feature_store import QUARANTINE, CachePath, FeatureStore
+from mlfusion.store.entry import FOLDERS, GROUP, STREAM, Entry, names_file, zarr_group
+from mlfusion.store.feature_store import QUARANTINE, TRASH, CachePath, FeatureStore
 from mlfusion.store.formats import FORMATS
-from mlfusion.store.records import FILES, Names, RunRecord
+from mlfusion.store.records import FILES, MANIFEST_BYTES, Names, RunRecord, open_tree, unread
 from mlfusion.store.shard import Source
-from mlfusion.store.stream import CommitRecord, Stream, StreamManifest
+from mlfusion.store.stream import TOKENS, CommitRecord, Stream, StreamManifest
 from mlfusion.system import disk
 from mlfusion.system.progress import track
+from mlfusion.system.tree import Tree
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One damaged file or folder."""
+    """One damaged file, folder or link."""
 
     path: Path
     why: str
-    quarantine: tuple[Path, ...]  # paths that a repair moves to quarantine
+    quarantine: tuple[str, ...]  # paths below the cache's root that a repair moves to quarantine
     repairable: bool = False  # whether the repair restores it from undamaged files; else the next extraction does
+    unread: bool = False  # it may not be read, so that it is not known whether it is damaged; a repair leaves it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class Verification:
 
     entries: int
     damaged: tuple[Damage, ...]
+    unread: tuple[Damage, ...]  # what may not be read, which is not counted as damaged
     quarantined: tuple[Path, ...]  # new paths of damaged files that a repair moved
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +60,9 @@ class Verification:
             {"path": str(damage.path), "why": damage.why, "remade_by": "repair" if damage.repairable else "extract"}
             for damage in self.damaged
         ]
-        return {"entries": self.entries, "damaged": damaged, "quarantined": list(map(str, self.quarantined))}
+        unread = [{"path": str(damage.path), "why": damage.why} for damage in self.unread]
+        quarantined = list(map(str, self.quarantined))
+        return {"entries": self.entries, "damaged": damaged, "unread": unread, "quarantined": quarantined}
 
 
 def verify(cache: CachePath = None, *, repair: bool = False) -> Verification:
@@ -66,125 +72,185 @@ def verify(cache: CachePath = None, *, repair: bool = False) -> Verification:
     cache cannot be opened, or cannot be written for a repair.
     """
     store = FeatureStore(cache)
-    damaged: list[Damage] = []
+    found: list[Damage] = []
     moved: list[Path] = []
-    layers = (store, *store.lower)
-    folders = [(layer, path) for layer in layers for path in disk.published(layer.folder) if path.is_dir()]
+    folders: list[tuple[FeatureStore, str]] = []
+    for layer in (store, *store.lower):
+        beside = [damage for name in (TRASH, layer.version) for damage in _found(layer.tree, name, stat.S_IFDIR)]
+        found += beside
+        if repair and layer is store:
+            moved += repair_paths(layer.tree, beside)
+        if not any(damage.path.name == layer.version for damage in beside):
+            folders += [(layer, key) for key in layer.entry_names()]
     with track("verifying", len(folders), "entries") as bar:
-        for layer, path in folders:
-            found = list(verify_entry(path))
-            damaged += found
-            if repair and found and layer is store:
-                moved += repair_entry(store.root, path, found)
+        for layer, key in folders:
+            damages = list(verify_entry(layer.folder / key))
+            found += damages
+            if repair and layer is store and (damaged := [damage for damage in damages if not damage.unread]):
+                moved += repair_entry(store.root, layer.folder / key, damaged)
             bar.advance()
-    return Verification(entries=len(folders), damaged=tuple(damaged), quarantined=tuple(moved))
+    return Verification(
+        entries=len(folders),
+        damaged=tuple(damage for damage in found if not damage.unread),
+        unread=tuple(damage for damage in found if damage.unread),
+        quarantined=tuple(moved),
+    )
+
+
+def _found(tree: Tree, path: str, sort: int) -> Iterator[Damage]:
+    """The damage of a path that is of another sort, such as a link; nothing if it does not exist."""
+    try:
+        tree.require(path, sort)
+    except MlfusionError as err:
+        yield Damage(tree.path(path), str(err), (path,))
+    except OSError as err:
+        yield Damage(tree.path(path), str(unread(tree.path(path), err)), (), unread=True)
+
+
+def _damage(path: Path, err: Exception, quarantine: tuple[str, ...], *, repairable: bool = False) -> Damage:
+    """The damage that an error is about; what may not be read is none."""
+    if isinstance(err, FileNotFoundError):
+        return Damage(path, "it is not there", quarantine, repairable)
+    if isinstance(err, OSError):
+        err = unread(path, err)
+    if isinstance(err, CacheUnread):
+        return Damage(path, str(err), (), unread=True)
+    return Damage(path, str(err), quarantine, repairable)
 
 
 def verify_entry(folder: Path) -> Iterator[Damage]:
     """All damage in one entry's folder; an incomplete stream is no damage."""
     try:
+        yield from _verify(folder)
+    except PermissionError as err:  # a folder of the entry may not be read
+        yield Damage(Path(err.filename), str(unread(Path(err.filename), err)), (), unread=True)
+
+
+def _verify(folder: Path) -> Iterator[Damage]:
+    tree, at = open_tree(folder.parent.parent), f"{folder.parent.name}/{folder.name}"
+    beside = list(_found(tree, at, stat.S_IFDIR)) or [
+        damage for name in FOLDERS for damage in _found(tree, f"{at}/{name}", stat.S_IFDIR)
+    ]
+    yield from beside
+    if beside:  # what is behind it is not looked at, and without it the rest cannot be checked
+        return
+    try:
         entry = Entry(folder)
-    except MlfusionError as err:
-        yield Damage(folder / "entry.json", str(err), (folder / "entry.json",))
+    except NotCached:
         entry = None
-    for kind, name in ((Names, "names"), (RunRecord, "runs")):
-        for path in disk.published(folder / name):
-            with suppress(FileNotFoundError):
-                try:
-                    records.read(path, kind)
-                except MlfusionError as err:
-                    yield Damage(path, str(err), (path,))
+        if not tree.names(at):  # a prune removed it
+            return
+        yield Damage(folder / "entry.json", "it is not there", (), repairable=False)
+    except MlfusionError as err:
+        yield _damage(folder / "entry.json", err, (f"{at}/entry.json",))
+        entry = None
+    yield from _verify_small(tree, at, entry)
     if entry is None:
         return
     try:
-        for name, data in entry.samples.files().items():  # reading them compares them with the key
-            if (folder / name).read_bytes() != data:
-                yield Damage(folder / name, "it is not as it was written", (folder / name,))
+        files = entry.samples.files()  # reading them compares them with the key
     except MlfusionError as err:
         # It is not known which of the three files is wrong, and they are small.
-        yield Damage(folder, str(err), tuple(folder / name for name in FILES))
+        yield _damage(folder, err, tuple(f"{at}/{name}" for name in FILES))
         return  # without them the rows of a shard cannot be checked
-    group = folder / GROUP
-    if not _has_text(group, zarr_group(entry.key)):
-        yield Damage(group, "it is not what describes this group", (group,), repairable=True)
-    for path in disk.published(folder / TOKENS):
-        if path.is_dir():
-            yield from _verify_stream(entry, path)
+    for name, data in {**files, GROUP: zarr_group(entry.key).encode()}.items():
+        if why := _differs(tree, f"{at}/{name}", data):
+            yield Damage(folder / name, why, (f"{at}/{name}",), repairable=name == GROUP)
+    for name in tree.names(f"{at}/{TOKENS}"):
+        if STREAM.fullmatch(name):
+            yield from _verify_stream(entry, name)
 
 
-def _verify_stream(entry: Entry, folder: Path) -> Iterator[Damage]:
-    stream_path, manifest_path = folder / "stream.json", folder / "manifest.json"
+def _verify_small(tree: Tree, at: str, entry: Entry | None) -> Iterator[Damage]:
+    """Damage of an entry's names and provenance, and of its leases and pins."""
+    for kind, folder in ((Names, "names"), (RunRecord, "runs")):
+        for name in tree.names(f"{at}/{folder}"):
+            path = f"{at}/{folder}/{name}"
+            with suppress(FileNotFoundError):
+                try:
+                    if name.endswith(".json"):
+                        found = records.load(tree, path, kind)
+                        if isinstance(found, Names) and names_file(found) != name:
+                            yield Damage(tree.path(path), "it is not named after what it holds", (path,))
+                except (MlfusionError, OSError) as err:
+                    yield _damage(tree.path(path), err, (path,))
+    for folder in ("leases", "pins"):
+        for name in tree.names(f"{at}/{folder}"):
+            yield from _found(tree, f"{at}/{folder}/{name}", stat.S_IFREG)
+
+
+def _verify_stream(entry: Entry, name: str) -> Iterator[Damage]:
+    tree, at = entry.tree, f"{entry.at}/{TOKENS}/{name}"
+    beside = list(_found(tree, at, stat.S_IFDIR)) or list(_found(tree, f"{at}/c", stat.S_IFDIR))
+    yield from beside
+    if beside:
+        return
+    path = tree.path(at) / "stream.json"
     try:
-        stream = records.read(stream_path, Stream)
+        stream = entry.stream(name)
     except (MlfusionError, OSError) as err:
         try:
-            stream = records.read(manifest_path, StreamManifest).stream
+            stream = records.load(tree, f"{at}/manifest.json", StreamManifest, most=MANIFEST_BYTES).stream
+            if entry.stream_fault(stream, name):
+                raise err
         except (MlfusionError, OSError):
-            yield Damage(stream_path, str(err), (folder,))
+            yield _damage(path, err, (at,))
             return
-        yield Damage(stream_path, str(err), (stream_path,), repairable=True)
-    if stream.name != folder.name:
-        yield Damage(stream_path, "it is another stream's", (folder,))
-        return
-    for name, text in FORMATS[stream.format].describe(stream).items():
-        if not _has_text(folder / name, text):
-            yield Damage(folder / name, "it is not what describes this stream", (folder / name,), repairable=True)
-    yield from _verify_shards(entry, stream, folder)
+        yield _damage(path, err, (f"{at}/stream.json",), repairable=True)
+    for file, text in FORMATS[stream.format].describe(stream).items():
+        if why := _differs(tree, f"{at}/{file}", text.encode()):
+            yield Damage(tree.path(at) / file, why, (f"{at}/{file}",), repairable=True)
+    yield from _verify_shards(entry, stream, at)
 
 
-def _verify_shards(entry: Entry, stream: Stream, folder: Path) -> Iterator[Damage]:
-    manifest_path = folder / "manifest.json"
-    manifest: StreamManifest | None = None
+def _verify_shards(entry: Entry, stream: Stream, at: str) -> Iterator[Damage]:
+    path, manifest = entry.tree.path(at), None
     try:
         manifest = entry.manifest(stream)
     except FileNotFoundError:
         pass
     except (MlfusionError, OSError) as err:
-        yield Damage(manifest_path, str(err), (manifest_path,), repairable=True)
+        yield _damage(path / "manifest.json", err, (f"{at}/manifest.json",), repairable=True)
     commits: list[CommitRecord] = []
     missing = set(entry.missing_shards(stream))
     for shard in range(stream.shards):
-        shard_folder = folder / "c" / str(shard)
+        folder, both = path / "c" / str(shard), (f"{at}/c/{shard}", f"{at}/manifest.json")
         if shard in missing:
             if manifest is not None:
-                yield Damage(shard_folder, "the shard is not there", (manifest_path,))
+                yield Damage(folder, "the shard is not there", both[1:])
             continue
         try:
             commits.append(entry.record(stream, shard))
         except (MlfusionError, OSError) as err:
-            yield Damage(shard_folder / "commit.json", str(err), (shard_folder, manifest_path))
+            yield _damage(folder / "commit.json", err, both)
             continue
-        if why := _shard_damage(Source(folder, stream, commits[-1]), shard):
-            yield Damage(shard_folder, why, (shard_folder, manifest_path))
+        if found := _shard_damage(Source(entry.tree, entry.at, stream, commits[-1]), shard):
+            yield _damage(folder, found, both) if isinstance(found, Exception) else Damage(folder, found, both)
     if manifest is not None and len(commits) == stream.shards and StreamManifest.join(stream, commits) != manifest:
-        yield Damage(manifest_path, "it does not match the shards' records", (manifest_path,), repairable=True)
+        yield Damage(path / "manifest.json", "it does not match the shards' records", both[1:], repairable=True)
 
 
-def _shard_damage(source: Source, shard: int) -> str:
-    """How a shard's file differs from its record, in words; '' if it does not."""
+def _shard_damage(source: Source, shard: int) -> str | Exception:
+    """How a shard's file differs from its record, in words or as the error of opening it; '' if it does not."""
     record, stream = source.manifest, source.stream
     images = stream.rows(shard)
     rows = [images[at : at + stream.chunk_rows] for at in range(0, len(images), stream.chunk_rows)]  # chunk by chunk
-    if record.chunks != (len(rows), len(stream.layers), len(stream.kinds)) or len(record.sizes) != 1:
-        return "its record is another stream's"
     checksums = ((crc32c.crc32c, record.table("crc32c")), (xxhash.xxh3_64_intdigest, record.table("xxh3_64")))
     offsets = record.table("offsets")
     layers: dict[range, set[int]] = {}
     try:
-        with open(source.path(shard), "rb") as file:
-            digest = hashlib.file_digest(file, xxhash.xxh3_128)
-            size = file.tell()
+        with open(source.tree.open(source.file(shard)), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             if size != record.sizes[0]:
                 return f"{size:,} bytes instead of {record.sizes[0]:,}"
-            if len(images) * stream.row_bytes > size:
-                return "it is another stream's"
+            digest = hashlib.file_digest(file, xxhash.xxh3_128)
             for (block, part), (layer, kind) in product(enumerate(rows), np.ndindex(record.chunks[1:])):
                 file.seek(int(offsets[block, layer, kind]))
                 data = file.read(len(part) * stream.row_bytes)
                 if any(checksum(data) != table[block, layer, kind] for checksum, table in checksums):
                     layers.setdefault(part, set()).add(stream.layers[layer])
-    except OSError as err:
-        return f"it cannot be read ({err.strerror})"
+    except (MlfusionError, OSError) as err:
+        return "its file is not there" if isinstance(err, FileNotFoundError) else err
     if layers:
         parts = (f"layers {layer_ranges(part)} of rows {rows.start}-{rows.stop - 1}" for rows, part in layers.items())
         return "wrong bytes: " + "; ".join(parts)
@@ -194,31 +260,56 @@ def _shard_damage(source: Source, shard: int) -> str:
 def repair_entry(root: Path, folder: Path, found: list[Damage]) -> list[Path]:
     """Move damaged files to quarantine and restore the repairable ones; returns the new paths of what was moved."""
     with disk.translate_os_errors(root):
-        moved = []
-        restored: dict[Path, str] = {}
+        tree = open_tree(root)
+        restored: dict[str, str] = {}
         for damage in found:
             if damage.repairable and damage.path.name == "stream.json":
-                stream = records.read(damage.path.parent / "manifest.json", StreamManifest).stream
-                restored[damage.path] = records.encode(stream)
-        for path in dict.fromkeys(path for damage in found for path in damage.quarantine):
-            if path.exists():
-                moved.append(root / QUARANTINE / uuid.uuid4().hex[:8] / path.relative_to(folder.parent))
-                moved[-1].parent.mkdir(parents=True)
-                os.rename(path, moved[-1])
+                at = damage.quarantine[0].removesuffix("/stream.json")
+                stream = records.load(tree, f"{at}/manifest.json", StreamManifest, most=MANIFEST_BYTES).stream
+                restored[damage.quarantine[0]] = records.encode(stream)
+        moved = repair_paths(tree, found)
         for path, text in restored.items():
-            disk.publish_text(path, text)
-        if (folder / "entry.json").exists() and all((folder / name).exists() for name in FILES):
+            tree.publish(path, text.encode())
+        if not list(_whole(tree, folder)):
             entry = Entry(folder)
-            disk.publish_text(folder / GROUP, zarr_group(entry.key))
+            tree.publish(f"{entry.at}/{GROUP}", zarr_group(entry.key).encode())
             for stream in entry.streams():
                 for name, text in FORMATS[stream.format].describe(stream).items():
-                    disk.publish_text(entry.folder(stream) / name, text)
+                    tree.publish(f"{entry.at}/{stream.folder}/{name}", text.encode())
             entry.seal()
         return moved
 
 
-def _has_text(path: Path, text: str) -> bool:
+def _whole(tree: Tree, folder: Path) -> Iterator[str]:
+    """Small files and folders of an entry that are not there, or not what they should be."""
+    at = f"{folder.parent.name}/{folder.name}"
+    for names, sort in ((("entry.json", *FILES), stat.S_IFREG), ((TOKENS,), stat.S_IFDIR)):
+        for name in names:
+            state = tree.stat(f"{at}/{name}")
+            if state is None or stat.S_IFMT(state.st_mode) != sort:
+                yield name
+
+
+def repair_paths(tree: Tree, found: list[Damage]) -> list[Path]:
+    """Move damaged files, folders and links to quarantine; returns their new paths."""
+    moved = []
+    with disk.translate_os_errors(tree.path("")):
+        for path in dict.fromkeys(path for damage in found for path in damage.quarantine):
+            if tree.stat(path):
+                *folders, name = f"{uuid.uuid4().hex[:8]}/{path.partition('/')[2] or path}".split("/")
+                for at in accumulate([QUARANTINE, *folders], "{}/{}".format):
+                    if not tree.require(at, stat.S_IFDIR):
+                        tree.make(at)
+                tree.move(path, f"{at}/{name}")
+                moved.append(tree.path(f"{at}/{name}"))
+    return moved
+
+
+def _differs(tree: Tree, path: str, data: bytes) -> str:
+    """Why a file does not hold these bytes, in words; '' if it does."""
     try:
-        return path.read_text(encoding="utf-8") == text
-    except (OSError, ValueError):
-        return False
+        return "" if tree.read(path, len(data)) == data else "it is not as it was written"
+    except FileNotFoundError:
+        return "it is not there"
+    except MlfusionError as err:
+        return str(err)

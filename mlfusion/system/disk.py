@@ -8,8 +8,10 @@ contains a digest of its own text, which shows any changed byte.
 import errno
 import hashlib
 import os
+import re
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,7 +35,24 @@ def process_scope() -> str:
 
 def claim() -> str:
     """A unique name of the calling process: host~process.start~random."""
-    return f"{process_scope()}~{os.getpid()}.{_start_time(os.getpid())}~{uuid.uuid4().hex[:8]}"
+    return f"{process_scope()}~{_own_process(os.getpid())}~{uuid.uuid4().hex[:8]}"
+
+
+@cache
+def _own_process(number: int) -> str:
+    """Number and start time of the calling process; to read the time takes as long as to read a record."""
+    return f"{number}.{_start_time(number)}"
+
+
+os.register_at_fork(after_in_child=_own_process.cache_clear)
+
+
+_CLAIM = re.compile(r"[^~/]+~[1-9]\d*(\.\d*)?~[0-9a-f]{8}")
+
+
+def is_claim(text: str) -> bool:
+    """Whether this is a claim, of any process on any host."""
+    return _CLAIM.fullmatch(text) is not None
 
 
 def alive(claim: str) -> bool | None:
@@ -64,6 +83,12 @@ def draft_name(folder: Path) -> Path:
     return folder / f"{DRAFT}{claim()}"
 
 
+def draft_owner(name: str) -> str | None:
+    """The claim in the name of a draft; None if it is not the name of a draft of mlfusion."""
+    owner = name.removeprefix(DRAFT)
+    return owner if name.startswith(DRAFT) and is_claim(owner) else None
+
+
 @contextmanager
 def drafted(draft: Path) -> Iterator[Path]:
     """Remove a draft if writing it fails."""
@@ -74,79 +99,99 @@ def drafted(draft: Path) -> Iterator[Path]:
         raise
 
 
-def published(folder: Path, marker: str = "") -> list[Path]:
-    """Sorted paths in `folder` that are not drafts; with `marker`, only folders that contain a file of that name."""
-    try:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith(DRAFT))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [folder / name for name in names if not marker or os.path.exists(f"{folder}/{name}/{marker}")]
-
-
 def sweep(folder: Path) -> None:
     """Remove the drafts in `folder` that dead processes left, and those of other hosts after a day."""
-    for draft in folder.glob(f"{DRAFT}*"):
-        owner_alive = alive(draft.name.removeprefix(DRAFT))
-        if owner_alive is False or (owner_alive is None and age(draft) > STALE):
-            remove(draft)
+    with suppress(FileNotFoundError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            sweep_at(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder; no error if it does not exist."""
+def sweep_at(folder: int) -> None:
+    """`sweep` for the descriptor of a folder. What may not be removed, such as another user's drafts, is left."""
+    for name in os.listdir(folder):
+        if owner := draft_owner(name):
+            owner_alive = alive(owner)
+            if owner_alive is False or (owner_alive is None and age(name, folder) > STALE):
+                with suppress(PermissionError):
+                    remove(name, folder)
+
+
+# Each of the following functions takes a path, or a name and the descriptor `at` of the folder that holds it.
+
+
+def remove(path: Path | str, at: int | None = None) -> None:
+    """Remove a file, a link or a folder; no error if it does not exist. Nothing behind a link is removed."""
     try:  # without a check of the type first: a prune may remove and restore its folder between check and removal
-        path.unlink(missing_ok=True)
+        os.unlink(path, dir_fd=at)
+        return
+    except FileNotFoundError:
         return
     except IsADirectoryError:
         pass
     except PermissionError:  # some systems raise it for a folder
-        if not path.is_dir():
-            raise
-    aside = draft_name(path.parent)
+        with suppress(FileNotFoundError):
+            if not stat.S_ISDIR(os.lstat(path, dir_fd=at).st_mode):
+                raise
+    aside = beside(path)
     try:  # renamed in one step, so that no other process publishes it half removed
-        os.rename(path, aside)
+        os.rename(path, aside, src_dir_fd=at, dst_dir_fd=at)
     except FileNotFoundError:
         return
     except OSError:
         aside = path
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True, dir_fd=at)
 
 
-def clock(folder: Path) -> float:
-    """The current time of the file system of `folder`, for comparison with files' times; the host's clock may differ."""
-    probe = draft_name(folder)
+def beside(path: Path | str) -> Path | str:
+    """A new draft's name in the folder of a path; of the same type as `path`."""
+    return draft_name(path.parent) if isinstance(path, Path) else f"{DRAFT}{claim()}"
+
+
+def clock(folder: int) -> float:
+    """The current time of the file system of a folder, for comparison with files' times; the host's clock may differ."""
+    probe = f"{DRAFT}{claim()}"
     with suppress(OSError):
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
+        file = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600, dir_fd=folder)
+        now = os.fstat(file).st_mtime
+        os.close(file)
+        os.unlink(probe, dir_fd=folder)
         return now
     return time.time()  # the folder is read-only, so nothing in it is removed by age
 
 
-def age(path: Path) -> float:
-    """Seconds since `path` was last changed; 0 if it does not exist."""
+def age(name: str, folder: int) -> float:
+    """Seconds since a name in a folder was last changed; 0 if it does not exist."""
     try:
-        changed = path.stat().st_mtime
+        changed = os.lstat(name, dir_fd=folder).st_mtime
     except OSError:
         return 0.0
-    return clock(path.parent) - changed
+    return clock(folder) - changed
 
 
-def publish_file(draft: Path, final: Path) -> bool:
+def publish_file(draft: Path | str, final: Path | str, at: int | None = None) -> bool:
     """Give a flushed draft its final name; False if that name exists (the first writer wins)."""
     created = True
     try:
-        os.link(draft, final)  # unlike rename, never replaces a file
+        os.link(
+            draft, final, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False
+        )  # unlike rename, never replaces a file
     except FileExistsError:
         created = False
     except OSError as err:
         if err.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            remove(draft)
+            remove(draft, at)
             raise
-        created = not final.exists()  # no hard links here: of two writers in the same instant the later one wins
-        if created:
-            os.rename(draft, final)
-    draft.unlink(missing_ok=True)
-    flush(final.parent)
+        try:  # no hard links here: of two writers in the same instant the later one wins
+            os.lstat(final, dir_fd=at)
+            created = False
+        except FileNotFoundError:
+            os.rename(draft, final, src_dir_fd=at, dst_dir_fd=at)
+    with suppress(FileNotFoundError):
+        os.unlink(draft, dir_fd=at)
+    flush_folder(final, at)
     return created
 
 
@@ -170,12 +215,6 @@ def atomic(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def publish_text(path: Path, text: str) -> None:
-    """Create a text file in one step; an existing file stays."""
-    with atomic(path) as draft:
-        draft.write_text(text, encoding="utf-8")
-
-
 def write(path: Path, text: str) -> None:
     """Write and flush a new file in a draft; no file is left after an error."""
     with drafted(path), open(path, "x", encoding="utf-8") as file:
@@ -190,37 +229,46 @@ def sealed(text: str) -> str:
     return f'{{"sha256": "{hashlib.sha256(rest.encode()).hexdigest()}",{rest}\n'
 
 
-def read_sealed(path: Path) -> bytes:
-    """The JSON text that was given to `sealed`; raises CacheUnusable if a byte of the file was changed."""
-    with open(path, "rb", buffering=0) as file:
-        text = file.readall()
+def unsealed(text: bytes) -> bytes:
+    """The JSON text that was given to `sealed`; raises ValueError if a byte was changed."""
     head, _, rest = text.partition(b",")
     if head != b'{"sha256": "%s"' % hashlib.sha256(rest[:-1]).hexdigest().encode() or rest[-1:] != b"\n":
-        raise CacheUnusable(
-            f"{path} is damaged: its text does not match its digest; run `mlfusion cache verify --repair`, then the same "
-            "`mlfusion extract` again"
-        )
+        raise ValueError("its text does not match its digest")
     return b"{" + rest
 
 
-def publish_folder(draft: Path, final: Path) -> bool:
-    """Give a folder of finished files its final name; False if another writer was first."""
-    with drafted(draft):
-        for folder in (*(path for path in draft.rglob("*") if path.is_dir()), draft):
-            flush(folder)
+def publish_folder(draft: Path | str, final: Path | str, at: int | None = None, to: int | None = None) -> bool:
+    """Give a folder of finished files its final name, in the folder `to`; False if another writer was first."""
+    try:
+        for _, _, _, descriptor in os.fwalk(draft, topdown=False, onerror=_fail, dir_fd=at):
+            os.fsync(descriptor)
+    except OSError:
+        remove(draft, at)
+        raise
     while True:
         try:
-            os.rename(draft, final)  # fails if a folder that is not empty has this name
+            os.rename(draft, final, src_dir_fd=at, dst_dir_fd=to)  # fails if a folder that is not empty has this name
             break
         except OSError as err:
-            if final.is_dir():
-                remove(draft)
+            if _is_folder(final, to):
+                remove(draft, at)
                 return False
             if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else a prune removed the folder: try again
-                remove(draft)
+                remove(draft, at)
                 raise
-    flush(final.parent)
+    flush_folder(final, to)
     return True
+
+
+def _fail(err: OSError) -> None:
+    raise err
+
+
+def _is_folder(path: Path | str, at: int | None) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path, dir_fd=at).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def flush(path: Path) -> None:
@@ -230,6 +278,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_folder(path: Path | str, at: int | None = None) -> None:
+    """fsync the folder that holds a path."""
+    if at is None:
+        flush(Path(path).parent)
+    else:
+        os.fsync(at)
 
 
 def nearest_existing(folder: Path) -> Path:

@@ -90,12 +90,23 @@ def test_killed_at_random_moments(format, many, trial, tmp_path):
         finish(root, passes, format, want)
 
 
+def lies_below(root: Path, event: str, args: tuple) -> bool:
+    """Whether an audited change is one below `root`; a bare name is one in a folder whose descriptor is given."""
+    if "/" in str(args[0]):
+        return str(args[0]).startswith(str(root))
+    if isinstance(args[0], int):  # an object for a descriptor that is open
+        return False
+    if event == "open":  # Python does not say in which folder, and only the cache opens files by bare names
+        return True
+    return isinstance(args[-1], int) and os.readlink(f"/proc/self/fd/{args[-1]}").startswith(str(root))
+
+
 def at_change(number: int, root: Path, happens) -> list[int]:
     """Let something happen before this process's change number `number` to what lies below `root`; counts them."""
     count = [0]
 
     def hook(event: str, args: tuple) -> None:
-        if event not in CHANGES or not str(args[0]).startswith(str(root)):
+        if event not in CHANGES or not lies_below(root, event, args):
             return
         if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
             return

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import workers
-from test_kills import at_change
+from test_kills import at_change, lies_below
 from workers import IMAGES, PAIRS, UNUSABLE, Child, extract, files, litter, published, spec, whole
 
 from mlfusion.store import FeatureStore, leases
@@ -165,18 +165,15 @@ def test_a_file_system_without_links(many, trial, tmp_path):
 
 
 def only_new_files(root: Path, format: str) -> None:
-    """Nothing is opened for writing, or cut short, that others may see: files are drafts, claims, or wholly new."""
+    """Nothing is opened for writing, or cut short, that was there before: every file is wholly new."""
 
     def hook(event: str, args: tuple) -> None:
         if event == "os.truncate" and str(args[0]).startswith(str(root)):
             raise AssertionError(f"truncated: {args[0]}")
-        if event != "open" or not isinstance(args[2], int) or not str(args[0]).startswith(str(root)):
+        if event != "open" or not isinstance(args[2], int) or not lies_below(root, event, args):
             return
-        path, flags = Path(str(args[0])), args[2]
-        draft = any(part.startswith(disk.DRAFT) for part in path.relative_to(root).parts)
-        new = flags & os.O_EXCL or path.parent.name in ("pins", "leases")
-        if flags & (os.O_WRONLY | os.O_RDWR) and not draft and not new:
-            raise AssertionError(f"opened for writing: {path}")
+        if args[2] & (os.O_WRONLY | os.O_RDWR) and not args[2] & os.O_EXCL:
+            raise AssertionError(f"opened for writing: {args[0]}")
 
     sys.addaudithook(hook)
     extract(root, format=format)

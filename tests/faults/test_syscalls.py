@@ -27,7 +27,7 @@ from mlfusion.system import disk
 both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 CALLS = (
     "open,openat,creat,write,writev,pwrite64,pwritev,pwritev2,truncate,ftruncate,fallocate,mmap,"
-    "link,linkat,rename,renameat,renameat2,fsync,unlink,unlinkat,mkdir,rmdir,utimensat"
+    "link,linkat,rename,renameat,renameat2,fsync,unlink,unlinkat,mkdir,mkdirat,rmdir,utimensat"
 )
 ALLOWS_ANY = 0x59616D61  # PR_SET_PTRACER
 
@@ -77,7 +77,9 @@ class Call:
 
     def paths(self, root: Path) -> list[Path]:
         """Those below `root` that it names, or whose descriptors it is given."""
-        return [Path(found) for found in re.findall(rf'[<"]({re.escape(str(root))}/[^">]*)[>"]', self.text)]
+        named = re.findall(rf'<({re.escape(str(root))}[^">]*)>(?:, "([^"/]*)")?', self.text)
+        whole = re.findall(rf'"({re.escape(str(root))}/[^"]*)"', self.text)
+        return [Path(*each) for each in named if each != (str(root), "")] + [Path(each) for each in whole]
 
 
 def calls(way: Path) -> list[Call]:
@@ -129,24 +131,30 @@ def test_published_files_are_never_written_to(format, trial, tmp_path):
                     assert own or not ("PROT_WRITE" in call.text and "MAP_SHARED" in call.text), call
                 case "link" | "linkat" | "rename" | "renameat" | "renameat2":
                     named[paths[-1]] += paths[-1].parent.name not in ("leases", "pins")
-                case "fsync" | "unlink" | "unlinkat" | "mkdir" | "rmdir" | "utimensat":
+                case "fsync" | "unlink" | "unlinkat" | "mkdir" | "mkdirat" | "rmdir" | "utimensat":
                     pass
                 case _:
                     assert own, call
         again = {path for path, count in named.items() if count > 1}
         # Made again after the repair, and after that the manifest: both were moved to quarantine before.
         assert {path.name for path in again} <= {"1", "manifest.json"}, again
-        assert min(seen[name] for name in ("write", "fsync", "rename", "link", "unlink", "mkdir", "openat", "mmap")) > 0
+        assert (
+            min(
+                seen[name] for name in ("write", "fsync", "renameat", "linkat", "unlinkat", "mkdirat", "openat", "mmap")
+            )
+            > 0
+        )
 
 
 ERRORS = {
     "write": ("ENOSPC", "EIO"),
     "fsync": ("EIO", "ENOSPC"),
-    "link": ("ENOSPC", "EIO", "EMLINK", "EPERM"),
-    "rename": ("EIO", "ENOSPC"),
+    "linkat": ("ENOSPC", "EIO", "EMLINK", "EPERM"),
+    "renameat": ("EIO", "ENOSPC"),
     "mkdir": ("ENOSPC", "EIO"),
+    "mkdirat": ("ENOSPC", "EIO"),
     "openat": (),
-    "unlink": ("EIO",),
+    "unlinkat": ("EIO",),
     "utimensat": ("EIO", "EPERM"),
 }
 
