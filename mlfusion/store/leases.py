@@ -58,7 +58,7 @@ class Leases:
             with suppress(PermissionError):
                 _remove_unchanged(self._tree, path, state)
         with suppress(FileNotFoundError), self._tree.drafted(self._folder) as draft:
-            self._tree.write(draft, claim.encode())
+            self._tree.write(draft, claim.encode(), flush=False)  # it ends with the machine, as its holder does
             if _link(self._tree, draft, path, claim):
                 self._owned[name] = claim
             self._tree.remove(draft)
@@ -195,11 +195,9 @@ def _link(tree: Tree, draft: str, path: str, claim: str) -> bool:
             os.link(name, final, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
         except FileExistsError:
             return False
-        except FileNotFoundError:
-            raise
-        except OSError:  # no hard links on this file system: exclusive creation is enough for a small claim
+        except OSError:  # no hard links here, or the draft was removed: exclusive creation is enough for a small claim
             try:
-                tree.write(path, claim.encode())
+                tree.write(path, claim.encode(), flush=False)
             except FileExistsError:
                 return False
     return True

@@ -221,24 +221,19 @@ class Tree:
     def create(self, path: str) -> io.FileIO:
         """Create a file, open for writing; FileExistsError if the name is taken."""
         with self.at(path) as (folder, name):
-            file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=folder)
-        with suppress(PermissionError):
-            os.fchmod(file, stat.S_IMODE(self._mode) & 0o666 | 0o600)
-        return io.FileIO(file, "w")
+            file = io.FileIO(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=folder), "w")
+        with self._removed_after_error(path), suppress(PermissionError):
+            os.fchmod(file.fileno(), stat.S_IMODE(self._mode) & 0o666 | 0o600)
+        return file
 
-    def write(self, path: str, data: bytes) -> None:
-        """Create a file and flush it; no file is left after an error."""
-        try:
-            with self.create(path) as file:
-                view = memoryview(data)
-                while view:
-                    view = view[file.write(view) :]
+    def write(self, path: str, data: bytes, *, flush: bool = True) -> None:
+        """Create a file, and flush it unless it need not survive a power loss; no file is left after an error."""
+        with self.create(path) as file, self._removed_after_error(path):
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            if flush:
                 os.fsync(file.fileno())
-        except FileExistsError:
-            raise
-        except OSError:
-            self.remove(path)
-            raise
 
     def draft(self, folder: str) -> str:
         """The path of a new draft in a folder."""
@@ -248,10 +243,16 @@ class Tree:
     def drafted(self, folder: str) -> Iterator[str]:
         """The path of a new draft in a folder; it is removed if writing it fails."""
         draft = self.draft(folder)
-        try:
+        with self._removed_after_error(draft):
             yield draft
+
+    @contextmanager
+    def _removed_after_error(self, path: str) -> Iterator[None]:
+        """Remove a path that we created if the system refuses the rest."""
+        try:
+            yield
         except OSError:
-            self.remove(draft)
+            self.remove(path)
             raise
 
     def publish(self, path: str, data: bytes) -> bool:

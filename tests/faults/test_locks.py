@@ -14,7 +14,7 @@ import workers
 from test_kills import at_change, lies_below
 from workers import IMAGES, PAIRS, UNUSABLE, Child, extract, files, litter, published, spec, whole
 
-from mlfusion.store import FeatureStore, leases
+from mlfusion.store import FeatureStore, leases, records
 from mlfusion.store.verify import verify_entry
 from mlfusion.system import disk
 
@@ -162,6 +162,22 @@ def test_a_file_system_without_links(many, trial, tmp_path):
             children = [Child(without_links, root, 0.003) for _ in range(2)]
             assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
             assert files(whole(root).path) == want
+
+
+def test_a_lease_whose_draft_was_removed_is_taken_all_the_same(monkeypatch, tmp_path):
+    """Else who tidies the folder makes extractors wait for leases that nobody holds."""
+    (tmp_path / "leases").mkdir()
+    link = os.link
+
+    def tidied(draft: str, *names: object, src_dir_fd: int, **more: object) -> None:
+        os.unlink(draft, dir_fd=src_dir_fd)
+        link(draft, *names, src_dir_fd=src_dir_fd, **more)
+
+    monkeypatch.setattr(os, "link", tidied)
+    mine, other = (leases.Leases(records.open_tree(tmp_path), "leases") for _ in range(2))
+    assert mine.take(["shard"])
+    assert not other.take(["shard"])
+    assert (tmp_path / "leases" / "shard").read_text().startswith(disk.process_scope())
 
 
 def only_new_files(root: Path, format: str) -> None:
