@@ -192,20 +192,20 @@ class Entry:
             raise NotCached(removed_message(self.path))
         return found
 
-    def _opened(self) -> Iterator[tuple[Stream, Tree]]:
-        """Each stream and its folder, which is open until the next one."""
-        with (
-            records.reading(self.path),
-            suppress(FileNotFoundError),
-            self.tree.holding(f"{self.at}/{TOKENS}") as tokens,
-        ):
-            for name in filter(STREAM.fullmatch, tokens.names()):
-                with suppress(FileNotFoundError), tokens.holding(name) as folder:
-                    yield self._stream(folder, name), folder
+    def _opened(self, *, use: bool = False) -> Iterator[tuple[Stream, Tree]]:
+        """Each stream and its folder, which is open until the next one; with `use`, the entry counts as read now."""
+        with records.reading(self.path), suppress(FileNotFoundError), self.tree.hold(self.at) as entry:
+            if use:
+                with suppress(OSError):
+                    entry.touch("entry.json")  # for `prune`, which removes the least recently used entries
+            with entry.hold(TOKENS) as tokens:
+                for name in filter(STREAM.fullmatch, tokens.names()):
+                    with suppress(FileNotFoundError), tokens.hold(name) as folder:
+                        yield self._stream(folder, name), folder
 
     def stream(self, name: str) -> Stream:
         """The stream in one folder; errors as of `records.load`."""
-        with self.tree.holding(f"{self.at}/{TOKENS}/{name}") as folder:
+        with self.tree.hold(f"{self.at}/{TOKENS}/{name}") as folder:
             return self._stream(folder, name)
 
     def _stream(self, folder: Tree, name: str) -> Stream:
@@ -237,10 +237,10 @@ class Entry:
         streams = (stream for stream in self.streams() if stream.pairs & incomplete)
         return {stream: missing for stream in streams if (missing := set(self.missing_shards(stream)))}
 
-    def sources(self) -> dict[Pair, Source]:
-        """(layer, kind) → the complete stream that holds it, in this folder or in a lower layer."""
+    def sources(self, *, use: bool = False) -> dict[Pair, Source]:
+        """(layer, kind) → the complete stream that holds it, in this folder or a lower layer; `use` as for `_opened`."""
         found: dict[Pair, Source] = {}
-        for stream, folder in self._opened():
+        for stream, folder in self._opened(use=use):
             with suppress(FileNotFoundError):
                 manifest = self._manifest(folder, stream)
                 found |= dict.fromkeys(stream.pairs, Source(self.tree, self.at, stream, manifest))
@@ -336,7 +336,7 @@ class Entry:
 
     def manifest(self, stream: Stream) -> StreamManifest:
         """The manifest of a stream: CacheUnusable if it is damaged, FileNotFoundError if the stream is not complete."""
-        with self.tree.holding(f"{self.at}/{stream.folder}") as folder:
+        with self.tree.hold(f"{self.at}/{stream.folder}") as folder:
             return self._manifest(folder, stream)
 
     def _manifest(self, folder: Tree, stream: Stream) -> StreamManifest:
@@ -370,9 +370,7 @@ class Entry:
         The third axis holds the kinds one after another; layers narrower than the widest are padded with zeros. NotCached if
         a (layer, kind) is not, or not completely, in the cache; CacheUnusable if a record is damaged.
         """
-        with suppress(OSError):
-            self.tree.touch(f"{self.at}/entry.json")  # for `prune`, which removes the least recently used entries
-        sources = self.sources()
+        sources = self.sources(use=True)
         if absent := [(layer, kind) for layer in layers for kind in kinds if (layer, kind) not in sources]:
             raise NotCached(f"not in the cache: {pair_words(absent)}")
         counts = {tuple(sources[layer, kind].stream.tokens for kind in kinds) for layer in layers}

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -105,21 +106,29 @@ class TokenReader:
             import resource  # not on every system
 
             self._max_open = min(OPEN_SHARDS, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-        sources = list(dict.fromkeys(span.source for span in self._spans))
-        entries = {(source.tree.root, source.entry): source.tree for source in sources}
-        self._pins = [Pin(tree, f"{entry}/pins") for (_, entry), tree in entries.items()]
+        self._pins: list[Pin] = []
         # Files are opened relative to these folders, so a reader still finds them after a prune moved the entry.
         self._folders: dict[Source, Tree] = {}
-        for source in sources:
-            for last_attempt in (False, False, True):
-                try:
-                    self._folders[source] = source.tree.hold(source.folder)
-                    break
-                except FileNotFoundError as err:
-                    if last_attempt:
-                        self.close()
-                        raise NotCached(removed_message(source.tree.path(source.folder))) from err
-                    time.sleep(0.1)  # a prune that finds our pin moves the folder back
+        for source in dict.fromkeys(span.source for span in self._spans):
+            if source not in self._folders:
+                self._hold([span.source for span in self._spans if span.source.place == source.place])
+
+    def _hold(self, sources: Sequence[Source]) -> None:
+        """Pin the entry of these sources, and open their folders."""
+        first = sources[0]
+        for last_attempt in (False, False, True):
+            try:
+                with first.tree.hold(first.entry) as entry:
+                    self._pins.append(Pin(entry, "pins"))
+                    for source in sources:
+                        if source not in self._folders:
+                            self._folders[source] = entry.hold(source.stream.folder)
+                return
+            except FileNotFoundError as err:
+                if last_attempt:
+                    self.close()
+                    raise NotCached(removed_message(Path(err.filename))) from err
+                time.sleep(0.1)  # a prune that finds our pin moves the folder back
 
     def read(self) -> Num[np.ndarray, "N L T D"]:
         """Everything, in `dtype`; T counts kinds x tokens."""

@@ -46,6 +46,11 @@ class Source:
     stream: Stream
     manifest: Manifest
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """The cache's root and the path of the entry below it."""
+        return self.tree.root, self.entry
+
     @cached_property
     def folder(self) -> str:
         """Path of the stream's folder below the cache's root."""
@@ -290,11 +295,8 @@ def read_stored(source: Source, rows: range) -> np.ndarray:
     """Rows of one block as stored, [rows, layers, kinds x tokens, columns]; CacheUnusable if a chunk is damaged."""
     stream = source.stream
     number = rows.start // stream.shard_rows
-    held = source.tree.hold(source.folder)
-    try:
+    with source.tree.hold(source.folder) as held:
         shard = source.open(number, held)
-    finally:
-        held.close()
     out = np.empty((len(rows), len(stream.layers), len(stream.kinds)), f"V{stream.row_bytes}")
     block, first = divmod(rows.start - stream.rows(number).start, stream.chunk_rows)
     for layer, kind in np.ndindex(out.shape[1:]):

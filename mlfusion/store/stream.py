@@ -209,11 +209,12 @@ class Manifest(Record, frozen=True, rename={"sizes": "bytes", "digests": "xxh3_1
             and all(row in rows for row in self.skipped)
         ):
             return False
-        first = np.arange(0, len(rows), stream.chunk_rows)  # row of each block; a shard holds whole blocks
-        nbytes = np.minimum(len(rows) - first, stream.chunk_rows) * stream.row_bytes
-        last = np.array(self.sizes)[first // stream.shard_rows] - nbytes  # largest possible offset in each block
-        offsets = self.table("offsets").astype(np.int64)  # too large ones become negative
-        return bool(np.all((offsets >= 0) & (offsets <= last[:, None, None])))
+        blocks = np.full(self.chunks[0], stream.chunk_rows)  # rows of each block; a shard holds whole blocks
+        blocks[-1:] -= len(blocks) * stream.chunk_rows - len(rows)
+        sizes = np.repeat(self.sizes, stream.shard_blocks)[: len(blocks)]
+        last = sizes - blocks * stream.row_bytes  # largest possible offset in each block
+        offsets = self.table("offsets").view(np.int64)  # too large ones are negative
+        return bool((offsets >= 0).all() and (offsets <= last[:, None, None]).all())
 
 
 class CommitRecord(Manifest, frozen=True):

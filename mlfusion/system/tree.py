@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 from mlfusion.errors import MlfusionError
 from mlfusion.system import disk
@@ -44,17 +45,14 @@ class Tree:
         self.root, self.damaged, self._held = str(root), damaged, held  # a text, since joining paths takes longer
 
     def hold(self, path: str) -> "Tree":
-        """The tree below a folder, which stays open until `close`: what is in it is found even after it was moved."""
+        """The tree below a folder, which stays open until `close` or the end of a `with`, even if it is moved meanwhile."""
         return Tree(f"{self.root}/{path}", self.damaged, self.open_folder(path))
 
-    @contextmanager
-    def holding(self, path: str) -> Iterator["Tree"]:
-        """The tree below a folder that is opened once for several accesses."""
-        tree = self.hold(path)
-        try:
-            yield tree
-        finally:
-            tree.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the held root."""
@@ -157,15 +155,15 @@ class Tree:
         return data, state
 
     def names(self, path: str = "") -> list[str]:
-        """Sorted names in a folder that are not drafts; none if it does not exist."""
+        """Sorted names in a folder that are not drafts; none if it does not exist. A held root is listed by one thread."""
         try:
-            folder = self.open_folder(path)
+            folder = self._held if self._held is not None and not path else self.open_folder(path)
         except FileNotFoundError:
             return []
         try:
             return sorted(name for name in os.listdir(folder) if not name.startswith(disk.DRAFT))
         finally:
-            os.close(folder)
+            self._done(folder)
 
     def stat(self, path: str) -> os.stat_result | None:
         """The state of a path, a link's own if it is one; None if it does not exist."""
