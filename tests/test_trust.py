@@ -520,6 +520,7 @@ def test_a_root_of_another_user_is_said(shared: Path, caplog: pytest.LogCaptureF
 # --- whoever may write a cache decides its numbers --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sample_shows_numbers_that_are_not_the_models(tmp_path: Path) -> None:
     """Sound checksums over random numbers: `verify` finds nothing, a few images that are run again do."""
     model, data = save_model("vit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 3, "test": 2})
