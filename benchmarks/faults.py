@@ -103,7 +103,8 @@ def folders(figures: dict[str, Any]) -> str:
 
 def records(figures: dict[str, Any]) -> str:
     """The table of forged records, and of what became of them."""
-    return page.table(["outcome", "trials"], [(what, f"{count:,}") for what, count in figures.items()])
+    rows = [(what, f"{count:,}") for what, count in figures.items()]
+    return page.table(["outcome", "trials"], [*rows, ("**all**", f"**{sum(figures.values()):,}**")])
 
 
 PARTS = {"records": records, "soak": soak, "shards": shards, "inputs": inputs, "folders": folders}
@@ -137,7 +138,9 @@ def main() -> None:
     for part, text in parts.items():
         print(text, end="\n\n")
         if asked.page and part == "faults" and len(found) < len(kept):
-            print(f"the table of all faults stays as it is: {len(kept) - len(found)} of the files have no tally in {folder}\n")
+            print(
+                f"the table of all faults stays as it is: {len(kept) - len(found)} of the files have no tally in {folder}\n"
+            )
         elif asked.page:
             page.put("measurements/faults.md", part, text)
     if not all(body["passed"] for body in found):

@@ -327,6 +327,26 @@ def test_a_file_of_a_terabyte_of_holes_takes_no_memory(file: str, entry: Entry, 
         use(new_entry(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize("format", ["zarr", "hdf5"])
+def test_a_shard_of_holes_is_refused_though_its_records_agree(format: str, tmp_path: Path) -> None:
+    """Else `verify` reads a terabyte of nothing."""
+    entry = new_entry(tmp_path / "cache")
+    fill(entry, format)
+    shard = next(
+        path
+        for path in (entry.path / STREAM / "c" / "0").rglob("*")
+        if path.name in ("0", "tokens.h5") and path.is_file()
+    )
+    with open(shard, "ab") as file:
+        file.truncate(1 << 40)
+    for record in ("c/0/commit.json", "manifest.json"):
+        body = read_json(entry.path / STREAM / record)
+        (entry.path / STREAM / record).write_text(sealed(body | {"bytes": [1 << 40, *body["bytes"][1:]]}))
+    assert verify(tmp_path / "cache").damaged
+    with pytest.raises(CacheUnusable, match="damaged"):
+        entry.sources()
+
+
 def use(entry: Entry) -> None:
     """Read all that an extraction and a probe read."""
     entry.read([1, 2, 3], ["cls", "ap"])
@@ -397,8 +417,9 @@ def test_a_read_where_no_mark_can_be_left_counts_as_use(entry: Entry) -> None:
     for path in (entry.path / "names", *(path for path in entry.path.rglob("*") if path.is_file())):
         os.utime(path, (1000, 1000))
     assert entry.read_at() == 1000
-    os.utime(entry.path / STREAM / "c" / "0" / "0" / "0" / "0", (5000, 1000))
-    assert entry.read_at() == 5000
+    for shard, at in (("0", 4000), ("2", 5000)):
+        os.utime(entry.path / STREAM / "c" / shard / "0" / "0" / "0", (at, 1000))
+        assert entry.read_at() == at
 
 
 # --- several users ----------------------------------------------------------------------------------------------------

@@ -277,8 +277,9 @@ class Entry:
         """
         times = [state.st_mtime for state in map(self._state, ("names", "entry.json"))]
         for stream in self.complete_streams():
-            shard = self.tree.stat(f"{self.at}/{stream.folder}/c/0/{FORMATS[stream.format].file}")
-            times += [shard.st_atime] if shard else []
+            with suppress(FileNotFoundError), self.tree.hold(f"{self.at}/{stream.folder}/c") as shards:
+                files = (f"{shard}/{FORMATS[stream.format].file}" for shard in range(stream.shards))
+                times += [state.st_atime for state in map(shards.stat, files) if state]
         return max(times)
 
     def _state(self, name: str) -> os.stat_result:

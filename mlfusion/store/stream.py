@@ -32,6 +32,7 @@ TOKENS = "tokens"  # the folder of an entry's streams
 CHUNK_BYTES = 768 * 1024  # a chunk is read whole: large enough for one disk request, small enough to buffer
 SHARD_BYTES = 128 * 1024 * 1024
 SHARD_ROWS = (256, 2048)  # fewest and most images of a shard; a kill loses at most one shard
+CHUNK_EXTRA, FILE_EXTRA = 1 << 10, 1 << 20  # bytes that a format adds at most; a larger file is full of holes
 MAX_SHARD_ROWS = 1 << 20  # that are read
 MAX_SHARDS = 16  # more only in a large entry: publishing a shard takes as long as writing 10 MB
 
@@ -125,6 +126,12 @@ class Stream(Record, frozen=True):
         """Blocks of rows in a full shard; a chunk is one block, one layer and one kind."""
         return self.shard_rows // self.chunk_rows
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the largest file that a shard can be: whole chunks, and what a format adds to each and to the file."""
+        chunks = self.shard_blocks * len(self.layers) * len(self.kinds)
+        return chunks * (self.chunk_rows * self.row_bytes + CHUNK_EXTRA) + FILE_EXTRA
+
     def shard_bytes(self, shard: int) -> int:
         """Bytes of the stored numbers of one shard."""
         return len(self.rows(shard)) * self.nbytes // self.images
@@ -207,6 +214,7 @@ class Manifest(Record, frozen=True, rename={"sizes": "bytes", "digests": "xxh3_1
             len(self.sizes) == len(self.digests) == len(self.samples) == len(shards)
             and self.chunks == (-(-len(rows) // stream.chunk_rows), len(stream.layers), len(stream.kinds))
             and all(row in rows for row in self.skipped)
+            and max(self.sizes) <= stream.file_bytes
         ):
             return False
         blocks = np.full(self.chunks[0], stream.chunk_rows)  # rows of each block; a shard holds whole blocks
