@@ -518,6 +518,10 @@ def test_what_may_not_be_removed_is_left(shared: Path, caplog: pytest.LogCapture
     def more() -> None:
         entry = new_entry(shared, 9)
         entry.sweep()
+        dead = Leases(entry.tree, f"{entry.at}/leases")
+        assert dead.take(["cls.ap.L1-3~0"])  # else this waits for a dead process for ever
+        dead.release()
+        assert (entry.path / "leases" / "cls.ap.L1-3~0").exists()
         fill(entry, "zarr")
         extracted(shared, 12)
         [kept, gone] = sorted(

@@ -55,8 +55,11 @@ class Leases:
                 self._observed[name] = state, since
             if disk.alive(state[2]) is not False and time.monotonic() - since <= self.term:
                 return False
-            with suppress(PermissionError):
+            try:
                 _remove_unchanged(self._tree, path, state)
+            except PermissionError:  # another user's, in a folder with the sticky bit: work without a lease is safe
+                self._owned[name] = claim
+                return True
         with suppress(FileNotFoundError), self._tree.drafted(self._folder) as draft:
             self._tree.write(draft, claim.encode(), flush=False)  # it ends with the machine, as its holder does
             if _link(self._tree, draft, path, claim):
