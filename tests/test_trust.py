@@ -428,7 +428,7 @@ ANNA, BERT, LAB = 4001, 4002, 4100
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Path:
+def common(tmp_path: Path) -> Path:
     """A folder for a cache that all users can reach."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to act as several users")
@@ -464,68 +464,68 @@ def read(root: Path, images: int) -> None:
     assert len(entry.read([1, 2, 3], ["cls", "ap"])) == images
 
 
-def test_a_group_works_together_whatever_the_umask(shared: Path) -> None:
-    shared.chmod(0o2775)
-    as_user(ANNA, 0o077, extracted, shared, 9)
-    as_user(BERT, 0o077, read, shared, 9)
-    as_user(BERT, 0o077, extracted, shared, 12)
-    as_user(ANNA, 0o022, read, shared, 12)
-    assert {path.stat().st_gid for path in shared.rglob("*")} == {LAB}
-    assert all(path.stat().st_mode & 0o060 == 0o060 for path in shared.rglob("*"))
+def test_a_group_works_together_whatever_the_umask(common: Path) -> None:
+    common.chmod(0o2775)
+    as_user(ANNA, 0o077, extracted, common, 9)
+    as_user(BERT, 0o077, read, common, 9)
+    as_user(BERT, 0o077, extracted, common, 12)
+    as_user(ANNA, 0o022, read, common, 12)
+    assert {path.stat().st_gid for path in common.rglob("*")} == {LAB}
+    assert all(path.stat().st_mode & 0o060 == 0o060 for path in common.rglob("*"))
 
     def repaired() -> None:
-        assert len(verify(shared, repair=True).quarantined) == 2
-        assert prune(build(PruneOptions, {"older": "0h"}), shared).bytes_freed
+        assert len(verify(common, repair=True).quarantined) == 2
+        assert prune(build(PruneOptions, {"older": "0h"}), common).bytes_freed
 
-    next(shared.glob("v3/*/tokens/*/c/0/0/0/0")).write_bytes(b"x")
+    next(common.glob("v3/*/tokens/*/c/0/0/0/0")).write_bytes(b"x")
     as_user(BERT, 0o022, repaired)
 
 
-def test_what_may_not_be_read_is_no_damage(shared: Path) -> None:
+def test_what_may_not_be_read_is_no_damage(common: Path) -> None:
     """Anna made a file private: Bert's repair names it, leaves it and goes on; nothing of hers is moved."""
-    shared.chmod(0o2775)
-    as_user(ANNA, 0o022, extracted, shared, 9)
-    as_user(ANNA, 0o022, extracted, shared, 12)
+    common.chmod(0o2775)
+    as_user(ANNA, 0o022, extracted, common, 9)
+    as_user(ANNA, 0o022, extracted, common, 12)
     for private in ("entry.json", f"{STREAM}/manifest.json", f"{STREAM}/c/0/0/0/0", "ids.json", "tokens"):
-        path = next(path for path in shared.glob("v3/*") if "9" in (path / "ids.json").read_text()) / private
+        path = next(path for path in common.glob("v3/*") if "9" in (path / "ids.json").read_text()) / private
         mode = path.stat().st_mode
         path.chmod(0o600 if path.is_file() else 0o700)
 
         def looked() -> None:
-            found = verify(shared, repair=True)
+            found = verify(common, repair=True)
             assert (found.damaged, found.quarantined) == ((), ())
             assert found.unread and all("cannot be read" in each.why for each in found.unread)
-            assert len(list_entries(shared).entries) >= 1
+            assert len(list_entries(common).entries) >= 1
             with pytest.raises(CacheUnread, match="belongs to user 4001"):
-                [entry.read([1, 2, 3], ["cls"]) for entry in map(Entry, (shared / "v3").iterdir())]
+                [entry.read([1, 2, 3], ["cls"]) for entry in map(Entry, (common / "v3").iterdir())]
 
         as_user(BERT, 0o022, looked)
         path.chmod(mode)
 
 
-def test_what_may_not_be_removed_is_left(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_may_not_be_removed_is_left(common: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Sticky bits everywhere: Anna's drafts and leases of dead processes stay, and Bert extracts more."""
-    shared.chmod(0o1777)
+    common.chmod(0o1777)
 
     def killed() -> None:
-        entry = new_entry(shared, 9)
+        entry = new_entry(common, 9)
         number = f"{disk.process_scope()}~{2**22 - 1}.1~0123abcd"  # of no process
-        for place in (shared, entry.path, entry.path / "tokens"):
+        for place in (common, entry.path, entry.path / "tokens"):
             (place / f"{disk.DRAFT}{number}").mkdir()
         (entry.path / "leases" / "cls.ap.L1-3~0").write_text(number)
         (entry.path / "pins" / number).touch()
 
     def more() -> None:
-        entry = new_entry(shared, 9)
+        entry = new_entry(common, 9)
         entry.sweep()
         dead = Leases(entry.tree, f"{entry.at}/leases")
         assert dead.take(["cls.ap.L1-3~0"])  # else this waits for a dead process for ever
         dead.release()
         assert (entry.path / "leases" / "cls.ap.L1-3~0").exists()
         fill(entry, "zarr")
-        extracted(shared, 12)
+        extracted(common, 12)
         [kept, gone] = sorted(
-            prune(build(PruneOptions, {"older": "0h"}), shared).decisions, key=lambda each: each.removed
+            prune(build(PruneOptions, {"older": "0h"}), common).decisions, key=lambda each: each.removed
         )
         assert "may not be removed" in kept.why and "belongs to user 4001" in kept.why
         assert gone.removed
@@ -534,10 +534,10 @@ def test_what_may_not_be_removed_is_left(shared: Path, caplog: pytest.LogCapture
     as_user(BERT, 0o000, more)
 
 
-def test_a_root_of_another_user_is_said(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shared.chmod(0o777)
-    new_entry(shared, 9)
-    new_entry(shared, 12)
+def test_a_root_of_another_user_is_said(common: Path, caplog: pytest.LogCaptureFixture) -> None:
+    common.chmod(0o777)
+    new_entry(common, 9)
+    new_entry(common, 12)
     [line] = [record.message for record in caplog.records if "another user's" in record.message]
     assert "belongs to user 4001" in line
 
