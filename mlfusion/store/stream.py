@@ -214,13 +214,15 @@ class Manifest(Record, frozen=True, rename={"sizes": "bytes", "digests": "xxh3_1
             len(self.sizes) == len(self.digests) == len(self.samples) == len(shards)
             and self.chunks == (-(-len(rows) // stream.chunk_rows), len(stream.layers), len(stream.kinds))
             and all(row in rows for row in self.skipped)
-            and max(self.sizes) <= stream.file_bytes
         ):
+            return False
+        sizes = np.array(self.sizes)
+        if sizes.max() > stream.file_bytes:
             return False
         blocks = np.full(self.chunks[0], stream.chunk_rows)  # rows of each block; a shard holds whole blocks
         blocks[-1:] -= len(blocks) * stream.chunk_rows - len(rows)
-        sizes = np.repeat(self.sizes, stream.shard_blocks)[: len(blocks)]
-        last = sizes - blocks * stream.row_bytes  # largest possible offset in each block
+        files = np.repeat(sizes, stream.shard_blocks)[: len(blocks)]
+        last = files - blocks * stream.row_bytes  # largest possible offset in each block
         offsets = self.table("offsets").view(np.int64)  # too large ones are negative
         return bool((offsets >= 0).all() and (offsets <= last[:, None, None]).all())
 
