@@ -15,6 +15,7 @@ MlfusionError
 The command line prints any of these in one line and exits with 1; every other exception is our bug and stays a traceback.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -70,6 +71,16 @@ class ResultsUnusable(MlfusionError):
 
 class BadRecipe(MlfusionError):
     """A recipe that cannot be run as written."""
+
+
+_HIDDEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters and those that turn the direction of text as escapes, '\\x1b'."""
+    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def first_line(err: BaseException) -> str:

@@ -29,12 +29,14 @@ from mlfusion.cli.options import (
 )
 from mlfusion.cli.output import (
     Commands,
+    adapt_streams,
     notify,
     print_extracted,
     print_json,
     print_rows,
     print_table,
     row_json,
+    say,
     set_verbosity,
 )
 from mlfusion.cli.predict import predict
@@ -65,7 +67,7 @@ def _print_version(requested: bool) -> None:
     if requested:
         from importlib.metadata import version
 
-        typer.echo(f"mlfusion {version('mlfusion')}")
+        say(f"mlfusion {version('mlfusion')}")
         raise typer.Exit
 
 
@@ -129,7 +131,7 @@ def plan(
         return
     print_rows([vars(split) for split in estimate.splits])
     rate = f" at {estimate.images_per_second:,.1f} images/s, as tried" if estimate.images_per_second else ""
-    typer.echo(
+    say(
         f"to write: {estimate.bytes_to_write / 1e6:,.1f} MB of {estimate.free_bytes / 1e6:,.1f} MB free; "
         f"forward passes: {duration(estimate.seconds)}{rate}"
     )
@@ -207,7 +209,7 @@ def pretrain(
             bar.to(event["done"])
 
         summary = run_pretrain(recipe, out, progress=show_progress)
-    typer.echo(f"{out}: {summary['steps']:,} steps, {summary['seconds']:,} s")
+    say(f"{out}: {summary['steps']:,} steps, {summary['seconds']:,} s")
 
 
 def main() -> None:
@@ -216,5 +218,6 @@ def main() -> None:
     # machine; without any spinning they are half as fast on an idle one. torch reads the variable once, when it is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    adapt_streams()
     with freed_memory_kept():
         app(prog_name="mlfusion")  # completion and messages use this name with `python -m mlfusion` too

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Model, with_options
-from mlfusion.cli.output import notify, print_json, print_rows
+from mlfusion.cli.output import notify, print_json, print_rows, say
 from mlfusion.errors import CacheUnusable
 from mlfusion.specs.definitions import command
 from mlfusion.specs.options import ComputeOptions, CopyOptions, EntryFilter, FeatureOptions, PruneOptions
@@ -54,8 +54,8 @@ def du(cache: Cache = None, as_json: AsJson = False) -> None:
     print_rows(body["entries"], empty="no features yet; run: mlfusion extract")
     for name, nbytes in usage.beside.items():
         if nbytes:
-            typer.echo(f"{usage.root / name}: {nbytes:,} bytes; may be deleted")
-    typer.echo(f"in all: {body['bytes']:,} bytes in {usage.root}")
+            say(f"{usage.root / name}: {nbytes:,} bytes; may be deleted")
+    say(f"in all: {body['bytes']:,} bytes in {usage.root}")
 
 
 @app.command()
@@ -79,14 +79,12 @@ def explain(
     for explained in explanations:
         body = explained.to_json()
         lacking = f"; lacks {body['lacking']}" if body["lacking"] and explained.entry else ""
-        typer.echo(f"{explained.split}: {body['state']}, {body['path'] or explained.key}{lacking}")
+        say(f"{explained.split}: {body['state']}, {body['path'] or explained.key}{lacking}")
         if explained.nearest:
             spec = explained.nearest.spec
-            typer.echo(f"  nearest: {spec.model.name} on {spec.data.name}/{spec.data.split}, {explained.nearest.key}")
+            say(f"  nearest: {spec.model.name} on {spec.data.name}/{spec.data.split}, {explained.nearest.key}")
         for name, requested, cached in explained.differences:
-            typer.echo(
-                f"  {name} differs: " + (f"{requested} here, {cached} there" if cached else f"there, {requested}")
-            )
+            say(f"  {name} differs: " + (f"{requested} here, {cached} there" if cached else f"there, {requested}"))
 
 
 @app.command()
@@ -103,10 +101,10 @@ def verify(
         print_json(report.to_json())
     else:
         for damage in report.damaged:
-            typer.echo(f"{damage.path}: {damage.why}")
+            say(f"{damage.path}: {damage.why}")
         for path in report.quarantined:
-            typer.echo(f"moved to {path}")
-        typer.echo(
+            say(f"moved to {path}")
+        say(
             f"{report.entries:,} entries, {len(report.damaged):,} damaged"
             + ("; run the same `mlfusion extract` again to make what is missing" if report.quarantined else "")
         )
@@ -132,7 +130,7 @@ def prune(options: PruneOptions, cache: Cache = None, as_json: AsJson = False) -
     print_rows(body["entries"], empty="no such entries; see: mlfusion cache ls")
     removed = sum(decision.removed for decision in result.decisions)
     verb = "would remove" if options.dry_run else "removed"
-    typer.echo(f"{verb} {removed:,} of {result.entries:,} entries, {result.bytes_freed:,} bytes")
+    say(f"{verb} {removed:,} of {result.entries:,} entries, {result.bytes_freed:,} bytes")
 
 
 @app.command()
@@ -171,7 +169,7 @@ def _print_copied(copied: "list[tuple[Entry, int]]", as_json: bool) -> None:
         print_json({"entries": entries})
         return
     for entry, nbytes in copied:
-        typer.echo(f"{entry.path}: {nbytes:,} bytes written")
+        say(f"{entry.path}: {nbytes:,} bytes written")
 
 
 @app.command()
@@ -190,7 +188,7 @@ def path(
         print_json({"paths": paths})
         return
     for one in paths:
-        typer.echo(one)
+        say(one)
     if not paths:
         notify("nothing of that is cached; see: " + command("cache ls", cache=cache))
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mlfusion.cli.options import Cache, with_options
-from mlfusion.cli.output import notify, print_table
+from mlfusion.cli.output import notify, print_renderable, print_table, say
 from mlfusion.specs.options import ReportOptions
 
 MAX_SHOWN = 40  # lines of the comparison in the terminal; the CSV file and the page have all lines
@@ -20,8 +20,6 @@ def report(
     cache: Cache = None,
 ) -> None:
     """Print a table of results; optionally write a page, figures or tables, or compare with published scores."""
-    from rich.console import Console
-
     from mlfusion.report import compare_with_published, published, write_figures, write_markdown, write_page
     from mlfusion.results import Results
 
@@ -39,10 +37,11 @@ def report(
     if options.markdown:
         write_markdown(rows, Path(options.markdown))
     if options.against:
-        Console().print(published.table(compare_with_published(rows), max_lines=MAX_SHOWN))
+        comparisons = compare_with_published(rows)
+        print_renderable(lambda width: published.table(comparisons, max_lines=MAX_SHOWN))
     else:
         print_table(rows, long=options.long)
     if options.html:
-        typer.echo(f"report: {options.html}")
+        say(f"report: {options.html}")
     if options.figures:
-        typer.echo(f"figures: {len(files)} files in {options.figures}")
+        say(f"figures: {len(files)} files in {options.figures}")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mlfusion.errors import ResultsUnusable, UnknownName
-from mlfusion.results.rows import NotARow, Row, decode, encode
+from mlfusion.results.records import NotARow, decode, encode
+from mlfusion.results.rows import Row
 from mlfusion.system import disk
 
 if TYPE_CHECKING:
