@@ -1,18 +1,15 @@
 """The arrays of a row's test images: one .npz file, whose headers must fit the row before anything in it is read.
 
-A folder of results may come from a stranger. A file is opened without following a link below the root or waiting for a pipe,
-and nothing is allocated that the row and the file's own size do not call for.
+A folder of results may come from a stranger: nothing is allocated that the row and the file's own size do not call for.
 """
 
 import io
 import os
 import shutil
-import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +20,6 @@ from mlfusion.results.rows import LabelMetrics, Metrics, NumberMetrics, Row
 FOLDER = "arrays"
 LARGE = 2**28  # bytes of unpacked arrays from which they may not be more than PACKED times the file
 PACKED = 200
-FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 UNREADABLE = (
     OSError,
     ValueError,
@@ -43,25 +39,6 @@ UNREADABLE = (
 def path_of(root: Path, row: Row) -> Path:
     """The path of a row's arrays in a folder of results."""
     return root / FOLDER / f"{row.id}.npz"
-
-
-@contextmanager
-def opened(root: Path, folder: str, name: str) -> Iterator[IO[bytes]]:
-    """Open a regular file `name` in a folder below the root, which itself may be a link.
-
-    Raises:
-        OSError: it does not exist, or is a link or in a linked folder.
-        ValueError: it is a pipe, a device or a folder.
-    """
-    parent = os.open(root / folder, FILE | os.O_DIRECTORY)
-    try:
-        descriptor = os.open(name, FILE, dir_fd=parent)
-    finally:
-        os.close(parent)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no regular file")
-        yield file
 
 
 def check(row: Row, arrays: Mapping[str, np.ndarray]) -> None:

@@ -24,6 +24,7 @@ from mlfusion.results.rows import Row
 from mlfusion.results.schema import Stored
 from mlfusion.specs.definitions import command, option_words
 from mlfusion.system import disk
+from mlfusion.system.regular import opened
 
 if TYPE_CHECKING:
     import pandas
@@ -181,7 +182,7 @@ class Results:
         """
         path = files.path_of(self.root, row)
         try:
-            with files.opened(self.root, files.FOLDER, path.name) as file:
+            with opened(self.root, f"{files.FOLDER}/{path.name}") as file:
                 return files.read(file, row)
         except files.UNREADABLE as err:
             state = "were not kept" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
@@ -346,7 +347,7 @@ class Results:
         """Copy the arrays of a row from another folder; False if it has none, or, with a warning, none that can be read."""
         path = files.path_of(source.root, row)
         try:
-            with files.opened(source.root, files.FOLDER, path.name) as file:
+            with opened(source.root, f"{files.FOLDER}/{path.name}") as file:
                 files.check_file(file, row)
                 with (
                     failures.translated(self.path, "save"),

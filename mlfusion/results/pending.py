@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlfusion.results.arrays import opened
 from mlfusion.results.records import decode, encode
 from mlfusion.results.rows import Row
 from mlfusion.system import disk
+from mlfusion.system.regular import opened
 
 FOLDER = "waiting"
 LARGEST = 2**26  # bytes of a row; that of a thousand classes has thirty thousand
@@ -39,7 +39,7 @@ def ids(root: Path) -> list[str]:
 def read(root: Path, row_id: str) -> Row | None:
     """A row that waits; None if there is none, or if it is damaged."""
     try:
-        with opened(root, FOLDER, f"{row_id}.json") as file:
+        with opened(root, f"{FOLDER}/{row_id}.json") as file:
             text = file.read(LARGEST)
         body, digest, rest = text.split(b"\n", 2)
         row = decode(body) if digest == hashlib.sha256(body).hexdigest().encode() and not rest else None
