@@ -418,6 +418,7 @@ BAD = [
     ({"created": "yesterday"}, "created 'yesterday' is no time"),
     ({"tokens": ["cls", "sum"]}, r"tokens\[1\] is 'sum'; allowed: 'cls', 'ap'"),
     ({"model": "half a \ud83d"}, "holds half a character"),
+    ({"dataset": "a\0b"}, "holds a NUL"),
     ({"model": "m" * 5000}, "model is .*length <= 1000"),
     ({"at_end": {"lr": "sideways"}}, "at_end is .*allowed: 'smallest' and 'largest'"),
     ({"sources": row_object()["sources"] | {"options": ["; touch x"]}}, "cannot be options of mlfusion extract"),

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from mlfusion.errors import ResultsUnusable, UnknownName, first_line
+from mlfusion.errors import ResultsUnusable, UnknownName, first_line, printable
 from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
 from mlfusion.probing.solvers.design import FixedLinear
 from mlfusion.probing.solvers.neighbours import Neighbourhood, Neighbours
@@ -142,12 +142,12 @@ def readme(card: Card) -> str:
         pipeline_tag=task,
         tags=["mlfusion", "probe", "vision-transformer", card.head],
         base_model=source if on_hub else None,
-        model_name=f"{card.probe} on {card.backbone.name}",
+        model_name=printable(f"{card.probe} on {card.backbone.name}"),
         eval_results=[
             EvalResult(
                 task_type=task,
-                dataset_type=card.dataset,
-                dataset_name=card.dataset,
+                dataset_type=printable(card.dataset),
+                dataset_name=printable(card.dataset),
                 dataset_split="test",
                 metric_type=card.metric,
                 metric_name=metric,

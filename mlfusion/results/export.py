@@ -13,6 +13,7 @@ from mlfusion.errors import ResultsUnusable, UnknownName
 from mlfusion.results.records import NotARow, decode, encode
 from mlfusion.results.rows import Row
 from mlfusion.system import disk
+from mlfusion.system.text import csv_cell
 
 if TYPE_CHECKING:
     import pandas
@@ -87,7 +88,7 @@ def _write_draft(rows: list[Row], path: Path, format: str) -> None:
         table.writeheader()
         for item in objects:
             lists = {k: json.dumps(v, ensure_ascii=False) for k, v in item.items() if isinstance(v, list)}
-            table.writerow(item | lists)
+            table.writerow({name: csv_cell(value) for name, value in (item | lists).items()})
 
 
 def read_lines(path: Path) -> list[Row]:

@@ -107,12 +107,19 @@ def _faults(row: Row) -> Iterator[str]:
             yield "attention has lists of different lengths, or empty ones"
         elif max(attention.layers) > row.depth:
             yield f"attention.layers has {max(attention.layers)}; the model has {row.depth}"
-    if problem := _probe_fault(row.probe, row.depth) or _options_fault(row.sources.options):
+    problem = _probe_fault(row.probe, row.depth) or _options_fault(row.sources.options) or _text_fault(row)
+    if problem:
         yield problem
+
+
+def _text_fault(row: Row) -> str | None:
+    if "\0" in f"{row.model}{row.dataset}{row.code}{row.device}":  # SQLite ends a text there
+        return "model, dataset, code or device holds a NUL, which no name has"
     try:
         encode(row)
     except UnicodeEncodeError as err:
-        yield f"{_shortened(err.object)} holds half a character, which is no UTF-8"
+        return f"{_shortened(err.object)} holds half a character, which is no UTF-8"
+    return None
 
 
 @lru_cache(maxsize=4096)

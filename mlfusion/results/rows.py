@@ -5,7 +5,8 @@ finite and bounded, the id can name a file. Unknown fields are ignored.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import product
 from typing import Annotated, Any, Literal, cast
 
@@ -202,6 +203,21 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
             drop_duplicates=self.drop_duplicates,
         )
 
+    def renamed(self, write: Callable[[str], str]) -> "Row":
+        """A copy whose names of model, data set, classes, code and versions are written by `write`; itself if none changes."""
+        names = (self.model, self.dataset, self.code, *self.versions, *self.versions.values())
+        classes = _written(write, self.classes)
+        if classes == self.classes and all(write(name) == name for name in names):
+            return self
+        return msgspec.structs.replace(
+            self,
+            model=write(self.model),
+            dataset=write(self.dataset),
+            code=write(self.code),
+            versions={write(name): write(version) for name, version in self.versions.items()},
+            classes=classes,
+        )
+
     def extract_command(self, cache: str | None = None) -> str:
         """The command that caches what the probe reads; `cache` is the root of a cache other than the default."""
         pairs = cast("set[Pair]", set(product(self.layers, self.tokens)))
@@ -239,3 +255,9 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
             "duplicates dropped" if self.drop_duplicates else "",
         ]
         return ", ".join(filter(None, parts))
+
+
+@lru_cache(maxsize=256)
+def _written(write: Callable[[str], str], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names as `write` writes them; rows of one data set share a list, which may have thousands."""
+    return tuple(map(write, names))

@@ -2,20 +2,16 @@
 
 Names of models, data sets and classes may come from a stranger, and no way out lets one act: `one_line` is for a terminal,
 `markdown` and `code_span` are for Markdown, `csv_cell` for spreadsheets and `json_text` for JSON. HTML is escaped by Jinja's
-own rule, and figures draw rows that `shown` has cleaned, since XML cannot hold control characters.
+own rule; reports compare rows whose names `one_line` has written, since XML cannot hold control characters.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any
 
 from mlfusion.errors import printable
-
-T = TypeVar("T", bound=msgspec.Struct)
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """First characters for which spreadsheets take a text for a formula."""
@@ -25,6 +21,8 @@ _MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: f"\\{c}
 
 def one_line(text: str) -> str:
     """Text as one line of a terminal: `printable`, and line breaks as escapes too."""
+    if text.isascii() and text.isprintable():  # nearly all
+        return text
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
@@ -62,19 +60,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def shown(record: T) -> T:
-    """A record whose texts can be drawn: hidden characters as escapes. One without any is returned as it is."""
-    text = msgspec.json.encode(record).decode()
-    if "\\u" not in text and printable(text) == text:  # JSON writes control characters as \u001b
-        return record
-    return msgspec.convert(_printable(msgspec.to_builtins(record)), type(record))
-
-
-def _printable(value: Any) -> Any:
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, dict):
-        return {_printable(name): _printable(item) for name, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, (list, tuple)) else value
