@@ -31,6 +31,7 @@ from mlfusion.cli.output import (
     Commands,
     adapt_streams,
     notify,
+    one_sentence_ends,
     print_extracted,
     print_json,
     print_rows,
@@ -219,5 +220,5 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     adapt_streams()
-    with freed_memory_kept():
+    with one_sentence_ends(), freed_memory_kept():
         app(prog_name="mlfusion")  # completion and messages use this name with `python -m mlfusion` too

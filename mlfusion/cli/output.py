@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from mlfusion.errors import MlfusionError
+from mlfusion.errors import MlfusionError, first_line
 from mlfusion.system.progress import set_quiet
 from mlfusion.system.text import json_text, one_line
 
@@ -34,13 +34,44 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except MlfusionError as err:
-            if _volume > 0:
-                traceback.print_exc()
-            _write("error: " + one_line(" ".join(str(err).split())), err=True)
+            _print_error(str(err))
+            raise typer.Exit(1) from None
+        except (MemoryError, RuntimeError, ImportError) as err:
+            if not _is_shortage(err):
+                raise
+            _print_error(
+                f"not enough memory ({first_line(err)}); allowed: 2 GB or more. Close other programs, raise the limit (ulimit "
+                "-v unlimited), or give less to do: --batch-size 1, --memory 1GB"
+            )
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             notify("stopped; what was finished is kept, the same command goes on from here")
             raise typer.Exit(130) from None
+
+
+def _print_error(message: str) -> None:
+    if _volume > 0:
+        traceback.print_exc()
+    _write("error: " + one_line(" ".join(message.split())), err=True)
+
+
+def _is_shortage(err: BaseException) -> bool:
+    """Whether memory ran out, in a library's words too: of one that cannot be loaded, or of torch."""
+    words = ("cannot allocate memory", "can't allocate memory", "not enough memory", "failed to map segment")
+    return isinstance(err, MemoryError) or any(word in str(err).lower() for word in words)
+
+
+@contextmanager
+def one_sentence_ends() -> Iterator[None]:
+    """What happens outside of a command, such as in `--help`, ends with one line and a status, too."""
+    try:
+        with _writing(sys.stdout):
+            yield
+    except MlfusionError as err:
+        _print_error(str(err))
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 _volume = 0
@@ -99,6 +130,8 @@ def _writing(stream: Any) -> Iterator[None]:
     except BrokenPipeError:
         raise  # a reader such as head, which has seen enough
     except OSError as err:
+        if err.filename is not None:
+            raise  # of a file, not of a stream
         _drop(stream)
         if stream is sys.stderr:
             raise SystemExit(1) from None  # there is no place to say it

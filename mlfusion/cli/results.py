@@ -181,12 +181,16 @@ def export(
     from mlfusion.results import Results
     from mlfusion.results.export import write
 
-    selected = Results(results).require(**rows.changed())
-    write(selected, path)
+    store, filters = Results(results), rows.changed()
+    with store.scan(**filters) as selected:
+        if next(iter(selected), None) is None:
+            store.require(**filters)  # says what to do
+        write(selected, path)
+    count = store.count(**filters)
     if as_json:
-        print_json({"path": str(path), "results": len(selected)})
+        print_json({"path": str(path), "results": count})
     else:
-        say(f"{path}: {len(selected):,} results")
+        say(f"{path}: {count:,} results")
 
 
 @app.command("import")

@@ -1,11 +1,16 @@
-"""Opens regular files of a folder that may come from a stranger, so that no link or pipe in it leads anywhere or waits."""
+"""Opens regular files of a folder that may come from a stranger, and makes folders that no other user can write to.
+
+No link or pipe in a stranger's folder leads anywhere or waits; and nobody else plants a file in a folder of ours.
+"""
 
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from mlfusion.errors import BadOption
 
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe is opened without waiting for its other end
 
@@ -33,3 +38,22 @@ def opened(root: Path, path: str) -> Iterator[IO[bytes]]:
         raise ValueError("it is no regular file")
     with open(descriptor, "rb") as file:
         yield file
+
+
+def make_private(folder: Path) -> None:
+    """Create a folder of mode 700 for work files, or take an existing one that only this user can write to.
+
+    Raises:
+        BadOption: it is a link, or another user owns it or may write to it, so that its files may not be ours.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    state = os.lstat(folder)
+    if not stat.S_ISDIR(state.st_mode):
+        raise BadOption(f"{folder} is no folder; allowed: a folder of your own for the work files. Remove it: rm FILE")
+    if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & 0o022):
+        raise BadOption(
+            f"{folder} belongs to another user, or others may write to it, and files in it may be theirs; allowed: a folder "
+            "that only you can write to. Remove it or take another: mlfusion pretrain RECIPE --out FOLDER"
+        )
