@@ -19,7 +19,7 @@ from mlfusion.errors import MlfusionError, ResultsUnusable, UnknownName
 from mlfusion.results import arrays as files
 from mlfusion.results import failures, pending, schema
 from mlfusion.results.export import frame, read_lines
-from mlfusion.results.records import NotARow, check
+from mlfusion.results.records import NotARow, check, share_parts
 from mlfusion.results.rows import Row
 from mlfusion.results.schema import Stored
 from mlfusion.specs.definitions import command, option_words
@@ -397,7 +397,7 @@ class _Scan:
 
     def __iter__(self) -> Iterator[Row]:
         clause, values = schema.where(self._filters)
-        seen = 0
+        seen, memo = 0, dict[Any, Any]()
         with failures.translated(self._results.path, "read"):
             lists = schema.class_lists(self._source.connection)
             for stored in schema.select(*self._source, f"{clause} ORDER BY number", values):
@@ -407,6 +407,7 @@ class _Scan:
                 except ValueError as err:
                     logger.warning(self._results._damaged(stored, err))
                     continue
+                share_parts(row, memo)
                 yield row
             if clause:
                 return

@@ -78,6 +78,41 @@ def _checked(row: Row, classes: tuple[str, ...] | None) -> Row:
     return row
 
 
+_SHARED = [
+    "model",
+    "dataset",
+    "probe",
+    "metric",
+    "selected",
+    "grid",
+    "layers",
+    "tokens",
+    "features",
+    "versions",
+    "code",
+    "created",
+    "device",
+    "precision",
+    "sources",
+    "images",
+    "duplicates",
+    "at_end",
+    "stability",
+]
+
+
+def share_parts(row: Row, memo: dict[Any, Any]) -> None:
+    """Let a row that was just read hold the parts that `memo` has from earlier rows: 200,000 rows then take a third of it."""
+    for name in _SHARED:
+        value = getattr(row, name)
+        key = (name, tuple(value.items()) if isinstance(value, dict) else value)
+        msgspec.structs.force_setattr(row, name, memo.setdefault(key, value))
+    if attention := row.attention:
+        for name in ("layers", "kinds"):
+            value = getattr(attention, name)
+            msgspec.structs.force_setattr(attention, name, memo.setdefault((name, value), value))
+
+
 # --- fields that contradict each other -------------------------------------------------------------------------------
 
 _KINDS: dict[type, str] = {Metrics: "balanced_accuracy", LabelMetrics: "mean_average_precision"}
