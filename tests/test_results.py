@@ -625,6 +625,23 @@ def test_a_table_has_a_column_for_each_field(tmp_path: Path) -> None:
     assert export.frame([]).empty
 
 
+@pytest.mark.parametrize("early", [0, 2, 1000])
+def test_a_csv_has_the_columns_of_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: int) -> None:
+    """Wherever the first row with a further field stands, and also if rows are read one after the other."""
+    monkeypatch.setattr(export, "EARLY", early)
+    rows = [row("a"), row("b"), row("c", shots=2), row("d"), row("e", smoothing=0.1)]
+    store = Results(tmp_path / "results")
+    store.take(rows)
+    with store.scan() as scanned:
+        for number, given in enumerate((rows, iter(rows), scanned)):
+            export.write(given, tmp_path / f"{number}.csv")
+    read = pandas.read_csv(tmp_path / "0.csv")
+    assert read["id"].tolist() == list("abcde") and read["shots"].tolist()[2] == 2
+    assert read["smoothing"].isna().tolist() == [True] * 4 + [False]
+    assert list(read.columns) == list(export.frame(rows).columns)
+    assert len({(tmp_path / f"{number}.csv").read_bytes() for number in range(3)}) == 1
+
+
 def test_exports_say_the_same(tmp_path: Path) -> None:
     for form in export.FORMATS:
         export.write(study(), tmp_path / "deep" / f"rows.{form}")

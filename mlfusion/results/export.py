@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = ("csv", "parquet", "jsonl")
+EARLY = 1000  # rows of a CSV that are written again at once if a further column appears
 
 
 def flat(part: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,11 +98,13 @@ def _write_csv(rows: Iterable[Row], file: TextIO) -> None:
         table = csv.DictWriter(file, list(columns), lineterminator="\n")
         table.writeheader()
         complete = True
-        for row in rows:
+        for number, row in enumerate(rows):
             fields = flat(msgspec.to_builtins(row))
             if not complete or not fields.keys() <= columns.keys():
                 columns |= dict.fromkeys(fields)
                 complete = False
+                if number < EARLY:
+                    break  # little is lost
                 continue  # the rest is read for its columns alone
             lists = {k: json.dumps(v, ensure_ascii=False) for k, v in fields.items() if isinstance(v, list)}
             table.writerow({name: csv_cell(value) for name, value in (fields | lists).items()})
