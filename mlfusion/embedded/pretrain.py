@@ -44,7 +44,7 @@ from mlfusion.embedded.scenes import Pair, pair
 from mlfusion.system import disk
 from mlfusion.system.regular import make_private
 
-PATTERNS = "patterns.npy"
+PATTERNS, CHECKPOINT = "patterns.npy", "checkpoint.pt"
 OBJECTIVES = ("formula", "fill", "contrast", "layout", "grain")
 
 # --- One step --------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def pretrain(
     bank = pattern_bank(parsed, work, report_progress)
     model = PretrainingModel(parsed).bfloat16()
     optimizer = MuonAdamW(model, parsed.schedule)
-    checkpoint = work / "checkpoint.pt"
+    checkpoint = work / CHECKPOINT
     step, seconds, history = 0, 0.0, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -152,11 +152,16 @@ def pretrain(
         "losses": dict(zip(OBJECTIVES, np.mean(history[-50:], axis=0).round(3).tolist(), strict=True)),
     }
     write_folder(parsed, optimizer.master, report, out)
-    checkpoint.unlink()
+    _remove_work(work)
+    return report | {"out": str(out)}
+
+
+def _remove_work(work: Path) -> None:
+    """Remove the files of a run that is complete, and their folder if it holds nothing else."""
+    (work / CHECKPOINT).unlink()
     (work / PATTERNS).unlink()
     with suppress(OSError):  # the caller may have other files there
         work.rmdir()
-    return report | {"out": str(out)}
 
 
 def train_step(
