@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mlfusion.results import Results, Row, export
-from mlfusion.results.rows import from_object
+from mlfusion.results.records import from_object
 from mlfusion.specs.names import STUDY
 
 CALLS = 20

@@ -1,16 +1,21 @@
 """Rows for the tests of results and report: whole, small, and never shipped."""
 
+import hashlib
 import re
 from typing import Any
 
 from mlfusion.results import Row
-from mlfusion.results.rows import from_object
+from mlfusion.results.records import from_object
 from mlfusion.specs.names import parse_probes
 
 
 def row(row_id: str = "a1", **changes: object) -> Row:
-    """A whole row; `changes` replaces fields, by what stands for them in JSON."""
-    return from_object(row_object(row_id, **changes))
+    """A whole row; `changes` replaces fields, by what stands for them in JSON. Any words may name its features."""
+    whole = row_object(row_id, **changes)
+    whole["features"] = [one if re.fullmatch("[0-9a-f]{16}", one) else key(one) for one in whole["features"]]
+    if "metrics" not in changes:
+        whole["metrics"] = metrics(whole["metric"], len(whole["classes"]))
+    return from_object(whole)
 
 
 def row_object(row_id: str = "a1", **changes: object) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def row_object(row_id: str = "a1", **changes: object) -> dict[str, Any]:
         "width": 8,
         "classes": ["null", "µ-ein"],
         "images": {"train": 100, "test": 40},
-        "features": ["k" * 16, "t" * 16],
+        "features": [key("train"), key("test")],
         "attention": None,
         "versions": {"numpy": "2"},
         "code": "abc",
@@ -64,6 +69,23 @@ def row_object(row_id: str = "a1", **changes: object) -> dict[str, Any]:
         },
     }
     return fields | changes
+
+
+def key(word: str) -> str:
+    """What looks like the key of a cache entry."""
+    return hashlib.sha256(word.encode()).hexdigest()[:16]
+
+
+def metrics(metric: str, classes: int) -> dict[str, object]:
+    """The metrics that go with a metric, for so many classes."""
+    by_class = [0.5 + k / max(classes - 1, 1) / 2 for k in range(classes)]
+    if metric == "r2":
+        return {"kind": "number", "r2": 0.5, "mae": 1.0, "rmse": 2.0}
+    if metric == "mean_average_precision":
+        scores = {"mean_average_precision": 0.7, "micro_f1": 0.7, "macro_f1": 0.7, "loss": 0.9}
+        return {"kind": "labels", **scores, "average_precision": by_class}
+    scores = {"balanced_accuracy": 0.75, "accuracy": 0.75, "top5": 1.0, "macro_f1": 0.7, "loss": 0.9}
+    return {"kind": "class", **scores, "recall": by_class}
 
 
 def study(

@@ -18,7 +18,7 @@ from mlfusion.results import Results
 def attending(tokens: list[tuple[int, str]], probe: str = "all-tokens-last/attentive") -> dict:
     layers, kinds = [layer for layer, _ in tokens], [kind for _, kind in tokens]
     held = {"layers": layers, "kinds": kinds, "mean": [0.0] * len(tokens), "sd": [0.0] * len(tokens)}
-    return row(probe=probe, attention=held)
+    return row(probe=probe, attention=held, depth=max(4, *layers))
 
 
 @given(edge=st.integers(4, 40), prefix=st.integers(0, 5))
@@ -46,7 +46,7 @@ def test_a_map_is_the_patches_of_all_layers_and_nothing_else():
 
 
 def test_pooled_patches_lie_on_the_patches_that_they_are_of():
-    one = attending([(12, "cls"), *[(12, "grid2")] * 4, *[(12, "all")] * 17], "cls+grid2+all")
+    one = attending([(12, "cls"), *[(12, "grid2")] * 4, *[(12, "all")] * 17], "cls+grid2-last/attentive")
     shares = np.zeros((1, 22))
     shares[0, :5] = 0.2, 0.4, 0, 0, 0.08  # CLS, and two quarters
     shares[0, 5] = 0.3  # the model's CLS

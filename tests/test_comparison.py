@@ -23,7 +23,8 @@ from mlfusion.errors import BadData, NotCached
 from mlfusion.probing import fitting, grids, jobs, rerun, saved
 from mlfusion.report.page_tables import rows_table
 from mlfusion.results import Results, Row, export
-from mlfusion.results.rows import Metrics, from_object
+from mlfusion.results.records import from_object
+from mlfusion.results.rows import Metrics
 from mlfusion.specs.names import parse_probes
 from mlfusion.specs.options import SearchOptions, StorageOptions
 from mlfusion.statistics import measures
@@ -70,13 +71,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 
 
 def kept(root: Path, rows: list[Row], right: dict[str, float] | None = None, images: int = 40) -> Results:
-    """Rows with arrays: of three classes, right on the first part of the images."""
+    """Rows with arrays: of two classes, right on the first part of the images."""
     store = Results(root)
-    labels = np.arange(images) % 3
+    labels = np.arange(images) % 2
     for one in rows:
         share = (right or {}).get(one.probe, one.test)
-        taken = np.where(np.arange(images) < share * images, labels, (labels + 1) % 3)
-        store.append(one, {"probabilities": np.eye(3, dtype=np.float16)[taken], "labels": labels})
+        taken = np.where(np.arange(images) < share * images, labels, 1 - labels)
+        store.append(one, {"probabilities": np.eye(2, dtype=np.float16)[taken], "labels": labels})
     return store
 
 
@@ -84,7 +85,8 @@ def kept(root: Path, rows: list[Row], right: dict[str, float] | None = None, ima
 
 
 def test_probes_are_compared_seed_by_seed_and_image_by_image(tmp_path: Path) -> None:
-    rows = study({"cls-last/linear": [0.5, 0.6, 0.7], "alf/linear".replace("alf", "ap-last"): [0.6, 0.8]})
+    scores = {"cls-last/linear": [0.5, 0.6, 0.7], "ap-last/linear": [0.6, 0.8]}
+    rows = study(scores, images={"train": 100, "test": 40})
     store = kept(tmp_path, rows)
     a, b = [one for one in rows if one.probe == "ap-last/linear"], rows[:3]
     found = statistics.compare(store, a, b, bootstrap=statistics.Bootstrap(resamples=300))
@@ -136,7 +138,7 @@ def test_rows_without_arrays_or_with_other_images(tmp_path: Path) -> None:
     store.append(row("b"))
     found = statistics.compare(store, row("a"), row("b"))
     assert found.images is None and found.mcnemar == () and "mlfusion results rerun b --keep" in found.marks[0]
-    store.append(row("c"), {"probabilities": np.eye(3)[[0] * 40], "labels": np.zeros(40, int)})
+    store.append(row("c"), {"probabilities": np.eye(2)[[0] * 40], "labels": np.zeros(40, int)})
     with pytest.raises(BadData, match="a and c were tested on other images"):
         statistics.compare(store, row("a"), row("c"))
 
@@ -388,13 +390,33 @@ def test_export_and_import_at_the_command_line(at: Path, run: Any) -> None:
     assert json.loads(run("results", "import", "results", "--results", "other", "--json")[1]) == {
         "taken": 5 + 1,
         "there": 0,
+        "differing": [],
     }
     assert Results("other").rows() == rows and Results("other").arrays(rows[0])
     assert json.loads(run("results", "import", "all.jsonl", "--results", "third", "--json")[1])["taken"] == len(rows)
     assert json.loads(run("results", "import", "all.jsonl", "--results", "third", "--json")[1]) == {
         "taken": 0,
         "there": 6,
+        "differing": [],
     }
+    other = msgspec.structs.replace(rows[0], created="2999-01-01T00:00:00+00:00", test=0.999)  # anybody may write an id
+    export.write([other], Path("other.jsonl"))
+    code, out, err = run("results", "import", "other.jsonl", "--results", "third")
+    assert (
+        code == 0 and "0 results taken over" in out and f"({rows[0].id}); to have those of the source: --replace" in err
+    )
+    assert Results("third").named(rows[0].id) == rows[0]
+    code, out, _ = run("results", "import", "other.jsonl", "--replace", "--results", "third")
+    assert code == 0 and "1 results taken over" in out and Results("third").named(rows[0].id) == other
+    results = Results("results")
+    np.savez(
+        "results/arrays/" + rows[0].id,
+        **{k: v[::-1] if k == "labels" else v for k, v in results.arrays(rows[0]).items()},
+    )
+    code, out, err = run("results", "show", rows[0].id)
+    assert (
+        code == 0 and "are not its own: they give balanced_accuracy" in err and "interval over test images" not in out
+    )
     code, _, err = run("results", "import", "nothing.jsonl")
     assert code == 1 and "cannot read 'nothing.jsonl'" in err
 

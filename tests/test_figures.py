@@ -34,6 +34,7 @@ from mlfusion.report.studies import Study, domain, studies
 from mlfusion.report.summary import comparison_groups
 from mlfusion.results import Results, Row, Selected
 from mlfusion.specs.names import STUDY
+from mlfusion.system.text import markdown
 
 ALF, BASE, AAT = "cls+ap-all-layers/attentive", "cls-last/linear", "all-tokens-last/attentive"
 LINEAR = "cls+ap-all-layers/linear"
@@ -335,12 +336,16 @@ def test_a_probe_of_fewer_models_is_said_to_be_and_neither_marked_nor_averaged()
 
 def test_tables_as_text_are_whole_and_safe() -> None:
     rows = drawn_rows() + study({BASE: [0.9], ALF: [0.95]}, model="vit-b16", dataset="50%_of|it & $x{}\\")
+    study_in_markdown = whole([one.renamed(markdown) for one in rows])
+    in_markdown = [draw(study_in_markdown) for draw in (tables.by_significance, tables.by_rank)]
+    in_markdown.append(tables.of_model(study_in_markdown, "vit-b16"))
     for score_table in (
         tables.by_significance(whole(rows)),
         tables.by_rank(whole(rows)),
         tables.of_model(whole(rows), "vit-b16"),
     ):
-        lines = [line for line in tables.markdown(score_table).splitlines() if line.startswith("|")]
+        escaped = next(one for one in in_markdown if one.name == score_table.name)
+        lines = [line for line in tables.markdown(escaped).splitlines() if line.startswith("|")]
         assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(score_table.columns) + 2}
         tex = tables.latex(score_table)
         assert r"50\%\_of|it \& \$x\{\}\textbackslash{}" in tex

@@ -22,7 +22,7 @@ def kept(tmp_path) -> tuple[list, Results]:
     for number in range(7):
         gain = 0.03 * (1 + number / 10) if number else -0.01
         scores = {BASE: [0.70, 0.72], ALF: [0.70 + gain, 0.72 + gain]}
-        for one in rows_of(scores, model="vit", dataset=f"set{number}", protocol=2):
+        for one in rows_of(scores, model="vit", dataset=f"set{number}", protocol=2, images={"train": 100, "test": 200}):
             labels = np.repeat([0, 1], 100)
             right = random.random(200) < one.test
             probabilities = np.eye(2)[np.where(right, labels, 1 - labels)].astype(np.float16)

@@ -16,17 +16,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pandas
 import pytest
-from rows import row, row_object
+from rows import key, metrics, row, row_object
+from tiers import examples
 
 from mlfusion import statistics
 from mlfusion.errors import MlfusionError, UnknownName
-from mlfusion.results import Results, Row, database, export
-from mlfusion.results.rows import decode, encode
+from mlfusion.results import Results, Row, export, schema
+from mlfusion.results.records import decode, encode
+from mlfusion.statistics import measures
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -38,7 +41,8 @@ def ids(store: Results) -> list[str]:
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     attention = {"layers": [1, 2], "kinds": ["cls", "ap"], "mean": [0.25, 0.75], "sd": [0.0, 0.125]}
     first, second = row("a1"), row("b2", seed=1, attention=attention)
-    arrays = {"probabilities": np.linspace(0, 1, 6, dtype=np.float16).reshape(3, 2), "labels": np.array([0, 1, 1])}
+    scores = np.linspace(0, 1, 80, dtype=np.float16).reshape(40, 2)
+    arrays = {"probabilities": scores, "labels": np.arange(40) % 2, "attention": np.full((40, 2), 0.5, np.float16)}
     store = Results(tmp_path / "results")
     assert store.rows() == [] and store.find("a1") is None and store.listing() == [] and store.count() == 0
     assert not (tmp_path / "results").exists()
@@ -102,9 +106,11 @@ def test_an_id_may_be_cut_short(tmp_path: Path) -> None:
 
 def test_a_list_of_classes_is_kept_once(tmp_path: Path) -> None:
     store = Results(tmp_path)
-    names = [f"class number {k}" for k in range(1000)]
+    names = [f"class number {k} of a long list of classes" for k in range(1000)]
     for number in range(20):
-        store.append(row(f"r{number}", classes=names))
+        store.append(
+            row(f"r{number}", classes=names, metrics=metrics("balanced_accuracy", 1000) | {"recall": [None] * 1000})
+        )
     assert store.path.stat().st_size < 20 * len(json.dumps(names)) / 3
     first, second = store.rows()[:2]
     assert first.classes == second.classes == tuple(names)
@@ -128,9 +134,9 @@ def test_rows_newer_than_the_last_reading_are_seen_and_deleted_ones_forgotten(tm
 def _append_many(root: Path, writer: int) -> None:
     store = Results(root)
     for i in range(25):
-        many = 4000 if i % 5 == 0 else 2
+        many = 4000 if i % 5 == 0 else 4
         store.append(
-            row(f"w{writer}-{i}", classes=["class"] * many), {"labels": np.full(3, writer)} if i % 10 == 0 else None
+            row(f"w{writer}-{i}", classes=["class"] * many), {"labels": np.full(40, writer)} if i % 10 == 0 else None
         )
 
 
@@ -146,14 +152,15 @@ def test_rows_of_several_writers_do_not_mix(tmp_path: Path) -> None:
     assert sorted(held) == sorted(f"w{w}-{i}" for w in range(4) for i in range(25))
     for writer in range(4):  # each writer's rows in its own order
         assert [i for i in held if i.startswith(f"w{writer}-")] == [f"w{writer}-{i}" for i in range(25)]
-        np.testing.assert_array_equal(store.arrays(row(f"w{writer}-20"))["labels"], [writer] * 3)
+        np.testing.assert_array_equal(store.arrays(store.named(f"w{writer}-20"))["labels"], [writer] * 40)
 
 
 def _append_until_killed(root: Path, told: int) -> None:
     store = Results(root)
     for number in range(10**6):
         row_id = f"{os.getpid()}-{number}"
-        store.append(row(row_id, classes=["class"] * (3000 * (number % 2))), {"labels": np.full(50, number)})
+        one = row(row_id, metric="r2", classes=["class"] * (3000 * (number % 2)))
+        store.append(one, {"labels": np.full(40, float(number))})
         os.write(told, f"{row_id} {number}\n".encode())
 
 
@@ -180,7 +187,9 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         rows = {one.id: one for one in store.rows()}
         assert acknowledged.keys() <= rows.keys()
         for row_id in rows:  # a row that can be read has its arrays, also one that was not acknowledged any more
-            np.testing.assert_array_equal(store.arrays(rows[row_id])["labels"], np.full(50, int(row_id.split("-")[1])))
+            np.testing.assert_array_equal(
+                store.arrays(rows[row_id])["labels"], np.full(40, float(row_id.split("-")[1]))
+            )
     assert len(acknowledged) >= 8
     with sqlite3.connect(store.path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -213,16 +222,36 @@ def test_a_writer_killed_in_the_middle_of_a_commit_leaves_the_state_before(tmp_p
 def test_who_waits_too_long_for_another_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Results(tmp_path)
     store.append(row("a"))
-    monkeypatch.setattr(database, "TIMEOUT", 0.05)
+    monkeypatch.setattr(schema, "TIMEOUT", 0.05)
     with sqlite3.connect(store.path, isolation_level=None) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(MlfusionError, match=r"cannot save results.*locked.*has no locks.*mlfusion results import"):
-            store.append(row("b"))
         with pytest.raises(MlfusionError, match=r"cannot read results.*locked"):
             store.rows()
         other.execute("ROLLBACK")
-    store.append(row("b"))
-    assert ids(store) == ["a", "b"]
+    assert ids(store) == ["a"]
+
+
+def test_a_row_that_cannot_be_saved_now_is_kept_beside_and_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, arrays = Results(tmp_path), {"labels": np.arange(40) % 2}
+    store.append(row("a"))
+    monkeypatch.setattr(schema, "TIMEOUT", 0.05)
+    with sqlite3.connect(store.path, isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with caplog.at_level(logging.WARNING):
+            store.append(row("b"), arrays)
+            store.append(row("c"))
+        assert "result b is kept in" in caplog.text and "takes it over" in caplog.text
+        assert ids(store) == ["a"] and store.find("b") == row("b")  # it is not made again
+        other.execute("ROLLBACK")
+    waiting = tmp_path / "waiting" / "c.json"
+    waiting.write_bytes(waiting.read_bytes().replace(b"0.75", b"0.95"))
+    assert store.find("c") is None  # a changed byte
+    store.append(row("d"))
+    assert ids(store) == ["a", "b", "d"] and store.rows()[1] == row("b")
+    assert store.arrays(row("b"))["labels"].tolist() == arrays["labels"].tolist()
+    assert [path.name for path in (tmp_path / "waiting").iterdir()] == ["c.json"]
 
 
 # --- places that do not let ------------------------------------------------------------------------------------------
@@ -231,7 +260,7 @@ def test_who_waits_too_long_for_another_is_told(tmp_path: Path, monkeypatch: pyt
 def test_a_row_that_cannot_be_saved_is_an_error_that_names_the_place(tmp_path: Path) -> None:
     place = tmp_path / "results"
     place.write_text("a file where a folder should be")
-    for arrays in (None, {"labels": np.zeros(2)}):
+    for arrays in (None, {"labels": np.zeros(40)}):
         with pytest.raises(MlfusionError, match=r"cannot save results in '.*results'.*--results PATH"):
             Results(place).append(row(), arrays)
     with pytest.raises(MlfusionError, match=r"cannot read results in .*not a folder"):
@@ -296,13 +325,13 @@ def _as_nobody(folder: Path, work: Callable[[], str]) -> str:
 
 
 def test_a_folder_that_may_not_be_written_is_read(read_only: Path) -> None:
-    Results(read_only).append(row("a"), {"labels": np.arange(3)})
+    Results(read_only).append(row("a"), labelled(1))
     Results(read_only).append(row("b"))
 
     def work() -> str:
         store = Results(read_only)
         assert store.find("b") == row("b") and len(store.listing()) == 2
-        assert len(store.arrays(row("a"))["labels"]) == 3
+        assert len(store.arrays(row("a"))["labels"]) == 40
         return " ".join(ids(store))
 
     assert _as_nobody(read_only, work) == "a b"
@@ -335,12 +364,12 @@ def test_a_torn_commit_in_a_folder_that_may_not_be_written_says_what_to_do(read_
 
 def test_arrays_that_would_be_pickled_are_refused_and_never_loaded(tmp_path: Path) -> None:
     store = Results(tmp_path)
-    with pytest.raises(ValueError, match=r"Python objects.*names"):
-        store.append(row("a"), {"names": np.array([{}], dtype=object)})
+    with pytest.raises(ValueError, match=r"labels are of type object.*Python objects"):
+        store.append(row("a"), {"labels": np.array([{}] * 40, dtype=object)})
     assert store.rows() == [] and not list(tmp_path.rglob("*a*.npz"))
-    store.append(row("b"), {"labels": np.zeros(2)})
-    np.savez(tmp_path / "arrays" / "b.npz", labels=np.array([{}], dtype=object))
-    with pytest.raises(MlfusionError, match=r"cannot be read.*allow_pickle"):
+    store.append(row("b"), {"labels": np.zeros(40, int)})
+    np.savez(tmp_path / "arrays" / "b.npz", labels=np.array([{}] * 40, dtype=object))
+    with pytest.raises(MlfusionError, match=r"cannot be read.*type object"):
         store.arrays(store.rows()[0])
 
 
@@ -355,8 +384,8 @@ def test_arrays_that_are_gone_or_damaged_say_how_to_make_them_again(tmp_path: Pa
         (tmp_path / "arrays" / "a.npz").write_bytes(bytes_)
         with pytest.raises(MlfusionError, match=f"cannot be read.*{again}"):
             store.arrays(row("a"))
-    store.keep_arrays(row("a"), {"labels": np.arange(2)})
-    assert store.arrays(row("a"))["labels"].tolist() == [0, 1]
+    store.keep_arrays(row("a"), {"labels": np.arange(40) % 2})
+    assert store.arrays(row("a"))["labels"].tolist() == [0, 1] * 20
 
 
 # --- what is no row, and what is no database -------------------------------------------------------------------------
@@ -373,7 +402,28 @@ BAD = [
     ({"metrics": {"kind": "number", "r2": float("inf")}}, "metrics.r2 is inf, not a finite number"),
     ({"attention": {"layers": [1]}}, "attention lacks kinds"),
     ({"versions": {"numpy": "2", "torch": 2}}, "versions.torch is 2, not text"),
-    ({"features": ["k", "t", "u"]}, r"features is \['k', 't', 'u'\]"),
+    ({"features": [key("k"), key("t"), key("u")]}, r"features is \['"),
+    ({"features": ["../../../etc", key("t")]}, r"features\[0\] '../../../etc' is no key of a cache entry"),
+    ({"layers": []}, r"layers is \[\]: .*length >= 1"),
+    ({"layers": [5]}, "layers has 5; the model has 4"),
+    ({"depth": 10**9}, "depth is 1000000000; allowed: at most 1000"),
+    ({"images": {"train": 1, "test": 0}}, "images.test is 0; allowed: at least 1"),
+    ({"test": 1e308}, r"test is 1e\+308; allowed: at most 1"),
+    ({"seconds": -1.0}, "seconds is -1.0; allowed: at least 0"),
+    ({"classes": []}, "classes is empty"),
+    ({"classes": ["a", "b", "c"]}, "metrics has 2 scores by class; there are 3 classes"),
+    ({"metric": "r2"}, "metric is 'r2'; the metrics beside it are of balanced_accuracy"),
+    ({"probe": "cls-last/linear; touch x #"}, "allowed: the name of one probe"),
+    ({"probe": "cls-{last,all-layers}/linear"}, "allowed: the name of one probe"),
+    ({"created": "yesterday"}, "created 'yesterday' is no time"),
+    ({"tokens": ["cls", "sum"]}, r"tokens\[1\] is 'sum'; allowed: 'cls', 'ap'"),
+    ({"model": "half a \ud83d"}, "holds half a character"),
+    ({"dataset": "a\0b"}, "holds a NUL"),
+    ({"model": "m" * 5000}, "model is .*length <= 1000"),
+    ({"at_end": {"lr": "sideways"}}, "at_end is .*allowed: 'smallest' and 'largest'"),
+    ({"sources": row_object()["sources"] | {"options": ["; touch x"]}}, "cannot be options of mlfusion extract"),
+    ({"attention": {"layers": [1], "kinds": ["cls"], "mean": [0.5, 0.5], "sd": [0.1]}}, "attention has lists of diff"),
+    ({"attention": {"layers": [9], "kinds": ["cls"], "mean": [1.0], "sd": [0.0]}}, "attention.layers has 9"),
     ({"halving": 1}, "halving is 1, not true or false"),
     ({"shots": 2.5}, "shots is 2.5, not a whole number"),
     ({"precision": "auto"}, "precision is 'auto'; allowed: 'float32', 'bfloat16'"),
@@ -400,14 +450,80 @@ def test_what_is_no_row_is_neither_saved_nor_taken_over(
     assert store.rows() == []
 
 
-def test_a_row_that_another_program_spoilt_is_not_read(tmp_path: Path) -> None:
+def test_a_row_that_another_program_spoilt_is_named_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Results(tmp_path)
+    for name in "abc":
+        store.append(row(name))
+    for change in (
+        "json_set(body, '$.test', 0.99)",
+        "'{'",
+        "json_set(body, '$.model', 'other')",
+        "replace(body, '0.75', '0.95')",
+    ):
+        with sqlite3.connect(store.path) as other:
+            if "{'" not in change:
+                other.execute(f"UPDATE results SET body = {change} WHERE id = 'b'")
+        for read in (lambda: ids(store), lambda: [one["id"] for one in store.listing()]):
+            with caplog.at_level(logging.WARNING):
+                assert read() == ["a", "c"]
+            assert re.search(
+                r"result b in .*results.sqlite is damaged: it does not match its digest.*mlfusion probe", caplog.text
+            )
+            caplog.clear()
+        assert store.find("b") is None and store.count() == 3
+        with pytest.raises(MlfusionError, match=r"result b in .* is damaged"):
+            store.named("b")
+    store.append(row("b"))  # as the same `mlfusion probe` does
+    assert sorted(ids(store)) == ["a", "b", "c"] and store.named("b") == row("b")
+
+
+def test_a_changed_list_of_classes_is_named_with_its_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Results(tmp_path)
     store.append(row("a"))
+    store.append(row("b", classes=["x", "y"]))
     with sqlite3.connect(store.path) as other:
-        other.execute("UPDATE results SET body = json_set(body, '$.test', 'high')")
-    for read in (store.rows, lambda: store.find("a")):
-        with pytest.raises(MlfusionError, match="holds what is no result: test is 'high', not a finite number"):
-            read()
+        other.execute("UPDATE classes SET names = replace(names, 'x', 'z')")
+    assert ids(store) == ["a"] and "its list of classes does not match its digest" in caplog.text
+
+
+def test_a_flipped_bit_never_changes_a_value_without_a_word(tmp_path: Path) -> None:
+    """Outcomes: the same rows, fewer rows with a warning, or an error of ours; nothing else is read."""
+    store, flipped, random = Results(tmp_path / "whole"), Results(tmp_path / "flipped"), np.random.default_rng(0)
+    store.take([row(f"r{n}", seed=n, model=f"m{n % 3}", test=n / 100) for n in range(20)])
+    true, whole = {one.id: one for one in store.rows()}, store.path.read_bytes()
+    flipped.root.mkdir()
+    said = Said()
+    logging.getLogger("mlfusion").addHandler(said)
+    outcomes = {"same": 0, "warned": 0, "refused": 0}
+    for _ in range(examples(150)):
+        at, bit = int(random.integers(len(whole))), int(random.integers(8))
+        flipped.path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+        said.lines.clear()
+        try:
+            read = {one.id: one for one in flipped.rows()}
+            listed = {one["id"]: one["test"] for one in flipped.listing()}
+        except MlfusionError:
+            outcomes["refused"] += 1
+            continue
+        assert all(true.get(name) == one for name, one in read.items()), at
+        assert all(true[name].test == test for name, test in listed.items()), at
+        outcomes["warned" if said.lines else "same"] += 1
+        assert said.lines or read.keys() == listed.keys() == true.keys(), at
+    logging.getLogger("mlfusion").removeHandler(said)
+    assert min(outcomes.values()) > 0, outcomes
+
+
+class Said(logging.Handler):
+    """What is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 @pytest.mark.parametrize("name", [name for name in row_object() if name != "id"])
@@ -422,7 +538,7 @@ def test_fields_of_a_newer_version_are_let_be(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     newer = row_object(calibration={"ece": 0.1})
     path.write_text(json.dumps(newer | {"images": newer["images"] | {"validation": 3}}))
-    assert Results(tmp_path).take_from(path) == (1, 0)
+    assert Results(tmp_path).take_from(path) == (1, 0, ())
     assert Results(tmp_path).rows() == [row()]
 
 
@@ -462,7 +578,7 @@ def test_databases_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     store.append(row("a"))
     for number, message in (
         (99, r"format 99.*pip install -U mlfusion"),
-        (2, r"format 2, of a version that was never released; allowed: 3\. Name another folder"),
+        (2, r"format 2, of a version that was never released; allowed: 3 and 4\. Name another folder"),
     ):
         with sqlite3.connect(store.path) as newer:
             newer.execute(f"PRAGMA user_version = {number}")
@@ -509,6 +625,23 @@ def test_a_table_has_a_column_for_each_field(tmp_path: Path) -> None:
     assert export.frame([]).empty
 
 
+@pytest.mark.parametrize("early", [0, 2, 1000])
+def test_a_csv_has_the_columns_of_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: int) -> None:
+    """Wherever the first row with a further field stands, and also if rows are read one after the other."""
+    monkeypatch.setattr(export, "EARLY", early)
+    rows = [row("a"), row("b"), row("c", shots=2), row("d"), row("e", smoothing=0.1)]
+    store = Results(tmp_path / "results")
+    store.take(rows)
+    with store.scan() as scanned:
+        for number, given in enumerate((rows, iter(rows), scanned)):
+            export.write(given, tmp_path / f"{number}.csv")
+    read = pandas.read_csv(tmp_path / "0.csv")
+    assert read["id"].tolist() == list("abcde") and read["shots"].tolist()[2] == 2
+    assert read["smoothing"].isna().tolist() == [True] * 4 + [False]
+    assert list(read.columns) == list(export.frame(rows).columns)
+    assert len({(tmp_path / f"{number}.csv").read_bytes() for number in range(3)}) == 1
+
+
 def test_exports_say_the_same(tmp_path: Path) -> None:
     for form in export.FORMATS:
         export.write(study(), tmp_path / "deep" / f"rows.{form}")
@@ -519,7 +652,7 @@ def test_exports_say_the_same(tmp_path: Path) -> None:
     assert json.loads(comma["metrics.recall"][0]) == columns["metrics.recall"][0].tolist() == [0.5, 1.0]
     assert json.loads(comma["classes"][0]) == ["null", "µ-ein"]
     again = Results(tmp_path / "again")
-    assert again.take_from(tmp_path / "deep" / "rows.jsonl") == (3, 0)
+    assert again.take_from(tmp_path / "deep" / "rows.jsonl") == (3, 0, ())
     assert again.rows() == study()
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["rows.csv", "rows.jsonl", "rows.parquet"]
     with pytest.raises(UnknownName, match="no form of export named 'xlsx'"):
@@ -536,21 +669,180 @@ def test_a_torn_line_is_left_out(tmp_path: Path, kept: int, caplog: pytest.LogCa
     with (tmp_path / "rows.jsonl").open("ab") as file:
         file.write(encode(row("a", test=0.2)) + b"\n")
     with caplog.at_level(logging.WARNING):
-        assert Results(tmp_path).take_from(tmp_path / "rows.jsonl") == (2, 1)
-    assert [(r.id, r.test) for r in Results(tmp_path).rows()] == [("b", 0.75), ("a", 0.2)]
+        assert Results(tmp_path).take_from(tmp_path / "rows.jsonl") == (2, 0, ())
+    assert [(r.id, r.test) for r in Results(tmp_path).rows()] == [("b", 0.75), ("a", 0.2)]  # of one id the last counts
     assert "line 3 is torn" in caplog.text
+
+
+def labelled(first: int) -> dict[str, np.ndarray]:
+    """Arrays of a row that begin with this label."""
+    return {"labels": np.array([first] + [0] * 39)}
 
 
 def test_another_folder_is_taken_over_with_its_arrays(tmp_path: Path) -> None:
     here, there = Results(tmp_path / "here"), Results(tmp_path / "there")
-    here.append(row("a", test=0.9, created="2026-02-01T00:00:00+00:00"), {"labels": np.array([9])})
-    there.append(row("a"), {"labels": np.array([1])})
-    there.append(row("b"), {"labels": np.array([2])})
+    here.append(row("a", test=0.9), labelled(1))
+    there.append(row("a", created="2026-02-01T00:00:00+00:00"), labelled(0))
+    there.append(row("b"), labelled(1))
     there.append(row("c"))
-    assert here.take(there.rows(), there.root) == 2
+    assert here.take(there.rows(), there.root) == (2, 0, ("a",))  # ours stays, though theirs is newer
     assert [(one.id, one.test) for one in here.rows()] == [("a", 0.9), ("b", 0.75), ("c", 0.75)]
-    assert [here.arrays(row(name))["labels"].tolist() for name in "ab"] == [[9], [2]]
-    assert here.take(there.rows(), there.root) == 0
+    assert [here.arrays(row(name))["labels"][0] for name in "ab"] == [1, 1]
+    assert here.take(there.rows(), there.root) == (0, 2, ("a",))
+    assert here.take(there.rows(), there.root, replace=True) == (1, 2, ())
+    assert here.find("a") == there.find("a") and here.arrays(row("a"))["labels"][0] == 0
+
+
+@pytest.mark.parametrize("kind", ["link", "linked folder", "pipe", "bomb", "text", "other shape"])
+def test_arrays_that_lead_out_or_are_no_arrays_are_not_taken_over(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, there = Results(tmp_path / "here"), Results(tmp_path / "there")
+    there.append(row("a"), labelled(1))
+    path, secret = there.root / "arrays" / "a.npz", tmp_path / "secret"
+    whole = path.read_bytes()
+    path.unlink()
+    secret.write_text("a secret")
+    if kind == "link":
+        path.symlink_to(secret)
+    elif kind == "linked folder":
+        path.parent.rmdir()
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "a.npz").write_bytes(whole)
+        path.parent.symlink_to(tmp_path / "elsewhere")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "bomb":
+        np.savez_compressed(path, probabilities=np.zeros((2**25, 2), np.float32))
+    elif kind == "text":
+        path.write_text("no archive")
+    else:
+        np.savez(path, labels=np.zeros(41, int))
+    with pytest.raises(MlfusionError, match=r"the arrays of result a cannot be read.*results rerun a --keep"):
+        there.arrays(row("a"))
+    assert here.take_from(there.root) == (1, 0, ()) and not (here.root / "arrays" / "a.npz").exists()
+    assert "the arrays of result a are not taken over" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"probabilities": np.full((40, 2), np.nan)}, "no share of one"),
+        ({"probabilities": np.full((40, 2), 2.0)}, "no share of one"),
+        ({"probabilities": np.zeros((40, 10))}, r"shape \(40, 10\).*ask for \(40, 2\)"),
+        ({"labels": np.full(40, 7)}, "labels are 7 to 7; allowed: 0 to 1"),
+        ({"labels": np.array(["x"] * 40)}, "labels are of type <U1"),
+        ({"attention": np.zeros((40, 3))}, "ask for none"),
+        ({"notes": np.zeros(40)}, "no array of a row is named 'notes'"),
+    ],
+)
+def test_arrays_that_are_not_the_rows_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    store = Results(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        store.append(row("a"), arrays)
+    assert not store.path.exists()
+    store.append(row("a"))
+    (tmp_path / "arrays").mkdir()
+    np.savez(tmp_path / "arrays" / "a.npz", **arrays)
+    if "notes" in arrays:  # of a later version: not looked at
+        assert store.arrays(row("a")) == {}
+    else:
+        with pytest.raises(MlfusionError, match=f"cannot be read.*{message}"):
+            store.arrays(row("a"))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TRIGGER t AFTER INSERT ON results BEGIN UPDATE results SET body = replace(body, '0.75', '0.99'); END",
+        "CREATE VIEW v AS SELECT 1",
+        "CREATE TABLE more (x)",
+        "DROP INDEX by_place",
+    ],
+)
+def test_a_database_with_other_tables_is_refused(tmp_path: Path, statement: str) -> None:
+    store = Results(tmp_path)
+    store.append(row("a"))
+    with sqlite3.connect(store.path) as other:
+        other.execute("ANALYZE")  # harmless, and anybody may do it
+    assert ids(store) == ["a"]
+    with sqlite3.connect(store.path) as other:
+        other.execute(statement)
+    for use in (
+        store.rows,
+        store.listing,
+        lambda: store.append(row("b")),
+        lambda: Results(tmp_path / "x").take_from(tmp_path),
+    ):
+        with pytest.raises(MlfusionError, match=r"other tables, views or triggers.*--results PATH"):
+            use()
+
+
+def test_a_database_that_is_a_link_or_a_pipe_is_not_followed(tmp_path: Path) -> None:
+    Results(tmp_path / "true").append(row("a"))
+    for make in (lambda path: path.symlink_to(tmp_path / "true" / "results.sqlite"), os.mkfifo):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        make(folder / "results.sqlite")
+        for use in (Results(folder).rows, lambda: Results(folder).append(row("b"))):  # noqa: B023
+            with pytest.raises(MlfusionError, match=r"is no regular file.*a link to the whole folder"):
+                use()
+    (tmp_path / "linked").symlink_to(tmp_path / "true")  # the user's own choice
+    assert ids(Results(tmp_path / "linked")) == ["a"]
+
+
+def test_an_emptied_database_beside_arrays_is_damage(tmp_path: Path) -> None:
+    store = Results(tmp_path)
+    store.append(row("a"), labelled(1))
+    store.path.write_bytes(b"")
+    for use in (store.rows, lambda: store.append(row("b"))):
+        with pytest.raises(MlfusionError, match=r"results.sqlite is empty, and .*arrays holds arrays.*rm "):
+            use()
+    store.path.unlink()  # as it says
+    store.append(row("b"))
+    assert ids(store) == ["b"]
+
+
+def test_drafts_of_arrays_that_a_kill_left_are_swept(tmp_path: Path) -> None:
+    store = Results(tmp_path)
+    store.append(row("a"), labelled(1))
+    dead = subprocess.Popen([sys.executable, "-c", "from mlfusion.system import disk; print(disk.claim())"], stdout=-1)
+    claim = dead.communicate()[0].decode().strip()
+    (tmp_path / "arrays" / f".draft~{claim}").write_bytes(b"half")
+    store.append(row("b"), labelled(1))
+    assert sorted(path.name for path in (tmp_path / "arrays").iterdir()) == ["a.npz", "b.npz"]
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in GOLDEN.glob("results-format-*")))
+def test_results_of_every_format_are_read_and_added_to(tmp_path: Path, folder: str) -> None:
+    """A promise: whatever changes, rows that a released version wrote are read as they were."""
+    root = tmp_path / "results"
+    shutil.copytree(GOLDEN / folder, root)
+    store = Results(root)
+    before = (root / "results.sqlite").read_bytes()
+    expected = json.loads((GOLDEN / folder / "expected.json").read_text())
+    for _ in range(2):
+        assert [msgspec.to_builtins(one) for one in store.rows()][: len(expected)] == [
+            as_tuples(one) for one in expected
+        ]
+        assert [one["id"] for one in store.listing()][: len(expected)] == [one["id"] for one in expected]
+        for one in store.rows()[: len(expected)]:
+            arrays = store.arrays(one)
+            assert arrays["probabilities"].shape == (one.images.test, len(one.classes))
+            assert measures.scores(arrays["labels"], arrays["probabilities"])["balanced_accuracy"] == pytest.approx(
+                one.test
+            )
+        if (root / "results.sqlite").read_bytes() == before:
+            store.append(row("new"))  # brings a former format to today's
+    assert ids(store)[-1] == "new"
+
+
+def as_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: as_tuples(item) for name, item in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def test_reading_results_needs_neither_torch_nor_pandas_nor_altair() -> None:
@@ -560,7 +852,7 @@ def test_reading_results_needs_neither_torch_nor_pandas_nor_altair() -> None:
 
 def test_the_code_in_the_page_about_results_runs(tmp_path: Path) -> None:
     store = Results(tmp_path / "results")
-    store.append(row("a"), {"labels": np.arange(3)})
+    store.append(row("a"), labelled(1))
     page = (Path(__file__).parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
     for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
         exec(code, held := {})
@@ -596,11 +888,11 @@ def test_rows_are_found_by_every_name_that_a_command_takes(tmp_path: Path) -> No
 def test_a_row_that_replaces_another_does_not_take_over_its_arrays(tmp_path: Path) -> None:
     store = Results(tmp_path)
     for name in ("a", "b"):
-        store.append(row(name), {"labels": np.arange(2)})
+        store.append(row(name), labelled(1))
     newer = "2999-01-01T00:00:00+00:00"
     other = msgspec.structs.replace(row("a"), created=newer, test=0.125)
     same = msgspec.structs.replace(row("b"), created=newer)
-    assert store.take([other, same]) == 2
+    assert store.take([other, same], replace=True) == (2, 0, ())
     with pytest.raises(MlfusionError, match="were not kept"):
         store.arrays(other)
-    assert store.arrays(same)["labels"].tolist() == [0, 1]
+    assert store.arrays(same)["labels"][0] == 1

@@ -1,6 +1,8 @@
 """Saved probes: what was written is read, what was changed is refused, and new images get the scores of cached ones."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def card(head: Head, target: Target, outcome: protocol.Outcome) -> Card:
         layers=(2, 4),
         kinds=("cls", "ap"),
         dtype="float16",
-        features=("k" * 16, "t" * 16),
+        features=("a" * 16, "b" * 16),
         dataset="d",
         seed=0,
         selected=Selected.of(outcome.selected),
@@ -118,6 +120,12 @@ def test_saving_twice_keeps_the_first(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["probe"]  # no draft is left
 
 
+def sealed_digest(body: dict[str, Any]) -> str:
+    """The digest of a card, as its format says: SHA-256 of the other fields as JSON with sorted keys."""
+    rest = {name: value for name, value in body.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def change(folder: Path, what: str) -> None:
     body = json.loads((folder / "card.json").read_text())
     held = load_file(folder / "probe.safetensors")
@@ -129,7 +137,7 @@ def change(folder: Path, what: str) -> None:
         (folder / "card.json").write_text(json.dumps(body)[:-20])
     else:
         changes: dict[str, dict[str, Any]] = {
-            "newer": {"format": 3},
+            "newer": {"format": 4},
             "older": {"format": 1},
             "shape": {"shape": body["shape"] | {"width": 9}},
             "head": {"head": "magic"},
@@ -138,7 +146,9 @@ def change(folder: Path, what: str) -> None:
             "field": {"layers": None} | {"extra": 1},
             "list": {},
         }
-        text = json.dumps([] if what == "list" else body | changes[what])
+        body |= changes[what]
+        body["sha256"] = sealed_digest(body)
+        text = json.dumps([] if what == "list" else body)
         (folder / "card.json").write_text(text)
 
 
@@ -149,8 +159,8 @@ def change(folder: Path, what: str) -> None:
         ("tensors", "is damaged: probe.safetensors is not the one that card.json names"),
         ("gone", "no probe in .*allowed: a folder with card.json and probe.safetensors"),
         ("torn", "cannot be read .*make it again with `mlfusion probe --save`"),
-        ("newer", "is of format 3; this version reads format 2. Update"),
-        ("older", "is of format 1; this version reads format 2. Make it again"),
+        ("newer", "is of format 4; this version reads format 3. Update"),
+        ("older", "is of format 1; this version reads format 3. Make it again"),
         ("shape", "holds no probe that can be built"),
         ("head", "holds no probe that can be built .*no head named 'magic'"),
         ("target", "holds no probe that can be built"),
@@ -164,6 +174,117 @@ def test_what_was_changed_is_refused(head: Head, what: str, message: str, tmp_pa
     change(tmp_path / "probe", what)
     with pytest.raises(ResultsUnusable, match=message):
         load(tmp_path / "probe")
+
+
+SIZES = {"tokens": 4, "width": 8, "classes": 3, "heads": 2}
+FORGED: list[tuple[Head, dict[str, Any], str]] = [
+    ("attentive", {"shape": SIZES | {"heads": 0}}, "allowed: from 1 to"),
+    ("attentive", {"shape": SIZES | {"heads": 10**9}}, "allowed: from 1 to"),
+    ("attentive", {"shape": SIZES | {"heads": 3}}, ""),
+    ("attentive", {"shape": SIZES | {"width": 2**24}}, "attentive has"),
+    ("v-jepa", {"shape": SIZES | {"width": 2**24}}, "v-jepa has"),
+    ("linear", {"shape": SIZES | {"tokens": 8}}, "8 tokens for 2 layers"),
+    ("linear", {"shape": SIZES | {"classes": "3"}}, "Expected `int`"),
+    ("linear", {"layers": []}, "length >= 1"),
+    ("linear", {"kinds": []}, "length >= 1"),
+    ("linear", {"kinds": ["all"]}, "are not those of cls"),
+    ("linear", {"kinds": ["ap", "cls"]}, "are not those of cls"),
+    ("linear", {"layers": [1, 4]}, "are not those of cls"),
+    ("linear", {"head": "ridge"}, "are not those of cls"),
+    ("linear", {"probe": "cls-last/linear; touch x"}, "no probe named"),
+    ("linear", {"classes": [[1], [2], [3]]}, "Expected `str`"),
+    ("linear", {"classes": "abc"}, "Expected `array`"),
+    ("linear", {"classes": ["a", "a", "b"]}, "two classes have one name"),
+    ("linear", {"classes": ["a", "b", "\ud83d"]}, ""),
+    ("linear", {"features": ["../../x", "b" * 16]}, "matching regex"),
+    ("linear", {"target": {"kind": "class", "outputs": 4}}, "a target of 4 outputs for 3"),
+    ("linear", {"target": {"kind": "class", "outputs": 3, "smoothing": 2.0}}, "a target of 3 outputs"),
+    ("linear", {"target": {"kind": "class", "outputs": 3, "more": 1}}, "a target has no more"),
+    ("linear", {"extra": 1}, "unknown field `extra`"),
+    ("linear", {"scores": {"test": float("nan")}}, "Expected `float`"),
+]
+
+
+@pytest.mark.parametrize(("head", "changes", "message"), FORGED)
+def test_a_card_that_contradicts_itself_is_refused(
+    head: Head, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Also if its digest fits, as a forger's does."""
+    saved(tmp_path / "probe", head)
+    path = tmp_path / "probe" / "card.json"
+    body = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(body))
+    with pytest.raises(ResultsUnusable, match=r"card.json does not match its digest"):
+        load(tmp_path / "probe")
+    path.write_text(json.dumps(body | {"sha256": sealed_digest(body)}))
+    with pytest.raises(ResultsUnusable, match=f"holds no probe that can be built .*{message}"):
+        load(tmp_path / "probe")
+    long = json.loads(path.read_text())
+    long["backbone"]["source"] = "m" * 10**6
+    path.write_text(json.dumps(long | {"sha256": sealed_digest(long)}))
+    with pytest.raises(ResultsUnusable):
+        load(tmp_path / "probe")
+
+
+@pytest.mark.parametrize("head", ["linear", "ridge", "knn", "attentive"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("nan", "holds what is no finite number"),
+        ("float64", "allowed: float32"),
+        ("size", "holds no probe"),
+        ("more", "has no tensor named another"),
+        ("text", "holds no probe"),
+        ("nested", "cannot be read"),
+        ("link", "cannot be read"),
+        ("pipe", "cannot be read"),
+    ],
+)
+def test_tensors_that_no_head_has_are_refused(head: Head, what: str, message: str, tmp_path: Path) -> None:
+    if what == "float64" and head == "knn":
+        pytest.skip("a bank may have any type of number")
+    saved(tmp_path / "probe", head)
+    folder = tmp_path / "probe"
+    path, body = folder / "probe.safetensors", json.loads((folder / "card.json").read_text())
+    held = load_file(path)
+    name = max(held, key=lambda name: held[name].size)
+    value = np.array(held[name])
+    changed = {
+        "nan": {name: np.where(np.arange(value.size).reshape(value.shape) == 0, np.nan, value).astype(value.dtype)},
+        "float64": {name: value.astype(np.float64)},
+        "size": {name: value[:-1].copy()},
+        "more": {"another": value},
+    }.get(what)
+    if changed:
+        save_file(held | changed, path)
+    elif what == "text":
+        path.write_bytes(b"\x10\0\0\0\0\0\0\0no header at all")
+    elif what == "nested":
+        (folder / "card.json").write_text("[" * 100_000)
+    else:
+        path.rename(tmp_path / "aside")
+        os.mkfifo(path) if what == "pipe" else path.symlink_to(tmp_path / "aside")
+    if what not in ("nested", "pipe"):
+        body["tensors"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (folder / "card.json").write_text(json.dumps(body | {"sha256": sealed_digest(body)}))
+    with pytest.raises(ResultsUnusable, match=message):
+        load(folder)
+
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("results-format-*/probes/*"))
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: f"{folder.parts[-3]}-{folder.name}")
+def test_a_saved_probe_of_every_format_is_read(folder: Path) -> None:
+    """A promise: a probe that a released version saved gives the same answers."""
+    held, probe = load(folder)
+    assert held.backbone.name == "formula-vit" and held.probe.startswith("cls-last/") and len(held.classes) == 10
+    tokens = np.random.default_rng(0).normal(size=(3, 1, 128)).astype(np.float32)
+    weights = load_file(folder / "probe.safetensors")
+    predictions, _ = protocol.predict(probe, Tokens(tokens, np.zeros(3, np.int64)), held.target())
+    unit = tokens[:, 0] / np.linalg.norm(tokens[:, 0], axis=1, keepdims=True)
+    scores = unit @ weights["weight"].T + weights["bias"]
+    assert predictions.argmax(1).tolist() == scores.argmax(1).tolist()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -279,7 +400,7 @@ def test_a_probe_is_not_put_on_another_backbone(model: Path, images: Path, tmp_p
     assert mlfusion.predict(folder, [picture], model=str(same)) == mlfusion.predict(folder, [picture])
     body = json.loads((folder / "card.json").read_text())
     body["backbone"]["preparation"] = body["backbone"]["preparation"].replace("0.7", "0.8")
-    (folder / "card.json").write_text(json.dumps(body))
+    (folder / "card.json").write_text(json.dumps(body | {"sha256": sealed_digest(body)}))
     with pytest.raises(BadModel, match=r"preprocess differs\. Allowed: the same weights and preprocessing"):
         mlfusion.predict(folder, [picture])
 

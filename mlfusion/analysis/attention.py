@@ -81,7 +81,7 @@ def maps(row: Row, attention: np.ndarray) -> np.ndarray:
     for layer, kind in dict.fromkeys(tokens):
         if kind == "all" or kind in GRID_SIDES:
             shares = attention[:, [token == (layer, kind) for token in tokens]].astype(np.float64)
-            edge = side(shares.shape[1]) if kind == "all" else GRID_SIDES[kind]  # type: ignore[index]
+            edge = side(shares.shape[1]) if kind == "all" else GRID_SIDES[kind]
             parts.append(shares[:, shares.shape[1] - edge**2 :].reshape(-1, edge, edge))
     if not parts:
         raise BadData(

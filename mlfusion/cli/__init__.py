@@ -29,12 +29,15 @@ from mlfusion.cli.options import (
 )
 from mlfusion.cli.output import (
     Commands,
+    adapt_streams,
     notify,
+    one_sentence_ends,
     print_extracted,
     print_json,
     print_rows,
     print_table,
     row_json,
+    say,
     set_verbosity,
 )
 from mlfusion.cli.predict import predict
@@ -66,7 +69,7 @@ def _print_version(requested: bool) -> None:
     if requested:
         from importlib.metadata import version
 
-        typer.echo(f"mlfusion {version('mlfusion')}")
+        say(f"mlfusion {version('mlfusion')}")
         raise typer.Exit
 
 
@@ -130,7 +133,7 @@ def plan(
         return
     print_rows([vars(split) for split in estimate.splits])
     rate = f" at {estimate.images_per_second:,.1f} images/s, as tried" if estimate.images_per_second else ""
-    typer.echo(
+    say(
         f"to write: {estimate.bytes_to_write / 1e6:,.1f} MB of {estimate.free_bytes / 1e6:,.1f} MB free; "
         f"forward passes: {duration(estimate.seconds)}{rate}"
     )
@@ -208,7 +211,7 @@ def pretrain(
             bar.to(event["done"])
 
         summary = run_pretrain(recipe, out, progress=show_progress)
-    typer.echo(f"{out}: {plural(summary['steps'], 'step')}, {summary['seconds']:,} s")
+    say(f"{out}: {plural(summary['steps'], 'step')}, {summary['seconds']:,} s")
 
 
 def main() -> None:
@@ -217,5 +220,6 @@ def main() -> None:
     # machine; without any spinning they are half as fast on an idle one. torch reads the variable once, when it is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    with freed_memory_kept():
+    adapt_streams()
+    with one_sentence_ends(), freed_memory_kept():
         app(prog_name="mlfusion")  # completion and messages use this name with `python -m mlfusion` too

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Device, Model, with_options
-from mlfusion.cli.output import print_json, print_rows
+from mlfusion.cli.output import print_json, print_rows, say
 from mlfusion.specs.options import PilotOptions
 
 
@@ -47,13 +47,14 @@ def advise(
     )
     metric = result.metric.replace("_", " ")
     over = f", {_difference_text(result.best.gain)} points over cls-last/linear" if result.best.gain else ""
-    typer.echo(
-        f"\nA pilot on {result.images:,} of {result.train_images:,} training images, {duration(result.seconds)}: {metric} of "
-        "images left out, with 95 % intervals; probing is one seed of the paper's grid. The test images were not looked at.\n"
-        f"Use {result.best.probe}: {100 * result.best.score.value:.1f} %{over}."
+    say()
+    say(
+        f"A pilot on {result.images:,} of {result.train_images:,} training images, {duration(result.seconds)}: {metric} of "
+        "images left out, with 95 % intervals; probing is one seed of the paper's grid. The test images were not looked at."
     )
+    say(f"Use {result.best.probe}: {100 * result.best.score.value:.1f} %{over}.")
     if result.cheapest_equivalent is not result.best:
-        typer.echo(
+        say(
             f"{result.cheapest_equivalent.probe} is cheaper, and the pilot cannot tell it from the best "
             f"({_difference_text(result.cheapest_equivalent.behind)} points behind)."
         )

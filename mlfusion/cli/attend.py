@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlfusion.cli.options import AsJson, Cache, ResultsPath
-from mlfusion.cli.output import notify, print_json, print_rows
+from mlfusion.cli.output import notify, print_json, print_rows, say
 from mlfusion.system.words import plural
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def _print_attention(result: "AttentionResult") -> None:
         order = at.argsort(kind="stable")
         ends = dict.fromkeys([*order[:SHOWN].tolist(), *order[::-1][:SHOWN].tolist()])
         print_rows([{"test image": n, "mean layer": f"{at[n]:.2f}"} for n in ends])
-        typer.echo(f"mean layer of {plural(len(at), 'image')}: {at.mean():.2f} ± {at.std():.2f}")
+        say(f"mean layer of {plural(len(at), 'image')}: {at.mean():.2f} ± {at.std():.2f}")
     if maps is not None:
-        typer.echo(
+        say(
             f"maps of {maps.shape[1]} by {maps.shape[2]} patches over {plural(len(maps), 'image')}; "
             f"{100 * maps.sum((1, 2)).mean():.1f} % of the attention goes to patches"
         )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlfusion.cli.options import AsJson, with_options
-from mlfusion.cli.output import print_json, print_rows
+from mlfusion.cli.output import print_json, print_rows, say
 from mlfusion.specs.options import ReadOptions
 
 if TYPE_CHECKING:
@@ -46,15 +46,13 @@ def data(
             }
         )
         return
-    typer.echo(
+    say(
         f"{data_set.name}: {', '.join(dict.fromkeys([data_set.form, data_set.source]))}"
         + (f", split anew {data_set.resplit}" if data_set.resplit else "")
     )
     classes = ", ".join(data_set.classes[:8]) + (", …" if len(data_set.classes) > 8 else "")
     label_texts = {"class": "one class an image", "labels": "several labels an image", "number": "a number an image"}
-    typer.echo(
-        label_texts[data_set.label_kind] + (f"; {len(data_set.classes):,}: {classes}" if data_set.classes else "")
-    )
+    say(label_texts[data_set.label_kind] + (f"; {len(data_set.classes):,}: {classes}" if data_set.classes else ""))
     rows = []
     for one in splits:
         counts = ", ".join(f"{name} {value:,}" for name, value in one.labels.items())
@@ -81,12 +79,12 @@ def _print_findings(one: "SplitSummary", *, windowed: bool) -> None:
     if (checked := one.checked) is None:
         return
     for name, reason in checked.unreadable.items():
-        typer.echo(f"{name}: {reason}")
+        say(f"{name}: {reason}")
     if checked.used_share < NARROW and not windowed:
         advice = ": --window auto stretches it" if checked.bits == 16 else ""
-        typer.echo(
+        say(
             f"{one.split}: values use {100 * checked.used_share:.1f} % of the range of {checked.bits} bits, and images are "
             f"nearly of one colour{advice}"
         )
     for other, count in checked.elsewhere.items():
-        typer.echo(f"byte for byte in {other} too: {count:,} image{'s' * (count > 1)} of {one.split}")
+        say(f"byte for byte in {other} too: {count:,} image{'s' * (count > 1)} of {one.split}")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mlfusion.cli.options import AsJson, Cache, Device
-from mlfusion.cli.output import print_json
+from mlfusion.cli.output import print_json, say
 
 MARKS = {"ok": "ok  ", "note": "note", "problem": "FAIL"}
 
@@ -28,9 +28,9 @@ def doctor(
     for finding in diagnostics.doctor(model, cache=cache, device=device):
         findings.append(finding)
         if not as_json:
-            typer.echo(f"{MARKS[finding.state]}  {finding.check}: {finding.description}")
+            say(f"{MARKS[finding.state]}  {finding.check}: {finding.description}")
             if finding.advice:
-                typer.echo(f"      → {finding.advice}")
+                say(f"      → {finding.advice}")
     passed = diagnostics.passed(findings)
     if as_json:
         print_json({"model": model, "sound": passed, "findings": to_builtins(findings)})

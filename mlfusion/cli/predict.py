@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mlfusion.cli.options import AsJson, Device
-from mlfusion.cli.output import print_json
+from mlfusion.cli.output import print_json, say
 
 
 def predict(
@@ -37,6 +37,6 @@ def predict(
         return
     for prediction in predictions:
         if prediction.number is not None:
-            typer.echo(f"{prediction.image}: {prediction.number:.{prediction.digits}g}")
+            say(f"{prediction.image}: {prediction.number:.{prediction.digits}g}")
             continue
-        typer.echo(f"{prediction.image}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.top))
+        say(f"{prediction.image}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.top))

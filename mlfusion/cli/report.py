@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mlfusion.cli.options import Cache, with_options
-from mlfusion.cli.output import notify, print_table
+from mlfusion.cli.output import notify, print_renderable, print_table, say
 from mlfusion.specs.options import ReportOptions
 from mlfusion.system.words import plural
 
@@ -21,8 +21,6 @@ def report(
     cache: Cache = None,
 ) -> None:
     """Print a table of results; optionally write a page, figures or tables, or compare with published scores."""
-    from rich.console import Console
-
     from mlfusion.report import compare_with_published, published, write_figures, write_markdown, write_page
     from mlfusion.results import Results
 
@@ -40,10 +38,11 @@ def report(
     if options.markdown:
         write_markdown(rows, Path(options.markdown))
     if options.against:
-        Console().print(published.table(compare_with_published(rows), max_lines=MAX_SHOWN))
+        comparisons = compare_with_published(rows)
+        print_renderable(lambda width: published.table(comparisons, max_lines=MAX_SHOWN))
     else:
         print_table(rows, long=options.long)
     if options.html:
-        typer.echo(f"report: {options.html}")
+        say(f"report: {options.html}")
     if options.figures:
-        typer.echo(f"figures: {plural(len(files), 'file')} in {options.figures}")
+        say(f"figures: {plural(len(files), 'file')} in {options.figures}")

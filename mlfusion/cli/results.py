@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlfusion.cli.options import AsJson, Cache, ResultsPath, with_options
-from mlfusion.cli.output import notify, print_json, print_rows
+from mlfusion.cli.output import SHOWN, notify, print_json, print_rows, say
 from mlfusion.specs.definitions import command
 from mlfusion.specs.options import RowFilter, SettingFilter
 from mlfusion.system.words import plural
@@ -71,9 +71,15 @@ def show(row: RowId, results_path: ResultsPath = RESULTS, as_json: AsJson = Fals
     lines |= {f"metrics.{name}": value for name, value in metrics.items() if isinstance(value, float)}
     width = max(map(len, lines))
     for name, value in lines.items():
-        typer.echo(f"{name.ljust(width)}  {_format_value(value)}")
+        say(f"{name.ljust(width)}  {_format_value(value)}")
     _print_certainty(stored, details)
-    typer.echo(f"\nextract: {stored.extract_command()}\nprobe: {stored.probe_command()}\nrerun: {rerun_command}")
+    say()
+    for name, text in (
+        ("extract", stored.extract_command()),
+        ("probe", stored.probe_command()),
+        ("rerun", rerun_command),
+    ):
+        say(f"{name}: {text}")
 
 
 @app.command()
@@ -112,7 +118,7 @@ def compare(
         if isinstance(test, str):
             notify(f"{name}: {test}")
         else:
-            typer.echo(
+            say(
                 f"{name}, over {test.n} data sets: gain {points(test.mean)} points on average, {points(test.median)} in the "
                 f"median; Wilcoxon signed-rank, one-sided, p-value {p_value(test.p)}"
             )
@@ -150,7 +156,7 @@ def rank(
         lines.append(line | {"p": p, "q": q})
     print_rows(lines)
     friedman = "none, all are equal" if ranking.friedman is None else p_value(ranking.friedman)
-    typer.echo(
+    say(
         f"{ranking.datasets} data sets; Friedman p-value {friedman}; mean ranks that differ by more than "
         f"{ranking.critical_difference:.2f} differ at {100 * level:.0f} % (Nemenyi). Not told apart: "
         + ("; ".join(" = ".join(group) for group in ranking.groups) or "none")
@@ -176,28 +182,41 @@ def export(
     from mlfusion.results import Results
     from mlfusion.results.export import write
 
-    selected = Results(results).require(**rows.changed())
-    write(selected, path)
+    store, filters = Results(results), rows.changed()
+    with store.scan(**filters) as selected:
+        if next(iter(selected), None) is None:
+            store.require(**filters)  # says what to do
+        write(selected, path)
+    count = store.count(**filters)
     if as_json:
-        print_json({"path": str(path), "results": len(selected)})
+        print_json({"path": str(path), "results": count})
     else:
-        typer.echo(f"{path}: {plural(len(selected), 'result')}")
+        say(f"{path}: {plural(count, 'result')}")
 
 
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="Another folder of results, or an exported .jsonl file.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace results that are here with other values; default: they stay.")
+    ] = False,
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
-    """Import results and their arrays; existing results of the same or a later date are not replaced."""
+    """Import results and their arrays; a result that is here with other values stays, unless --replace is given."""
     from mlfusion.results import Results
 
-    imported, unchanged = Results(results).take_from(source)
+    imported = Results(results).take_from(source, replace=replace)
     if as_json:
-        print_json({"taken": imported, "there": unchanged})
-    else:
-        typer.echo(f"{plural(imported, 'result')} taken over, {unchanged:,} here already")
+        print_json({"taken": imported.taken, "there": imported.present, "differing": list(imported.differing)})
+        return
+    say(f"{plural(imported.taken, 'result')} taken over, {imported.present:,} here already")
+    if imported.differing:
+        some = ", ".join(imported.differing[:SHOWN]) + ", …" * (len(imported.differing) > SHOWN)
+        notify(
+            f"{len(imported.differing):,} are here with other values and stay as they are ({some}); to have those of the "
+            "source: --replace"
+        )
 
 
 @app.command()
@@ -223,7 +242,7 @@ def rerun(
         for name, pair in scores.items():
             same = pair["then"] == pair["now"]
             text = f"{_format_value(pair['then'])} then and now" if same else f"{pair['then']} then, {pair['now']} now"
-            typer.echo(f"{name}: {text}")
+            say(f"{name}: {text}")
         for line in result.differs:
             notify(line)
     if not result.same:
@@ -254,7 +273,7 @@ def track(
     if as_json:
         print_json({"where": where, "results": len(selected)})
     else:
-        typer.echo(f"{plural(len(selected), 'result')} shown in {where}")
+        say(f"{plural(len(selected), 'result')} shown in {where}")
 
 
 # --- printing --------------------------------------------------------------------------------------------------------
@@ -270,13 +289,14 @@ def _print_certainty(row: "Row", details: "Certainty") -> None:
             if one.low is not None and one.high is not None
             else one.refused
         )
-        typer.echo(f"\n{row.metric.replace('_', ' ')} {percent(one.value)}, {ends}")
+        say()
+        say(f"{row.metric.replace('_', ' ')} {percent(one.value)}, {ends}")
     if details.calibration:
-        typer.echo(f"expected calibration error {percent(details.calibration.ece)}")
+        say(f"expected calibration error {percent(details.calibration.ece)}")
     for pair in details.confusions or ():
-        typer.echo(f"{pair.images} of {pair.of} {pair.name} taken for {pair.taken_for}")
+        say(f"{pair.images} of {pair.of} {pair.name} taken for {pair.taken_for}")
     if note := row.at_end_note():
-        typer.echo(f"chosen at an end of the {row.grid} grid, beyond which nothing was tried: {note}")
+        say(f"chosen at an end of the {row.grid} grid, beyond which nothing was tried: {note}")
     if details.missing:
         notify(details.missing)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlfusion.cli.options import AsJson, with_options
-from mlfusion.cli.output import notify, print_extracted, print_json, print_rows, print_table, row_json
+from mlfusion.cli.output import notify, print_extracted, print_json, print_rows, print_table, row_json, say
 from mlfusion.specs.definitions import command
 from mlfusion.specs.options import RunOptions, StorageOptions
 
@@ -66,7 +66,7 @@ def run(
         )
     elif result.rows:
         print_table(result.rows)
-        typer.echo(f"report: {page}" + (f", {markdown}" if markdown else ""))
+        say(f"report: {page}" + (f", {markdown}" if markdown else ""))
     _exit_if_failed(result.failures)
 
 

@@ -42,8 +42,9 @@ from mlfusion.embedded.plane import stream
 from mlfusion.embedded.recipe import Network, Recipe, Schedule, load_recipe
 from mlfusion.embedded.scenes import Pair, pair
 from mlfusion.system import disk
+from mlfusion.system.regular import make_private
 
-PATTERNS = "patterns.npy"
+PATTERNS, CHECKPOINT = "patterns.npy", "checkpoint.pt"
 OBJECTIVES = ("formula", "fill", "contrast", "layout", "grain")
 
 # --- One step --------------------------------------------------------------------------------------------------------
@@ -104,20 +105,21 @@ def pretrain(
         recipe: a TOML file, see `Recipe`.
         out: a folder; its files are replaced when the run is complete, a model card in it is left alone.
         work: a folder for the bank of patterns (about 160 MB) and the checkpoint, from which the same call continues after an
-            interruption; default: a folder named by the recipe's digest, among the system's temporary files.
+            interruption; default: a hidden folder beside `out`, named by the recipe's digest. No other user may write to it.
         progress: gets a dict at every step: stage, done, of, seconds, and the losses.
 
     Raises:
         BadRecipe: the recipe has an unknown or wrong field, or lacks one.
+        BadOption: others may write to the folder of work files.
     """
-    parsed = load_recipe(recipe)
-    work = work or Path(tempfile.gettempdir()) / f"mlfusion-pretrain-{parsed.digest}"
-    work.mkdir(parents=True, exist_ok=True)
+    parsed, out = load_recipe(recipe), Path(out)
+    work = work or out.parent / f".{out.name}.{parsed.digest}"
+    make_private(work)  # a checkpoint that another user planted would become the model
     report_progress = progress or (lambda event: None)
     bank = pattern_bank(parsed, work, report_progress)
     model = PretrainingModel(parsed).bfloat16()
     optimizer = MuonAdamW(model, parsed.schedule)
-    checkpoint = work / "checkpoint.pt"
+    checkpoint = work / CHECKPOINT
     step, seconds, history = 0, 0.0, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -149,12 +151,17 @@ def pretrain(
         "seconds": round(seconds),
         "losses": dict(zip(OBJECTIVES, np.mean(history[-50:], axis=0).round(3).tolist(), strict=True)),
     }
-    write_folder(parsed, optimizer.master, report, Path(out))
-    checkpoint.unlink()
+    write_folder(parsed, optimizer.master, report, out)
+    _remove_work(work)
+    return report | {"out": str(out)}
+
+
+def _remove_work(work: Path) -> None:
+    """Remove the files of a run that is complete, and their folder if it holds nothing else."""
+    (work / CHECKPOINT).unlink()
     (work / PATTERNS).unlink()
     with suppress(OSError):  # the caller may have other files there
         work.rmdir()
-    return report | {"out": str(out)}
 
 
 def train_step(

@@ -170,8 +170,10 @@ def verify(file: Path) -> None:
 
     if not file.is_file():
         raise BadModel(f"{file} is missing, and the index names it; download it, or save the model again")
-    with open(file, "rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+    with boundary(lambda reason: BadModel(f"{file} cannot be read ({reason}); allowed: a file that you may read")):
+        with open(file, "rb") as stream:
+            begins = stream.read(len(LFS_POINTER))
+        if begins == LFS_POINTER:
             raise BadModel(
                 f"{file} is a Git LFS pointer and holds no weights; type `git lfs pull` in {file.parent}, or download the "
                 "file itself"

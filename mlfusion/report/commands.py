@@ -11,6 +11,7 @@ from mlfusion.specs.definitions import command
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import STUDY
 from mlfusion.specs.options import SearchOptions
+from mlfusion.system.text import one_line
 
 
 def reproduction_commands(groups: Iterable[ComparisonGroup], page: str) -> list[str]:
@@ -25,13 +26,13 @@ def reproduction_commands(groups: Iterable[ComparisonGroup], page: str) -> list[
         commands += [
             _probe(group, _probe_names(scores, group.first.depth), search) for search, scores in by_search.items()
         ]
-    return [*dict.fromkeys(commands), command("report", ["--html", page])]
+    return [one_line(line) for line in (*dict.fromkeys(commands), command("report", ["--html", page]))]
 
 
 def layerwise_command(group: ComparisonGroup) -> str:
     """The `probe` command for single layers."""
     search = replace(group.first.search(), seeds=group.seeds)
-    return _probe(group, ["cls-each-layer/linear", "ap-each-layer/linear"], search)
+    return one_line(_probe(group, ["cls-each-layer/linear", "ap-each-layer/linear"], search))
 
 
 def _extract(group: ComparisonGroup) -> str:

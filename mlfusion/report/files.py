@@ -13,6 +13,7 @@ from mlfusion.report.figures.strips import strip_figure
 from mlfusion.report.pictures import Strip
 from mlfusion.results import Row
 from mlfusion.system import disk
+from mlfusion.system.text import markdown
 
 
 def write_figures(
@@ -45,8 +46,9 @@ def write_figures(
         written += _write(folder, name, _drawings(figure) | {".csv": to_csv(figure.numbers)})
         for other, records in figure.more_numbers.items():
             written += _write(folder, f"{name}-{other}", {".csv": to_csv(records)})
-    for name, table in table_files(data):
-        texts = {".md": tables.markdown(table), ".tex": tables.latex(table), ".csv": to_csv(table.numbers)}
+    escaped = ReportData([row.renamed(markdown) for row in rows])
+    for (name, table), (_, in_markdown) in zip(table_files(data), table_files(escaped), strict=True):
+        texts = {".md": tables.markdown(in_markdown), ".tex": tables.latex(table), ".csv": to_csv(table.numbers)}
         written += _write(folder, name, texts)
     return list(dict.fromkeys(written))
 

@@ -21,6 +21,7 @@ from mlfusion.specs.names import BASELINE, layer_ranges
 from mlfusion.statistics.datasets import gain_tests
 from mlfusion.statistics.rows import Comparison, by_dataset, compare_probes, cost
 from mlfusion.system.progress import duration
+from mlfusion.system.text import markdown
 from mlfusion.system.words import plural
 
 COMPARED_PROBES = (ALF, "cls+ap-all-layers/linear", "all-tokens-last/attentive")
@@ -46,7 +47,8 @@ def write_findings(
 
 
 def page_text(rows: Sequence[Row], results: Results, *, title: str, about: str, command: str) -> str:
-    """The text that `write_findings` writes."""
+    """The text that `write_findings` writes; names of rows are escaped, title, `about` and command are the user's own."""
+    rows = [row.renamed(markdown) for row in rows]
     groups = comparison_groups(rows)
     parts = [f"# {title}", about, f"```\n{command}\n```", _provenance(groups), *protocol_notes(groups)]
     for study in studies(groups):

@@ -50,7 +50,8 @@
 
   function column({ title, kind, words, hidden }, i) {
     const text = words !== undefined;
-    const value = cell => text ? words[cell] : Array.isArray(cell) ? cell[0] : cell === "baseline" ? 0 : cell;
+    // DataTables reads every text as HTML, that of its filters too, so all kinds are escaped.
+    const value = cell => text ? escaped(words[cell]) : Array.isArray(cell) ? cell[0] : cell === "baseline" ? 0 : cell;
     const say = cell => {
       if (cell === null) return "\u2013";
       if (text) return escaped(words[cell]);

@@ -15,7 +15,7 @@ from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record
 from mlfusion.report.numbers import count, mean_sd, percent, points
 from mlfusion.report.summary import ComparisonGroup, Score, comparison_groups
-from mlfusion.report.terminal import bare_table
+from mlfusion.report.terminal import add_line, bare_table
 from mlfusion.results import Row
 from mlfusion.system.words import plural
 
@@ -118,7 +118,7 @@ def table(compared: Sequence[PublishedComparison], max_lines: int) -> Renderable
         place = one.group.model, one.group.dataset, one.score.probe
         scores = mean_sd(one.score.test), percent(one.published), points(one.difference)
         flag, style = ("flagged", "bold") if one.flagged else ("", "")
-        lines.add_row(*place, *scores, flag, style=style)
+        add_line(lines, [*place, *scores, flag], style)
     hidden = len(compared) - len(shown)
     note = [Text(f"{count(hidden)} more are in the page (--html) and in the CSV of --figures")] if hidden else []
     return Group(lines, *note, Text(), summary)

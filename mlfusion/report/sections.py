@@ -23,6 +23,7 @@ from mlfusion.report.summary import (
     score_word,
 )
 from mlfusion.report.tables import slug
+from mlfusion.system.text import one_line
 
 MAX_TOP_CASES = 4
 """Up to this number of cases (a model on a data set) are drawn at the top; more are drawn with their data set."""
@@ -147,13 +148,14 @@ def _datasets(data: ReportData) -> Section | None:
 
 def _dataset_parts(data: ReportData) -> Iterator[DatasetPart]:
     names = dict.fromkeys(name for study in data.studies for name in study.datasets)
-    for i, name in enumerate(dict.fromkeys([*names, *(data.pictures or {})])):
+    pictures = {one_line(name): strips for name, strips in (data.pictures or {}).items()}
+    for i, name in enumerate(dict.fromkeys([*names, *pictures])):
         groups = [group for study in data.studies for group in study.select(dataset=name)]
         figures = group_figures(groups, data) if len(data.groups) > MAX_TOP_CASES else []
         predictions = classification.predictions(groups, data.results) if data.results else None
         if predictions:
             figures += classification.figures(predictions)
-        strips = [_strip(strip) for strip in (data.pictures or {}).get(name, ())]
+        strips = [_strip(strip) for strip in pictures.get(name, ())]
         if figures or strips:
             yield DatasetPart(
                 name,
@@ -183,8 +185,8 @@ def _strip(strip: Strip) -> dict[str, Any]:
     pictures = []
     for picture in strip.pictures:
         urls = [data_url(Picture(picture.image))] + ([data_url(picture)] if picture.attention is not None else [])
-        pictures.append({"caption": picture.caption, "urls": urls})
-    return {"title": strip.title, "description": strip.description, "pictures": pictures}
+        pictures.append({"caption": one_line(picture.caption), "urls": urls})
+    return {"title": one_line(strip.title), "description": one_line(strip.description), "pictures": pictures}
 
 
 def _runs(data: ReportData, page: str) -> Section:

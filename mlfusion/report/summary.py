@@ -15,6 +15,7 @@ from mlfusion.errors import MlfusionError
 from mlfusion.results import Row
 from mlfusion.specs.names import BASELINE, STUDY
 from mlfusion.statistics import Setting, Spread, differences, setting
+from mlfusion.system.text import one_line
 
 ALF = "cls+ap-all-layers/attentive"
 
@@ -269,7 +270,8 @@ def _over_layers(row: Row) -> bool:
 def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
     """Group rows by the setting that `results compare` demands too, in order of appearance of models and data sets.
 
-    If several rows have the same probe and seed, the last counts.
+    If several rows have the same probe and seed, the last counts. This is the one way into every table, figure and page: names
+    are written in one line without control characters here, which a terminal would obey and XML cannot hold.
 
     Raises:
         MlfusionError: there are no rows.
@@ -277,7 +279,7 @@ def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
     if not rows:
         raise MlfusionError("no results to report. Make some with `mlfusion probe --dataset digits`")
     grouped: dict[Setting, dict[tuple[str, int], Row]] = {}
-    for row in rows:
+    for row in (row.renamed(one_line) for row in rows):
         grouped.setdefault(setting(row), {})[row.probe, row.seed] = row
     models = list(dict.fromkeys(key.model for key in grouped))
     datasets = list(dict.fromkeys(key.dataset for key in grouped))

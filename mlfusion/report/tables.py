@@ -1,5 +1,6 @@
 """The study's tables, as Markdown, LaTeX and numbers: scores beside gains, marked by significance or by rank (table 1, A4)."""
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,9 @@ from mlfusion.statistics import Spread, wilcoxon
 from mlfusion.statistics.datasets import MIN_DATASETS, merge_last_bits
 
 LEVEL = 0.05
+
+LONGEST_NAME = 120
+"""Bytes of a name as a part of a file's name; file systems allow 255 in all."""
 
 Mark = Literal["", "bold", "underline"]
 
@@ -142,7 +146,11 @@ def of_model(study: Study, model: str) -> ScoreTable:
 
 def slug(name: str) -> str:
     """A name that is safe as a file name: 'org/my model' → 'org-my-model', 'R²' → 'R2'."""
-    return re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFKC", name)).strip("-.") or "unnamed"
+    slugged = re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFKC", name)).strip("-.") or "unnamed"
+    if len(slugged.encode()) <= LONGEST_NAME:
+        return slugged
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]  # so that two long names are two files
+    return slugged.encode()[: LONGEST_NAME - 9].decode(errors="ignore") + f"-{digest}"
 
 
 def _over_models(study: Study, dataset: str) -> dict[str, dict[str, float]]:
@@ -226,12 +234,15 @@ def seed_counts(groups: Iterable[ComparisonGroup]) -> str:
 
 
 def markdown(table: ScoreTable) -> str:
-    """The table as Markdown under its title and note; each domain has a line of its own."""
+    """The table as Markdown under its title and note; each domain has a line of its own.
+
+    Names stand as they are: the rows of the table are `Row.renamed` by `text.markdown`.
+    """
     lines: list[Sequence[str]] = []
     for name, domain_lines in table.domains:
         if len(table.domains) > 1:
             lines.append([f"*{name}* |" + " |" * (len(table.columns) - 1)])
-        lines += [(label.replace("|", "\\|"), *map(_marked, cells)) for label, cells in domain_lines]
+        lines += [(label, *map(_marked, cells)) for label, cells in domain_lines]
     lines += [(label, *map(_marked, cells)) for label, cells in table.foot]
     heads = ["data set", *(f"`{name}`" for name in table.columns)]
     return f"### {table.title}\n\n{table.note}\n\n" + "\n".join(markdown_lines(heads, lines)) + "\n"

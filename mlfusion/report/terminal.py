@@ -1,6 +1,6 @@
 """The report as tables for the terminal, or as Markdown for a page of text, so that an answer needs no browser."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
 from rich.console import Group, RenderableType
@@ -21,6 +21,7 @@ from mlfusion.report.summary import (
 )
 from mlfusion.report.tables import markdown_lines, seed_counts
 from mlfusion.results import Row
+from mlfusion.system import text
 from mlfusion.system.progress import duration
 from mlfusion.system.words import plural
 
@@ -83,7 +84,7 @@ def _side_by_side(study: Study, model: str, width: int) -> Iterator[RenderableTy
         fitting = _fitting(columns, width - name_width - 2)
         table = bare_table(title, [""], [column.head for column in columns[:fitting]])
         for number, probe in enumerate(probes):
-            table.add_row(probe, *(column.cells[number] for column in columns[:fitting]))
+            add_line(table, [probe, *(column.cells[number] for column in columns[:fitting])])
         yield table
         columns, title = columns[fitting:], None
         if columns:
@@ -131,10 +132,15 @@ def bare_table(title: Text | None, texts: Sequence[str], numbers: Sequence[str])
     bare = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", title_style="")
     bare.title, bare.title_justify = title, "left"
     for head in texts:
-        bare.add_column(head, no_wrap=True)
+        bare.add_column(Text(head), no_wrap=True)
     for head in numbers:
-        bare.add_column(head, justify="right", no_wrap=True)
+        bare.add_column(Text(head), justify="right", no_wrap=True)
     return bare
+
+
+def add_line(table: Table, cells: Iterable[str | Text], style: str = "") -> None:
+    """Add a line to a table; a text in it is never markup: 'plants [g]' keeps its brackets."""
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -144,10 +150,10 @@ def markdown(rows: Sequence[Row]) -> str:
         MlfusionError: there are no rows.
     """
     parts = []
-    groups = comparison_groups(rows)
+    groups = comparison_groups([row.renamed(text.markdown) for row in rows])
     for group in groups:
         lines = [(f"`{score.probe}`", *_cells(score)) for score in group.scores]
-        text = [
+        part = [
             f"### {group.name}",
             "",
             f"{_sizes(group)}. {answer(group)}",
@@ -155,7 +161,7 @@ def markdown(rows: Sequence[Row]) -> str:
             *markdown_lines([f"{metric_name(group.metric)}, %", *COLUMNS], lines),
             *(line for note in footnotes(group.scores) for line in ("", note)),
         ]
-        parts.append("\n".join(text))
+        parts.append("\n".join(part))
     return "\n\n".join([*parts, *protocol_notes(groups), *replaced_notes(rows)]) + "\n"
 
 
@@ -169,7 +175,7 @@ def _table(group: ComparisonGroup) -> Table:
     best = max((score for score in group.scores if score.gain), key=lambda score: score.test.mean, default=None)
     for score in group.scores:
         style = "bold" if score is best and not score.is_baseline else ""
-        table.add_row(score.probe, *_cells(score), style=style)
+        add_line(table, [score.probe, *_cells(score)], style)
     return table
 
 

@@ -3,15 +3,17 @@
 import csv
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 
 from mlfusion.errors import ResultsUnusable, UnknownName
-from mlfusion.results.rows import NotARow, Row, decode, encode
+from mlfusion.results.records import NotARow, decode, encode
+from mlfusion.results.rows import Row
 from mlfusion.system import disk
+from mlfusion.system.text import csv_cell
 
 if TYPE_CHECKING:
     import pandas
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = ("csv", "parquet", "jsonl")
+EARLY = 1000  # rows of a CSV that are written again at once if a further column appears
 
 
 def flat(part: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -53,7 +56,9 @@ def _columns(objects: Iterable[Mapping[str, Any]]) -> list[str]:
 def write(rows: Iterable[Row], path: Path) -> None:
     """Replace `path`, whole or not at all; its ending decides the format: .csv, .parquet or .jsonl.
 
-    Lists are written as JSON in a CSV, and as lists in Parquet; JSON lines hold the exact rows, and can be imported again.
+    Lists are written as JSON in a CSV, and as lists in Parquet; JSON lines hold the exact rows, and can be imported again. In a
+    CSV a text that spreadsheets take for a formula begins with an apostrophe. `rows` may be those of `Results.scan`: for a CSV
+    or JSON lines they need not fit into memory.
 
     Raises:
         UnknownName: the ending is not one of these.
@@ -63,30 +68,46 @@ def write(rows: Iterable[Row], path: Path) -> None:
     if format not in FORMATS:
         hint = "The ending of the path decides, as in results.csv."
         raise UnknownName("form of export", format, FORMATS, otherwise=hint)
+    if isinstance(rows, Iterator):  # a CSV may read them twice
+        rows = list(rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk.atomic(path, replace=True) as draft:
-            _write_draft(list(rows), draft, format)
+            if format == "parquet":
+                frame(rows).to_parquet(draft, index=False)
+            else:
+                with draft.open("x", encoding="utf-8", newline="") as file:
+                    _write_csv(rows, file) if format == "csv" else _write_lines(rows, file)
     except OSError as err:
         raise ResultsUnusable(
             f"cannot write {str(path)!r}: {err.strerror or err}; allowed: a path in a folder that can be written"
         ) from err
 
 
-def _write_draft(rows: list[Row], path: Path, format: str) -> None:
-    if format == "parquet":
-        frame(rows).to_parquet(path, index=False)
-        return
-    with path.open("x", encoding="utf-8", newline="") as file:
-        if format == "jsonl":
-            file.writelines(encode(row).decode() + "\n" for row in rows)
-            return
-        objects = [flat(msgspec.to_builtins(row)) for row in rows]
-        table = csv.DictWriter(file, _columns(objects), lineterminator="\n")
+def _write_lines(rows: Iterable[Row], file: TextIO) -> None:
+    file.writelines(encode(row).decode() + "\n" for row in rows)
+
+
+def _write_csv(rows: Iterable[Row], file: TextIO) -> None:
+    """Write rows under the columns of the rows so far; a row with another one begins the file again, which few rows do."""
+    columns: dict[str, None] = {}
+    complete = False
+    while not complete:
+        file.seek(0)
+        file.truncate()
+        table = csv.DictWriter(file, list(columns), lineterminator="\n")
         table.writeheader()
-        for item in objects:
-            lists = {k: json.dumps(v, ensure_ascii=False) for k, v in item.items() if isinstance(v, list)}
-            table.writerow(item | lists)
+        complete = True
+        for number, row in enumerate(rows):
+            fields = flat(msgspec.to_builtins(row))
+            if not complete or not fields.keys() <= columns.keys():
+                columns |= dict.fromkeys(fields)
+                complete = False
+                if number < EARLY:
+                    break  # little is lost
+                continue  # the rest is read for its columns alone
+            lists = {k: json.dumps(v, ensure_ascii=False) for k, v in fields.items() if isinstance(v, list)}
+            table.writerow({name: csv_cell(value) for name, value in (fields | lists).items()})
 
 
 def read_lines(path: Path) -> list[Row]:
@@ -97,16 +118,17 @@ def read_lines(path: Path) -> list[Row]:
         OSError: the file cannot be read.
     """
     rows: list[Row] = []
-    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            rows.append(decode(text))
-        except NotARow as err:
-            raise ResultsUnusable(
-                f"{path} line {number} is no result: {err}. Rows are written by `mlfusion results export`; move that line "
-                "out of the file"
-            ) from err
-        except ValueError:  # JSON and UTF-8 errors alike
-            logger.warning("%s line %d is torn (a killed run's); it is left out", path, number)
+    with path.open("rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                rows.append(decode(text))
+            except NotARow as err:
+                raise ResultsUnusable(
+                    f"{path} line {number} is no result: {err}. Rows are written by `mlfusion results export`; move that line "
+                    "out of the file"
+                ) from err
+            except ValueError:  # JSON and UTF-8 errors alike
+                logger.warning("%s line %d is torn (a killed run's); it is left out", path, number)
     return rows

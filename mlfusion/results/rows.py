@@ -1,22 +1,21 @@
 """A row: one probe, trained with one seed and tested once, with everything needed to make it again.
 
-Rows are frozen values that `msgspec` reads and checks: numbers are finite, the id can name a file. Unknown fields are
-ignored.
+Rows are frozen values. `records` reads and writes them as JSON, and checks them by the types that are given here: numbers are
+finite and bounded, the id can name a file. Unknown fields are ignored.
 """
 
-import json
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import product
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import Meta, Struct
 
 from mlfusion.specs.commands import extract_command, probe_command
 from mlfusion.specs.definitions import option_words
-from mlfusion.specs.identity import Pair
+from mlfusion.specs.identity import Pair, TokenKind
 from mlfusion.specs.names import Stability
 from mlfusion.specs.options import GridName, SearchOptions
 from mlfusion.system.words import plural
@@ -24,37 +23,55 @@ from mlfusion.system.words import plural
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 """A number that is neither infinite nor NaN."""
 
-Id = Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z")]
+Id = Annotated[str, Meta(pattern=r"^\w[\w.-]*\Z", max_length=200)]
 """An id is a file name too: it may not lead out of the folder."""
 
+Key = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
+"""The key of a cache entry, which is a folder's name."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=1000)]
+Place = Annotated[str, Meta(min_length=1, max_length=4096)]  # a name, a hub id or a path
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Size = Annotated[int, Meta(ge=1, le=2**53)]
+Depth = Annotated[int, Meta(ge=1, le=1000)]
+Layer = Annotated[int, Meta(ge=0, le=1000)]
+Share = Annotated[float, Meta(ge=0, le=1 + 1e-6)]  # a mean of shares may round to above one
+Score = Annotated[float, Meta(ge=-1e100, le=1 + 1e-6)]
+"""A score on images: a fraction, or an R², which has no lower bound; 100 times it is still a number."""
+
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Time = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)\Z")]
+"""ISO 8601 with a time zone."""
+
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 RowPrecision = Literal["float32", "bfloat16"]
 
 
 class Metrics(Struct, frozen=True, kw_only=True, tag_field="kind", tag="class"):
     """Scores on the test split, as fractions, for one class per image."""
 
-    balanced_accuracy: Finite
-    accuracy: Finite
-    top5: Finite
-    macro_f1: Finite
+    balanced_accuracy: Share
+    accuracy: Share
+    top5: Share
+    macro_f1: Share
     loss: Finite  # cross-entropy, nats
-    recall: tuple[Finite | None, ...]  # per class, in the order of the row's `classes`; None without test images
+    recall: tuple[Share | None, ...]  # per class, in the order of the row's `classes`; None without test images
 
 
 class LabelMetrics(Struct, frozen=True, kw_only=True, tag_field="kind", tag="labels"):
     """Scores on the test split, as fractions, for several labels per image."""
 
-    mean_average_precision: Finite
-    average_precision: tuple[Finite | None, ...]  # per label; None if no test image has it
-    micro_f1: Finite
-    macro_f1: Finite
+    mean_average_precision: Share
+    average_precision: tuple[Share | None, ...]  # per label; None if no test image has it
+    micro_f1: Share
+    macro_f1: Share
     loss: Finite  # binary cross-entropy, nats
 
 
 class NumberMetrics(Struct, frozen=True, kw_only=True, tag_field="kind", tag="number"):
     """Scores on the test split for one number per image."""
 
-    r2: Finite
+    r2: Score
     mae: Finite  # in the labels' unit
     rmse: Finite
 
@@ -72,12 +89,12 @@ class Selected(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     lr: Finite | None = None
     weight_decay: Finite | None = None
-    steps: int | None = None
-    batch_size: int | None = None
+    steps: Count | None = None
+    batch_size: Count | None = None
     dropout: Finite | None = None
-    heads: int | None = None
+    heads: Count | None = None
     penalty: Finite | None = None  # ridge and logistic
-    neighbours: int | None = None
+    neighbours: Count | None = None
     temperature: Finite | None = None
 
     @classmethod
@@ -93,15 +110,15 @@ class Selected(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class ImageCounts(Struct, frozen=True, kw_only=True):
     """The number of images of each split."""
 
-    train: int
-    test: int
+    train: Size
+    test: Size
 
 
 class Duplicates(Struct, frozen=True, kw_only=True):
     """The number of test images that are in train too."""
 
-    bytes: int  # with equal bytes
-    near: int | None  # other near copies, by their tokens; None: not compared
+    bytes: Count  # with equal bytes
+    near: Count | None  # other near copies, by their tokens; None: not compared
 
     def sentence(self, images: int) -> str:
         """The counts in words, for a test split of so many images; empty if there is nothing to tell."""
@@ -116,65 +133,65 @@ class Duplicates(Struct, frozen=True, kw_only=True):
 class Sources(Struct, frozen=True, kw_only=True):
     """The model and data set as given to `mlfusion extract`, which finds them again by these names."""
 
-    model: str  # a catalogue's source, hub id, or folder
-    dataset: str
-    weights: str  # sha256 of the weight files
-    train: str  # digest of the split's images and labels
-    test: str
-    options: tuple[str, ...]  # further options of the `mlfusion extract` that makes the features again
+    model: Place  # a catalogue's source, hub id, or folder
+    dataset: Place
+    weights: Name  # sha256 of the weight files
+    train: Name  # digest of the split's images and labels
+    test: Name
+    options: tuple[Place, ...]  # further options of the `mlfusion extract` that makes the features again
 
 
 class Attention(Struct, frozen=True, kw_only=True):
     """The attention of a probe on each of T tokens, averaged over heads; four lists of length T."""
 
-    layers: tuple[int, ...]
-    kinds: tuple[str, ...]  # "cls", "ap" or "all"
-    mean: tuple[Finite, ...]  # over the test images
-    sd: tuple[Finite, ...]  # over the test images
+    layers: tuple[Layer, ...]
+    kinds: tuple[TokenKind, ...]
+    mean: tuple[Share, ...]  # over the test images
+    sd: tuple[Share, ...]  # over the test images
 
 
 class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One probe, trained with one seed on one model's features of one data set, and tested once."""
 
     id: Id
-    model: str
-    dataset: str
-    probe: str  # "cls+ap-all-layers/attentive"
-    seed: int
-    metric: str  # metric of val, test and train: balanced_accuracy, mean_average_precision or r2
-    val: Finite  # score of the chosen configuration on the 20 % of train held out for the choice
-    test: Finite  # computed once, after the choice
-    train: Finite
+    model: Name
+    dataset: Name
+    probe: Name  # "cls+ap-all-layers/attentive"
+    seed: Seed
+    metric: Name  # metric of val, test and train
+    val: Score  # score of the chosen configuration on the 20 % of train held out for the choice
+    test: Score  # computed once, after the choice
+    train: Score
     metrics: AnyMetrics
     selected: Selected
     grid: GridName
-    configurations: int  # number of configurations scored on the validation part
-    parameters: int  # number of parameters of one probe
-    seconds: Finite
-    layers: tuple[int, ...]  # layers that the probe reads
-    tokens: tuple[str, ...]  # token kinds that the probe reads
-    depth: int  # L, the model's blocks
-    width: int  # D, channels of a token
+    configurations: Count  # number of configurations scored on the validation part
+    parameters: Count  # number of parameters of one probe
+    seconds: Seconds
+    layers: Annotated[tuple[Layer, ...], Meta(min_length=1)]  # layers that the probe reads
+    tokens: Annotated[tuple[TokenKind, ...], Meta(min_length=1)]  # token kinds that the probe reads
+    depth: Depth  # L, the model's blocks
+    width: Size  # D, channels of a token
     classes: tuple[str, ...]
     images: ImageCounts
-    features: tuple[str, str]  # cache keys: train, test
+    features: tuple[Key, Key]  # cache keys: train, test
     attention: Attention | None
-    versions: dict[str, str]
-    code: str
-    created: str  # ISO 8601
-    protocol: int  # `probing.jobs.PROTOCOL`; rows of different protocols are not compared
-    device: str  # device of the training
+    versions: Annotated[dict[Name, Name], Meta(max_length=100)]
+    code: Name
+    created: Time
+    protocol: Count  # `probing.jobs.PROTOCOL`; rows of different protocols are not compared
+    device: Name  # device of the training
     precision: RowPrecision  # precision of the matrix products in training; 'auto' is resolved
-    bytes: int  # size of the tokens it reads in the cache before compression, train and test
+    bytes: Count  # size of the tokens it reads in the cache before compression, train and test
     sources: Sources  # sources of the model and the data set
-    shots: int | None = None  # training images per class; None: all
+    shots: Size | None = None  # training images per class; None: all
     halving: bool = False  # weak configurations were stopped early
     smoothing: Finite | None = None  # label smoothing; None: no smoothing
     streamed: bool = False  # tokens were read in shuffled batches, not loaded
     stability: Stability | None = None  # whether rounding alone changes the chosen probe's answers; None: not tried
     duplicates: Duplicates | None = None  # of the features; None: the row was made before they were counted
     drop_duplicates: bool = False  # train images that are in test too were left out of train
-    at_end: dict[str, str] = {}  # hyper-parameters selected at an end of the grid: {"lr": "largest"}
+    at_end: dict[Name, Name] = {}  # hyper-parameters selected at an end of the grid: {"lr": "largest"}
 
     def search(self) -> SearchOptions:
         """The options that decide its numbers; its id follows from them."""
@@ -186,6 +203,21 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
             smoothing=self.smoothing or 0.0,
             precision=self.precision,
             drop_duplicates=self.drop_duplicates,
+        )
+
+    def renamed(self, write: Callable[[str], str]) -> "Row":
+        """A copy whose names of model, data set, classes, code and versions are written by `write`; itself if none changes."""
+        names = (self.model, self.dataset, self.code, *self.versions, *self.versions.values())
+        classes = _written(write, self.classes)
+        if classes == self.classes and all(write(name) == name for name in names):
+            return self
+        return msgspec.structs.replace(
+            self,
+            model=write(self.model),
+            dataset=write(self.dataset),
+            code=write(self.code),
+            versions={write(name): write(version) for name, version in self.versions.items()},
+            classes=classes,
         )
 
     def extract_command(self, cache: str | None = None) -> str:
@@ -227,90 +259,7 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return ", ".join(filter(None, parts))
 
 
-class NotARow(ValueError):
-    """A value is no row; says which field is wrong and what is allowed."""
-
-
-_DECODER = msgspec.json.Decoder(Row)
-
-encode = msgspec.json.Encoder().encode
-"""Row → its JSON in one line; options at their default are left out."""
-
-
-def decode(text: bytes | str) -> Row:
-    """Decode a row from its JSON.
-
-    Raises:
-        NotARow: the JSON does not describe a row.
-        ValueError: the text is not JSON.
-    """
-    try:
-        return _DECODER.decode(text)
-    except msgspec.DecodeError:
-        return from_object(json.loads(text))  # slower, but reads NaN, so that the error can name it
-
-
-def from_object(value: Any) -> Row:
-    """Convert decoded JSON to a row.
-
-    Raises:
-        NotARow: the value does not describe a row.
-    """
-    try:
-        return msgspec.convert(value, Row)
-    except msgspec.ValidationError as err:
-        raise NotARow(_sentence(str(err), value)) from None
-
-
-def check(row: Row) -> None:
-    """Raise `NotARow` for a row with a value that could not be read back."""
-    from_object(msgspec.to_builtins(row))
-
-
-# --- error messages about values  ----------------------------------------------------------------------------
-
-_NOUNS = {
-    "float": "a finite number",
-    "int": "a whole number",
-    "str": "text",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "an object",
-}
-_ALLOWED = {
-    "grid": get_args(GridName),
-    "precision": get_args(RowPrecision),
-    "metrics.kind": ("class", "labels", "number"),
-}
-
-
-def _sentence(message: str, value: Any) -> str:
-    """Translate `msgspec`'s message about a value ('Expected `int`, got `str` - at `$.seed`'), into plain words."""
-    problem, _, location = message.partition(" - at `$")
-    path, part = _part_at(value, location.strip("`."))
-    path = path or "row"
-    if lacking := re.search(r"required field `(\w+)`", problem):
-        return f"{path} lacks {lacking[1]}"
-    if "matching regex" in problem:
-        return f"{path} {part!r} cannot name a file; allowed: letters, digits, '_', '-' and '.'"
-    if path in _ALLOWED and isinstance(part, str):
-        return f"{path} is {_shortened(part)}; allowed: {', '.join(map(repr, _ALLOWED[path]))}"
-    expected = re.match(r"Expected `(\w+)", problem)
-    noun = _NOUNS.get(expected[1]) if expected and " of length" not in problem else None
-    return f"{path} is {_shortened(part)}, not {noun}" if noun else f"{path} is {_shortened(part)}: {problem}"
-
-
-def _part_at(value: Any, path: str) -> tuple[str, Any]:
-    """The path and the part of a value at 'metrics.recall[1]'; '[...]' is the first entry of `versions` that is no text."""
-    name = ""
-    for part in re.findall(r"\w+|\[\d+\]|\[\.\.\.\]", path):
-        if part == "[...]":
-            part = next((key for key, item in value.items() if not isinstance(item, str)), "")
-        value = value[int(part[1:-1])] if part.startswith("[") else value[part]
-        name += part if part.startswith("[") or not name else f".{part}"
-    return name, value
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+@lru_cache(maxsize=256)
+def _written(write: Callable[[str], str], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names as `write` writes them; rows of one data set share a list, which may have thousands."""
+    return tuple(map(write, names))

@@ -1,5 +1,7 @@
 """Finds and reads cached features by the names of a model and a data set; needs neither images nor the model."""
 
+import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -11,6 +13,7 @@ import numpy as np
 
 from mlfusion.errors import BadData, BadModel, NotCached
 from mlfusion.specs.commands import extract_command, feature_words
+from mlfusion.specs.definitions import option_words
 from mlfusion.specs.identity import KINDS, ModelSpec, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens
 from mlfusion.specs.splits import split_word
@@ -20,6 +23,8 @@ from mlfusion.store.overlap import Overlap, overlap
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 Tokens = TypeVar("Tokens", np.ndarray, TokenReader)
 
@@ -79,6 +84,7 @@ def open_features(
     words = feature_words(("train", "test"), selection.view, alias.names.options)
     require(entry, parse_tokens(kinds, layer_ranges(layers), depth), model, dataset, words)
     rows, samples = entry.rows(), entry.samples
+    tell_left_out(entry)
     return Features(
         tokens=entry.open(layers, kinds, check=check),  # type: ignore[arg-type]
         labels=samples.labels[rows],
@@ -155,7 +161,21 @@ def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[Sp
             pairs_of.setdefault(model or names.model_source, []).append((train, test))
     if not pairs_of:
         raise NotCached(_not_cached(store, model, dataset, named))
-    return [_newest_pair(candidates, named) for candidates in pairs_of.values()]
+    pairs = [_newest_pair(candidates, named) for candidates in pairs_of.values()]
+    for entry in (entry for pair in pairs for entry in (pair.train, pair.test)):
+        tell_left_out(entry)
+    return pairs
+
+
+def tell_left_out(entry: Entry) -> None:
+    """Warn that images of an entry were skipped, since scores of the rest are those of another data set."""
+    if skipped := len(entry.skipped()):
+        data = entry.spec.data
+        logger.warning(
+            "%s of %s %s images of %s are left out, since they could not be read when their features were extracted; "
+            "which and why: mlfusion cache ls --json",
+            *(f"{skipped:,}", f"{data.images:,}", data.split, data.name),
+        )
 
 
 def _newest_pair(candidates: list[tuple[Alias, Alias]], named: list[Alias]) -> SplitPair:
@@ -240,7 +260,7 @@ def _require_one_source(named: Sequence[Alias], model: str | None, dataset: str)
         if word is not None and len(set(found.values())) > 1 and len(found) > 1:
             raise BadData(
                 f"{word} is the name of {len(found)} sources in the cache: {', '.join(sorted(found))}. Give one of them, "
-                f"such as --{option} {sorted(found)[0]}"
+                f"such as {shlex.join(option_words(option, sorted(found)[0]))}"
             )
 
 

@@ -10,6 +10,8 @@ from contextlib import closing
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlfusion.system.text import one_line
+
 SILENCE = 2.0  # seconds before anything is shown
 LOG_EVERY = 10.0  # seconds between lines in a log
 
@@ -26,7 +28,7 @@ class Bar:
     """One piece of work, counted in `unit`s."""
 
     def __init__(self, title: str, total: int, unit: str) -> None:
-        self.title, self.total, self.unit = title, total, unit
+        self.title, self.total, self.unit = one_line(title), total, unit  # names are a stranger's
         self.done = 0
         self.note = ""  # shown after the rate
         self._start = time.monotonic()
@@ -47,7 +49,7 @@ class Bar:
         if self._console.is_terminal:
             if self._live is None:
                 self._live = Progress(
-                    TextColumn("{task.description}"),
+                    TextColumn("{task.description}", markup=False),
                     BarColumn(),
                     TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
                     TextColumn("{task.fields[rate]}", style="progress.data.speed", markup=False),
@@ -57,14 +59,14 @@ class Bar:
                 )
                 self._live.add_task(self.title, total=self.total, rate="")
                 self._live.start()
-            rate = f"{self.rate:,.1f} {self.unit}/s{self.note and f', {self.note}'}"
+            rate = f"{self.rate:,.1f} {self.unit}/s{self.note and f', {one_line(self.note)}'}"
             self._live.update(self._live.task_ids[0], completed=self.done, total=self.total, rate=rate)
         elif now - self._shown_at >= LOG_EVERY:
             self._shown_at = now
             left = (self.total - self.done) / max(self.rate, 1e-9)
             sys.stderr.write(
                 f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.rate:,.1f} {self.unit}/s, "
-                f"{duration(left)} left{self.note and f'; {self.note}'}\n"
+                f"{duration(left)} left{self.note and f'; {one_line(self.note)}'}\n"
             )
 
     @property

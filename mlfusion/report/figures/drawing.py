@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from mlfusion.report.figures.charts import DATA
 from mlfusion.report.theme import DASHES, LIGHT, Symbol, config, symbol_at
+from mlfusion.system.text import csv_cell
 
 Value = str | float | int | None
 
@@ -104,11 +105,11 @@ def series_legend(names: Sequence[str], shown: Container[str] | None = None) -> 
 
 
 def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records as CSV; columns in order of appearance, an absent value empty."""
+    """Records as CSV; columns in order of appearance, an absent value empty, texts as `csv_cell` writes them."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(dict.fromkeys(chain.from_iterable(records))), restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows({name: csv_cell(value) for name, value in record.items()} for record in records)
     return buffer.getvalue()
 
 

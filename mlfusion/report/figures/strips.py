@@ -3,6 +3,7 @@
 from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record
 from mlfusion.report.pictures import Picture, Strip, data_url
+from mlfusion.system.text import one_line
 
 SIDE_PX = 150  # side of a picture in the figure
 PIXELS = 300  # side of a picture in its file
@@ -13,21 +14,21 @@ def strip_figure(strip: Strip) -> Figure:
     """The pictures in a row; below each picture its attention map, if it has one."""
     rows = 1 + any(picture.attention is not None for picture in strip.pictures)
     step, below = SIDE_PX + 14, SIDE_PX + 8
+    captions = [one_line(picture.caption) for picture in strip.pictures]
     records = []
     for i, picture in enumerate(strip.pictures):
         x, y = i % COLUMNS * step, i // COLUMNS * (below * rows + 26)
         records.append(Record(what="image", x=x, y=y, url=data_url(Picture(picture.image), PIXELS, kind="png")))
         if picture.attention is not None:
             records.append(Record(what="image", x=x, y=y + below, url=data_url(picture, PIXELS, kind="png")))
-        records.append(Record(what="caption", x=x, y=y + below * rows + 6, text=picture.caption))
+        records.append(Record(what="caption", x=x, y=y + below * rows + 6, text=captions[i]))
     width = round(max(record.number("x") for record in records)) + SIDE_PX
     height = round(max(record.number("y") for record in records)) + 14
-    captions = [picture.caption for picture in strip.pictures]
     return Figure(
         strip.name,
-        strip.title,
-        strip.description,
-        f"{strip.description} {'; '.join(captions)}",
+        one_line(strip.title),
+        one_line(strip.description),
+        f"{one_line(strip.description)} {'; '.join(captions)}",
         [Panel("", _spec(width, height), records, width=width)],
         [Record(place=i, caption=caption) for i, caption in enumerate(captions, 1)],
         columns=1,
