@@ -97,7 +97,7 @@ def rows(first: int, count: int) -> Iterator[Row]:
             "width": 768,
             "classes": NAMES[classes],
             "images": {"train": 5000, "test": 1000},
-            "features": ["k" * 16, "t" * 16],
+            "features": ["0a" * 8, "0b" * 8],
             "attention": {
                 "layers": sorted([*range(1, 13)] * 2),
                 "kinds": ["cls", "ap"] * 12,
@@ -114,7 +114,7 @@ def rows(first: int, count: int) -> Iterator[Row]:
             "sources": {
                 "model": f"organisation/model-{number // 20 % 9}",
                 "dataset": f"organisation/data-set-{number % 20}",
-                "weights": "w" * 64,
+                "weights": "a" * 64,
                 "train": "d" * 64,
                 "test": "e" * 64,
                 "extract": "mlfusion extract --model MODEL --dataset DATASET --tokens cls+ap@1-12",
@@ -174,7 +174,7 @@ def main() -> None:
         store, held = Results(root), 0
         for many in sorted({min(10**k, asked.most) for k in range(3, 7)}):
             while held < many:
-                held += store.take(rows(held, min(BLOCK, many - held)))
+                held += store.take(rows(held, min(BLOCK, many - held))).taken
             found[many] = measure(root, many, asked.repeat)
             print(many, found[many], file=sys.stderr, flush=True)
         exports = {form: timed(partial(export.write, store.rows(), root / f"all.{form}"), 1) for form in export.FORMS}

@@ -407,7 +407,7 @@ def test_export_and_import_at_the_command_line(at: Path, run: Any) -> None:
     )
     assert Results("third").named(rows[0].id) == rows[0]
     code, out, _ = run("results", "import", "other.jsonl", "--replace", "--results", "third")
-    assert code == 0 and "1 results taken over" in out and Results("third").named(rows[0].id) == other
+    assert code == 0 and "1 result taken over" in out and Results("third").named(rows[0].id) == other
     results = Results("results")
     np.savez(
         "results/arrays/" + rows[0].id,

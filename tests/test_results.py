@@ -497,7 +497,7 @@ def test_a_flipped_bit_never_changes_a_value_without_a_word(tmp_path: Path) -> N
     said = Said()
     logging.getLogger("mlfusion").addHandler(said)
     outcomes = {"same": 0, "warned": 0, "refused": 0}
-    for _ in range(examples(150)):
+    for _ in range(examples(300)):
         at, bit = int(random.integers(len(whole))), int(random.integers(8))
         flipped.path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
         said.lines.clear()

@@ -433,7 +433,7 @@ def common(tmp_path: Path) -> Path:
     if os.geteuid() != 0:
         pytest.skip("needs root, to act as several users")
     for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == 0 and folder.name.startswith(("pytest", "test")):
+        if folder.stat().st_uid == 0 and folder.name.startswith(("pytest", "test", "popen")):
             folder.chmod(0o755)
     root = tmp_path / "cache"
     root.mkdir()

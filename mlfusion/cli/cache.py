@@ -124,8 +124,8 @@ def verify(
         for reason in (*again.skipped, *again.different):
             notify(reason)
     if again and not as_json:
-        verdict = f"{len(again.different):,} entries differ" if again.different else "they agree"
-        say(f"{again.images:,} images of {again.entries:,} entries were run again: {verdict}")
+        verdict = f"{len(again.different):,} of the entries differ" if again.different else "they agree"
+        say(f"{plural(again.images, 'image')} of {plural(again.entries, 'entry', 'entries')} run again: {verdict}")
     if again and again.different:
         raise CacheUnusable("the cache holds numbers that its models do not give")
     if report.unread:

@@ -15,11 +15,15 @@ def translated(path: Path, action: str) -> Iterator[None]:
     """Raise errors of the disk and of the database at `path` as `ResultsUnusable`; `action` is "read" or "save"."""
     try:
         yield
-    except (OSError, sqlite3.Error) as err:
+    except (OSError, sqlite3.Error, UnicodeError) as err:
         name = getattr(err, "sqlite_errorname", "")
         reason = getattr(err, "strerror", None) or str(err)
         cannot = f"cannot {action} results in {str(path.parent)!r}: {reason}"
-        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or type(err) is sqlite3.DatabaseError:
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or type(err) in (
+            sqlite3.DatabaseError,
+            UnicodeDecodeError,
+            UnicodeEncodeError,
+        ):
             message = (
                 f"{path} is damaged ({reason}). Keep a copy, and save what can be read with SQLite's own tool: "
                 f"sqlite3 {shlex.quote(str(path))} .recover | sqlite3 recovered.sqlite; or name another folder with "

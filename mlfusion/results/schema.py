@@ -113,7 +113,7 @@ class Stored:
         Raises:
             ValueError: a byte of it was changed.
         """
-        if self.digest is not None and self.digest != row_digest(self.classes, self.body):
+        if not isinstance(self.body, str) or self.digest not in (None, row_digest(self.classes, self.body)):
             raise ValueError("it does not match its digest")
         return self.body
 
@@ -257,9 +257,16 @@ def insert(connection: sqlite3.Connection, rows: Iterable[Row]) -> None:
 
 def select(connection: sqlite3.Connection, number: int, rest: str, values: Iterable[object] = ()) -> Iterator[Stored]:
     """The stored rows that the rest of a SELECT names, in a database of this format, one after the other."""
-    digest = "NULL" if number < FORMAT else "digest"
+    digest = "NULL" if number < FORMAT else "ifnull(digest, '')"  # a digest that a damaged page lost fits no row
     columns = f"id, model, dataset, probe, classes, body, {digest}"
     return (Stored(*one) for one in connection.execute(f"SELECT {columns} FROM results {rest}", tuple(values)))
+
+
+def require_whole(connection: sqlite3.Connection) -> None:
+    """Raise sqlite3.DatabaseError if a page does not account for all of its bytes: it may hide rows."""
+    [found] = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError(str(found).splitlines()[-1])
 
 
 def class_lists(connection: sqlite3.Connection, digest: str | None = None) -> Lists:
