@@ -177,7 +177,7 @@ def main() -> None:
                 held += store.take(rows(held, min(BLOCK, many - held))).taken
             found[many] = measure(root, many, asked.repeat)
             print(many, found[many], file=sys.stderr, flush=True)
-        exports = {form: timed(partial(export.write, store.rows(), root / f"all.{form}"), 1) for form in export.FORMS}
+        exports = {form: timed(partial(export.write, store.rows(), root / f"all.{form}"), 1) for form in export.FORMATS}
         each, writers = 25, 4
         crowd = [
             multiprocessing.Process(target=append_many, args=(root, 10**7 * (w + 1), each)) for w in range(writers)

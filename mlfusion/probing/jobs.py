@@ -10,7 +10,7 @@ from mlfusion.specs.identity import digest
 from mlfusion.specs.names import Probe
 from mlfusion.specs.options import SearchOptions
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Part of every row's id; it is raised when a change of code changes scores, so that old rows are made again."""
 
 
