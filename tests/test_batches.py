@@ -106,9 +106,10 @@ def test_sizes_must_add_up(tmp_path: Path) -> None:
 def test_a_probe_streams_what_it_may_not_load(tmp_path: Path) -> None:
     """The same protocol and the same scores but for rounding; the row tells."""
     for split, images in (("train", 1200), ("test", 300)):
-        cached(tmp_path, split, images, tokens=20, width=64, seed=len(split))
+        cached(tmp_path, split, images, tokens=44, width=64, seed=len(split))
     rows = {}
-    for memory in (6 * 10**6, 10**9):
+    little = 13 * 10**6  # bytes: less than twice the tokens, and enough for a block
+    for memory in (little, 10**9):
         done = mlfusion.probe(
             "d",
             model="m",
@@ -121,7 +122,7 @@ def test_a_probe_streams_what_it_may_not_load(tmp_path: Path) -> None:
         )
         [rows[memory]] = done.rows
         assert Results(tmp_path / f"{memory}").require() == done.rows
-    streamed, loaded = rows[6 * 10**6], rows[10**9]
+    streamed, loaded = rows[little], rows[10**9]
     assert streamed.streamed and not loaded.streamed
     assert loaded.test > 0.6 and streamed.test == pytest.approx(loaded.test, abs=0.01)
     assert streamed.id == loaded.id

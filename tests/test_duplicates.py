@@ -172,7 +172,7 @@ def test_duplicates_stand_under_the_scores_and_on_the_page(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     row, _ = probed(as_folders(files([files()["test"][0][1]]), Path("set")))
-    sentence = "1 of 16 test images are in train too: 1 byte for byte, 0 as near copies"
+    sentence = "1 of 16 test images is in train too: 1 byte for byte, 0 as near copies"
 
     def said(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["mlfusion", *words])

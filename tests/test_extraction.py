@@ -246,8 +246,8 @@ mlfusion.extract(sys.argv[1], sys.argv[2], splits="train", batch_size=2, tokens=
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["zarr", pytest.param("hdf5", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("format", ["zarr", "hdf5"])
 def test_killed_anywhere_it_ends_with_the_same_bytes(format, model, images, tmp_path):
     """kill -9 once shards have begun to appear, several times, then to the end: compared with an undisturbed run."""
 
@@ -313,7 +313,7 @@ def test_too_little_space_is_refused_before_any_work(model, images, monkeypatch)
         mlfusion.extract(model, images)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("unshare"), reason="root writes anywhere, needs unshare")
 def test_a_read_only_cache_is_said_and_still_read(model, images, tmp_path):
     """The cache mounted read-only in a mount namespace of its own."""

@@ -669,7 +669,7 @@ def typed(*words: str) -> Result:
     return CliRunner().invoke(app, list(words))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_of_a_study_as_large_as_the_papers_stays_small(tmp_path: Path) -> None:
     rows: list[Row] = []
     random = np.random.default_rng(0)

@@ -182,7 +182,7 @@ def test_labels_of_json_keep_their_types(labels, target, want, tmp_path):
         ("path,label\n" + ROWS[0] + ",x\n", {"image_column": "img"}, r"no column 'img'; --image-column may be: path"),
         ("path,label\n" + ROWS[0] + ",x\n", {"id_column": "key"}, r"no column 'key'; --id-column may be: path"),
         ("path,label\n" + ROWS[0] + ",x\n", {"target": "text"}, "--target text: allowed are class, labels, number"),
-        ("path,label\ntrain/no.png,x\n" + ROWS[0] + ",y\n", {}, r"1 files that are not there, the first in row 1: train/no"),
+        ("path,label\ntrain/no.png,x\n" + ROWS[0] + ",y\n", {}, r"1 file that is not there, the first in row 1: train/no"),
         ("path,label\n" + f"{ROWS[0]},x\n" * 2, {}, r"has train/blue/000.png twice"),
         ("path,label\n" + ROWS[0] + "\n", {}, r"line 2: 2 columns are named and this line has another number"),
         ("path,label\n", {}, "holds no rows"),

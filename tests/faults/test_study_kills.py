@@ -47,7 +47,7 @@ def kept(root: Path) -> dict[str, dict]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_killed_again_and_again_ends_with_the_same_rows(recipe, tmp_path, many, trial):
     do(recipe, tmp_path / "whole")  # imports everything
     began = time.monotonic()
@@ -60,7 +60,7 @@ def test_a_study_killed_again_and_again_ends_with_the_same_rows(recipe, tmp_path
 
     random, kills, root = np.random.default_rng(0), 0, tmp_path / "killed"
     rows: list[int] = []
-    while kills < many(3, 100):
+    while kills < many(10, 100):
         with trial("kill -9 of a study at a random moment"):
             status = Child(do, recipe, root).kill_after(random.uniform(0, seconds / 2))
             assert status in (0, -signal.SIGKILL)
