@@ -83,6 +83,7 @@ def test_no_image_is_scored_by_a_probe_that_saw_it(model, images, monkeypatch):
     assert all(name.startswith("train/") for name in left_out)
 
 
+@pytest.mark.slow
 def test_a_pilot_finds_the_layer_that_knows(model, tmp_path, monkeypatch):
     """Tokens of which one layer knows the class and the last does not: that layer is advised, and its lead is sure."""
     data = save_images(tmp_path / "d", {"train": 20, "test": 4})

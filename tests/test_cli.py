@@ -57,6 +57,7 @@ def run(monkeypatch, capfd):
     return call
 
 
+@pytest.mark.slow
 def test_the_whole_journey(run, model, images, short_grid):
     extracted = run("extract", "--model", model, "--dataset", images, "--tokens", "cls,ap,all@last", "--json")
     assert extracted.code == 0
@@ -190,6 +191,7 @@ def test_of_a_data_set_that_changed_the_features_extracted_last_are_used(run, mo
     assert keys()[0] == first  # reused, not computed again, and meant again
 
 
+@pytest.mark.slow
 def test_all_and_more_by_name(run, model, images, short_grid):
     run("extract", "-m", model, "-d", images)
     words = ("probe", "-d", images, "--grid", "quick", "--seeds", "0", "--json")
@@ -223,6 +225,7 @@ def test_probes_that_the_cache_cannot_serve(run, model, images, short_grid):
     assert run(*words, "--probe", "aat").code == 0
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_both_stages_and_the_report(run, model, images, short_grid):
     Path("mine.toml").write_text(
         f'models = ["{model}"]\ndatasets = ["{images}"]\ntokens = "cls,ap,all@last"\ngrid = "quick"\nseeds = [3]\n'
@@ -356,6 +359,7 @@ def test_help_starts_nothing_heavy():
     assert said.stdout.strip().endswith("[]")
 
 
+@pytest.mark.slow
 def test_a_report_needs_no_torch(model, images, run, short_grid):
     run("extract", "-m", model, "-d", images)
     run("probe", "-d", images, "--grid", "quick", "--seeds", "0", "--probe", BASELINE)
@@ -434,6 +438,7 @@ def test_few_shots_halving_and_smoothing_make_rows_of_their_own(run, model, imag
     assert "--smoothing 1.0: allowed is from 0 to below 1" in run(*probe, "--smoothing", "1").err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEAD_NAMES)
 def test_every_head_has_a_name_at_the_command_line(run, model, images, short_grid, head):
     run("extract", "--model", model, "--dataset", images)
@@ -443,6 +448,7 @@ def test_every_head_has_a_name_at_the_command_line(run, model, images, short_gri
     assert head in run("ls", "probes").out
 
 
+@pytest.mark.slow
 def test_a_hook_point_and_settings_go_through_both_stages(run, model, images, short_grid):
     words = ("--dataset", images, "--hook", "block", "--set", "hidden_act=relu", "--tokens", "grid2@last,ap@3-4")
     extracted = run("extract", "--model", model, *words, "--json")

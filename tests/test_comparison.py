@@ -187,6 +187,7 @@ def test_cost() -> None:
 # --- made again ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_row_repeats_from_itself_alone(at: Path) -> None:
     """Plain, attentive with dropout, few-shot with smoothing, and streamed: the same scores to the last bit."""
     rows = Results("results").rows()

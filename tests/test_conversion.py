@@ -209,6 +209,7 @@ def test_a_checkpoint_of_open_clip_gives_what_open_clip_computes(more, act, tmp_
     torch.testing.assert_close(projected, by_hand[-1] @ tensors["visual.proj"], atol=NEAR, rtol=NEAR)
 
 
+@pytest.mark.slow
 def test_such_a_checkpoint_goes_through_both_stages(tmp_path):
     from tiny import save_images
 

@@ -91,6 +91,7 @@ def probed(dataset: Path, **options: object) -> tuple[Row, list[str]]:
     return done.rows[0], told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [as_folders, as_parquet, as_arrays])
 def test_images_with_equal_bytes_are_counted_and_told_of_by_both_stages(write) -> None:
     tests = files()["test"]
@@ -107,6 +108,7 @@ def test_without_copies_nothing_is_said() -> None:
     assert not any("train too" in line for line in told)
 
 
+@pytest.mark.slow
 def test_near_copies_are_found_and_told_apart() -> None:
     """Equal pixels in another file, a JPEG, a smaller and a brighter one: each of another test image."""
     a, b, c, d = (Image.open(io.BytesIO(body)) for _, body in files()["test"][:4])

@@ -195,6 +195,7 @@ def test_a_convex_head_is_not_tried() -> None:
     assert fitted("ridge", 1, None, OneClass(3)).stability is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "stable"), [(0.1, False), (1e-4, True)])
 def test_a_chaotic_training_is_found_and_a_calm_one_is_not(
     rate: float, stable: bool, monkeypatch: pytest.MonkeyPatch

@@ -370,6 +370,7 @@ def test_they_are_chosen_refitted_and_tested(head: Any, kind: str) -> None:
     assert np.array_equal(again.predictions, outcome.predictions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", SOLVERS)
 def test_the_refit_is_the_solution_on_all_of_train(head: Any) -> None:
     train, target = data(TALL)

@@ -142,6 +142,7 @@ def test_load_features_takes_every_word_of_a_split(model, tmp_path):
     assert mlfusion.load_features(model, data, "dev", layers="last").ids[0].startswith("val/")
 
 
+@pytest.mark.slow
 def test_open_features_reads_what_is_asked_for_and_no_more(model, images):
     mlfusion.extract(model, images)
     whole = mlfusion.load_features(model, images, "train", layers="3,4", tokens="ap")
@@ -410,6 +411,7 @@ def test_what_needs_a_token_that_the_model_lacks_is_refused_with_the_alternative
     assert done.rows[1].attention.kinds == ("ap", *["grid2"] * 4)
 
 
+@pytest.mark.slow
 def test_how_tokens_are_made_is_in_the_key_and_views_are_entries_of_their_own(model, images, tmp_path):
     done = mlfusion.extract(model, images, splits="train", layers="4", tokens="all", views="3")
     assert [one.view for one in done] == ["plain", "flip", "crop1"]

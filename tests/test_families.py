@@ -217,6 +217,7 @@ def test_pictures_of_another_size_interpolate_positions(folders):
     torch.testing.assert_close(backbone._model(**backbone._arguments(pixels)).last_hidden_state, said)
 
 
+@pytest.mark.slow
 def test_one_set_of_real_tensors_is_three_families(shared, tmp_path):
     """DeiT-Ti loads as ViT, as DINOv2 and as MAE; on real photographs the features are the same."""
     folder = shared / "weights" / "deit_tiny_patch16_224"

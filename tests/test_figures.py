@@ -221,6 +221,7 @@ def test_ranks_and_the_bars_that_join_them() -> None:
     assert ranks.ranks(whole(drawn_rows(sets=SETS[:5]))) is None
 
 
+@pytest.mark.slow
 def test_unlike_rows_get_studies_of_their_own() -> None:
     rows = drawn_rows(sets=SETS[:2])
     several = study({BASE: [0.3], ALF: [0.4]}, dataset="voc2007", metric="mean_average_precision")
@@ -559,6 +560,7 @@ def test_differences_from_the_published_scores_are_flagged() -> None:
 # --- one list, two uses ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_figure_of_the_list_is_on_the_page_and_among_the_files() -> None:
     rows = drawn_rows()
     for model, dataset in product(MODELS, SETS):
@@ -594,6 +596,7 @@ def test_a_record_cannot_be_changed_and_an_absent_value_is_no_number() -> None:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_figure_is_a_drawing_a_picture_and_its_numbers(tmp_path: Path) -> None:
     rows = study({BASE: [0.9, 0.91], ALF: [0.95, 0.96], "cls-layer-1/linear": [0.5, 0.6]}, model="org/vit b")
     strip = Strip("Where", "It looks.", (Picture(Image.new("RGB", (8, 8)), "one", np.eye(4)),), "looks")

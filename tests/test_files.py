@@ -261,6 +261,7 @@ def test_an_adapter_beside_its_base_is_refused(tmp_path: Path) -> None:
     assert "merge_and_unload" in problem(folder)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_hub_is_refused(tmp_path: Path) -> None:
     folder = save_model("vit", tmp_path / "m")
     (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))

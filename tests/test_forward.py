@@ -99,6 +99,7 @@ COSINES = {"bfloat16": 2e-3, "float16": 5e-5}
 """Of 1 - cosine to float32, any layer, CLS and AP; the page of speed has the measured ones by layer."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", COSINES)
 def test_narrower_numbers_are_near_and_another_key(compute, shared, tmp_path):
     from PIL import Image

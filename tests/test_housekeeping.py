@@ -325,6 +325,7 @@ def test_a_damaged_entry_hides_no_other(file, run, words, tmp_path):
     assert run("cache", "ls", "--json") == {"entries": rows, "damaged": []}
 
 
+@pytest.mark.slow
 def test_prune_says_first_and_asks_what(run, words):
     run("extract", *words)
     told = run("cache", "prune", "--older", "0h", "--dry-run", "--json")

@@ -93,6 +93,7 @@ def test_folders_and_tables_have_one_order_of_classes(tmp_path):
     assert folders.labels.tolist() == table.labels.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
 def test_the_order_of_classes_is_one_in_every_process(form, tmp_path):
     file = labelled(form, tmp_path, ["1", "01", "001", "2"] * 2)

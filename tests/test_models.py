@@ -45,6 +45,7 @@ def test_a_model_of_the_hub_is_downloaded_once_and_pinned_to_its_commit(tmp_path
     assert (repeated["key"], repeated["forward_passes"]) == (one["key"], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "message"),
     [

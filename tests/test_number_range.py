@@ -41,6 +41,7 @@ def test_one_channel_may_be_enormous() -> None:
     np.testing.assert_allclose(made, wide / np.linalg.norm(wide, axis=-1, keepdims=True), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [-100, 66])
 @pytest.mark.parametrize("head", ["linear", "ridge", "knn", "logistic"])
 def test_a_probe_learns_from_numbers_of_any_size(head: Head, power: int) -> None:
@@ -84,6 +85,7 @@ def scaled_model(family: str, folder: Path, norm: str, factor: float) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "norm"), [("vit", "layernorm"), ("dinov2", "layernorm")])
 @pytest.mark.parametrize("format", ["zarr", "hdf5"])
 def test_features_that_float16_makes_zero_are_refused(family: str, norm: str, format: str) -> None:

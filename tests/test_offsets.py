@@ -102,6 +102,7 @@ def table(folder: Path, offset: float) -> Path:
     return folder / "table.csv"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "probes",
     [

@@ -187,6 +187,7 @@ def typed(line: str, **kinds: type[Options]) -> dict[str, Options]:
     return got
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(60), deadline=None)
 @given(FEATURES, COMPUTE)
 def test_stage_one_is_read_as_it_is_printed(features: FeatureOptions, compute: ComputeOptions) -> None:
@@ -321,6 +322,7 @@ CASES: list[tuple[bool, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tabular", "features", "search"), CASES)
 def test_the_printed_commands_give_the_same_keys_and_ids(
     tabular: bool,

@@ -273,6 +273,7 @@ def test_auto_is_measured_on_train_alone_and_a_few_hot_pixels_do_not_decide(form
     assert measure_window(one.split("train"), "hot")[1] <= 1000
 
 
+@pytest.mark.slow
 def test_the_two_numbers_are_in_the_key_and_a_saved_probe_uses_them(tmp_path):
     place = str(sixteen_bits(tmp_path, "png", 1000))
     keys = {}

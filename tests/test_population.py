@@ -492,6 +492,7 @@ def test_small_configurations_share_a_lane_and_large_ones_do_not() -> None:
     assert Layout.of(3, large, memory=2**33, threads=4, shared=False) == Layout(3, 1, 3)
 
 
+@pytest.mark.slow
 def test_training_loads_no_compiler() -> None:
     code = """
 import sys

@@ -61,6 +61,7 @@ def probabilities(made: list[Any], classes: list[str]) -> np.ndarray:
     return np.array([[dict(one.top)[name] for name in classes] for one in made])
 
 
+@pytest.mark.slow
 def test_a_linear_probe_by_hand(root: Path) -> None:
     """Tokens of length 1, one linear map of all of them, and a softmax."""
     folder = probed(root, "cls+ap-2-layers/linear")

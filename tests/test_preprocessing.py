@@ -251,6 +251,7 @@ that data sets have. Large ones, decoded at a share: a hundred times it. docs/me
 layer."""
 
 
+@pytest.mark.slow
 def test_the_fast_paths_features_stay_within_the_bound(shared):
     folder = shared / "weights" / "deit_tiny_patch16_224"
     backbone = Backbone(models.locate(str(folder)))

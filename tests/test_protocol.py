@@ -123,6 +123,7 @@ def test_a_grid_of_which_nothing_is_left_is_an_error() -> None:
         choose(np.array([0.5, 0.5]), np.array([np.nan, np.inf]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", EVERY_HEAD)
 def test_a_configuration_that_diverges_loses_and_harms_no_other(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     wild = dataclasses.replace(SMALL, learning_rates=(1e30, 1e-2), weight_decays=(0.1,), least_steps=150)
@@ -170,6 +171,7 @@ def test_the_test_set_is_read_once_after_the_choice(monkeypatch: pytest.MonkeyPa
     assert events.count("test") == 1
 
 
+@pytest.mark.slow
 def test_nothing_but_the_score_depends_on_the_test_set() -> None:
     train = tokens()
     one, other = fitted("attentive", train, tokens(seed=1)), fitted("attentive", train, tokens(30, seed=2, signal=0))
@@ -246,6 +248,7 @@ def test_the_refit_sees_all_of_train(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", EVERY_HEAD)
 def test_shuffled_labels_leave_chance(head: Head) -> None:
     def shuffled(images: int, seed: int) -> Tokens:
@@ -256,6 +259,7 @@ def test_shuffled_labels_leave_chance(head: Head) -> None:
     assert np.mean(scores) == pytest.approx(1 / CLASSES, abs=0.06)  # its standard error is 0.016
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", EVERY_HEAD)
 def test_the_seed_decides_everything(head: Head) -> None:
     a, b, c = (fitted(head, tokens(), tokens(seed=1), seed=seed) for seed in (0, 0, 1))

@@ -285,6 +285,7 @@ def test_one_image_that_was_edited_is_another(short_grid: None) -> None:
         attention.row_images(row)
 
 
+@pytest.mark.slow
 def test_pictures_are_found_by_the_options_that_the_row_keeps(
     short_grid: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ for stream in (True, True, False):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [tars, parquet])
 def test_streamed_has_the_content_that_it_has_downloaded(form, tmp_path):
     whole = plain(tmp_path / "plain")
@@ -56,6 +57,7 @@ def test_streamed_has_the_content_that_it_has_downloaded(form, tmp_path):
     assert (tmp_path / "home" / "mlfusion" / "indexes" / hub.COMMIT).is_dir()
 
 
+@pytest.mark.slow
 def test_an_index_is_made_once_and_goes_on_after_a_stop(tmp_path):
     """Of three tars the hub loses the last; what was indexed before is not read again."""
     folder = tars(plain(tmp_path / "plain", {"train": 2, "test": 1}), tmp_path)
@@ -88,6 +90,7 @@ def test_a_hub_that_falls_silent_is_no_bad_image(monkeypatch):
         split.image(0)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_streamed_says_so(tmp_path):
     plain(tmp_path / "plain", {"train": 1, "test": 1})
     with hub.serving({}, datasets={"someone/colours": tmp_path / "plain"}) as (endpoint, _):

@@ -306,6 +306,7 @@ def test_chance_is_that_of_the_metric(metric: str, images: int, verdict: str, sa
         assert group.gain_standard_error == pytest.approx(sum(errors) ** 0.5, rel=0.05)
 
 
+@pytest.mark.slow
 def test_guesses_are_told_of_every_metric() -> None:
     rows = study({BASE: [0.4], ALF: [0.5]}, dataset="ten", classes=list("0123456789"))
     rows += study({BASE: [0.4], ALF: [0.5]}, dataset="four", classes=list("0123"))

@@ -140,6 +140,7 @@ def _append_many(root: Path, writer: int) -> None:
         )
 
 
+@pytest.mark.slow
 def test_rows_of_several_writers_do_not_mix(tmp_path: Path) -> None:
     writers = [SPAWN.Process(target=_append_many, args=(tmp_path, w)) for w in range(4)]
     for process in writers:

@@ -27,6 +27,7 @@ def test_a_head_is_checked_when_it_is_called():
         probe(torch.zeros(9, 30))
 
 
+@pytest.mark.slow
 def test_a_user_needs_neither_library():
     """Every module with axes is imported by a process that refuses both."""
     modules = modules_with_axes()

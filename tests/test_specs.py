@@ -192,6 +192,7 @@ model, keys = asdict(jobs[0].spec.model), [job.spec.key for job in jobs]
 """
 
 
+@pytest.mark.slow
 def test_the_key_of_real_weights_and_images_is_the_same_in_every_process():
     """From files to key, whatever Python's own hashes are; and of the model, each part of it is what it was."""
     exec(REAL, here := {})

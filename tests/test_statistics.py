@@ -222,6 +222,7 @@ CLASS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", CLASS)
 def test_swaps_by_a_loop(metric: str) -> None:
     """With two seeds: all ways to swap the answers to nine images, each scored by scikit-learn."""

@@ -84,6 +84,7 @@ def shard_files(entry: Entry, name: str) -> list[Path]:
 both = pytest.mark.parametrize("format", ["zarr", "hdf5"])
 
 
+@pytest.mark.slow
 @both
 @settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(

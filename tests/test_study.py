@@ -65,6 +65,7 @@ def names(rows) -> list[tuple[str, str, int]]:
     return [(row.dataset, row.probe, row.seed) for row in rows]
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_is_missing_and_the_study_does_just_that(recipe, tmp_path):
     planned = study.plan(recipe)
     assert not Path("cache").exists()
@@ -88,6 +89,7 @@ def test_the_plan_says_what_is_missing_and_the_study_does_just_that(recipe, tmp_
     assert {row.selected.heads for row in done.rows} == {None, 2, 8}
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_done_again(recipe, monkeypatch):
     first = study.run(study.plan(recipe)).rows
 
@@ -106,6 +108,7 @@ def test_what_is_there_is_not_done_again(recipe, monkeypatch):
     assert study.plan(recipe).is_done
 
 
+@pytest.mark.slow
 def test_probes_that_were_not_kept_are_missing_where_they_are_wanted(recipe):
     first = study.run(study.plan(recipe)).rows
     storage = StorageOptions(save=True)
@@ -117,6 +120,7 @@ def test_probes_that_were_not_kept_are_missing_where_they_are_wanted(recipe):
     assert study.plan(recipe, storage).is_done
 
 
+@pytest.mark.slow
 def test_a_seed_or_a_data_set_more_is_all_that_is_done(recipe, data, model):
     small = Recipe.of((model,), (data[0],), PROBES[:2], grid="quick", seeds=(0,))
     study.run(study.plan(small))
@@ -181,6 +185,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_how_features_are_made_is_part_of_the_study(model, data):
     """A key that is changed misses the cache and the rows, and means what the option of `extract` does; the same one hits."""
     folders = {"split_ratio": str(Path(data[0]) / "train")}  # one split, so that it can be carved
@@ -207,6 +212,7 @@ def test_how_features_are_made_is_part_of_the_study(model, data):
     assert study.plan(other).is_done
 
 
+@pytest.mark.slow
 def test_views_are_cached_beside_the_plain_one_which_probes_read(model, data):
     plain = Recipe.of((model,), (data[0],), PROBES[:1], grid="quick", seeds=(0,))
     [first] = study.run(study.plan(plain)).rows
@@ -225,6 +231,7 @@ def test_views_are_cached_beside_the_plain_one_which_probes_read(model, data):
     assert case.images_to_run == 36  # the crops alone
 
 
+@pytest.mark.slow
 def test_columns_splits_and_bad_images_are_as_the_recipe_says(model, data, tmp_path):
     folder = tmp_path / "table"
     folder.mkdir()
@@ -314,6 +321,7 @@ def command(monkeypatch, capfd):
     return call
 
 
+@pytest.mark.slow
 def test_the_command_plans_runs_reports_and_says_what_failed(command, model, data, tmp_path):
     folder = Path(data[0]).parent
     (tmp_path / "small.toml").write_text(

@@ -184,6 +184,7 @@ def test_from_the_cache_to_the_report(
     assert metric.replace("_", " ") in write_page([row], tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "attentive"])
 @pytest.mark.parametrize(
     ("make", "metric", "chance", "floor"),
@@ -212,6 +213,7 @@ def test_labels_and_numbers_are_learnt(
     assert without.test < chance + 0.1
 
 
+@pytest.mark.slow
 def test_smoothing_is_off_unless_asked_for_and_makes_less_sure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SEARCH_GRIDS, "quick", SMALL)
     rng = np.random.default_rng(0)
@@ -226,6 +228,7 @@ def test_smoothing_is_off_unless_asked_for_and_makes_less_sure(monkeypatch: pyte
     assert plain == none > much + 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", EVERY_HEAD)
 def test_a_probe_of_one_number(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every head may have one output."""

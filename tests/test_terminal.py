@@ -103,6 +103,7 @@ def at_a_terminal(command: list[str], **environment: str) -> bytes:
     return said
 
 
+@pytest.mark.slow
 def test_no_color_means_none() -> None:
     command = [sys.executable, "-c", BAR]
     assert COLOUR.search(at_a_terminal(command))  # there are colours to leave out
@@ -122,6 +123,7 @@ def completed(*typed: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_names_are_completed() -> None:
     assert completed("mlfusion", "res") == ["results"]
     assert completed("mlfusion", "results", "re") == ["rerun"]

@@ -236,6 +236,7 @@ def test_a_server_that_is_gone_costs_one_warning_and_no_result(
     assert server.created == 4 and {run["info"]["status"] for run in server.runs.values()} == {"FINISHED"}
 
 
+@pytest.mark.slow
 @installed("tensorboard")
 def test_a_file_where_tensorboard_writes_costs_one_warning_and_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -314,6 +314,7 @@ def probed(model: Path, images: Path, names: str, **features: Any) -> list[tuple
     return [(row, Path("results") / "probes" / row.id) for row in done.rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "making"),
     [("float16", {}), ("int8", {}), ("float16", {"preprocess": "fast", "compute": "bfloat16"})],
@@ -362,6 +363,7 @@ def test_new_images_are_made_as_the_cached_ones_were(
     assert np.ptp(expected, axis=0).max() > 0.05  # and there is something to differ in
 
 
+@pytest.mark.slow
 def test_real_weights_at_another_size(shared: Path, tmp_path: Path) -> None:
     """DeiT-Ti at 288 pixels on photographs of textures: files as cached tokens."""
     [weights] = {path.parent for path in (shared / "weights").rglob("model.safetensors")}

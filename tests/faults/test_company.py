@@ -118,6 +118,7 @@ def test_clocks_that_lie(years, trial, tmp_path, monkeypatch):
         assert published(whole(root).path) == before
 
 
+@pytest.mark.slow
 def test_a_lease_of_a_host_that_never_comes_back(trial, tmp_path, monkeypatch):
     """It is waited for as long as a term on our own clock, whatever the time of the file says, and then taken over."""
     monkeypatch.setattr(leases, "TERM", 0.5)

@@ -257,6 +257,7 @@ def test_links_instead_of_shards(cache, trial, tmp_path):
     whole(tmp_path / "cache")
 
 
+@pytest.mark.slow
 @both
 def test_a_part_that_is_missing(format, cache, many, trial, tmp_path):
     """Any one file taken away: the read refuses, and extraction, if need be after a repair, makes the cache whole."""

@@ -52,6 +52,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than processors
 @pytest.mark.parametrize(("way", "workers", "opened", "read"), EVERY if LONG else SHORT)
 def test_a_dataloader(way, workers, opened, read, trial, tmp_path):

@@ -43,6 +43,7 @@ def mended(root, child: Child, before: dict, format: str) -> None:
     assert now.items() <= published(whole(root, 12).path).items()
 
 
+@pytest.mark.slow
 @both
 def test_full_before_any_change(format, many, trial, tmp_path):
     child = Child(steps, tmp_path / "whole", format, tmp_path / "steps")
@@ -55,6 +56,7 @@ def test_full_before_any_change(format, many, trial, tmp_path):
             mended(root, Child(full, root, step, format), {}, format)
 
 
+@pytest.mark.slow
 @both
 def test_full_in_the_middle_of_a_write(format, many, trial, tmp_path):
     extract(tmp_path / "whole", images=12, format=format)
@@ -93,6 +95,7 @@ def full_for_a_moment(root, which: int, told) -> None:
         told.write_text(str(count[0]))
 
 
+@pytest.mark.slow
 def test_full_for_a_moment(many, trial, tmp_path):
     """What waited behind the batch that failed is not put in its place: each shard has its own rows, or is not there."""
     want = files(extract(tmp_path / "alone", images=20).path)

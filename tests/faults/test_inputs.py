@@ -178,6 +178,7 @@ def test_a_data_set_without_a_test_split_is_split_by_ratio(
         count["right"] += 1
 
 
+@pytest.mark.slow
 @sample(60)
 @given(one=spoils.spoilt())
 def test_a_spoilt_data_set_is_refused_in_one_sentence(one: Spoilt, counts: dict[str, Counter[str]]) -> None:

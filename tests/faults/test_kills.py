@@ -124,6 +124,7 @@ def steps(root: Path, format: str, told: Path) -> None:
     told.write_text(str(count[0]))
 
 
+@pytest.mark.slow
 @both
 def test_killed_at_every_step(format, many, trial, tmp_path):
     """Before each change to the file system, one after another: the order of the steps is right, not only likely so."""
@@ -149,6 +150,7 @@ def test_killed_at_every_step(format, many, trial, tmp_path):
             assert files(entry.path) == want
 
 
+@pytest.mark.slow
 def test_the_power_fails(many, trial, tmp_path):
     """What was not flushed is lost: every file that was never given its own name may be empty, half or zeros."""
     extract(tmp_path / "whole", images=12)

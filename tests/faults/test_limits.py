@@ -165,6 +165,7 @@ def maps(left: int) -> Callable[[], None]:
     return limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS if LONG else ["some images"])
 def test_few_maps(act, many, entry, trial):
     """The kernel's own limit, vm.max_map_count, reached by others in the process."""
@@ -194,6 +195,7 @@ def test_maps_are_bounded(many, trial, tmp_path):
     assert mapped_shards() == 0
 
 
+@pytest.mark.slow
 def test_very_many_shards(many, trial, figures, tmp_path, monkeypatch):
     """A hundred thousand shards of one image: listed, joined, opened, read and verified, each in seconds."""
     monkeypatch.setattr(stream, "SHARD_ROWS", (1, 1))

@@ -126,6 +126,7 @@ def failing_flush(root: Path, which: int, format: str, told: Path | None = None)
         told.write_text(str(count[0]))
 
 
+@pytest.mark.slow
 @both
 def test_each_flush_fails_once(format, many, trial, tmp_path):
     """What could not be flushed is not published; nothing is flushed a second time and then believed."""

@@ -115,6 +115,7 @@ def limited(more: int = MEMORY) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(60), derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(edit=edits())
 def test_a_forged_configuration_is_refused_in_one_sentence_or_gives_what_transformers_computes(

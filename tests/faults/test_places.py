@@ -42,6 +42,7 @@ def read_with_few(root: Path, images: int) -> None:
             assert (tokens[some][:, 0] == numbers(some, 3, "all").astype("float16")).all()
 
 
+@pytest.mark.slow
 def test_more_shards_than_descriptors(many, trial, tmp_path):
     """Hundreds of shards, sixty-four descriptors."""
     images = many(400, 2000)

@@ -48,6 +48,7 @@ def test_two_prunes_at_once(many, trial, tmp_path):
     whole(root)
 
 
+@pytest.mark.slow
 def test_a_prune_killed_before_each_change(many, trial, tmp_path):
     """What was to go is there whole or not at all, and the next prune takes the rest."""
     root = tmp_path / "cache"
@@ -86,6 +87,7 @@ def test_a_prune_killed_before_each_change(many, trial, tmp_path):
     assert step > 50
 
 
+@pytest.mark.slow
 def test_prunes_against_extractors(many, trial, tmp_path):
     """An extractor is left alone while it holds a lease; taken away between two, it says so and the next run mends it."""
     for number in range(many(3, 25)):
@@ -169,6 +171,7 @@ def train_and_compare(root: Path, want: list[np.ndarray]) -> None:
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_unharmed(many, trial, tmp_path):
     """To the bit, while prune after prune would take its features away; when it has ended they go."""
     root = tmp_path / "cache"

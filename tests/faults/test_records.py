@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 from sealed import read_json
 from workers import NAMES, extract, numbers, spec
 
@@ -182,6 +183,7 @@ def outside(folder: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 def test_forged_records(many, trial, figures, tmp_path, monkeypatch):
     """Never a traceback, never other numbers, nothing outside; and `verify` finds whatever a reader cannot use."""
     monkeypatch.setattr(os, "fsync", lambda _: None)

@@ -50,6 +50,7 @@ def starve(place: Path, options: str, format: str, want: dict[str, bytes]) -> No
     assert files(folder) == want
 
 
+@pytest.mark.slow
 @both
 def test_a_file_system_that_is_full(format, many, trial, tmp_path):
     """With room for so many pages, or so many files, and no more: up to what an undisturbed extraction takes."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_kills import at_change
 from tiers import LONG
 from workers import PAIRS, UNUSABLE, Child, extract, files, litter, numbers, right, spec, whole
@@ -160,6 +161,7 @@ class Visitor:
         return True
 
 
+@pytest.mark.slow
 def test_everything_at_once(trial, figures, capfd, tmp_path, monkeypatch):
     """Eight users read, others extract and are killed, stopped, starved of space, one prunes; at the end all is as ever."""
     monkeypatch.setattr(leases, "TERM", TERM)

@@ -106,6 +106,7 @@ def everything(root: Path, format: str) -> None:
     assert FeatureStore(root).entry(spec()) is None
 
 
+@pytest.mark.slow
 @both
 def test_published_files_are_never_written_to(format, trial, tmp_path):
     """No call opens one for writing, cuts or allocates it, maps it to be written, or names another file as it."""
@@ -159,6 +160,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.slow
 @both
 def test_a_kill_or_an_error_at_any_call(format, many, trial, tmp_path):
     """The first call of a kind in a thread, the second, and so on; the next extraction ends with the same bytes as ever."""
