@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from test_store import NAMES, PAIRS, fill, new_entry, small_shards  # noqa: F401 - the fixture makes shards small here too
 from tiny import save_images, save_model
+from workers import RUN
 
 from mlfusion import cli, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.definitions import build
 from mlfusion.specs.options import CopyOptions, EntryFilter, PruneOptions
-from mlfusion.store import FeatureStore, RunRecord
+from mlfusion.store import FeatureStore
 from mlfusion.store.housekeeping import (
     PruneResult,
     copy_entries,
@@ -32,28 +33,6 @@ from mlfusion.store.leases import Leases
 from mlfusion.store.verify import repair_entry, verify, verify_entry
 from mlfusion.system import disk
 from mlfusion.system.tree import Tree
-
-RUN = RunRecord(
-    when="2026-01-01T00:00:00+00:00",
-    versions={"python": "3.11"},
-    device="cpu",
-    device_name="a processor",
-    processors=2,
-    threads=2,
-    compute="float32",
-    dtype="float16",
-    batch_size=4,
-    out_of_memory=False,
-    images=19,
-    forward_passes=5,
-    seconds=1.5,
-    images_per_second=12.67,
-    bottleneck="decoding",
-    waited={"decoding": 1.0},
-    parts={},
-    streams=("cls.ap.L1-3",),
-    layers="1-3",
-)
 
 
 def everything(entry) -> np.ndarray:

@@ -19,7 +19,7 @@ from mlfusion.errors import MlfusionError
 from mlfusion.extraction import run
 from mlfusion.extraction.request import ComputeOptions, Job, Request
 from mlfusion.specs.identity import DataSpec, Dtype, FeatureSpec, ModelSpec
-from mlfusion.store import Entry, FeatureStore, Names, Samples
+from mlfusion.store import Entry, FeatureStore, Names, RunRecord, Samples
 from mlfusion.store.verify import verify_entry
 from mlfusion.system import disk
 
@@ -39,6 +39,27 @@ MODEL = ModelSpec(
     width=WIDTH,
 )
 UNUSABLE = 3  # exit status of a child that ended with one of our errors
+RUN = RunRecord(
+    when="2026-01-01T00:00:00+00:00",
+    versions={"python": "3.11"},
+    device="cpu",
+    device_name="a processor",
+    processors=2,
+    threads=2,
+    compute="float32",
+    dtype="float16",
+    batch_size=4,
+    out_of_memory=False,
+    images=19,
+    forward_passes=5,
+    seconds=1.5,
+    images_per_second=12.67,
+    bottleneck="decoding",
+    waited={"decoding": 1.0},
+    parts={},
+    streams=("cls.ap.L1-3",),
+    layers="1-3",
+)
 
 
 def numbers(rows, layer: int, kind: str) -> np.ndarray:

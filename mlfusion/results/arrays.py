@@ -6,9 +6,7 @@ A folder of results may come from a stranger: nothing is allocated that the row 
 import io
 import os
 import shutil
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -20,20 +18,6 @@ from mlfusion.results.rows import LabelMetrics, Metrics, NumberMetrics, Row
 FOLDER = "arrays"
 LARGE = 2**28  # bytes of unpacked arrays from which they may not be more than PACKED times the file
 PACKED = 200
-UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    NotImplementedError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-)
-"""What the libraries raise for a file that is no whole archive of arrays."""
 
 
 def path_of(root: Path, row: Row) -> Path:
@@ -67,7 +51,7 @@ def read(file: IO[bytes], row: Row) -> dict[str, np.ndarray]:
     """The arrays of a row; other arrays in the file are not read.
 
     Raises:
-        one of UNREADABLE: they are damaged, or not those of this row.
+        Exception: of any type, by the libraries: they are damaged. ValueError: they are not those of this row.
     """
     with zipfile.ZipFile(file) as archive:
         members = _members(archive, row, os.fstat(file.fileno()).st_size)
@@ -88,7 +72,7 @@ def check_file(file: IO[bytes], row: Row) -> None:
     """Compare the headers of a file of arrays with their row, without reading the arrays.
 
     Raises:
-        one of UNREADABLE: they do not fit.
+        Exception: as of `read`.
     """
     with zipfile.ZipFile(file) as archive:
         _members(archive, row, os.fstat(file.fileno()).st_size)

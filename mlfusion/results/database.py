@@ -5,17 +5,18 @@ wait for each other, and finding one row among a hundred thousand takes as long 
 """
 
 import logging
+import os
 import shlex
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from mlfusion.errors import MlfusionError, ResultsUnusable, UnknownName, printable
+from mlfusion.errors import MlfusionError, ResultsUnusable, UnknownName, boundary, printable
 from mlfusion.results import arrays as files
 from mlfusion.results import failures, pending, schema
 from mlfusion.results.export import frame, read_lines
@@ -183,12 +184,14 @@ class Results:
             ResultsUnusable: there are none, or they are damaged or not the row's; says how to make them again.
         """
         path = files.path_of(self.root, row)
-        try:
-            with opened(self.root, f"{files.FOLDER}/{path.name}") as file:
-                return files.read(file, row)
-        except files.UNREADABLE as err:
-            state = "were not kept" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
-            raise ResultsUnusable(f"the arrays of result {row.id} {state}: {path}. {self._again(row)}") from err
+        arrays, where = f"the arrays of result {row.id}", f"{path}. {self._again(row)}"
+        if not os.path.lexists(path):
+            raise ResultsUnusable(f"{arrays} were not kept: {where}")
+        with (
+            boundary(lambda reason: ResultsUnusable(f"{arrays} cannot be read ({reason}): {where}")),
+            opened(self.root, f"{files.FOLDER}/{path.name}") as file,
+        ):
+            return files.read(file, row)
 
     def reject_arrays(self, row: Row, score: float) -> ResultsUnusable:
         """The error about arrays that give another score than the row has."""
@@ -348,19 +351,18 @@ class Results:
     def _copy_arrays(self, source: "Results", row: Row) -> bool:
         """Copy the arrays of a row from another folder; False if it has none, or, with a warning, none that can be read."""
         path = files.path_of(source.root, row)
-        try:
-            with opened(source.root, f"{files.FOLDER}/{path.name}") as file:
-                files.check_file(file, row)
-                with (
-                    failures.translated(self.path, "save"),
-                    disk.atomic(self._arrays_target(row), replace=True) as draft,
-                ):
-                    files.copy(file, draft)
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return False
-        except files.UNREADABLE as err:
-            logger.warning("the arrays of result %s are not taken over: %s: %s", row.id, path, err)
-            return False
+        with ExitStack() as stack:
+            try:
+                with boundary(ResultsUnusable):
+                    file = stack.enter_context(opened(source.root, f"{files.FOLDER}/{path.name}"))
+                    files.check_file(file, row)
+            except ResultsUnusable as err:
+                logger.warning("the arrays of result %s are not taken over: %s: %s", row.id, path, err)
+                return False
+            with failures.translated(self.path, "save"), disk.atomic(self._arrays_target(row), replace=True) as draft:
+                files.copy(file, draft)
         return True
 
     # --- errors ------------------------------------------------------------------------------------------------------

@@ -11,32 +11,18 @@ from pathlib import Path
 from typing import IO
 
 from mlfusion.errors import BadOption
-
-FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe is opened without waiting for its other end
+from mlfusion.system.tree import Tree
 
 
 @contextmanager
 def opened(root: Path, path: str) -> Iterator[IO[bytes]]:
-    """Open a regular file below a root, such as 'arrays/a1.npz', for reading; the root itself may be a link.
+    """Open a regular file below a root, such as 'arrays/a1.npz', for reading, as `Tree` does.
 
     Raises:
-        OSError: it does not exist, or it or a folder on the way to it is a link.
-        ValueError: it is a pipe, a device or a folder.
+        OSError: it does not exist, or may not be read.
+        ValueError: it, or a folder on the way to it, is a link or of another wrong sort.
     """
-    *folders, name = path.split("/")
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for part in folders:
-            inner = os.open(part, FILE | os.O_DIRECTORY, dir_fd=folder)
-            os.close(folder)
-            folder = inner
-        descriptor = os.open(name, FILE, dir_fd=folder)
-    finally:
-        os.close(folder)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError("it is no regular file")
-    with open(descriptor, "rb") as file:
+    with open(Tree(root, lambda _, why: ValueError(why)).open(path), "rb") as file:
         yield file
 
 

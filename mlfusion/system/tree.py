@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from mlfusion.errors import MlfusionError
 from mlfusion.system import disk
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -38,9 +37,7 @@ class Tree:
     the whole path.
     """
 
-    def __init__(
-        self, root: Path | str, damaged: Callable[[Path, str], MlfusionError], held: int | None = None
-    ) -> None:
+    def __init__(self, root: Path | str, damaged: Callable[[Path, str], Exception], held: int | None = None) -> None:
         """`held` is a descriptor of the root, which `close` closes; without one the root is opened for each access."""
         self.root, self.damaged, self._held = str(root), damaged, held  # a text, since joining paths takes longer
 
@@ -130,7 +127,7 @@ class Tree:
         state = os.fstat(file)
         try:
             self._check(path, state, stat.S_IFREG)
-        except MlfusionError:
+        except Exception:
             os.close(file)
             raise
         return file, state

@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 import pytest
 from sealed import read_json
-from workers import NAMES, extract, numbers, spec
+from workers import NAMES, RUN, extract, numbers, spec
 
 from mlfusion.errors import MlfusionError
 from mlfusion.specs.identity import FeatureSpec
-from mlfusion.store import Entry, RunRecord
+from mlfusion.store import Entry
 from mlfusion.store.entry import zarr_group
 from mlfusion.store.housekeeping import copy_entries, list_entries
 from mlfusion.store.verify import verify
@@ -44,27 +44,6 @@ ODD += [
 ]
 ODD += [list(range(5000)), ["cls", "cls"], ["max"], [0], [3, 2, 1], "int8", "float32", "hdf5", "[", "{}", {"7": 7}]
 TEXTS = ("NaN", "Infinity", "1e999", "9" * 5000, "[" * 100_000 + "]" * 100_000, '"\\ud800"', "{", "")
-RUN = RunRecord(
-    when="2026-01-01",
-    versions={},
-    device="cpu",
-    device_name="a processor",
-    processors=1,
-    threads=1,
-    compute="float32",
-    dtype="float16",
-    batch_size=1,
-    out_of_memory=False,
-    images=IMAGES,
-    forward_passes=1,
-    seconds=1.0,
-    images_per_second=1.0,
-    bottleneck="",
-    waited={},
-    parts={},
-    streams=(),
-    layers="",
-)
 
 
 def places(body: Any, path: tuple = ()) -> Iterator[tuple]:
