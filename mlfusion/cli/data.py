@@ -42,6 +42,7 @@ def data(
                 "target": data_set.label_kind,
                 "classes": list(data_set.classes),
                 "carve": data_set.resplit,
+                "grouped_by": data_set.grouped_by,
                 "splits": [one.to_json() for one in splits],
             }
         )
@@ -59,6 +60,7 @@ def data(
         row = {
             "split": one.split,
             "images": one.images,
+            **({} if one.groups is None else {"groups": one.groups}),
             "of a class" if data_set.label_kind == "class" else "labels": counts,
         }
         if one.checked:

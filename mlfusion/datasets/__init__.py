@@ -26,6 +26,7 @@ from mlfusion.datasets.catalogue import CatalogueRow as CatalogueRow
 from mlfusion.datasets.columns import refuse_unused
 from mlfusion.datasets.depth import measure_window
 from mlfusion.datasets.depth import report_depth as report_depth
+from mlfusion.datasets.groups import read_groups, report_candidates, report_shared
 from mlfusion.datasets.images import SUFFIXES as SUFFIXES
 from mlfusion.datasets.images import Decoder as Decoder
 from mlfusion.datasets.labels import encode_labels
@@ -208,14 +209,20 @@ def _build(name: str, source: str, form: str, raw: Mapping[str, RawSplit], optio
     if options.split_ratio is not None:  # the other splits need no labels
         raw = {"train": raw[_source_split(raw)]}
     classes, labels = encode_labels(raw, options.target, name)
+    groups = read_groups(raw, options, name)
     splits = {
-        split: Split(split, tuple(one.ids), labels[split], classes, one.encoded, one.decode, one.digests)
+        split: Split(split, tuple(one.ids), labels[split], classes, one.encoded, one.decode, one.digests, groups[split])
         for split, one in raw.items()
         if split in labels
     }
     full_name = f"{name}:{options.label_column}" if options.label_column else name
     decoding = Decoding(options.exif_transpose, parse_window(options.window), options.max_pixels)
-    data = _resplit(DataSet(full_name, source, form, splits, decoding=decoding), options)
+    grouped_by = options.group_column or options.group_pattern or ""
+    data = _resplit(DataSet(full_name, source, form, splits, decoding=decoding, grouped_by=grouped_by), options)
+    if grouped_by:
+        report_shared(data)
+    else:
+        report_candidates(data.name, raw, data.splits)
     return _with_measured_window(data) if options.window == "auto" else data
 
 
@@ -242,9 +249,9 @@ def _resplit(data: DataSet, options: ReadOptions) -> DataSet:
         return _check(data)
     ratio = parse_ratio(options.split_ratio)
     parts = split_by_ratio(data.splits[_source_split(data.splits)], ratio, options.split_seed)
-    text = ratio_text(ratio, options.split_seed)
-    name = f"{data.name}~{text.replace('/', '-').replace(' seed ', '~')}"  # safe in a file's name
-    return _check(DataSet(name, data.source, data.form, parts, text, data.decoding))
+    text = ratio_text(ratio, options.split_seed, by_group=bool(data.grouped_by))
+    safe = text.replace("/", "-").replace(" seed ", "~").replace(" by ", "~by-")  # safe in a file's name
+    return _check(replace(data, name=f"{data.name}~{safe}", splits=parts, resplit=text))
 
 
 def _with_measured_window(data: DataSet) -> DataSet:

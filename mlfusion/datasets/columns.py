@@ -11,11 +11,11 @@ logger = logging.getLogger(__name__)
 IMAGES = ("image", "img", "images", "file_name", "filename", "file", "path", "image_path", "filepath", "image_file")
 LABELS = ("label", "cls", "labels", "class", "target", "fine_label")
 
-COLUMNS = ("image_column", "label_column", "id_column", "split_column", "target")
+COLUMNS = ("image_column", "label_column", "id_column", "split_column", "target", "group_column", "group_pattern")
 USED_OPTIONS: dict[str, tuple[str, ...]] = {
-    "class folders": ("target",),
+    "class folders": ("target", "group_pattern"),
     "table": (*COLUMNS, "image_root"),
-    "WebDataset": ("image_column", "label_column", "target"),
+    "WebDataset": ("image_column", "label_column", "target", "group_column", "group_pattern"),
     "Parquet files": (*COLUMNS, "image_root", "config"),
     "Parquet file": (*COLUMNS, "image_root"),
     "hub data set": (*COLUMNS, "config"),

@@ -38,6 +38,7 @@ class SplitSummary:
 
     split: str
     images: int
+    groups: int | None  # number of groups, such as patients; None: every image is its own group
     labels: dict[str, float]  # fewest and most images of a class or label, labels per image; or the numbers' range
     first_ids: tuple[str, ...]
     checked: ReadCheck | None
@@ -56,6 +57,7 @@ def describe(
         SplitSummary(
             split=split.name,
             images=len(split),
+            groups=None if split.groups is None else len(set(split.groups)),
             labels=_labels(split),
             first_ids=split.ids[:SHOWN_IDS],
             checked=_check(split, digests_of, progress) if check else None,

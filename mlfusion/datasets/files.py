@@ -221,8 +221,10 @@ def tables(paths: Mapping[str, Path], options: ReadOptions) -> dict[str, RawSpli
         others = [name for name in columns if name not in (image, options.id_column, by_column)]
         usual = [name for name in others if name.strip().casefold() in LABELS]
         label = choose_column("label", columns, options.label_column, usual or others, LABELS, location)
-        if options.id_column is not None:
-            choose_column("id", columns, options.id_column, (), (), location)
+        for role, named in (("id", options.id_column), ("group", options.group_column)):
+            if named is not None:
+                choose_column(role, columns, named, (), (), location)
+        unused = [name for name in others if name not in (label, options.group_column)]
         files = _resolve_paths(root, [cells.get(image) for cells in rows], location)
         named = split or split_in(path.stem)
         cells: Sequence[Any] | None = [row.get(by_column) for row in rows] if by_column else None
@@ -236,6 +238,8 @@ def tables(paths: Mapping[str, Path], options: ReadOptions) -> dict[str, RawSpli
                 encoded=Files(str(root), tuple(files[row] for row in chosen)),
                 decode=decoder(options),
                 rows=[row + 1 for row in chosen],
+                groups=[rows[row].get(options.group_column) for row in chosen] if options.group_column else None,
+                others={name: [rows[row].get(name) for row in chosen] for name in unused},
             )
             add_part(splits, name, part, location)
     return splits

@@ -115,6 +115,7 @@ class TableColumns:
     image: str
     label: str
     id: str | None
+    group: str | None
     split: str | None
     decoded: bool  # the image column has the library's type Image
     names: tuple[str, ...] | None  # class names that label numbers stand for
@@ -143,11 +144,13 @@ def choose_columns(
     # Of a column of classes and another of a usual name, neither is chosen.
     usual = LABELS if not class_columns or set(class_columns) & set(usual_labels) else ()
     label = choose_column("label", columns, options.label_column, likely, usual, location)
-    if options.id_column is not None:
-        choose_column("id", columns, options.id_column, (), (), location)
+    for role, named in (("id", options.id_column), ("group", options.group_column)):
+        if named is not None:
+            choose_column(role, columns, named, (), (), location)
     inner = getattr(features[label], "feature", features[label])
     names = tuple(inner.names) if isinstance(inner, library.ClassLabel) else None
-    return TableColumns(image, label, options.id_column, split, columns[image] == "image", names)
+    decoded = columns[image] == "image"
+    return TableColumns(image, label, options.id_column, options.group_column, split, decoded, names)
 
 
 def _raw_splits(location: str, split: str, table: Any, options: ReadOptions) -> dict[str, RawSplit]:
@@ -162,6 +165,7 @@ def _raw_splits(location: str, split: str, table: Any, options: ReadOptions) -> 
     cells = Cells(images, columns.image, os.path.realpath(library.config.HF_CACHE_HOME))
     labels = table.with_format(None)[columns.label][:]
     ids = table[columns.id][:] if columns.id else table[KEY][:] if KEY in table.features else range(len(table))
+    groups = table[columns.group][:] if columns.group else None
     splits = split_cells(table.features, columns.split, table[columns.split][:] if columns.split else None)
     return {
         part: RawSplit(
@@ -171,6 +175,7 @@ def _raw_splits(location: str, split: str, table: Any, options: ReadOptions) -> 
             decode=decoder(options),
             names=columns.names,
             rows=[row + 1 for row in rows],
+            groups=None if groups is None else [groups[row] for row in rows],
         )
         for part, rows in parts(splits, len(table), None if split == "train" else split, location).items()
     }

@@ -175,11 +175,12 @@ def _stored_index(folder: Path | None, path: str, key: str, make: Callable[[], t
     stored = folder / f"{name}.npz"
     if stored.is_file():
         with np.load(stored, allow_pickle=False) as arrays:
-            keys, labels = json.loads(arrays["text"].tobytes())
-            return tars.Index(keys, labels, arrays["where"], arrays["digests"])
+            keys, labels, *groups = json.loads(arrays["text"].tobytes())
+            return tars.Index(keys, labels, arrays["where"], arrays["digests"], groups[0] if groups else None)
     index = make()
     assert index.digests is not None
-    text = np.frombuffer(json.dumps([index.keys, index.labels]).encode(), np.uint8)
+    texts = [index.keys, index.labels, *([] if index.groups is None else [index.groups])]
+    text = np.frombuffer(json.dumps(texts).encode(), np.uint8)
     np.savez(file := io.BytesIO(), text=text, where=index.positions, digests=index.digests)
     folder.mkdir(parents=True, exist_ok=True)
     disk.sweep(folder)
@@ -305,6 +306,7 @@ def _table(
     index = tars.Index.joined(indexed)
     cells = [cell for path in paths for cell in _column(path, columns.split)] if columns.split else None
     splits = split_cells(features, columns.split, cells)
+    groups = [cell for path in paths for cell in _column(path, columns.group)] if columns.group else None
     rows_read, roots = Rows(columns.image), _roots(base, paths, options)
     return {
         part: RawSplit(
@@ -315,6 +317,7 @@ def _table(
             names=columns.names,
             digests=None if index.digests is None else index.digests[rows],
             rows=[row + 1 for row in rows],
+            groups=None if groups is None else [groups[row] for row in rows],
         )
         for part, rows in parts(splits, len(index.labels), None if split == "train" else split, paths[0]).items()
     }

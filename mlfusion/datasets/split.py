@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,9 @@ class Split:
     encoded: Encoded
     decode: Callable[[bytes], Image.Image]  # → RGB; a function of the bytes alone
     digests: np.ndarray | None = None  # [images, 16] uint8, if they are known from reading the data set
+    groups: tuple[str, ...] | None = (
+        None  # [images], such as the patient of a slice; None: every image is its own group
+    )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -105,6 +108,7 @@ class Split:
             labels=self.labels[rows],
             encoded=partial(read_row_of, self.encoded, rows),
             digests=None if self.digests is None else self.digests[rows],
+            groups=None if self.groups is None else tuple(self.groups[row] for row in rows),
         )
 
 
@@ -132,6 +136,9 @@ class RawSplit:
     digests: np.ndarray | None = None
     target: LabelKind | None = None  # the kind of label that the form implies: class folders are classes
     rows: Sequence[int] | None = None  # each image's row in its table, from 1
+    groups: Sequence[Any] | None = None  # cells of the column of groups, as they are in the files
+    # Column → its cells, of the columns that have another role or none; only where reading them costs nothing.
+    others: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def place(self, row: int) -> str:
         """An image as messages name it: its id, and its row in the table."""
@@ -146,8 +153,9 @@ class DataSet:
     source: str  # hub id, "embedded", `IN_MEMORY`, or the absolute path of a folder or file
     form: str  # kind of folder or file, in words
     splits: Mapping[str, Split]
-    resplit: str = ""  # ratio and seed if we made the splits: '0.8/0.1/0.1 seed 0'
+    resplit: str = ""  # ratio and seed if we made the splits: '0.8/0.1/0.1 seed 0', or '… seed 0 by group'
     decoding: Decoding = AS_STORED
+    grouped_by: str = ""  # the column or the pattern of the groups
 
     @property
     def label_kind(self) -> LabelKind:

@@ -68,24 +68,33 @@ class Index:
     labels: list[Any]
     positions: np.ndarray  # [images, 2] int64: a tar's first byte and bytes, or a Parquet file's group and row
     digests: np.ndarray | None  # [images, 16] uint8
+    groups: list[Any] | None = None
 
     @staticmethod
-    def of(keys: list[str], labels: list[Any], positions: list[tuple[int, int]], digests: bytearray) -> "Index":
+    def of(
+        keys: list[str],
+        labels: list[Any],
+        positions: list[tuple[int, int]],
+        digests: bytearray,
+        groups: list[Any] | None = None,
+    ) -> "Index":
         """The index from lists with an item per sample; if an image has no digest, the index has no digests."""
         hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16)
         table = np.array(positions, np.int64).reshape(-1, 2)
-        return Index(keys, labels, table, hashes if len(hashes) == len(table) else None)
+        return Index(keys, labels, table, hashes if len(hashes) == len(table) else None, groups)
 
     @staticmethod
     def joined(parts: "Sequence[Index]") -> "Index":
         """The index of several files; each row of `where` begins with the number of its file."""
         files = np.repeat(np.arange(len(parts)), [len(part.positions) for part in parts])
         digests = [part.digests for part in parts if part.digests is not None]
+        groups = [part.groups for part in parts if part.groups is not None]
         return Index(
             keys=[key for part in parts for key in part.keys],
             labels=[label for part in parts for label in part.labels],
             positions=np.column_stack([files, np.concatenate([part.positions for part in parts])]),
             digests=np.concatenate(digests) if len(digests) == len(parts) else None,
+            groups=[group for part in groups for group in part] if groups else None,
         )
 
 
@@ -152,6 +161,7 @@ def join(
         decode=decoder(options),
         names=names,
         digests=index.digests,
+        groups=index.groups,
     )
 
 
@@ -262,11 +272,13 @@ class Columns:
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
         self.label = self.json_field = ""
+        self.group, _, self.group_field = (options.group_column or "").partition(".")
 
     @property
     def key(self) -> str:
         """The options on which an index depends, besides the tar."""
-        return f"{self.options.image_column} {self.options.label_column}"
+        group = f" {self.options.group_column}" if self.group else ""
+        return f"{self.options.image_column} {self.options.label_column}{group}"
 
     def decide(self, first: Sample, path: str) -> None:
         """Choose the label's extension; raises BadData, which lists all, if that is not clear or there are several images."""
@@ -275,6 +287,15 @@ class Columns:
         requested, _, self.json_field = (self.options.label_column or "").partition(".")
         likely = [name for name in LABEL_FILES if name in kinds]
         self.label = choose_column("label", kinds, requested or None, likely, LABEL_FILES, location)
+        if self.group and self.group not in LABEL_TYPES:
+            choose_column(
+                "group",
+                {name: kind for name, kind in kinds.items() if name in LABEL_TYPES},
+                self.group,
+                (),
+                (),
+                location,
+            )
         if self.options.image_column is None and len(images := [n for n in kinds if _is_image(n)]) != 1:
             choose_column("image", kinds, None, images, (), location)
 
@@ -291,26 +312,35 @@ class Columns:
 
     def read_label(self, sample: Sample, path: str) -> Any:
         """The label: a class as a number or a name, a vector, or a field of an object; None if the sample has none."""
-        data = sample.contents.get(self.label)
+        return self._read(sample, path, "label", self.label, self.json_field)
+
+    def read_group(self, sample: Sample, path: str) -> Any:
+        """The cell of the sample's group, such as a field of an object; None if the sample has none."""
+        return self._read(sample, path, "group", self.group, self.group_field)
+
+    @staticmethod
+    def _read(sample: Sample, path: str, role: str, extension: str, field: str) -> Any:
+        data = sample.contents.get(extension)
         if data is None:
             return None
         try:
-            if self.label == "npy":
+            if extension == "npy":
                 vector = np.load(io.BytesIO(data), allow_pickle=False)
                 if vector.ndim > 1 or vector.dtype.kind not in "biufSU":
                     raise ValueError(f"{list(vector.shape)} of {vector.dtype}; allowed: a number or a vector")
                 return vector.astype(np.float64).tolist() if vector.dtype.kind == "f" else vector.tolist()
-            if self.label == "json":
-                return json.loads(data)[self.json_field]
+            if extension == "json":
+                return json.loads(data)[field]
             return data.decode("utf-8-sig").strip()
         except (ValueError, KeyError, EOFError, TypeError, IndexError) as err:
-            raise BadData(f"{path}: the label {sample.key}.{self.label} cannot be read: {err}") from err
+            raise BadData(f"{path}: the {role} {sample.key}.{extension} cannot be read: {err}") from err
 
 
 def index_samples(found: Iterator[Sample], path: str, columns: Columns) -> Index:
     """The index of one tar's samples; `path` is the tar's, for messages."""
     keys: list[str] = []
     labels: list[Any] = []
+    groups: list[Any] = []
     positions: list[tuple[int, int]] = []
     digests = bytearray()
     earlier: set[str] = set()
@@ -331,9 +361,10 @@ def index_samples(found: Iterator[Sample], path: str, columns: Columns) -> Index
         earlier.add(sample.key)
         keys.append(sample.key)
         labels.append(columns.read_label(sample, path))
+        groups += [columns.read_group(sample, path)] if columns.group else []
         positions.append(sample.ranges[image])
         digests += sample.digests.get(image, b"")
-    return Index.of(keys, labels, positions, digests)
+    return Index.of(keys, labels, positions, digests, groups if columns.group else None)
 
 
 def _is_image(extension: str) -> bool:

@@ -40,6 +40,19 @@ def text() -> Kind:
     return Kind(str, lambda v: None if isinstance(v, str) and v else "allowed is text in quotes")
 
 
+def pattern() -> Kind:
+    """A regular expression with a group in brackets."""
+    allowed = "allowed is a regular expression with a group in brackets, such as (patient\\d+)"
+
+    def fault(value: Any) -> str | None:
+        try:
+            return None if isinstance(value, str) and re.compile(value).groups else allowed
+        except re.error as err:
+            return f"{allowed} ({err})"
+
+    return Kind(str, fault)
+
+
 def path() -> Kind:
     """A path, or several paths separated as in the variable PATH; in Python also `pathlib` paths and lists of paths."""
 

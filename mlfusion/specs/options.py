@@ -19,6 +19,7 @@ from mlfusion.specs.kinds import (
     numbers,
     one_of,
     path,
+    pattern,
     ratio,
     settings,
     share,
@@ -52,7 +53,7 @@ GRID_NAMES: tuple[GridName, ...] = get_args(GridName)
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions(Options):
-    """Options for reading a data set. They change keys only through the images and labels that are read."""
+    """Options for reading a data set. They change keys only through the images and labels that are read; groups change ids."""
 
     image_column: str | None = option(
         None, text(), "Column of a table or hub data set that holds the images; guessed if not given.", effect="key"
@@ -83,6 +84,20 @@ class ReadOptions(Options):
     )
     split_seed: int = option(
         0, whole(0), "Seed of the split that --split-ratio makes.", effect="key", former=("carve_seed",)
+    )
+    group_column: str | None = option(
+        None,
+        text(),
+        "Column of the groups, such as patient (tars: json.patient): no group is in train and in test.",
+        effect="id",
+        added=True,
+    )
+    group_pattern: str | None = option(
+        None,
+        pattern(),
+        "Regular expression, searched in each id (path), whose first group in brackets names the image's group.",
+        effect="id",
+        added=True,
     )
     exif_transpose: bool = option(
         False, flag(), "Rotate images as their EXIF orientation says.", effect="key", former=("upright",)

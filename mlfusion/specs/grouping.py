@@ -1,0 +1,100 @@
+"""Parts groups of images, such as the slices of a patient, so that no group is in two parts: for splits, folds and few shots.
+
+scikit-learn's StratifiedGroupKFold makes folds of equal size only, and its result depends on the order of the rows; a split
+needs any shares, and the same parts on every machine whatever the order. This is the same greedy method for any shares.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlfusion.shapes import Int
+
+
+class NoPartition(ValueError):
+    """Groups cannot be parted: a stratum would be in too few parts."""
+
+    def __init__(self, stratum: int, groups: int, parts: int) -> None:
+        super().__init__(stratum, groups, parts)
+        self.stratum, self.groups, self.parts = stratum, groups, parts
+
+
+def codes_of(groups: Sequence[str]) -> Int[np.ndarray, " N"]:
+    """The number of each image's group, counted by first appearance: a renamed group changes no code."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], np.int64)
+
+
+def assign(
+    strata: Int[np.ndarray, " N"],
+    groups: Int[np.ndarray, " N"],
+    shares: Sequence[float],
+    rank: Int[np.ndarray, " G"],
+    *,
+    every: bool = True,
+) -> Int[np.ndarray, " N"]:
+    """The part of each image: whole groups, so that every part gets about its share of each stratum.
+
+    Large groups come first, those of a size between the same powers of two in the order of `rank`. Each goes to the part p
+    where it adds least to Σ_c (n_pc − s_p N_c)² / (s_p N_c²), n_pc being the part's images of stratum c so far, N_c all of
+    them and s_p the part's share. Then, with `every`, groups are moved until every part has every stratum.
+
+    Args:
+        strata: the stratum of each image, such as its class.
+        groups: the number of each image's group, 0..G-1.
+        shares: of the parts; their sum is 1.
+        rank: the place of each group in a random order, which alone decides between groups that are alike.
+        every: whether each part must have each stratum.
+
+    Raises:
+        NoPartition: `every`, and a stratum has images of fewer groups than there are parts, or no move leads to it.
+    """
+    _, codes = np.unique(strata, return_inverse=True)
+    table = np.zeros((len(rank), codes.max() + 1))
+    np.add.at(table, (groups, codes), 1)  # [G, C] images
+    total, share = table.sum(0), np.array(shares)
+    size = np.frexp(table.sum(1))[1]
+    held = np.zeros((len(share), len(total)))
+    part = np.empty(len(rank), np.int64)
+    for group in np.lexsort((rank, -size)):
+        row = table[group]
+        cost = (row * (row + 2 * held) / share[:, None] - 2 * row * total) / total**2
+        part[group] = np.argmin(np.round(cost.sum(1), 12))
+        held[part[group]] += row
+    if every:
+        _fill(part, table, held, rank, np.unique(strata))
+    return part[groups]
+
+
+def _fill(
+    part: Int[np.ndarray, " G"],
+    table: np.ndarray,
+    held: np.ndarray,
+    rank: Int[np.ndarray, " G"],
+    strata: Int[np.ndarray, " C"],
+) -> None:
+    """Move groups, in place, until every part has images of every stratum; no move takes a stratum from its part."""
+    has = table > 0
+    while (held == 0).any():
+        scarce = has.sum(0)
+        missing = np.argwhere(held == 0)
+        to, stratum = missing[np.argmin(scarce[missing[:, 1]])]
+        # A group may leave if its part keeps images of each of its strata.
+        free = (~has | (held[part] > table)).all(1) & has[:, stratum] & (part != to)
+        if not free.any():
+            raise NoPartition(int(strata[stratum]), int(scarce[stratum]), len(held))
+        candidates = np.flatnonzero(free)
+        group = candidates[np.lexsort((rank[candidates], table[candidates].sum(1)))[0]]
+        held[part[group]] -= table[group]
+        held[to] += table[group]
+        part[group] = to
+
+
+def in_turn(rows: Int[np.ndarray, " n"], groups: Int[np.ndarray, " N"], random: np.random.Generator) -> np.ndarray:
+    """`rows` in random order, one image of each group in turn, so that the first few are of many groups."""
+    shuffled = random.permutation(rows)
+    turn = np.empty(len(rows), np.int64)
+    seen: dict[int, int] = {}
+    for place, group in enumerate(groups[shuffled].tolist()):
+        turn[place] = seen[group] = seen.get(group, -1) + 1
+    return shuffled[np.argsort(turn, kind="stable")]
