@@ -11,7 +11,7 @@ from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.specs.identity import KINDS, DataSpec, FeatureSpec, Pair, TokenKind, digest
 from mlfusion.specs.names import parse_tokens
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
-from mlfusion.store import Names, Samples
+from mlfusion.store import Groups, Names, Samples
 from mlfusion.system.devices import pick_compute, pick_device
 from mlfusion.system.references import Kind, find_path, parse_model
 
@@ -31,7 +31,13 @@ class Images:
         data = datasets.load(dataset, features.read) if isinstance(dataset, str) else dataset
         requested = [data.split(name) for name in features.splits]  # raises before anything is read
         stored = {
-            name: Samples(split.ids, split.labels, split.read_digests(data.name), split.classes)
+            name: Samples(
+                split.ids,
+                split.labels,
+                split.read_digests(data.name),
+                split.classes,
+                None if split.groups is None else Groups(split.groups),
+            )
             for name, split in data.splits.items()
         }
         splits = []
@@ -50,7 +56,8 @@ class Images:
             splits.append((split, samples, spec))
         argument = _argument("data set", dataset) if isinstance(dataset, str) else data.name
         contents = {name: samples.content for name, samples in stored.items()}
-        reading = digest([contents, data.classes, data.label_kind, data.resplit])
+        groups = {name: samples.groups.digest for name, samples in stored.items() if samples.groups}
+        reading = digest([contents, data.classes, data.label_kind, data.resplit, *([groups] if groups else [])])
         return cls(data, tuple(splits), argument, reading)
 
 
@@ -118,6 +125,7 @@ class Request:
             dataset_argument=images.argument,
             options=(*replace(recorded, compute=precision).words(), *(["--skip-bad"] if compute.skip_bad else [])),
             reading=images.reading,
+            grouped_by=data.grouped_by,
         )
         jobs = tuple(
             Job(
@@ -125,7 +133,7 @@ class Request:
                 samples,
                 FeatureSpec(model=model_spec, data=spec, dtype=features.dtype),
                 steps,
-                msgspec.structs.replace(names, split=name),
+                msgspec.structs.replace(names, split=name, groups=samples.groups.digest if samples.groups else ""),
             )
             for name, (split, samples, spec) in zip(features.splits, images.splits, strict=True)
             for model_spec, steps in zip(model_specs, views, strict=True)

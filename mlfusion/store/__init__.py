@@ -15,6 +15,7 @@ from mlfusion.store.feature_store import default_root as default_root
 from mlfusion.store.feature_store import differences as differences
 from mlfusion.store.feature_store import missing_bytes as missing_bytes
 from mlfusion.store.reader import TokenReader as TokenReader
+from mlfusion.store.records import Groups as Groups
 from mlfusion.store.records import Names as Names
 from mlfusion.store.records import RunPart as RunPart
 from mlfusion.store.records import RunRecord as RunRecord

@@ -2,6 +2,7 @@
 
 <key>/entry.json          the FeatureSpec whose digest is the folder's name
       ids.json labels.npy digests.npy      row by row: sample id, label, digest of the image's bytes
+      groups-<digest>.json                 the group of each row, for those names that refer to it
       names/<digest>.json the names that users gave for this model and data set
       runs/<id>.json      provenance of each extraction: versions, device, rates; never part of the key
       leases/ pins/       marks of the processes that extract or read it
@@ -21,17 +22,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
-import msgspec
 import numpy as np
 
 from mlfusion.errors import BadData, CacheUnusable, NotCached
 from mlfusion.shapes import Bool, Float, Int, Num
-from mlfusion.specs.identity import FeatureSpec, Pair, TokenKind, digest
+from mlfusion.specs.identity import FeatureSpec, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges
 from mlfusion.store import leases, records
 from mlfusion.store.formats import FORMATS, ShardWriter
 from mlfusion.store.reader import TokenReader
-from mlfusion.store.records import Names, RunRecord, Samples, damaged, removed_message
+from mlfusion.store.records import Groups, Names, RunRecord, Samples, damaged, names_file, removed_message
 from mlfusion.store.shard import Check, Source, spans
 from mlfusion.store.stream import CHUNK, TOKENS, CommitRecord, Stream, StreamManifest
 from mlfusion.system.tree import Tree
@@ -177,6 +177,15 @@ class Entry:
             raise damaged(self.path / "names" / name, "it is not named after what it holds")
         return names, time
 
+    def groups(self, names: Names) -> Groups | None:
+        """The groups of all rows under one of its names; None if it has none, CacheUnusable if they are damaged."""
+        for entry in (self, *self.lower) if names.groups else ():
+            with suppress(FileNotFoundError):
+                return Groups.read(entry.tree, entry.at, names.groups, self.spec.data.images)
+        if names.groups:
+            raise damaged(self.path / records.groups_file(names.groups), "it is not there")
+        return None
+
     def names(self) -> list[Names]:
         """All names under which this entry was extracted; the name extracted last is the last one."""
         return list(self.aliases())
@@ -295,17 +304,21 @@ class Entry:
         """Bytes on disk of this folder."""
         return self.tree.size(self.at)
 
-    def add_alias(self, names: Names, at_ns: int | None = None) -> None:
-        """Record that this entry was extracted under these names, now or at a time in nanoseconds."""
+    def add_alias(self, names: Names, at_ns: int | None = None, *, groups: Groups | None = None) -> None:
+        """Record that this was extracted under these names, with their groups, now or at a time in nanoseconds."""
+        if groups and not self.tree.require(
+            f"{self.at}/{groups.file}", stat.S_IFREG
+        ):  # before the names that refer to it
+            self.tree.publish(f"{self.at}/{groups.file}", groups.encoded())
         path = f"{self.at}/names/{names_file(names)}"
         if not self.tree.stat(path):
             self.tree.publish(path, records.encode(names).encode())
         self.tree.touch(path, at_ns)
 
-    def mark_used(self, names: Names) -> None:
+    def mark_used(self, names: Names, groups: Groups | None = None) -> None:
         """Make these names refer to this entry from now on; a read-only cache is left as it is."""
         with suppress(OSError):
-            self.add_alias(names)
+            self.add_alias(names, groups=groups)
             self.tree.touch(f"{self.at}/names")
 
     def record_run(self, run: RunRecord) -> None:
@@ -401,11 +414,6 @@ def pair_words(pairs: Collection[Pair]) -> str:
     """Pairs in words: 'ap of layers 1-4; cls of layers 12'."""
     kinds = dict.fromkeys(kind for _, kind in pairs)
     return "; ".join(f"{kind} of layers {layer_ranges(layer for layer, k in pairs if k == kind)}" for kind in kinds)
-
-
-def names_file(names: Names) -> str:
-    """The name of the file that holds these names."""
-    return f"{digest(list(msgspec.structs.astuple(names)))}.json"
 
 
 def draft_entry(tree: Tree, folder: str, spec: FeatureSpec, rows: Samples) -> str:

@@ -295,7 +295,7 @@ class FeatureStore:
             self._compare(entry, shapes)
             with Gap(entry, pairs, log) as gap:
                 yield gap
-        entry.mark_used(names)
+        entry.mark_used(names, samples.groups)
 
     @staticmethod
     def _compare(entry: Entry, shapes: Mapping[Pair, tuple[int, int]]) -> None:
@@ -318,7 +318,7 @@ class FeatureStore:
             with suppress(OSError):  # the cache may be read-only
                 restore_missing_files(entry.tree, entry.at, spec, samples)
                 entry.sweep()  # drafts of an extractor that was killed after its last shard
-        entry.mark_used(names)
+        entry.mark_used(names, samples.groups)
         if names not in entry.names():  # the entry is in a cache that is only read
             with suppress(CacheUnusable):
                 return self.create(spec, samples, names)
@@ -349,7 +349,7 @@ class FeatureStore:
             entry = self.entry(spec)
             if entry is None or entry.path != path:
                 raise NotCached(removed_message(path))
-            entry.add_alias(names)
+            entry.add_alias(names, groups=samples.groups)
             entry.sweep()
             return entry
 

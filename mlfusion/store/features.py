@@ -272,7 +272,7 @@ def _require_last_reading(chosen: Alias, at_ns: int, named: Sequence[Alias]) -> 
         if same and alias.at_ns > at_ns and a.reading != b.reading:
             raise NotCached(
                 f"the {alias.entry.spec.data.split} features of {a.model} on {a.dataset} were extracted last, from another "
-                "reading of the data set than the features of its other splits: images, labels or splits have changed "
+                "reading of the data set than the features of its other splits: images, labels, groups or splits have changed "
                 f"since then. Extract all splits again: {_command_of(alias)}"
             )
 

@@ -11,7 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -264,9 +264,10 @@ def copy_entries(source: CachePath, target: CachePath, options: CopyOptions = Co
     copied = []
     with track("copying", sum(entry.nbytes() for entry, _ in entries), "bytes") as bar:
         for entry, names in entries:
-            copy = copies.create(entry.spec, entry.samples, next(iter(names)))
+            first = next(iter(names))
+            copy = copies.create(entry.spec, replace(entry.samples, groups=entry.groups(first)), first)
             for alias, at_ns in names.items():
-                copy.add_alias(alias, at_ns)
+                copy.add_alias(alias, at_ns, groups=entry.groups(alias))
             copied.append((copy, copy_entry(entry, copy, format=options.format, advance=bar.advance)))
     return copied
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pwd
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mlfusion.specs.identity import FORMAT, DataSpec, FeatureSpec, ModelSpec, Na
 from mlfusion.system import disk
 from mlfusion.system.tree import Tree
 
+Digest = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{16})?\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 
@@ -42,8 +44,11 @@ class CacheMarker(Record, frozen=True):
     uuid: Name
 
 
-class Names(Record, frozen=True):
-    """Names that a user gave for a model and a data set, their resolved sources, and the reading; not part of the key."""
+class Names(Record, frozen=True, omit_defaults=True):
+    """Names that a user gave for a model and a data set, their resolved sources, and the reading; not part of the key.
+
+    A field at its default is not written and not in the digest that names the file, so that older files keep their names.
+    """
 
     model: Name
     model_source: Name  # a catalogue's source, a hub id, or a folder
@@ -56,6 +61,16 @@ class Names(Record, frozen=True):
     # Digest of all splits of the data set as they were read: ids, labels, image bytes, classes. Entries of train and test
     # belong together if they have names of one reading. Empty: not known, so that the entry belongs to no other.
     reading: Name = ""
+    groups: Digest = ""  # of the images' groups, which a file beside the samples holds; empty: none were asked for
+    grouped_by: Name = ""  # the column or the pattern of the groups
+
+
+def names_file(names: Names) -> str:
+    """The name of the file that holds these names; what was added to them later counts only where it is given."""
+    fields, later = Names.__struct_fields__, ("groups", "grouped_by")
+    values = [getattr(names, name) for name in fields if name not in later]
+    added = [[name, value] for name in later if (value := getattr(names, name))]
+    return f"{digest([*values, *added])}.json"
 
 
 class RunPart(Record, frozen=True):
@@ -251,6 +266,7 @@ class Samples:
     labels: np.ndarray  # see `stored_labels`
     digests: np.ndarray  # [images, 16] uint8: xxh3-128 of each image's encoded bytes
     classes: tuple[str, ...]  # for numbers: their name, or nothing
+    groups: "Groups | None" = None  # of the images, for the names that refer to them; not part of the content
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", stored_labels(self.labels, self.ids, self.classes))
@@ -295,6 +311,54 @@ class Samples:
         part = slice(rows.start, rows.stop)
         text = json.dumps([rows.start, self.ids[part], self.labels[part].tolist(), self.digests[part].tobytes().hex()])
         return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The group of each image of an entry, such as the patient of a slice, in the order of its samples."""
+
+    names: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies the groups: 16 hex digits."""
+        return digest(list(self.names))
+
+    @property
+    def file(self) -> str:
+        """The name of the file that holds them, beside the samples."""
+        return groups_file(self.digest)
+
+    def encoded(self) -> bytes:
+        """The exact content of the file."""
+        return json.dumps(self.names, ensure_ascii=False).encode()
+
+    @classmethod
+    def read(cls, tree: Tree, folder: str, digest: str, images: int) -> "Groups":
+        """Read the groups with this digest in an entry's folder.
+
+        CacheUnusable if they are damaged, CacheUnread if they may not be read, FileNotFoundError if there are none.
+        """
+        path = f"{folder}/{groups_file(digest)}"
+        try:
+            found = cls(parse(tree.read(path, images * ID_BYTES + 4096), tuple[str, ...]))
+        except (msgspec.MsgspecError, ValueError, RecursionError) as err:
+            raise tree.damaged(tree.path(path), first_line(err)) from err
+        except FileNotFoundError:
+            raise
+        except OSError as err:
+            raise unread(tree.path(path), err) from err
+        if len(found.names) != images or found.digest != digest:
+            raise tree.damaged(tree.path(path), "it holds other groups than those that it is named after")
+        return found
+
+
+GROUPS_FILE = re.compile(r"groups-([0-9a-f]{16})\.json")
+
+
+def groups_file(digest: str) -> str:
+    """The name of the file of groups with this digest."""
+    return f"groups-{digest}.json"
 
 
 def stored_labels(labels: np.ndarray, ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:

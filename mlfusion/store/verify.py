@@ -23,10 +23,21 @@ import xxhash
 from mlfusion.errors import CacheUnread, MlfusionError, NotCached
 from mlfusion.specs.names import layer_ranges
 from mlfusion.store import records
-from mlfusion.store.entry import FOLDERS, GROUP, STREAM, Entry, names_file, zarr_group
+from mlfusion.store.entry import FOLDERS, GROUP, STREAM, Entry, zarr_group
 from mlfusion.store.feature_store import QUARANTINE, TRASH, CachePath, FeatureStore
 from mlfusion.store.formats import FORMATS
-from mlfusion.store.records import FILES, MANIFEST_BYTES, Names, RunRecord, open_tree, unread
+from mlfusion.store.records import (
+    FILES,
+    GROUPS_FILE,
+    MANIFEST_BYTES,
+    Groups,
+    Names,
+    RunRecord,
+    groups_file,
+    names_file,
+    open_tree,
+    unread,
+)
 from mlfusion.store.shard import Source
 from mlfusion.store.stream import TOKENS, CommitRecord, Stream, StreamManifest
 from mlfusion.system import disk
@@ -156,6 +167,7 @@ def _verify(folder: Path) -> Iterator[Damage]:
     for name, data in {**files, GROUP: zarr_group(entry.key).encode()}.items():
         if why := _differs(tree, f"{at}/{name}", data):
             yield Damage(folder / name, why, (f"{at}/{name}",), repairable=name == GROUP)
+    yield from _verify_groups(entry)
     for name in tree.names(f"{at}/{TOKENS}"):
         if STREAM.fullmatch(name):
             yield from _verify_stream(entry, name)
@@ -177,6 +189,25 @@ def _verify_small(tree: Tree, at: str, entry: Entry | None) -> Iterator[Damage]:
     for folder in ("leases", "pins"):
         for name in tree.names(f"{at}/{folder}"):
             yield from _found(tree, f"{at}/{folder}/{name}", stat.S_IFREG)
+
+
+def _verify_groups(entry: Entry) -> Iterator[Damage]:
+    """Damage of the groups of an entry's images: files of groups, and names that refer to a file that is not there."""
+    tree, at = entry.tree, entry.at
+    files = {name: match[1] for name in tree.names(at) if (match := GROUPS_FILE.fullmatch(name))}
+    for name, digest in files.items():
+        with suppress(FileNotFoundError):
+            try:
+                Groups.read(tree, at, digest, entry.spec.data.images)
+            except MlfusionError as err:
+                yield _damage(tree.path(f"{at}/{name}"), err, (f"{at}/{name}",))
+    needed = set()
+    for name in tree.names(f"{at}/names"):
+        with suppress(MlfusionError, OSError):  # damaged names are reported as such
+            if name.endswith(".json") and (groups := entry.alias(name)[0].groups):
+                needed.add(groups_file(groups))
+    for name in sorted(needed.difference(files)):
+        yield Damage(tree.path(f"{at}/{name}"), "it is not there", ())
 
 
 def _verify_stream(entry: Entry, name: str) -> Iterator[Damage]:
