@@ -57,7 +57,7 @@ def load(reference: str, options: ReadOptions | None = None) -> DataSet:
 
     Raises:
         UnknownName, Unavailable: there is no such data set, or it cannot be downloaded.
-        BadData: no images, columns or labels that cannot be used, one class only, or splits whose classes differ.
+        BadData: no images, columns or labels that cannot be used, one class only, or a class that train has no image of.
     """
     options = options or ReadOptions()
     row = CATALOGUE.get(reference)
@@ -297,14 +297,14 @@ def _check(data: DataSet) -> DataSet:
 
 
 def _report_missing_classes(data: DataSet, name: str, missing: Sequence[str]) -> None:
-    """Report classes that a split lacks; raises BadData if it is train or test, which a probe needs."""
+    """Report classes that a split lacks; raises BadData if it is train, from which a probe learns every class."""
     text = f"{data.name}: the splits' classes differ: {name} has no image of {_shown(missing)}"
-    if name not in ("train", "test"):
-        logger.warning("%s", text)
+    if name != "train":
+        logger.warning("%s; a score on %s is that of the other classes", text, name)
         return
     numeric = all(label.removeprefix("-").isdecimal() for label in data.classes) and len(data.classes) > 20
     raise BadData(
-        f"{text}; give every class images in every split, or take the class out of all of them"
+        f"{text}; give every class images in train, or take the class out of all splits"
         + (" (labels that are numbers and not classes: --target number)" if numeric else "")
     )
 
