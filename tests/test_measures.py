@@ -284,3 +284,45 @@ def test_what_does_not_belong_together_is_refused() -> None:
                 compute(*spoiled)
     with pytest.raises(UnknownName, match=r"no metric named 'r2'.*balanced_accuracy"):
         measures.measure(labels, probabilities, "r2")
+
+
+# --- ranked metrics --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=examples(60))
+@given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.integers(2, 12))
+def test_the_area_under_the_roc_curve_is_scikit_learns_with_ties_and_weights(seed: int, classes: int, levels: int) -> None:
+    random = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), random.integers(0, classes, 30)])
+    probabilities = random.integers(0, levels, (len(labels), classes)).astype(np.float32) / levels  # many ties
+    weights = random.integers(0, 4, (3, len(labels))).astype(float)
+    found = measures.auroc(labels, probabilities)(weights)
+    for b, c in np.ndindex(*found.shape):
+        own = labels == c
+        if weights[b, own].sum() and weights[b, ~own].sum():
+            want = reference.roc_auc_score(own, probabilities[:, c], sample_weight=weights[b])
+            assert found[b, c] == pytest.approx(want, abs=1e-12)
+        else:
+            assert np.isnan(found[b, c])
+    several = np.eye(classes, dtype=int)[labels]
+    np.testing.assert_array_equal(measures.auroc(several, probabilities)(weights), found)
+
+
+def test_the_macro_area_is_scikit_learns_one_against_the_rest() -> None:
+    labels, probabilities = of_class(5)
+    whole = probabilities / probabilities.sum(1, keepdims=True)
+    want = reference.roc_auc_score(labels, whole, multi_class="ovr", average="macro")
+    assert score(labels, whole, "auroc") == pytest.approx(want, abs=1e-12)
+    two, sure = np.array([0, 0, 1, 1, 1]), np.array([0.2, 0.6, 0.4, 0.6, 0.9])
+    # pairs of an image of each class: 0.2 is below all three, 0.6 is above 0.4, equal to 0.6 and below 0.9
+    assert score(two, np.stack([1 - sure, sure], 1), "auroc") == pytest.approx((3 + 0 + 0.5 + 1) / 6)
+
+
+@given(st.permutations(range(12)))
+def test_the_area_depends_neither_on_the_order_of_images_nor_on_that_of_classes(order: list[int]) -> None:
+    labels, probabilities = np.arange(12) % 3, np.random.default_rng(6).integers(0, 5, (12, 3)) / 5
+    expected = measures.auroc(labels, probabilities)(np.ones((1, 12)))[0]
+    moved = measures.auroc(labels[order], probabilities[order])(np.ones((1, 12)))[0]
+    np.testing.assert_allclose(moved, expected, atol=1e-12)
+    renamed = measures.auroc((labels + 1) % 3, np.roll(probabilities, 1, axis=1))(np.ones((1, 12)))[0]
+    np.testing.assert_allclose(np.roll(renamed, -1), expected, atol=1e-12)

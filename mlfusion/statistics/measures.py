@@ -26,14 +26,14 @@ def measure(labels: np.ndarray, predictions: np.ndarray, metric: str) -> Measure
     Args:
         labels: classes [N] in 0..C-1; several labels per image, 0 or 1 [N, C]; or numbers [N].
         predictions: probabilities [N, C], or numbers [N] or [N, 1].
-        metric: one of `METRICS`.
+        metric: one of `METRICS` or of `RANKED`.
 
     Raises:
         BadData: labels and predictions do not match.
         UnknownName: there is no such metric for such labels.
     """
     check(labels, predictions)
-    known = METRICS[_kind(labels)]
+    known = METRICS[_kind(labels)] | RANKED.get(_kind(labels), {})
     if metric not in known:
         raise UnknownName("metric", metric, known)
     return known[metric](labels, predictions)
@@ -180,6 +180,39 @@ def _log_loss(probabilities: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(probabilities.astype(np.float64), TINY))
 
 
+# --- one class or several labels per image ---------------------------------------------------------------------------
+
+
+def _one_against_rest(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Whether each image has each class or label [N, C], bool."""
+    return labels > 0 if labels.ndim == 2 else labels[:, None] == np.arange(classes)
+
+
+def auroc(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
+    """The area under the ROC curve of each class or label against the rest [B, C]; NaN where one side has no image.
+
+    It is the share of pairs of an image with the class and one without it in which the first has the larger probability, and
+    half of the pairs with equal ones (Mann and Whitney 1947; Hanley and McNeil 1982).
+    """
+    owned = _one_against_rest(labels, probabilities.shape[1])
+    columns = [(np.argsort(column, kind="stable"), np.unique(column, return_inverse=True)[1]) for column in probabilities.T]
+
+    def score(weights: np.ndarray) -> np.ndarray:
+        areas = np.full((len(weights), owned.shape[1]), np.nan)
+        for c, (order, ranks) in enumerate(columns):
+            ends = np.flatnonzero(np.diff(ranks[order], append=ranks.max() + 1))  # the last image of each probability
+            own, all_images = (
+                np.diff((weights * part)[:, order].cumsum(1)[:, ends], axis=1, prepend=0) for part in (owned[:, c], 1)
+            )
+            others = all_images - own
+            below = others.cumsum(1) - others
+            pairs = own.sum(1) * others.sum(1)
+            areas[:, c] = _share((own * (below + others / 2)).sum(1), pairs)
+        return areas
+
+    return score
+
+
 # --- several labels per image ----------------------------------------------------------------------------------------
 
 
@@ -317,3 +350,8 @@ BY_CLASS: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
     "labels": {"average_precision": _average_precision},
 }
 """{kind of labels: {metric of each class: measure}}, whose scores are [B, C]."""
+
+RANKED: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], Measure]]] = {
+    kind: {"auroc": lambda labels, p: _mean_of_present(auroc(labels, p))} for kind in ("class", "labels")
+}
+"""{kind of labels: {metric: measure}} of metrics that rows do not store: they are computed from the arrays when asked for."""
