@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mlfusion.errors import UnknownName
 from mlfusion.specs.identity import KINDS, OMIT_IF_DEFAULT, DataSpec, FeatureSpec, ModelSpec, digest
-from mlfusion.specs.names import STUDY, layer_ranges, parse_layers, parse_probes, parse_tokens, token_words
+from mlfusion.specs.names import HEAD_NAMES, STUDY, layer_ranges, parse_layers, parse_probes, parse_tokens, token_words
 from mlfusion.system.references import parse_model
 
 MODEL = ModelSpec(
@@ -134,6 +134,42 @@ def test_groups_of_probes():
     assert [p.name for p in parse_probes("cls-each-layer/linear", 3)] == [f"cls-layer-{n}/linear" for n in (1, 2, 3)]
     assert parse_probes("ALF", 12) == parse_probes("cls+ap-all-layers/attentive", 12)
     assert len(parse_probes("alf,all", 12)) == 10
+
+
+def test_layers_by_number():
+    """A comma before a digit belongs to the layers, so that probes are still listed by commas."""
+    [probe] = parse_probes("cls+ap-layers-6,9,12/linear", 12)
+    assert probe.name == "cls+ap-layers-6,9,12/linear" and probe.representation.layers(12) == (6, 9, 12)
+    assert parse_probes("cls+ap-layers-12,6,9-9/linear", 12) == (probe,)
+    listed = "ridge,cls-layers-1-4,12/linear,{cls,ap}-layers-0,2/knn, cls+ap-{2,4}-layers/linear"
+    assert [probe.name for probe in parse_probes(listed, 12)] == [
+        "cls+ap-all-layers/ridge",
+        "cls-layers-1-4,12/linear",
+        "cls-layers-0,2/knn",
+        "ap-layers-0,2/knn",
+        "cls+ap-2-layers/linear",
+        "cls+ap-4-layers/linear",
+    ]
+    assert [probe.name for probe in parse_probes("cls-layers-7/linear", 12)] == ["cls-layer-7/linear"]
+    for wrong in ("cls-layers-9,13/linear", "cls-layers-/linear", "cls-layers-1--2/linear", "cls-layers-a/linear"):
+        with pytest.raises(UnknownName, match="Known: "):
+            parse_probes(wrong, 12)
+
+
+@given(st.sets(st.integers(0, 12), min_size=2), st.permutations(["alf", "cls-last/linear"]))
+def test_layers_by_number_read_back(layers, others):
+    name = f"cls+ap-layers-{','.join(map(str, sorted(layers, reverse=True)))}/linear"
+    made = parse_probes(",".join([others[0], name, others[1]]), 12)
+    assert made[1].representation.layers(12) == tuple(sorted(layers))
+    assert parse_probes(made[1].name, 12) == (made[1],)
+
+
+@pytest.mark.parametrize("head", HEAD_NAMES)
+def test_a_head_alone_reads_all_layers(head):
+    assert parse_probes(head, 12) == parse_probes(f"cls+ap-all-layers/{head}", 12)
+    assert [probe.heads for probe in parse_probes("attentive:h8,alf:h8", 12)] == [8]
+    with pytest.raises(UnknownName, match="Did you mean ridge"):
+        parse_probes("rigde", 12)
 
 
 @pytest.mark.parametrize("name", ["cls-lst/linear", "cls-last/linea", "cls+cls", "", "cls-layer-13/linear"])

@@ -37,10 +37,10 @@ def complete_datasets(incomplete: str) -> list[str]:
 
 
 def complete_probes(incomplete: str) -> list[str]:
-    """The study's probes, by name and alias."""
-    from mlfusion.specs.names import ALIASES, STUDY
+    """The study's probes, by name and alias, and the heads alone."""
+    from mlfusion.specs.names import ALIASES, HEAD_NAMES, STUDY
 
-    return _completions(["all", *ALIASES, *STUDY], incomplete)
+    return _completions(["all", *ALIASES, *HEAD_NAMES, *STUDY], incomplete)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

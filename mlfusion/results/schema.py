@@ -24,7 +24,7 @@ from mlfusion.results.arrays import FOLDER
 from mlfusion.results.records import decode, encode
 from mlfusion.results.rows import Row
 from mlfusion.specs.definitions import distribute
-from mlfusion.specs.names import ALIASES
+from mlfusion.specs.names import full_name
 from mlfusion.specs.options import RowFilter
 from mlfusion.system import disk
 
@@ -294,7 +294,7 @@ def where(filters: Mapping[str, str | None]) -> tuple[str, list[str]]:
         exists = Path(value).exists()
         if name == "probe":
             conditions[-1] = "probe IN (?, ?)"
-            values.append(ALIASES.get(value.lower(), value))
+            values.append(full_name(value))
         if name in ("model", "dataset") and (exists or "/" in value):
             # A body that is no JSON is selected too, so that it is named as damaged.
             source = f"CASE WHEN json_valid(body) THEN json_extract(body, '$.sources.{name}') = ? ELSE 1 END"

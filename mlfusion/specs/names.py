@@ -169,7 +169,7 @@ class Representation:
     """The tokens and layers that a probe reads, for example `cls+ap-all-layers`."""
 
     kinds: tuple[TokenKind, ...]
-    at: str  # "last", "all-layers", "layer-7", or "N-layers": N evenly spaced layers
+    at: str  # "last", "all-layers", "layer-7", "layers-6,9,12", or "N-layers": N evenly spaced layers
 
     @property
     def name(self) -> str:
@@ -187,6 +187,8 @@ class Representation:
             return (depth,)
         if self.at == "all-layers":
             return tuple(range(1, depth + 1))
+        if self.at.startswith("layers-"):
+            return parse_layers(self.at.removeprefix("layers-"), depth)
         count = int(re.sub(r"\D", "", self.at))
         if self.at.startswith("layer-"):
             if count > depth:
@@ -220,8 +222,10 @@ class Probe:
 SPATIAL_HEADS = 8
 """Number of attention heads over all tokens or a grid; other representations have one head per token (as in the study)."""
 
+ALL_LAYERS = "cls+ap-all-layers"
+MOST_LAYERS = 9999  # in a name, before the model's depth is known
 BASELINE = "cls-last/linear"
-ALIASES = {"alf": "cls+ap-all-layers/attentive", "aat": "all-tokens-last/attentive"}
+ALIASES = {"alf": f"{ALL_LAYERS}/attentive", "aat": "all-tokens-last/attentive"}
 STUDY = (
     BASELINE,
     "cls+ap-last/linear",
@@ -239,14 +243,19 @@ STUDY = (
 _JOINED = "|".join(REDUCED_KINDS)
 _PROBE = re.compile(
     rf"(?P<kinds>all-tokens|(?:{_JOINED})(?:\+(?:{_JOINED}))*)-"
-    r"(?P<at>last|all-layers|each-layer|[1-9]\d*-layers|layer-\d+)/(?P<head>[\w-]+)(?::h(?P<heads>[1-9]\d*))?"
+    r"(?P<at>last|all-layers|each-layer|[1-9]\d*-layers|layer-\d+|layers-\d[\d,-]*)"
+    r"/(?P<head>[\w-]+)(?::h(?P<heads>[1-9]\d*))?"
 )
+_COMMA = re.compile(r",(?!\s*\d)(?![^{]*\})")  # outside of braces; before a digit it separates layers of one probe
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def expand_braces(words: str | Iterable[str]) -> list[str]:
-    """Expand braces as a shell does: 'a-{b,c}/{d,e}' → a-b/d, a-b/e, a-c/d, a-c/e. Text is first split at commas."""
-    parts = re.split(r",(?![^{]*\})", words) if isinstance(words, str) else list(words)
+    """Expand braces as a shell does: 'a-{b,c}/{d,e}' → a-b/d, a-b/e, a-c/d, a-c/e. Text is first split at commas.
+
+    A comma before a digit does not split: 'ridge,cls-layers-6,9/linear' are two.
+    """
+    parts = _COMMA.split(words) if isinstance(words, str) else list(words)
     expanded: list[str] = []
     for word in parts:
         if match := _BRACES.search(word):
@@ -255,6 +264,14 @@ def expand_braces(words: str | Iterable[str]) -> list[str]:
         else:
             expanded.append(word.strip())
     return expanded
+
+
+def full_name(word: str) -> str:
+    """The full name of a probe: of an alias ('alf', 'alf:h8'), or of a head, which reads CLS and AP of all layers ('ridge')."""
+    short, colon, heads = word.partition(":")
+    if short.lower() in ALIASES:
+        return ALIASES[short.lower()] + colon + heads
+    return f"{ALL_LAYERS}/{word}" if short in HEAD_NAMES else word
 
 
 def parse_probes(names: str | Sequence[str], depth: int) -> tuple[Probe, ...]:
@@ -267,24 +284,33 @@ def parse_probes(names: str | Sequence[str], depth: int) -> tuple[Probe, ...]:
     """
     probes: dict[Probe, None] = {}
     for word in expand_braces(names):
-        alias, _, heads = word.partition(":")
-        named = f"{ALIASES[alias.lower()]}:{heads}".rstrip(":") if alias.lower() in ALIASES else word
-        for name in STUDY if word == "all" else (named,):
+        for name in STUDY if word == "all" else (full_name(word),):
             match = _PROBE.fullmatch(name)
             if not match or match["head"] not in HEAD_NAMES or (match["heads"] and match["head"] != "attentive"):
-                grammar = "Others: KINDS-LAYERS/HEAD, as ap-layer-7/linear or cls-each-layer/linear; heads: "
+                grammar = (
+                    "Others: KINDS-LAYERS/HEAD, as ap-layer-7/linear, cls+ap-layers-6,9,12/linear or cls-each-layer/linear; or "
+                    "HEAD alone, on CLS and AP of all layers; heads: "
+                )
                 raise UnknownName(
                     "probe",
-                    name,
-                    [*STUDY, *ALIASES, "all"],
+                    word,
+                    [*STUDY, *ALIASES, *HEAD_NAMES, "all"],
                     otherwise=f"{grammar}{', '.join(HEAD_NAMES)}; attentive:h8 has eight attention heads.",
                 )
             words = ["all"] if match["kinds"] == "all-tokens" else match["kinds"].split("+")
             kinds = tuple(kind for kind in KINDS if kind in words)
             every_layer = [f"layer-{n}" for n in range(1, depth + 1)]
-            positions = every_layer if match["at"] == "each-layer" else [match["at"]]
+            positions = every_layer if match["at"] == "each-layer" else [_layers_name(match["at"])]
             count = int(match["heads"]) if match["heads"] else None
             probes.update({Probe(Representation(kinds, at), match["head"], count): None for at in positions})
     for probe in probes:
         probe.representation.layers(depth)  # raises for a layer that the model lacks, before a run starts
     return tuple(probes)
+
+
+def _layers_name(at: str) -> str:
+    """One name for one choice of layers: 'layers-9,6,7' → 'layers-6-7,9', 'layers-6' → 'layer-6'."""
+    if not at.startswith("layers-"):
+        return at
+    layers = parse_layers(at.removeprefix("layers-"), MOST_LAYERS)
+    return f"layers-{layer_ranges(layers)}" if len(layers) > 1 else f"layer-{layers[0]}"

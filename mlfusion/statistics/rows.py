@@ -12,7 +12,7 @@ import numpy as np
 
 from mlfusion.errors import BadData, ResultsUnusable
 from mlfusion.results import Results, Row
-from mlfusion.specs.names import ALIASES
+from mlfusion.specs.names import full_name
 from mlfusion.statistics import images, uncertainty
 from mlfusion.statistics.datasets import (
     MIN_DATASETS,
@@ -224,7 +224,8 @@ def compare_named(
 
 def _probe_name(word: str) -> str | None:
     """The name of a probe, or None if it is not one: ids have no '/'."""
-    return word if "/" in word else ALIASES.get(word.lower())
+    name = full_name(word)
+    return name if "/" in name else None
 
 
 def over_datasets(comparisons: Sequence[Comparison]) -> dict[str, SignedRank | str]:

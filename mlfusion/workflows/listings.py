@@ -5,7 +5,7 @@ from typing import Any
 
 from mlfusion.errors import UnknownName
 from mlfusion.specs.identity import ABOUT_HOOKS, ABOUT_KINDS
-from mlfusion.specs.names import ABOUT_HEADS, ALIASES, BASELINE, HEAD_NAMES, STUDY, STUDY_HEADS
+from mlfusion.specs.names import ABOUT_HEADS, ALIASES, ALL_LAYERS, BASELINE, HEAD_NAMES, STUDY, STUDY_HEADS
 
 
 def listing(what: str) -> list[dict[str, Any]]:
@@ -59,10 +59,12 @@ def _probes() -> Iterator[dict[str, Any]]:
         yield {"name": name, "known_as": known.get(name, "")}
     for name in ("cls-each-layer/linear", "ap-each-layer/linear"):
         yield {"name": name, "known_as": "one probe a layer"}
+    yield {"name": "cls+ap-3-layers/linear", "known_as": "any number of evenly spaced layers"}
+    yield {"name": "cls+ap-layers-6,9,12/linear", "known_as": "any layers by number, as 1-4,12"}
     yield {"name": "grid4-last/attentive", "known_as": "any kinds of mlfusion ls tokens, joined by +"}
     for head in HEAD_NAMES:
         if head not in STUDY_HEADS:
-            yield {"name": f"cls+ap-all-layers/{head}", "known_as": ABOUT_HEADS[head]}
+            yield {"name": f"{ALL_LAYERS}/{head}", "known_as": f"{head} for short: {ABOUT_HEADS[head]}"}
 
 
 def _tokens() -> Iterator[dict[str, Any]]:
