@@ -6,7 +6,7 @@ loaded when a name is first used. The functions here take every option as a keyw
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from mlfusion.specs.options import (
     ComputeOptions,
     FeatureOptions,
     PilotOptions,
+    PredictorOptions,
     ReadOptions,
     RunOptions,
     SearchOptions,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from mlfusion.store import CachePath, Check, FeatureStore, TokenReader
     from mlfusion.store.features import Features
     from mlfusion.workflows.advice import Advice
-    from mlfusion.workflows.prediction import predict
+    from mlfusion.workflows.prediction import Picture, Prediction, Predictor
     from mlfusion.workflows.study import StudyResult
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "Features",
     "MlfusionError",
     "PilotOptions",
+    "PredictorOptions",
     "ReadOptions",
     "Results",
     "RunOptions",
@@ -60,6 +62,7 @@ __all__ = [
     "explain",
     "extract",
     "load_features",
+    "load_probe",
     "open_features",
     "plan",
     "predict",
@@ -75,7 +78,6 @@ _HOME = {
     "MlfusionError": "errors",
     "Results": "results",
     "array_dataset": "datasets",
-    "predict": "workflows.prediction",
     "write_page": "report",
 }
 
@@ -211,6 +213,50 @@ def probe(
 
     search, training, storage = distribute(options, SearchOptions, TrainingOptions, StorageOptions)
     return probe_with(dataset, model, probes, search, training, storage, log)
+
+
+def load_probe(probe: str | os.PathLike[str], **options: Any) -> "Predictor":
+    """Load a saved probe and its backbone once, for any number of predictions.
+
+        predictor = mlfusion.load_probe("results/probes/r17b75bdf052900c")
+        predictor.predict("cat.jpg")                  # 'cat'
+        predictor.predict_proba([image, other])       # [2, C], columns in the order of predictor.classes_
+
+    Images are preprocessed as the probe's card says, not as the files of a model that has moved say.
+
+    Args:
+        probe: the folder that `mlfusion probe --save` wrote, or the id of its result, or the first characters of the id.
+        options: fields of `PredictorOptions`.
+
+    Raises:
+        ResultsUnusable: no probe in that folder, or a damaged one; or the probe of that result was not kept.
+        UnknownName: no result has that id.
+        BadModel: the backbone is another than the probe's.
+    """
+    from mlfusion.workflows.prediction import load_probe as load
+
+    return load(probe, *distribute(options, PredictorOptions))
+
+
+def predict(
+    probe: str | os.PathLike[str], images: "Iterable[Picture]", *, top: int = 5, batch_size: int = 32, **options: Any
+) -> "list[Prediction]":
+    """Predict images with a saved probe, once; a program that predicts more often holds `load_probe`.
+
+    Args:
+        probe: as of `load_probe`.
+        images: paths, of which a folder means the images below it in the order of their paths; or images in memory, as
+            `load_probe`'s predictor takes them.
+        top: number of classes in a prediction.
+        batch_size: number of images in a forward pass.
+        options: fields of `PredictorOptions`.
+
+    Raises:
+        MlfusionError: as of `load_probe`; BadData: an image cannot be read.
+    """
+    from mlfusion.workflows.prediction import predict as predict_with
+
+    return predict_with(probe, images, *distribute(options, PredictorOptions), top=top, batch_size=batch_size)
 
 
 def rerun(row_id: str, *, keep: bool = False, device: str | None = None, **options: Any) -> "Rerun":

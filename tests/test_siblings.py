@@ -44,6 +44,7 @@ SIBLINGS = {  # a test that needs ../shared → one of the same behaviour that n
     "test_the_fast_paths_features_stay_within_the_bound": "test_features_of_the_fast_path_are_near",
     "test_without_simplejpeg_the_bytes_are_the_same": "test_pillow_decodes_the_same_bytes",
     "test_the_papers_recipes_cover_its_models_and_data_sets": "test_the_papers_recipe_covers_the_published_scores",
+    "test_deit_tinys_stored_predictions": "test_answers_are_the_stored_test_predictions",
     "test_real_weights_at_another_size": "test_new_images_are_made_as_the_cached_ones_were",
 }
 

@@ -26,6 +26,7 @@ from mlfusion.datasets.catalogue import CatalogueRow as CatalogueRow
 from mlfusion.datasets.columns import refuse_unused
 from mlfusion.datasets.depth import measure_window
 from mlfusion.datasets.depth import report_depth as report_depth
+from mlfusion.datasets.files import expand_folders as expand_folders
 from mlfusion.datasets.groups import read_groups, report_candidates, report_shared
 from mlfusion.datasets.images import SUFFIXES as SUFFIXES
 from mlfusion.datasets.images import Decoder as Decoder
@@ -34,8 +35,10 @@ from mlfusion.datasets.places import files_below, split_of_path
 from mlfusion.datasets.resplit import ratio_text, split_by_ratio
 from mlfusion.datasets.split import IN_MEMORY as IN_MEMORY
 from mlfusion.datasets.split import DataSet as DataSet
+from mlfusion.datasets.split import Decode as Decode
 from mlfusion.datasets.split import RawSplit
 from mlfusion.datasets.split import Split as Split
+from mlfusion.datasets.split import decoded as decoded
 from mlfusion.datasets.values import shown
 from mlfusion.errors import BadData, UnknownName
 from mlfusion.specs.identity import Decoding
@@ -113,19 +116,6 @@ def array_dataset(
     names = None if classes is None else tuple(classes)
     raw = {split: replace(one, names=names) for split, one in _arrays.arrays(splits, options, name).items()}
     return _build(name, IN_MEMORY, "arrays", raw, options)
-
-
-def pictures(files: Sequence[str], decode: Decoder | None = None) -> Split:
-    """Image files without a data set, in the order of `files`; all labels are 0."""
-    paths = tuple(str(Path(file).expanduser()) for file in files)
-    return Split(
-        name="images",
-        ids=tuple(files),
-        labels=np.zeros(len(files), np.int64),
-        classes=(),
-        encoded=_files.Files("", paths),
-        decode=decode or Decoder(),
-    )
 
 
 def _is_hub_id(text: str) -> bool:

@@ -101,10 +101,7 @@ def class_folders(root: Path, folders: Folders, options: ReadOptions) -> dict[st
         named = {split: [folder] for split, folder in list(splits.items())[: None if same else 1]}
         refuse_or_report(named, rest, "folders", str(root))
     _report_loose(root, folders)
-    if left_out:
-        shown = ", ".join(f"{count:,} {kind}" for kind, count in sorted(left_out.items()))
-        advice = ": HEIC needs pip install 'mlfusion[heic]'" if HEIF_SUFFIXES & left_out.keys() else ""
-        logger.warning("%s: %s files are not read as images (%s)%s", root, f"{left_out.total():,}", shown, advice)
+    _report_left_out(root, left_out)
     return {
         split: RawSplit(
             ids=(paths := tuple(path for _, path in images)),
@@ -160,6 +157,44 @@ def _walk(folder: Path, root: Path) -> Iterator[str]:
                 yield from _walk(Path(item.path), root)
             else:
                 yield Path(item.path).relative_to(root).as_posix()
+
+
+def images_below(root: Path) -> list[str]:
+    """The paths below a folder of all image files in it and in its folders, sorted; the other files are counted in a warning.
+
+    Raises:
+        BadData: there are none, or a link leads out of the folder.
+    """
+    left_out: Counter[str] = Counter()
+    images = []
+    for path in _walk(root, root):
+        if _is_image_path(path):
+            images.append(path)
+        else:
+            left_out[os.path.splitext(path)[1].lower() or "without a suffix"] += 1
+    _report_left_out(root, left_out)
+    if not images:
+        raise BadData(f"{root} holds no images; allowed: {', '.join(sorted(SUFFIXES))}")
+    return sorted(images)
+
+
+def expand_folders(images: Iterable[Any]) -> list[Any]:
+    """Images, with each path of a folder replaced by the paths of the images below it, sorted; errors as `images_below`."""
+    found: list[Any] = []
+    for image in images:
+        is_folder = isinstance(image, (str, os.PathLike)) and os.path.isdir(os.path.expanduser(image))
+        found += (
+            [os.path.join(image, path) for path in images_below(Path(image).expanduser())] if is_folder else [image]
+        )
+    return found
+
+
+def _report_left_out(root: Path, left_out: "Counter[str]") -> None:
+    """Report the files of a folder that are not read as images; `left_out` counts them by their suffix."""
+    if left_out:
+        shown = ", ".join(f"{count:,} {kind}" for kind, count in sorted(left_out.items()))
+        advice = ": HEIC needs pip install 'mlfusion[heic]'" if HEIF_SUFFIXES & left_out.keys() else ""
+        logger.warning("%s: %s files are not read as images (%s)%s", root, f"{left_out.total():,}", shown, advice)
 
 
 def _refuse_outside(path: Path, root: Path) -> None:

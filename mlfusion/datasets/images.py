@@ -8,7 +8,8 @@ import importlib.util
 import io
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
@@ -130,14 +131,30 @@ class Decoder:
 
         return self._opened(data, read)
 
+    def converted(self, image: Image.Image) -> Image.Image:
+        """The RGB image of one that is open already, as of its file; raises BadImage, which gives the reason, if it is none."""
+        with self._reasons():
+            return self._sized(image, self._rgb)
+
     def _opened(self, data: bytes, read: Callable[[Image.Image], T]) -> T:
         if not data:
             raise BadImage("the file is empty")
+        with self._reasons(), _open(data, self.max_pixels) as image:
+            return self._sized(image, read)
+
+    def _sized(self, image: Image.Image, read: Callable[[Image.Image], T]) -> T:
+        """Read an image whose size is allowed; it is known before anything is decoded."""
+        if (pixels := image.width * image.height) > self.max_pixels:
+            raise BadImage(self._too_large(f"{image.width:,} x {image.height:,} = {pixels:,}"))
+        if not pixels:
+            raise BadImage("it has no pixels")
+        return read(image)
+
+    @contextmanager
+    def _reasons(self) -> Iterator[None]:
+        """Whatever PIL raises on an image becomes a BadImage with the reason."""
         try:
-            with _open(data, self.max_pixels) as image:
-                if (pixels := image.width * image.height) > self.max_pixels:
-                    raise BadImage(self._too_large(f"{image.width:,} x {image.height:,} = {pixels:,}"))
-                return read(image)
+            yield
         except (BadImage, MemoryError):
             raise
         except UnidentifiedImageError as err:

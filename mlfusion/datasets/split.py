@@ -27,10 +27,21 @@ IN_MEMORY = "arrays"
 Encoded = Callable[[int], bytes]
 """Row → the bytes of the image's file; it can be pickled, and works in any process that sees the same files."""
 
+Decode = Callable[[bytes], Image.Image]
+"""The bytes of an image's file → the image in RGB; a function of the bytes alone."""
+
 
 def decoder(options: ReadOptions) -> Decoder:
     """The decoder for images of a data set that is read with these options."""
     return Decoder(options.exif_transpose, options.max_pixels, parse_window(options.window))
+
+
+def decoded(data: bytes, name: str, decode: Decode) -> Image.Image:
+    """An image in RGB; raises BadImage, with its name and the reason, if it cannot be decoded."""
+    try:
+        return decode(data)
+    except BadImage as err:
+        raise BadImage(f"{name} cannot be read: {err}") from err
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +53,7 @@ class Split:
     labels: np.ndarray  # [images] int64, an index into classes; [images, classes] uint8, 0 or 1; or [images] float64
     classes: tuple[str, ...]  # empty if labels are numbers
     encoded: Encoded
-    decode: Callable[[bytes], Image.Image]  # → RGB; a function of the bytes alone
+    decode: Decode
     digests: np.ndarray | None = None  # [images, 16] uint8, if they are known from reading the data set
     groups: tuple[str, ...] | None = (
         None  # [images], such as the patient of a slice; None: every image is its own group
@@ -93,11 +104,7 @@ class Split:
 
     def image(self, row: int) -> Image.Image:
         """The image in RGB; raises BadImage, with its id and the reason, if it cannot be decoded, and BadData as `read`."""
-        data = self.read(row)
-        try:
-            return self.decode(data)
-        except BadImage as err:
-            raise BadImage(f"{self.ids[row]} cannot be read: {err}") from err
+        return decoded(self.read(row), self.ids[row], self.decode)
 
     def take(self, rows: np.ndarray, name: str) -> "Split":
         """The images of these rows, in that order, as a split of another name."""
@@ -131,7 +138,7 @@ class RawSplit:
     ids: Sequence[str]
     labels: Sequence[Any]  # text, whole numbers, numbers, lists or vectors
     encoded: Encoded
-    decode: Callable[[bytes], Image.Image]
+    decode: Decode
     names: tuple[str, ...] | None = None  # class names that label numbers stand for, or all classes in their order
     digests: np.ndarray | None = None
     target: LabelKind | None = None  # the kind of label that the form implies: class folders are classes

@@ -44,11 +44,20 @@ def picture(split: datasets.Split, row: int, steps: Preprocessing) -> np.ndarray
     Raises:
         BadImage: it cannot be read.
     """
-    if steps.decodes_jpeg and isinstance(split.decode, datasets.Decoder) and not split.decode.exif_transpose:
-        pixels = steps.from_jpeg(split.read(row), split.ids[row], split.decode.max_pixels)
+    return prepare(split.read(row), split.ids[row], split.decode, steps)
+
+
+def prepare(data: bytes, name: str, decode: datasets.Decode, steps: Preprocessing) -> np.ndarray:
+    """[3, height, width]: an image file's bytes, decoded and preprocessed; random crops depend on `name`.
+
+    Raises:
+        BadImage: it cannot be decoded; says which and why.
+    """
+    if steps.decodes_jpeg and isinstance(decode, datasets.Decoder) and not decode.exif_transpose:
+        pixels = steps.from_jpeg(data, name, decode.max_pixels)
         if pixels is not None:
             return pixels
-    return steps.picture(split.image(row), split.ids[row])
+    return steps.picture(datasets.decoded(data, name, decode), name)
 
 
 @dataclass(eq=False)

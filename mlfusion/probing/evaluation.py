@@ -130,7 +130,7 @@ def same_scores(a: Row, b: Row) -> bool:
 
 def _folder(results: Results, row: Row) -> Path:
     """The folder of a row's trained probe."""
-    return results.root / "probes" / row.id
+    return saved.folder_of(results.root, row.id)
 
 
 def is_saved(results: Results, row: Row) -> bool:

@@ -92,6 +92,16 @@ class Card(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return msgspec.convert(fields, kind)
 
 
+def folder_of(results: Path, row_id: str) -> Path:
+    """The folder of the trained probe of a result, in a folder of results."""
+    return results / "probes" / row_id
+
+
+def is_id(text: str) -> bool:
+    """Whether a text has the form of a result's id, or of its beginning."""
+    return re.fullmatch(r"r[0-9a-f]{0,15}", text) is not None
+
+
 def describe(target: Target) -> dict[str, Any]:
     """A target as a card stores it; the names are the card's `classes`."""
     fields = asdict(target)
@@ -202,8 +212,8 @@ def load(folder: Path) -> tuple[Card, HeadModule]:
             tensors = file.read()
     except FileNotFoundError as err:
         raise ResultsUnusable(
-            f"no probe in {str(folder)!r}; allowed: a folder with {CARD} and {TENSORS}. Make one with `mlfusion probe "
-            "--save`, which says where it is"
+            f"no probe in {str(folder)!r}; allowed: a folder with {CARD} and {TENSORS}, or the id of a result. Make one "
+            "with `mlfusion probe --save`, which says where it is"
         ) from err
     except (OSError, ValueError, RecursionError) as err:
         raise ResultsUnusable(f"{folder / CARD} cannot be read ({err}); {REMAKE}") from err

@@ -276,6 +276,22 @@ class StorageOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictorOptions(Options):
+    """Options for loading a saved probe with its backbone."""
+
+    results: str = option(
+        "results", path(), "Folder of the results in which the id of a probe is looked up.", effect="bit"
+    )
+    model: str | None = option(
+        None, text(), "Folder or hub id of the same backbone, if it has moved.", effect="bit", short="m"
+    )
+    device: str = option("cpu", device_name(), "Device: auto, cpu, cuda or mps.", effect="rounding")
+    max_pixels: int = option(
+        MAX_PIXELS, whole(1), "Largest number of pixels of an image; larger images are rejected.", effect="bit"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PilotOptions(Options):
     """Options that decide the scores of a pilot (`mlfusion advise`)."""
 
