@@ -445,7 +445,7 @@ def test_on_train_no_image_votes_for_itself(kind: str, monkeypatch: pytest.Monke
     assert outcome.train == pytest.approx(target.score(train.labels, expected), abs=1e-6)
     assert outcome.test == target.score(train.labels, outcome.predictions)  # test images are not left out
     probe = neighbours(train, rows(train), [chosen, Neighbourhood(200, 0.2)], target, "cpu")
-    tokens, own = train.normalised(rows(train), "cpu"), torch.from_numpy(rows(train))
+    tokens, own = train.normalised(rows(train), "cpu"), (torch.from_numpy(rows(train)),) * 2
     whole = probe(tokens, own)
     np.testing.assert_allclose(target.predictions(whole[0]).numpy(), expected, atol=1e-5)
     assert bool(torch.isfinite(whole).all())
@@ -467,7 +467,7 @@ def test_an_image_that_train_has_twice_votes_for_its_copy() -> None:
     values = rng.normal(size=(20, 2, 6))
     train = Tokens(np.concatenate([values, values]), np.tile(np.arange(20) % 2, 2))
     probe = neighbours(train, rows(train), [Neighbourhood(1, 0.07)], OneClass(2), "cpu")
-    found = probe(train.normalised(rows(train), "cpu"), torch.from_numpy(rows(train)))
+    found = probe(train.normalised(rows(train), "cpu"), (torch.from_numpy(rows(train)),) * 2)
     assert np.array_equal(found[0].argmax(1).numpy(), train.labels)
 
 

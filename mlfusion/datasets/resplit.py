@@ -57,6 +57,8 @@ def _by_group(split: Split, ratio: tuple[float, ...], seed: int) -> np.ndarray:
 def _too_few_groups(split: Split, err: NoPartition, seed: int) -> str:
     """The sentence about a class whose groups cannot be parted."""
     assert split.groups is not None
+    if err.stratum is None:
+        return f"there are {plural(err.groups, 'group')}, too few for {err.parts} parts; add groups, or ask for fewer parts"
     label = split.labels[strata(split, seed)[err.stratum][0]]
     count = len(set(split.groups))
     more = "; the classes share their groups" if err.groups >= err.parts else ""

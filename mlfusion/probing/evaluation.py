@@ -8,7 +8,7 @@ from pathlib import Path
 from mlfusion.errors import BadOption
 from mlfusion.probing import saved
 from mlfusion.probing.fitting import Resources, Trained, train
-from mlfusion.probing.jobs import Job, jobs_of
+from mlfusion.probing.jobs import Job, identity, jobs_of
 from mlfusion.results import Results, Row
 from mlfusion.results.trackers import Tracker, log_new, open_trackers
 from mlfusion.specs.commands import extract_command
@@ -87,7 +87,8 @@ def run(
     device = resources.device
     rows: list[Row] = []
     trained = 0
-    existing = {job: stored(results, job, pair.keys, device) for job in jobs}
+    features = identity(pair.keys, pair.group_digests)
+    existing = {job: stored(results, job, features, device) for job in jobs}
     unsaved = {job for job, row in existing.items() if row and save and not is_saved(results, row)}
     if count := sum(row is not None for row in existing.values()):
         verb = "is" if count == 1 else "are"
@@ -117,8 +118,8 @@ def run(
     return rows, trained
 
 
-def stored(results: Results, job: Job, features: tuple[str, str], device: str = "cpu") -> Row | None:
-    """The stored row of a job on these features, or None; with precision 'auto' a row of either precision counts."""
+def stored(results: Results, job: Job, features: tuple[str, ...], device: str = "cpu") -> Row | None:
+    """The stored row of a job on features of this `identity`, or None; with 'auto' a row of either precision counts."""
     candidates = (results.find(resolved.row_id(features)) for resolved in job.equivalents(device))
     return next((row for row in candidates if row is not None), None)
 

@@ -16,9 +16,10 @@ from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.results import ImageCounts, Row
 from mlfusion.shapes import Int
+from mlfusion.specs.grouping import codes_of
 from mlfusion.specs.names import Probe
 from mlfusion.specs.options import TrainingOptions
-from mlfusion.store import Entry, TokenReader
+from mlfusion.store import Entry, Groups, TokenReader
 from mlfusion.store.features import SplitPair
 from mlfusion.store.overlap import compared_pair
 from mlfusion.system.devices import pick_device
@@ -78,12 +79,13 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
                     f"every image of {pair.dataset}/train is in test too, byte for byte or as a near copy, so that "
                     "--drop-duplicates leaves none; leave that option out, or train on other images"
                 )
-        train = _tokens(pair.train, job.probe, resources, stack, without)
+        train = _tokens(pair.train, job.probe, resources, stack, without, pair.groups[0])
         streamed = isinstance(train.values, TokenReader)
         classes = pair.train.spec.data.classes
         target = target_of(train.labels, len(classes), smoothing=job.search.smoothing, names=classes)
         if job.shots is not None:
-            train = train.of(splits.draw(train.labels, job.shots, target=target, seed=job.seed))
+            rows = splits.draw(train.labels, job.shots, target=target, seed=job.seed, groups=train.groups)
+            train = train.of(rows)
         free = resources.memory - (0 if streamed else train.nbytes)
         with track(f"{job.probe.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
             outcome = protocol.fit(
@@ -98,14 +100,17 @@ def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
                 progress=bar.to,
             )
         images = ImageCounts(train=len(train), test=len(pair.test.rows()))
-        return Fitted(job, resources.device, target, outcome, images, train.shape[1], streamed)
+        groups = None if train.groups is None else len(np.unique(train.groups))
+        return Fitted(job, resources.device, target, outcome, images, train.shape[1], streamed, groups)
 
 
 @contextmanager
-def open_tokens(entry: Entry, probe: Probe, without: Int[np.ndarray, " n"] = NONE) -> Iterator[Tokens]:
+def open_tokens(
+    entry: Entry, probe: Probe, without: Int[np.ndarray, " n"] = NONE, groups: Groups | None = None
+) -> Iterator[Tokens]:
     """The tokens [images, tokens, width] that a probe reads, layer by layer, CLS before AP, streamed from the cache.
 
-    The rows `without` are left out.
+    The rows `without` are left out; `groups` are those of all rows of the entry.
 
     Raises:
         MlfusionError: the entry cannot be read.
@@ -113,14 +118,20 @@ def open_tokens(entry: Entry, probe: Probe, without: Int[np.ndarray, " n"] = NON
     rows, samples = np.setdiff1d(entry.rows(), without), entry.samples
     layers, kinds = probe.representation.layers(entry.spec.model.depth), probe.representation.kinds
     with entry.open(layers, kinds, without=without.tolist()) as reader:
-        yield Tokens(reader, samples.labels[rows], tuple(samples.ids[row] for row in rows))
+        codes = None if groups is None else codes_of(groups.names)[rows]
+        yield Tokens(reader, samples.labels[rows], tuple(samples.ids[row] for row in rows), codes)
 
 
 def _tokens(
-    entry: Entry, probe: Probe, resources: Resources, stack: ExitStack, without: Int[np.ndarray, " n"] = NONE
+    entry: Entry,
+    probe: Probe,
+    resources: Resources,
+    stack: ExitStack,
+    without: Int[np.ndarray, " n"] = NONE,
+    groups: Groups | None = None,
 ) -> Tokens:
     """The tokens that a probe reads, in memory, or streamed during training."""
-    tokens = stack.enter_context(open_tokens(entry, probe, without))
+    tokens = stack.enter_context(open_tokens(entry, probe, without, groups))
     if resources.streams if resources.streams is not None else tokens.nbytes > resources.memory / 2:
         return tokens
-    return Tokens(tokens[:], tokens.labels, tokens.ids)
+    return replace(tokens, values=tokens[:])

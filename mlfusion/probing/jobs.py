@@ -45,8 +45,8 @@ class Job:
             return [own]
         return [own, own._with("float32" if own.search.precision == "bfloat16" else "bfloat16")]
 
-    def row_id(self, features: tuple[str, str]) -> str:
-        """Id of a resolved job's row: r, and 15 digits of the digest of protocol, feature keys (train, test), probe, search.
+    def row_id(self, features: tuple[str, ...]) -> str:
+        """Id of a resolved job's row: r, and 15 digits of the digest of protocol, `identity` of the features, probe, search.
 
         The letter keeps other programs from reading an id of decimal digits in a CSV as a number.
         """
@@ -56,6 +56,11 @@ class Job:
 
     def _with(self, precision: str) -> "Job":
         return replace(self, search=replace(self.search, precision=precision))  # type: ignore[arg-type]
+
+
+def identity(keys: tuple[str, ...], groups: Iterable[str] = ()) -> tuple[str, ...]:
+    """What a row's id says of its features: their keys, and the digests of the groups of train and test if they have any."""
+    return (*keys, *(f"groups {digest}" for digest in groups if digest))
 
 
 def jobs_of(probes: Iterable[Probe], search: SearchOptions) -> list[Job]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mlfusion.errors import NotCached
 from mlfusion.probing.evaluation import same_scores, save_probe
 from mlfusion.probing.fitting import Resources, train
@@ -11,7 +13,7 @@ from mlfusion.probing.jobs import Job
 from mlfusion.results import Results, Row
 from mlfusion.specs.names import Probe, parse_probes
 from mlfusion.specs.options import StorageOptions, TrainingOptions
-from mlfusion.store import FeatureStore
+from mlfusion.store import Entry, FeatureStore, Names
 from mlfusion.store.features import SplitPair, require
 
 
@@ -74,4 +76,18 @@ def _pair_of(store: FeatureStore, row: Row, probe: Probe) -> SplitPair:
         require(
             entry, probe.representation.pairs(row.depth), row.sources.model, row.sources.dataset, row.sources.options
         )
-    return SplitPair(row.model, row.dataset, train, test, (train.names()[-1], test.names()[-1]), older=0)
+    groups = row.groups.digests if row.groups else ("", "")
+    names = [_names_with(entry, digest, row) for entry, digest in zip((train, test), groups, strict=True)]
+    return SplitPair(row.model, row.dataset, train, test, (names[0], names[1]), older=0)
+
+
+def _names_with(entry: Entry, groups: str, row: Row) -> Names:
+    """The last names of an entry that refer to these groups, or to none."""
+    if not groups:
+        return msgspec.structs.replace(entry.names()[-1], groups="", grouped_by="")
+    for names in reversed(entry.names()):
+        if names.groups == groups:
+            return names
+    raise NotCached(
+        f"the groups of result {row.id} are not among the names of {entry.path}; extract them again: {row.extract_command()}"
+    )

@@ -5,9 +5,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlfusion.probing import protocol, saved
-from mlfusion.probing.jobs import PROTOCOL, Job
+from mlfusion.probing.jobs import PROTOCOL, Job, identity
 from mlfusion.probing.targets import Number, Target
-from mlfusion.results import Attention, Duplicates, ImageCounts, Row, Selected, Sources, metrics_of, provenance
+from mlfusion.results import (
+    Attention,
+    Duplicates,
+    GroupCounts,
+    ImageCounts,
+    Row,
+    Selected,
+    Sources,
+    metrics_of,
+    provenance,
+)
+from mlfusion.specs.grouping import codes_of
 from mlfusion.specs.identity import digest
 from mlfusion.specs.names import Probe
 from mlfusion.store import Entry
@@ -26,6 +37,7 @@ class Fitted:
     images: ImageCounts
     tokens: int  # T, tokens per image
     streamed: bool
+    groups: int | None  # number of groups of the training images; None: every image is its own group
 
 
 def row_of(pair: SplitPair, fitted: Fitted) -> Row:
@@ -36,7 +48,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
     precision = search.precision
     assert precision != "auto"  # a resolved job
     return Row(
-        id=job.row_id(pair.keys),
+        id=job.row_id(identity(pair.keys, pair.group_digests)),
         model=pair.model,
         dataset=pair.dataset,
         probe=probe.name,
@@ -84,7 +96,23 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         stability=outcome.stability,
         duplicates=Duplicates(bytes=pair.overlap.bytes, near=pair.overlap.near),
         drop_duplicates=search.drop_duplicates,
+        groups=_group_counts(pair, fitted),
     )
+
+
+def _group_counts(pair: SplitPair, fitted: Fitted) -> GroupCounts | None:
+    codes = _test_groups(pair)
+    if fitted.groups is None or codes is None:
+        return None
+    return GroupCounts(
+        column=pair.names[0].grouped_by, train=fitted.groups, test=len(np.unique(codes)), digests=pair.group_digests
+    )
+
+
+def _test_groups(pair: SplitPair) -> np.ndarray | None:
+    """The number of each readable test image's group [N]."""
+    groups = pair.groups[1]
+    return None if groups is None else codes_of(groups.names)[pair.test.rows()]
 
 
 def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> saved.Card:
@@ -122,12 +150,14 @@ def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> saved.Card:
 
 
 def arrays_of(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
-    """The arrays of the test images as they were scored: predictions, labels, the origin of numbers; and attention."""
+    """The arrays of the test images as they were scored: predictions, labels, groups, the origin of numbers; and attention."""
     outcome, target = fitted.outcome, fitted.target
     arrays = {
         "probabilities": outcome.predictions,
         "labels": target.scored(pair.test.samples.labels[pair.test.rows()]),
     }
+    if (groups := _test_groups(pair)) is not None:
+        arrays["groups"] = groups
     if isinstance(target, Number):
         arrays["origin"] = np.array(target.origin)
     if outcome.attention is not None:

@@ -61,7 +61,8 @@ class Search(ABC):
         """Split train into a fitted and a held-out part."""
         self.head, self.train, self.target, self.options = head, train, target, options
         self.device, self.memory = training.device, training.memory
-        self.fitted, self.held_out = split(target.strata(train.labels), seed=options.seed)
+        strata = target.strata(train.labels)
+        self.fitted, self.held_out = split(strata, seed=options.seed, groups=train.groups, target=target)
         self.everything = np.arange(len(train))
         _, t, d = train.shape
         self.shape = HeadShape(tokens=t, width=d, classes=target.outputs)
@@ -262,18 +263,36 @@ class SolvedSearch(Search):
 
 
 class RidgeSearch(SolvedSearch):
-    """Penalties of ridge regression, chosen by leave-one-out scores on all of train, which need no further fit."""
+    """Penalties of ridge regression, chosen by leave-one-out scores on all of train, which need no further fit.
+
+    Where images have groups, others of its group would tell a left-out image's label: the held-out groups choose instead, and
+    the factor of the scores is theirs.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.fitted = self.held_out = self.everything
-        self.ridge = Ridge(Design(self.train, self.everything, self.target, self.device))
+        self.leaves_one_out = self.train.groups is None
+        if self.leaves_one_out:
+            self.fitted = self.held_out = self.everything
+        self.ridge = self._ridge(self.fitted)
+        self.factors: list[float] = []
 
     def solve(self) -> Iterator[Float[Tensor, "1 n C"]]:
-        return (self.ridge.left_out(penalty)[None] for penalty in self.settings)
+        if self.leaves_one_out:
+            yield from (self.ridge.left_out(penalty)[None] for penalty in self.settings)
+            return
+        for penalty in self.settings:
+            outputs = self.outputs(self.ridge.solve(penalty, factor=1.0), self.held_out, self.block)
+            self.factors.append(self.ridge.factor(outputs[0], self.train.labels[self.held_out]))
+            yield self.factors[-1] * outputs
 
     def refit(self, best: int) -> HeadModule:
-        return self.ridge.solve(self.settings[best])
+        if self.leaves_one_out:
+            return self.ridge.solve(self.settings[best])
+        return self._ridge(self.everything).solve(self.settings[best], factor=self.factors[best])
+
+    def _ridge(self, rows: Int[np.ndarray, " N"]) -> Ridge:
+        return Ridge(Design(self.train, rows, self.target, self.device))
 
 
 class LogisticSearch(SolvedSearch):
@@ -304,12 +323,16 @@ class NeighbourSearch(SolvedSearch):
         return self._neighbours(self.everything, [self.settings[best]])
 
     def on_train(self, probe: HeadModule) -> Float[Tensor, "N C"]:
-        """Outputs by the votes of the other images: an image's own would make every training image right."""
+        """Outputs by the votes of the images of other groups: an image's own would make every training image right."""
         blocks = np.split(self.everything, range(self.block, len(self.everything), self.block))
         tokens = (self.train.normalised(rows, self.device) for rows in blocks)
+        groups = torch.from_numpy(self.everything if self.train.groups is None else self.train.groups)
         with torch.no_grad():
             return torch.cat(
-                [probe(x, torch.from_numpy(rows).to(x.device))[0] for x, rows in zip(tokens, blocks, strict=True)]
+                [
+                    probe(x, (groups[torch.from_numpy(rows)].to(x.device), groups.to(x.device)))[0]
+                    for x, rows in zip(tokens, blocks, strict=True)
+                ]
             )
 
     def _neighbours(self, rows: Int[np.ndarray, " N"], settings: Sequence[Neighbourhood]) -> HeadModule:

@@ -6,6 +6,25 @@ cache loses none. Reading needs no torch: a report starts at once.
 """
 
 from mlfusion.results.database import Results
-from mlfusion.results.rows import Attention, Duplicates, ImageCounts, Row, Selected, Sources, metrics_of
+from mlfusion.results.rows import (
+    Attention,
+    Duplicates,
+    GroupCounts,
+    ImageCounts,
+    Row,
+    Selected,
+    Sources,
+    metrics_of,
+)
 
-__all__ = ["Attention", "Duplicates", "ImageCounts", "Results", "Row", "Selected", "Sources", "metrics_of"]
+__all__ = [
+    "Attention",
+    "Duplicates",
+    "GroupCounts",
+    "ImageCounts",
+    "Results",
+    "Row",
+    "Selected",
+    "Sources",
+    "metrics_of",
+]

@@ -38,6 +38,9 @@ def check(row: Row, arrays: Mapping[str, np.ndarray]) -> None:
         highest = classes - 1 if isinstance(row.metrics, Metrics) else 1
         if labels.size and not (labels.min() >= 0 and labels.max() <= highest):
             raise ValueError(f"labels are {labels.min()} to {labels.max()}; allowed: 0 to {highest}")
+    groups = arrays.get("groups")
+    if groups is not None and not (groups.min() >= 0 and len(np.unique(groups)) == (row.groups and row.groups.test)):
+        raise ValueError("groups are not as many as the row's; allowed: the number of each test image's group, from 0")
     for name in ("probabilities", "attention"):
         array = arrays.get(name, np.empty(0))
         if not array.size:
@@ -112,7 +115,7 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-_KNOWN = {"labels", "probabilities", "attention", "origin"}
+_KNOWN = {"labels", "probabilities", "attention", "origin", "groups"}
 
 
 def _check_header(row: Row, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -128,6 +131,8 @@ def _check_header(row: Row, name: str, shape: tuple[int, ...], dtype: np.dtype) 
         allowed = [(images, 1), (images,)] if isinstance(row.metrics, NumberMetrics) else [(images, classes)]
     elif name == "attention":
         allowed = [(images, len(row.attention.layers))] if row.attention else []
+    elif name == "groups":
+        allowed = [(images,)] if row.groups and dtype.kind == "i" else []
     else:
         allowed = [()]
     if shape not in allowed:

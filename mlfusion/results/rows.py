@@ -130,6 +130,15 @@ class Duplicates(Struct, frozen=True, kw_only=True):
         return f"{both:,} of {of} {verb} in train too: {self.bytes:,} byte for byte, {near}"
 
 
+class GroupCounts(Struct, frozen=True, kw_only=True):
+    """The groups of the images, such as patients: none is in the fitted and in the held-out part of train."""
+
+    column: Name  # column or pattern that names them
+    train: Size  # number of groups of the training images
+    test: Size
+    digests: tuple[Key, Key]  # of the groups of all images of train and test, as the cache has them
+
+
 class Sources(Struct, frozen=True, kw_only=True):
     """The model and data set as given to `mlfusion extract`, which finds them again by these names."""
 
@@ -192,6 +201,7 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     duplicates: Duplicates | None = None  # of the features; None: the row was made before they were counted
     drop_duplicates: bool = False  # train images that are in test too were left out of train
     at_end: dict[Name, Name] = {}  # hyper-parameters selected at an end of the grid: {"lr": "largest"}
+    groups: GroupCounts | None = None  # None: every image is its own group
 
     def search(self) -> SearchOptions:
         """The options that decide its numbers; its id follows from them."""
@@ -255,6 +265,7 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
             "halving" if self.halving else "",
             f"labels smoothed by {self.smoothing:g}" if self.smoothing is not None else "",
             "duplicates dropped" if self.drop_duplicates else "",
+            f"groups by {self.groups.column}" if self.groups else "",
         ]
         return ", ".join(filter(None, parts))
 

@@ -12,9 +12,9 @@ from mlfusion.shapes import Int
 
 
 class NoPartition(ValueError):
-    """Groups cannot be parted: a stratum would be in too few parts."""
+    """Groups cannot be parted: a stratum, or None if it is that of all images, would be in too few parts."""
 
-    def __init__(self, stratum: int, groups: int, parts: int) -> None:
+    def __init__(self, stratum: int | None, groups: int, parts: int) -> None:
         super().__init__(stratum, groups, parts)
         self.stratum, self.groups, self.parts = stratum, groups, parts
 
@@ -44,10 +44,10 @@ def assign(
         groups: the number of each image's group, 0..G-1.
         shares: of the parts; their sum is 1.
         rank: the place of each group in a random order, which alone decides between groups that are alike.
-        every: whether each part must have each stratum.
+        every: whether each part must have each stratum; else it must have a group.
 
     Raises:
-        NoPartition: `every`, and a stratum has images of fewer groups than there are parts, or no move leads to it.
+        NoPartition: there are fewer groups than parts; or with `every` fewer with images of a stratum, or no move leads to it.
     """
     _, codes = np.unique(strata, return_inverse=True)
     table = np.zeros((len(rank), codes.max() + 1))
@@ -62,7 +62,9 @@ def assign(
         part[group] = np.argmin(np.round(cost.sum(1), 12))
         held[part[group]] += row
     if every:
-        _fill(part, table, held, rank, np.unique(strata))
+        _fill(part, table, held, rank, np.unique(strata).tolist())
+    else:
+        _fill(part, table.sum(1, keepdims=True), held.sum(1, keepdims=True), rank, [None])
     return part[groups]
 
 
@@ -71,7 +73,7 @@ def _fill(
     table: np.ndarray,
     held: np.ndarray,
     rank: Int[np.ndarray, " G"],
-    strata: Int[np.ndarray, " C"],
+    strata: Sequence[int | None],
 ) -> None:
     """Move groups, in place, until every part has images of every stratum; no move takes a stratum from its part."""
     has = table > 0
@@ -82,7 +84,7 @@ def _fill(
         # A group may leave if its part keeps images of each of its strata.
         free = (~has | (held[part] > table)).all(1) & has[:, stratum] & (part != to)
         if not free.any():
-            raise NoPartition(int(strata[stratum]), int(scarce[stratum]), len(held))
+            raise NoPartition(strata[stratum], int(scarce[stratum]), len(held))
         candidates = np.flatnonzero(free)
         group = candidates[np.lexsort((rank[candidates], table[candidates].sum(1)))[0]]
         held[part[group]] -= table[group]

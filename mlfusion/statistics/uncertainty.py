@@ -110,7 +110,7 @@ class Units:
                 f"groups of shape {groups.shape} and {len(labels)} labels; allowed: the group of every image [N]"
             )
         names, of = np.unique(groups, return_inverse=True)
-        strata = (np.arange(len(names)),)
+        strata: tuple[np.ndarray, ...] = (np.arange(len(names)),)
         if labels.ndim == 1 and labels.dtype.kind != "f":
             pairs = np.unique(np.column_stack([of, labels]), axis=0)
             if len(pairs) == len(names):  # pure

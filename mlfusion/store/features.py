@@ -17,7 +17,7 @@ from mlfusion.specs.definitions import option_words
 from mlfusion.specs.identity import KINDS, ModelSpec, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens
 from mlfusion.specs.splits import split_word
-from mlfusion.store import Alias, CachePath, Check, Entry, FeatureStore, Names, TokenReader
+from mlfusion.store import Alias, CachePath, Check, Entry, FeatureStore, Groups, Names, TokenReader
 from mlfusion.store.entry import pair_words
 from mlfusion.store.overlap import Overlap, overlap
 
@@ -40,6 +40,7 @@ class Features(Generic[Tokens]):
     layers: tuple[int, ...]
     kinds: tuple[TokenKind, ...]
     key: str  # of the entry
+    groups: tuple[str, ...] | None = None  # [images], such as patients; None: every image is its own group
 
     def tensors(self: "Features[np.ndarray]") -> "tuple[torch.Tensor, torch.Tensor]":
         """Tokens and labels as torch tensors that share their memory."""
@@ -83,7 +84,7 @@ def open_features(
     kinds = tuple(selection.tokens.split(",")) if isinstance(selection.tokens, str) else tuple(selection.tokens)
     words = feature_words(("train", "test"), selection.view, alias.names.options)
     require(entry, parse_tokens(kinds, layer_ranges(layers), depth), model, dataset, words)
-    rows, samples = entry.rows(), entry.samples
+    rows, samples, groups = entry.rows(), entry.samples, entry.groups(alias.names)
     tell_left_out(entry)
     return Features(
         tokens=entry.open(layers, kinds, check=check),  # type: ignore[arg-type]
@@ -93,6 +94,7 @@ def open_features(
         layers=layers,
         kinds=kinds,  # type: ignore[arg-type]
         key=entry.key,
+        groups=None if groups is None else tuple(groups.names[row] for row in rows),
     )
 
 
@@ -111,13 +113,24 @@ class SplitPair:
     def of(cls, train: Alias, test: Alias, older: int = 0) -> "SplitPair":
         """The pair of two aliases."""
         # The user's words may be the names of one split only, if the other was extracted from a copy of the data set.
-        names = train.names if train.matches else msgspec.structs.replace(test.names, split=train.names.split)
+        ours = train.names
+        names = ours if train.matches else msgspec.structs.replace(test.names, split=ours.split, groups=ours.groups)
         return cls(names.model, names.dataset, train.entry, test.entry, (names, test.names), older)
 
     @property
     def keys(self) -> tuple[str, str]:
         """Keys of train and test."""
         return self.train.key, self.test.key
+
+    @property
+    def group_digests(self) -> tuple[str, str]:
+        """Digests of the groups of train and test; both empty if every image is its own group."""
+        return self.names[0].groups, self.names[1].groups
+
+    @cached_property
+    def groups(self) -> tuple[Groups | None, Groups | None]:
+        """The groups of all rows of train and test; None if every image is its own group."""
+        return self.train.groups(self.names[0]), self.test.groups(self.names[1])
 
     @cached_property
     def overlap(self) -> Overlap:

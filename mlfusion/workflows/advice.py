@@ -21,14 +21,17 @@ from mlfusion.extraction.request import Request
 from mlfusion.probing import costs, protocol
 from mlfusion.probing.fitting import open_tokens
 from mlfusion.probing.search import FitOptions
+from mlfusion.probing.splits import part_groups
 from mlfusion.probing.targets import Target, target_of
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.probing.training.precision import resolve
+from mlfusion.specs.definitions import from_words
+from mlfusion.specs.grouping import codes_of, in_turn
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import BASELINE, Probe, parse_probes
 from mlfusion.specs.options import ComputeOptions, FeatureOptions, PilotOptions, SearchOptions
 from mlfusion.statistics.uncertainty import Difference, Interval, difference, interval
-from mlfusion.store import Alias, CachePath, Entry, FeatureStore
+from mlfusion.store import Alias, CachePath, Entry, FeatureStore, Groups
 from mlfusion.store.features import belong_together, newest_split
 from mlfusion.system.progress import track
 
@@ -125,7 +128,10 @@ def _candidates(pilot: "_Pilot", outcomes: dict[Probe, tuple[np.ndarray, tuple[i
     """The score, the gains and the estimated cost of each probe."""
     labels, target = pilot.labels, pilot.target
     by_name = {probe.name: predictions for probe, (predictions, _) in outcomes.items()}
-    scores = {name: interval(labels, predictions, metric=target.metric) for name, predictions in by_name.items()}
+    scores = {
+        name: interval(labels, predictions, metric=target.metric, groups=pilot.groups)
+        for name, predictions in by_name.items()
+    }
     best = max(scores, key=lambda name: scores[name].value)
     candidates = []
     for probe in pilot.probes:
@@ -137,10 +143,12 @@ def _candidates(pilot: "_Pilot", outcomes: dict[Probe, tuple[np.ndarray, tuple[i
             Candidate(
                 probe=name,
                 score=scores[name],
-                gain=difference(labels, predictions, base, metric=target.metric)
+                gain=difference(labels, predictions, base, metric=target.metric, groups=pilot.groups)
                 if base is not None and name != BASELINE
                 else None,
-                behind=None if name == best else difference(labels, top, predictions, metric=target.metric),
+                behind=None
+                if name == best
+                else difference(labels, top, predictions, metric=target.metric, groups=pilot.groups),
                 bytes=pilot.all_images * sum(pilot.bytes_of[pair] for pair in absent),
                 extract_seconds=pilot.all_images * pilot.seconds_each if absent else 0.0,
                 probe_seconds=costs.seconds(probe, problem, SearchOptions()),
@@ -158,6 +166,7 @@ class _Pilot:
     depth: int
     probes: tuple[Probe, ...]
     labels: np.ndarray
+    groups: np.ndarray | None  # [images] int64; None: every image is its own group
     target: Target
     train_images: int
     all_images: int  # number of images in train and test
@@ -184,15 +193,26 @@ def _pilot(
         if all(probe.representation.pairs(depth) <= cached for probe in candidates):
             yield _cached_pilot(newest, store.aliases(split="test"), candidates, options)
             return
+    data = _load(dataset, newest)
     with tempfile.TemporaryDirectory() as folder:
-        yield replace(_extracted_pilot(model, dataset, options, probes, Path(folder), device), cached=cached)
+        yield replace(_extracted_pilot(model, data, options, probes, Path(folder), device), cached=cached)
+
+
+def _load(dataset: str, newest: Alias | None) -> datasets.DataSet:
+    """The data set, read with the options of its last extraction, such as the column of the groups, if there was one."""
+    if newest is None:
+        return datasets.load(dataset)
+    words = [word for word in newest.names.options if word != "--skip-bad"]
+    return datasets.load(newest.names.dataset_argument or dataset, from_words(FeatureOptions, words).read)
 
 
 def _cached_pilot(train: Alias, tests: Sequence[Alias], probes: tuple[Probe, ...], options: PilotOptions) -> _Pilot:
     newest = train.entry
     labels = newest.samples.labels[newest.rows()]
     target = target_of(labels, len(newest.spec.data.classes), names=newest.spec.data.classes)
-    rows = sample_rows(target.strata(labels), options.images, options.seed)
+    grouped = newest.groups(train.names)
+    groups = None if grouped is None else codes_of(grouped.names)[newest.rows()]
+    rows = sample_rows(target.strata(labels), options.images, options.seed, groups)
     test_images = [test.entry.spec.data.images for test in tests if belong_together(train, test)]
     return _Pilot(
         model=train.names.model,
@@ -200,23 +220,29 @@ def _cached_pilot(train: Alias, tests: Sequence[Alias], probes: tuple[Probe, ...
         depth=newest.spec.model.depth,
         probes=probes,
         labels=labels[rows],
+        groups=None if groups is None else groups[rows],
         target=target,
         train_images=len(labels),
         all_images=len(labels) + max(test_images, default=0),
         cached=newest.complete_pairs(),
         bytes_of={},
         seconds_each=0.0,
-        tokens=_reader(newest, rows),
+        tokens=_reader(newest, rows, grouped),
     )
 
 
 def _extracted_pilot(
-    model: str, dataset: str, options: PilotOptions, probes: str | Sequence[str], folder: Path, device: str
+    model: str,
+    data: datasets.DataSet,
+    options: PilotOptions,
+    probes: str | Sequence[str],
+    folder: Path,
+    device: str,
 ) -> _Pilot:
-    data = datasets.load(dataset)
     split = data.split("train")
     target = target_of(split.labels, len(split.classes), names=split.classes)
-    rows = sample_rows(target.strata(split.labels), options.images, options.seed)
+    codes = None if split.groups is None else codes_of(split.groups)
+    rows = sample_rows(target.strata(split.labels), options.images, options.seed, codes)
     subset = replace(data, splits={"train": split.take(rows, "train")})
     request = Request.of(model, subset, FeatureOptions(splits=("train",)), ComputeOptions(device=device))
     depth = request.jobs[0].spec.model.depth
@@ -234,26 +260,29 @@ def _extracted_pilot(
         depth=depth,
         probes=candidates,
         labels=split.labels[rows],
+        groups=None if codes is None else codes[rows],
         target=target,
         train_images=len(split),
         all_images=sum(len(data.split(name)) for name in ("train", "test")),
         cached=frozenset(),
         bytes_of={pair: stream.tokens * stream.width * 2 for pair, stream in streams.items()},
         seconds_each=seconds,
-        tokens=_reader(extracted.entry, np.arange(len(rows))),
+        tokens=_reader(extracted.entry, np.arange(len(rows)), extracted.entry.groups(request.jobs[0].names)),
     )
 
 
-def _reader(entry: Entry, rows: np.ndarray) -> Callable[[Probe], Tokens]:
+def _reader(entry: Entry, rows: np.ndarray, groups: Groups | None) -> Callable[[Probe], Tokens]:
     def tokens(probe: Probe) -> Tokens:
-        with open_tokens(entry, probe) as opened:
+        with open_tokens(entry, probe, groups=groups) as opened:
             return opened.of(rows)
 
     return tokens
 
 
-def sample_rows(strata: np.ndarray, images: int, seed: int) -> np.ndarray:
+def sample_rows(strata: np.ndarray, images: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
     """Select about `images` rows, in ascending order: equally many of each stratum, at least four or all that it has.
+
+    With `groups`, one image of each group is taken in turn.
 
     Raises:
         BadData: a stratum has fewer than three images.
@@ -261,15 +290,19 @@ def sample_rows(strata: np.ndarray, images: int, seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     classes = np.unique(strata)
     per_class = max(MIN_PER_CLASS, images // len(classes))
-    rows = [random.permutation(np.flatnonzero(strata == label))[:per_class] for label in classes]
+    of_class = [np.flatnonzero(strata == label) for label in classes]
+    shuffled = (random.permutation(rows) if groups is None else in_turn(rows, groups, random) for rows in of_class)
+    rows = [each[:per_class] for each in shuffled]
     if min(map(len, rows)) < FOLDS:
         raise BadData(f"a class has fewer than {FOLDS} images to train on; a pilot parts them into {FOLDS}")
     return np.sort(np.concatenate(rows))
 
 
-def folds(strata: np.ndarray, seed: int) -> np.ndarray:
-    """The fold in which each image is left out [N], stratified."""
+def folds(strata: np.ndarray, seed: int, groups: np.ndarray | None = None, target: Target | None = None) -> np.ndarray:
+    """The fold in which each image is left out [N], stratified; whole groups, see `probing.splits.part_groups`."""
     random = np.random.default_rng(seed + 1)
+    if groups is not None:
+        return part_groups(strata, groups, [1 / FOLDS] * FOLDS, random, target)
     fold_of = np.empty(len(strata), np.int64)
     for number, label in enumerate(np.unique(strata)):
         rows = random.permutation(np.flatnonzero(strata == label))
@@ -279,7 +312,7 @@ def folds(strata: np.ndarray, seed: int) -> np.ndarray:
 
 def _cross_validate(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, tuple[int, ...]]]:
     """Predictions [images, outputs] of each candidate by probes that were not trained on the image; and its tokens' shape."""
-    fold_of = folds(pilot.target.strata(pilot.labels), seed)
+    fold_of = folds(pilot.target.strata(pilot.labels), seed, pilot.groups, pilot.target)
     search = SearchOptions(grid="quick", precision=resolve("auto", "cpu"))
     outcomes: dict[Probe, tuple[np.ndarray, tuple[int, ...]]] = {}
     with track(f"pilot of {pilot.model} on {pilot.dataset}", len(pilot.probes) * FOLDS, "fits") as bar:

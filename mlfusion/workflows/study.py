@@ -18,7 +18,7 @@ from mlfusion.extraction.request import Images, Request
 from mlfusion.extraction.run import ExtractionResult, fill, load
 from mlfusion.models.backbone import Backbone
 from mlfusion.probing import costs, evaluation
-from mlfusion.probing.jobs import Job, jobs_of
+from mlfusion.probing.jobs import Job, identity, jobs_of
 from mlfusion.results import Results, Row
 from mlfusion.results.trackers import open_trackers
 from mlfusion.specs.identity import GRID_SIDES, FeatureSpec, TokenKind
@@ -53,10 +53,9 @@ class Case:
         return f"{self.request.names.model} on {self.request.names.dataset}"
 
     @property
-    def keys(self) -> tuple[str, str]:
-        """The keys of the train and test features that probes read."""
-        train, test = (spec.key for spec in _plain_specs(self.request))
-        return train, test
+    def features(self) -> tuple[str, ...]:
+        """The `identity` of the train and test features that probes read."""
+        return _identity(self.request)
 
     @property
     def images_to_run(self) -> int:
@@ -201,12 +200,12 @@ class _Planner:
         """Plan one model on one data set; raises MlfusionError if one of them is not available or not usable."""
         recipe, images = self.recipe, self._read(dataset)
         request = Request.of(model, images, recipe.features, replace(recipe.compute, device=self.device))
-        spec, test_spec = _plain_specs(request)
+        spec, _ = _plain_specs(request)
         probes, all_pairs = recipe.probes_and_tokens(spec.model.depth)
         jobs = jobs_of(probes, recipe.search)
-        keys = spec.key, test_spec.key
+        features = _identity(request)
         missing = tuple(
-            job for job in jobs if not any(same.row_id(keys) in self._done for same in job.equivalents("cpu"))
+            job for job in jobs if not any(same.row_id(features) in self._done for same in job.equivalents("cpu"))
         )
         pairs = frozenset(pair for job in missing for pair in job.probe.representation.pairs(spec.model.depth))
         if missing and recipe.search.drop_duplicates:
@@ -276,6 +275,12 @@ def _plain_specs(request: Request) -> tuple[FeatureSpec, FeatureSpec]:
     return train, test
 
 
+def _identity(request: Request) -> tuple[str, ...]:
+    """The `identity` of the train and test features that probes read."""
+    read = [job for job in request.jobs if job.steps.view == "plain"]
+    return identity(tuple(job.spec.key for job in read), [job.names.groups for job in read])
+
+
 class _ModelLoader:
     """Loads the model of a request, and keeps the last one for its next data set."""
 
@@ -310,7 +315,7 @@ def run(planned: Plan, *, log: Callable[[str], None] = lambda _: None) -> StudyR
                 trained += evaluation.run(pair, case.missing, results, save=storage.save, trackers=trackers, log=log)[1]
         except MlfusionError as err:
             failures.append(Failure(case.model, case.dataset, str(err)))
-        rows += [row for job in case.jobs if (row := evaluation.stored(results, job, case.keys))]
+        rows += [row for job in case.jobs if (row := evaluation.stored(results, job, case.features))]
     return StudyResult(rows, trained, extracted, tuple(failures))
 
 

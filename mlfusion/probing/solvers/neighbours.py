@@ -59,23 +59,31 @@ class Neighbours(HeadModule):
         self.register_buffer("neighbours", torch.tensor([one.neighbours for one in settings]))
         self.register_buffer("temperature", torch.tensor([one.temperature for one in settings]))
 
-    def forward(self, tokens: Float[Tensor, "B T D"], own: Int[Tensor, " B"] | None = None) -> Float[Tensor, "K B C"]:
+    def forward(
+        self, tokens: Float[Tensor, "B T D"], own: tuple[Int[Tensor, " B"], Int[Tensor, " N"]] | None = None
+    ) -> Float[Tensor, "K B C"]:
         """Normalised tokens → outputs, whose softmax or sigmoid are the votes.
 
-        `own` is the place of each image among the training images: no image votes for itself.
+        `own` is the group of each image, and of each training image, by itself or such as a patient: no training image votes
+        for one of its own group.
         """
         count = min(int(self.neighbours.max()), self.bank.shape[1])
         size = max(1, BLOCK // (count * max(self.values.shape[2], 4)))
-        parts = zip(tokens.split(size), own.split(size) if own is not None else repeat(None), strict=False)
-        p = torch.cat([self._votes(part, count, places) for part, places in parts], dim=1)
+        parts = zip(tokens.split(size), own[0].split(size) if own is not None else repeat(None), strict=False)
+        of_bank = own[1] if own is not None else None
+        p = torch.cat([self._votes(part, count, groups, of_bank) for part, groups in parts], dim=1)
         if self.kind == "class":
             return p.log().clamp(min=NO_VOTE)
         return torch.logit(p, eps=1e-7) if self.kind == "labels" else p
 
     def _votes(
-        self, tokens: Float[Tensor, "B T D"], nearest: int, own: Int[Tensor, " B"] | None
+        self,
+        tokens: Float[Tensor, "B T D"],
+        nearest: int,
+        own: Int[Tensor, " B"] | None,
+        of_bank: Int[Tensor, " N"] | None,
     ) -> Float[Tensor, "K B C"]:
-        cosine, indices = self._nearest(tokens.flatten(1) / tokens.shape[1], nearest, own)
+        cosine, indices = self._nearest(tokens.flatten(1) / tokens.shape[1], nearest, own, of_bank)
         values = self.values[0][indices]  # [B, nearest, C]
         votes = []
         for count, temperature in zip(self.neighbours.tolist(), self.temperature.tolist(), strict=True):
@@ -84,9 +92,13 @@ class Neighbours(HeadModule):
         return torch.stack(votes)
 
     def _nearest(
-        self, queries: Float[Tensor, "B TD"], count: int, own: Int[Tensor, " B"] | None
+        self,
+        queries: Float[Tensor, "B TD"],
+        count: int,
+        own: Int[Tensor, " B"] | None,
+        of_bank: Int[Tensor, " N"] | None,
     ) -> tuple[Float[Tensor, "B {count}"], Int[Tensor, "B {count}"]]:
-        """Cosines of the nearest images, in falling order, and their indices; the cosine of an image with itself is -inf."""
+        """Cosines of the nearest images, in falling order, and their indices; the cosine with one of its own group is -inf."""
         step = max(count, BLOCK // max(len(queries), self.bank.shape[2]))
         cosine = queries.new_full((len(queries), 0), -math.inf)
         indices = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -94,8 +106,8 @@ class Neighbours(HeadModule):
             block = self.bank[0, start : start + step].to(queries.dtype)
             block_cosine = matmul(queries, block.T)
             rows = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
-            if own is not None:
-                block_cosine.masked_fill_(rows == own[:, None], -math.inf)
+            if own is not None and of_bank is not None:
+                block_cosine.masked_fill_(of_bank[start : start + step] == own[:, None], -math.inf)
             cosine, rank = torch.cat([cosine, block_cosine], dim=1).topk(min(count, start + len(block)), dim=1)
             indices = torch.cat([indices, rows], dim=1).gather(1, rank)
         return cosine, indices

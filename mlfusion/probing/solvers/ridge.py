@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty, matmul
-from mlfusion.shapes import Float
+from mlfusion.shapes import Float, Num
 
 SCALES = tuple(np.geomspace(1e-1, 1e3, 81).tolist())  # candidate factors of ridge's scores
 
@@ -27,12 +27,13 @@ class Ridge:
 
     def left_out(self, setting: Penalty) -> Float[Tensor, "N C"]:
         """Outputs for every image by the probe fitted to all others."""
-        scores = self._left_out(setting)
-        return self._outputs(scores, self._factor(scores))
+        outputs = self._outputs(self._left_out(setting), 1.0)
+        return self._own_factor(outputs) * outputs
 
-    def solve(self, setting: Penalty) -> FixedLinear:
-        """The probe fitted to all images."""
-        factor = self._factor(self._left_out(setting))
+    def solve(self, setting: Penalty, *, factor: float | None = None) -> FixedLinear:
+        """The probe fitted to all images; the factor of its outputs is by default that of the left-out ones."""
+        if factor is None:
+            factor = self._own_factor(self._outputs(self._left_out(setting), 1.0))
         rotated = (self.product / (self.design.eigenvalues + setting.penalty)[:, None]).T
         return self.design.unrotated(factor * rotated[None], self._outputs(self.mean, factor)[None])
 
@@ -46,15 +47,18 @@ class Ridge:
     def _outputs(self, scores: Float[Tensor, "*N C"], factor: float) -> Float[Tensor, "*N C"]:
         return scores if self.design.target.kind == "number" else factor * (scores - 0.5)
 
-    def _factor(self, scores: Float[Tensor, "N C"]) -> float:
+    def _own_factor(self, outputs: Float[Tensor, "N C"]) -> float:
+        return self.factor(outputs, self.design.tokens.labels[self.design.rows])
+
+    def factor(self, outputs: Float[Tensor, "n C"], labels: Num[np.ndarray, "n ..."]) -> float:
+        """The factor that makes the labels of images most probable, whose outputs with a factor of 1 are given."""
         if self.design.target.kind == "number":
             return 1.0
-        labels = self.design.tokens.labels[self.design.rows]
         loss = self.design.target.loss(labels, self.design.device, F64)
-        truth = torch.from_numpy(labels).to(self.design.device)
+        outputs, truth = outputs.to(self.design.device, F64), torch.from_numpy(labels).to(self.design.device)
 
         def loss_at(index: int) -> float:
-            return float(loss(self._outputs(scores, SCALES[index])[None], truth)[0])
+            return float(loss((SCALES[index] * outputs)[None], truth)[0])
 
         low, high = 0, len(SCALES) - 1
         while low < high:  # the loss is convex in the factor: it falls, then rises

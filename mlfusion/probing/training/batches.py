@@ -39,6 +39,7 @@ class Tokens:
     values: np.ndarray | Tensor | TokenReader  # [N, T, D], as extracted: not normalised
     labels: np.ndarray  # [N] int64 in 0..C-1; or [N, C] of 0 and 1, or [N] floating, see `targets`
     ids: tuple[str, ...] | None = None  # [N], the images' names in error messages
+    groups: np.ndarray | None = None  # [N] int64, the number of each image's group; None: every image is its own
 
     def __len__(self) -> int:
         """N, the number of images."""
@@ -71,7 +72,8 @@ class Tokens:
 
     def of(self, rows: Int[np.ndarray, " b"]) -> "Tokens":
         """The tokens of images `rows`, in memory."""
-        return Tokens(self[rows], self.labels[rows], self.ids and tuple(self.ids[row] for row in rows))
+        groups = None if self.groups is None else self.groups[rows]
+        return Tokens(self[rows], self.labels[rows], self.ids and tuple(self.ids[row] for row in rows), groups)
 
     def normalised(
         self, rows: Int[np.ndarray, " b"], device: torch.device | str, dtype: torch.dtype = torch.float32

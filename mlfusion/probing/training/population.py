@@ -381,7 +381,7 @@ def _move(tokens: Tokens, numerics: Numerics) -> Tokens:
         return tokens
     if tokens.nbytes >= available(numerics.device) / 2:
         return tokens
-    return Tokens(tokens[:].to(numerics.device), tokens.labels, tokens.ids)
+    return Tokens(tokens[:].to(numerics.device), tokens.labels, tokens.ids, tokens.groups)
 
 
 def read(
