@@ -36,6 +36,8 @@ def place(tmp_path_factory) -> Path:
     for name, split in birds.splits.items():
         lines += [f"{name},birds/{path},{label},{20.5 + i}" for i, (path, label, _) in enumerate(rows(split))]
     (root / "weights.csv").write_text("\n".join(lines))
+    slices = [f"birds/{path},{label},{i // 2}" for i, (path, label, _) in enumerate(rows(birds.split("train")))]
+    (root / "slices.csv").write_text("\n".join(["path,label,patient", *slices]))
     tars(birds, root).rename(root / "shards")
     parquet(birds, root).rename(root / "photos")
     pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 9), np.uint8)
