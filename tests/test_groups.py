@@ -178,12 +178,12 @@ def test_a_column_that_repeats_over_splits_is_reported_once(tmp_path: Path, capl
 def test_a_ratio_by_image_is_reported_with_the_column_that_it_parts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = table(tmp_path, rows_of())
-    datasets.load(place, ReadOptions(label_column="label", split_ratio="0.7/0.3"))
-    assert any("of the column patient have images in train and in test" in one.getMessage() for one in caplog.records)
-    caplog.clear()
-    datasets.load(place, ReadOptions(label_column="label", split_ratio="0.7/0.3", group_column="patient"))
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    for place in (table(tmp_path / "csv", rows_of()), parquet(tmp_path / "parquet")):
+        datasets.load(place, ReadOptions(label_column="label", split_ratio="0.7/0.3"))
+        assert "of the column patient have images in train and in test" in caplog.text
+        caplog.clear()
+        datasets.load(place, ReadOptions(label_column="label", split_ratio="0.7/0.3", group_column="patient"))
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_groups_that_a_data_set_itself_parts_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

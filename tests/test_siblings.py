@@ -36,6 +36,7 @@ SCORES = TESTS.parent / "mlfusion" / "report" / "paper_balanced_accuracy.csv"
 SIBLINGS = {  # a test that needs ../shared → one of the same behaviour that needs nothing
     "test_deit_tiny_agrees_with_hidden_states": "test_every_layer_and_kind_equals_the_blocks_run_by_hand",
     "test_the_catalogue_holds_the_studys_twenty": "test_the_study_has_twenty_data_sets",
+    "test_slices_of_photographs": "test_slices_of_noise_score_highly_by_image_and_by_chance_by_patient",
     "test_logistic_regression_of_real_features": "test_logistic_regression_of_a_steep_spectrum",
     "test_one_set_of_real_tensors_is_three_families": "test_one_set_of_tensors_is_three_families",
     "test_narrower_numbers_are_near_and_another_key": "test_narrower_numbers_are_near",

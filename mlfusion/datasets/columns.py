@@ -11,6 +11,21 @@ logger = logging.getLogger(__name__)
 IMAGES = ("image", "img", "images", "file_name", "filename", "file", "path", "image_path", "filepath", "image_file")
 LABELS = ("label", "cls", "labels", "class", "target", "fine_label")
 
+GROUPS = (
+    "patient",
+    "subject",
+    "person",
+    "case",
+    "individual",
+    "participant",
+    "animal",
+    "group",
+    "video",
+    "scene",
+    "study",
+)
+"""Words in the names of columns that hold groups of images, such as those of a patient."""
+
 COLUMNS = ("image_column", "label_column", "id_column", "split_column", "target", "group_column", "group_pattern")
 USED_OPTIONS: dict[str, tuple[str, ...]] = {
     "class folders": ("target", "group_pattern"),

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlfusion.datasets.columns import GROUPS
 from mlfusion.datasets.split import DataSet, RawSplit, Split
 from mlfusion.datasets.values import MISSING, plain, shown
 from mlfusion.errors import BadData
@@ -18,21 +19,6 @@ from mlfusion.specs.options import ReadOptions
 from mlfusion.system.words import plural
 
 logger = logging.getLogger(__name__)
-
-USUAL = (
-    "patient",
-    "subject",
-    "person",
-    "case",
-    "individual",
-    "participant",
-    "animal",
-    "group",
-    "video",
-    "scene",
-    "study",
-)
-"""Words in the names of columns that hold groups."""
 
 MIN_VALUES = 10  # of a column that may hold groups: one of fewer values is rather a property, such as the sex
 NOT_GIVEN = "every image needs a group: write one into every row, or leave those rows out"
@@ -138,7 +124,7 @@ def report_candidates(name: str, raw: Mapping[str, RawSplit], splits: Mapping[st
         }
         if split := _shared_with(cells, len(next(iter(splits.values())).classes)):
             found.append((column, split, len(set(cells["train"]) & set(cells[split]))))
-    usual = [one for one in found if any(word in one[0].casefold() for word in USUAL)]
+    usual = [one for one in found if any(word in one[0].casefold() for word in GROUPS)]
     for column, split, count in (usual or found)[:1]:
         others = [other for other, *_ in usual or found if other != column]
         logger.warning(

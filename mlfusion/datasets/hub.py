@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, list_columns, require_unique
+from mlfusion.datasets.columns import GROUPS, IMAGES, LABELS, choose_column, list_columns, require_unique
 from mlfusion.datasets.places import add_part, parts, split_column
 from mlfusion.datasets.split import RawSplit, decoder, read_row_of
 from mlfusion.errors import BadData, Unavailable
@@ -117,6 +117,7 @@ class TableColumns:
     id: str | None
     group: str | None
     split: str | None
+    others: tuple[str, ...]  # that may hold groups, by their names
     decoded: bool  # the image column has the library's type Image
     names: tuple[str, ...] | None  # class names that label numbers stand for
 
@@ -149,8 +150,18 @@ def choose_columns(
             choose_column(role, columns, named, (), (), location)
     inner = getattr(features[label], "feature", features[label])
     names = tuple(inner.names) if isinstance(inner, library.ClassLabel) else None
-    decoded = columns[image] == "image"
-    return TableColumns(image, label, options.id_column, options.group_column, split, decoded, names)
+    used = {image, label, options.id_column, options.group_column, split}
+    others = [name for name in columns if name not in used and any(word in name.casefold() for word in GROUPS)]
+    return TableColumns(
+        image=image,
+        label=label,
+        id=options.id_column,
+        group=options.group_column,
+        split=split,
+        others=tuple(others),
+        decoded=columns[image] == "image",
+        names=names,
+    )
 
 
 def _raw_splits(location: str, split: str, table: Any, options: ReadOptions) -> dict[str, RawSplit]:
@@ -166,6 +177,7 @@ def _raw_splits(location: str, split: str, table: Any, options: ReadOptions) -> 
     labels = table.with_format(None)[columns.label][:]
     ids = table[columns.id][:] if columns.id else table[KEY][:] if KEY in table.features else range(len(table))
     groups = table[columns.group][:] if columns.group else None
+    others = {name: table[name][:] for name in columns.others}
     splits = split_cells(table.features, columns.split, table[columns.split][:] if columns.split else None)
     return {
         part: RawSplit(
@@ -176,6 +188,7 @@ def _raw_splits(location: str, split: str, table: Any, options: ReadOptions) -> 
             names=columns.names,
             rows=[row + 1 for row in rows],
             groups=None if groups is None else [groups[row] for row in rows],
+            others={name: [cells[row] for row in rows] for name, cells in others.items()},
         )
         for part, rows in parts(splits, len(table), None if split == "train" else split, location).items()
     }

@@ -307,6 +307,8 @@ def _table(
     cells = [cell for path in paths for cell in _column(path, columns.split)] if columns.split else None
     splits = split_cells(features, columns.split, cells)
     groups = [cell for path in paths for cell in _column(path, columns.group)] if columns.group else None
+    unused = () if base.startswith(HUB) else columns.others  # a streamed column would be fetched for a warning alone
+    others = {name: [cell for path in paths for cell in _column(path, name)] for name in unused}
     rows_read, roots = Rows(columns.image), _roots(base, paths, options)
     return {
         part: RawSplit(
@@ -318,6 +320,7 @@ def _table(
             digests=None if index.digests is None else index.digests[rows],
             rows=[row + 1 for row in rows],
             groups=None if groups is None else [groups[row] for row in rows],
+            others={name: [cells[row] for row in rows] for name, cells in others.items()},
         )
         for part, rows in parts(splits, len(index.labels), None if split == "train" else split, paths[0]).items()
     }

@@ -49,46 +49,62 @@ def assign(
     Raises:
         NoPartition: there are fewer groups than parts; or with `every` fewer with images of a stratum, or no move leads to it.
     """
-    _, codes = np.unique(strata, return_inverse=True)
-    table = np.zeros((len(rank), codes.max() + 1))
-    np.add.at(table, (groups, codes), 1)  # [G, C] images
-    total, share = table.sum(0), np.array(shares)
-    size = np.frexp(table.sum(1))[1]
-    held = np.zeros((len(share), len(total)))
+    names, codes = np.unique(strata, return_inverse=True)
+    table = _Table(groups, codes, len(names))
+    held, share = np.zeros((len(shares), len(names))), np.array(shares)
     part = np.empty(len(rank), np.int64)
-    for group in np.lexsort((rank, -size)):
-        row = table[group]
-        cost = (row * (row + 2 * held) / share[:, None] - 2 * row * total) / total**2
+    for group in np.lexsort((rank, -np.frexp(table.sizes.astype(float))[1])).tolist():
+        of, row = table.of_group(group)
+        total = table.total[of]
+        cost = (row * (row + 2 * held[:, of]) / share[:, None] - 2 * row * total) / total**2
         part[group] = np.argmin(np.round(cost.sum(1), 12))
-        held[part[group]] += row
+        held[part[group], of] += row
     if every:
-        _fill(part, table, held, rank, np.unique(strata).tolist())
+        _fill(part, table, held, rank, names.tolist())
     else:
-        _fill(part, table.sum(1, keepdims=True), held.sum(1, keepdims=True), rank, [None])
+        whole = _Table(groups, np.zeros_like(codes), 1)
+        _fill(part, whole, held.sum(1, keepdims=True), rank, [None])
     return part[groups]
+
+
+class _Table:
+    """The number of images of each group and stratum, of those that have any: a dense table may not fit into memory."""
+
+    def __init__(self, groups: Int[np.ndarray, " N"], codes: Int[np.ndarray, " N"], strata: int) -> None:
+        pairs, self.counts = np.unique(groups * strata + codes, return_counts=True)
+        self.groups, self.strata = np.divmod(pairs, strata)
+        self.total, self.sizes = np.bincount(codes, minlength=strata), np.bincount(groups)
+        self.starts = np.searchsorted(self.groups, np.arange(len(self.sizes) + 1))
+
+    def of_group(self, group: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """The strata of a group, and its number of images of each."""
+        rows = slice(self.starts[group], self.starts[group + 1])
+        return self.strata[rows], self.counts[rows]
 
 
 def _fill(
     part: Int[np.ndarray, " G"],
-    table: np.ndarray,
+    table: _Table,
     held: np.ndarray,
     rank: Int[np.ndarray, " G"],
-    strata: Sequence[int | None],
+    names: Sequence[int | None],
 ) -> None:
     """Move groups, in place, until every part has images of every stratum; no move takes a stratum from its part."""
-    has = table > 0
+    scarce = np.bincount(table.strata, minlength=len(names))  # groups with images of each stratum
     while (held == 0).any():
-        scarce = has.sum(0)
         missing = np.argwhere(held == 0)
         to, stratum = missing[np.argmin(scarce[missing[:, 1]])]
-        # A group may leave if its part keeps images of each of its strata.
-        free = (~has | (held[part] > table)).all(1) & has[:, stratum] & (part != to)
-        if not free.any():
-            raise NoPartition(strata[stratum], int(scarce[stratum]), len(held))
-        candidates = np.flatnonzero(free)
-        group = candidates[np.lexsort((rank[candidates], table[candidates].sum(1)))[0]]
-        held[part[group]] -= table[group]
-        held[to] += table[group]
+        free = []
+        for group in table.groups[table.strata == stratum].tolist():
+            of, row = table.of_group(group)
+            if part[group] != to and (held[part[group], of] > row).all():  # its part keeps images of each of its strata
+                free.append((table.sizes[group], rank[group], group))
+        if not free:
+            raise NoPartition(names[stratum], int(scarce[stratum]), len(held))
+        group = min(free)[2]
+        of, row = table.of_group(group)
+        held[part[group], of] -= row
+        held[to, of] += row
         part[group] = to
 
 
