@@ -4,16 +4,19 @@ With --group-column the score is the truth; without it a warning names the colum
 """
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import save_model
+from typer.testing import CliRunner
 
 import mlfusion
+from mlfusion import cli
 from mlfusion.errors import BadData
-from mlfusion.results import Results, Row
+from mlfusion.results import Results, Row, arrays
 from mlfusion.workflows import advice
 
 PROBES = ["cls+ap-all-layers/ridge", "cls+ap-all-layers/knn"]
@@ -68,6 +71,11 @@ def test_slices_of_noise_score_highly_by_image_and_by_chance_by_patient(
     assert by_image[0].groups is None and "groups by patient" in row.options()
     found = Results("results").arrays(row)["groups"]
     assert len(set(found.tolist())) == 16 and (np.bincount(found) == 4).all()
+    for wrong, message in ((found % 15, "not as many"), (found - 1, "not as many"), (found * 1.0, "ask for none")):
+        with pytest.raises(ValueError, match=message):
+            arrays.check(row, {"groups": wrong})
+    with pytest.raises(ValueError, match="ask for none"):
+        arrays.check(by_image[0], {"groups": np.arange(by_image[0].images.test)})
 
 
 def test_groups_are_in_the_id_and_a_rerun_has_them(model: str, tmp_path: Path) -> None:
@@ -101,6 +109,33 @@ def test_too_few_groups_of_a_class_are_refused_with_the_counts(model: str, tmp_p
     place = save_slices(tmp_path / "other", pictures)
     with pytest.raises(BadData, match=r"class 'b' has training images of 1 group \(of \d in all\); allowed: enough"):
         study(model, place, group_column="patient")
+
+
+def test_a_recipe_with_groups_finds_its_rows_again(model: str, tmp_path: Path) -> None:
+    place = save_slices(tmp_path / "set", noise(16))
+    fields = {"label_column": "label", "group_column": "patient", "split_ratio": "0.6/0.4"}
+    lines = [f'{name} = "{value}"' for name, value in fields.items()]
+    lines += [
+        f'models = ["{model}"]',
+        f'datasets = ["{place}"]',
+        f'probes = ["{PROBES[0]}"]',
+        'grid = "quick"',
+        "seeds = [0]",
+    ]
+    (tmp_path / "recipe.toml").write_text("\n".join(lines))
+    first = mlfusion.run(str(tmp_path / "recipe.toml"))
+    again = mlfusion.run(str(tmp_path / "recipe.toml"))
+    assert [row.groups.column for row in first.rows if row.groups] == ["patient"]
+    assert (first.trained, again.trained) == (1, 0) and again.rows == first.rows
+
+
+def test_the_table_of_a_data_set_counts_groups(tmp_path: Path) -> None:
+    place = save_slices(tmp_path / "set", noise(16))
+    words = ["data", place, "--label-column", "label", "--group-column", "patient", "--split-ratio", "0.5/0.5"]
+    printed = CliRunner().invoke(cli.app, words).output
+    assert "split anew 0.5/0.5 seed 0 by group" in printed and "groups" in printed
+    found = json.loads(CliRunner().invoke(cli.app, [*words, "--json"]).stdout)
+    assert found["grouped_by"] == "patient" and [one["groups"] for one in found["splits"]] == [8, 8]
 
 
 @pytest.mark.slow

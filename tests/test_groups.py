@@ -175,6 +175,16 @@ def test_a_column_that_repeats_over_splits_is_reported_once(tmp_path: Path, capl
     assert not [record for record in caplog.records if "--group-column" in record.getMessage()]
 
 
+def test_tables_of_splits_may_have_other_columns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = rows_of()
+    table(tmp_path, rows[:15], "train.csv")
+    table(tmp_path, [{"path": f"t{row['path']}", "label": row["label"]} for row in rows[15:]], "test.csv")
+    datasets.load(str(tmp_path), ReadOptions(label_column="label"))
+    assert "--group-column" not in caplog.text
+    with pytest.raises(BadData, match="has no column 'patient'"):
+        datasets.load(str(tmp_path), ReadOptions(label_column="label", group_column="patient"))
+
+
 def test_a_ratio_by_image_is_reported_with_the_column_that_it_parts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

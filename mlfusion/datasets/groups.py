@@ -115,11 +115,16 @@ def report_candidates(name: str, raw: Mapping[str, RawSplit], splits: Mapping[st
         raw: splits with the cells of the columns that are not used.
         splits: the splits as they are used, which may be parts of `raw`.
     """
-    where = {image: (one, row) for one in raw.values() for row, image in enumerate(one.ids)}
+    columns = dict.fromkeys(column for one in raw.values() for column in one.others)
+    where = {image: (one, row) for one in raw.values() for row, image in enumerate(one.ids)} if columns else {}
     found = []
-    for column in dict.fromkeys(column for one in raw.values() for column in one.others):
+    for column in columns:
         cells = {
-            split: [group_text(one.others[column][row]) for one, row in map(where.__getitem__, part.ids) if one.others]
+            split: [
+                group_text(one.others[column][row])
+                for one, row in map(where.__getitem__, part.ids)
+                if column in one.others
+            ]
             for split, part in splits.items()
         }
         if split := _shared_with(cells, len(next(iter(splits.values())).classes)):
