@@ -26,6 +26,7 @@ from mlfusion.errors import BadData, MlfusionError, Unavailable
 from mlfusion.report import Picture, Strip, early_and_late, overlay, page, published, tables, write_figures, write_page
 from mlfusion.report.catalogue import GROUP_FIGURES, STUDY_FIGURES, ReportData, figure_files
 from mlfusion.report.figures import classification, cost, gains, ranks, seeds
+from mlfusion.report.figures.accuracy import accuracy
 from mlfusion.report.figures.attention import attention
 from mlfusion.report.figures.drawing import Record, series
 from mlfusion.report.figures.layers import by_layer
@@ -33,7 +34,7 @@ from mlfusion.report.sections import sections
 from mlfusion.report.studies import Study, domain, studies
 from mlfusion.report.summary import comparison_groups
 from mlfusion.results import Results, Row, Selected
-from mlfusion.specs.names import STUDY
+from mlfusion.specs.names import HEAD_NAMES, STUDY
 from mlfusion.system.text import markdown
 
 ALF, BASE, AAT = "cls+ap-all-layers/attentive", "cls-last/linear", "all-tokens-last/attentive"
@@ -173,7 +174,7 @@ def test_token_kinds_and_heads_are_compared_where_they_were_run() -> None:
 def test_cost_averages_like_with_like() -> None:
     rows = drawn_rows(MODELS[:1], SETS[:3])
     rows += study({"cls+ap-2-layers/linear": [0.5]}, model=MODELS[0], dataset=SETS[0])  # on one data set alone
-    figure = cost.cost(whole(rows))
+    figure = cost.cost.cost(whole(rows))
     assert figure
     shown = {r["probe"]: r for r in figure.numbers}
     assert set(shown) == {BASE, LINEAR, ALF, AAT, "cls+ap-2-layers/linear"}
@@ -250,6 +251,31 @@ def test_no_two_lines_of_a_figure_look_alike(count: int) -> None:
         if "shape" in one.get("encoding", {})
     ]
     assert shapes == [[symbol for _, symbol in looks]]  # the points look as the legend says
+
+
+def test_a_head_has_one_mark_in_every_figure() -> None:
+    """Whatever other heads a figure shows: each has a colour and a symbol of its own, the same in legend and points."""
+    looks: dict[str, set[tuple[int, str]]] = {}
+    for heads in (
+        HEAD_NAMES[:3],
+        ("linear", "knn", "ridge"),
+        ("logistic", "aim"),
+        HEAD_NAMES[::-1],
+    ):
+        scores = {BASE: [0.5]} | {f"cls+ap-last/{head}": [0.5 + 0.01 * n] for n, head in enumerate(heads)}
+        rows = [row for dataset in SETS[:3] for row in study(scores, dataset=dataset)]
+        made = [accuracy(comparison_groups(rows)), cost.cost(whole(rows)), gains.by_probe(whole(rows))]
+        for figure in made:
+            assert figure
+            for entry in figure.legend:
+                looks.setdefault(entry.label, set()).add((entry.colour, entry.symbol))
+            for panel in figure.panels if figure is not made[2] else ():  # the lines of the third are numbered
+                for layer in panel.spec["layer"]:
+                    shapes = layer.get("encoding", {}).get("shape", {}).get("scale", {"domain": heads})
+                    assert set(heads) <= set(shapes["domain"])  # each has a mark
+    del looks[BASE], looks["± over seeds"]
+    assert set(HEAD_NAMES) <= set(looks) and all(len(each) == 1 for each in looks.values())
+    assert len({look for each in looks.values() for look in each}) == len(looks)
 
 
 def test_thirty_six_series_look_different() -> None:

@@ -13,13 +13,12 @@ from statistics import fmean
 
 from mlfusion.errors import MlfusionError
 from mlfusion.results import Row
-from mlfusion.specs.names import BASELINE, STUDY
+from mlfusion.specs.names import BASELINE, HEAD_NAMES, STUDY
 from mlfusion.statistics import Setting, Spread, differences, setting
 from mlfusion.system.text import one_line
 
 ALF = "cls+ap-all-layers/attentive"
 
-HEADS = ("linear", "attentive")
 """Heads that keep their colour and symbol in every figure."""
 
 MARKS = {
@@ -93,6 +92,14 @@ def metric_name(metric: str) -> str:
 def head_of(probe: str) -> str:
     """'attentive' of 'cls+ap-all-layers/attentive' and of 'cls+ap-all-layers/attentive:h8'."""
     return probe.rpartition("/")[2].partition(":")[0]
+
+
+def heads_of(probes: Iterable[str]) -> tuple[str, ...]:
+    """The heads that figures have marks for, in one order, so that a head has one colour and symbol in every figure.
+
+    Heads of probes that this version does not know come last.
+    """
+    return tuple(dict.fromkeys([*HEAD_NAMES, *sorted(map(head_of, probes))]))
 
 
 def mean_gain(scores: Sequence[Score]) -> float | None:

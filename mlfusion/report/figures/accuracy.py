@@ -7,7 +7,7 @@ from typing import Any
 from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, LegendEntry, Panel, Record, extent, series_legend
 from mlfusion.report.numbers import enumerated, mean_sd, percent, points
-from mlfusion.report.summary import HEADS, MARKS, ComparisonGroup, Score, head_of, metric_name, score_word
+from mlfusion.report.summary import MARKS, ComparisonGroup, Score, head_of, heads_of, metric_name, score_word
 from mlfusion.specs.names import BASELINE
 
 
@@ -20,7 +20,7 @@ def accuracy(groups: Sequence[ComparisonGroup]) -> Figure | None:
     shared = len({(group.dataset, group.metric) for group, _ in pairs}) == 1
     all_records = [record for _, records in pairs for record in records]
     present = {str(record["head"]) for record in all_records}
-    heads = tuple(dict.fromkeys([*HEADS, *sorted(present)]))
+    heads = heads_of(str(record["probe"]) for record in all_records)
     panels = []
     for group, records in pairs:
         scaled = all_records if shared else records

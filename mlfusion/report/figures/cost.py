@@ -10,7 +10,7 @@ from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record, extent, series_legend
 from mlfusion.report.numbers import capitalized, percent, points
 from mlfusion.report.studies import Study
-from mlfusion.report.summary import HEADS, Score, head_of, mean_gain
+from mlfusion.report.summary import Score, head_of, heads_of, mean_gain
 
 WIDTH, HEIGHT = 460, 340  # size of a panel in a file, in pixels
 LETTER = 6.0  # width of a letter of a name in pixels
@@ -27,7 +27,7 @@ def cost(study: Study) -> Figure | None:
         return None
     cases = len(next(iter(scores.values())))
     records = [_record(probe, probe_scores) for probe, probe_scores in scores.items()]
-    heads = tuple(dict.fromkeys([*HEADS, *(head_of(probe) for probe in scores)]))
+    heads = heads_of(scores)
     limits = extent(record.number("test") for record in records)
     axes = {"parameters": "parameters of the probe", "seconds": "seconds of probing (grid and refit)"}
     panels = []

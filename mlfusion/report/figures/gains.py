@@ -7,7 +7,7 @@ from mlfusion.report.figures.boxes import MIN_FOR_BOX, Dot, Line, LineGroup, box
 from mlfusion.report.figures.drawing import Figure, Record, series_legend
 from mlfusion.report.numbers import percent, points
 from mlfusion.report.studies import Study
-from mlfusion.report.summary import ALF, HEADS, ComparisonGroup, Score, head_of
+from mlfusion.report.summary import ALF, ComparisonGroup, Score, head_of, heads_of
 from mlfusion.specs.names import ALIASES, BASELINE
 from mlfusion.statistics.datasets import MIN_DATASETS, GainTest, gain_tests
 
@@ -24,7 +24,7 @@ def by_probe(study: Study) -> Figure | None:
     probes = [probe for probe in study.probes if _gains(study, probe)]
     if not probes:
         return None
-    heads = list(dict.fromkeys([*HEADS, *(head_of(probe) for probe in probes)]))
+    heads = heads_of(probes)
     views: list[tuple[str, list[LineGroup]]] = []
     tests: list[Record] = []
     for model in study.models:
