@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlfusion.specs.definitions import distribute
 from mlfusion.specs.options import (
     ComputeOptions,
+    EmbeddingOptions,
     FeatureOptions,
     PilotOptions,
     PredictorOptions,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ComputeOptions",
+    "EmbeddingOptions",
     "FeatureOptions",
     "FeatureStore",
     "Features",
@@ -128,7 +130,7 @@ def load_features(
     dataset: str,
     split: str,
     *,
-    layers: str | Sequence[int] = "all",
+    layers: str | int | Sequence[int] = "all",
     tokens: "str | Sequence[TokenKind]" = ("cls", "ap"),
     view: str = "plain",
     cache: "CachePath" = None,
@@ -138,6 +140,7 @@ def load_features(
         features = mlfusion.load_features("formula-vit", "digits", "train")
         features.tokens, features.labels        # [1442, 8, 2, 128] float16, [1442] int64
         tokens, labels = features.tensors()     # the same memory, as torch tensors
+        features.write("digits.parquet")        # id, label and embedding of each image; or .npy
 
     bfloat16 and 8-bit tokens are returned as float32, since NumPy has no such types.
 
@@ -145,7 +148,7 @@ def load_features(
         model: a name, hub id or folder, as given to `extract`.
         dataset: a name, hub id, folder or file, as given to `extract`.
         split: the name of a cached split, such as 'train', 'test' or 'val' (the same as 'validation').
-        layers: 'all' (1..L), 'last', '1-4,12', or numbers; the order is kept.
+        layers: 'all' (1..L), 'last', '1-4,12', a number or numbers; the order is kept.
         tokens: token kinds; the order is kept.
         view: view of the images, as extracted by --views: 'flip', 'crop1', …
         cache: its root, or layers of them; default $MLFUSION_CACHE, or ./cache.
@@ -165,7 +168,7 @@ def open_features(
     dataset: str,
     split: str,
     *,
-    layers: str | Sequence[int] = "all",
+    layers: str | int | Sequence[int] = "all",
     tokens: "str | Sequence[TokenKind]" = ("cls", "ap"),
     view: str = "plain",
     cache: "CachePath" = None,
@@ -176,6 +179,8 @@ def open_features(
         features = mlfusion.open_features("formula-vit", "digits", "train", layers="last")
         features.tokens[[5, 3, 900]], features.labels[[5, 3, 900]]      # these images, in this order
         for rows, tokens in features.tokens.batches(256, seed=0): ...   # one pass in a shuffled order
+        features[5], len(features)                                      # one image's (tokens, label); number of images
+        torch.utils.data.DataLoader(features, batch_size=256)           # works too; `batches` reads larger pieces
 
     The reader works in threads and in the workers of a torch DataLoader; a prune does not remove entries in use. `check` sets
     when a chunk's checksum is verified: 'once' (at the first read), 'always' or 'never'. Other arguments and errors are those

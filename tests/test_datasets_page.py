@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forms import parquet, rows, tars
-from tiny import save_images
+from tiny import noise_images, save_images
 
 from mlfusion import cli, datasets
 from mlfusion.datasets.places import SPLIT_PLACES
@@ -40,6 +40,9 @@ def place(tmp_path_factory) -> Path:
     (root / "slices.csv").write_text("\n".join(["path,label,patient", *slices]))
     tars(birds, root).rename(root / "shards")
     parquet(birds, root).rename(root / "photos")
+    (root / "incoming" / "later").mkdir(parents=True)
+    for number, image in enumerate(noise_images(3)):
+        image.save(root / "incoming" / ("later" if number > 1 else "") / f"{number:03}.png")
     pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 9), np.uint8)
     labels = np.arange(12) % 2
     np.savez(

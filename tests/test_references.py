@@ -15,11 +15,12 @@ from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion import datasets, models
-from mlfusion.errors import BadData, UnknownName
+from mlfusion.errors import BadData, BadModel, UnknownName
 from mlfusion.models import preprocessing
 from mlfusion.system import references
 from mlfusion.system.references import parse_model
 from mlfusion.workflows import recipe
+from mlfusion.workflows.doctor import doctor
 
 COMMIT = hub.COMMIT
 
@@ -192,3 +193,27 @@ def test_settings_nested_by_transformers_5_are_fetched_and_used(tmp_path):
     [one] = json.loads(said.stdout)["features"]
     entry = json.loads((Path(one["path"]) / "entry.json").read_text())
     assert (entry["model"]["preprocess"], entry["model"]["name"]) == (want.key(), "tiny")
+
+
+# --- paths that are not there ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reference", ["/not/there", "./nope", "../nope", "~/nope/x", "a/b/c", "photos/mine"])
+def test_a_path_that_is_not_there_is_never_an_id_of_the_hub(reference, tmp_path, monkeypatch):
+    (tmp_path / "photos" / "mien").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = os.path.abspath(os.path.expanduser(reference))
+    near = "mien" if reference == "photos/mine" else ""
+    with pytest.raises(
+        BadData, match=f"there is no folder or file {path}.*{near}.*Allowed: a folder or file that is there"
+    ):
+        datasets.load(reference)
+    with pytest.raises(BadModel, match=f"there is no folder or file {path}.*{near}.*Allowed: a folder that is there"):
+        models.locate(reference)
+    [finding] = [finding for finding in doctor(reference, device="cpu") if finding.check == "name"]
+    assert finding.state == "problem" and path in finding.description
+
+
+@pytest.mark.parametrize("reference", ["owner/name", "uoft-cs/cifar10", "name"])
+def test_an_id_of_the_hub_is_no_path(reference):
+    assert references.missing_path(reference) == ""

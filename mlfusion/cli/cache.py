@@ -1,5 +1,6 @@
 """`mlfusion cache`: lists, measures, verifies, prunes and copies the feature cache."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,14 @@ from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Model, 
 from mlfusion.cli.output import notify, print_json, print_rows, say
 from mlfusion.errors import CacheUnusable
 from mlfusion.specs.definitions import command
-from mlfusion.specs.options import ComputeOptions, CopyOptions, EntryFilter, FeatureOptions, PruneOptions
+from mlfusion.specs.options import (
+    ComputeOptions,
+    CopyOptions,
+    EmbeddingOptions,
+    EntryFilter,
+    FeatureOptions,
+    PruneOptions,
+)
 from mlfusion.system.words import plural
 
 if TYPE_CHECKING:
@@ -172,6 +180,32 @@ def export(
     from mlfusion.store.housekeeping import copy_entries
 
     _print_copied(copy_entries(cache, [to], options), as_json)
+
+
+@app.command()
+@with_options
+def embeddings(
+    *,
+    out: Annotated[Path, typer.Argument(help="File to write; its suffix sets the format: .npy or .parquet.")],
+    model: Model = MODEL,
+    dataset: Dataset = DATASET,
+    options: EmbeddingOptions,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write cached tokens to a file for search or clustering: all numbers of an image in a row, in float32."""
+    from mlfusion.store.features import Selection, only_split, open_features
+
+    split = options.split or only_split(model, dataset, cache=cache)
+    selection = Selection(layers=options.layers, tokens=options.tokens, view=options.view)
+    features = open_features(model, dataset, split, selection, cache=cache)
+    with features.tokens as tokens:
+        features.write(out)
+    numbers = math.prod(tokens.shape[1:])
+    if as_json:
+        print_json({"path": str(out), "split": split, "images": len(features), "numbers": numbers})
+    else:
+        say(f"{out.absolute()}: {plural(len(features), 'image')} of {split}, {numbers:,} numbers each")
 
 
 @app.command("import")

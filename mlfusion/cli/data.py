@@ -39,7 +39,7 @@ def data(
                 "dataset": data_set.name,
                 "source": data_set.source,
                 "form": data_set.form,
-                "target": data_set.label_kind,
+                "target": data_set.label_kind if data_set.labelled else None,
                 "classes": list(data_set.classes),
                 "carve": data_set.resplit,
                 "grouped_by": data_set.grouped_by,
@@ -53,7 +53,10 @@ def data(
     )
     classes = ", ".join(data_set.classes[:8]) + (", …" if len(data_set.classes) > 8 else "")
     label_texts = {"class": "one class an image", "labels": "several labels an image", "number": "a number an image"}
-    say(label_texts[data_set.label_kind] + (f"; {len(data_set.classes):,}: {classes}" if data_set.classes else ""))
+    say(
+        (label_texts[data_set.label_kind] if data_set.labelled else "no labels")
+        + (f"; {len(data_set.classes):,}: {classes}" if data_set.classes else "")
+    )
     rows = []
     for one in splits:
         counts = ", ".join(f"{name} {value:,}" for name, value in one.labels.items())

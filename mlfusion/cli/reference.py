@@ -30,6 +30,7 @@ CALLS: dict[str, str] = {
     "cache verify": "mlfusion.store.verify.verify",
     "cache prune": "mlfusion.store.housekeeping.prune",
     "cache export": "mlfusion.store.housekeeping.copy_entries",
+    "cache embeddings": "mlfusion.Features.write",
     "cache import": "mlfusion.store.housekeeping.copy_entries",
     "cache path": "mlfusion.store.housekeeping.entry_paths",
     "results ls": "mlfusion.Results.listing",

@@ -34,6 +34,7 @@ from mlfusion.datasets.labels import encode_labels
 from mlfusion.datasets.places import files_below, split_of_path
 from mlfusion.datasets.resplit import ratio_text, split_by_ratio
 from mlfusion.datasets.split import IN_MEMORY as IN_MEMORY
+from mlfusion.datasets.split import UNLABELLED as UNLABELLED
 from mlfusion.datasets.split import DataSet as DataSet
 from mlfusion.datasets.split import Decode as Decode
 from mlfusion.datasets.split import RawSplit
@@ -45,13 +46,14 @@ from mlfusion.specs.identity import Decoding
 from mlfusion.specs.kinds import parse_ratio, parse_window
 from mlfusion.specs.options import LabelKind, ReadOptions
 from mlfusion.specs.splits import split_word
-from mlfusion.system.references import find_path, short_name
+from mlfusion.system.references import find_path, missing_path, short_name
 
 logger = logging.getLogger(__name__)
 
 FORMS = (
     "train/<class>/<image> and test/<class>/<image>, or <class>/<image> with --split-ratio 0.8/0.2; train.csv and test.csv "
-    "(or .jsonl) with paths; train/*.tar and test/*.tar; Parquet files; train_images.npy and train_labels.npy"
+    "(or .jsonl) with paths; train/*.tar and test/*.tar; Parquet files; train_images.npy and train_labels.npy; or, "
+    "for tokens without labels, images in no folder"
 )
 
 
@@ -71,6 +73,10 @@ def load(reference: str, options: ReadOptions | None = None) -> DataSet:
     if path is not None:
         form, splits = _read_path(path, reference, options)
         return _build(short_name(path), str(path), form, splits, options)
+    if not row and (missing := missing_path(reference)):
+        raise BadData(
+            f"{missing}. Allowed: a folder or file that is there, a name of `mlfusion ls datasets`, or owner/name on the hub"
+        )
     if not row and not _is_hub_id(reference):
         otherwise = f"Or an id on the hub, such as uoft-cs/cifar10, or a folder or file: {FORMS}"
         raise UnknownName("data set", reference, CATALOGUE, otherwise=otherwise)
@@ -154,6 +160,8 @@ def _read_path(path: Path, reference: str, options: ReadOptions) -> tuple[str, d
     elif options.split_ratio or any(split_word(child.name) for child in path.iterdir()):
         _report_left_out(path, _files.other_tables(path))
         return "class folders", _files.class_folders(path, folders, options)
+    elif len(folders.classes) < 2 and _files.has_loose_images(path):
+        return UNLABELLED, _files.unlabelled(path, options)
     children = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     raise BadData(
         f"{reference} has {'the folders ' + ', '.join(children[:5]) if children else 'no folders'}; allowed: {FORMS}"
@@ -198,7 +206,11 @@ def _build(name: str, source: str, form: str, raw: Mapping[str, RawSplit], optio
             )
     if options.split_ratio is not None:  # the other splits need no labels
         raw = {"train": raw[_source_split(raw)]}
-    classes, labels = encode_labels(raw, options.target, name)
+    classes: tuple[str, ...] = ()
+    if form == UNLABELLED:
+        labels = {split: np.empty((len(one.ids), 0), np.uint8) for split, one in raw.items()}
+    else:
+        classes, labels = encode_labels(raw, options.target, name)
     groups = read_groups(raw, options, name)
     splits = {
         split: Split(split, tuple(one.ids), labels[split], classes, one.encoded, one.decode, one.digests, groups[split])
@@ -259,7 +271,9 @@ def _with_measured_window(data: DataSet) -> DataSet:
 
 
 def _check(data: DataSet) -> DataSet:
-    """Return the data set; raises BadData if a probe cannot be trained on its labels."""
+    """Return the data set; raises BadData if it has labels, and a probe cannot be trained on them."""
+    if not data.labelled:
+        return data
     for name, split in data.splits.items() if data.label_kind == "number" else ():
         if len(np.unique(split.labels)) < 2:
             raise BadData(f"{data.name}, split {name}: every label is {split.labels[0]:g}; a probe needs two or more")

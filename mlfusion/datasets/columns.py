@@ -35,6 +35,7 @@ USED_OPTIONS: dict[str, tuple[str, ...]] = {
     "Parquet file": (*COLUMNS, "image_root"),
     "hub data set": (*COLUMNS, "config"),
     "arrays": ("image_column", "label_column", "target"),
+    "images without labels": (),
     "embedded": (),
 }
 """Beginning of a form's name → which of `OPTIONS` it uses."""

@@ -67,6 +67,8 @@ def describe(
 
 
 def _labels(split: Split) -> dict[str, float]:
+    if not split.labels.size:
+        return {}
     if split.label_kind == "number":
         return {"least": float(split.labels.min()), "most": float(split.labels.max())}
     if split.label_kind == "class":

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, require_different, require_unique
 from mlfusion.datasets.images import HEIF_SUFFIXES, SUFFIXES
 from mlfusion.datasets.places import NO_COLUMN, add_part, parts, refuse_or_report, split_column, split_in
-from mlfusion.datasets.split import RawSplit, decoder
+from mlfusion.datasets.split import WHOLE, RawSplit, decoder
 from mlfusion.datasets.values import NUMBER
 from mlfusion.errors import BadData
 from mlfusion.specs.options import ReadOptions
@@ -157,6 +157,17 @@ def _walk(folder: Path, root: Path) -> Iterator[str]:
                 yield from _walk(Path(item.path), root)
             else:
                 yield Path(item.path).relative_to(root).as_posix()
+
+
+def has_loose_images(root: Path) -> bool:
+    """Whether images lie in a folder itself, and not only in folders of it."""
+    return any(_is_image_path(name) and not name.startswith(".") for name in os.listdir(root))
+
+
+def unlabelled(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
+    """Read all images below a folder without labels, as one split in the order of the paths; errors as `images_below`."""
+    paths = tuple(images_below(root))
+    return {WHOLE: RawSplit(ids=paths, labels=(), encoded=Files(str(root), paths), decode=decoder(options))}
 
 
 def images_below(root: Path) -> list[str]:

@@ -15,7 +15,7 @@ from mlfusion.datasets.images import Decoder
 from mlfusion.errors import BadData, BadImage
 from mlfusion.specs.identity import AS_STORED, Decoding
 from mlfusion.specs.kinds import parse_window
-from mlfusion.specs.options import LabelKind, ReadOptions
+from mlfusion.specs.options import FeatureOptions, LabelKind, ReadOptions
 from mlfusion.specs.splits import split_word
 from mlfusion.system.progress import track
 
@@ -23,6 +23,12 @@ TASK_IMAGES = 16  # images of one task of a thread: a task costs about as much a
 
 IN_MEMORY = "arrays"
 """Source of a data set of arrays in memory."""
+
+UNLABELLED = "images without labels"
+"""Form of a folder of images that lie in no class folders."""
+
+WHOLE = "all"
+"""Name of the one split of images without labels."""
 
 Encoded = Callable[[int], bytes]
 """Row → the bytes of the image's file; it can be pickled, and works in any process that sees the same files."""
@@ -51,6 +57,7 @@ class Split:
     name: str
     ids: tuple[str, ...]
     labels: np.ndarray  # [images] int64, an index into classes; [images, classes] uint8, 0 or 1; or [images] float64
+    # Images without labels have labels [images, 0], and no classes.
     classes: tuple[str, ...]  # empty if labels are numbers
     encoded: Encoded
     decode: Decode
@@ -174,6 +181,15 @@ class DataSet:
         """The classes of all splits; empty if labels are numbers."""
         return next(iter(self.splits.values())).classes
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its images have labels."""
+        return self.form != UNLABELLED
+
+    def requested(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of the splits to extract: of images without labels the only one, unless others than usual are named."""
+        return tuple(self.splits) if not self.labelled and names == FeatureOptions().splits else names
+
     def split(self, name: str) -> Split:
         """Return one split; 'test=validation' returns the split validation as test, and 'val' the split validation.
 
@@ -182,6 +198,10 @@ class DataSet:
         """
         stored = self.stored_name(name)
         if stored not in self.splits:
+            if not self.labelled:
+                raise BadData(
+                    f"{self.name} has no split {stored!r}; its images have no labels and are the split {WHOLE!r}"
+                )
             raise BadData(
                 f"{self.name} has no split {stored!r}; it has {', '.join(self.splits)}: give --split (such as "
                 "train,test=validation), or split train: --split-ratio 0.8/0.2"

@@ -21,6 +21,7 @@ class Images:
     """Requested splits of a data set and their identity. Images are read once for any number of models."""
 
     data: datasets.DataSet
+    names: tuple[str, ...]  # of the requested splits, such as 'test=validation'
     splits: tuple[tuple[datasets.Split, Samples, DataSpec], ...]
     argument: str  # the argument that loads the data set again
     reading: str  # digest of all splits of the data set, see `Names.reading`
@@ -29,7 +30,8 @@ class Images:
     def of(cls, dataset: str | datasets.DataSet, features: FeatureOptions = FeatureOptions()) -> "Images":
         """Load a data set and read every image of all its splits; errors as in `datasets.load`."""
         data = datasets.load(dataset, features.read) if isinstance(dataset, str) else dataset
-        requested = [data.split(name) for name in features.splits]  # raises before anything is read
+        names = data.requested(features.splits)
+        requested = [data.split(name) for name in names]  # raises before anything is read
         stored = {
             name: Samples(
                 split.ids,
@@ -41,7 +43,7 @@ class Images:
             for name, split in data.splits.items()
         }
         splits = []
-        for name, split in zip(features.splits, requested, strict=True):
+        for name, split in zip(names, requested, strict=True):
             samples = stored[data.stored_name(name)]
             if data.decoding.window is None:
                 datasets.report_depth(data.name, split)
@@ -58,7 +60,7 @@ class Images:
         contents = {name: samples.content for name, samples in stored.items()}
         groups = {name: samples.groups.digest for name, samples in stored.items() if samples.groups}
         reading = digest([contents, data.classes, data.label_kind, data.resplit, *([groups] if groups else [])])
-        return cls(data, tuple(splits), argument, reading)
+        return cls(data, names, tuple(splits), argument, reading)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +137,7 @@ class Request:
                 steps,
                 msgspec.structs.replace(names, split=name, groups=samples.groups.digest if samples.groups else ""),
             )
-            for name, (split, samples, spec) in zip(features.splits, images.splits, strict=True)
+            for name, (split, samples, spec) in zip(images.names, images.splits, strict=True)
             for model_spec, steps in zip(model_specs, views, strict=True)
         )
         pairs = parse_tokens(features.tokens, features.layers, model_specs[0].depth)

@@ -18,7 +18,7 @@ from mlfusion.models.files import sha256 as sha256
 from mlfusion.models.files import weight_files as weight_files
 from mlfusion.specs.identity import Compute, Hook, ModelSpec, digest
 from mlfusion.specs.names import Setting
-from mlfusion.system.references import find_path, parse_model, short_name
+from mlfusion.system.references import find_path, missing_path, parse_model, short_name
 
 COSMETIC = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype", "torch_dtype"}
 """Fields of a configuration that cannot change a feature: paths, versions, class names."""
@@ -64,6 +64,10 @@ def locate(reference: str) -> Checkpoint:
                 f"{ref.name} has no config.json; allowed: a folder that save_pretrained wrote, with its weights, or a "
                 "checkpoint of timm or open_clip with its configuration"
             )
+    elif not row and (missing := missing_path(ref.name)):
+        raise BadModel(
+            f"{missing}. Allowed: a folder that is there, a name of `mlfusion ls models`, or owner/name on the hub"
+        )
     elif not row and "/" not in ref.name:
         otherwise = "Or an id on the hub, such as facebook/dinov2-base, or a folder in the hub's format."
         raise UnknownName("model", ref.name, CATALOGUE, otherwise=otherwise)

@@ -322,6 +322,28 @@ class EntryFilter(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingOptions(Options):
+    """Options that select the cached tokens of one split."""
+
+    split: str | None = option(
+        None, text(), "Cached split, such as test; all for images without labels; default: the only one.", effect="bit"
+    )
+    layers: str = option(
+        "last",
+        checked(lambda words: parse_layers(words, MAX_DEPTH)),
+        "Layers: all (1..L), last, or a list such as 1-4,12.",
+        effect="bit",
+    )
+    tokens: str = option(
+        "cls",
+        checked(lambda words: parse_tokens(words, "all", MAX_DEPTH)),
+        "Token kinds (mlfusion ls tokens), comma-separated.",
+        effect="bit",
+    )
+    view: str = option("plain", text(), "View of the images: plain, flip, crop1, …", effect="bit")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CopyOptions(Options):
     """Options for copying entries to another cache."""
 

@@ -1,12 +1,14 @@
 """Finds and reads cached features by the names of a model and a data set; needs neither images nor the model."""
 
 import logging
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,6 +20,7 @@ from mlfusion.specs.identity import KINDS, ModelSpec, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens
 from mlfusion.specs.splits import split_word
 from mlfusion.store import Alias, CachePath, Check, Entry, FeatureStore, Groups, Names, TokenReader
+from mlfusion.store.embeddings import write
 from mlfusion.store.entry import pair_words
 from mlfusion.store.overlap import Overlap, overlap
 
@@ -31,16 +34,32 @@ Tokens = TypeVar("Tokens", np.ndarray, TokenReader)
 
 @dataclass(frozen=True, eq=False)
 class Features(Generic[Tokens]):
-    """Tokens of one split, with the labels and ids of their rows."""
+    """Tokens of one split, with the labels and ids of their rows; a torch DataLoader takes it as it is.
+
+    len(features); features[5]      # number of images; (tokens [layers, kinds x tokens, width], label) of one
+    """
 
     tokens: Tokens  # [images, layers, kinds x tokens, width]
-    labels: np.ndarray  # [images] int64 class indices, [images, classes] uint8, or [images] float64
+    labels: (
+        np.ndarray
+    )  # [images] int64 class indices, [images, classes] uint8, or [images] float64; [images, 0]: no labels
     ids: tuple[str, ...]  # [images]
     classes: tuple[str, ...]
     layers: tuple[int, ...]
     kinds: tuple[TokenKind, ...]
     key: str  # of the entry
     groups: tuple[str, ...] | None = None  # [images], such as patients; None: every image is its own group
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, Any]:
+        """(tokens [layers, kinds x tokens, width], label) of one image."""
+        return self.tokens[row], self.labels[row]
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write one embedding an image, all its numbers in a row; errors and forms as in `embeddings.write`."""
+        write(self, Path(path))
 
     def tensors(self: "Features[np.ndarray]") -> "tuple[torch.Tensor, torch.Tensor]":
         """Tokens and labels as torch tensors that share their memory."""
@@ -53,7 +72,7 @@ class Features(Generic[Tokens]):
 class Selection:
     """The tokens of a split to read, in order."""
 
-    layers: str | Sequence[int] = "all"  # 'all' (1..L), 'last', '1-4,12', or numbers
+    layers: str | int | Sequence[int] = "all"  # 'all' (1..L), 'last', '1-4,12', or numbers
     tokens: str | Sequence[TokenKind] = ("cls", "ap")
     view: str = "plain"
 
@@ -80,7 +99,9 @@ def open_features(
     alias = newest_split(FeatureStore(cache), model, dataset, split, selection.view)
     entry = alias.entry
     depth = entry.spec.model.depth
-    layers = parse_layers(selection.layers, depth) if isinstance(selection.layers, str) else tuple(selection.layers)
+    asked = selection.layers
+    numbers = (asked,) if isinstance(asked, int) else asked
+    layers = parse_layers(numbers, depth) if isinstance(numbers, str) else tuple(numbers)
     kinds = tuple(selection.tokens.split(",")) if isinstance(selection.tokens, str) else tuple(selection.tokens)
     words = feature_words(("train", "test"), selection.view, alias.names.options)
     require(entry, parse_tokens(kinds, layer_ranges(layers), depth), model, dataset, words)
@@ -173,11 +194,23 @@ def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[Sp
             names = train.names if train.matches else test.names
             pairs_of.setdefault(model or names.model_source, []).append((train, test))
     if not pairs_of:
+        _require_labels(store, model, dataset)
         raise NotCached(_not_cached(store, model, dataset, named))
     pairs = [_newest_pair(candidates, named) for candidates in pairs_of.values()]
     for entry in (entry for pair in pairs for entry in (pair.train, pair.test)):
         tell_left_out(entry)
     return pairs
+
+
+def _require_labels(store: FeatureStore, model: str | None, dataset: str) -> None:
+    """Raise BadData if the cached images of a data set have no labels."""
+    named = [alias for alias in store.aliases(model=model, dataset=dataset) if alias.matches]
+    if named and not any(alias.entry.samples.labels.size for alias in named):
+        raise BadData(
+            f"the cached images of {dataset} have no labels, which a probe is trained and tested on; allowed: images in class "
+            "folders (train/<class>/<image> and test/<class>/<image>) or a table of paths and labels, which mlfusion extract "
+            "--dataset reads. Tokens without labels are for mlfusion.load_features and mlfusion cache embeddings"
+        )
 
 
 def tell_left_out(entry: Entry) -> None:
@@ -227,6 +260,23 @@ def newest_split(store: FeatureStore, model: str, dataset: str, split: str, view
     newest = max(found, key=lambda alias: alias.at_ns)
     _require_last_reading(newest, newest.at_ns, named)
     return newest
+
+
+def only_split(model: str, dataset: str, *, cache: CachePath = None) -> str:
+    """The name of the only cached split of a data set.
+
+    Raises:
+        NotCached: there is none.
+        BadData: there are several.
+    """
+    store = FeatureStore(cache)
+    named = [alias for alias in store.aliases(model=model, dataset=dataset) if alias.matches]
+    if not named:
+        raise NotCached(_not_cached(store, model, dataset, []))
+    splits = sorted({alias.entry.spec.data.split for alias in named})
+    if len(splits) > 1:
+        raise BadData(f"several splits of {dataset} are cached: {', '.join(splits)}; give one of them with --split")
+    return splits[0]
 
 
 def require(entry: Entry, pairs: frozenset[Pair], model: str, dataset: str, options: Sequence[str]) -> None:

@@ -81,6 +81,7 @@ class TokenReader:
     with entry.open([6, 12], ["cls", "ap"]) as tokens:
         tokens.shape                    # (images, 2 layers, 2 tokens, width)
         tokens[np.array([5, 3, 900])]   # these images, in this order
+        tokens[5]                       # one image: [2 layers, 2 tokens, width]
         for rows, batch in tokens.batches(256, seed=0):
             ...                         # one pass in a shuffled order
     """
@@ -154,8 +155,17 @@ class TokenReader:
         """Number of readable images."""
         return self.shape[0]
 
-    def __getitem__(self, rows: slice | Sequence[int] | Int[np.ndarray, " B"]) -> Num[np.ndarray, "B L T D"]:
-        """Images in the order of `rows`, which may repeat; CacheUnusable if a shard is damaged."""
+    def __getitem__(
+        self, rows: int | np.integer | slice | Sequence[int] | Int[np.ndarray, " B"]
+    ) -> Num[np.ndarray, "*B L T D"]:
+        """Images in the order of `rows`, which may repeat, [B, L, T, D]; of one number, that image, [L, T, D].
+
+        Raises:
+            IndexError: there is no such row.
+            CacheUnusable: a shard is damaged.
+        """
+        if isinstance(rows, (int, np.integer)):
+            return self[np.array([rows])][0]
         indices = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, np.int64)
         if indices.size and not (-len(self) <= indices.min() and indices.max() < len(self)):
             raise IndexError(f"rows {indices.min()}..{indices.max()} of {len(self)} images")

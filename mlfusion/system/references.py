@@ -6,6 +6,8 @@ A name of the catalogue always means the catalogue's row. Any other name that is
 import csv
 import logging
 import os
+from contextlib import suppress
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -13,6 +15,8 @@ from typing import Literal
 from mlfusion.errors import UnknownName
 from mlfusion.specs.identity import HOOKS, Hook
 from mlfusion.specs.names import ModelRef, Setting, setting_value
+
+SHOWN = 3  # names in a folder that has none of the wanted name
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,25 @@ def find_path(kind: Kind, reference: str) -> Path | None:
         _report_shadowed(kind, reference)
         return None
     return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
+def missing_path(reference: str) -> str:
+    """A sentence about a path that is not there; empty for what may be an id on the hub, `owner/name`.
+
+    A reference is a path if it begins as one (/, ., ~), has two slashes or more, or names something in a folder that is here.
+    """
+    owner, slash, rest = reference.partition("/")
+    is_path = reference.startswith(("/", ".", "~")) or "/" in rest or (bool(slash) and os.path.isdir(owner))
+    if not is_path:
+        return ""
+    path = Path(os.path.abspath(os.path.expanduser(reference)))
+    there = next(parent for parent in path.parents if parent.is_dir())
+    names: list[str] = []
+    with suppress(OSError):  # it may not be read
+        names = sorted(name for name in os.listdir(there) if not name.startswith("."))
+    near = get_close_matches(path.relative_to(there).parts[0], names, n=SHOWN) or names[:SHOWN]
+    holds = f"; {there} has {', '.join(near)}{', …' if len(near) < len(names) else ''}" if near else ""
+    return f"there is no folder or file {path}{holds}"
 
 
 @cache

@@ -11,7 +11,7 @@ import torch
 from msgspec import Struct, field
 
 from mlfusion import models
-from mlfusion.errors import MlfusionError, Unavailable, UnknownName
+from mlfusion.errors import BadModel, MlfusionError, Unavailable, UnknownName
 from mlfusion.models import checkpoints, hub, preprocessing
 from mlfusion.models.backbone import Backbone
 from mlfusion.models.backbone.loading import memory_of
@@ -22,7 +22,7 @@ from mlfusion.store import CachePath, default_root
 from mlfusion.system import disk
 from mlfusion.system.devices import pick_device
 from mlfusion.system.memory import available
-from mlfusion.system.references import find_path, parse_model
+from mlfusion.system.references import find_path, missing_path, parse_model
 
 State = Literal["ok", "note", "problem"]
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface-hub", "zarr", "h5py", "safetensors", "pillow")
@@ -147,9 +147,9 @@ def _model(name: str, device: str) -> Iterator[Finding]:
         ref = parse_model(name)
         row = models.CATALOGUE.get(ref.name)
         local = bool(row and row.embedded) or find_path("model", ref.name) is not None
-        if not row and not local and "/" not in ref.name:
+        if not row and not local and ("/" not in ref.name or missing_path(ref.name)):
             models.locate(name)  # raises an error with the names that exist
-    except UnknownName as err:
+    except (UnknownName, BadModel) as err:
         yield Finding("name", "problem", str(err), "mlfusion ls models")
         return
     if row:
