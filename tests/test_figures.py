@@ -174,7 +174,7 @@ def test_token_kinds_and_heads_are_compared_where_they_were_run() -> None:
 def test_cost_averages_like_with_like() -> None:
     rows = drawn_rows(MODELS[:1], SETS[:3])
     rows += study({"cls+ap-2-layers/linear": [0.5]}, model=MODELS[0], dataset=SETS[0])  # on one data set alone
-    figure = cost.cost.cost(whole(rows))
+    figure = cost.cost(whole(rows))
     assert figure
     shown = {r["probe"]: r for r in figure.numbers}
     assert set(shown) == {BASE, LINEAR, ALF, AAT, "cls+ap-2-layers/linear"}

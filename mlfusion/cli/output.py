@@ -105,6 +105,13 @@ def notify(line: str) -> None:
         _write(one_line(line), err=True)
 
 
+def confirmed(question: str) -> bool:
+    """Ask on standard error, so that standard output holds results alone; no answer is a no."""
+    with _writing(sys.stderr):
+        typer.echo(f"{one_line(question)} [y/N] ", err=True, nl=False)
+    return sys.stdin.readline().strip().casefold() in ("y", "yes")
+
+
 def say(line: str = "") -> None:
     """Print a line of a result on standard output."""
     _write(one_line(line))

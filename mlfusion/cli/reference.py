@@ -35,6 +35,8 @@ CALLS: dict[str, str] = {
     "cache path": "mlfusion.store.housekeeping.entry_paths",
     "results ls": "mlfusion.Results.listing",
     "results show": "mlfusion.statistics.certainty",
+    "results best": "mlfusion.results.best.best",
+    "results rm": "mlfusion.Results.remove",
     "results compare": "mlfusion.statistics.compare_named",
     "results rank": "mlfusion.statistics.rank",
     "results export": "mlfusion.results.export.write",

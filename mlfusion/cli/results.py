@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlfusion.cli.options import AsJson, Cache, ResultsPath, with_options
-from mlfusion.cli.output import SHOWN, notify, print_json, print_rows, say
+from mlfusion.cli.output import SHOWN, confirmed, notify, print_json, print_rows, row_json, say
 from mlfusion.specs.definitions import command
-from mlfusion.specs.options import RowFilter, SettingFilter
+from mlfusion.specs.options import BestOptions, RowFilter, SettingFilter
 from mlfusion.system.words import plural
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ def show(row: RowId, results_path: ResultsPath = RESULTS, as_json: AsJson = Fals
 @with_options
 def compare(
     *,
-    a: Annotated[str, typer.Argument(help="Name of a probe, or id of a result.")],
-    b: Annotated[str, typer.Argument(help="Reference of the gains: name of a probe, or id of a result.")],
-    rows: SettingFilter,
+    a: Annotated[str, typer.Argument(help="Name of a probe, or id of a result; with --probe, a model.")],
+    b: Annotated[str, typer.Argument(help="Reference of the gains: name of a probe, id of a result, or a model.")],
+    rows: RowFilter,
     level: Annotated[
         float, typer.Option("--level", min=0.5, max=0.999, help="Confidence level of the intervals.")
     ] = 0.95,
@@ -96,13 +96,18 @@ def compare(
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
 ) -> None:
-    """Compare A with B on the same test images: scores, paired differences, intervals and p-values."""
+    """Compare probes, results or models A and B on the same test images: paired differences, intervals and p-values."""
     from mlfusion import statistics
     from mlfusion.report.numbers import p_value, points
     from mlfusion.results import Results
 
     bootstrap = statistics.Bootstrap(level=level, resamples=resamples)
-    comparisons = statistics.compare_named(Results(results), a, b, bootstrap=bootstrap, **rows.changed())
+    filters = rows.changed()
+    if probe := filters.pop("probe", None):
+        filters.pop("model", None)
+        comparisons = statistics.compare_models(Results(results), a, b, probe, bootstrap=bootstrap, **filters)
+    else:
+        comparisons = statistics.compare_named(Results(results), a, b, bootstrap=bootstrap, **filters)
     tests = statistics.over_datasets(comparisons)
     if as_json:
         bodies = {name: {"refused": one} if isinstance(one, str) else asdict(one) for name, one in tests.items()}
@@ -122,6 +127,61 @@ def compare(
                 f"{name}, over {test.n} data sets: gain {points(test.mean)} points on average, {points(test.median)} in the "
                 f"median; Wilcoxon signed-rank, one-sided, p-value {p_value(test.p)}"
             )
+
+
+@app.command()
+@with_options
+def best(
+    *,
+    options: BestOptions,
+    results: ResultsPath = RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """Print the probe with the best mean score over its seeds, and the folder of its trained probe."""
+    from mlfusion.report.numbers import percent
+    from mlfusion.results import Results
+    from mlfusion.results.best import best as find
+
+    found = find(Results(results), options)
+    row = found.row
+    if as_json:
+        body = {"result": row_json(row), "mean": found.mean, "seeds": found.seeds}
+        print_json(body | {"folder": str(found.folder.absolute()) if found.folder else None})
+        return
+    say(
+        f"{row.id}: {row.probe} of {row.model} on {row.dataset}, {row.parameters:,} parameters, {options.by} "
+        f"{percent(found.mean)} % over {plural(found.seeds, 'seed')}; seed {row.seed}: val {percent(row.val)} %, test "
+        f"{percent(row.test)} %"
+    )
+    if found.folder:
+        say(f"{found.folder.absolute()}")
+    else:
+        again = command(f"results rerun {row.id} --keep", results=str(results.absolute()))
+        notify(f"its trained probe was not kept; to have it: {again}")
+
+
+@app.command()
+def rm(
+    ids: Annotated[list[str], typer.Argument(help="Ids of results, or the first characters of them.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    results: ResultsPath = RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """Remove results for good, with the arrays of their test images and their trained probes; asks first."""
+    from mlfusion.results import Results
+
+    store = Results(results)
+    rows = {row.id: row for row in map(store.named, ids)}
+    for row in rows.values():
+        notify(f"{row.id}: {row.probe} of {row.model} on {row.dataset}, seed {row.seed}, test {row.test:.4f}")
+    if not yes and not confirmed(f"Remove {plural(len(rows), 'result')} of {store.root.absolute()}?"):
+        notify("nothing was removed")
+        raise typer.Exit(1)
+    store.remove(list(rows.values()))
+    if as_json:
+        print_json({"removed": list(rows)})
+    else:
+        say(f"removed {plural(len(rows), 'result')} of {store.root.absolute()}")
 
 
 @app.command()

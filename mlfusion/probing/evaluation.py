@@ -131,7 +131,7 @@ def same_scores(a: Row, b: Row) -> bool:
 
 def _folder(results: Results, row: Row) -> Path:
     """The folder of a row's trained probe."""
-    return saved.folder_of(results.root, row.id)
+    return results.probe_folder(row)
 
 
 def is_saved(results: Results, row: Row) -> bool:

@@ -92,11 +92,6 @@ class Card(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return msgspec.convert(fields, kind)
 
 
-def folder_of(results: Path, row_id: str) -> Path:
-    """The folder of the trained probe of a result, in a folder of results."""
-    return results / "probes" / row_id
-
-
 def is_id(text: str) -> bool:
     """Whether a text has the form of a result's id, or of its beginning."""
     return re.fullmatch(r"r[0-9a-f]{0,15}", text) is not None

@@ -1,6 +1,6 @@
 """The report as tables for the terminal, or as Markdown for a page of text, so that an answer needs no browser."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 
 from rich.console import Group, RenderableType
@@ -34,7 +34,8 @@ MAX_DATASETS = 2
 def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> RenderableType:
     """A table for each model and data set, with a sentence that answers the question, for `rich.Console.print`.
 
-    With more than two data sets, each model has one table instead: a line per probe, a column per data set.
+    With more than two data sets, each model has one table instead: a line per probe, a column per data set. Several models on
+    one data set are the columns of one table.
 
     Args:
         rows: rows of any models and data sets.
@@ -47,13 +48,17 @@ def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> Rende
     groups = comparison_groups(rows)
     all_studies = studies(groups)
     parts: list[RenderableType] = []
-    if long or all(len(study.datasets) <= MAX_DATASETS for study in all_studies):
+    by_model = all(len(study.datasets) == 1 and len(study.models) > 1 for study in all_studies)
+    if long or (not by_model and all(len(study.datasets) <= MAX_DATASETS for study in all_studies)):
         for group in groups:
             parts += [_table(group), *_footnote(group.scores), Text(answer(group)), Text()]
         return Group(*parts[:-1], *(Text(note) for note in [*protocol_notes(groups), *replaced_notes(rows)]))
     for study in all_studies:
+        if len(study.datasets) == 1 and len(study.models) > 1:
+            parts += [*_side_by_side(study, study.datasets[0], {g.model: g for g in study.groups}, width), Text()]
+            continue
         for model in study.models:
-            parts += [*_side_by_side(study, model, width), Text()]
+            parts += [*_side_by_side(study, model, {g.dataset: g for g in study.select(model=model)}, width), Text()]
     older = len(groups) - sum(len(study.groups) for study in all_studies)
     singles = sum(score.layerwise is not None for group in groups for score in group.scores)
     notes = [opening(groups)]
@@ -68,25 +73,34 @@ def _footnote(scores: Sequence[Score]) -> list[RenderableType]:
     return [Text(note, style="dim") for note in footnotes(scores)]
 
 
-def _side_by_side(study: Study, model: str, width: int) -> Iterator[RenderableType]:
-    """One model's probes on all of its data sets, in several tables if the width requires it."""
-    groups = [group for group in study.select(model=model) if group.probes]
-    probes = [probe for probe in study.probes if study.scores(probe, model=model)]
+def _side_by_side(
+    study: Study, name: str, by_head: Mapping[str, ComparisonGroup], width: int
+) -> Iterator[RenderableType]:
+    """The probes of one model on all of its data sets, or of all models on one, in several tables if the width requires it.
+
+    Args:
+        name: the model, or the data set.
+        by_head: {head of a column: its scores}.
+        width: characters per line.
+    """
+    by_head = {head: group for head, group in by_head.items() if group.probes}
+    groups = list(by_head.values())
+    probes = [probe for probe in study.probes if any(study.score(group, probe) for group in groups)]
     if not probes:
         return
-    columns = [_Column(study, group.dataset, [group], probes) for group in groups]
-    if len(groups) > 1:
+    columns = [_Column(study, head, [group], probes) for head, group in by_head.items()]
+    if len({group.dataset for group in groups}) > 1:
         columns.append(_Column(study, "mean", groups, probes))
     name_width = max(map(len, probes))
     about = f"   {study.metric}, %, and gain in points, {seed_counts(groups)}" + f", {study.name}" * bool(study.name)
-    title: Text | None = Text.assemble((model, "bold"), (about, "dim"))
+    yield Text.assemble((name, "bold"), (about, "dim"))  # above the table, which may be narrower
     while columns:
         fitting = _fitting(columns, width - name_width - 2)
-        table = bare_table(title, [""], [column.head for column in columns[:fitting]])
+        table = bare_table(None, [""], [column.head for column in columns[:fitting]])
         for number, probe in enumerate(probes):
             add_line(table, [probe, *(column.cells[number] for column in columns[:fitting])])
         yield table
-        columns, title = columns[fitting:], None
+        columns = columns[fitting:]
         if columns:
             yield Text()
     yield from _footnote([score for group in groups for score in group.probes])

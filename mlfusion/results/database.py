@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DATABASE = "results.sqlite"
+PROBES = "probes"
+"""Folder of the trained probes, each in a folder named by the id of its row."""
 
 
 class Imported(NamedTuple):
@@ -262,6 +264,19 @@ class Results:
             raise MlfusionError(
                 f"cannot read {str(source)!r}: {err.strerror}; allowed: a folder or a .jsonl file"
             ) from err
+
+    def probe_folder(self, row: Row) -> Path:
+        """The folder of a row's trained probe, whether it was kept or not."""
+        return self.root / PROBES / row.id
+
+    def remove(self, rows: Sequence[Row]) -> None:
+        """Remove rows for good, in one commit, and then their arrays and trained probes."""
+        with failures.translated(self.path, "save"):
+            with self._writing() as connection:
+                connection.executemany("DELETE FROM results WHERE id = ?", [(row.id,) for row in rows])
+            for path in (path for row in rows for path in (files.path_of(self.root, row), self.probe_folder(row))):
+                if not path.parent.is_symlink():
+                    disk.remove(path)
 
     def to_pandas(self, **filters: str | None) -> "pandas.DataFrame":
         """Rows as a table, one column a field: 'metrics.loss', 'selected.lr'."""

@@ -394,6 +394,17 @@ class RowFilter(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestOptions(Options):
+    """Options that decide which stored probe is the best."""
+
+    rows: RowFilter = RowFilter()
+    by: Literal["val", "test"] = option(
+        "val", one_of(("val", "test")), "Score that decides: val (the validation part) or test.", effect="bit"
+    )
+    max_params: int | None = option(None, whole(0), "Only probes with at most this many parameters.", effect="bit")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
     """Options for the output of a report, beside the table in the terminal."""
 

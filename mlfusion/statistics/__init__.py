@@ -5,6 +5,7 @@
 `images`      calibration and confusion of the predictions for these images
 `datasets`    over data sets: wilcoxon, adjust (Benjamini-Hochberg), holm, gain_tests, ranking (Friedman, critical difference)
 `rows`        on rows: compare, by_dataset, over_datasets, rank, certainty, cost; Spread over seeds
+`models`      two models by one probe: compare_models
 `cka`         similarity of layers: cka, cka_with, layer_cka (centred kernel alignment, linear or by an RBF)
 
 Functions of arrays or rows, each returning a frozen value. Scores are fractions; a gain is always shown with the two
@@ -15,6 +16,7 @@ test sets.
 from mlfusion.statistics.cka import cka, cka_with, layer_cka
 from mlfusion.statistics.datasets import GainTest, Ranking, SignedRank, adjust, gain_tests, holm, ranking, wilcoxon
 from mlfusion.statistics.images import Calibration, calibration, confusion
+from mlfusion.statistics.models import compare_models
 from mlfusion.statistics.rows import (
     Cost,
     Setting,
@@ -49,6 +51,7 @@ __all__ = [
     "cka",
     "cka_with",
     "compare",
+    "compare_models",
     "compare_named",
     "compare_probes",
     "confusion",

@@ -294,7 +294,7 @@ def _folder(probe: str | os.PathLike[str], results: Results) -> Path:
     if folder.exists() or not saved.is_id(str(probe)):
         return folder
     row = results.named(str(probe))
-    if (folder := saved.folder_of(results.root, row.id)).exists():
+    if (folder := results.probe_folder(row)).exists():
         return folder
     again = command(f"results rerun {row.id} --keep", results=str(results.root.absolute()))
     raise ResultsUnusable(
