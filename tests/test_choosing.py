@@ -30,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> A
         monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        return ended.value.code or 0, *capfd.readouterr()  # type: ignore[return-value]
+        return ended.value.code or 0, *capfd.readouterr()
 
     return call
 

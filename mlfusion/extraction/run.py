@@ -29,13 +29,15 @@ from mlfusion.specs.names import layer_ranges
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
 from mlfusion.store import CachePath, Entry, FeatureStore, Gap, Piece, RunPart, RunRecord
 from mlfusion.system.devices import device_name
+from mlfusion.system.display import Displayed
 from mlfusion.system.progress import Bar, track
+from mlfusion.system.words import plural
 
 BOTTLENECK_SHARE = 0.1  # the forward pass waits for the bottleneck for more than this share of the time
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtractionResult:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExtractionResult(Displayed):
     """The result of the extraction of one split."""
 
     entry: Entry
@@ -49,6 +51,15 @@ class ExtractionResult:
     view: str = "plain"
     rate: float = 0.0  # images per second
     bottleneck: str = ""  # the part that was waited for: 'decoding', 'the forward pass' or 'writing'
+
+    def summary(self) -> str:
+        spec = self.entry.spec
+        view = "" if self.view == "plain" else f", {self.view}"
+        return (
+            f"{spec.model.name} on {spec.data.name}/{spec.data.split}{view}: {'+'.join(self.tokens)} at layers "
+            f"{layer_ranges(self.layers)}, {plural(self.images_written, 'image')} written, {self.images_reused:,} reused, "
+            f"{self.images_skipped:,} skipped; entry {self.entry.key}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion extract --json` prints."""

@@ -17,18 +17,27 @@ from mlfusion.specs.names import Probe, expand_braces, parse_probes
 from mlfusion.specs.options import SearchOptions, StorageOptions, TrainingOptions
 from mlfusion.store import FeatureStore
 from mlfusion.store.features import SplitPair, impossible, split_pairs
+from mlfusion.system.display import Displayed
 from mlfusion.system.words import plural
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class ProbeResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class ProbeResult(Displayed):
     """The result of a call of `probe`."""
 
     rows: list[Row]
     trained: int  # number of rows that were not stored before
     left_out: list[str]  # probes of 'all' whose tokens are not cached, with what to run
+
+    def summary(self) -> str:
+        return f"{plural(len(self.rows), 'row')}, {self.trained:,} of them trained now; see .rows"
+
+    def lines(self) -> list[dict[str, object]]:
+        """Its rows."""
+        names = ("model", "dataset", "probe", "seed", "val", "test")
+        return [{name: getattr(row, name) for name in names} for row in self.rows]
 
 
 def probe(

@@ -25,7 +25,9 @@ from mlfusion.results.rows import Row
 from mlfusion.results.schema import Stored
 from mlfusion.specs.definitions import command, option_words
 from mlfusion.system import disk
+from mlfusion.system.display import Displayed
 from mlfusion.system.regular import opened
+from mlfusion.system.words import plural
 
 if TYPE_CHECKING:
     import pandas
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DATABASE = "results.sqlite"
+NEWEST = 10  # rows that a notebook shows
 PROBES = "probes"
 """Folder of the trained probes, each in a folder named by the id of its row."""
 
@@ -52,7 +55,7 @@ class Source(NamedTuple):
     format: int
 
 
-class Results:
+class Results(Displayed):
     """Every row of one folder, safe under several threads, processes and kills.
 
     Each call opens the database anew, so an object may be shared, forked and pickled. Every method raises `ResultsUnusable`
@@ -64,6 +67,16 @@ class Results:
         root = Path(root)
         self.root = root.parent if root.name == DATABASE else root
         self.path = self.root / DATABASE
+
+    def summary(self) -> str:
+        return f"{plural(self.count(), 'row')} in {self.root.absolute()}" + (
+            "" if self.root.is_dir() else ", which does not exist"
+        )
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The newest rows, the newest first."""
+        names = ("id", "model", "dataset", "probe", "seed", "val", "test")
+        return [{name: row[name] for name in names} for row in self.listing(limit=NEWEST)[::-1]]
 
     def append(self, row: Row, arrays: Mapping[str, np.ndarray] | None = None) -> None:
         """Save a row for good, its arrays first: a row that can be read has its arrays.

@@ -23,17 +23,21 @@ from mlfusion.store import Alias, CachePath, Check, Entry, FeatureStore, Groups,
 from mlfusion.store.embeddings import write
 from mlfusion.store.entry import pair_words
 from mlfusion.store.overlap import Overlap, overlap
+from mlfusion.system.display import Displayed
+from mlfusion.system.words import plural
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
+FIRST = 5  # images that a notebook shows
+
 Tokens = TypeVar("Tokens", np.ndarray, TokenReader)
 
 
-@dataclass(frozen=True, eq=False)
-class Features(Generic[Tokens]):
+@dataclass(frozen=True, eq=False, repr=False)
+class Features(Displayed, Generic[Tokens]):
     """Tokens of one split, with the labels and ids of their rows; a torch DataLoader takes it as it is.
 
     len(features); features[5]      # number of images; (tokens [layers, kinds x tokens, width], label) of one
@@ -52,6 +56,23 @@ class Features(Generic[Tokens]):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def summary(self) -> str:
+        return (
+            f"{plural(len(self), 'image')}, {'+'.join(self.kinds)} at layers {layer_ranges(self.layers)}: tokens "
+            f"{list(self.tokens.shape)} {self.tokens.dtype}; labels {list(self.labels.shape)} {self.labels.dtype}, "
+            f"{plural(len(self.classes), 'class', 'classes')}; entry {self.key}"
+        )
+
+    def lines(self) -> list[dict[str, object]]:
+        """The first images with their labels."""
+        return [{"id": name, "label": self._label(row)} for row, name in enumerate(self.ids[:FIRST])]
+
+    def _label(self, row: int) -> str:
+        label = self.labels[row]
+        if self.labels.ndim == 2:
+            return ", ".join(self.classes[n] for n in np.flatnonzero(label)) if self.classes else ""
+        return self.classes[label] if self.classes and self.labels.dtype.kind == "i" else f"{label:g}"
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, Any]:
         """(tokens [layers, kinds x tokens, width], label) of one image."""

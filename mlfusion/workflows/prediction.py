@@ -32,11 +32,13 @@ from mlfusion.specs.identity import COMPUTES, Compute, Decoding, ModelSpec, dige
 from mlfusion.specs.options import PredictorOptions
 from mlfusion.store.encoding import ENCODINGS
 from mlfusion.system.devices import pick_device
+from mlfusion.system.display import Displayed
 from mlfusion.system.references import parse_model
 from mlfusion.system.words import plural
 
 BATCH = 32
 TOP = 5
+FIRST = 5  # classes that a notebook shows
 DIGITS = 4  # of a predicted number, counted from the deviation of the training labels
 SHOWN_NAME = 200  # characters of a path in a message: what was given for a path may be a whole file's text
 
@@ -62,7 +64,7 @@ class Prediction:
         return {"image": self.image, "top": [{"class": name, "probability": p} for name, p in self.top]}
 
 
-class Predictor:
+class Predictor(Displayed):
     """A saved probe with its backbone, loaded once; `load_probe` makes it. Several threads may use one.
 
     predictor = mlfusion.load_probe("results/probes/r17b75bdf052900c")
@@ -82,6 +84,21 @@ class Predictor:
     @property
     def _steps(self) -> Preprocessing:
         return self._backbone.preprocessing
+
+    def summary(self) -> str:
+        card = self.card
+        names = ", ".join(card.classes[:FIRST]) + ", …" * (len(card.classes) > FIRST)
+        kind = (
+            "numbers"
+            if isinstance(self._target, Number)
+            else f"{plural(len(card.classes), 'class', 'classes')} ({names})"
+        )
+        return f"{card.probe} on {card.backbone.name}, trained on {card.dataset}: {kind}; {self.folder.absolute()}"
+
+    def lines(self) -> list[dict[str, object]]:
+        """The scores on its card."""
+        metric = self.card.metric.replace("_", " ")
+        return [{"split": split, metric: self.card.scores[split]} for split in ("test", "val", "train")]
 
     def predict(self, images: "Picture | Iterable[Picture]") -> Any:
         """The answer for one image, or a list of answers for several, in their order.
