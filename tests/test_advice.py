@@ -1,6 +1,7 @@
 """A pilot scores every image once, by a probe that did not see it; its advice follows from its scores and from nothing else."""
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion.errors import BadData
-from mlfusion.probing import grids, protocol
+from mlfusion.probing import costs, grids, protocol
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.specs.names import BASELINE
 from mlfusion.specs.options import PilotOptions
+from mlfusion.system.progress import Bar
 from mlfusion.workflows import advice
 
 PROBES = (BASELINE, "cls+ap-all-layers/ridge", "aat:h2")
@@ -139,3 +141,24 @@ def test_a_class_that_cannot_be_parted_is_refused(model, tmp_path):
     with pytest.raises(BadData, match="--images 2: allowed are 6 and more"):
         advice.advise(model, str(data), PilotOptions(images=2))
     shutil.rmtree(data)
+
+
+def test_progress_counts_work_and_not_fits(model, images, monkeypatch):
+    """A probe's share of the whole is that of its time, so that the time left is right while the slow ones are to come."""
+    seen: list[int] = []
+
+    class Recorded(Bar):
+        def to(self, done, total=None):
+            seen.append(done)
+            super().to(done, total)
+
+    monkeypatch.setattr(advice, "track", lambda *words: closing(Recorded(*words)))
+    seconds = {"linear": 2.0, "attentive": 60.0, "ridge": 0.5}
+    monkeypatch.setattr(costs, "seconds", lambda probe, problem, search: seconds[probe.head])
+    bars: list[Bar] = []
+    monkeypatch.setattr(Recorded, "__init__", lambda self, *words: (bars.append(self), Bar.__init__(self, *words))[1])
+    advice.advise(model, images, PilotOptions(images=24), probes="cls-last/linear,alf,ridge")
+    assert bars[0].total == 3 * 100 * (4 + 120 + 1) and seen == sorted(seen) and seen[-1] == bars[0].total
+    for fits, done in ((1, 400), (3, 1200), (4, 13200), (6, 37200), (9, 37500)):
+        assert done in seen, fits
+    assert len({each for each in seen if 1200 < each < 13200}) > 5  # it moves during a slow fit

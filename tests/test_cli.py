@@ -1,6 +1,7 @@
 """The journey at the command line: both stages and the report, exit codes, JSON alone on standard output, plain errors."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -412,9 +413,38 @@ def test_a_kept_probe_classifies_new_images(run, model, images, short_grid):
     assert sum(one["probability"] for one in top) == pytest.approx(1, abs=1e-5)
     wrong = run("predict", "--probe", "nowhere", pictures[0])
     assert wrong.code == 1
-    assert wrong.err.startswith("error: no probe in 'nowhere'; allowed:")
+    assert wrong.err.startswith(f"error: no probe in '{Path.cwd()}/nowhere'; allowed:")
     empty = run("predict", "--probe", "", pictures[0])
     assert empty.code == 1 and empty.err.startswith("error: the folder of the probe is an empty text; allowed:")
+
+
+def test_extract_ends_with_the_next_command(run, model, images, short_grid, tmp_path):
+    """It is run as it is printed, by the names that a label column or a split ratio gives."""
+    root = Path(images)
+    rows = [f"{path.relative_to(root)},{i % 2}" for i, path in enumerate(sorted(root.rglob("*.png")))]
+    (root / "kinds.csv").write_text("\n".join(["path,kind", *rows]))
+    for words in ((), ("--cache", str(tmp_path / "other cache"))):
+        for data in ([images], [str(root / "kinds.csv"), "--label-column", "kind", "--split-ratio", "0.7/0.3"]):
+            said = run("extract", "-m", model, "-d", *data, "--layers", "last", *words)
+            assert said.code == 0 and said.err.splitlines()[-1].startswith("next: mlfusion probe --dataset ")
+            following = shlex.split(said.err.splitlines()[-1].removeprefix("next: mlfusion "))
+            done = run(*following, "--probe", "cls-last/ridge", "--seeds", "0", "--json")
+            assert done.code == 0 and len(done.json["results"]) == 1
+    assert "next:" not in run("extract", "-m", model, "-d", images, "--split", "test", "--layers", "1").err
+    (root / "kinds.csv").unlink()
+
+
+def test_messages_name_places_in_full(run, tmp_path):
+    """What is looked for at another place than meant is seen from the message alone."""
+    for words, place in (
+        (("cache", "ls"), "no features in {}/cache, which does not exist"),
+        (("cache", "ls", "--cache", "typo"), "no features in {}/typo, which does not exist"),
+        (("cache", "du"), "no features in {}/cache, which does not exist"),
+        (("probe", "-d", "digits"), "no features of digits in {}/cache (which does not exist)"),
+        (("results", "ls"), "no results: '{}/results' does not exist"),
+        (("predict", "x.png", "--probe", "p"), "no probe in '{}/p'"),
+    ):
+        assert place.format(tmp_path) in run(*words).err
 
 
 def test_few_shots_halving_and_smoothing_make_rows_of_their_own(run, model, images, short_grid):

@@ -535,6 +535,9 @@ def test_the_earliest_and_the_latest_images_are_found() -> None:
     assert [p.caption for p in early.pictures] == ["image 3, layer 1.1", "image 0, layer 1.2"]
     assert [p.caption for p in late.pictures] == ["image 1, layer 2.9", "image 4, layer 2.5"]
     assert "(the last layer is 3; the median is 2.0)" in early.description
+    alike = np.tile([0.1, 0.1, 0.3, 0.1, 0.3, 0.1], (5, 1)).astype(np.float16)
+    alike[2] += np.float16(0.001)  # less than the digits that are shown
+    assert early_and_late(alike, layers, lambda _: Picture(image)) == ()
     with pytest.raises(BadData, match="over 6 tokens"):
         early_and_late(attention[:, :5], layers, lambda _: Picture(image))
 

@@ -89,6 +89,26 @@ def test_examples_are_of_many_classes(labels, count, want):
     assert gallery.examples(np.array(labels), count) == want
 
 
+def test_attention_that_is_the_same_for_all_images_is_said_and_not_drawn(probed, monkeypatch, capfd):
+    root, rows = probed
+    results, row = Results(root / "results"), rows[ALF]
+    arrays = results.arrays(row)
+    try:
+        results.keep_arrays(row, arrays | {"attention": np.full_like(arrays["attention"], 1 / 8)})
+        with pytest.raises(
+            BadData, match=r"does not depend on the image \(mean layer 2\.5 for all\), so none is read early"
+        ):
+            gallery.of_row(row, results, cache=root / "cache")
+        monkeypatch.setattr(sys, "argv", ["mlfusion", "attend", row.id, "--results", str(root / "results")])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert capfd.readouterr().out == (
+            "the attention does not depend on the image: its mean layer is 2.5 for each of 15 images\n"
+        )
+    finally:
+        results.keep_arrays(row, arrays)
+
+
 def test_attend_at_the_command_line(probed, monkeypatch, capfd, tmp_path):
     root, rows = probed
 

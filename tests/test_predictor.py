@@ -174,7 +174,7 @@ def test_a_probe_is_found_by_the_id_of_its_result(root: Path) -> None:
         mlfusion.load_probe(unsaved.id, results=results)
     with pytest.raises(UnknownName, match="no result named 'r0000000'"):
         mlfusion.load_probe("r0000000", results=results)
-    with pytest.raises(ResultsUnusable, match=r"no probe in 'nowhere'; allowed: a folder .* or the id of a result"):
+    with pytest.raises(ResultsUnusable, match=r"no probe in '/.*/nowhere'; allowed: a folder .* or the id of a result"):
         mlfusion.load_probe("nowhere", results=results)
     with pytest.raises(ResultsUnusable, match="no results"):
         mlfusion.load_probe("r12")

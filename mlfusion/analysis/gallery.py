@@ -7,6 +7,7 @@ import numpy as np
 from mlfusion.analysis.attention import maps, row_images
 from mlfusion.errors import BadData, MlfusionError
 from mlfusion.report import Picture, Strip, early_and_late
+from mlfusion.report.pictures import mean_layers
 from mlfusion.results import Results, Row
 from mlfusion.store import CachePath
 
@@ -27,7 +28,7 @@ def of_row(
         count: number of images in a strip.
 
     Raises:
-        BadData: the probe does not attend to patches or layers, or the data set has other images.
+        BadData: the probe does not attend to patches or layers, or alike for every image; or the data set has other images.
         ResultsUnusable: the arrays of the row are missing.
         MlfusionError: the data set is not available.
     """
@@ -56,6 +57,13 @@ def of_row(
         strips.append(Strip("Attention on patches", description, pictures, name=f"map-{row.model}"))
     if layered:
         strips += early_and_late(shares, layout.layers, lambda n: Picture(images.picture(n), captions[n]), count)
+    if not strips:
+        mean = float(mean_layers(shares, layout.layers).mean())
+        raise BadData(
+            f"the attention of result {row.id} ({row.probe}) over layers does not depend on the image (mean layer {mean:.1f} "
+            "for all), so none is read early or late and nothing is drawn; allowed: another seed, or a probe that attends to "
+            "patches, such as aat"
+        )
     return strips
 
 

@@ -102,6 +102,7 @@ def extract(
 ) -> None:
     """Stage 1: run a frozen model once and cache its tokens. Cached tokens are not computed again."""
     from mlfusion.extraction.run import extract as run
+    from mlfusion.extraction.run import next_command
 
     results = run(model, dataset, features, compute, cache=cache, log=notify)
     if as_json:
@@ -109,6 +110,8 @@ def extract(
         return
     for result in results:
         print_extracted(result.to_json())
+    if words := next_command(results, cache):
+        notify(f"next: {words}")
 
 
 @app.command()

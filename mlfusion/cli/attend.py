@@ -57,8 +57,13 @@ def attend(
 
 def _print_attention(result: "AttentionResult") -> None:
     """Print the images with the earliest and the latest mean layer, and the share of attention on patches."""
+    from mlfusion.report import differ
+
     at, maps = result.mean_layer, result.maps
-    if at is not None:
+    if at is not None and not differ(at):
+        images = plural(len(at), "image")
+        say(f"the attention does not depend on the image: its mean layer is {at.mean():.1f} for each of {images}")
+    elif at is not None:
         order = at.argsort(kind="stable")
         ends = dict.fromkeys([*order[:SHOWN].tolist(), *order[::-1][:SHOWN].tolist()])
         print_rows([{"test image": n, "mean layer": f"{at[n]:.2f}"} for n in ends])

@@ -36,7 +36,7 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """List cached entries: model, data set, split, tokens, size."""
-    from mlfusion.store.housekeeping import list_entries
+    from mlfusion.store.housekeeping import cache_root, list_entries
 
     listing = list_entries(cache, entries, reasons=as_json)
     body = asdict(listing)
@@ -45,7 +45,7 @@ def ls(
         return
     rows = [{name: value for name, value in row.items() if name != "unreadable"} for row in body["entries"]]
     if rows or not listing.damaged:
-        print_rows(rows, empty="no features yet; run: mlfusion extract")
+        print_rows(rows, empty=f"no features in {cache_root(cache)}; run: mlfusion extract")
     for reason in listing.damaged:
         notify(f"not listed: {reason}")
 
@@ -53,14 +53,14 @@ def ls(
 @app.command()
 def du(cache: Cache = None, as_json: AsJson = False) -> None:
     """Show the size on disk of each model and data set, and of the other folders in the cache."""
-    from mlfusion.store.housekeeping import disk_usage
+    from mlfusion.store.housekeeping import cache_root, disk_usage
 
     usage = disk_usage(cache)
     body = usage.to_json()
     if as_json:
         print_json(body)
         return
-    print_rows(body["entries"], empty="no features yet; run: mlfusion extract")
+    print_rows(body["entries"], empty=f"no features in {cache_root(cache)}; run: mlfusion extract")
     for reason in usage.damaged:
         notify(f"not counted: {reason}")
     for name, nbytes in usage.beside.items():

@@ -35,6 +35,7 @@ from mlfusion.datasets.places import files_below, split_of_path
 from mlfusion.datasets.resplit import ratio_text, split_by_ratio
 from mlfusion.datasets.split import IN_MEMORY as IN_MEMORY
 from mlfusion.datasets.split import UNLABELLED as UNLABELLED
+from mlfusion.datasets.split import WHOLE as WHOLE
 from mlfusion.datasets.split import DataSet as DataSet
 from mlfusion.datasets.split import Decode as Decode
 from mlfusion.datasets.split import RawSplit

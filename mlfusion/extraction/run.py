@@ -24,6 +24,7 @@ from mlfusion.extraction.loader import Loader
 from mlfusion.extraction.request import Job, Request
 from mlfusion.extraction.writer import Batch, Writer, run_batch
 from mlfusion.models.backbone import Backbone
+from mlfusion.specs.definitions import command
 from mlfusion.specs.identity import TokenKind
 from mlfusion.specs.names import layer_ranges
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
@@ -99,6 +100,19 @@ def extract(
 ) -> list[ExtractionResult]:
     """Cache a frozen model's tokens of a data set; arguments and errors as in `mlfusion.extract`."""
     return fill(Request.of(model, dataset, features, compute), cache=cache, log=log)
+
+
+def next_command(results: list[ExtractionResult], cache: str | None = None) -> str:
+    """The command that uses what was extracted; empty if train or test is still to be extracted."""
+    splits = {result.entry.spec.data.split for result in results}
+    if splits >= {"train", "test"}:
+        return command("probe", dataset=results[0].entry.spec.data.name, cache=cache)
+    if splits == {datasets.WHOLE}:
+        spec = results[0].entry.spec
+        return command(
+            "cache embeddings", ["embeddings.parquet"], model=spec.model.name, dataset=spec.data.name, cache=cache
+        )
+    return ""
 
 
 def load(request: Request) -> Backbone:

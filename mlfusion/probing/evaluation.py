@@ -101,7 +101,7 @@ def run(
     unsaved = {job for job, row in existing.items() if row and save and not is_saved(results, row)}
     if count := sum(row is not None for row in existing.values()):
         verb = "is" if count == 1 else "are"
-        log(f"{count} of {plural(len(jobs), 'result')} {verb} in {results.root} already and not made again")
+        log(f"{count} of {plural(len(jobs), 'result')} {verb} in {results.root.absolute()} already and not made again")
     if unsaved:
         log(f"{len(unsaved)} of them are trained again, since their probes were not kept")
     for job in jobs:
@@ -151,7 +151,7 @@ def is_saved(results: Results, row: Row) -> bool:
 def save_probe(results: Results, row: Row, trained: Trained) -> str:
     """Save the trained probe of a row; return a line that says where."""
     saved.save(_folder(results, row), trained.card, trained.weights)
-    return f"{row.probe}, seed {row.seed}, is kept in {_folder(results, row)}"
+    return f"{row.probe}, seed {row.seed}, is kept in {_folder(results, row).absolute()}"
 
 
 def _not_saved(results: Results, row: Row, again: Row) -> str:

@@ -207,8 +207,8 @@ def load(folder: Path) -> tuple[Card, HeadModule]:
             tensors = file.read()
     except FileNotFoundError as err:
         raise ResultsUnusable(
-            f"no probe in {str(folder)!r}; allowed: a folder with {CARD} and {TENSORS}, or the id of a result. Make one "
-            "with `mlfusion probe --save`, which says where it is"
+            f"no probe in {str(folder.absolute())!r}; allowed: a folder with {CARD} and {TENSORS}, or the id of a result. Make "
+            "one with `mlfusion probe --save`, which says where it is"
         ) from err
     except (OSError, ValueError, RecursionError) as err:
         raise ResultsUnusable(f"{folder / CARD} cannot be read ({err}); {REMAKE}") from err

@@ -9,7 +9,7 @@ draws images with attention maps, and `commands` writes the commands that reprod
 from mlfusion.report.files import write_figures, write_markdown, write_strips
 from mlfusion.report.findings import write_findings
 from mlfusion.report.page import write_page
-from mlfusion.report.pictures import Picture, Strip, early_and_late, overlay
+from mlfusion.report.pictures import Picture, Strip, differ, early_and_late, overlay
 from mlfusion.report.published import compare_with_published
 from mlfusion.report.summary import comparison_groups
 from mlfusion.report.terminal import markdown, table
@@ -19,6 +19,7 @@ __all__ = [
     "Strip",
     "compare_with_published",
     "comparison_groups",
+    "differ",
     "early_and_late",
     "markdown",
     "overlay",

@@ -76,6 +76,10 @@ def data_url(picture: Picture, longest_px: int = THUMBNAIL_PX, *, kind: str = "w
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+SHOWN_LAYERS = 0.1
+"""Difference of mean layers that can be seen where they are shown, with one digit after the point."""
+
+
 def mean_layers(attention: np.ndarray, layers: Sequence[int]) -> np.ndarray:
     """The mean layer of each image's attention: [images, tokens] shares and the layer of each token → [images].
 
@@ -88,10 +92,15 @@ def mean_layers(attention: np.ndarray, layers: Sequence[int]) -> np.ndarray:
     return (shares @ depths) / shares.sum(axis=1)
 
 
+def differ(mean_layers: np.ndarray) -> bool:
+    """Whether the mean layers of images differ by more than is shown of them, so that attention depends on the image."""
+    return float(np.ptp(mean_layers)) >= SHOWN_LAYERS
+
+
 def early_and_late(
     attention: np.ndarray, layers: Sequence[int], picture: Callable[[int], Picture], count: int = 8
-) -> tuple[Strip, Strip]:
-    """The images whose attention has the lowest mean layer, and those with the highest.
+) -> tuple[Strip, ...]:
+    """The images whose attention has the lowest mean layer, and those with the highest; none if all have the same.
 
     Args:
         attention: [images, tokens] shares, as saved with rows of ALF, or their means over seeds.
@@ -100,6 +109,8 @@ def early_and_late(
         count: number of images in each strip, at most half of all.
     """
     means = mean_layers(attention, layers)
+    if not differ(means):
+        return ()
     order = np.argsort(means, kind="stable")
     count = min(count, len(order) // 2)
     median, last = float(np.median(means)), max(layers)

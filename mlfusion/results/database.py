@@ -410,12 +410,12 @@ class Results(Displayed):
         options = " and ".join(map(shlex.join, given))
         if options and self.count():
             return ResultsUnusable(
-                f"no results of {options} in {str(self.root)!r}; what there is: "
+                f"no results of {options} in {str(self.root.absolute())!r}; what there is: "
                 + command("results ls", results=str(self.root))
             )
         state = "holds no row yet" if self.root.is_dir() else "does not exist"
         return ResultsUnusable(
-            f"no results: {str(self.root)!r} {state}. Make some with `"
+            f"no results: {str(self.root.absolute())!r} {state}. Make some with `"
             + command("probe", dataset="digits", results=str(self.root))
             + "`, or name a folder that has them: `mlfusion report RESULTS`"
         )

@@ -391,7 +391,8 @@ def _not_cached(store: FeatureStore, model: str | None, dataset: str, named: Seq
         )
     pairs = sorted({(n.model, n.dataset) for entry in store.entries() for n in entry.names()})
     shown = ", ".join(f"{m} on {d}" for m, d in pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
+    holds = f"it holds {shown or 'nothing yet'}" if store.root.is_dir() else "which does not exist"
     return (
-        f"no features of {dataset}{f' by {model}' if model else ''} in {store.root} (it holds {shown or 'nothing yet'}). "
+        f"no features of {dataset}{f' by {model}' if model else ''} in {store.root.absolute()} ({holds}). "
         f"Run: {extract_command(model, dataset)}"
     )

@@ -59,6 +59,12 @@ class Listing:
     damaged: tuple[str, ...]
 
 
+def cache_root(cache: CachePath = None) -> str:
+    """The absolute path of a cache, and whether it is there, for messages."""
+    root = FeatureStore(cache).root.absolute()
+    return f"{root}" if root.is_dir() else f"{root}, which does not exist"
+
+
 def list_entries(cache: CachePath = None, chosen: EntryFilter = EntryFilter(), *, reasons: bool = True) -> Listing:
     """List entries of all layers of a cache; with `reasons`, say why images were skipped."""
     damaged: list[str] = []

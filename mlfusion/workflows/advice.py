@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from mlfusion.store.features import belong_together, newest_split
 from mlfusion.system.progress import track
 
 FOLDS = 3
+PARTS = 100  # of work that the progress counts in the fastest fit
 MIN_PER_CLASS = 4  # smallest number of images per class in the pilot
 CANDIDATES = (
     BASELINE,
@@ -310,16 +312,32 @@ def folds(strata: np.ndarray, seed: int, groups: np.ndarray | None = None, targe
     return fold_of
 
 
+def _work(pilot: _Pilot, search: SearchOptions) -> dict[Probe, float]:
+    """The parts of work of one fit of each probe, `PARTS` for the fastest: probes differ so much that their number says little.
+
+    They are in the ratio of the estimated times.
+    """
+    seconds = {}
+    for probe in pilot.probes:
+        _, tokens, width = pilot.tokens(probe).shape
+        images = len(pilot.labels) * (FOLDS - 1) // FOLDS
+        problem = costs.Problem(tokens=tokens, width=width, classes=pilot.target.outputs, images=images)
+        seconds[probe] = costs.seconds(probe, problem, search)
+    return {probe: PARTS * each / min(seconds.values()) for probe, each in seconds.items()}
+
+
 def _cross_validate(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, tuple[int, ...]]]:
     """Predictions [images, outputs] of each candidate by probes that were not trained on the image; and its tokens' shape."""
     fold_of = folds(pilot.target.strata(pilot.labels), seed, pilot.groups, pilot.target)
     search = SearchOptions(grid="quick", precision=resolve("auto", "cpu"))
     outcomes: dict[Probe, tuple[np.ndarray, tuple[int, ...]]] = {}
-    with track(f"pilot of {pilot.model} on {pilot.dataset}", len(pilot.probes) * FOLDS, "fits") as bar:
-        for probe in pilot.probes:
+    work = _work(pilot, search)
+    with track(f"pilot of {pilot.model} on {pilot.dataset}", round(FOLDS * sum(work.values())), "parts") as bar:
+        for done, probe in zip(accumulate(work.values(), initial=0.0), pilot.probes, strict=False):
             tokens = pilot.tokens(probe)
             predictions = np.zeros((len(tokens), pilot.target.outputs), np.float32)
             for fold in range(FOLDS):
+                start = FOLDS * done + fold * work[probe]
                 fitted, left_out = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
                 outcome = protocol.fit(
                     probe.head,
@@ -327,8 +345,11 @@ def _cross_validate(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, t
                     lambda left_out=left_out, tokens=tokens: tokens.of(left_out),  # type: ignore[misc]
                     target=pilot.target,
                     options=FitOptions(seed=seed, heads=probe.attention_heads(), search=search),
+                    progress=lambda step, of, start=start, probe=probe: bar.to(  # type: ignore[misc]
+                        round(start + work[probe] * min(1.0, step / of))
+                    ),
                 )
                 predictions[left_out] = outcome.predictions
-                bar.advance()
+                bar.to(round(start + work[probe]))
             outcomes[probe] = predictions, tokens.shape
     return outcomes
