@@ -1,5 +1,6 @@
-"""Sums whose order does not depend on the number of threads: each is formed by one thread, and threads share the sums."""
+"""How threads compute: each sum is formed by one thread, whatever their number, and none stumbles over denormal numbers."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,31 @@ def in_order() -> Iterator[None]:
         _threads = outer
 
 
+@contextmanager
+def denormals(*, kept: bool) -> Iterator[None]:
+    """Context in which this thread takes denormal numbers (in float32 below 1.2e-38) as 0, or as what they are if `kept`.
+
+    Where attention saturates, softmax weights and their gradients become that small, and some processors take a hundred times
+    as long for a product that meets them. The setting is one of each thread: threads of `pool` take over their caller's.
+    """
+    before = are_denormals_kept()
+    torch.set_flush_denormal(not kept)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(not before)
+
+
+def are_denormals_kept() -> bool:
+    """Whether this thread computes with denormal numbers."""
+    return sys.float_info.min / 2 != 0
+
+
+def pool(workers: int) -> ThreadPoolExecutor:
+    """A pool of threads that take denormal numbers as this thread does now."""
+    return ThreadPoolExecutor(workers, initializer=torch.set_flush_denormal, initargs=(not are_denormals_kept(),))
+
+
 def count() -> int:
     """The number of threads that this process may use, inside of `in_order` too."""
     return _threads or torch.get_num_threads()
@@ -38,5 +64,5 @@ def share(work: Callable[[Any], Any], items: Sequence[Any], *, worth: bool = Tru
         for item in items:
             work(item)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, items))
+    with pool(workers) as threads:
+        list(threads.map(work, items))

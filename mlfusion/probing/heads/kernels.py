@@ -9,7 +9,6 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mlfusion.shapes import Float, Int
+from mlfusion.system.threads import pool
 
 WIDTH_MULTIPLE = 32  # the width of tokens must be a multiple
 FEW_COLUMNS = 128  # of folded keys: queries of all configurations of a block
@@ -278,7 +278,7 @@ def _run(name: str, count: int, tensors: tuple[Tensor | None, ...], sizes: tuple
     if threads == 1:
         codes = [kernel(*ranges[0])]
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            codes = list(pool.map(lambda longs: kernel(*longs), ranges))
+        with pool(threads) as workers:
+            codes = list(workers.map(lambda longs: kernel(*longs), ranges))
     if any(codes):
         raise MemoryError(f"no memory for {name} of {sizes}")

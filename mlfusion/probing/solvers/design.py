@@ -16,7 +16,7 @@ from mlfusion.probing.heads.linear import LinearMap
 from mlfusion.probing.targets import Target
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.shapes import Float, Int
-from mlfusion.system.threads import share
+from mlfusion.system.threads import denormals, share
 
 F64 = torch.float64
 BLOCK = 1 << 24  # size of a block of images, neighbours or votes, in numbers
@@ -60,6 +60,7 @@ class Design:
     two products, F × F or N × N.
     """
 
+    @denormals(kept=False)
     def __init__(self, tokens: Tokens, rows: Int[np.ndarray, " N"], target: Target, device: str) -> None:
         self.tokens, self.rows, self.target, self.device = tokens, rows, target, float64_device(device)
         labels = tokens.labels[rows]

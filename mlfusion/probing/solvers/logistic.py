@@ -11,6 +11,7 @@ from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty, m
 from mlfusion.probing.solvers.lbfgs import HISTORY, minimise
 from mlfusion.probing.targets import OneClass
 from mlfusion.shapes import Float
+from mlfusion.system.threads import denormals
 
 BATCH = 8  # largest number of penalties that are solved together
 BATCH_BYTES = (
@@ -62,6 +63,7 @@ class Logistic:
             start = minima[-1]
             yield batch, self.design.unrotated(minima[..., :r], minima[..., r])
 
+    @denormals(kept=False)
     def _minima(self, penalties: Float[Tensor, " K"], start: Float[Tensor, "C R"]) -> Float[Tensor, "K C R"]:
         """The minima; R is r + 1, and the bias is the last number."""
         curvature = 1 / self.classes if self.multinomial else 0.25

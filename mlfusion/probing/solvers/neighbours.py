@@ -15,6 +15,7 @@ from mlfusion.probing.solvers.design import BLOCK, float64_device, matmul
 from mlfusion.probing.targets import Target
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.shapes import Float, Int
+from mlfusion.system.threads import denormals
 
 NO_VOTE = -200.0  # the logit of a class without a vote: its probability is 0 in float32, and the loss is finite
 
@@ -59,6 +60,7 @@ class Neighbours(HeadModule):
         self.register_buffer("neighbours", torch.tensor([one.neighbours for one in settings]))
         self.register_buffer("temperature", torch.tensor([one.temperature for one in settings]))
 
+    @denormals(kept=False)
     def forward(
         self, tokens: Float[Tensor, "B T D"], own: tuple[Int[Tensor, " B"], Int[Tensor, " N"]] | None = None
     ) -> Float[Tensor, "K B C"]:

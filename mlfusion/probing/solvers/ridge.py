@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty, matmul
 from mlfusion.shapes import Float, Num
+from mlfusion.system.threads import denormals
 
 SCALES = tuple(np.geomspace(1e-1, 1e3, 81).tolist())  # candidate factors of ridge's scores
 
@@ -25,11 +26,13 @@ class Ridge:
         self.mean = design.weights @ design.targets / design.weights.sum()  # [C]
         self.product = design.rotated.T @ (design.weights[:, None] * (design.targets - self.mean))  # [r, C]
 
+    @denormals(kept=False)
     def left_out(self, setting: Penalty) -> Float[Tensor, "N C"]:
         """Outputs for every image by the probe fitted to all others."""
         outputs = self._outputs(self._left_out(setting), 1.0)
         return self._own_factor(outputs) * outputs
 
+    @denormals(kept=False)
     def solve(self, setting: Penalty, *, factor: float | None = None) -> FixedLinear:
         """The probe fitted to all images; the factor of its outputs is by default that of the left-out ones."""
         if factor is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from mlfusion.shapes import Float, Int, Num, Shaped
 from mlfusion.specs.identity import digest
 from mlfusion.store import TokenReader
+from mlfusion.system.threads import denormals
 
 LARGEST_BATCH = 2048
 FEWEST_BATCHES = 5  # per epoch
@@ -190,6 +191,7 @@ def to_device(values: Shaped[Tensor, "..."], device: torch.device | str) -> Shap
     return values.to(device, non_blocking=True)
 
 
+@denormals(kept=True)  # a token of such numbers has a direction
 def _normalise_and_jitter(
     values: Num[Tensor, "b T D"], device: torch.device | str, dtype: torch.dtype, jitter: np.random.Generator | None
 ) -> Float[Tensor, "b T D"]:

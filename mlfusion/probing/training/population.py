@@ -13,7 +13,7 @@ accelerator, which is slow at small products, computes all configurations that f
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -33,7 +33,7 @@ from mlfusion.shapes import Float, Int, Shaped
 from mlfusion.specs.names import Head
 from mlfusion.system import threads
 from mlfusion.system.memory import Footprint, available
-from mlfusion.system.threads import in_order
+from mlfusion.system.threads import denormals, in_order
 
 MEMORY_SHARE = 0.8  # share of the free memory that training may take
 WIDTH = 7  # configurations of a block: the paper's grids, of 21 and 63, fill whole blocks
@@ -249,7 +249,7 @@ class _Workers:
     """
 
     def __init__(self, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count) if count > 1 else None
+        self._pool = threads.pool(count) if count > 1 else None
         self._last: dict[Any, Future[None]] = {}
 
     def __enter__(self) -> Self:
@@ -335,7 +335,12 @@ def train(
         bundles = [tuple(blocks[n : n + layout.bundle]) for n in range(0, len(blocks), layout.bundle)]
         steps = batches(tokens, data.rows, schedule, seed=population.seed, device=numerics.device, dtype=numerics.dtype)
         report = partial(progress or (lambda _: None), len(members))
-        with tensor_cores(numerics.device), in_order(), _Workers(min(layout.workers, len(bundles))) as workers:
+        with (
+            tensor_cores(numerics.device),
+            in_order(),
+            denormals(kept=False),
+            _Workers(min(layout.workers, len(bundles))) as workers,
+        ):
             _run(bundles, workers, steps, data.schedule.steps, report)
         if numerics.is_accelerated:
             yield slice(members[0], members[-1] + 1), blocks[0].probe.eval()
@@ -389,7 +394,7 @@ def read(
 ) -> Iterator[tuple[Float[Tensor, "K b C"], Float[Tensor, "b T D"]]]:
     """A probe's logits for images `rows`, `block` at a time, each with the normalised tokens."""
     for start in range(0, len(rows), block):
-        with torch.no_grad(), in_order():
+        with torch.no_grad(), in_order(), denormals(kept=False):
             batch = tokens.normalised(rows[start : start + block], device)
             outputs = probe(batch)
         yield outputs, batch
