@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from tiny import save_features
 
@@ -179,3 +180,16 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     growth = (many - few) * tokens * width * 2 / 1e6
     assert peaks[many, "stream"] < peaks[few, "stream"] + growth / 2
     assert peaks[many, "load"] > peaks[many, "stream"] + growth / 2
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 4), (1, 6), (3, 3), (1, 1)])
+def test_jitter_is_by_the_bytes_of_numpys_generator(shape: tuple[int, int]) -> None:
+    """Two bytes a number, whatever the sizes of the draws, between which other numbers are drawn."""
+    ours, numpys = (np.random.Generator(np.random.SFC64(7)) for _ in range(2))
+    table = np.sort(scipy.stats.norm.ppf((np.arange(2**16) + 0.5) / 2**16))
+    table *= batches.JITTER_STD / table.std()
+    for images in (4, 1, 3, 2, 5):
+        noise = batches._noise(ours, [np.arange(images)], shape, torch.device("cpu"))
+        drawn = np.frombuffer(numpys.bytes(2 * images * shape[0] * shape[1]), "<u2")
+        np.testing.assert_allclose(noise.numpy(), table[drawn].reshape(-1, *shape), rtol=1e-5, atol=1e-9)
+        assert ours.random() == numpys.random()
