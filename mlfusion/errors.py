@@ -7,6 +7,7 @@ MlfusionError
   BadModel           the folder or checkpoint is not one that can be read as a vision transformer
   BadData            the images or labels cannot be used as they are
     BadImage         one image that cannot be read
+    TooLittleMemory  what they need is more than may be taken
   NotCached          stage 2 was asked for features that stage 1 has not written
   CacheUnusable      the cache cannot be written or read: read-only, full, damaged, from a newer version
     CacheUnread      a file of it that may not be read, which is no damage
@@ -53,6 +54,10 @@ class BadModel(MlfusionError):
 
 class BadData(MlfusionError):
     """Images or labels that cannot be used as they are."""
+
+
+class TooLittleMemory(BadData):
+    """A computation that needs more memory than it may take; says how much of both."""
 
 
 class BadImage(BadData):

@@ -65,6 +65,17 @@ def test_a_grid_takes_its_steps_by_the_time_of_one(
     assert seconds(name, search=search) == pytest.approx(expected)
 
 
+def test_beside_other_rows_no_thread_waits() -> None:
+    """On two threads the refit and the twin take half of their time each, as another row has the other thread."""
+    [probe] = parse_probes("cls+ap-last/attentive:h2", depth=12)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    alone, beside = (costs.seconds(probe, SMALL, QUICK, beside_others=beside) for beside in (False, True))
+    torch.set_num_threads(before)
+    steps = 300 * 60 / 32
+    assert (alone, beside) == pytest.approx(((3 / (3 * 2) + 2) * steps, (3 / (3 * 2) + 2 / 2) * steps))
+
+
 def test_halving_runs_a_third_of_the_grid() -> None:
     """63 configurations for 112 steps, 21 for 334, 7 for 1,000, in place of 63 for 1,000."""
     whole = seconds("cls+ap-last/attentive:h2", search=PAPER)

@@ -48,6 +48,7 @@ HEAVY: dict[str, set[str]] = {  # libraries that only these rooms may name
     "itables": {"report"},
     "sklearn": {"datasets", "statistics"},
     "scipy": {"statistics"},
+    "joblib": {"probing"},
     "pandas": {"results"},
     "sqlite3": {"results"},
     "wandb": {"results"},

@@ -1,4 +1,4 @@
-"""Tunes the C library's memory allocator. The setting holds for the whole process, so only the command line makes it."""
+"""Tunes the C library's memory allocator. The setting holds for a whole process, so only the command line makes it."""
 
 import ctypes
 import os
@@ -15,14 +15,21 @@ OPTIONS = {
     -4: (0, 2**16),  # M_MMAP_MAX
     -8: (1, 0),  # M_ARENA_MAX
 }
+VARIABLES = {  # the same values for processes that are started meanwhile, which read them from the environment
+    "MALLOC_TRIM_THRESHOLD_": -1,
+    "MALLOC_TOP_PAD_": -2,
+    "MALLOC_MMAP_THRESHOLD_": -3,
+    "MALLOC_MMAP_MAX_": -4,
+    "MALLOC_ARENA_MAX": -8,
+}
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Inside the context glibc reuses freed memory for the next training step: fresh pages cost a fifth of a step.
 
-    On exit glibc's defaults are restored. The context has no effect with another C library, or if environment variables
-    tune the allocator (MALLOC_…, GLIBC_TUNABLES).
+    So it does in processes that are started inside. On exit glibc's defaults are restored. The context has no effect with
+    another C library, or if environment variables tune the allocator (MALLOC_…, GLIBC_TUNABLES).
     """
     tuned_by_user = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
         name.startswith("MALLOC_") for name in os.environ
@@ -33,9 +40,12 @@ def freed_memory_kept() -> Iterator[None]:
     library = ctypes.CDLL(None)
     for option, (value, _) in OPTIONS.items():
         library.mallopt(option, value)
+    os.environ |= {name: str(OPTIONS[option][0]) for name, option in VARIABLES.items()}
     try:
         yield
     finally:
+        for name in VARIABLES:
+            os.environ.pop(name, None)
         for option, (_, default) in OPTIONS.items():
             library.mallopt(option, default)
         library.malloc_trim(0)

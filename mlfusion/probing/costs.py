@@ -33,8 +33,13 @@ class Problem:
     images: int  # N, training images
 
 
-def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: str = "cpu") -> float:
-    """Time to choose and refit one seed's probe, roughly: the number of steps is exact, the rate of a step is measured here."""
+def seconds(
+    probe: Probe, problem: Problem, search: SearchOptions, *, device: str = "cpu", beside_others: bool = False
+) -> float:
+    """Time to choose and refit one seed's probe, roughly: the number of steps is exact, the rate of a step is measured here.
+
+    `beside_others`: whether others are trained at the same time, so that no core waits.
+    """
     if probe.head in SOLVERS:
         return _search_seconds(probe.head, problem.tokens, problem.width, search) * problem.images / IMAGES[-1]
     grid = grids.SEARCH_GRIDS[search.grid]
@@ -53,7 +58,8 @@ def seconds(probe: Probe, problem: Problem, search: SearchOptions, *, device: st
     width = population.width_of(probe.head, shape, batch, configurations)
     together, alone = (_step_seconds(probe.head, shape, batch, numerics, each) for each in (width, 1))
     singles = 1 if HEADS[probe.head].is_convex else 2  # the refit, and the twin that tries the choice: one thread each
-    step = together * steps + alone * singles * schedule.steps * threads.count()
+    idle = 1 if beside_others else threads.count()
+    step = together * steps + alone * singles * schedule.steps * idle
     return step * schedule.batch_size / batch
 
 

@@ -9,6 +9,7 @@ from mlfusion.errors import BadOption
 from mlfusion.probing import saved
 from mlfusion.probing.fitting import Resources, Trained, train
 from mlfusion.probing.jobs import Job, identity, jobs_of
+from mlfusion.probing.processes import trained as trained_jobs
 from mlfusion.results import Results, Row
 from mlfusion.results.trackers import Tracker, log_new, open_trackers
 from mlfusion.specs.commands import extract_command
@@ -104,10 +105,11 @@ def run(
         log(f"{count} of {plural(len(jobs), 'result')} {verb} in {results.root.absolute()} already and not made again")
     if unsaved:
         log(f"{len(unsaved)} of them are trained again, since their probes were not kept")
+    fresh = trained_jobs(pair, [job.resolved(device) for job in jobs if existing[job] is None], resources)
     for job in jobs:
         row = existing[job]
         if row is None:
-            new = train(pair, job.resolved(device), resources)
+            new = next(fresh)
             row = new.row
             if save:
                 log(save_probe(results, row, new))

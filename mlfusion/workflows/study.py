@@ -229,7 +229,10 @@ class _Planner:
             missing=missing,
             stage_one=stage_one,
             extract_seconds=seconds,
-            probe_seconds=sum(self._probe_seconds(job, request, len(spec.data.classes)) for job in missing),
+            probe_seconds=sum(
+                self._probe_seconds(job, request, len(spec.data.classes), beside_others=len(missing) > 1)
+                for job in missing
+            ),
         )
 
     def _read(self, dataset: str) -> Images:
@@ -244,7 +247,7 @@ class _Planner:
         return images
 
     @staticmethod
-    def _probe_seconds(job: Job, request: Request, classes: int) -> float:
+    def _probe_seconds(job: Job, request: Request, classes: int, *, beside_others: bool) -> float:
         split, spec = request.jobs[0].split, request.jobs[0].spec
         representation = job.probe.representation
         tokens_per_layer = sum(_tokens(kind, request) for kind in representation.kinds)
@@ -257,6 +260,7 @@ class _Planner:
                 images=job.shots * classes if job.shots else len(split),
             ),
             job.search,
+            beside_others=beside_others,
         )
 
 

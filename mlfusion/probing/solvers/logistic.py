@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlfusion.errors import BadData
+from mlfusion.errors import BadData, TooLittleMemory
 from mlfusion.probing.solvers.design import F64, Design, FixedLinear, Penalty, matmul
 from mlfusion.probing.solvers.lbfgs import HISTORY, minimise
 from mlfusion.probing.targets import OneClass
@@ -36,7 +36,8 @@ class Logistic:
         """`memory` is a limit in bytes; None is no limit.
 
         Raises:
-            BadData: the target is a number, or one penalty alone needs more memory.
+            BadData: the target is a number.
+            TooLittleMemory: one penalty alone needs more.
         """
         if design.target.kind == "number":
             raise BadData("logistic regression has no numbers; allowed: classes or labels. For numbers take ridge")
@@ -47,7 +48,7 @@ class Logistic:
         self.batch = max(1, min(BATCH, BATCH_BYTES // one))
         self.block = max(1, BLOCK_BYTES // (8 * LOGITS * self.batch * self.classes))
         if memory is not None and one > max(memory / 2, BATCH_BYTES):
-            raise BadData(
+            raise TooLittleMemory(
                 f"logistic regression of {self.classes:,} classes needs {2 * one / 1e6:,.0f} MB for each penalty and "
                 f"{memory / 1e6:,.0f} MB are free for it; allowed: as much --memory, or another head, such as linear"
             )

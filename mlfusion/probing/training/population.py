@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlfusion.errors import BadData
+from mlfusion.errors import TooLittleMemory
 from mlfusion.probing.heads import HEADS, HeadModule, HeadShape
 from mlfusion.probing.losses import Loss, class_weights, cross_entropy
 from mlfusion.probing.training.batches import Schedule, Tokens, batches, stream
@@ -159,7 +159,7 @@ class Layout:
         `shared`: they run on a device that works on all at once, rather than one on each of `threads` cores.
 
         Raises:
-            BadData: not even one block fits into memory.
+            TooLittleMemory: not even one block fits into memory.
         """
         # A step of a small block is shorter than the overhead of Python: fewer workers, each with a few.
         bundle = max(1, min(BUNDLE, BUNDLE_BYTES // (need.each + need.step)))
@@ -169,7 +169,7 @@ class Layout:
         free = memory - need.batch * (BATCHES_AHEAD if workers > 1 else 1)
         together = min(count, free // (need.each + need.step) if shared else (free - workers * need.step) // need.each)
         if together < 1:
-            raise BadData(_too_little_memory(need, memory))
+            raise TooLittleMemory(_too_little_memory(need, memory))
         return cls(together, together if shared else bundle, workers)
 
     def groups(self, count: int) -> list[slice]:
@@ -313,7 +313,7 @@ def train(
         Some of the configurations and their probe, in evaluation mode. A configuration that diverged is not finite.
 
     Raises:
-        BadData: not even one block fits into memory.
+        TooLittleMemory: not even one block fits into memory.
     """
     if loss is None:
         weights = torch.from_numpy(class_weights(data.tokens.labels[data.rows], population.shape.classes))
