@@ -21,9 +21,9 @@ from statistics import fmean, stdev
 import numpy as np
 import page
 import torch
-from probe_grid import Usual
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
+from usual import Usual
 
 import mlfusion
 from mlfusion.probing import grids, protocol, splits

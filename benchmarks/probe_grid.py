@@ -2,10 +2,13 @@
 
     python benchmarks/probe_grid.py [--device cuda] [--precision float32|bfloat16|auto] [--steps 10] [--page]
 
+Without --precision, float32 and, where the device has units for it, bfloat16.
+
 Both train on synthetic features of DTD's size: 1,504 images x 24 tokens x 768 channels, 47 classes, 24 heads, batches of
 301, the paper's 63 configurations. The baseline is what a researcher would write: one configuration at a time, keys and
 values projected for every token, torch's AdamW, a DataLoader over samples that jitters each of them. Its steps are timed
-before ours and after, 20 at least in all, and the grid's time follows from their median. Ours trains the 63 in lockstep by
+before ours and after, 20 at least in all, and the grid's time follows from their median; so are steps of the same loop
+with denormal numbers taken as 0, as ours takes them, in every thread of PyTorch. Ours trains the 63 in lockstep by
 `mlfusion.probing.training.population.train`, as `mlfusion probe` does. Floating-point operations are those of matrix
 products, counted by torch's own counter. With --page the tables go into docs/measurements/speed.md.
 """
@@ -16,7 +19,8 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +29,11 @@ from unittest import mock
 import numpy as np
 import page
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from usual import Usual, flushed, usual, wait
 
 from mlfusion.cli.malloc import freed_memory_kept
 from mlfusion.probing.grids import SEARCH_GRIDS
@@ -43,87 +47,8 @@ from mlfusion.specs.options import Precision
 
 IMAGES, TOKENS, WIDTH, CLASSES, HEADS = 1504, 24, 768, 47, 24
 SHAPE = HeadShape(tokens=TOKENS, width=WIDTH, classes=CLASSES, heads=HEADS)
-BAR = 50
+BAR, BAR_SHARE = 50, 0.85
 GOAL_CUDA = 10  # seconds, of the whole grid
-
-
-class Samples(Dataset[tuple[Tensor, int]]):
-    """One image at a time, of length 1 and jittered."""
-
-    def __init__(self, tokens: Tokens) -> None:
-        self.values, self.labels = torch.from_numpy(np.asarray(tokens.values)), tokens.labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        x = F.normalize(self.values[row].float(), dim=-1)
-        if torch.rand(()) < 0.5:
-            x = x + 0.05 * torch.randn_like(x)
-        return x, int(self.labels[row])
-
-
-class Usual(nn.Module):
-    """The probe with keys and values projected for every token."""
-
-    def __init__(self, width: int = WIDTH, heads: int = HEADS, classes: int = CLASSES, *, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.head_width = 2 * (width // heads)
-        inner = heads * self.head_width
-        self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width) for _ in range(3))
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, inner, bias=False) for _ in range(3))
-        self.out, self.norm, self.head = nn.Linear(inner, width), nn.BatchNorm1d(width), nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] → [B, C]."""
-        b, t, _ = x.shape
-        q = (
-            self.to_q(self.norm_q(self.query))
-            .view(1, 1, self.heads, self.head_width)
-            .transpose(1, 2)
-            .expand(b, -1, -1, -1)
-        )
-        k = self.to_k(self.norm_k(x)).view(b, t, self.heads, self.head_width).transpose(1, 2)
-        v = self.to_v(self.norm_v(x)).view(b, t, self.heads, self.head_width).transpose(1, 2)
-        pooled = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.head(self.norm(self.out(pooled.transpose(1, 2).flatten(1))))
-
-
-def wait(device: str) -> float:
-    """Now, when the device has done all that it was told."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def usual(tokens: Tokens, device: str) -> Callable[[int], list[float]]:
-    """The loop; seconds of each of so many steps."""
-    model = Usual().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-2)
-    counts = np.bincount(tokens.labels, minlength=CLASSES)
-    criterion = nn.CrossEntropyLoss(weight=torch.from_numpy(len(tokens) / (CLASSES * counts)).float().to(device))
-
-    def forever() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield from DataLoader(Samples(tokens), batch_size=301, shuffle=True, drop_last=True)
-
-    loader = forever()
-
-    def steps(count: int) -> list[float]:
-        took = []
-        for _ in range(count):
-            start = wait(device)
-            x, y = next(loader)
-            optimizer.zero_grad()
-            criterion(model(x.to(device)), y.to(device)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            took.append(wait(device) - start)
-        return took
-
-    return steps
 
 
 def ours(tokens: Tokens, steps: int, device: str, precision: Precision) -> list[float]:
@@ -261,63 +186,113 @@ def peak(device: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
-def measure(device: str, precision: Precision, steps: int, baseline_steps: int) -> dict[str, Any]:
-    """All figures."""
-    tokens, narrow = features(), resolve(precision, device)
-    schedule, count = Schedule.of(IMAGES), len(SEARCH_GRIDS["paper"].configurations("attentive"))
-    loop = usual(tokens, device)
-    loop(2)
-    theirs = loop(baseline_steps // 2)
-    before = peak(device)
+def has_bfloat16(device: str) -> bool:
+    """Whether the device has units that multiply bfloat16 numbers."""
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    with freed_memory_kept():  # as at the command line
-        mine = ours(tokens, steps, device, narrow)
-    ours_peak = peak(device)
-    theirs += loop(baseline_steps - baseline_steps // 2)
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-    each_theirs = statistics.median(theirs)
-    each = statistics.median(mine) / count
-    dtype = torch.bfloat16 if narrow == "bfloat16" else torch.float32
-    rate, copies = product_rate(dtype, device), copy_rate(device)
-    one, x, y = block(device, narrow == "bfloat16")
-    flops = operations(lambda: one.step(x, y, 0, 100))
-    model = Usual().to(device)
+
+def ways(device: str, precision: Precision) -> str:
+    """How the products are computed, and why."""
+    auto = resolve("auto", device)
+    faster = "takes less than" if auto == "bfloat16" else "does not take less than"
+    kernel = why if (why := kernels.why_unavailable()) else "they are compiled, and the processor has AVX-512 BF16"
+    by = "PyTorch" if why or precision == "float32" else "own kernels and PyTorch"
+    if not why and precision == "float32":
+        kernel = "they serve bfloat16 alone"
+    return (
+        f"{precision} by {by}: of the own kernels, {kernel}; 'auto' is {auto} here, as a product in bfloat16 {faster} two "
+        "thirds of the time"
+    )
+
+
+def baselines(
+    tokens: Tokens, device: str, steps: int, between: Callable[[], Any]
+) -> tuple[list[float], list[float], Any]:
+    """Seconds of steps of the usual loop and of the flushed one, half of them before `between` and half after; its result."""
+    loops = usual(tokens, HEADS, device), flushed(tokens, HEADS, device)
+    for loop in loops:
+        loop(2)
+    first = [loop(steps // 2) for loop in loops]
+    found = between()
+    last = [loop(steps - steps // 2) for loop in loops]
+    return first[0] + last[0], first[1] + last[1], found
+
+
+def timed(tokens: Tokens, device: str, precisions: list[Precision], steps: int) -> tuple[int, dict[Precision, Any]]:
+    """The peak of memory before, and for each precision the seconds of our steps, and the peak."""
+    before, found = peak(device), {}
+    for precision in precisions:
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        with freed_memory_kept():  # as at the command line
+            mine = ours(tokens, steps, device, precision)
+        found[precision] = mine, peak(device)
+    return before, found
+
+
+def measure(device: str, precisions: list[Precision], steps: int, baseline_steps: int) -> list[dict[str, Any]]:
+    """All figures, for each precision."""
+    tokens = features()
+    theirs, without, (before, found) = baselines(
+        tokens, device, baseline_steps, lambda: timed(tokens, device, precisions, steps)
+    )
+    model = Usual(WIDTH, HEADS, CLASSES).to(device)
+    _, x, _ = block(device, False)
     y = torch.zeros(len(x), dtype=torch.int64, device=device)
-    flops_theirs = operations(lambda: F.cross_entropy(model(x), y).backward())
-    parameters = sum(p.numel() for p in one.probe.parameters())
-    traffic = 28 * parameters  # parameter, gradient and two moments read, all but the gradient written
-    limit = flops / rate + traffic / copies
-    need = population.needs("attentive", SHAPE, schedule.batch_size, Numerics.of(device, narrow))
-    low, _, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else (mine[0],) * 3
-    return {
+    common = {
         "device": torch.cuda.get_device_name() if device != "cpu" else page.machine(),
         "threads": torch.get_num_threads(),
-        "precision": narrow,
-        "kernels": f"PyTorch's alone: {why}" if (why := kernels.why_unavailable()) else "own, by AVX-512 BF16",
-        "ratio": each_theirs / each,
-        "usual_s": each_theirs,
+        "usual_s": statistics.median(theirs),
         "usual_quartiles_s": statistics.quantiles(theirs, n=4)[::2],
+        "flushed_s": statistics.median(without),
+        "flushed_quartiles_s": statistics.quantiles(without, n=4)[::2],
+        "usual_gflop": operations(lambda: F.cross_entropy(model(x), y).backward()) / 1e9,
+        "usual_peak_mb": before / 1e6,
+        "copy_gb_per_s": copy_rate(device) / 1e9,
+    }
+    return [common | of_precision(common, device, precision, *found[precision]) for precision in precisions]
+
+
+def of_precision(
+    common: dict[str, Any], device: str, precision: Precision, mine: list[float], ours_peak: int
+) -> dict[str, Any]:
+    """The figures of one precision, with the time that each of its steps took."""
+    schedule, count = Schedule.of(IMAGES), len(SEARCH_GRIDS["paper"].configurations("attentive"))
+    each = statistics.median(mine) / count
+    rate = product_rate(torch.bfloat16 if precision == "bfloat16" else torch.float32, device)
+    one, x, y = block(device, precision == "bfloat16")
+    flops = operations(lambda: one.step(x, y, 0, 100))
+    traffic = 28 * sum(
+        p.numel() for p in one.probe.parameters()
+    )  # parameter, gradient and two moments read, three written
+    limit = flops / rate + traffic / (1e9 * common["copy_gb_per_s"])
+    need = population.needs("attentive", SHAPE, schedule.batch_size, Numerics.of(device, precision))
+    low, _, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else (mine[0],) * 3
+    return {
+        "precision": precision,
+        "ways": ways(device, precision),
+        "ratio": common["usual_s"] / each,
+        "ratio_flushed": common["flushed_s"] / each,
+        "limit_share": limit / each,
         "ours_s": each,
         "ours_quartiles_s": [low / count, high / count],
-        "usual_grid_h": each_theirs * count * schedule.steps / 3600,
+        "usual_grid_h": common["usual_s"] * count * schedule.steps / 3600,
         "ours_grid_s": each * count * schedule.steps,
         "configurations": count,
         "steps": schedule.steps,
         "gflop": flops / 1e9,
-        "usual_gflop": flops_theirs / 1e9,
         "gflop_per_s": flops / each / 1e9,
         "product_gflop_per_s": rate / 1e9,
         "optimizer_mb": traffic / 1e6,
-        "copy_gb_per_s": copies / 1e9,
-        "optimizer_share": traffic / copies / each,
+        "optimizer_share": traffic / (1e9 * common["copy_gb_per_s"]) / each,
         "limit_s": limit,
-        "limit_ratio": each_theirs / limit,
+        "limit_ratio": common["flushed_s"] / limit,
         "configuration_mb": need.each / 1e6,
         "step_mb": need.step / 1e6,
         "peak_mb": ours_peak / 1e6,
-        "usual_peak_mb": before / 1e6,
-        "parts_ms": parts_of_a_step(device, narrow == "bfloat16") if device == "cpu" else [],
+        "parts_ms": parts_of_a_step(device, precision == "bfloat16") if device == "cpu" else [],
     }
 
 
@@ -328,19 +303,25 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         return f"{1e3 * seconds:.3g} ms"
 
     low, high = found["ours_quartiles_s"]
-    first, third = found["usual_quartiles_s"]
+    (first, third), (lowest, highest) = found["usual_quartiles_s"], found["flushed_quartiles_s"]
     return [
+        ("ratio", f"{found['ratio']:.1f}", "to the usual loop as people run it"),
         (
-            "ratio",
-            f"{found['ratio']:.1f}",
-            f"required: {BAR}; with all products and AdamW at full speed: {found['limit_ratio']:.0f}",
+            "ratio, flushed",
+            f"{found['ratio_flushed']:.1f}",
+            f"to the usual loop with denormal numbers taken as 0; required of bfloat16: {BAR}; with all products and AdamW at "
+            f"full speed: {found['limit_ratio']:.0f}",
         ),
+        (
+            "share of the limit",
+            f"{found['limit_share']:.2f}",
+            f"required: {BAR_SHARE}; the limit is {ms(found['limit_s'])}: operations at the rate of a plain product, then the "
+            "optimizer at the rate of a copy",
+        ),
+        ("ways", found["precision"], found["ways"]),
         ("usual loop", ms(found["usual_s"]), f"one step of one configuration; quartiles {ms(first)}, {ms(third)}"),
-        (
-            "ours",
-            ms(found["ours_s"]),
-            f"one step of one configuration, {found['precision']}, kernels {found['kernels']}; quartiles {ms(low)}, {ms(high)}",
-        ),
+        ("usual loop, flushed", ms(found["flushed_s"]), f"quartiles {ms(lowest)}, {ms(highest)}"),
+        ("ours", ms(found["ours_s"]), f"one step of one configuration; quartiles {ms(low)}, {ms(high)}"),
         (
             "usual loop, whole grid",
             f"{found['usual_grid_h']:.1f} h",
@@ -364,11 +345,6 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{found['copy_gb_per_s']:.1f} GB/s",
         ),
         (
-            "limit",
-            ms(found["limit_s"]),
-            "operations at the rate of a plain product, then the optimizer at the rate of a copy",
-        ),
-        (
             "memory",
             f"{found['peak_mb']:,.0f} MB",
             f"peak; usual loop with one configuration {found['usual_peak_mb']:,.0f} MB",
@@ -384,30 +360,36 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--precision", default="each", choices=["each", "auto", "float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=10, help="of ours that are timed")
     parser.add_argument("--baseline-steps", type=int, default=24)
     parser.add_argument("--page", action="store_true", help="put the table into docs/measurements/speed.md")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    found = measure(args.device, args.precision, args.steps, max(20, args.baseline_steps))
-    for name, value, note in lines(found):
-        print(f"{name:<24}{value:>14}   {note}")
-    total = math.fsum(spent for _, spent in found["parts_ms"])
-    for name, spent in found["parts_ms"]:
-        print(f"  {name:<22}{spent:>11.1f} ms   {100 * spent / total:.0f} % of a step on one thread")
-    print(f"{found['device']}, {found['threads']} threads")
-    if args.page:
-        text = page.table(["", "", ""], lines(found))
+    both: list[Precision] = ["float32", "bfloat16"] if has_bfloat16(args.device) else ["float32"]
+    asked: list[Precision] = both if args.precision == "each" else [resolve(args.precision, args.device)]
+    measured = measure(args.device, asked, args.steps, max(20, args.baseline_steps))
+    machine = f"{measured[0]['device']}, {measured[0]['threads']} threads, torch {torch.__version__}, {date.today()}."
+    if not has_bfloat16(args.device):
+        machine += " The device has no units for bfloat16."
+    texts = [machine]
+    for found in measured:
+        print()
+        for name, value, note in lines(found):
+            print(f"{name:<24}{value:>14}   {note}")
+        total = math.fsum(spent for _, spent in found["parts_ms"])
+        for name, spent in found["parts_ms"]:
+            print(f"  {name:<26}{spent:>8.1f} ms   {100 * spent / total:.0f} % of a step on one thread")
+        texts.append(page.table([found["precision"], "", ""], lines(found)))
         if found["parts_ms"]:
             rows = [(name, f"{spent:.1f} ms", f"{100 * spent / total:.0f} %") for name, spent in found["parts_ms"]]
-            text += "\n\nTime of one step of one configuration, on one thread:\n\n" + page.table(["", "", ""], rows)
+            texts += ["Time of one step of one configuration, on one thread:", page.table(["", "", ""], rows)]
+    print(f"\n{machine}")
+    if args.page:
         where = "processor" if args.device == "cpu" else "gpu"
-        page.put(
-            "measurements/speed.md", f"grid on a {where}", f"{found['device']}, torch {torch.__version__}.\n\n{text}"
-        )
+        page.put("measurements/speed.md", f"grid on a {where}", "\n\n".join(texts))
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(measured))
 
 
 if __name__ == "__main__":
