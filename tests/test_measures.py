@@ -291,7 +291,9 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 @settings(max_examples=examples(60))
 @given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.integers(2, 12))
-def test_the_area_under_the_roc_curve_is_scikit_learns_with_ties_and_weights(seed: int, classes: int, levels: int) -> None:
+def test_the_area_under_the_roc_curve_is_scikit_learns_with_ties_and_weights(
+    seed: int, classes: int, levels: int
+) -> None:
     random = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(classes), random.integers(0, classes, 30)])
     probabilities = random.integers(0, levels, (len(labels), classes)).astype(np.float32) / levels  # many ties

@@ -195,7 +195,9 @@ def auroc(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
     half of the pairs with equal ones (Mann and Whitney 1947; Hanley and McNeil 1982).
     """
     owned = _one_against_rest(labels, probabilities.shape[1])
-    columns = [(np.argsort(column, kind="stable"), np.unique(column, return_inverse=True)[1]) for column in probabilities.T]
+    columns = [
+        (np.argsort(column, kind="stable"), np.unique(column, return_inverse=True)[1]) for column in probabilities.T
+    ]
 
     def score(weights: np.ndarray) -> np.ndarray:
         areas = np.full((len(weights), owned.shape[1]), np.nan)
