@@ -165,7 +165,7 @@ def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None)
     ids = [samples.ids[number] for number in entry.rows()]
     missing = [name for name in ids if name not in row_of_id]
     rows = np.array([row_of_id.get(name, 0) for name in ids])
-    if missing or not np.array_equal(split.read_digests(data.name)[rows], samples.digests[entry.rows()]):
+    if missing or not split.take(rows, test).has_digests(samples.digests[entry.rows()], data.name):
         raise BadData(
             f"{source} has other test images than row {row.id} was tested on; give the same ones with --dataset, or extract "
             "the data set again and train the probe on it"

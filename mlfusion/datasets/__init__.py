@@ -27,11 +27,14 @@ from mlfusion.datasets.columns import refuse_unused
 from mlfusion.datasets.depth import measure_window
 from mlfusion.datasets.depth import report_depth as report_depth
 from mlfusion.datasets.files import expand_folders as expand_folders
+from mlfusion.datasets.folder import files_below
+from mlfusion.datasets.folder import image_bytes as image_bytes
+from mlfusion.datasets.folder import read_regular as read_regular
 from mlfusion.datasets.groups import read_groups, report_candidates, report_shared
 from mlfusion.datasets.images import SUFFIXES as SUFFIXES
 from mlfusion.datasets.images import Decoder as Decoder
 from mlfusion.datasets.labels import encode_labels
-from mlfusion.datasets.places import files_below, split_of_path
+from mlfusion.datasets.places import split_of_path
 from mlfusion.datasets.resplit import ratio_text, split_by_ratio
 from mlfusion.datasets.split import IN_MEMORY as IN_MEMORY
 from mlfusion.datasets.split import UNLABELLED as UNLABELLED
@@ -40,6 +43,7 @@ from mlfusion.datasets.split import DataSet as DataSet
 from mlfusion.datasets.split import Decode as Decode
 from mlfusion.datasets.split import RawSplit
 from mlfusion.datasets.split import Split as Split
+from mlfusion.datasets.split import at_work as at_work
 from mlfusion.datasets.split import decoded as decoded
 from mlfusion.datasets.values import shown
 from mlfusion.errors import BadData, UnknownName

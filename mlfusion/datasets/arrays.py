@@ -2,7 +2,7 @@
 
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from mlfusion.datasets.folder import open_regular, require_inside
 from mlfusion.datasets.places import words_of
 from mlfusion.datasets.split import RawSplit, decoder
-from mlfusion.errors import BadData
+from mlfusion.errors import BadData, boundary
 from mlfusion.specs.options import ReadOptions
 from mlfusion.specs.splits import SPLIT_WORDS, SPLITS
+from mlfusion.system import room
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ ROLES = {
 }
 """Word in the name of an array, in lower case → what it holds."""
 
+PACKED_BYTES = 256 << 20  # a .npz file that unpacks to less is not compared with the free memory
 SHAPES = "[N, height, width] or [N, height, width, 3] of uint8, or [N, height, width] of uint16"
 
 
@@ -76,30 +79,50 @@ def npz(path: Path, options: ReadOptions) -> dict[str, RawSplit]:
 
     Raises BadData if it has no such arrays, or one that would need pickle.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = _array_names(list(file.files), str(path), options)
-            pairs = {split: (file[images], file[labels]) for split, (images, labels) in names.items()}
-    except (ValueError, OSError, zipfile.BadZipFile) as err:
-        raise BadData(f"{path} cannot be read: {err}; allowed: arrays of numbers, written by numpy.savez") from err
+    with (
+        boundary(_sentence(path, "numpy.savez")),
+        open_regular(path) as stream,
+        np.load(stream, allow_pickle=False) as file,
+    ):
+        names = _array_names(list(file.files), str(path), options)
+        _require_room(path, file.zip, {f"{name}.npy" for pair in names.values() for name in pair})
+        pairs = {split: (file[images], file[labels]) for split, (images, labels) in names.items()}
     return arrays(pairs, options, str(path))
+
+
+def _require_room(path: Path, archive: zipfile.ZipFile, members: set[str]) -> None:
+    """Raise BadData if arrays of a .npz file, whose bytes may be packed a thousandfold, need more memory than is free."""
+    unpacked = sum(member.file_size for member in archive.infolist() if member.filename in members)
+    if unpacked > PACKED_BYTES and unpacked > (free := room.free_bytes()):
+        raise BadData(
+            f"{path} unpacks to {unpacked / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free; write the arrays with "
+            "numpy.save into a folder, which is read in place"
+        )
+
+
+def _sentence(path: Path, writer: str) -> Callable[[str], BadData]:
+    return lambda reason: BadData(f"{path} cannot be read: {reason}; allowed: arrays of numbers, written by {writer}")
 
 
 def npy(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
     """Read a folder with train_images.npy, train_labels.npy, …, as `npz`; images are memory-mapped."""
     names = _array_names([path.stem for path in sorted(root.glob("*.npy"))], str(root), options)
     files = {split: (root / f"{images}.npy", root / f"{labels}.npy") for split, (images, labels) in names.items()}
-    try:
-        pairs = {
-            split: (np.load(images, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False))
-            for split, (images, labels) in files.items()
-        }
-    except (ValueError, OSError) as err:
-        raise BadData(f"{root}: {err}; allowed: arrays of numbers, written by numpy.save") from err
+    pairs = {
+        split: (_mapped(images, root), np.array(_mapped(labels, root))) for split, (images, labels) in files.items()
+    }
     splits = arrays(pairs, options, str(root))
     return {
         split: replace(raw, encoded=partial(_encode_file_row, str(files[split][0]))) for split, raw in splits.items()
     }
+
+
+def _mapped(path: Path, root: Path) -> np.ndarray:
+    """The array of a .npy file in memory that is mapped to it, so that none is larger than its file; errors as of `npy`."""
+    require_inside(path, root)
+    with boundary(_sentence(path, "numpy.save")):
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
 
 
 def _array_names(names: list[str], location: str, options: ReadOptions) -> dict[str, tuple[str, str]]:

@@ -46,11 +46,12 @@ def measure_window(split: Split, name: str) -> tuple[int, int]:
 def _histogram(split: Split, row: int) -> np.ndarray | None:
     """[65536] numbers of pixels; None for an image of 8 bits, or one that cannot be read."""
     assert isinstance(split.decode, Decoder)
-    try:
-        values, bits = split.decode.values(split.read(row))
-    except BadImage:
-        return None
-    return np.bincount(values.ravel(), minlength=65536) if bits == 16 and values.ndim == 2 else None
+    with split.at_work(row):
+        try:
+            values, bits = split.decode.values(split.read(row))
+        except BadImage:
+            return None
+        return np.bincount(values.ravel(), minlength=65536) if bits == 16 and values.ndim == 2 else None
 
 
 def report_depth(name: str, split: Split) -> None:

@@ -87,13 +87,14 @@ def _read(split: Split, row: int) -> tuple[bytes, Found | str]:
     """The digest of an image's bytes, and what it holds, or why it cannot be read."""
     digest = b""
     try:
-        digest = split.digest(row)
-        if not isinstance(split.decode, Decoder):
-            return digest, (split.image(row).size, 8, None)
-        values, bits = split.decode.values(split.read(row))
-        # An image of 8 bits is decoded by now; of others it is not known that they can be.
-        size = split.image(row).size if bits == 16 else (values.shape[1], values.shape[0])
-        return digest, (size, bits, (int(values.min()), int(values.max())))
+        with split.at_work(row):
+            digest = split.digest(row)
+            if not isinstance(split.decode, Decoder):
+                return digest, (split.image(row).size, 8, None)
+            values, bits = split.decode.values(split.read(row))
+            # An image of 8 bits is decoded by now; of others it is not known that they can be.
+            size = split.image(row).size if bits == 16 else (values.shape[1], values.shape[0])
+            return digest, (size, bits, (int(values.min()), int(values.max())))
     except BadImage as err:
         return digest, str(err).removeprefix(f"{split.ids[row]} cannot be read: ")
     except BadData as err:

@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import io
 import json
 import logging
 import os
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mlfusion.datasets.columns import IMAGES, LABELS, choose_column, require_different, require_unique
+from mlfusion.datasets.folder import TABLE_BYTES, image_bytes, open_regular, read_regular, require_inside, walk
 from mlfusion.datasets.images import HEIF_SUFFIXES, SUFFIXES
 from mlfusion.datasets.places import NO_COLUMN, add_part, parts, refuse_or_report, split_column, split_in
 from mlfusion.datasets.split import WHOLE, RawSplit, decoder
 from mlfusion.datasets.values import NUMBER
-from mlfusion.errors import BadData
+from mlfusion.errors import BadData, boundary, first_line
+from mlfusion.specs.identity import MAX_PIXELS
 from mlfusion.specs.options import ReadOptions
 from mlfusion.specs.splits import SPLITS, split_word
 from mlfusion.system.references import is_inside
@@ -37,10 +40,10 @@ class Files:
 
     root: str
     paths: tuple[str, ...]
+    most: int = image_bytes(MAX_PIXELS)  # bytes of a file
 
     def __call__(self, row: int) -> bytes:
-        with open(os.path.join(self.root, self.paths[row]), "rb") as file:
-            return file.read()
+        return read_regular(os.path.join(self.root, self.paths[row]), self.most)
 
 
 # --- folders of class folders ----------------------------------------------------------------------------------------
@@ -81,10 +84,7 @@ def has_classes(root: Path, folders: Folders) -> bool:
 
 def _images(folder: Path, *, nested: bool = False) -> Iterator[str]:
     """Image files below a folder, or `nested` ones, which are in folders of it; links to folders are not followed."""
-    for place, inner, names in os.walk(folder):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        if not nested or place != str(folder):
-            yield from (name for name in names if not name.startswith(".") and _is_image_path(name))
+    return (path for path, _ in walk(folder) if ("/" in path or not nested) and _is_image_path(path))
 
 
 def class_folders(root: Path, folders: Folders, options: ReadOptions) -> dict[str, RawSplit]:
@@ -106,7 +106,7 @@ def class_folders(root: Path, folders: Folders, options: ReadOptions) -> dict[st
         split: RawSplit(
             ids=(paths := tuple(path for _, path in images)),
             labels=[label for label, _ in images],
-            encoded=Files(str(root), paths),
+            encoded=Files(str(root), paths, image_bytes(options.max_pixels)),
             decode=decoder(options),
             target="class",
         )
@@ -128,9 +128,10 @@ def _report_loose(root: Path, folders: Folders) -> None:
 def _class_files(root: Path, split: str, left_out: Counter[str]) -> list[tuple[str, str]]:
     """(class, path below the root) of every image, sorted by path; `left_out` counts the other files by their suffix."""
     top = root / split
-    _refuse_outside(top, root)
+    require_inside(top, root)
     images = []
-    for path in _walk(top, root):
+    for path, entry in walk(root, split, strict=True):
+        _require_file(path, entry, root)
         inner = path.removeprefix(f"{split}/") if split else path
         label, rest, _ = inner.partition("/")
         if rest and _is_image_path(path):
@@ -143,22 +144,6 @@ def _class_files(root: Path, split: str, left_out: Counter[str]) -> list[tuple[s
     return sorted(images, key=lambda item: item[1])
 
 
-def _walk(folder: Path, root: Path) -> Iterator[str]:
-    """The paths below the root of every file in a folder, except hidden ones."""
-    with os.scandir(folder) as items:
-        for item in items:
-            if item.name.startswith("."):
-                continue
-            if item.is_symlink():
-                _refuse_outside(Path(item.path), root)
-                if item.is_dir():
-                    raise BadData(f"{item.path} is a link to a folder; put the folder itself there")
-            if item.is_dir(follow_symlinks=False):
-                yield from _walk(Path(item.path), root)
-            else:
-                yield Path(item.path).relative_to(root).as_posix()
-
-
 def has_loose_images(root: Path) -> bool:
     """Whether images lie in a folder itself, and not only in folders of it."""
     return any(_is_image_path(name) and not name.startswith(".") for name in os.listdir(root))
@@ -167,7 +152,15 @@ def has_loose_images(root: Path) -> bool:
 def unlabelled(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
     """Read all images below a folder without labels, as one split in the order of the paths; errors as `images_below`."""
     paths = tuple(images_below(root))
-    return {WHOLE: RawSplit(ids=paths, labels=(), encoded=Files(str(root), paths), decode=decoder(options))}
+    encoded = Files(str(root), paths, image_bytes(options.max_pixels))
+    return {
+        WHOLE: RawSplit(
+            ids=paths,
+            labels=(),
+            encoded=encoded,
+            decode=decoder(options),
+        )
+    }
 
 
 def images_below(root: Path) -> list[str]:
@@ -178,7 +171,8 @@ def images_below(root: Path) -> list[str]:
     """
     left_out: Counter[str] = Counter()
     images = []
-    for path in _walk(root, root):
+    for path, entry in walk(root, strict=True):
+        _require_file(path, entry, root)
         if _is_image_path(path):
             images.append(path)
         else:
@@ -208,9 +202,12 @@ def _report_left_out(root: Path, left_out: "Counter[str]") -> None:
         logger.warning("%s: %s files are not read as images (%s)%s", root, f"{left_out.total():,}", shown, advice)
 
 
-def _refuse_outside(path: Path, root: Path) -> None:
-    if path.is_symlink() and not is_inside(path.resolve(), root):
-        raise BadData(f"{path} is a link that leads out of {root}; copy what it leads to into the folder instead")
+def _require_file(path: str, entry: "os.DirEntry[str]", root: Path) -> None:
+    """Check that what lies at a path below the root is a regular file, or a link to one inside."""
+    if not entry.is_file(follow_symlinks=False):
+        require_inside(root / path, root)
+        if entry.is_dir():
+            raise BadData(f"{root / path} is a link to a folder; put the folder itself there")
 
 
 # --- tables of paths -------------------------------------------------------------------------------------------------
@@ -227,9 +224,9 @@ def tables_in(root: Path) -> dict[str, Path]:
         if not (split := split_word(child.stem if child.suffix in TABLES else child.name)):
             continue
         for path in [child] if child.suffix in TABLES else [child / name for name in TABLE_NAMES]:
-            if _is_table(path) and paths.setdefault(split, path) != path:
+            if _is_table(path, root) and paths.setdefault(split, path) != path:
                 logger.warning("%s is left out, since %s is the table of %s", path, paths[split], split)
-    whole = [root / name for name in TABLE_NAMES if _is_table(root / name) and _names_images(root / name)]
+    whole = [root / name for name in TABLE_NAMES if _is_table(root / name, root) and _names_images(root / name)]
     read = [paths[split] for split in SPLITS if split in paths] or whole[:1]
     for path in whole:
         if path not in read:
@@ -242,9 +239,12 @@ def other_tables(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.suffix in TABLES and path.is_file())
 
 
-def _is_table(path: Path) -> bool:
-    """Whether a file is a table of paths; a Parquet file may hold the images themselves."""
-    return path.is_file() and (path.suffix in TABLES or _names_images(path))
+def _is_table(path: Path, root: Path) -> bool:
+    """Whether a file is a table of paths; a Parquet file may hold the images themselves. BadData if it lies elsewhere."""
+    if path.is_dir() or not os.path.lexists(path):
+        return False
+    require_inside(path, root)
+    return path.suffix in TABLES or _names_images(path)
 
 
 def _names_images(path: Path) -> bool:
@@ -281,7 +281,7 @@ def tables(paths: Mapping[str, Path], options: ReadOptions) -> dict[str, RawSpli
             part = RawSplit(
                 ids=require_unique(ids, location),
                 labels=[rows[row].get(label) for row in chosen],
-                encoded=Files(str(root), tuple(files[row] for row in chosen)),
+                encoded=Files(str(root), tuple(files[row] for row in chosen), image_bytes(options.max_pixels)),
                 decode=decoder(options),
                 rows=[row + 1 for row in chosen],
                 groups=[rows[row].get(options.group_column) for row in chosen] if options.group_column else None,
@@ -311,13 +311,9 @@ def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     Raises BadData, which names the line, if the file is empty or not of that form.
     """
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        table = pyarrow.parquet.read_table(path)
-        require_different(table.column_names, str(path))
-        return {field.name: str(field.type) for field in table.schema}, table.to_pylist()
+        return _parquet_rows(path)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path, TABLE_BYTES), encoding="utf-8-sig", newline="") as file:
             rows = list(_json_lines(path, file) if path.suffix == ".jsonl" else _csv_lines(path, file))
     except UnicodeDecodeError as err:
         encoding = "utf-16" if err.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "cp1252"
@@ -336,6 +332,19 @@ def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
             kind = _cell_type(value)
             columns[name] = kind if columns.get(name, kind) == kind else _common_type(columns[name], kind)
     return columns, rows
+
+
+def _parquet_rows(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    import pyarrow.parquet
+
+    with (
+        boundary(lambda reason: BadData(f"{path} cannot be read as Parquet: {reason}; allowed: whole Parquet files")),
+        open_regular(path, TABLE_BYTES) as file,
+    ):
+        table = pyarrow.parquet.read_table(file, partitioning=None)
+        rows = table.to_pylist()
+    require_different(table.column_names, str(path))
+    return {field.name: str(field.type) for field in table.schema}, rows
 
 
 def _csv_lines(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
@@ -366,8 +375,8 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 cells = json.loads(line, object_pairs_hook=_object)
-            except ValueError as err:  # also for a number of more digits than Python reads
-                raise BadData(f"{path}, line {number}: not JSON ({err})") from err
+            except (ValueError, RecursionError) as err:  # also for a number of more digits than Python reads
+                raise BadData(f"{path}, line {number}: not JSON ({first_line(err)})") from err
             if not isinstance(cells, dict):
                 raise BadData(f"{path}, line {number}: allowed is an object a line, such as {{'path': …, 'label': …}}")
             yield cells

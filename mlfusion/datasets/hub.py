@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlfusion.datasets.columns import GROUPS, IMAGES, LABELS, choose_column, list_columns, require_unique
+from mlfusion.datasets.folder import image_bytes, read_regular
 from mlfusion.datasets.places import add_part, parts, split_column
 from mlfusion.datasets.split import RawSplit, decoder, read_row_of
 from mlfusion.errors import BadData, Unavailable
@@ -27,15 +28,17 @@ class Cells:
     table: Any  # datasets.Dataset of this column alone, not decoded
     column: str
     root: str  # folder of the files that cells may name instead of holding bytes
+    most: int  # bytes of such a file
 
     def __call__(self, row: int) -> bytes:
-        return cell_bytes(self.table[row][self.column], [self.root])
+        return cell_bytes(self.table[row][self.column], [self.root], self.most)
 
 
-def cell_bytes(cell: Any, roots: Sequence[str]) -> bytes:
+def cell_bytes(cell: Any, roots: Sequence[str], most: int) -> bytes:
     """An image's bytes from its cell: bytes, or the hub's {bytes, path}.
 
-    A path begins at the first of the resolved folders `roots` below which it names a file, and may not lead out of it.
+    A path begins at the first of the resolved folders `roots` below which it names a file, and may not lead out of it. The
+    file is a regular one of at most `most` bytes.
     """
     if isinstance(cell, (bytes, bytearray)):
         return bytes(cell)
@@ -43,11 +46,12 @@ def cell_bytes(cell: Any, roots: Sequence[str]) -> bytes:
         return b""
     if cell.get("bytes") is not None:
         return bytes(cell["bytes"])
-    paths = [(Path(root), Path(root, str(cell.get("path"))).resolve()) for root in roots]
+    paths = [(Path(root), Path(os.path.realpath(os.path.join(root, str(cell.get("path")))))) for root in roots]
     inside = [path for root, path in paths if is_inside(path, root)]
     if not inside:
         raise OSError(f"its cell holds no bytes, and names a file outside the data set ({cell.get('path')})")
-    return next((path for path in inside if path.is_file()), inside[0]).read_bytes()
+    path = next((path for path in inside if path.is_file()), inside[0])
+    return read_regular(path, most)
 
 
 def load(name: str, source: str, options: ReadOptions) -> Path | dict[str, RawSplit]:
@@ -96,6 +100,8 @@ def _from_library(name: str, options: ReadOptions, source: str) -> dict[str, Raw
 
     library.disable_progress_bars()
     try:
+        builder = library.load_dataset_builder(source, options.config)
+        _refuse_elsewhere(builder.config.data_files, name)
         loaded: Mapping[str, Any] = library.load_dataset(source, options.config)
     except (ValueError, library.exceptions.DatasetGenerationError) as err:
         lines = str(err).splitlines() or [type(err).__name__]
@@ -106,6 +112,16 @@ def _from_library(name: str, options: ReadOptions, source: str) -> dict[str, Raw
         for part, raw in _raw_splits(f"{name}, split {split}", split, table, options).items():
             add_part(splits, part, raw, f"{name}, split {split}")
     return splits
+
+
+def _refuse_elsewhere(files: Mapping[str, Sequence[str]] | None, name: str) -> None:
+    """Raise BadData if the data set's card names files that are not the hub's: on this machine, or at another address."""
+    for file in (str(file) for several in (files or {}).values() for file in several):
+        if not file.startswith("hf://datasets/"):
+            raise BadData(
+                f"{name}: its card names the file {file}, which is not on the hub; allowed: files of the data set. Download it "
+                "yourself and give the folder"
+            )
 
 
 @dataclass(frozen=True)
@@ -173,7 +189,9 @@ def _raw_splits(location: str, split: str, table: Any, options: ReadOptions) -> 
     if columns.decoded:
         images = images.cast_column(columns.image, library.Image(decode=False))
     # The library unpacks the files of a hub data set below this folder.
-    cells = Cells(images, columns.image, os.path.realpath(library.config.HF_CACHE_HOME))
+    cells = Cells(
+        images, columns.image, os.path.realpath(library.config.HF_CACHE_HOME), image_bytes(options.max_pixels)
+    )
     labels = table.with_format(None)[columns.label][:]
     ids = table[columns.id][:] if columns.id else table[KEY][:] if KEY in table.features else range(len(table))
     groups = table[columns.group][:] if columns.group else None

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlfusion.errors import BadImage
 from mlfusion.specs.identity import MAX_PIXELS
+from mlfusion.system import room
 
 HEIF_PLUGIN = "pillow_heif"  # reads HEIC; imported when the first such image is met
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
@@ -124,6 +125,7 @@ class Decoder:
 
         def read(image: Image.Image) -> tuple[np.ndarray, int]:
             if is_16_bit_grey(image):
+                room.take(room.PIXEL_BYTES * image.width * image.height)
                 return np.asarray(image).astype(np.uint16), 16
             deep = _is_16_bit_colour(image)
             pixels = np.asarray(replace(self, window=None)._rgb(image))
@@ -168,6 +170,7 @@ class Decoder:
         return f"{pixels} pixels; allowed are {self.max_pixels:,}: raise --max-pixels if you trust where it is from"
 
     def _rgb(self, image: Image.Image) -> Image.Image:
+        room.take(room.PIXEL_BYTES * image.width * image.height)
         is_16_bit = is_16_bit_grey(image)
         if self.window and _is_16_bit_colour(image):
             raise BadImage("16-bit colour, to which --window does not apply; save it as 16-bit grey, or with 8 bits")

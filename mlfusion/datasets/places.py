@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from mlfusion.errors import BadData
@@ -64,12 +63,6 @@ def split_of_path(path: str, places: Iterable[Place] = FILE_PLACES) -> str | Non
         "file": split_in(stem),
     }
     return next((split for place in places if (split := named.get(place))), None)
-
-
-def files_below(root: Path, suffix: str) -> list[str]:
-    """The paths of files with a suffix, relative to a folder, without hidden files and folders."""
-    paths = [path.relative_to(root) for path in root.rglob(f"*{suffix}")]
-    return [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
 
 
 def by_split(paths: Iterable[str], location: str) -> dict[str, list[str]]:

@@ -8,11 +8,10 @@ so the same entry in the cache, as the downloaded one. The images themselves are
 import io
 import json
 import os
-import tarfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,17 +22,18 @@ import xxhash
 
 from mlfusion.datasets import tars
 from mlfusion.datasets.columns import require_different, require_unique
+from mlfusion.datasets.folder import NAMES_BYTES, files_below, image_bytes, open_regular, require_inside
 from mlfusion.datasets.hub import TableColumns, cell_bytes, choose_columns, split_cells, translate_hub_errors
-from mlfusion.datasets.places import add_part, by_split, files_below, parts, split_of_path
-from mlfusion.datasets.split import RawSplit, decoder
+from mlfusion.datasets.places import add_part, by_split, parts, split_of_path
+from mlfusion.datasets.split import DIGEST_BYTES, RawSplit, decoder, image_digest
 from mlfusion.datasets.values import plain
-from mlfusion.errors import BadData, first_line
+from mlfusion.errors import BadData, boundary
 from mlfusion.specs.options import ReadOptions
 from mlfusion.specs.splits import split_word
 from mlfusion.system import disk
 from mlfusion.system.progress import Bar, track
 
-VERSION = 2  # format of an index on disk
+VERSION = 3  # format of an index on disk
 RUN_IMAGES = 4  # consecutive images that are fetched at once, as many as a worker decodes at a time
 CACHED_RUNS = 32  # runs that stay in memory
 MAX_RUN_BYTES = 16 << 20  # images of a larger run are fetched one by one
@@ -124,24 +124,24 @@ class Groups:
     positions: np.ndarray  # [images, 3] int64: file, group, row in the group
     rows: Rows
     roots: Mapping[str, tuple[str, ...]]  # file → folders in which the paths of its cells may begin
+    most: int  # bytes of a file that a cell names
 
     def __call__(self, row: int) -> bytes:
         file, group, inner = map(int, self.positions[row])
         path = self.files[file]
-        with _translate_errors(path):
-            return cell_bytes(self.rows.cell(path, group, inner).as_py(), self.roots.get(path, ()))
+        with _parquet_errors(path):
+            cell = self.rows.cell(path, group, inner).as_py()
+        return cell_bytes(cell, self.roots.get(path, ()), self.most)
 
 
 @contextmanager
 def _parquet_errors(path: str) -> Iterator[None]:
     """Translate pyarrow's errors about a file to `BadData`, inside the with statement."""
-    import pyarrow
-
-    try:
-        with _translate_errors(path):
-            yield
-    except (pyarrow.ArrowException, OSError) as err:
-        raise BadData(f"{path} cannot be read as Parquet: {first_line(err)}; allowed: whole Parquet files") from err
+    with (
+        boundary(lambda why: BadData(f"{path} cannot be read as Parquet: {why}; allowed: whole Parquet files")),
+        _translate_errors(path),
+    ):
+        yield
 
 
 def open_parquet(path: str) -> Any:
@@ -150,6 +150,7 @@ def open_parquet(path: str) -> Any:
 
     if path.startswith(HUB):
         return pyarrow.parquet.ParquetFile(open_file(path))
+    open_regular(path).close()  # pyarrow opens it again by its path, and reads it without Python's lock
     return pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
 
 
@@ -174,9 +175,8 @@ def _stored_index(folder: Path | None, path: str, key: str, make: Callable[[], t
     name = xxhash.xxh3_128_hexdigest(json.dumps([VERSION, path, key]).encode())
     stored = folder / f"{name}.npz"
     if stored.is_file():
-        with np.load(stored, allow_pickle=False) as arrays:
-            keys, labels, *groups = json.loads(arrays["text"].tobytes())
-            return tars.Index(keys, labels, arrays["where"], arrays["digests"], groups[0] if groups else None)
+        with suppress(Exception):  # whatever NumPy and zipfile raise on a damaged file: it is made again
+            return _read_index(stored)
     index = make()
     assert index.digests is not None
     texts = [index.keys, index.labels, *([] if index.groups is None else [index.groups])]
@@ -184,15 +184,30 @@ def _stored_index(folder: Path | None, path: str, key: str, make: Callable[[], t
     np.savez(file := io.BytesIO(), text=text, where=index.positions, digests=index.digests)
     folder.mkdir(parents=True, exist_ok=True)
     disk.sweep(folder)
-    with disk.atomic(stored) as draft:
+    with disk.atomic(stored, replace=True) as draft:  # in place of a damaged one
         draft.write_bytes(file.getvalue())
+    return index
+
+
+def _read_index(stored: Path) -> tars.Index:
+    """The index in a file; a damaged one raises any exception."""
+    with open_regular(stored) as file, np.load(file, allow_pickle=False) as arrays:
+        keys, labels, *groups = json.loads(arrays["text"].tobytes())
+        index = tars.Index(keys, labels, arrays["where"], arrays["digests"], groups[0] if groups else None)
+    images, positions = len(labels), index.positions
+    if groups and len(groups[0]) != images:
+        raise ValueError("not as many groups as images")
+    if positions.shape != (images, 2) or positions.dtype != np.int64 or len(keys) not in (0, images):
+        raise ValueError("not as many positions as images")
+    if index.digests is None or index.digests.shape != (images, DIGEST_BYTES) or index.digests.dtype != np.uint8:
+        raise ValueError("not as many digests as images")
     return index
 
 
 def open_file(path: str, *, whole: bool = False) -> IO[bytes]:
     """Open a file on the hub or on disk, to read all of it (`whole`) or parts."""
     if not path.startswith(HUB):
-        return open(path, "rb")
+        return open_regular(path)
     from huggingface_hub import HfFileSystem
 
     arguments: dict[str, Any] = {"block_size": 0} if whole else {"block_size": 1 << 20, "cache_type": "none"}
@@ -216,7 +231,7 @@ def read_hub(source: str, options: ReadOptions) -> tuple[str, dict[str, RawSplit
         classes = None
         if tars.CLASS_NAMES in names:
             with open_file(base + tars.CLASS_NAMES, whole=True) as file:
-                classes = tars.class_names(file.read(), base + tars.CLASS_NAMES)
+                classes = tars.class_names(file.read(NAMES_BYTES), base + tars.CLASS_NAMES)
         return _read_splits(names, base, classes, options, indexes, source)
 
 
@@ -226,6 +241,7 @@ def read_folder(root: Path, options: ReadOptions) -> dict[str, RawSplit]:
     Folders that are not named by a split, or `data`, are configurations: several of them are never joined.
     """
     top = root / options.config if options.config is not None else root
+    require_inside(top, root)
     names = [f"{top.relative_to(root).as_posix()}/{name}".removeprefix("./") for name in files_below(top, ".parquet")]
     inner = ([part for part in name.split("/")[:-1] if part != "data" and not split_word(part)] for name in names)
     if len(configs := {"/".join(folders) or "." for folders in inner}) > 1:
@@ -273,11 +289,8 @@ def _read_splits(
 
 
 def _index_tar(path: str, columns: tars.Columns) -> tars.Index:
-    try:
-        with open_file(path, whole=True) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-            return tars.index_samples(tars.samples(tar, hashed=True), path, columns)
-    except (tarfile.TarError, EOFError) as err:
-        raise BadData(f"{path} cannot be read as a tar: {err}") from err
+    with open_file(path, whole=True) as file:
+        return tars.index_samples(tars.samples(file, path, hashed=True), path, columns)
 
 
 def _table(
@@ -290,10 +303,10 @@ def _table(
     with _parquet_errors(paths[0]):
         schema = open_parquet(paths[0]).schema_arrow
     require_different(schema.names, paths[0])
-    try:
+    with boundary(
+        lambda why: BadData(f"{paths[0]} cannot be read as images: {why}; allowed: the hub's types of columns")
+    ):
         features = library.Features.from_arrow_schema(schema)
-    except ValueError as err:
-        raise BadData(f"{paths[0]} cannot be read as images: {err}") from err
     columns = choose_columns(features, options, paths[0], partial(_distinct, paths))
     key = json.dumps([columns.image, columns.label, columns.id])
     indexed = []
@@ -314,7 +327,7 @@ def _table(
         part: RawSplit(
             ids=require_unique([index.keys[row] if columns.id else f"{part}/{row}" for row in rows], paths[0]),
             labels=[index.labels[row] for row in rows],
-            encoded=Groups(tuple(paths), index.positions[rows], rows_read, roots),
+            encoded=Groups(tuple(paths), index.positions[rows], rows_read, roots, image_bytes(options.max_pixels)),
             decode=decoder(options),
             names=columns.names,
             digests=None if index.digests is None else index.digests[rows],
@@ -358,5 +371,5 @@ def _index_parquet(path: str, columns: TableColumns, hashed: bool) -> tars.Index
         keys += map(str, table.column(columns.id).to_pylist()) if columns.id else ()
         positions += [(group, row) for row in range(table.num_rows)]
         for cell in table.column(columns.image) if hashed else ():
-            digests += xxhash.xxh3_128_digest(cell_bytes(cell.as_py(), ()))
+            digests += image_digest(cell_bytes(cell.as_py(), (), 0)).digest()
     return tars.Index.of(keys, labels, positions, digests)

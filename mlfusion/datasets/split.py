@@ -1,8 +1,11 @@
 """A data set in memory: splits of labelled images in a fixed order, decoded only when they are used."""
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,8 +20,13 @@ from mlfusion.specs.identity import AS_STORED, Decoding
 from mlfusion.specs.kinds import parse_window
 from mlfusion.specs.options import FeatureOptions, LabelKind, ReadOptions
 from mlfusion.specs.splits import split_word
+from mlfusion.system import room
 from mlfusion.system.progress import track
 
+image_digest = hashlib.sha256
+"""Identifies an image's bytes: a cryptographic digest, since two files of one fast digest can be made on purpose."""
+
+DIGEST_BYTES = 32
 TASK_IMAGES = 16  # images of one task of a thread: a task costs about as much as the digest of one image
 
 IN_MEMORY = "arrays"
@@ -61,7 +69,7 @@ class Split:
     classes: tuple[str, ...]  # empty if labels are numbers
     encoded: Encoded
     decode: Decode
-    digests: np.ndarray | None = None  # [images, 16] uint8, if they are known from reading the data set
+    digests: np.ndarray | None = None  # [images, 32] uint8, if they are known from reading the data set
     groups: tuple[str, ...] | None = (
         None  # [images], such as the patient of a slice; None: every image is its own group
     )
@@ -80,27 +88,50 @@ class Split:
         return "labels" if self.labels.ndim == 2 else "class" if self.labels.dtype.kind == "i" else "number"
 
     def digest(self, row: int) -> bytes:
-        """The digest of the image's encoded bytes (xxh3-128, 16 bytes); raises BadData if they cannot be read."""
-        return xxhash.xxh3_128_digest(self.read(row)) if self.digests is None else self.digests[row].tobytes()
+        """The digest of the image's encoded bytes, see `image_digest`; raises BadData if they cannot be read."""
+        if self.digests is not None:
+            return self.digests[row].tobytes()
+        with self.at_work(row):
+            return _hash(self.read(row))
 
     def read_digests(self, dataset: str) -> np.ndarray:
-        """The digests of all images, [images, 16] uint8: every image's bytes are read once.
+        """The digests of all images, [images, 32] uint8: every image's bytes are read once.
 
-        Several threads read, or one where others would only wait for it, as for a Parquet file.
+        Several threads read; or one where others would only wait for it, as for a Parquet file, and another one hashes.
         `dataset` is a name for the progress bar; raises BadData as `digest`.
         """
         if self.digests is not None:
             return self.digests
+        if _in_order(self.encoded):
+            return self._read_digests_in_order(dataset)
         digests = bytearray()
         tasks = [range(len(self))[first : first + TASK_IMAGES] for first in range(0, len(self), TASK_IMAGES)]
         with (
             track(f"reading {dataset}/{self.name}", len(self), "images") as bar,
-            ThreadPoolExecutor(1 if _in_order(self.encoded) else min(8, (os.cpu_count() or 1) + 1)) as pool,
+            ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as pool,
         ):
             for done in pool.map(lambda rows: list(map(self.digest, rows)), tasks):
                 digests += b"".join(done)
                 bar.advance(len(done))
-        return np.frombuffer(bytes(digests), np.uint8).reshape(len(self), 16)
+        return np.frombuffer(bytes(digests), np.uint8).reshape(len(self), DIGEST_BYTES)
+
+    def _read_digests_in_order(self, dataset: str) -> np.ndarray:
+        digests = bytearray()
+        hashed: deque[Future[bytes]] = deque()
+        with track(f"reading {dataset}/{self.name}", len(self), "images") as bar, ThreadPoolExecutor(1) as pool:
+            for row in range(len(self)):
+                hashed.append(pool.submit(_hash, self.read(row)))
+                if len(hashed) > TASK_IMAGES:  # so few lie in memory
+                    digests += hashed.popleft().result()
+                bar.advance()
+            digests += b"".join(each.result() for each in hashed)
+        return np.frombuffer(bytes(digests), np.uint8).reshape(len(self), DIGEST_BYTES)
+
+    def has_digests(self, digests: np.ndarray, dataset: str) -> bool:
+        """Whether the images have these digests: [images, 32], or [images, 16] of an entry with xxh3-128."""
+        if digests.shape[1] == DIGEST_BYTES:
+            return np.array_equal(self.read_digests(dataset), digests)
+        return all(xxhash.xxh3_128_digest(self.read(row)) == each.tobytes() for row, each in enumerate(digests))
 
     def read(self, row: int) -> bytes:
         """The image's bytes; raises BadData if the file cannot be read."""
@@ -111,7 +142,12 @@ class Split:
 
     def image(self, row: int) -> Image.Image:
         """The image in RGB; raises BadImage, with its id and the reason, if it cannot be decoded, and BadData as `read`."""
-        return decoded(self.read(row), self.ids[row], self.decode)
+        with self.at_work(row):
+            return decoded(self.read(row), self.ids[row], self.decode)
+
+    def at_work(self, row: int) -> AbstractContextManager[None]:
+        """Work on one image, see `at_work`."""
+        return at_work(self.ids[row])
 
     def take(self, rows: np.ndarray, name: str) -> "Split":
         """The images of these rows, in that order, as a split of another name."""
@@ -124,6 +160,27 @@ class Split:
             digests=None if self.digests is None else self.digests[rows],
             groups=None if self.groups is None else tuple(self.groups[row] for row in rows),
         )
+
+
+@contextmanager
+def at_work(name: str) -> Iterator[None]:
+    """Work on one image: the memory for it is reserved until the end, see `room`.
+
+    Raises:
+        BadData: there is too little memory for it. This is no BadImage, which would be left out on this machine only.
+    """
+    try:
+        with room.one_image():
+            yield
+    except MemoryError as err:
+        raise BadData(
+            f"{name} cannot be read: there is too little memory for it ({err or 'the system has no more'}); free some, or "
+            "leave out images of that size by a smaller --max-pixels and --skip-bad"
+        ) from err
+
+
+def _hash(data: bytes) -> bytes:
+    return image_digest(data).digest()
 
 
 def _in_order(encoded: Encoded) -> bool:

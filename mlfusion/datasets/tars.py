@@ -12,20 +12,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import numpy as np
-import xxhash
 
 from mlfusion.datasets.columns import choose_column, require_unique
+from mlfusion.datasets.folder import (
+    LABEL_BYTES,
+    NAMES_BYTES,
+    files_below,
+    image_bytes,
+    open_regular,
+    read_regular,
+    require_inside,
+)
 from mlfusion.datasets.images import SUFFIXES
-from mlfusion.datasets.places import by_split, files_below
-from mlfusion.datasets.split import Encoded, RawSplit, decoder
+from mlfusion.datasets.places import by_split
+from mlfusion.datasets.split import DIGEST_BYTES, Encoded, RawSplit, decoder, image_digest
 from mlfusion.datasets.values import NUMBERED
-from mlfusion.errors import BadData
+from mlfusion.errors import BadData, boundary
 from mlfusion.specs.options import ReadOptions
+from mlfusion.system import room
 
 CLASS_NAMES = "classnames.txt"
+PIECE_BYTES = 1 << 20  # of a file in a tar that are read at once
 LABEL_FILES = ("cls", "npy")
 """Extensions of the files that hold a sample's label, unless --label-column names another."""
 
@@ -41,9 +51,11 @@ class Members:
 
     def __call__(self, row: int) -> bytes:
         file, offset, size = map(int, self.positions[row])
-        with open(self.files[file], "rb") as stream:
-            stream.seek(offset)
-            data = stream.read(size)
+        room.take(size)
+        with open_regular(self.files[file]) as stream:
+            data = os.pread(stream.fileno(), size, offset)
+            while len(data) < size and (part := os.pread(stream.fileno(), size - len(data), offset + len(data))):
+                data += part
         if len(data) < size:
             raise OSError(f"{self.files[file]} has become shorter since it was looked through")
         return data
@@ -67,7 +79,7 @@ class Index:
     keys: list[str]
     labels: list[Any]
     positions: np.ndarray  # [images, 2] int64: a tar's first byte and bytes, or a Parquet file's group and row
-    digests: np.ndarray | None  # [images, 16] uint8
+    digests: np.ndarray | None  # [images, 32] uint8
     groups: list[Any] | None = None
 
     @staticmethod
@@ -79,7 +91,7 @@ class Index:
         groups: list[Any] | None = None,
     ) -> "Index":
         """The index from lists with an item per sample; if an image has no digest, the index has no digests."""
-        hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16)
+        hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, DIGEST_BYTES)
         table = np.array(positions, np.int64).reshape(-1, 2)
         return Index(keys, labels, table, hashes if len(hashes) == len(table) else None, groups)
 
@@ -125,7 +137,10 @@ def class_names(data: bytes, location: str) -> tuple[str, ...] | None:
 def read_class_names(root: Path) -> tuple[str, ...] | None:
     """The class names in a folder of tars, if it has a file of them."""
     file = root / CLASS_NAMES
-    return class_names(file.read_bytes(), str(file)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    require_inside(file, root)
+    return class_names(read_regular(file, NAMES_BYTES), str(file))
 
 
 def webdataset(
@@ -177,24 +192,44 @@ def _with_names(
 
 def index_file(path: str, columns: "Columns") -> Index:
     """Index a tar on disk; reads headers and labels, but no images."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return index_samples(samples(tar), path, columns)
-    except (tarfile.TarError, OSError, EOFError) as err:
-        raise BadData(f"{path} cannot be read as a tar: {err}; allowed: whole tars that are not compressed") from err
+    with open_regular(path) as file:
+        return index_samples(samples(file, path), path, columns)
 
 
-def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
+def _sentence(path: str) -> Callable[[str], BadData]:
+    return lambda why: BadData(f"{path} cannot be read as a tar: {why}; allowed: whole tars that are not compressed")
+
+
+def _opened(file: IO[bytes], path: str, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
+    with boundary(_sentence(path)):
+        return tarfile.open(path, mode, fileobj=file)
+
+
+def _headers(tar: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar in order; each lies behind the one before it, so that a forged size does not lead back."""
+    end = 0
+    while True:
+        with boundary(_sentence(path)):
+            member = tar.next()
+        if member is None:
+            return
+        if member.size < 0 or member.offset < end or tar.offset < member.offset_data:
+            raise BadData(
+                f"{path} cannot be read as a tar: the size of {member.name!r} leads back; allowed: whole tars"
+            )
+        if member.issparse():
+            raise BadData(f"{path}: {member.name} is sparse; allowed: whole files. Write the tar without --sparse")
+        end = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep a million headers
         yield member
 
 
-def samples(tar: tarfile.TarFile, *, hashed: bool = False) -> Iterator[Sample]:
-    """The samples of one tar, in its order; with `hashed`, every file is read and its digest computed."""
+def samples(file: IO[bytes], path: str, *, hashed: bool = False) -> Iterator[Sample]:
+    """The samples of one tar, in its order; with `hashed`, it is read as a stream, and the digest of every file computed."""
     sample: Sample | None = None
-    links = Links(tar, seekable=not hashed)
-    for member in _headers(tar):
+    tar = _opened(file, path, "r|" if hashed else "r:")
+    links = Links(path, seekable=not hashed)
+    for member in _headers(tar, path):
         folder, name = os.path.split(member.name)
         stem, _, extension = name.partition(".")
         if not (member.isreg() or member.islnk() or member.issym()) or not stem or not extension:
@@ -208,17 +243,31 @@ def samples(tar: tarfile.TarFile, *, hashed: bool = False) -> Iterator[Sample]:
         if extension in sample.ranges:
             sample.repeated = extension
         sample.ranges[extension] = (member.offset_data, member.size)
-        if (extension in LABEL_TYPES or hashed) and (file := tar.extractfile(member)):
-            data = file.read()
-            if len(data) < member.size:
-                raise tarfile.ReadError("unexpected end of data")
-            if extension in LABEL_TYPES:
-                sample.contents[extension] = data
-            if hashed:
-                sample.digests[extension] = xxhash.xxh3_128_digest(data)
-    _require_end(tar)
+        with boundary(_sentence(path)):
+            _read_member(tar, member, extension, sample, hashed)
+    with boundary(_sentence(path)):
+        _require_end(tar)
     if sample:
         yield sample
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, sample: Sample, hashed: bool) -> None:
+    """Read a file that may be a label, and compute a file's digest if `hashed`; a large file is no label."""
+    is_label = extension in LABEL_TYPES and member.size <= LABEL_BYTES
+    if not (is_label or hashed) or (file := tar.extractfile(member)) is None:
+        return
+    digest, data, left = image_digest(), bytearray(), member.size
+    while left and (part := file.read(min(left, PIECE_BYTES))):
+        left -= len(part)
+        digest.update(part)
+        if is_label:
+            data += part
+    if left:
+        raise tarfile.ReadError("unexpected end of data")
+    if is_label:
+        sample.contents[extension] = bytes(data)
+    if hashed:
+        sample.digests[extension] = digest.digest()
 
 
 def _require_end(tar: tarfile.TarFile) -> None:
@@ -237,8 +286,8 @@ def _require_end(tar: tarfile.TarFile) -> None:
 class Links:
     """Finds what the links of a tar lead to: an earlier file of the same tar."""
 
-    def __init__(self, tar: tarfile.TarFile, *, seekable: bool) -> None:
-        self.path, self.seekable = os.fsdecode(tar.name or ""), seekable
+    def __init__(self, path: str, *, seekable: bool) -> None:
+        self.path, self.seekable = path, seekable
         self._files: dict[str, tuple[int, int]] | None = None  # name → first byte, bytes; made at the first link
 
     def resolve(self, member: tarfile.TarInfo) -> None:
@@ -261,8 +310,9 @@ class Links:
 
     def _before(self, link: tarfile.TarInfo) -> dict[str, tuple[int, int]]:
         """The positions of the regular files before this link."""
-        with tarfile.open(self.path, "r:") as tar:
-            earlier = takewhile(lambda member: member.offset < link.offset, _headers(tar))
+        with open_regular(self.path) as file:
+            headers = _headers(_opened(file, self.path, "r:"), self.path)
+            earlier = takewhile(lambda member: member.offset < link.offset, headers)
             return {os.path.normpath(m.name): (m.offset_data, m.size) for m in earlier if m.isreg()}
 
 
@@ -322,8 +372,9 @@ class Columns:
     def _read(sample: Sample, path: str, role: str, extension: str, field: str) -> Any:
         data = sample.contents.get(extension)
         if data is None:
+            Columns._refuse_large(sample, path, role, extension)
             return None
-        try:
+        with boundary(lambda why: BadData(f"{path}: the {role} {sample.key}.{extension} cannot be read: {why}")):
             if extension == "npy":
                 vector = np.load(io.BytesIO(data), allow_pickle=False)
                 if vector.ndim > 1 or vector.dtype.kind not in "biufSU":
@@ -332,8 +383,16 @@ class Columns:
             if extension == "json":
                 return json.loads(data)[field]
             return data.decode("utf-8-sig").strip()
-        except (ValueError, KeyError, EOFError, TypeError, IndexError) as err:
-            raise BadData(f"{path}: the {role} {sample.key}.{extension} cannot be read: {err}") from err
+
+    @staticmethod
+    def _refuse_large(sample: Sample, path: str, role: str, extension: str) -> None:
+        """Raise BadData if a sample's file was not read because it is too large."""
+        _, nbytes = sample.ranges.get(extension, (0, 0))
+        if nbytes > LABEL_BYTES:
+            raise BadData(
+                f"{path}: the {role} {sample.key}.{extension} has {nbytes:,} bytes; allowed: {LABEL_BYTES:,}. Take the sample "
+                f"out, or name another file with --{role}-column"
+            )
 
 
 def index_samples(found: Iterator[Sample], path: str, columns: Columns) -> Index:
@@ -362,6 +421,10 @@ def index_samples(found: Iterator[Sample], path: str, columns: Columns) -> Index
         keys.append(sample.key)
         labels.append(columns.read_label(sample, path))
         groups += [columns.read_group(sample, path)] if columns.group else []
+        if (nbytes := sample.ranges[image][1]) > (most := image_bytes(columns.options.max_pixels)):
+            raise BadData(
+                f"{path}: {sample.key}.{image} has {nbytes:,} bytes; allowed for an image: {most:,}. Take it out"
+            )
         positions.append(sample.ranges[image])
         digests += sample.digests.get(image, b"")
     return Index.of(keys, labels, positions, digests, groups if columns.group else None)

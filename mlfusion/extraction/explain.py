@@ -103,6 +103,8 @@ def _settings(requested: str, cached: str) -> list[tuple[str, str, str]]:
 
 def _images(requested: Samples, cached: Samples) -> str:
     """The differences between the images, as text."""
+    if cached.former:
+        return "its images are identified by xxh3-128, as in earlier versions; they are extracted again"
     ours, theirs = (
         {name: (d.tobytes(), label.tolist()) for name, d, label in zip(s.ids, s.digests, s.labels, strict=True)}
         for s in (requested, cached)

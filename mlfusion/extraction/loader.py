@@ -43,8 +43,10 @@ def picture(split: datasets.Split, row: int, steps: Preprocessing) -> np.ndarray
 
     Raises:
         BadImage: it cannot be read.
+        BadData: there is too little memory for it.
     """
-    return prepare(split.read(row), split.ids[row], split.decode, steps)
+    with split.at_work(row):
+        return prepare(split.read(row), split.ids[row], split.decode, steps)
 
 
 def prepare(data: bytes, name: str, decode: datasets.Decode, steps: Preprocessing) -> np.ndarray:
@@ -52,7 +54,13 @@ def prepare(data: bytes, name: str, decode: datasets.Decode, steps: Preprocessin
 
     Raises:
         BadImage: it cannot be decoded; says which and why.
+        BadData: there is too little memory for it.
     """
+    with datasets.at_work(name):
+        return _prepare(data, name, decode, steps)
+
+
+def _prepare(data: bytes, name: str, decode: datasets.Decode, steps: Preprocessing) -> np.ndarray:
     if steps.decodes_jpeg and isinstance(decode, datasets.Decoder) and not decode.exif_transpose:
         pixels = steps.from_jpeg(data, name, decode.max_pixels)
         if pixels is not None:

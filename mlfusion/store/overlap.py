@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlfusion.errors import CacheUnusable
 from mlfusion.shapes import Bool, Float, Int
 from mlfusion.specs.identity import ModelSpec, Pair
 from mlfusion.store.entry import Entry
@@ -34,9 +35,14 @@ def compared_pair(model: ModelSpec) -> Pair:
 
 
 def overlap(train: Entry, test: Entry) -> Overlap:
-    """The images of train that are in test too; CacheUnusable if tokens are damaged."""
+    """The images of train that are in test too; CacheUnusable if tokens are damaged, or digests of two sorts."""
     train_rows, test_rows = train.rows(), test.rows()
     a, b = (_digests(entry)[rows] for entry, rows in ((train, train_rows), (test, test_rows)))
+    if a.dtype != b.dtype:
+        raise CacheUnusable(
+            f"{train.path} and {test.path} identify images by different digests, of different versions of mlfusion; extract "
+            "both again by one command"
+        )
     equal_train, equal_test = np.isin(a, b), np.isin(b, a)
     reason = _reason(train, test, len(a), len(b))
     if reason:
@@ -56,7 +62,8 @@ def _reason(train: Entry, test: Entry, train_images: int, test_images: int) -> s
 
 def _digests(entry: Entry) -> np.ndarray:
     """The digests of all images as one value each, [images]."""
-    return np.ascontiguousarray(entry.samples.digests).view("V16")[:, 0]
+    digests = np.ascontiguousarray(entry.samples.digests)
+    return digests.view(f"V{digests.shape[1]}")[:, 0]
 
 
 def _near(train: Entry, test: Entry) -> tuple[Bool[np.ndarray, " N"], Bool[np.ndarray, " M"]]:

@@ -256,6 +256,7 @@ def open_tree(root: Path) -> Tree:
 
 
 FILES = ("ids.json", "labels.npy", "digests.npy")
+FORMER_BYTES = 16  # of a former digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +265,7 @@ class Samples:
 
     ids: tuple[str, ...]
     labels: np.ndarray  # see `stored_labels`
-    digests: np.ndarray  # [images, 16] uint8: xxh3-128 of each image's encoded bytes
+    digests: np.ndarray  # [images, 32] uint8: SHA-256 of each image's encoded bytes; or see `former`
     classes: tuple[str, ...]  # for numbers: their name, or nothing
     groups: "Groups | None" = None  # of the images, for the names that refer to them; not part of the content
 
@@ -273,6 +274,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def former(self) -> bool:
+        """Whether the digests are [images, 16], xxh3-128, as in entries from before images were identified by SHA-256."""
+        return self.digests.shape[1:] == (FORMER_BYTES,)
 
     @cached_property
     def content(self) -> str:

@@ -206,7 +206,8 @@ class Predictor(Displayed):
         """One image, decoded and preprocessed; raises BadData, which names it, if that cannot be done."""
         if isinstance(image, (str, os.PathLike)):
             try:
-                image = Path(image).expanduser().read_bytes()
+                most = datasets.image_bytes(self._decoder.max_pixels)
+                image = datasets.read_regular(Path(image).expanduser(), most)
             except (OSError, ValueError) as err:  # ValueError: a path with a null character
                 reason = getattr(err, "strerror", None) or err
                 raise BadData(f"{name} cannot be read: {reason}; mend that, or remove it") from err

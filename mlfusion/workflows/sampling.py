@@ -63,6 +63,8 @@ def _compare(entry: Entry, count: int, random: np.random.Generator) -> tuple[int
     """How many images were compared, and the largest difference in units of what rounding explains."""
     request = _request(entry)
     [job] = request.jobs
+    if job.spec.key != entry.key and entry.samples.former:
+        raise MlfusionError("it is of a version that identified images by xxh3-128: extract it again")
     if job.spec.key != entry.key:
         raise MlfusionError("its model, its images, or how they are prepared are others by now")
     readable = entry.rows()

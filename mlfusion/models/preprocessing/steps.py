@@ -28,6 +28,7 @@ from mlfusion.models.preprocessing.resampling import KERNELS, resize_part
 from mlfusion.shapes import Float, Num, UInt8
 from mlfusion.specs.identity import AS_STORED, MAX_PIXELS, Decoding
 from mlfusion.specs.kinds import is_view
+from mlfusion.system import room
 
 Kernel = Literal["pil", "torch-uint8", "torch-float32"]
 """The resize kernel: PIL on bytes, torch on bytes (the fast path), or torch on floats (as torchvision's processors)."""
@@ -126,6 +127,7 @@ class Steps:
         source = box[2:] if box else shape
         target = self.pixels if box else self._resized_shape(*shape)
         scale = _jpeg_scale(source, target)
+        room.take(room.PIXEL_BYTES * height * width // scale)
         pixels = _decode_jpeg(data, height, width, scale)
         if pixels is None:
             return None
