@@ -1,5 +1,7 @@
 """The page in a real browser: figures are drawn, tables sort and filter, nothing fails, is fetched, or overflows."""
 
+import base64
+import hashlib
 import re
 import shutil
 import subprocess
@@ -151,7 +153,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     strip = Strip("Where it looks", "Attention.", (Picture(image, "plain"), Picture(image, "seen", np.eye(4))), "looks")
     path = write_page(rows, folder / "report.html", results=results, pictures={"gtsrb": [strip]})
     head, _, tail = path.read_text().rpartition("</body>")
-    path.write_text(f"{head}{WITNESS}</body>{tail}")
+    script = WITNESS.removeprefix("<script>").removesuffix("</script>")
+    allowed = f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    path.write_text(f"{head}{WITNESS}</body>{tail}".replace("script-src", allowed, 1))
     return path
 
 
@@ -181,6 +185,17 @@ def test_figures_are_drawn_without_an_error_and_nothing_is_fetched(
     assert found["pictures"] == "3 of 3"
     red = int(re.findall(r"\d+", found["paper"])[0])
     assert red < 60 if dark else red > 200
+
+
+def test_no_script_but_the_pages_own_acts(report: Path, tmp_path: Path) -> None:
+    """A handler, a script and a link that a name would bring, were it not escaped."""
+    act = "document.documentElement.dataset.acted = 1"
+    planted = f"<img src='data:,' onerror='{act}'><script>{act}</script><svg onload='{act}'></svg><header>"
+    path = tmp_path / "planted.html"
+    path.write_text(report.read_text().replace("<header>", planted, 1))
+    found = opened(path, tmp_path / "profile")
+    assert "acted" not in found
+    assert found["console"].count("Content Security Policy") == 3
 
 
 def test_headings_and_the_address_sort_and_filters_filter(report: Path, tmp_path: Path) -> None:
