@@ -134,3 +134,33 @@ def test_a_checkpoint_that_another_planted_is_not_trained_on(tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain(RECIPE, tmp_path / "model")
     assert stat.S_IMODE(work.stat().st_mode) == 0o700
+
+
+INTERRUPTED = """
+import runpy, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+runpy.run_module("mlfusion", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["mlfusion.cli", "mlfusion.cli.output", "typer"])
+def test_an_interrupt_while_the_program_is_loaded_is_quiet(module: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED, module], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+@pytest.mark.slow
+def test_python_without_docstrings_is_named_as_the_cause(tmp_path: Path) -> None:
+    model, images = save_model("vit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 2, "test": 2})
+    words = ("extract", "-m", str(model), "-d", str(images), "--cache", str(tmp_path / "cache"))
+    ended = subprocess.run(
+        [sys.executable, "-OO", "-m", "mlfusion", *words], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: transformers reads its own docstrings") and "without -OO" in ended.stderr

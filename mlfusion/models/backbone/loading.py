@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mlfusion import models
-from mlfusion.errors import BadModel, boundary
+from mlfusion.errors import BadModel, MlfusionError, boundary
 from mlfusion.models import checkpoints
 from mlfusion.models.backbone import conversion
 from mlfusion.models.backbone.placement import Placement, place, refuse_leftovers, refuse_shapes, submodule
@@ -111,6 +112,11 @@ def _plan(checkpoint: models.Checkpoint) -> _Plan:
 @contextmanager
 def _loading(checkpoint: models.Checkpoint) -> Iterator[None]:
     """Without the reports of transformers, and with its errors as `BadModel`."""
+    if sys.flags.optimize > 1:
+        raise MlfusionError(
+            "transformers reads its own docstrings, which Python leaves out with -OO; allowed: python, or python -O. Run the "
+            "command without -OO, and without PYTHONOPTIMIZE=2"
+        )
     cannot = f"{checkpoint.folder} does not load"
     saved = "allowed: a configuration and weights that one model was saved with. Save or download the model again"
     with _quiet(), boundary(lambda reason: BadModel(f"{cannot} ({reason}); {saved}")):
