@@ -16,6 +16,7 @@ from mlfusion.probing import costs, grids, protocol
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.specs.names import BASELINE
 from mlfusion.specs.options import PilotOptions
+from mlfusion.statistics import verdicts
 from mlfusion.system.progress import Bar
 from mlfusion.workflows import advice
 
@@ -112,20 +113,27 @@ def test_a_pilot_finds_the_layer_that_knows(model, tmp_path, monkeypatch):
     assert said.candidates[0].behind.low > 0.3
 
 
-def candidate(probe, value, lead, seconds):
-    behind = None if lead is None else advice.Difference(0, 0, sum(lead) / 2, lead[0], lead[1], 0.95, 1, 9)
+def candidate(probe, value, word, seconds):
+    lead = None if word is None else verdicts.Verdict(word, "x")
     score = advice.Interval(value, value, value, 0.95, 9)
     return advice.Candidate(
-        probe=probe, score=score, gain=None, behind=behind, bytes=0, extract_seconds=seconds, probe_seconds=seconds
+        probe=probe,
+        score=score,
+        gain=None,
+        behind=None,
+        lead=lead,
+        bytes=0,
+        extract_seconds=seconds,
+        probe_seconds=seconds,
     )
 
 
 def test_the_cheapest_of_those_that_cannot_be_told_apart_is_enough():
     held = (
-        candidate("poor", 0.5, (0.2, 0.4), 1),
-        candidate("cheap", 0.75, (-0.02, 0.1), 2),
+        candidate("poor", 0.5, "gain", 1),
+        candidate("cheap", 0.75, "no clear difference", 2),
         candidate("best", 0.8, None, 30),
-        candidate("dear", 0.79, (-0.05, 0.06), 90),
+        candidate("dear", 0.79, "cannot be told", 90),
     )
     said = advice.Advice(
         model="m", dataset="d", metric="x", images=9, train_images=9, cached=True, candidates=held, seconds=1

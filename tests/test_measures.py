@@ -289,7 +289,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
 # --- ranked metrics --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(25), deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.integers(2, 12))
 def test_the_area_under_the_roc_curve_is_scikit_learns_with_ties_and_weights(
     seed: int, classes: int, levels: int
@@ -320,6 +320,7 @@ def test_the_macro_area_is_scikit_learns_one_against_the_rest() -> None:
     assert score(two, np.stack([1 - sure, sure], 1), "auroc") == pytest.approx((3 + 0 + 0.5 + 1) / 6)
 
 
+@settings(max_examples=examples(20), deadline=None)
 @given(st.permutations(range(12)))
 def test_the_area_depends_neither_on_the_order_of_images_nor_on_that_of_classes(order: list[int]) -> None:
     labels, probabilities = np.arange(12) % 3, np.random.default_rng(6).integers(0, 5, (12, 3)) / 5

@@ -19,7 +19,7 @@ from tiers import examples
 
 from mlfusion import statistics
 from mlfusion.errors import BadData, UnknownName
-from mlfusion.statistics import Bootstrap, uncertainty
+from mlfusion.statistics import Bootstrap, resampling
 from mlfusion.statistics.datasets import merge_last_bits
 
 
@@ -105,7 +105,7 @@ def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     labels, a = world(8)
     whole = statistics.interval(labels, a, bootstrap=Bootstrap(resamples=100))
     p = statistics.difference(labels, a, a[::-1], bootstrap=Bootstrap(resamples=100)).p
-    monkeypatch.setattr(uncertainty, "_BLOCK", 7 * len(labels))
+    monkeypatch.setattr(resampling, "_BLOCK", 7 * len(labels))
     assert statistics.interval(labels, a, bootstrap=Bootstrap(resamples=100)) == whole
     assert statistics.difference(labels, a, a[::-1], bootstrap=Bootstrap(resamples=100)).p == p
 

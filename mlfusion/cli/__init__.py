@@ -165,12 +165,13 @@ def probe(
 ) -> None:
     """Stage 2: train and test probes on cached features, by the study's protocol. Runs no forward pass."""
     from mlfusion.probing import evaluation
+    from mlfusion.results import Results
 
     result = evaluation.probe(dataset, model, probes, search, training, storage, notify)
     if as_json:
         print_json({"results": [row_json(row) for row in result.rows]})
     else:
-        print_table(result.rows)
+        print_table(result.rows, Results(storage.results))
 
 
 @app.command()

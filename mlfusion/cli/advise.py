@@ -56,12 +56,17 @@ def advise(
     if result.cheapest_equivalent is not result.best:
         say(
             f"{result.cheapest_equivalent.probe} is cheaper, and the pilot cannot tell it from the best "
-            f"({_difference_text(result.cheapest_equivalent.behind)} points behind)."
+            f"({_difference_text(result.cheapest_equivalent.behind)} points behind{_reason(result.cheapest_equivalent.lead)})."
         )
 
 
 def _difference_text(gain: Any) -> str:
     return f"{100 * gain.value:+.1f} ({_ends(gain, '+.1f', ' to ')})".replace("-", "\N{MINUS SIGN}") if gain else ""
+
+
+def _reason(lead: Any) -> str:
+    """Why the lead of the best candidate could not be told; empty if it could."""
+    return f"; {lead.reason}" if lead and lead.reason else ""
 
 
 def _ends(one: Any, form: str, between: str) -> str:

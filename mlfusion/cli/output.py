@@ -24,7 +24,7 @@ from mlfusion.system.text import json_text, one_line
 from mlfusion.system.words import plural
 
 if TYPE_CHECKING:
-    from mlfusion.results import Row
+    from mlfusion.results import Results, Row
 HANDLER = "command line"  # name of the logging handler
 
 
@@ -242,12 +242,12 @@ def print_extracted(result: dict[str, Any], write: Callable[[str], None] = say) 
         write(f"  and {hidden:,} more: mlfusion cache ls --json")
 
 
-def print_table(rows: Iterable[Any], *, long: bool = False) -> None:
-    """Print a table of results as wide as the terminal."""
+def print_table(rows: Iterable[Any], results: "Results", *, long: bool = False) -> None:
+    """Print a table of results as wide as the terminal; by the arrays of `results` a gain is told from chance."""
     from mlfusion.report import table
 
     rows = list(rows)
-    print_renderable(lambda width: table(rows, width=width, long=long))
+    print_renderable(lambda width: table(rows, results=results, width=width, long=long))
 
 
 def print_renderable(make: Callable[[int], Any]) -> None:

@@ -36,12 +36,12 @@ def report(
     if options.figures:
         files = write_figures(rows, Path(options.figures), cka=cka, paper=options.against == "paper")
     if options.markdown:
-        write_markdown(rows, Path(options.markdown))
+        write_markdown(rows, Path(options.markdown), results=store)
     if options.against:
         comparisons = compare_with_published(rows)
         print_renderable(lambda width: published.table(comparisons, max_lines=MAX_SHOWN))
     else:
-        print_table(rows, long=options.long)
+        print_table(rows, store, long=options.long)
     if options.html:
         say(f"report: {options.html}")
     if options.figures:

@@ -14,12 +14,14 @@ from mlfusion.system.words import plural
 
 if TYPE_CHECKING:
     from mlfusion.results import Row
-    from mlfusion.statistics.rows import Certainty, Comparison
+    from mlfusion.statistics.row_scores import Certainty
+    from mlfusion.statistics.rows import Comparison
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, compare and reproduce results.")
 
 RowId = Annotated[str, typer.Argument(help="Id of a result, or the first characters of it (mlfusion results ls).")]
 RESULTS = Path("results")
+CLASSES = 30  # classes that `show` lists
 
 
 @app.command()
@@ -117,6 +119,8 @@ def compare(
     for one in comparisons:
         for mark in one.marks:
             notify(f"{one.model} on {one.dataset}: {mark}")
+        if one.verdict.reason:
+            notify(f"{one.model} on {one.dataset}: {one.verdict.word}: {one.verdict.reason}")
     if len(comparisons) == 1:
         return
     for name, test in tests.items():
@@ -234,6 +238,13 @@ def rank(
 def export(
     *,
     path: Annotated[Path, typer.Argument(help="File to write; its suffix sets the format: .csv, .parquet or .jsonl.")],
+    by_class: Annotated[
+        bool,
+        typer.Option(
+            "--by-class",
+            help="Write a line per result and class: test images, recall and its interval, specificity, AUROC.",
+        ),
+    ] = False,
     rows: RowFilter,
     results: ResultsPath = RESULTS,
     as_json: AsJson = False,
@@ -243,6 +254,17 @@ def export(
     from mlfusion.results.export import write
 
     store, filters = Results(results), rows.changed()
+    if by_class:
+        from mlfusion.statistics.row_scores import write_by_class
+
+        lines, missing = write_by_class(store, store.require(**filters), path)
+        for reason in missing:
+            notify(f"left out: {reason}")
+        if as_json:
+            print_json({"path": str(path), "lines": lines})
+        else:
+            say(f"{path}: {plural(lines, 'line')}, one per result and class")
+        return
     with store.scan(**filters) as selected:
         if next(iter(selected), None) is None:
             store.require(**filters)  # says what to do
@@ -340,17 +362,15 @@ def track(
 
 
 def _print_certainty(row: "Row", details: "Certainty") -> None:
-    from mlfusion.report.numbers import percent
+    from mlfusion.report.numbers import between_percent, percent
 
     if details.interval:
         one = details.interval
-        ends = (
-            f"{100 * one.level:.0f} % interval over test images {percent(one.low)} to {percent(one.high)}"
-            if one.low is not None and one.high is not None
-            else one.refused
-        )
+        interval = f"{100 * one.level:.0f} % interval over test images {between_percent(one.low, one.high)}"
+        ends = one.refused or interval
         say()
         say(f"{row.metric.replace('_', ' ')} {percent(one.value)}, {ends}")
+    _print_classes(details)
     if details.calibration:
         say(f"expected calibration error {percent(details.calibration.ece)}")
     for pair in details.confusions or ():
@@ -361,8 +381,45 @@ def _print_certainty(row: "Row", details: "Certainty") -> None:
         notify(details.missing)
 
 
+def _print_classes(details: "Certainty") -> None:
+    """The scores class by class, the rarest class in test first; and those that are too rare for a verdict."""
+    from mlfusion.report.numbers import between_percent, percent
+    from mlfusion.statistics.verdicts import enumerate_rare
+
+    if not details.by_class:
+        return
+    if details.auroc is not None:
+        say(f"AUROC, one class against the rest, mean over classes: {percent(details.auroc)}")
+    shown = sorted(details.by_class, key=lambda one: one.images)[:CLASSES]
+    say()
+    print_rows(
+        [
+            {
+                "class": one.name,
+                "test images": one.images,
+                "recall (sensitivity), %": _percent(one.recall),
+                "95 % interval": between_percent(one.low, one.high),
+                "specificity, %": _percent(one.specificity),
+                "AUROC, %": _percent(one.auroc),
+            }
+            for one in shown
+        ]
+    )
+    if hidden := len(details.by_class) - len(shown):
+        say(f"and {plural(hidden, 'more class', 'more classes')} with as many images or more: --json")
+    if details.rare:
+        say(f"{enumerate_rare(details.rare)}: too few to tell two probes apart by a mean over classes")
+
+
+def _percent(value: float | None) -> str:
+    from mlfusion.report.numbers import percent
+
+    return "none" if value is None else percent(value)
+
+
 def _comparison_cells(comparison: "Comparison") -> dict[str, Any]:
     from mlfusion.report.numbers import between, mean_sd, p_value, points
+    from mlfusion.report.summary import metric_name
 
     difference = comparison.images
     heading, interval = "over images", "no arrays"
@@ -377,8 +434,9 @@ def _comparison_cells(comparison: "Comparison") -> dict[str, Any]:
         "gain, points": mean_sd(comparison.gain, points),
         "seeds": comparison.gain.n,
         heading: interval,
-        "p, permutation": p_value(difference.p) if difference else "",
-        "p, McNemar": " ".join(p_value(test.p) for test in comparison.mcnemar),
+        "verdict": comparison.verdict.word,
+        f"p of {metric_name(comparison.metric)}": p_value(difference.mid_p) if difference else "",
+        "p of accuracy (McNemar)": " ".join(p_value(test.p) for test in comparison.mcnemar),
     }
 
 

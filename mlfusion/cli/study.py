@@ -65,7 +65,7 @@ def run(
             }
         )
     elif result.rows:
-        print_table(result.rows)
+        print_table(result.rows, results)
         say(f"report: {page}" + (f", {markdown}" if markdown else ""))
     _exit_if_failed(result.failures)
 

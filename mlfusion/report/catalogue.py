@@ -30,14 +30,14 @@ class ReportData:
     """The data of a report: rows, and optionally what rows do not hold."""
 
     rows: Sequence[Row]
-    results: Results | None = None  # its arrays give confusions and calibration
+    results: Results | None = None  # its arrays give verdicts, confusions and calibration
     cka: Cka | None = None
     pictures: Mapping[str, Sequence[Strip]] | None = None  # {data set: its strips}
 
     @cached_property
     def groups(self) -> list[ComparisonGroup]:
         """The rows grouped for comparison."""
-        return comparison_groups(self.rows)
+        return comparison_groups(self.rows, self.results)
 
     @cached_property
     def studies(self) -> list[Study]:

@@ -11,7 +11,7 @@ from mlfusion.report.figures.drawing import Figure, png, svg, to_csv
 from mlfusion.report.figures.layers import Cka
 from mlfusion.report.figures.strips import strip_figure
 from mlfusion.report.pictures import Strip
-from mlfusion.results import Row
+from mlfusion.results import Results, Row
 from mlfusion.system import disk
 from mlfusion.system.text import markdown
 
@@ -63,13 +63,13 @@ def write_strips(strips: Sequence[Strip], folder: Path | str) -> list[Path]:
     return [path for strip in strips for path in _write(folder, strip.name, _drawings(strip_figure(strip)))]
 
 
-def write_markdown(rows: Sequence[Row], path: Path | str) -> Path:
-    """Write the tables of the terminal as Markdown, whole or not at all; returns the path.
+def write_markdown(rows: Sequence[Row], path: Path | str, *, results: Results | None = None) -> Path:
+    """Write the tables of the terminal as Markdown, whole or not at all; returns the path. `results` as in `terminal.table`.
 
     Raises:
         MlfusionError: there are no rows, or the file cannot be written there.
     """
-    return write_whole(Path(path), terminal.markdown(rows))
+    return write_whole(Path(path), terminal.markdown(rows, results=results))
 
 
 def _drawings(figure: Figure) -> dict[str, str | bytes]:

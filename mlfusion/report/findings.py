@@ -12,14 +12,15 @@ from statistics import fmean
 from mlfusion.errors import BadData
 from mlfusion.report import tables
 from mlfusion.report.files import write_whole
-from mlfusion.report.numbers import between, count, p_value, percent, plus_minus, points
-from mlfusion.report.sentences import protocol_notes
+from mlfusion.report.numbers import between, count, enumerated, p_value, percent, plus_minus, points
+from mlfusion.report.sentences import protocol_notes, rare_notes
 from mlfusion.report.studies import Study, studies
-from mlfusion.report.summary import ALF, ComparisonGroup, code_versions, comparison_groups
+from mlfusion.report.summary import ALF, ComparisonGroup, code_versions, comparison_groups, metric_name
 from mlfusion.results import Results, Row
 from mlfusion.specs.names import BASELINE, layer_ranges
 from mlfusion.statistics.datasets import gain_tests
 from mlfusion.statistics.rows import Comparison, by_dataset, compare_probes, cost
+from mlfusion.statistics.verdicts import WORDS
 from mlfusion.system.progress import duration
 from mlfusion.system.text import markdown
 from mlfusion.system.words import plural
@@ -49,8 +50,9 @@ def write_findings(
 def page_text(rows: Sequence[Row], results: Results, *, title: str, about: str, command: str) -> str:
     """The text that `write_findings` writes; names of rows are escaped, title, `about` and command are the user's own."""
     rows = [row.renamed(markdown) for row in rows]
-    groups = comparison_groups(rows)
-    parts = [f"# {title}", about, f"```\n{command}\n```", _provenance(groups), *protocol_notes(groups)]
+    groups = comparison_groups(rows, results)
+    notes = [*rare_notes(groups), *protocol_notes(groups)]
+    parts = [f"# {title}", about, f"```\n{command}\n```", _provenance(groups), *notes]
     for study in studies(groups):
         name = f" ({study.name})" if study.name else ""
         texts = [tables.markdown(tables.of_model(study, model)) for model in study.models if study.probes]
@@ -96,21 +98,34 @@ def _cases(study: Study, results: Results) -> list[str]:
 
 
 def _case_table(probe: str, cases: Sequence[Comparison]) -> str:
-    heads = ["model", "data set", f"`{BASELINE}`", f"`{probe}`", "gain, points", "over seeds", "over images", "p"]
+    heads = [
+        "model",
+        "data set",
+        f"`{BASELINE}`",
+        f"`{probe}`",
+        "gain, points",
+        "over seeds",
+        "over images",
+        "p",
+        "verdict",
+    ]
     lines = []
     for one in cases:
         images, gain = one.images, plus_minus(one.gain.sd).strip()
-        interval = f"{between(images.low, images.high)} | {p_value(images.p)}" if images else "|"
+        interval = f"{between(images.low, images.high)} | {p_value(images.mid_p)}" if images else "|"
         scores = percent(one.score_b.mean), percent(one.score_a.mean)
-        lines.append((one.model, one.dataset, *scores, points(one.gain.mean), gain, interval))
-    above = sum(one.images.low > 0 for one in cases if one.images and one.images.low is not None)
-    below = sum(one.images.high < 0 for one in cases if one.images and one.images.high is not None)
+        lines.append((one.model, one.dataset, *scores, points(one.gain.mean), gain, interval, one.verdict.word))
+    words = [one.verdict.word for one in cases]
+    counted = enumerated([f"{word} in {words.count(word)}" for word in WORDS.values() if word in words])
+    reasons = [f"{one.model} on {one.dataset}: {one.verdict.reason}." for one in cases if one.verdict.reason]
     return _with_table(
         f"`{probe}` against `{BASELINE}`: 95 % interval of the mean over seeds, from a bootstrap that draws the same test "
-        "images for both, and p from swaps of their answers.",
+        f"images for both, and mid-p value of the {metric_name(cases[0].metric)} from swaps of their answers. The verdict "
+        "follows from p.",
         tables.markdown_lines(heads, lines, texts=2),
-        f"On average {points(fmean(one.gain.mean for one in cases))} points over {plural(len(cases), 'case', 'cases')}; "
-        f"the interval lies above 0 in {above} and below it in {below}.",
+        f"On average {points(fmean(one.gain.mean for one in cases))} points over {plural(len(cases), 'case', 'cases')}: "
+        f"{counted}.",
+        *reasons,
     )
 
 

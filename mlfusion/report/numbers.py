@@ -21,6 +21,11 @@ def between(low: float | None, high: float | None) -> str:
     return "none" if low is None or high is None else f"{points(low)} to {points(high)}"
 
 
+def between_percent(low: float | None, high: float | None) -> str:
+    """'90.1 to 95.3': the ends of an interval in percent; 'none' without an interval."""
+    return "none" if low is None or high is None else f"{percent(low)} to {percent(high)}"
+
+
 def mean_sd(spread: Spread, write: Callable[[float], str] = percent) -> str:
     """'97.1 ± 0.3'; the mean alone for one seed. `write` is `percent` or `points`."""
     return write(spread.mean) + plus_minus(spread.sd)

@@ -133,8 +133,9 @@ class DatasetPart:
     about: str
     figures: Sequence[Figure]
     strips: Sequence[Mapping[str, Any]]
+    classes: Sequence[tuple[str, int, str, str, str, str]]
     confusions: Sequence[tuple[str, str, int, str]]
-    confusions_note: str
+    source: str  # a sentence about the probe of which these are
 
 
 def _datasets(data: ReportData) -> Section | None:
@@ -163,6 +164,7 @@ def _dataset_parts(data: ReportData) -> Iterator[DatasetPart]:
                 _facts(name, groups),
                 [replace(figure, name=f"{figure.name}-{i}") for figure in figures],
                 strips,
+                classification.class_lines(predictions) if predictions else [],
                 classification.confusions(predictions) if predictions else [],
                 classification.source(predictions) if predictions else "",
             )

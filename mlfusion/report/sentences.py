@@ -4,16 +4,22 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from mlfusion.report.numbers import count, enumerated, percent, plus_minus, points
+from mlfusion.report.numbers import count, enumerated, p_value, percent, plus_minus, points
 from mlfusion.report.summary import ALF, MARKS, ComparisonGroup, LayerAttention, metric_name, replaced
 from mlfusion.results import Row
 from mlfusion.specs.names import BASELINE
 from mlfusion.statistics import Spread
+from mlfusion.statistics.verdicts import NOT_TOLD, Word, enumerate_rare
 from mlfusion.system.progress import duration
 from mlfusion.system.words import plural
 
 CASES = "(a model on a data set)"
-VERDICTS = {1: "help", 0: "make no clear difference", -1: "do not help"}
+VERDICTS: dict[Word, str] = {
+    "gain": "help",
+    "no clear difference": "make no clear difference",
+    "loss": "do not help",
+    NOT_TOLD: "cannot be told to help or not",
+}
 
 
 def opening(groups: Sequence[ComparisonGroup]) -> str:
@@ -30,7 +36,7 @@ def opening(groups: Sequence[ComparisonGroup]) -> str:
             f"Whether the intermediate layers help is open: in none of the {len(groups)} cases {CASES} were both {BASELINE} "
             "and a probe over several layers run."
         )
-    head = _counted([direction(group) for group, *_ in gains])
+    head = _counted([group.verdict.word for group, *_ in gains])
     if len({group.metric for group, *_ in gains}) > 1:
         return f"{head}; their scores are of several metrics, so they have no mean."
     probes = list(dict.fromkeys(main.probe for _, _, main, _ in gains))
@@ -43,12 +49,12 @@ def opening(groups: Sequence[ComparisonGroup]) -> str:
     )
 
 
-def _counted(directions: Sequence[int]) -> str:
+def _counted(words: Sequence[Word]) -> str:
     """The number of cases in which the intermediate layers help."""
-    cases, helped = len(directions), directions.count(1)
+    cases, helped = len(words), words.count("gain")
     if helped == cases > 1:
         return f"The intermediate layers help in all {helped} cases {CASES}"
-    verdicts = enumerated([f"{VERDICTS[one]} in {directions.count(one)}" for one in VERDICTS if one in directions])
+    verdicts = enumerated([f"{VERDICTS[one]} in {words.count(one)}" for one in VERDICTS if one in words])
     return f"Of {cases} cases {CASES}, the intermediate layers {verdicts}"
 
 
@@ -64,7 +70,7 @@ def warnings(groups: Sequence[ComparisonGroup]) -> list[str]:
     for name, (mark, text) in MARKS.items():
         if marked := sum(name in score.other for score in scores):
             texts.append(f"{plural(marked, 'score was', 'scores were')} {text} (marked {mark}).")
-    return [*texts, *protocol_notes(groups)]
+    return [*texts, *rare_notes(groups), *protocol_notes(groups)]
 
 
 def protocol_notes(groups: Sequence[ComparisonGroup]) -> list[str]:
@@ -104,8 +110,12 @@ def answer(group: ComparisonGroup) -> str:
     against = f"{reached} against {_whole_percent(baseline.test.mean)} for {BASELINE}"
     if main.gain is None:
         return f"{place}, {against}; they share no seed, so whether the intermediate layers help is open."
-    verdict = VERDICTS[direction(group)]
-    return f"{place}, the intermediate layers {verdict}: {against} ({_gain_text(group, main.gain)})."
+    gain = _gain_text(group, main.gain)
+    if group.verdict.word == NOT_TOLD:
+        return (
+            f"{place}, {against} ({gain}); whether the intermediate layers help cannot be told: {group.verdict.reason}."
+        )
+    return f"{place}, the intermediate layers {VERDICTS[group.verdict.word]}: {against} ({gain})."
 
 
 def short_answer(group: ComparisonGroup) -> str:
@@ -113,17 +123,24 @@ def short_answer(group: ComparisonGroup) -> str:
     main, baseline = group.main, group.baseline
     if main is None or main.gain is None or baseline is None:
         return answer(group)
-    verdict = {1: "", 0: ": no clear difference", -1: ": they do not help"}[direction(group)]
+    verdict = {
+        "gain": "",
+        "no clear difference": ": no clear difference",
+        "loss": ": they do not help",
+        NOT_TOLD: f": it cannot be told whether they help ({group.verdict.reason})",
+    }[group.verdict.word]
     scores = f"{_whole_percent(main.test.mean)} against {_whole_percent(baseline.test.mean)}"
     return f"{group.name}: {scores} ({_gain_text(group, main.gain)}){verdict}."
 
 
-def direction(group: ComparisonGroup) -> int:
-    """1 for a gain, -1 for a loss, 0 where it is within its deviation over seeds or its standard error over images."""
-    gain = group.main.gain if group.main else None
-    if gain is None or abs(gain.mean) <= max(gain.sd or 0, group.gain_standard_error or 0):
-        return 0
-    return 1 if gain.mean > 0 else -1
+def rare_notes(groups: Iterable[ComparisonGroup]) -> list[str]:
+    """One sentence for each data set with classes so rare in test that no gain in a mean over classes can be told."""
+    notes = {
+        f"{group.dataset}: {enumerate_rare(group.rare)}; a difference in {metric_name(group.metric)} would rest on so few."
+        for group in groups
+        if group.rare
+    }
+    return sorted(notes)
 
 
 def chance_level(groups: Sequence[ComparisonGroup]) -> str:
@@ -180,14 +197,13 @@ def _whole_percent(value: float, digits: int = 1) -> str:
 
 
 def _gain_text(group: ComparisonGroup, gain: Spread) -> str:
+    """'+4.5 ± 0.7 points, 2 seeds; p 0.012 of balanced accuracy over 120 test images'."""
     seeds = "one seed, so no deviation is known" if gain.sd is None else f"{gain.n} seeds"
-    images, error = count(group.first.images.test), group.gain_standard_error
-    if error is None:
-        chance = f"; mlfusion results compare tells the uncertainty from {images} test images"
-    else:
-        within = abs(gain.mean) <= error
-        chance = f"; the standard error from {images} test images is {percent(error)}" * within
-    return f"{points(gain.mean)}{plus_minus(gain.sd)} points, {seeds}{chance}"
+    text = f"{points(gain.mean)}{plus_minus(gain.sd)} points, {seeds}"
+    if group.verdict.p is None or group.verdict.word == NOT_TOLD:
+        return text
+    images = count(group.first.images.test)
+    return f"{text}; p {p_value(group.verdict.p)} of {metric_name(group.metric)} over {images} test images"
 
 
 def _best(group: ComparisonGroup) -> str:

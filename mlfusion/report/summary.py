@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import sqrt
 from statistics import fmean
 
-from mlfusion.errors import MlfusionError
-from mlfusion.results import Row
+from mlfusion.errors import BadData, MlfusionError
+from mlfusion.results import Results, Row
 from mlfusion.specs.names import BASELINE, HEAD_NAMES, STUDY
-from mlfusion.statistics import Setting, Spread, differences, setting
+from mlfusion.statistics import Setting, Spread, Verdict, compare, differences, setting, verdict
+from mlfusion.statistics.row_scores import rare_of
+from mlfusion.statistics.verdicts import RareClass
 from mlfusion.system.text import one_line
 
 ALF = "cls+ap-all-layers/attentive"
@@ -145,6 +146,7 @@ class ComparisonGroup:
     protocol: int
     name: str  # "vit on digits", and its difference from other groups of that model and data set
     scores: tuple[Score, ...]  # the study's order, then the others by name
+    results: Results | None = field(default=None, compare=False, repr=False)  # its arrays tell gains from chance
 
     @cached_property
     def baseline(self) -> Score | None:
@@ -210,22 +212,21 @@ class ComparisonGroup:
         several = [score for score in self.scores if _SEVERAL.fullmatch(score.probe)]
         return max(several, key=lambda score: (score.probe == ALF, score.val.mean), default=None)
 
-    @property
-    def gain_standard_error(self) -> float | None:
-        """Standard error of the main probe's gain from the number of test images, as if the probes had different images.
+    @cached_property
+    def verdict(self) -> Verdict:
+        """What may be said about the main probe's gain over the baseline, on the same test images."""
+        reason = "the folder of results, which holds the predictions for the test images, was not given"
+        if self.results and self.main and self.main.gain and self.baseline:
+            try:
+                return compare(self.results, self.main.rows, self.baseline.rows).verdict
+            except BadData as err:  # arrays that do not belong together, of a folder that somebody changed
+                reason = str(err)
+        return verdict(None, metric=self.metric, classes=self.first.classes, missing=reason)
 
-        The probes share their images, so the true error is smaller, by an amount that rows cannot give. An accuracy has the
-        standard error of a binomial share; R² has that of a squared correlation, 2 R (1 - R²) / √n (Olkin and Finn 1995).
-        The result is None for an average precision, since rows cannot give its error.
-        """
-        means = [min(1.0, max(0.0, score.test.mean)) for score in (self.main, self.baseline) if score]
-        if self.metric == "balanced_accuracy":
-            variances = [mean * (1 - mean) for mean in means]
-        elif self.metric == "r2":
-            variances = [4 * mean * (1 - mean) ** 2 for mean in means]
-        else:
-            return None
-        return sqrt(sum(variances) / self.first.images.test)
+    @cached_property
+    def rare(self) -> tuple[RareClass, ...]:
+        """Classes with too few test images for a verdict."""
+        return rare_of(self.results, self.rows)
 
     @cached_property
     def attention(self) -> "LayerAttention | None":
@@ -274,9 +275,10 @@ def _over_layers(row: Row) -> bool:
     return len(set(zip(attention.layers, attention.kinds, strict=True))) == len(attention.kinds)
 
 
-def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
+def comparison_groups(rows: Sequence[Row], results: Results | None = None) -> list[ComparisonGroup]:
     """Group rows by the setting that `results compare` demands too, in order of appearance of models and data sets.
 
+    `results` holds the rows' arrays, by which a gain is told from chance; without them nothing is called a gain.
     If several rows have the same probe and seed, the last counts. This is the one way into every table, figure and page: names
     are written in one line without control characters here, which a terminal would obey and XML cannot hold.
 
@@ -291,7 +293,10 @@ def comparison_groups(rows: Sequence[Row]) -> list[ComparisonGroup]:
     models = list(dict.fromkeys(key.model for key in grouped))
     datasets = list(dict.fromkeys(key.dataset for key in grouped))
     keys = sorted(grouped, key=lambda key: (models.index(key.model), datasets.index(key.dataset)))
-    return [ComparisonGroup(*key, _group_name(key, keys), _scores([*grouped[key].values()])) for key in keys]
+    return [
+        ComparisonGroup(*key, _group_name(key, keys), _scores([*grouped[key].values()]), results=results)
+        for key in keys
+    ]
 
 
 def replaced(rows: Iterable[Row]) -> list[tuple[Row, Row]]:

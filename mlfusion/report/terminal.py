@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlfusion.report.numbers import count, mean_sd, percent, points, short_count
-from mlfusion.report.sentences import answer, opening, protocol_notes, replaced_notes
+from mlfusion.report.sentences import answer, opening, protocol_notes, rare_notes, replaced_notes
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import (
     ComparisonGroup,
@@ -20,7 +20,7 @@ from mlfusion.report.summary import (
     metric_name,
 )
 from mlfusion.report.tables import markdown_lines, seed_counts
-from mlfusion.results import Row
+from mlfusion.results import Results, Row
 from mlfusion.system import text
 from mlfusion.system.progress import duration
 from mlfusion.system.words import plural
@@ -31,7 +31,9 @@ MAX_DATASETS = 2
 """With more data sets than this, each model gets one table with a column per data set."""
 
 
-def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> RenderableType:
+def table(
+    rows: Sequence[Row], *, results: Results | None = None, width: int = 100, long: bool = False
+) -> RenderableType:
     """A table for each model and data set, with a sentence that answers the question, for `rich.Console.print`.
 
     With more than two data sets, each model has one table instead: a line per probe, a column per data set. Several models on
@@ -39,20 +41,22 @@ def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> Rende
 
     Args:
         rows: rows of any models and data sets.
+        results: the results of the rows; by their arrays a gain is told from chance.
         width: characters per line.
         long: one table for each model and data set, whatever their number.
 
     Raises:
         MlfusionError: there are no rows.
     """
-    groups = comparison_groups(rows)
+    groups = comparison_groups(rows, results)
     all_studies = studies(groups)
     parts: list[RenderableType] = []
     by_model = all(len(study.datasets) == 1 and len(study.models) > 1 for study in all_studies)
     if long or (not by_model and all(len(study.datasets) <= MAX_DATASETS for study in all_studies)):
         for group in groups:
             parts += [_table(group), *_footnote(group.scores), Text(answer(group)), Text()]
-        return Group(*parts[:-1], *(Text(note) for note in [*protocol_notes(groups), *replaced_notes(rows)]))
+        notes = [*rare_notes(groups), *protocol_notes(groups), *replaced_notes(rows)]
+        return Group(*parts[:-1], *(Text(note) for note in notes))
     for study in all_studies:
         if len(study.datasets) == 1 and len(study.models) > 1:
             parts += [*_side_by_side(study, study.datasets[0], {g.model: g for g in study.groups}, width), Text()]
@@ -63,7 +67,7 @@ def table(rows: Sequence[Row], *, width: int = 100, long: bool = False) -> Rende
     singles = sum(score.layerwise is not None for group in groups for score in group.scores)
     notes = [opening(groups)]
     notes += [f"{count(singles)} scores of single layers are not in these tables."] if singles else []
-    notes += [*protocol_notes(groups), *replaced_notes(rows)]
+    notes += [*rare_notes(groups), *protocol_notes(groups), *replaced_notes(rows)]
     notes += [f"{plural(older, 'older set of features is', 'older sets of features are')} not shown."] if older else []
     notes.append("For validation scores, parameters and times type: mlfusion report --long.")
     return Group(*parts, Text(" ".join(notes)))
@@ -157,14 +161,14 @@ def add_line(table: Table, cells: Iterable[str | Text], style: str = "") -> None
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The tables as Markdown.
+def markdown(rows: Sequence[Row], *, results: Results | None = None) -> str:
+    """The tables as Markdown; `results` as in `table`.
 
     Raises:
         MlfusionError: there are no rows.
     """
     parts = []
-    groups = comparison_groups([row.renamed(text.markdown) for row in rows])
+    groups = comparison_groups([row.renamed(text.markdown) for row in rows], results)
     for group in groups:
         lines = [(f"`{score.probe}`", *_cells(score)) for score in group.scores]
         part = [
@@ -176,7 +180,7 @@ def markdown(rows: Sequence[Row]) -> str:
             *(line for note in footnotes(group.scores) for line in ("", note)),
         ]
         parts.append("\n".join(part))
-    return "\n\n".join([*parts, *protocol_notes(groups), *replaced_notes(rows)]) + "\n"
+    return "\n\n".join([*parts, *rare_notes(groups), *protocol_notes(groups), *replaced_notes(rows)]) + "\n"
 
 
 def _sizes(group: ComparisonGroup) -> str:

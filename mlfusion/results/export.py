@@ -3,7 +3,8 @@
 import csv
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -64,20 +65,50 @@ def write(rows: Iterable[Row], path: Path) -> None:
         UnknownName: the ending is not one of these.
         ResultsUnusable: it cannot be written.
     """
+    format = _format(path)
+    if isinstance(rows, Iterator):  # a CSV may read them twice
+        rows = list(rows)
+    with _draft(path) as draft:
+        if format == "parquet":
+            frame(rows).to_parquet(draft, index=False)
+        else:
+            with draft.open("x", encoding="utf-8", newline="") as file:
+                _write_csv(rows, file) if format == "csv" else _write_lines(rows, file)
+
+
+def write_objects(objects: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Replace `path` by flat objects with the same fields, in the formats and with the errors of `write`."""
+    format = _format(path)
+    with _draft(path) as draft:
+        if format == "parquet":
+            import pandas
+
+            pandas.DataFrame(list(objects)).to_parquet(draft, index=False)
+            return
+        with draft.open("x", encoding="utf-8", newline="") as file:
+            if format == "jsonl":
+                file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
+                return
+            table = csv.DictWriter(file, list(_columns(objects)), lineterminator="\n")
+            table.writeheader()
+            table.writerows({name: csv_cell(value) for name, value in item.items()} for item in objects)
+
+
+def _format(path: Path) -> str:
     format = path.suffix.removeprefix(".")
     if format not in FORMATS:
         hint = "The ending of the path decides, as in results.csv."
         raise UnknownName("form of export", format, FORMATS, otherwise=hint)
-    if isinstance(rows, Iterator):  # a CSV may read them twice
-        rows = list(rows)
+    return format
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """A file that replaces `path` when it is complete."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk.atomic(path, replace=True) as draft:
-            if format == "parquet":
-                frame(rows).to_parquet(draft, index=False)
-            else:
-                with draft.open("x", encoding="utf-8", newline="") as file:
-                    _write_csv(rows, file) if format == "csv" else _write_lines(rows, file)
+            yield draft
     except OSError as err:
         raise ResultsUnusable(
             f"cannot write {str(path)!r}: {err.strerror or err}; allowed: a path in a folder that can be written"

@@ -194,22 +194,23 @@ def auroc(labels: np.ndarray, probabilities: np.ndarray) -> Measure:
     It is the share of pairs of an image with the class and one without it in which the first has the larger probability, and
     half of the pairs with equal ones (Mann and Whitney 1947; Hanley and McNeil 1982).
     """
-    owned = _one_against_rest(labels, probabilities.shape[1])
-    columns = [
-        (np.argsort(column, kind="stable"), np.unique(column, return_inverse=True)[1]) for column in probabilities.T
-    ]
+    owned, columns = _one_against_rest(labels, probabilities.shape[1]), []
+    for column in probabilities.T:
+        order = np.argsort(column, kind="stable")
+        columns.append(
+            (order, np.flatnonzero(np.diff(column[order], prepend=-np.inf)))
+        )  # the first of each probability
 
     def score(weights: np.ndarray) -> np.ndarray:
         areas = np.full((len(weights), owned.shape[1]), np.nan)
-        for c, (order, ranks) in enumerate(columns):
-            ends = np.flatnonzero(np.diff(ranks[order], append=ranks.max() + 1))  # the last image of each probability
-            own, all_images = (
-                np.diff((weights * part)[:, order].cumsum(1)[:, ends], axis=1, prepend=0) for part in (owned[:, c], 1)
-            )
-            others = all_images - own
-            below = others.cumsum(1) - others
-            pairs = own.sum(1) * others.sum(1)
-            areas[:, c] = _share((own * (below + others / 2)).sum(1), pairs)
+        for c, (order, starts) in enumerate(columns):
+            ordered = weights[:, order]
+            own = ordered * owned[order, c]
+            others = ordered - own
+            if len(starts) < len(order):
+                own, others = np.add.reduceat(own, starts, axis=1), np.add.reduceat(others, starts, axis=1)
+            below = others.cumsum(1) - others / 2
+            areas[:, c] = _share(np.einsum("bn,bn->b", own, below), own.sum(1) * others.sum(1))
         return areas
 
     return score

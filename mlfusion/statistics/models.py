@@ -7,7 +7,7 @@ from mlfusion.errors import BadData
 from mlfusion.results import Results, Row
 from mlfusion.specs.names import full_name
 from mlfusion.statistics.rows import Comparison, compare
-from mlfusion.statistics.uncertainty import BOOTSTRAP, Bootstrap
+from mlfusion.statistics.resampling import BOOTSTRAP, Bootstrap
 
 
 def compare_models(

@@ -1,4 +1,4 @@
-"""Statistics of rows: comparison of two probes, ranks over data sets, cost, and the certainty of one row."""
+"""Statistics of rows: comparison of two probes, ranks over data sets, and cost."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from mlfusion.errors import BadData, ResultsUnusable
 from mlfusion.results import Results, Row
 from mlfusion.specs.names import full_name
-from mlfusion.statistics import images, uncertainty
+from mlfusion.statistics import uncertainty
 from mlfusion.statistics.datasets import (
     MIN_DATASETS,
     MIN_PROBES,
@@ -24,8 +24,9 @@ from mlfusion.statistics.datasets import (
     ranking,
     wilcoxon_or_reason,
 )
-from mlfusion.statistics.images import Calibration
-from mlfusion.statistics.uncertainty import BOOTSTRAP, Bootstrap, Difference, Interval, McNemar
+from mlfusion.statistics.resampling import BOOTSTRAP, Bootstrap
+from mlfusion.statistics.uncertainty import Difference, McNemar
+from mlfusion.statistics.verdicts import Verdict, verdict
 from mlfusion.system.words import plural
 
 
@@ -76,7 +77,10 @@ class Comparison:
     score_b: Spread
     gain: Spread  # A - B, seed by seed: the variation over training runs
     images: Difference | None  # A - B over the test images; None if arrays are missing
-    mcnemar: tuple[McNemar, ...]  # one per seed; empty if arrays are missing or images have no single class
+    verdict: Verdict  # what may be said about the gain
+    mcnemar: tuple[
+        McNemar, ...
+    ]  # one per seed, of plain accuracy; empty if arrays are missing or images have no single class
     marks: tuple[str, ...]  # other differences between the two
 
 
@@ -146,12 +150,14 @@ def compare(
     image_difference: Difference | None = None
     tests: tuple[McNemar, ...] = ()
     marks = tuple(differences(rows_a, rows_b).values())
+    gain, missing = Spread.of(x.test - y.test for x, y in zip(rows_a, rows_b, strict=True)), ""
     try:
         arrays_a, arrays_b = ([results.arrays(row) for row in rows] for rows in (rows_a, rows_b))
     except ResultsUnusable as err:
+        missing = str(err)
         marks = (*marks, f"no interval: {err}")
     else:
-        labels = arrays_a[0]["labels"]
+        labels, groups = arrays_a[0]["labels"], arrays_a[0].get("groups")
         if not all(np.array_equal(labels, arrays["labels"]) for arrays in (*arrays_a, *arrays_b)):
             raise BadData(
                 f"{one.id} and {other.id} were tested on other images, or in another order; allowed: the same test "
@@ -159,7 +165,7 @@ def compare(
             )
         predictions_a, predictions_b = ([arrays["probabilities"] for arrays in seeds] for seeds in (arrays_a, arrays_b))
         image_difference = uncertainty.difference(
-            labels, predictions_a, predictions_b, metric=one.metric, bootstrap=bootstrap
+            labels, predictions_a, predictions_b, metric=one.metric, bootstrap=bootstrap, groups=groups
         )
         marks = (*marks, *filter(None, [image_difference.refused]))
         if labels.ndim == 1 and labels.dtype.kind != "f":
@@ -173,8 +179,9 @@ def compare(
         seeds=tuple(dict.fromkeys(row.seed for row in (*rows_a, *rows_b))),
         score_a=Spread.of(row.test for row in rows_a),
         score_b=Spread.of(row.test for row in rows_b),
-        gain=Spread.of(x.test - y.test for x, y in zip(rows_a, rows_b, strict=True)),
+        gain=gain,
         images=image_difference,
+        verdict=verdict(image_difference, metric=one.metric, classes=one.classes, spread=gain.sd, missing=missing),
         mcnemar=tests,
         marks=marks,
     )
@@ -324,50 +331,6 @@ def rank(rows: Iterable[Row], *, baseline: str, level: float = 0.95) -> ProbeRan
         datasets_left_out=table.datasets_left_out,
         marks=tuple(marks),
     )
-
-
-ROUNDING = 1e-6
-"""The score that a row's arrays give may differ from the row's by so much: sums depend on the order of the images."""
-
-
-class Confusion(msgspec.Struct, frozen=True):
-    """Test images of one class that were classified as another."""
-
-    name: str = msgspec.field(name="class")
-    taken_for: str
-    images: int
-    of: int  # images of the class
-
-
-@dataclass(frozen=True)
-class Certainty:
-    """The certainty of a row's score, from its arrays; None if the target does not have it or the arrays are missing."""
-
-    interval: Interval | None = None
-    calibration: Calibration | None = None
-    confusions: tuple[Confusion, ...] | None = None  # the most frequent
-    missing: str | None = None  # why the arrays are missing, and what to do
-
-
-def certainty(results: Results, row: Row, *, confusions: int = 5) -> Certainty:
-    """The interval of a row's score over test images, its calibration, and its most frequent confusions."""
-    try:
-        arrays = results.arrays(row)
-    except ResultsUnusable as err:
-        return Certainty(missing=str(err))
-    labels, predictions = arrays["labels"], arrays["probabilities"]
-    interval = uncertainty.interval(labels, predictions, metric=row.metric)
-    if abs(interval.value - row.test) > ROUNDING:
-        return Certainty(missing=str(results.reject_arrays(row, interval.value)))
-    if labels.ndim != 1 or labels.dtype.kind == "f":
-        return Certainty(interval)
-    counts = images.confusion(labels, predictions)
-    wrong = [(int(counts[i, j]), i, j) for i, j in zip(*counts.nonzero(), strict=True) if i != j]
-    most_frequent = tuple(
-        Confusion(row.classes[i], row.classes[j], count, int(counts[i].sum()))
-        for count, i, j in sorted(wrong, reverse=True)[:confusions]
-    )
-    return Certainty(interval, images.calibration(labels, predictions), most_frequent)
 
 
 def _paired(a: list[Row], b: list[Row]) -> tuple[list[Row], list[Row]]:

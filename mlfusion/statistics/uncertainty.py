@@ -5,20 +5,19 @@ intervals contain the true value, and how often the tests are wrong, in simulate
 group, such as the slices of a patient, are no independent sample: with `groups` whole groups are drawn and swapped.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from math import sqrt
 
 import numpy as np
 
 from mlfusion.errors import BadData
-from mlfusion.shapes import Int
 from mlfusion.statistics.measures import AVERAGES, SUMS, Measure, check, full_score, image_terms, measure
+from mlfusion.statistics.resampling import BOOTSTRAP, Bootstrap, Cells, Units
 from mlfusion.system.words import plural
 
-MIN_IMAGES = 20
-"""Minimum number of test images for a bootstrap interval: with fewer, 95 % intervals contain the true value less often."""
+RANKS = ("auroc", "mean_average_precision")
+"""Metrics that depend on the order of the probabilities of a class alone."""
 
 MIN_DIFFERENT = 6
 """Minimum number of images on which two probes give different answers, for an interval of their difference."""
@@ -26,7 +25,9 @@ MIN_DIFFERENT = 6
 MIN_OUTCOMES = 10
 """Minimum number of right and of wrong images for a bootstrap interval: with fewer, resamples have too few different scores."""
 
-_BLOCK = 500_000  # weights in memory at a time: 4 MB, which fits into a processor's cache
+BY_CLASS_MEANS = ("balanced_accuracy", "macro_f1", "auroc", "mean_average_precision")
+"""Metrics that are means over classes or labels, so that a rare one weighs as much as a frequent one."""
+
 _ROUNDING = 1e-12  # differences of two swaps that differ by less, as a share of the scores, are equal up to rounding
 _ALL_EQUAL = (
     "no interval: almost every sample of these test images has the same score, so a bootstrap shows no variation"
@@ -34,116 +35,6 @@ _ALL_EQUAL = (
 
 Predictions = np.ndarray | Sequence[np.ndarray]
 """Probabilities [N, C], or numbers [N]; or a sequence of them, one per seed."""
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How test images are resampled, and how many times the answers of two probes are swapped."""
-
-    level: float = 0.95  # share of such intervals that contain the true value
-    resamples: int = 2000
-    seed: int = 0
-
-    def limits(self, score: Measure, units: "Units", means: int) -> tuple[float, float]:
-        """The percentile interval of a score that is a mean over `units`, or over so many means of parts of them.
-
-        A sample of n units varies less around its own mean than around the true one. The percentiles are moved apart
-        accordingly, as the interval of Student's t is wider than that of the normal distribution (Hesterberg 2015, The
-        American Statistician 69(4), "expanded percentile interval").
-        """
-        from scipy.special import ndtr, stdtrit  # quicker to import than scipy.stats
-
-        random, block = np.random.default_rng(self.seed), max(1, _BLOCK // units.images)
-        found = []
-        for start in range(0, self.resamples, block):
-            weights = np.empty((min(block, self.resamples - start), units.images))
-            for of_resample in weights:
-                of_resample[:] = units.draw(random)
-            found.append(score(weights))
-        freedom = units.count - means
-        tail = float(ndtr(sqrt(units.count / freedom) * stdtrit(freedom, (1 - self.level) / 2)))
-        low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
-        return float(low), float(high)
-
-    def swaps(self, units: int) -> Iterator[np.ndarray]:
-        """For which units A and B swap answers [B, units], in blocks: every way if so few, else ways drawn at random."""
-        if 2**units <= self.resamples:
-            yield np.array(list(product((False, True), repeat=units)))
-            return
-        random, block = np.random.default_rng(self.seed), max(1, _BLOCK // (2 * units))
-        for start in range(0, self.resamples, block):
-            yield random.random((min(block, self.resamples - start), units), np.float32) < 0.5
-
-
-BOOTSTRAP = Bootstrap()
-
-
-@dataclass(frozen=True, eq=False)
-class Units:
-    """What a bootstrap draws: single images, or whole groups of them (Davison & Hinkley 1997, section 3.8; Field & Welsh
-    2007, JRSS B 69(3), "cluster bootstrap").
-
-    If no group has images of two classes, groups are drawn class by class, so that every class has as many groups in each
-    resample as in the data.
-    """
-
-    of: Int[np.ndarray, " N"]  # the unit of each image
-    strata: tuple[Int[np.ndarray, " _"], ...]  # the units that are drawn together
-    noun: str = "test image"
-
-    @classmethod
-    def single(cls, images: int) -> "Units":
-        """Every image by itself."""
-        return cls(np.arange(images), (np.arange(images),))
-
-    @classmethod
-    def of_groups(cls, groups: np.ndarray | None, labels: np.ndarray) -> "Units":
-        """The groups of images with these labels; every image by itself if `groups` is None.
-
-        Raises:
-            BadData: not one group per image.
-        """
-        if groups is None:
-            return cls.single(len(labels))
-        if groups.shape != (len(labels),):
-            raise BadData(
-                f"groups of shape {groups.shape} and {len(labels)} labels; allowed: the group of every image [N]"
-            )
-        names, of = np.unique(groups, return_inverse=True)
-        strata: tuple[np.ndarray, ...] = (np.arange(len(names)),)
-        if labels.ndim == 1 and labels.dtype.kind != "f":
-            pairs = np.unique(np.column_stack([of, labels]), axis=0)
-            if len(pairs) == len(names):  # pure
-                strata = tuple(np.flatnonzero(pairs[:, 1] == label) for label in np.unique(labels))
-        return cls(of, strata, "test group")
-
-    @property
-    def images(self) -> int:
-        """N."""
-        return len(self.of)
-
-    @property
-    def count(self) -> int:
-        """The number of units."""
-        return sum(map(len, self.strata))
-
-    def draw(self, random: np.random.Generator) -> Int[np.ndarray, " N"]:
-        """How often each image is in a resample of as many units."""
-        drawn = [stratum[random.integers(len(stratum), size=len(stratum))] for stratum in self.strata]
-        return np.bincount(np.concatenate(drawn), minlength=self.count)[self.of]
-
-    def counts(self, labels: np.ndarray) -> Int[np.ndarray, " C"]:
-        """The number of units with images of each class."""
-        return np.bincount(np.unique(np.column_stack([self.of, labels]), axis=0)[:, 1])
-
-    def refusal(self, means: int) -> str | None:
-        """Why there are too few units for an interval of so many means, or None."""
-        if min(map(len, self.strata)) < 2 and len(self.strata) > 1:
-            return "no interval: the test images of a class are of one group, which shows no variation"
-        if self.count >= MIN_IMAGES and self.count > means:
-            return None
-        needed = max(MIN_IMAGES, means + 1)
-        return f"no interval from {plural(self.count, self.noun)}: a bootstrap needs {needed} or more"
 
 
 @dataclass(frozen=True)
@@ -159,6 +50,17 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """The test images behind a difference, which decide whether it can be called a gain or a loss."""
+
+    images: int  # test images, or groups of them
+    different: int  # those on which A and B differ
+    effective: float  # see `effective_images`
+    by_class: tuple[int, ...]  # images of each class or label; empty for a metric that is a mean over images
+    noun: str = "test image"
+
+
+@dataclass(frozen=True)
 class Difference:
     """Scores of A and B on the same images, and A - B with its bootstrap interval and its two-sided p-value."""
 
@@ -169,7 +71,9 @@ class Difference:
     high: float | None
     level: float
     p: float  # of the permutation test that swaps the answers of A and B
+    mid_p: float  # the same, with half of the swaps whose difference is as large; verdicts follow from it
     resamples: int
+    evidence: "Evidence"
     refused: str | None = None  # why there is no interval
 
 
@@ -217,7 +121,7 @@ def interval(
         if min(right, len(labels) - right) < MIN_OUTCOMES:
             if metric != "macro_f1":
                 counts = units.counts(labels) if metric == "balanced_accuracy" else np.array([units.count])
-                return Interval(value, *_wilson(value, counts[counts > 0], level), level, 0)
+                return Interval(value, *wilson(value, counts[counts > 0], level), level, 0)
             refused = (
                 f"no interval: a bootstrap needs {MIN_OUTCOMES} right and {MIN_OUTCOMES} wrong test images or more"
             )
@@ -243,6 +147,8 @@ def difference(
     Each resample of the interval draws the same images for both. The p-value is that of a permutation test: if A and B are
     alike, their answers to an image, of all seeds, may be swapped without effect. It is the share of swaps with a difference as
     large, among all swaps (up to ten images that matter) or `resamples` of them. Its level holds for any number of images.
+    The mid-p value counts half of those with an equal difference (Lancaster 1961, Biometrika 48; Fagerland, Lydersen and Laake
+    2013, BMC Medical Research Methodology 13:91): the plain one is too large where few images differ.
     With `groups`, answers to all images of a group are swapped together. Arguments and errors are those of `interval`; A and B
     have as many seeds.
     """
@@ -252,17 +158,34 @@ def difference(
     a_score, b_score = full_score(score_a, len(labels)), full_score(score_b, len(labels))
     value, means = a_score - b_score, _means(labels, metric)
     units = Units.of_groups(groups, labels)
-    refused = units.refusal(means) or _too_alike(labels, a, b, metric, units)
+    by_class, different = units_by_class(labels, metric, units), _different(labels, a, b, metric, units)
+    evidence = Evidence(units.count, different, effective_images(by_class, units.count), by_class, units.noun)
+    refused = units.refusal(means) or _too_alike(evidence)
     low, high = (None, None)
     if not refused:
-        low, high = bootstrap.limits(lambda weights: score_a(weights) - score_b(weights), units, means)
+        if groups is None and metric in ("accuracy", "balanced_accuracy"):
+            low, high = bootstrap.limits(*_cells(labels, a, b, metric), means)
+        else:
+            low, high = bootstrap.limits(lambda weights: score_a(weights) - score_b(weights), units, means)
         if low == high:
             low, high, refused = None, None, _ALL_EQUAL
     unit = 0.0 if metric in ("mae", "rmse") else 1.0  # errors have the unit of the labels, other scores end at 1
-    least = abs(value) - _ROUNDING * max(unit, abs(a_score), abs(b_score))
+    rounding = _ROUNDING * max(unit, abs(a_score), abs(b_score))
     count, gaps = _gaps(labels, a, b, metric, units)
-    p = _swap_p(count, gaps, least, bootstrap)
-    return Difference(a_score, b_score, value, low, high, bootstrap.level, p, bootstrap.resamples, refused)
+    p, mid_p = _swap_p(count, gaps, abs(value), rounding, bootstrap)
+    level, resamples = bootstrap.level, bootstrap.resamples
+    return Difference(a_score, b_score, value, low, high, level, p, mid_p, resamples, evidence, refused)
+
+
+def effective_images(by_class: Sequence[int], images: int) -> float:
+    """The number of images of one class that a mean over classes of these sizes varies like.
+
+    It is (Σ 1/n)² / Σ 1/n³, the degrees of freedom of Welch and Satterthwaite (1946) for classes of equal variance: all images
+    for classes of equal size, about those of the rarest class where one is rare. Classes without images do not count. Without
+    classes it is the number of images.
+    """
+    counts = np.array([count for count in by_class if count], np.float64)
+    return float((1 / counts).sum() ** 2 / (1 / counts**3).sum()) if len(counts) else float(images)
 
 
 def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
@@ -285,14 +208,40 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
     return McNemar(both, only_a, only_b, neither, p)
 
 
-def _swap_p(units: int, gaps: Measure, least: float, bootstrap: Bootstrap) -> float:
-    """The share of swaps with a difference of at least `least`."""
-    count = larger = 0
+def _swap_p(units: int, gaps: Measure, value: float, rounding: float, bootstrap: Bootstrap) -> tuple[float, float]:
+    """The shares of swaps with a difference of at least `value`, and with half of those whose difference is equal to it."""
+    count = at_least = larger = 0
     for swapped in bootstrap.swaps(units):
-        larger += int((gaps(swapped) >= least).sum())
+        found = gaps(swapped)
+        at_least += int((found >= value - rounding).sum())
+        larger += int((found > value + rounding).sum())
         count += len(swapped)
-    every = count == 2**units  # the answers as they are are one of them
-    return larger / count if every else (larger + 1) / (count + 1)
+    if count != 2**units:  # the answers as they are are one more swap; among all swaps they are counted already
+        at_least, count = at_least + 1, count + 1
+    p = at_least / count
+    return p, p if value <= rounding else (larger + at_least) / (2 * count)
+
+
+def _ranks(probabilities: np.ndarray) -> np.ndarray:
+    """The rank of each probability among those of its class, equal for equal ones [N, C] (Venkatraman and Begg 1996)."""
+    return np.stack([np.unique(column, return_inverse=True)[1] for column in probabilities.T], axis=1)
+
+
+def _cells(labels: np.ndarray, a: Predictions, b: Predictions, metric: str) -> tuple[Measure, Cells]:
+    """The difference of two accuracies or balanced accuracies by the counts of images [B, M], and these counts [M]."""
+    pairs = list(zip(_seeds(a), _seeds(b), strict=True))
+    gains = np.sum([(x.argmax(1) == labels).astype(int) - (y.argmax(1) == labels) for x, y in pairs], axis=0)
+    classes = labels if metric == "balanced_accuracy" else np.zeros_like(labels)
+    kinds = 2 * len(pairs) + 1  # of gains, from -seeds to seeds
+    cells, counts = np.unique(classes * kinds + gains + len(pairs), return_counts=True)
+    starts, of_cells = np.flatnonzero(np.diff(cells // kinds, prepend=-1)), cells % kinds - len(pairs)
+
+    def score(weights: np.ndarray) -> np.ndarray:
+        gained, images = (np.add.reduceat(part, starts, axis=1) for part in (weights * of_cells, weights))
+        present = images > 0
+        return (gained / np.where(present, images, 1)).sum(1) / (len(pairs) * present.sum(1))
+
+    return score, Cells(counts)
 
 
 def _gaps(labels: np.ndarray, a: Predictions, b: Predictions, metric: str, units: Units) -> tuple[int, Measure]:
@@ -303,6 +252,8 @@ def _gaps(labels: np.ndarray, a: Predictions, b: Predictions, metric: str, units
         gains = np.bincount(units.of, gains, units.count)
         gains = gains[gains != 0]
         return len(gains), lambda swapped: np.abs(np.where(swapped, -1.0, 1.0) @ gains)
+    if metric in RANKS:  # the probabilities of A and B may have other scales, of which these metrics know nothing
+        pairs = [(_ranks(x), _ranks(y)) for x, y in pairs]
     # The answers of A stand above those of B, weighted 0 or 1.
     score = _mean_measure(np.concatenate([labels, labels]), [np.concatenate(pair) for pair in pairs], metric)
 
@@ -314,7 +265,7 @@ def _gaps(labels: np.ndarray, a: Predictions, b: Predictions, metric: str, units
     return units.count, gaps
 
 
-def _wilson(value: float, counts: np.ndarray, level: float) -> tuple[float, float]:
+def wilson(value: float, counts: np.ndarray, level: float) -> tuple[float, float]:
     """The score interval of Wilson (1927) for a mean of C recalls, with `counts` images each.
 
     The mean varies like a share of n = C² / Σ(1 / count) images; with one group, n is its number of images.
@@ -334,22 +285,38 @@ def _seeds(predictions: Predictions) -> list[np.ndarray]:
 
 def _means(labels: np.ndarray, metric: str) -> int:
     """The number of means that a metric is made of: one for each class, or a single one."""
-    return len(np.unique(labels)) if metric in ("balanced_accuracy", "macro_f1") else 1
+    return len(np.unique(labels)) if metric in ("balanced_accuracy", "macro_f1", "auroc") else 1
 
 
-def _too_alike(labels: np.ndarray, a: Predictions, b: Predictions, metric: str, units: Units) -> str | None:
-    """Why the answers differ on too few images, or in too few groups, for an interval of the difference, or None."""
+def units_by_class(labels: np.ndarray, metric: str, units: Units) -> tuple[int, ...]:
+    """The number of units of each class or label, for a metric that is a mean over these."""
+    if metric not in BY_CLASS_MEANS or labels.dtype.kind == "f":
+        return ()
+    if labels.ndim == 2:
+        return tuple(len(np.unique(units.of[column > 0])) for column in labels.T)
+    return tuple(units.counts(labels).tolist())
+
+
+def _different(labels: np.ndarray, a: Predictions, b: Predictions, metric: str, units: Units) -> int:
+    """The number of units on which A and B differ in what the metric counts."""
     pairs = list(zip(_seeds(a), _seeds(b), strict=True))
     if metric in ("accuracy", "balanced_accuracy"):
         differs = np.any([(x.argmax(1) == labels) != (y.argmax(1) == labels) for x, y in pairs], axis=0)
     else:
         differs = np.any([(x != y).reshape(len(labels), -1).any(1) for x, y in pairs], axis=0)
-    if (different := len(np.unique(units.of[differs]))) >= MIN_DIFFERENT:
+    return len(np.unique(units.of[differs]))
+
+
+def _too_alike(evidence: Evidence) -> str | None:
+    """Why the answers differ on too few units for an interval of the difference, or None."""
+    if evidence.different >= MIN_DIFFERENT:
         return None
-    return (
-        f"no interval of the difference: the two differ on {different} of {plural(units.count, units.noun)}, and a bootstrap "
-        f"needs {MIN_DIFFERENT} or more"
-    )
+    return f"no interval of the difference: {differs_on(evidence)}, and a bootstrap needs {MIN_DIFFERENT} or more"
+
+
+def differs_on(evidence: Evidence) -> str:
+    """'the two differ on 3 of 120 test images'."""
+    return f"the two differ on {evidence.different} of {plural(evidence.images, evidence.noun)}"
 
 
 def _mean_measure(labels: np.ndarray, predictions: Predictions, metric: str) -> Measure:

@@ -32,6 +32,7 @@ from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import BASELINE, Probe, parse_probes
 from mlfusion.specs.options import ComputeOptions, FeatureOptions, PilotOptions, SearchOptions
 from mlfusion.statistics.uncertainty import Difference, Interval, difference, interval
+from mlfusion.statistics.verdicts import Verdict, verdict
 from mlfusion.store import Alias, CachePath, Entry, FeatureStore, Groups
 from mlfusion.store.features import belong_together, newest_split
 from mlfusion.system.progress import track
@@ -56,6 +57,7 @@ class Candidate:
     score: Interval  # on the pilot's images
     gain: Difference | None  # over the baseline, on the same images; None for the baseline, or if it is no candidate
     behind: Difference | None  # lead of the best candidate; None for the best candidate
+    lead: Verdict | None  # what may be said of that lead; None for the best candidate
     bytes: int  # bytes to add to the cache, for both splits
     extract_seconds: float
     probe_seconds: float  # for one seed of the paper's grid
@@ -86,8 +88,8 @@ class Advice:
 
     @property
     def cheapest_equivalent(self) -> Candidate:
-        """The cheapest candidate that does not differ significantly from the best one."""
-        equivalent = [one for one in self.candidates if not one.behind or one.behind.low is None or one.behind.low <= 0]
+        """The cheapest candidate that is not told apart from the best one."""
+        equivalent = [one for one in self.candidates if one.lead is None or one.lead.word != "gain"]
         return min(equivalent, key=lambda candidate: (candidate.seconds, -candidate.score.value))
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +143,9 @@ def _candidates(pilot: "_Pilot", outcomes: dict[Probe, tuple[np.ndarray, tuple[i
         name, (predictions, (_, tokens, width)) = probe.name, outcomes[probe]
         base, top = by_name.get(BASELINE), by_name[best]
         problem = costs.Problem(tokens=tokens, width=width, classes=target.outputs, images=pilot.train_images)
+        behind = None
+        if name != best:
+            behind = difference(labels, top, predictions, metric=target.metric, groups=pilot.groups)
         candidates.append(
             Candidate(
                 probe=name,
@@ -148,9 +153,8 @@ def _candidates(pilot: "_Pilot", outcomes: dict[Probe, tuple[np.ndarray, tuple[i
                 gain=difference(labels, predictions, base, metric=target.metric, groups=pilot.groups)
                 if base is not None and name != BASELINE
                 else None,
-                behind=None
-                if name == best
-                else difference(labels, top, predictions, metric=target.metric, groups=pilot.groups),
+                behind=behind,
+                lead=verdict(behind, metric=target.metric, classes=target.names) if behind else None,
                 bytes=pilot.all_images * sum(pilot.bytes_of[pair] for pair in absent),
                 extract_seconds=pilot.all_images * pilot.seconds_each if absent else 0.0,
                 probe_seconds=costs.seconds(probe, problem, SearchOptions()),

@@ -1,6 +1,6 @@
-"""Confusions between classes and calibration of a classification probe, from its saved test probabilities."""
+"""Confusions, scores by class and calibration of a classification probe, from its saved test probabilities."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,10 +10,10 @@ import numpy as np
 from mlfusion.errors import MlfusionError
 from mlfusion.report.figures import charts
 from mlfusion.report.figures.drawing import Figure, Panel, Record, series_legend
-from mlfusion.report.numbers import percent
+from mlfusion.report.numbers import between_percent, percent
 from mlfusion.report.summary import ComparisonGroup, Score
 from mlfusion.results import Results
-from mlfusion.statistics import Calibration, calibration, confusion
+from mlfusion.statistics import Calibration, ClassScores, by_class, calibration, confusion
 
 MAX_CLASSES = 30
 """Maximum size of a readable matrix; with more classes only the most frequent confusions are listed."""
@@ -29,6 +29,7 @@ class Predictions:
     score: Score
     counts: np.ndarray  # [C, C] images by true class (row) and predicted class (column), summed over seeds
     calibrations: tuple[tuple[str, Calibration], ...]  # calibration of this probe and of the baseline
+    by_class: tuple[ClassScores, ...]  # of this probe, means over seeds
     seeds: int
 
 
@@ -37,28 +38,40 @@ def predictions(groups: Sequence[ComparisonGroup], results: Results) -> Predicti
     candidates = [(group, group.main or group.baseline) for group in groups if group.metric == "balanced_accuracy"]
     pairs = [(group, score) for group, score in candidates if score]
     for group, score in sorted(pairs, key=lambda pair: -pair[1].val.mean):
-        own = _pooled(score, results)
-        if own is None:
+        seeds = _saved(score, results)
+        if not seeds:
             continue
+        own = _pooled(seeds)
         curves = [(score.probe, calibration(*own))]
-        if group.baseline and not score.is_baseline and (base := _pooled(group.baseline, results)):
-            curves.append((group.baseline.probe, calibration(*base)))
-        return Predictions(group, score, confusion(*own), tuple(curves), len(own[0]) // group.first.images.test)
+        if group.baseline and not score.is_baseline and (base := _saved(group.baseline, results)):
+            curves.append((group.baseline.probe, calibration(*_pooled(base))))
+        classes = by_class(
+            seeds[0]["labels"],
+            [arrays["probabilities"] for arrays in seeds],
+            score.rows[0].classes,
+            groups=seeds[0].get("groups"),
+        )
+        return Predictions(group, score, confusion(*own), tuple(curves), classes, len(seeds))
     return None
 
 
-def _pooled(score: Score, results: Results) -> tuple[np.ndarray, np.ndarray] | None:
-    """Labels [n] and probabilities [n, C] of the seeds whose arrays are saved, one seed after another."""
-    labels, probabilities = [], []
+def _saved(score: Score, results: Results) -> list[dict[str, np.ndarray]]:
+    """The arrays of the seeds whose arrays are saved, of the same test images."""
+    saved: list[dict[str, np.ndarray]] = []
     for row in score.rows:
         try:
             arrays = results.arrays(row)
         except MlfusionError:
             continue
         if {"labels", "probabilities"} <= arrays.keys() and arrays["labels"].ndim == 1:
-            labels.append(arrays["labels"])
-            probabilities.append(arrays["probabilities"].astype(np.float32))
-    return (np.concatenate(labels), np.concatenate(probabilities)) if labels else None
+            saved.append(arrays)
+    return [arrays for arrays in saved if np.array_equal(arrays["labels"], saved[0]["labels"])]
+
+
+def _pooled(seeds: Sequence[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels [n] and probabilities [n, C], one seed after another."""
+    probabilities = [arrays["probabilities"].astype(np.float32) for arrays in seeds]
+    return np.concatenate([arrays["labels"] for arrays in seeds]), np.concatenate(probabilities)
 
 
 def source(predictions: Predictions) -> str:
@@ -66,6 +79,27 @@ def source(predictions: Predictions) -> str:
     seeds = f"{predictions.seeds} seeds, pooled" if predictions.seeds > 1 else "one seed"
     probe, model = predictions.score.probe, predictions.group.model
     return f"{probe} on {model}, which has the best validation score here: the test images of {seeds}."
+
+
+def class_lines(predictions: Predictions) -> list[tuple[str, int, str, str, str, str]]:
+    """(class, test images, recall, its interval, specificity, AUROC), the rarest first, if there are few enough classes."""
+    if len(predictions.by_class) > MAX_CLASSES:
+        return []
+
+    def text(value: float | None) -> str:
+        return "none" if value is None else percent(value)
+
+    return [
+        (
+            one.name,
+            one.images,
+            text(one.recall),
+            between_percent(one.low, one.high),
+            text(one.specificity),
+            text(one.auroc),
+        )
+        for one in sorted(predictions.by_class, key=lambda one: one.images)
+    ]
 
 
 def confusions(predictions: Predictions) -> list[tuple[str, str, int, str]]:
