@@ -14,7 +14,7 @@ import page
 
 from mlfusion import statistics
 from mlfusion.errors import BadData
-from mlfusion.statistics import Bootstrap
+from mlfusion.statistics import Bootstrap, uncertainty, verdicts
 
 IMAGES = (8, 20, 100, 1000)
 DATASETS = (5, 6, 8, 12, 20)
@@ -138,6 +138,9 @@ def called(world: World, images: int, worlds: int, resamples: int, first: int = 
     told: list[bool] = []
     for number in range(first, first + worlds):
         labels, a, b = world.draw(np.random.default_rng([images, number]), images)
+        sizes = np.bincount(labels) if world.metric in uncertainty.BY_CLASS_MEANS else []
+        if uncertainty.effective_images(sizes, images) < verdicts.MIN_EFFECTIVE:
+            continue  # whatever the answers are
         bootstrap = Bootstrap(resamples=resamples, seed=number)
         found = statistics.difference(labels, a, b, metric=world.metric, bootstrap=bootstrap)
         names = [str(c) for c in range(a[0].shape[1])]
@@ -273,42 +276,52 @@ def tables(worlds: int, resamples: int) -> str:
     )
 
 
-def verdict_tables(worlds: int, resamples: int) -> str:
-    """The tables of verdicts in Markdown; an AUROC, which takes fifty times as long, in a fifth of the worlds."""
+def verdict_table(worlds: int, resamples: int, *, ranked: bool = False) -> str:
+    """How many null worlds are called a gain or a loss, in Markdown; of AUROC if `ranked`, else of the accuracies."""
     lines: list[Sequence[str]] = []
     for name, world in CALLED.items():
-        drawn = worlds // 5 if world.metric == "auroc" else worlds
-        shares = [called(world, images, drawn, resamples) for images in CALLED_IMAGES]
-        lines.append((name, *(f"{_cell(share)} ({100 * told:.0f})" for share, told in shares)))
-        print(*lines[-1], sep="\t", flush=True)
-    trades = [_cell(traded(rare, worlds, resamples)) for rare in TRADES]
-    print(trades, flush=True)
-    return "\n\n".join(
-        [
-            f"Verdicts: of {worlds:,} null worlds ({worlds // 5:,} of AUROC), how many in percent are called a gain or a loss "
-            f"among those that can be told (± {100 * noise(worlds):.1f} and {100 * noise(worlds // 5):.1f} by chance, more "
-            "where few can be told); in brackets how many can be told; none: fewer than a tenth can.",
-            page.table(["metric, classes, scores", *(f"{n:,} images" for n in CALLED_IMAGES)], lines),
-            f"Why a rare class is not told: two probes with a balanced accuracy of 77.5 %, one better by ten points on a rare "
-            f"class, the other on a class of {FREQUENT} images. In how many of {worlds:,} worlds, in percent, p would be at "
-            "most 0.05, by the number of test images of the rare class.",
-            page.table([f"{n} images" for n in TRADES], [trades]),
-        ]
+        if (world.metric == "auroc") == ranked:
+            shares = [called(world, images, worlds, resamples) for images in CALLED_IMAGES]
+            lines.append((name, *(f"{_cell(share)} ({100 * told:.0f})" for share, told in shares)))
+            print(*lines[-1], sep="\t", flush=True)
+    text = (
+        f"Of {worlds:,} null worlds, how many in percent are called a gain or a loss among those that can be told "
+        f"(± {100 * noise(worlds):.1f} by chance, more where few can be told); in brackets how many in percent can be told."
     )
+    return f"{text}\n\n{page.table(['metric, classes, scores', *(f'{n:,} images' for n in CALLED_IMAGES)], lines)}"
+
+
+def trade_table(worlds: int, resamples: int) -> str:
+    """Why a rare class is not told, in Markdown."""
+    shares = [_cell(traded(rare, worlds, resamples)) for rare in TRADES]
+    text = (
+        "Two probes have a balanced accuracy of 77.5 %, one of them better by ten points on a rare class, the other on a class "
+        f"of {FREQUENT} images: in how many of {worlds:,} worlds, in percent, p is at most 0.05, by the number of test images "
+        f"of the rare class (± {100 * noise(worlds):.1f} by chance)."
+    )
+    return f"{text}\n\n{page.table(['images of the rare class', *map(str, TRADES)], [('p at most 0.05', *shares)])}"
+
+
+PARTS: Mapping[str, Callable[[int, int], str]] = {
+    "level": tables,
+    "verdicts": lambda worlds, resamples: verdict_table(5 * worlds, resamples),
+    "verdicts of AUROC": lambda worlds, resamples: verdict_table(worlds, resamples, ranked=True),
+    "rare classes": lambda worlds, resamples: trade_table(5 * worlds, resamples),
+}
+"""{part of docs/method.md: its text, from the numbers of worlds and of resamples}; an AUROC takes fifty times as long."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worlds", type=int, default=1000)
     parser.add_argument("--resamples", type=int, default=400)
+    parser.add_argument("--part", choices=PARTS, help="one of the parts of the page; default: all")
     parser.add_argument("--page", action="store_true")
-    parser.add_argument("--verdicts", action="store_true", help="the tables of verdicts alone")
     asked = parser.parse_args()
-    made = {"verdicts": verdict_tables(5 * asked.worlds, asked.resamples)}
-    if not asked.verdicts:
-        made["level"] = tables(asked.worlds, asked.resamples)
-    if asked.page:
-        for name, text in made.items():
+    for name in [asked.part] if asked.part else PARTS:
+        text = PARTS[name](asked.worlds, asked.resamples)
+        print(text, flush=True)
+        if asked.page:
             page.put("method.md", name, text)
 
 

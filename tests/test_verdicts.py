@@ -18,7 +18,9 @@ from scipy.stats import binom
 from scipy.stats import bootstrap as scipy_bootstrap
 from sklearn import metrics as reference
 from tiers import examples
+from tiny import save_images, save_model
 
+import mlfusion
 from mlfusion import cli, statistics
 from mlfusion.results import Results
 from mlfusion.statistics import Bootstrap, uncertainty, verdicts
@@ -303,3 +305,20 @@ def test_a_row_without_arrays_has_no_scores_by_class(tmp_path: Path) -> None:
     results.append(row("a"))
     found = statistics.certainty(results, results.rows()[0])
     assert found.by_class == () and found.rare == () and found.missing
+
+
+@pytest.mark.slow
+def test_a_class_without_test_images_goes_through_all_stages(tmp_path: Path) -> None:
+    model, data = save_model("vit", tmp_path / "tiny-vit"), save_images(tmp_path / "set", {"train": 8, "test": 8})
+    save_images(data, {"train": 8}, ["more"])
+    mlfusion.extract(str(model), str(data), cache=tmp_path / "cache")
+    options: dict[str, Any] = {"cache": tmp_path / "cache", "results": tmp_path / "results"}
+    [one] = mlfusion.probe(str(data), probes="cls-last/ridge", seeds=(0,), grid="quick", **options).rows
+    absent = one.classes.index("more")
+    present = [recall for c, recall in enumerate(one.metrics.recall) if c != absent]
+    assert one.metrics.recall[absent] is None
+    assert one.test == pytest.approx(np.mean(present))
+    found = statistics.certainty(Results(tmp_path / "results"), one)
+    assert found.by_class[absent].images == 0 and found.by_class[absent].recall is None
+    assert [each.recall for c, each in enumerate(found.by_class) if c != absent] == pytest.approx(present)
+    assert found.interval and found.interval.value == pytest.approx(one.test)

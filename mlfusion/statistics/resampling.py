@@ -47,14 +47,25 @@ class Bootstrap:
         low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
         return float(low), float(high)
 
-    def swaps(self, units: int) -> Iterator[np.ndarray]:
-        """For which units A and B swap answers [B, units], in blocks: every way if so few, else ways drawn at random."""
+    def swaps(self, kinds: Int[np.ndarray, " M"]) -> Iterator[np.ndarray]:
+        """For how many units of each kind A and B swap answers [B, M], in blocks; `kinds` are the numbers of units.
+
+        These are all ways to swap the answers of single units if they are so few, else ways drawn at random. If every kind is
+        one unit, the numbers are bool.
+        """
+        units, random = int(kinds.sum()), np.random.default_rng(self.seed)
         if 2**units <= self.resamples:
-            yield np.array(list(product((False, True), repeat=units)))
+            ways = np.array(list(product((False, True), repeat=units)))
+            single = len(kinds) == units
+            yield ways if single else np.add.reduceat(ways.astype(np.int64), kinds.cumsum() - kinds, axis=1)
             return
-        random, block = np.random.default_rng(self.seed), max(1, _BLOCK // (2 * units))
+        block = max(1, _BLOCK // (2 * len(kinds)))
         for start in range(0, self.resamples, block):
-            yield random.random((min(block, self.resamples - start), units), np.float32) < 0.5
+            shape = min(block, self.resamples - start), len(kinds)
+            if len(kinds) == units:
+                yield random.random(shape, np.float32) < 0.5
+            else:
+                yield random.binomial(kinds, 0.5, shape)
 
 
 BOOTSTRAP = Bootstrap()

@@ -12,6 +12,7 @@ from math import sqrt
 import numpy as np
 
 from mlfusion.errors import BadData
+from mlfusion.shapes import Int
 from mlfusion.statistics.measures import AVERAGES, SUMS, Measure, check, full_score, image_terms, measure
 from mlfusion.statistics.resampling import BOOTSTRAP, Bootstrap, Cells, Units
 from mlfusion.system.words import plural
@@ -86,6 +87,7 @@ class McNemar:
     only_b: int
     neither: int
     p: float
+    metric: str = "accuracy"  # whatever metric the rows report
 
 
 def interval(
@@ -171,8 +173,8 @@ def difference(
             low, high, refused = None, None, _ALL_EQUAL
     unit = 0.0 if metric in ("mae", "rmse") else 1.0  # errors have the unit of the labels, other scores end at 1
     rounding = _ROUNDING * max(unit, abs(a_score), abs(b_score))
-    count, gaps = _gaps(labels, a, b, metric, units)
-    p, mid_p = _swap_p(count, gaps, abs(value), rounding, bootstrap)
+    kinds, gaps = _gaps(labels, a, b, metric, units)
+    p, mid_p = _swap_p(kinds, gaps, abs(value), rounding, bootstrap)
     level, resamples = bootstrap.level, bootstrap.resamples
     return Difference(a_score, b_score, value, low, high, level, p, mid_p, resamples, evidence, refused)
 
@@ -208,15 +210,19 @@ def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
     return McNemar(both, only_a, only_b, neither, p)
 
 
-def _swap_p(units: int, gaps: Measure, value: float, rounding: float, bootstrap: Bootstrap) -> tuple[float, float]:
+def _swap_p(
+    kinds: np.ndarray, gaps: Measure, value: float, rounding: float, bootstrap: Bootstrap
+) -> tuple[float, float]:
     """The shares of swaps with a difference of at least `value`, and with half of those whose difference is equal to it."""
     count = at_least = larger = 0
-    for swapped in bootstrap.swaps(units):
+    for swapped in bootstrap.swaps(kinds):
         found = gaps(swapped)
         at_least += int((found >= value - rounding).sum())
         larger += int((found > value + rounding).sum())
         count += len(swapped)
-    if count != 2**units:  # the answers as they are are one more swap; among all swaps they are counted already
+    if count != 2 ** int(
+        kinds.sum()
+    ):  # the answers as they are are one more swap; among all swaps they are counted already
         at_least, count = at_least + 1, count + 1
     p = at_least / count
     return p, p if value <= rounding else (larger + at_least) / (2 * count)
@@ -244,14 +250,19 @@ def _cells(labels: np.ndarray, a: Predictions, b: Predictions, metric: str) -> t
     return score, Cells(counts)
 
 
-def _gaps(labels: np.ndarray, a: Predictions, b: Predictions, metric: str, units: Units) -> tuple[int, Measure]:
-    """The number n of units whose swap counts, and swaps [B, n] → differences without their sign [B]."""
+def _gaps(
+    labels: np.ndarray, a: Predictions, b: Predictions, metric: str, units: Units
+) -> tuple[Int[np.ndarray, " M"], Measure]:
+    """The units whose swap counts, by kind [M], and numbers of swaps [B, M] → differences without their sign [B].
+
+    Units are of one kind if their swap changes the difference by as much: of an accuracy there are few kinds.
+    """
     pairs = list(zip(_seeds(a), _seeds(b), strict=True))
     if metric in SUMS:
         gains = np.mean([image_terms(labels, x, metric) - image_terms(labels, y, metric) for x, y in pairs], axis=0)
         gains = np.bincount(units.of, gains, units.count)
-        gains = gains[gains != 0]
-        return len(gains), lambda swapped: np.abs(np.where(swapped, -1.0, 1.0) @ gains)
+        found, kinds = np.unique(np.abs(gains[gains != 0]), return_counts=True)
+        return kinds, lambda swapped: np.abs((kinds - 2.0 * swapped) @ found)
     if metric in RANKS:  # the probabilities of A and B may have other scales, of which these metrics know nothing
         pairs = [(_ranks(x), _ranks(y)) for x, y in pairs]
     # The answers of A stand above those of B, weighted 0 or 1.
@@ -262,7 +273,7 @@ def _gaps(labels: np.ndarray, a: Predictions, b: Predictions, metric: str, units
         first = np.hstack([~swapped, swapped]).astype(np.float64)
         return np.abs(score(first) - score(1 - first))
 
-    return units.count, gaps
+    return np.ones(units.count, np.int64), gaps
 
 
 def wilson(value: float, counts: np.ndarray, level: float) -> tuple[float, float]:
