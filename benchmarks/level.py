@@ -14,7 +14,7 @@ import page
 
 from mlfusion import statistics
 from mlfusion.errors import BadData
-from mlfusion.statistics import Bootstrap, uncertainty, verdicts
+from mlfusion.statistics import Bootstrap, uncertainty
 
 IMAGES = (8, 20, 100, 1000)
 DATASETS = (5, 6, 8, 12, 20)
@@ -139,8 +139,10 @@ def called(world: World, images: int, worlds: int, resamples: int, first: int = 
     for number in range(first, first + worlds):
         labels, a, b = world.draw(np.random.default_rng([images, number]), images)
         sizes = np.bincount(labels) if world.metric in uncertainty.BY_CLASS_MEANS else []
-        if uncertainty.effective_images(sizes, images) < verdicts.MIN_EFFECTIVE:
+        if uncertainty.effective_images(sizes, images) < uncertainty.MIN_EFFECTIVE:
             continue  # whatever the answers are
+        if world.metric == "auroc" and np.count_nonzero(sizes) < 2:
+            continue
         bootstrap = Bootstrap(resamples=resamples, seed=number)
         found = statistics.difference(labels, a, b, metric=world.metric, bootstrap=bootstrap)
         names = [str(c) for c in range(a[0].shape[1])]

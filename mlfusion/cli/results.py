@@ -420,8 +420,10 @@ def _percent(value: float | None) -> str:
 def _comparison_cells(comparison: "Comparison") -> dict[str, Any]:
     from mlfusion.report.numbers import between, mean_sd, p_value, points
     from mlfusion.report.summary import metric_name
+    from mlfusion.statistics.verdicts import NOT_TOLD
 
-    difference = comparison.images
+    difference, one = comparison.images, comparison.verdict
+    tested = "none" if one.p is None or one.word == NOT_TOLD else p_value(one.p)
     heading, interval = "over images", "no arrays"
     if difference:
         heading = f"{100 * difference.level:.0f} % over images"
@@ -435,7 +437,7 @@ def _comparison_cells(comparison: "Comparison") -> dict[str, Any]:
         "seeds": comparison.gain.n,
         heading: interval,
         "verdict": comparison.verdict.word,
-        f"p of {metric_name(comparison.metric)}": p_value(difference.mid_p) if difference else "",
+        f"p of {metric_name(comparison.metric)}": tested,
         "p of accuracy (McNemar)": " ".join(p_value(test.p) for test in comparison.mcnemar),
     }
 

@@ -20,7 +20,7 @@ from mlfusion.results import Results, Row
 from mlfusion.specs.names import BASELINE, layer_ranges
 from mlfusion.statistics.datasets import gain_tests
 from mlfusion.statistics.rows import Comparison, by_dataset, compare_probes, cost
-from mlfusion.statistics.verdicts import WORDS
+from mlfusion.statistics.verdicts import NOT_TOLD, WORDS
 from mlfusion.system.progress import duration
 from mlfusion.system.text import markdown
 from mlfusion.system.words import plural
@@ -112,7 +112,7 @@ def _case_table(probe: str, cases: Sequence[Comparison]) -> str:
     lines = []
     for one in cases:
         images, gain = one.images, plus_minus(one.gain.sd).strip()
-        interval = f"{between(images.low, images.high)} | {p_value(images.mid_p)}" if images else "|"
+        interval = f"{between(images.low, images.high)} | {_tested(one)}" if images else "|"
         scores = percent(one.score_b.mean), percent(one.score_a.mean)
         lines.append((one.model, one.dataset, *scores, points(one.gain.mean), gain, interval, one.verdict.word))
     words = [one.verdict.word for one in cases]
@@ -127,6 +127,11 @@ def _case_table(probe: str, cases: Sequence[Comparison]) -> str:
         f"{counted}.",
         *reasons,
     )
+
+
+def _tested(one: Comparison) -> str:
+    """The p-value that the verdict follows from; 'none' where nothing can be told."""
+    return "none" if one.verdict.p is None or one.verdict.word == NOT_TOLD else p_value(one.verdict.p)
 
 
 def _tests(study: Study) -> list[str]:

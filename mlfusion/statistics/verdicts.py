@@ -11,14 +11,10 @@ from typing import Literal
 
 import msgspec
 
-from mlfusion.statistics.uncertainty import MIN_DIFFERENT, Difference, Evidence, differs_on
+from mlfusion.statistics.uncertainty import MIN_DIFFERENT, MIN_EFFECTIVE, Difference, Evidence, differs_on
 from mlfusion.system.words import plural
 
 LEVEL = 0.05
-
-MIN_EFFECTIVE = 20
-"""Minimum of `effective_images`. Below it two probes with equal balanced accuracy are told apart in up to 70 % of the cases, if
-one is better on a rare class and the other on the frequent ones."""
 
 SHOWN = 3  # rare classes that a sentence names
 
