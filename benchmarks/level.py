@@ -133,8 +133,8 @@ TRADES = (3, 5, 7, 10, 15, 20, 30, 50)  # images of the rare class
 FREQUENT = 400
 
 
-def called(world: World, images: int, worlds: int, resamples: int, first: int = 0) -> tuple[float | None, float]:
-    """Of null worlds, the share that is called a gain or a loss among those that can be told; and the share of these."""
+def called(world: World, images: int, worlds: int, resamples: int, first: int = 0) -> tuple[int, int]:
+    """Of null worlds, the number that is called a gain or a loss, and the number of those that can be told."""
     told: list[bool] = []
     for number in range(first, first + worlds):
         labels, a, b = world.draw(np.random.default_rng([images, number]), images)
@@ -149,7 +149,7 @@ def called(world: World, images: int, worlds: int, resamples: int, first: int = 
         verdict = statistics.verdict(found, metric=world.metric, classes=names)
         if verdict.direction is not None:
             told.append(verdict.direction != 0)
-    return float(np.mean(told)) if len(told) >= worlds / 10 else None, len(told) / worlds
+    return sum(told), len(told)
 
 
 def traded(rare: int, worlds: int, resamples: int) -> float:
@@ -278,19 +278,28 @@ def tables(worlds: int, resamples: int) -> str:
     )
 
 
+def _called_share(wrong: int, told: int, least: float = 1) -> str:
+    return _cell(wrong / told if told >= least else None)
+
+
 def verdict_table(worlds: int, resamples: int, *, ranked: bool = False) -> str:
     """How many null worlds are called a gain or a loss, in Markdown; of AUROC if `ranked`, else of the accuracies."""
     lines: list[Sequence[str]] = []
     for name, world in CALLED.items():
         if (world.metric == "auroc") == ranked:
-            shares = [called(world, images, worlds, resamples) for images in CALLED_IMAGES]
-            lines.append((name, *(f"{_cell(share)} ({100 * told:.0f})" for share, told in shares)))
+            counts = [called(world, images, worlds, resamples) for images in CALLED_IMAGES]
+            cells = [f"{_called_share(*one, worlds / 10)} ({100 * one[1] / worlds:.0f})" for one in counts]
+            wrong, told = map(sum, zip(*counts, strict=True))
+            lines.append((name, *cells, f"{_called_share(wrong, told)} of {told:,}"))
             print(*lines[-1], sep="\t", flush=True)
     text = (
         f"Of {worlds:,} null worlds, how many in percent are called a gain or a loss among those that can be told "
-        f"(± {100 * noise(worlds):.1f} by chance, more where few can be told); in brackets how many in percent can be told."
+        f"(± {100 * noise(worlds):.1f} by chance, more where few can be told); in brackets how many in percent can be told; "
+        "none: fewer than a tenth."
     )
-    return f"{text}\n\n{page.table(['metric, classes, scores', *(f'{n:,} images' for n in CALLED_IMAGES)], lines)}"
+    return (
+        f"{text}\n\n{page.table(['metric, classes, scores', *(f'{n:,} images' for n in CALLED_IMAGES), 'all'], lines)}"
+    )
 
 
 def trade_table(worlds: int, resamples: int) -> str:
