@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from mlfusion.errors import BadData
 from mlfusion.results import Results, Row
 from mlfusion.specs.names import full_name
-from mlfusion.statistics.rows import Comparison, compare
 from mlfusion.statistics.resampling import BOOTSTRAP, Bootstrap
+from mlfusion.statistics.rows import Comparison, compare
 
 
 def compare_models(
