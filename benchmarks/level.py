@@ -138,7 +138,7 @@ def called(world: World, images: int, worlds: int, resamples: int, first: int = 
     told: list[bool] = []
     for number in range(first, first + worlds):
         labels, a, b = world.draw(np.random.default_rng([images, number]), images)
-        sizes = np.bincount(labels) if world.metric in uncertainty.BY_CLASS_MEANS else []
+        sizes = np.bincount(labels).tolist() if world.metric in uncertainty.BY_CLASS_MEANS else []
         if uncertainty.effective_images(sizes, images) < uncertainty.MIN_EFFECTIVE:
             continue  # whatever the answers are
         if world.metric == "auroc" and np.count_nonzero(sizes) < 2:

@@ -99,7 +99,7 @@ def test_a_class_of_seven_images_is_named_for_means_over_classes_alone() -> None
     for metric in ("accuracy", "loss"):
         assert told(labels, a, b, metric).word == "gain"
     assert told(labels[:113], a[:113], b[:113], "auroc").word == "cannot be told"  # no pair of two classes
-    assert told(labels[:15], a[:15], b[:15], "accuracy").reason == "15 test images; about 20 are needed"
+    assert told(labels[:15], a[:15], b[:15], "accuracy").reason == "15 test images; 20 are needed"
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def verdict(
 
 def untold(evidence: Evidence, classes: Sequence[str]) -> str:
     """Why these test images cannot tell two probes apart at the level; empty if they can."""
+    if evidence.images < MIN_EFFECTIVE:
+        return f"{plural(evidence.images, evidence.noun)}; {MIN_EFFECTIVE} are needed"
     if evidence.effective < MIN_EFFECTIVE:
         rare = rare_classes(evidence.by_class, classes, evidence.effective, evidence.noun)
         few = enumerate_rare(rare) or plural(evidence.images, evidence.noun)
