@@ -153,13 +153,13 @@ def test_a_pilot_keeps_patients_together(model: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_slices_of_photographs(model: str, shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_slices_of_photographs(shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Crops of flowers as slices: by image nearly all are right, by picture much fewer."""
-    files = sorted((shared / "flowers5" / "train").glob("*/*.jpg"))[::8][:150]
+    files = sorted((shared / "flowers5" / "train").glob("*/*.jpg"))[::4]
     pictures = [(file.parent.name, np.asarray(Image.open(file).convert("RGB").resize((44, 44)))) for file in files]
     place = save_slices(tmp_path / "set", pictures)
-    by_image = study(model, place)
+    by_image = study("formula-vit", place)
     assert "--group-column patient keeps them together" in caplog.text
-    by_patient = study(model, place, group_column="patient")
-    assert min(row.test for row in by_image) > 0.9
-    assert max(row.test for row in by_patient) < 0.7
+    by_patient = study("formula-vit", place, group_column="patient")
+    assert min(row.test for row in by_image) > 0.8
+    assert all(a.test > b.test + 0.25 for a, b in zip(by_image, by_patient, strict=True))
