@@ -16,7 +16,6 @@ from mlfusion.probing.search import RidgeSearch
 from mlfusion.probing.solvers.neighbours import Neighbourhood, neighbours
 from mlfusion.probing.targets import Number, OneClass, SeveralLabels, target_of
 from mlfusion.probing.training.batches import Tokens
-from mlfusion.specs.options import TrainingOptions
 
 GROUPS = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=6)), min_size=4, max_size=25)
 """The classes of the images of each group."""
@@ -127,7 +126,7 @@ def test_ridge_with_groups_is_chosen_on_the_held_out_groups(kind: str) -> None:
     if kind == "number":
         train = Tokens(train.values, np.repeat(np.random.default_rng(2).normal(size=60), 4), None, train.groups)
     target = target_of(train.labels, 3)
-    search = RidgeSearch("ridge", train, target, fit_options(), TrainingOptions())
+    search = RidgeSearch("ridge", train, target, fit_options())
     score, _ = search.scores()
     fitted, held = splits.split(target.strata(train.labels), seed=0, groups=train.groups, target=target)
     np.testing.assert_array_equal(search.fitted, fitted)
