@@ -72,7 +72,7 @@ def _results(
     from joblib import Parallel, delayed  # takes a fifth of a second, and most commands do without
 
     # Unlike a pool of the standard library, joblib's does not run the script of the caller again in each process.
-    parallel = Parallel(n_jobs=processes, backend="loky", batch_size=1, return_as="generator")
+    parallel = Parallel(n_jobs=processes, backend="loky", batch_size=1, max_nbytes=None, return_as="generator")
     results = parallel(delayed(_in_process)(pair, job, resources) for job in jobs)
     try:
         yield results
