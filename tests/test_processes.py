@@ -76,7 +76,7 @@ def test_rows_are_those_of_one_process_also_where_a_share_of_the_memory_is_too_s
     monkeypatch.setattr(processes, "TOKENS_SHARE", 0)
     half, whole = (Resources("cpu", size, streams=False) for size in (memory // 2, memory))
     assert isinstance(processes._in_process(pair, some[0], half), TooLittleMemory)
-    progress.set_quiet(False)
+    assert (torch.get_num_threads(), progress._quiet) == (2, False)  # as before, if it was no other process
     for several, one in zip(processes.trained(pair, some, whole), alone, strict=True):
         assert_same(several, one)
 

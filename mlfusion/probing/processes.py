@@ -84,9 +84,13 @@ def _results(
 
 def _in_process(pair: SplitPair, job: Job, resources: Resources) -> Trained | MlfusionError:
     """Train a job in a process of its own; an error is returned, so that it is raised in its turn, after earlier results."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    progress.set_quiet(True)  # the parent shows how far all are
     try:
-        return train(pair, job, resources)
+        with progress.hidden():  # the parent shows how far all are
+            return train(pair, job, resources)
     except MlfusionError as err:
         return err
+    finally:
+        # Where joblib may start no process, such as in a process that has to have no children, this is the caller's own.
+        torch.set_num_threads(before)

@@ -5,7 +5,8 @@ On a terminal the bar is live; in a log it is a line every ten seconds.
 
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,6 +23,17 @@ def set_quiet(quiet: bool) -> None:
     """Turn the display of progress off or on for the whole process."""
     global _quiet
     _quiet = quiet
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Context in which nothing is displayed."""
+    before = _quiet
+    set_quiet(True)
+    try:
+        yield
+    finally:
+        set_quiet(before)
 
 
 class Bar:
