@@ -106,7 +106,7 @@ def answer(group: ComparisonGroup) -> str:
         return f"{place}, whether the intermediate layers help is open: no probe read several layers. {_best(group)}"
     reached = f"{main.probe} reaches {_whole_percent(main.test.mean)}"
     if baseline is None:
-        return f"{place}, {reached}; {BASELINE} was not run, so whether the intermediate layers help is open."
+        return f"{place}, {reached}; {BASELINE} is not among these results, so whether the intermediate layers help is open."
     against = f"{reached} against {_whole_percent(baseline.test.mean)} for {BASELINE}"
     if main.gain is None:
         return f"{place}, {against}; they share no seed, so whether the intermediate layers help is open."
