@@ -340,7 +340,7 @@ class EmbeddingOptions(Options):
         "Token kinds (mlfusion ls tokens), comma-separated.",
         effect="bit",
     )
-    view: str = option("plain", text(), "View of the images: plain, flip, crop1, …", effect="bit")
+    view: str = option("plain", text(), "View of the images, such as flip or crop1.", effect="bit")
 
 
 @dataclass(frozen=True, kw_only=True)
