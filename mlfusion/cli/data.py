@@ -9,6 +9,7 @@ from mlfusion.cli.output import print_json, print_rows, say
 from mlfusion.specs.options import ReadOptions
 
 if TYPE_CHECKING:
+    from mlfusion.datasets import DataSet
     from mlfusion.datasets.describe import SplitSummary
 
 NARROW = 0.1  # images whose values use less than this share of the possible range are reported
@@ -51,12 +52,7 @@ def data(
         f"{data_set.name}: {', '.join(dict.fromkeys([data_set.form, data_set.source]))}"
         + (f", split anew {data_set.resplit}" if data_set.resplit else "")
     )
-    classes = ", ".join(data_set.classes[:8]) + (", …" if len(data_set.classes) > 8 else "")
-    label_texts = {"class": "one class an image", "labels": "several labels an image", "number": "a number an image"}
-    say(
-        (label_texts[data_set.label_kind] if data_set.labelled else "no labels")
-        + (f"; {len(data_set.classes):,}: {classes}" if data_set.classes else "")
-    )
+    say(_label_text(data_set))
     rows = []
     for one in splits:
         counts = ", ".join(f"{name} {value:,}" for name, value in one.labels.items())
@@ -77,6 +73,15 @@ def data(
     print_rows(rows)
     for one in splits:
         _print_findings(one, windowed=data_set.decoding.window is not None)
+
+
+def _label_text(data_set: "DataSet") -> str:
+    """The kind of the labels, and the first classes."""
+    if not data_set.labelled:
+        return "no labels"
+    texts = {"class": "one class an image", "labels": "several labels an image", "number": "a number an image"}
+    classes = ", ".join(data_set.classes[:8]) + (", …" if len(data_set.classes) > 8 else "")
+    return texts[data_set.label_kind] + (f"; {len(data_set.classes):,}: {classes}" if data_set.classes else "")
 
 
 def _print_findings(one: "SplitSummary", *, windowed: bool) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from mlfusion.statistics.uncertainty import Difference, Interval, difference, in
 from mlfusion.statistics.verdicts import Verdict, verdict
 from mlfusion.store import Alias, CachePath, Entry, FeatureStore, Groups
 from mlfusion.store.features import belong_together, newest_split
-from mlfusion.system.progress import track
+from mlfusion.system.progress import Bar, track
 
 FOLDS = 3
 PARTS = 100  # of work that the progress counts in the fastest fit
@@ -330,6 +331,11 @@ def _work(pilot: _Pilot, search: SearchOptions) -> dict[Probe, float]:
     return {probe: PARTS * each / min(seconds.values()) for probe, each in seconds.items()}
 
 
+def _show(bar: Bar, start: float, parts: float, step: int, steps: int) -> None:
+    """Show that a step of a fit is done, which began at `start` parts of all work and has `parts` itself."""
+    bar.to(round(start + parts * min(1.0, step / steps)))
+
+
 def _cross_validate(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, tuple[int, ...]]]:
     """Predictions [images, outputs] of each candidate by probes that were not trained on the image; and its tokens' shape."""
     fold_of = folds(pilot.target.strata(pilot.labels), seed, pilot.groups, pilot.target)
@@ -349,9 +355,7 @@ def _cross_validate(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, t
                     lambda left_out=left_out, tokens=tokens: tokens.of(left_out),  # type: ignore[misc]
                     target=pilot.target,
                     options=FitOptions(seed=seed, heads=probe.attention_heads(), search=search),
-                    progress=lambda step, of, start=start, probe=probe: bar.to(  # type: ignore[misc]
-                        round(start + work[probe] * min(1.0, step / of))
-                    ),
+                    progress=partial(_show, bar, start, work[probe]),
                 )
                 predictions[left_out] = outcome.predictions
                 bar.to(round(start + work[probe]))

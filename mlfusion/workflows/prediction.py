@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -163,9 +163,9 @@ class Predictor(Displayed):
     def _outputs(self, images: "Picture | Iterable[Picture]") -> Float[np.ndarray, "..."]:
         """[C] for one image, [N, C] for several."""
         if _is_one(images):
-            return self._pass([self._prepared(images, _name(images, None))])[0]  # type: ignore[arg-type]
+            return self._pass([self._prepared(cast("Picture", images), _name(images, None))])[0]
         found = []
-        for _, outputs in self._each(images, BATCH):  # type: ignore[arg-type]
+        for _, outputs in self._each(cast("Iterable[Picture]", images), BATCH):
             if isinstance(outputs, BadData):
                 raise outputs
             found.append(outputs)
@@ -190,17 +190,16 @@ class Predictor(Displayed):
                     future.cancel()
 
     def _batch(self, batch: "list[tuple[str, Future[np.ndarray]]]") -> Iterator[tuple[str, np.ndarray | BadData]]:
-        results: list[np.ndarray | BadData] = []
-        for _, future in batch:
+        pictures: dict[int, np.ndarray] = {}
+        errors: dict[int, BadData] = {}
+        for number, (_, future) in enumerate(batch):
             try:
-                results.append(future.result())
+                pictures[number] = future.result()
             except BadData as err:
-                results.append(err)
-        good = [number for number, result in enumerate(results) if not isinstance(result, BadData)]
-        if good:
-            for number, outputs in zip(good, self._pass([results[number] for number in good]), strict=True):  # type: ignore[misc]
-                results[number] = outputs
-        yield from ((name, result) for (name, _), result in zip(batch, results, strict=True))
+                errors[number] = err
+        outputs = dict(zip(pictures, self._pass(list(pictures.values())), strict=True)) if pictures else {}
+        for number, (name, _) in enumerate(batch):
+            yield name, errors[number] if number in errors else outputs[number]
 
     def _prepared(self, image: Picture, name: str) -> Num[np.ndarray, "3 height width"]:
         """One image, decoded and preprocessed; raises BadData, which names it, if that cannot be done."""
