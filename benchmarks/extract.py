@@ -35,7 +35,6 @@ from PIL import Image
 import mlfusion
 from mlfusion import models
 from mlfusion.cli.malloc import freed_memory_kept
-from mlfusion.extraction import loader
 from mlfusion.extraction.loader import Loader
 from mlfusion.extraction.request import Request
 from mlfusion.extraction.run import fill, load
@@ -201,7 +200,7 @@ def usual_script(folder: Path, images: Path, out: Path) -> float:
     }
     began = time.perf_counter()
     for kind, take in kinds.items():
-        batches = torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=loader.processor_count())
+        batches = torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=devices.processor_count())
         with torch.inference_mode():
             kept = [take(model(pixels, output_hidden_states=True)).cpu() for pixels in batches]
         torch.save(torch.cat(kept), out / f"{kind}.pt")
@@ -394,7 +393,7 @@ def gpu(args: argparse.Namespace, root: Path) -> None:
         (
             "from JPEG files",
             f"{median(one['files'] for one in found):,.0f} images/s",
-            f"{loader.processor_count()} processors; limit: {ours.limit}",
+            f"{devices.processor_count()} processors; limit: {ours.limit}",
         ),
         (
             "from pictures on the device",

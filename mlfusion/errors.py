@@ -109,6 +109,8 @@ def boundary(sentence: Callable[[str], MlfusionError]) -> Iterator[None]:
     except MlfusionError:
         raise
     except Exception as err:
+        if is_device_failure(err) or type(err).__name__ == "OutOfMemoryError":  # of a GPU, which has not read the file
+            raise
         raise sentence(first_line(err)) from err
 
 
@@ -121,3 +123,26 @@ def first_line(err: BaseException) -> str:
         return f"{err} is missing"[:200]
     first, *others = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
     return f"{first} {others[0] if first.endswith(':') and others else ''}".strip()[:200]
+
+
+SHORTAGES = (
+    *("cannot allocate memory", "can't allocate memory", "not enough memory", "failed to map segment", "out of memory"),
+    *("cublas_status_alloc_failed", "cudnn_status_alloc_failed", "cusolver_status_alloc_failed"),
+)
+"""What systems, torch and the libraries of GPUs say when memory ran out, in small letters."""
+
+DEVICE_FAILURES = ("cuda error", "cuda driver error", "hip error", "cudnn error", "cublas error", "nccl error")
+"""How torch begins what a GPU reports when it fails, in small letters."""
+
+
+def is_shortage(err: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a device, in a library's words too."""
+    return isinstance(err, MemoryError) or (
+        isinstance(err, (RuntimeError, ImportError)) and any(word in str(err).lower() for word in SHORTAGES)
+    )
+
+
+def is_device_failure(err: BaseException) -> bool:
+    """Whether a device failed or was lost: nothing more can be computed on it in this process."""
+    failed = type(err).__name__ == "AcceleratorError" or str(err).lower().startswith(DEVICE_FAILURES)
+    return isinstance(err, RuntimeError) and failed and not is_shortage(err)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from mlfusion.errors import MlfusionError, first_line
+from mlfusion.errors import MlfusionError, first_line, is_device_failure, is_shortage
 from mlfusion.system.progress import set_quiet
 from mlfusion.system.text import json_text, one_line
 from mlfusion.system.words import plural
@@ -38,12 +38,18 @@ class Commands(TyperGroup):
             _print_error(str(err))
             raise typer.Exit(1) from None
         except (MemoryError, RuntimeError, ImportError) as err:
-            if not _is_shortage(err):
+            if is_shortage(err):
+                _print_error(
+                    f"not enough memory ({first_line(err)}); allowed: 2 GB or more. Close other programs, raise the limit "
+                    "(ulimit -v unlimited), or give less to do: --batch-size 1, --memory 1GB"
+                )
+            elif is_device_failure(err):
+                _print_error(
+                    f"the device failed ({first_line(err)}); what was finished is kept. Run the same command again, which "
+                    "goes on from there; if it fails again, look at the GPU (nvidia-smi), or take --device cpu"
+                )
+            else:
                 raise
-            _print_error(
-                f"not enough memory ({first_line(err)}); allowed: 2 GB or more. Close other programs, raise the limit (ulimit "
-                "-v unlimited), or give less to do: --batch-size 1, --memory 1GB"
-            )
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             notify("stopped; what was finished is kept, the same command goes on from here")
@@ -54,12 +60,6 @@ def _print_error(message: str) -> None:
     if _volume > 0:
         traceback.print_exc()
     _write("error: " + one_line(" ".join(message.split())), err=True)
-
-
-def _is_shortage(err: BaseException) -> bool:
-    """Whether memory ran out, in a library's words too: of one that cannot be loaded, or of torch."""
-    words = ("cannot allocate memory", "can't allocate memory", "not enough memory", "failed to map segment")
-    return isinstance(err, MemoryError) or any(word in str(err).lower() for word in words)
 
 
 @contextmanager

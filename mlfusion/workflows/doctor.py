@@ -20,7 +20,7 @@ from mlfusion.specs.identity import HOOKS
 from mlfusion.specs.names import layer_ranges
 from mlfusion.store import CachePath, default_root
 from mlfusion.system import disk
-from mlfusion.system.devices import pick_device
+from mlfusion.system.devices import device_name, failures, pick_compute, pick_device, processor_count
 from mlfusion.system.memory import available
 from mlfusion.system.references import find_path, missing_path, parse_model
 
@@ -80,18 +80,32 @@ def _device(requested: str) -> Finding:
     except Unavailable as err:
         return Finding("device", "problem", str(err), "--device auto")
     if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(torch.device(device))
-        name = torch.cuda.get_device_name(torch.device(device))
-        return Finding("device", "ok", f"{device}: {name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+        return _gpu(device)
     if device == "mps":
-        return Finding("device", "ok", "mps: the graphics of this machine")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        advice = "mlfusion was never tried on such a device: compare some features with those of --device cpu"
+        return Finding("device", "note", "mps: the graphics of this machine", advice)
     return Finding(
         "device",
         "note",
-        f"cpu: {cores} cores, no accelerator",
+        f"cpu: {processor_count()} cores, no accelerator",
         "mlfusion plan says how long an extraction takes here; large models want a GPU",
     )
+
+
+def _gpu(device: str) -> Finding:
+    """Ask the GPU for its memory, and for one product: a driver may know a GPU that this PyTorch has no code for."""
+    try:
+        with failures(device, "a product of two small matrices"):
+            free, total = torch.cuda.mem_get_info(torch.device(device))
+            small = torch.ones(8, 8, device=device)
+            product = float((small @ small).sum())
+    except Unavailable as err:
+        return Finding("device", "problem", str(err), "install a PyTorch that is built for this GPU, or --device cpu")
+    if product != 8**3:
+        return Finding("device", "problem", f"{device} computes {product} for {8**3}", "--device cpu")
+    advice = "--compute auto is faster there than float32" if pick_compute("auto", device) != "float32" else ""
+    name = device_name(device)
+    return Finding("device", "ok", f"{device}: {name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free", advice)
 
 
 def _kernels() -> Finding:

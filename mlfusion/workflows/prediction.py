@@ -31,7 +31,7 @@ from mlfusion.specs.definitions import command
 from mlfusion.specs.identity import COMPUTES, Compute, Decoding, ModelSpec, digest
 from mlfusion.specs.options import PredictorOptions
 from mlfusion.store.encoding import ENCODINGS
-from mlfusion.system.devices import pick_device
+from mlfusion.system.devices import pick_device, processor_count
 from mlfusion.system.display import Displayed
 from mlfusion.system.references import parse_model
 from mlfusion.system.words import plural
@@ -174,7 +174,7 @@ class Predictor(Displayed):
     def _each(self, images: Iterable[Picture], batch_size: int) -> Iterator[tuple[str, np.ndarray | BadData]]:
         """(name, [C] or why there are none) of each image, in order; the next batch is decoded during a forward pass."""
         numbered = enumerate(images)
-        with ThreadPoolExecutor(loader.processor_count()) as pool:
+        with ThreadPoolExecutor(processor_count()) as pool:
 
             def submit() -> list[tuple[str, Future[np.ndarray]]]:
                 chosen = [(_name(image, number), image) for number, image in islice(numbered, batch_size)]
