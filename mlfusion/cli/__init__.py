@@ -135,7 +135,8 @@ def plan(
         print_json(estimate.to_json())
         return
     print_rows([vars(split) for split in estimate.splits])
-    rate = f" at {estimate.images_per_second:,.1f} images/s, as tried" if estimate.images_per_second else ""
+    limit = f" (limit: {estimate.limit})" if estimate.limit else ""
+    rate = f" at {estimate.images_per_second:,.1f} images/s, as tried{limit}" if estimate.images_per_second else ""
     say(
         f"to write: {estimate.bytes_to_write / 1e6:,.1f} MB of {estimate.free_bytes / 1e6:,.1f} MB free; "
         f"forward passes: {duration(estimate.seconds)}{rate}"

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mlfusion.errors import MlfusionError
+from mlfusion.errors import MlfusionError, is_shortage
+from mlfusion.extraction.transfers import Transfers, Wait, nothing
 from mlfusion.models.backbone import Backbone
-from mlfusion.models.preprocessing import Preprocessing
+from mlfusion.models.preprocessing import Finisher, Preprocessing
 from mlfusion.specs.identity import Pair
 from mlfusion.system import memory
 
@@ -17,6 +19,9 @@ MAX_BATCH_SIZES = {"cpu": 32, "cuda": 256, "mps": 64}
 
 MEMORY_SHARE = 0.6  # share of the free memory that one pass may use
 TRIAL_IMAGES = 2  # number of images in the measured pass
+
+Tokens = dict[Pair, Tensor]
+T = TypeVar("T")
 
 
 class Forward:
@@ -27,27 +32,35 @@ class Forward:
     ) -> None:
         """If `batch_size` is None, it is estimated by a measured pass over two images, up to MAX_BATCH_SIZES."""
         self.backbone, self.steps = backbone, steps
+        self.transfers = Transfers(backbone.device)
+        self._finish = Finisher(steps, backbone.device)
         self.batch_size = batch_size or self._fitting_batch_size(frozenset(pairs))
         self.shrunk = False  # whether memory ran out and the batch size was halved
         self.passes = 0
         self.seconds = 0.0
-        self.wait_for_copy: Callable[[], None] = lambda: None  # returns when the last pictures are on the device
-        self._buffer: Tensor | None = None  # normalised pictures; reused, since new memory would be cleared each time
+        self.wait_for_copy: Wait = nothing  # returns when the last pictures are on the device
 
-    def __call__(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor]:
-        """Preprocessed pictures → float32 tokens on the model's device, possibly still being computed.
+    def __call__(self, pictures: Tensor, pairs: frozenset[Pair]) -> Tokens:
+        """Preprocessed pictures → float32 tokens on the model's device, possibly still being computed; errors as `pieces`."""
+        parts = self.pieces(pictures, pairs, lambda tokens: tokens)
+        return parts[0] if len(parts) == 1 else {pair: torch.cat([part[pair] for part in parts]) for pair in parts[0]}
+
+    def pieces(self, pictures: Tensor, pairs: frozenset[Pair], then: Callable[[Tokens], T]) -> list[T]:
+        """What `then` makes of the tokens of one piece of the pictures after another, each as large as memory allows.
+
+        `then` computes on the device, and is called again for smaller pieces if memory runs out in it.
 
         Raises:
             MlfusionError: the memory is too small for one image.
         """
         start = time.perf_counter()
-        parts: list[dict[Pair, Tensor]] = []
+        parts: list[T] = []
         at = 0
         while at < len(pictures):
             piece = pictures[at : at + self.batch_size]
-            tokens = self._pass(piece, pairs)
-            if tokens is not None:
-                parts.append(tokens)
+            part = self._pass(piece, pairs, then)
+            if part is not None:
+                parts += part
                 at += len(piece)
             elif len(piece) == 1:
                 raise MlfusionError(
@@ -57,42 +70,33 @@ class Forward:
             else:
                 self.batch_size, self.shrunk = max(1, len(piece) // 2), True
         self.seconds += time.perf_counter() - start
-        return parts[0] if len(parts) == 1 else {pair: torch.cat([part[pair] for part in parts]) for pair in parts[0]}
+        return parts
 
-    def _pass(self, pictures: Tensor, pairs: frozenset[Pair]) -> dict[Pair, Tensor] | None:
+    def _pass(self, pictures: Tensor, pairs: frozenset[Pair], then: Callable[[Tokens], T]) -> list[T] | None:
         """Run one pass; None if memory ran out. A failed pass releases its memory, so that a smaller one may fit."""
         try:
-            tokens = self.backbone(self._to_device(pictures), pairs)
+            on_device, self.wait_for_copy = self.transfers.send(pictures)
+            part = then(self.backbone(self._finish(on_device), pairs))
         except (RuntimeError, MemoryError) as err:
-            if not memory.is_shortage(err):
+            if not is_shortage(err):
                 raise
-            self._buffer = None
+            self._finish.release()
         else:
             self.passes += 1
-            return tokens
-        memory.empty_cache(self.backbone.device.type)
+            return [part]
+        memory.empty_cache(str(self.backbone.device))
         return None
 
-    def _to_device(self, pictures: Tensor) -> Tensor:
-        on_device = pictures.to(self.backbone.device, non_blocking=True)
-        if on_device.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-            self.wait_for_copy = event.synchronize
-        if self._buffer is None or len(self._buffer) < len(on_device):
-            self._buffer = torch.empty(on_device.shape, device=on_device.device)
-        return self.steps.finish(on_device, self._buffer)
-
     def _fitting_batch_size(self, pairs: frozenset[Pair]) -> int:
-        kind = self.backbone.device.type
-        largest = MAX_BATCH_SIZES.get(kind, MAX_BATCH_SIZES["cpu"])
+        device = self.backbone.device
+        largest = MAX_BATCH_SIZES.get(device.type, MAX_BATCH_SIZES["cpu"])
         blank = torch.zeros(TRIAL_IMAGES, 3, *self.steps.pixels, dtype=self.steps.dtype)
         try:
-            with memory.measured(kind) as peak_bytes:
-                self.backbone(self.steps.finish(blank.to(self.backbone.device)), pairs)
+            with memory.measured(str(device)) as peak_bytes:
+                self.backbone(self._finish(blank.to(device)), pairs)
         except (RuntimeError, MemoryError) as err:
-            if not memory.is_shortage(err):
+            if not is_shortage(err):
                 raise
             return 1
-        fits = int(MEMORY_SHARE * memory.available(str(self.backbone.device)) / max(peak_bytes() / TRIAL_IMAGES, 1))
+        fits = int(MEMORY_SHARE * memory.available(str(device)) / max(peak_bytes() / TRIAL_IMAGES, 1))
         return max(1, min(largest, 1 << max(fits, 1).bit_length() - 1))

@@ -4,6 +4,7 @@ Batches lie in a ring of buffers that are reused, so memory does not grow with t
 than the buffers hold. Workers write into the buffers directly; between processes they are shared memory.
 """
 
+import logging
 import math
 import mmap
 import multiprocessing
@@ -26,11 +27,17 @@ from torch import Tensor
 from mlfusion import datasets
 from mlfusion.errors import BadData, BadImage, MlfusionError
 from mlfusion.models.preprocessing import Preprocessing
+from mlfusion.system.devices import processor_count
+
+logger = logging.getLogger(__name__)
 
 PREFETCHED_BATCHES = 2  # batches that are decoded while one is in use
-IMAGES_PER_TASK = 4
+IMAGES_PER_TASK = {False: 4, True: 16}
+"""By whether workers are processes: to hand a task to a process takes a tenth of a millisecond of the thread that computes."""
+
 NICENESS = 10  # of decoding threads, so that the forward pass has priority on a shared processor
 MAX_PROCESSES = 32
+PORTABLE = 1  # cudaHostRegisterPortable: locked for every GPU, not only for the current one
 
 Decoded = tuple[float, dict[int, str]]
 """(duration in seconds, {row: error message of an unreadable image})."""
@@ -122,23 +129,32 @@ class Loader:
         ring = _ring((PREFETCHED_BATCHES + 1, self.batch_size, 3, *self.steps.pixels), self.steps.dtype)
         pool, fill = self._pool(_DecodeTask(self.split, self.steps, ring))
         pending: deque[tuple[LoadedBatch[T], list[Future[Decoded]]]] = deque()
+        batch: LoadedBatch[T] | None = None
         with pool, _pinned(ring, self.pinned):
             try:
                 for number, (rows, payload) in enumerate(batches):
                     slot = number % len(ring)
-                    starts = range(0, len(rows), IMAGES_PER_TASK)
-                    futures = [pool.submit(fill, slot, at, rows[at : at + IMAGES_PER_TASK]) for at in starts]
+                    step = IMAGES_PER_TASK[self.processes]
+                    starts = range(0, len(rows), step)
+                    futures = [pool.submit(fill, slot, at, rows[at : at + step]) for at in starts]
                     pending.append((LoadedBatch(rows, payload, ring[slot][: len(rows)], {}), futures))
                     if len(pending) > PREFETCHED_BATCHES:  # the next batch goes into the buffer of this one
                         yield (batch := self._ready(*pending.popleft()))
                         batch.free()
+                        batch = None
                 while pending:
                     yield (batch := self._ready(*pending.popleft()))
                     batch.free()
+                    batch = None
             finally:
                 for _, futures in pending:
                     for future in futures:
                         future.cancel()
+                if (
+                    batch is not None
+                ):  # the loop ends early, perhaps since the device failed; a copy may still read the buffer
+                    with suppress(RuntimeError):
+                        batch.free()
 
     def _ready(self, batch: LoadedBatch[T], futures: list[Future[Decoded]]) -> LoadedBatch[T]:
         start = time.perf_counter()
@@ -167,12 +183,10 @@ class Loader:
         workers = self.workers or min(MAX_PROCESSES, max(1, processor_count() - 1))
         fork = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(workers, fork, initializer=_init_worker, initargs=(task, os.getpid()))
+        # Memory is locked for a GPU only after the workers were forked: some drivers take locked memory from a fork.
+        for started in [pool.submit(os.getpid) for _ in range(workers)]:
+            started.result()
         return pool, _run_in_worker
-
-
-def processor_count() -> int:
-    """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def can_fork() -> bool:
@@ -217,12 +231,22 @@ def _ring(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def _pinned(ring: Tensor, enabled: bool) -> Iterator[None]:
-    """Lock the buffers in memory for asynchronous copies to a GPU."""
+    """Lock the buffers in memory, from which any GPU copies by itself; if the system refuses, copies are slower."""
     if not enabled:
         yield
         return
     runtime = torch.cuda.cudart()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(ring.data_ptr(), ring.nbytes, 0)))
+    if refused := int(runtime.cudaHostRegister(ring.data_ptr(), ring.nbytes, PORTABLE)):
+        logger.warning(
+            "the system does not lock %.0f MB of memory for copies to the GPU (error %d), so they are slower; a container may "
+            "need a higher limit: ulimit -l",
+            ring.nbytes / 1e6,
+            refused,
+        )
+        with suppress(RuntimeError):  # CUDA reports the refusal once more, with the next computation
+            torch.zeros(1, device="cuda")
+        yield
+        return
     try:
         yield
     finally:

@@ -12,12 +12,14 @@ from mlfusion import datasets
 from mlfusion.errors import BadOption
 from mlfusion.extraction.forward import MAX_BATCH_SIZES, Forward
 from mlfusion.extraction.request import Job, Request
-from mlfusion.extraction.run import load, loading
+from mlfusion.extraction.run import BOTTLENECK_SHARE, load, loading
+from mlfusion.extraction.transfers import nothing
 from mlfusion.models.backbone import Backbone
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
 from mlfusion.store import CachePath, Entry, FeatureStore, Missing, missing_bytes
 from mlfusion.system import disk
+from mlfusion.system.devices import failures
 
 TRIAL_SECONDS = 5.0  # duration of the measurement, after a first batch that does not count
 FILES = {"entry": 7, "stream": 2, "shard": 2}  # number of files in each; Zarr adds one that describes the stream
@@ -49,6 +51,7 @@ class Plan:
     free_bytes: int
     images_per_second: float | None  # None if there are no images to run
     trial_seconds: float
+    limit: str = ""  # the part that the others waited for in the trial: 'decoding' or 'the forward pass'
 
     @property
     def bytes_to_write(self) -> int:
@@ -87,7 +90,9 @@ def plan(
     """
     if not 0 <= trial < math.inf:
         raise BadOption(f"--trial {trial}: allowed is a number of seconds from 0, such as 5")
-    return estimate(Request.of(model, dataset, features, compute), cache=cache, trial=trial)
+    request = Request.of(model, dataset, features, compute)
+    with failures(request.compute.device, request.names.model):
+        return estimate(request, cache=cache, trial=trial)
 
 
 def estimate(
@@ -101,7 +106,7 @@ def estimate(
     store = FeatureStore(cache)
     planned: list[PlannedSplit] = []
     backbone: Backbone | None = None
-    rate, elapsed = None, 0.0
+    trial_run: _Trial | None = None
     batch = request.compute.batch_size or MAX_BATCH_SIZES["cpu"]
     for job in request.jobs:
         entry = store.entry(job.spec)
@@ -109,10 +114,10 @@ def estimate(
         if entry is None or not request.pairs <= entry.complete_pairs():
             backbone = backbone or model(request)
             missing = store.missing(job.spec, backbone.shapes(request.pairs), request.compute.format)
-            if rate is None and trial is not None:
+            if trial_run is None and trial is not None:
                 pairs = frozenset(pair for stream in missing for pair in stream.pairs)
                 forward = Forward(backbone, job.steps, pairs, request.compute.batch_size)
-                rate, elapsed = _trial(forward, job.split, pairs, request.compute, trial)
+                trial_run = _try(forward, job.split, pairs, request.compute, trial)
                 batch = forward.batch_size
         planned.append(_planned(job, entry, missing, batch))
     return Plan(
@@ -120,8 +125,9 @@ def estimate(
         dataset=request.names.dataset,
         splits=tuple(planned),
         free_bytes=disk.free_bytes(store.root),
-        images_per_second=rate,
-        trial_seconds=elapsed,
+        images_per_second=trial_run.rate if trial_run else None,
+        trial_seconds=trial_run.seconds if trial_run else 0.0,
+        limit=trial_run.limit if trial_run else "",
     )
 
 
@@ -156,24 +162,41 @@ def _planned(job: Job, entry: Entry | None, missing: Missing, batch_size: int) -
     )
 
 
-def _trial(
+@dataclass(frozen=True)
+class _Trial:
+    """A measurement of the rate of an extraction."""
+
+    rate: float  # images per second
+    seconds: float  # duration of the measurement
+    limit: str
+
+
+def _try(
     forward: Forward, split: datasets.Split, pairs: frozenset[Pair], compute: ComputeOptions, seconds: float
-) -> tuple[float, float]:
-    """Measured images per second, and the duration of the measurement in seconds. A short data set is repeated."""
+) -> _Trial:
+    """Measure: decode, compute and copy back as an extraction does, but write nothing. A short data set is repeated."""
 
     def rounds() -> Iterator[tuple[range, None]]:
         while True:
             for at in range(0, len(split), forward.batch_size):
                 yield range(at, min(at + forward.batch_size, len(split))), None
 
-    images, start = 0, 0.0
-    for batch in loading(forward, split, replace(compute, skip_bad=True))(rounds()):
-        for tokens in forward(batch.pictures, pairs).values():
-            tokens.cpu()
+    images, start, waited = 0, 0.0, 0.0
+    feed, before = loading(forward, split, replace(compute, skip_bad=True)), nothing
+    for batch in feed(rounds()):
+        pieces = forward.pieces(batch.pictures, pairs, lambda tokens: list(tokens.values()))
+        batch.free = forward.wait_for_copy
+        _copied, arrived = forward.transfers.fetch([values for piece in pieces for values in piece])
+        before()  # the next batch is computed while this one is copied back
+        before = arrived
         if not start:
-            start = time.monotonic()
+            arrived()
+            start, waited = time.monotonic(), feed.waited
             continue
         images += len(batch.rows)
-        if (elapsed := time.monotonic() - start) >= seconds:
+        if time.monotonic() - start >= seconds:
             break
-    return images / elapsed, elapsed
+    before()  # a device computes on after the call has returned
+    elapsed = time.monotonic() - start
+    decoding = feed.waited - waited > BOTTLENECK_SHARE * elapsed
+    return _Trial(images / elapsed, elapsed, "decoding" if decoding else "the forward pass")

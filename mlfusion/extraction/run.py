@@ -29,7 +29,7 @@ from mlfusion.specs.identity import TokenKind
 from mlfusion.specs.names import layer_ranges
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
 from mlfusion.store import CachePath, Entry, FeatureStore, Gap, Piece, RunPart, RunRecord
-from mlfusion.system.devices import device_name
+from mlfusion.system.devices import device_name, failures, processor_count
 from mlfusion.system.display import Displayed
 from mlfusion.system.progress import Bar, track
 from mlfusion.system.words import plural
@@ -134,7 +134,16 @@ def fill(
     model: Callable[[Request], Backbone] = load,
 ) -> list[ExtractionResult]:
     """The same as `extract` for a resolved request. `model` is called if, and only if, something has to be computed."""
-    store = FeatureStore(cache)
+    with failures(request.compute.device, request.names.model):
+        results = _fill(request, FeatureStore(cache), log, model)
+    for line in _shared_images(request.jobs):
+        log(line)
+    return results
+
+
+def _fill(
+    request: Request, store: FeatureStore, log: Callable[[str], None], model: Callable[[Request], Backbone]
+) -> list[ExtractionResult]:
     results: list[ExtractionResult] = []
     backbone: Backbone | None = None
     for job in request.jobs:
@@ -167,8 +176,6 @@ def fill(
                 bottleneck=work.bottleneck,
             )
         )
-    for line in _shared_images(request.jobs):
-        log(line)
     return results
 
 
@@ -283,7 +290,7 @@ def _provenance(entry: Entry, work: _FillLoop, seconds: float) -> RunRecord:
         versions=versions,
         device=device,
         device_name=device_name(device),
-        processors=loader.processor_count(),
+        processors=processor_count(),
         threads=torch.get_num_threads(),
         compute=entry.spec.model.compute,
         dtype=entry.spec.dtype,

@@ -22,31 +22,22 @@ Batch = tuple[range, list[Stream]]
 
 
 @dataclass(frozen=True, eq=False)
-class _PendingTokens:
-    """The tokens of one pass for each stream, while they are copied from the device."""
+class PendingTokens:
+    """The tokens of one batch for each stream, while they are copied from the device."""
 
-    parts: dict[Stream, tuple[torch.Tensor, torch.Tensor]]  # as from `_assemble`, in host memory
-    wait: Callable[[], None]  # returns when the copy is complete
+    parts: list[dict[Stream, tuple[Tensor, Tensor]]]  # of one piece after another, as from `_assemble`, in host memory
+    wait: Callable[[], None]  # returns when the copies are complete
 
 
-def run_batch(forward: Forward, batch: LoadedBatch[list[Stream]]) -> _PendingTokens:
+def run_batch(forward: Forward, batch: LoadedBatch[list[Stream]]) -> PendingTokens:
     """Run a batch and start copying its tokens. On a GPU the call does not wait, so the next batch can be queued."""
-    tokens = forward(batch.pictures, frozenset(pair for stream in batch.payload for pair in stream.pairs))
-    parts = {stream: _assemble(tokens, stream) for stream in batch.payload}
-    if forward.backbone.device.type != "cuda":
-        return _PendingTokens(
-            {stream: (part.cpu(), lost.cpu()) for stream, (part, lost) in parts.items()}, lambda: None
-        )
-    on_host = {stream: (_to_host(part), _to_host(lost)) for stream, (part, lost) in parts.items()}
-    event = torch.cuda.Event()
-    event.record()
+    streams = batch.payload
+    pairs = frozenset(pair for stream in streams for pair in stream.pairs)
+    pieces = forward.pieces(batch.pictures, pairs, lambda tokens: [_assemble(tokens, stream) for stream in streams])
     batch.free = forward.wait_for_copy  # the buffer is in use until the copy is complete
-    return _PendingTokens(on_host, event.synchronize)
-
-
-def _to_host(values: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory, which is complete at the next event."""
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    copied, wait = forward.transfers.fetch([values for piece in pieces for part in piece for values in part])
+    each = iter(copied)
+    return PendingTokens([{stream: (next(each), next(each)) for stream in streams} for _ in pieces], wait)
 
 
 class Writer:
@@ -64,7 +55,7 @@ class Writer:
         self.awaited = 0.0  # seconds spent on waiting for the device
         self.blocked = 0.0  # seconds that the loop waited for the writer
 
-    def put(self, batch: LoadedBatch[list[Stream]], tokens: _PendingTokens) -> None:
+    def put(self, batch: LoadedBatch[list[Stream]], tokens: PendingTokens) -> None:
         """Queue a batch's tokens, in the order of rows. Raises the error of an earlier batch."""
         self._queue.append(self._filling.submit(self._fill, batch.rows, tokens, batch.unread))
         start, awaited = time.perf_counter(), self.awaited
@@ -74,7 +65,7 @@ class Writer:
         while self._published and self._published[0].done():
             self._published.popleft().result()
 
-    def _fill(self, rows: range, tokens: _PendingTokens, unread: dict[int, str]) -> None:
+    def _fill(self, rows: range, tokens: PendingTokens, unread: dict[int, str]) -> None:
         if self._failed:
             return  # a draft lacks the rows of an earlier batch and must not be extended
         self._failed = True
@@ -82,10 +73,12 @@ class Writer:
         tokens.wait()
         arrived = time.perf_counter()
         self.awaited += arrived - start
-        for stream, (part, lost) in tokens.parts.items():
+        for stream in tokens.parts[0]:
             if stream not in self._drafts:
                 self._drafts[stream] = self._gap.draft(stream, rows.start // stream.shard_rows)
             assert self._drafts[stream].row == rows.start
+            pieces = [piece[stream] for piece in tokens.parts]
+            part, lost = pieces[0] if len(pieces) == 1 else map(torch.cat, zip(*pieces, strict=True))
             self._drafts[stream].append(part.numpy(), unread, lost.numpy())
             if rows.stop % stream.shard_rows == 0 or rows.stop == stream.images:
                 future = self._publishing.submit(self._gap.publish, self._drafts.pop(stream))
@@ -133,6 +126,6 @@ def vanished(tokens: Float[Tensor, "B T D"], dtype: Dtype) -> Bool[Tensor, " B"]
     if dtype in ("bfloat16", "float32"):
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     size = tokens.abs()
-    limit = torch.tensor(2.0**-25, device=size.device) if dtype == "float16" else size.amax(-1, keepdim=True) / 254
+    limit = 2.0**-25 if dtype == "float16" else size.amax(-1, keepdim=True) / 254
     lost = ((size > 0) & (size <= limit)).sum(-1)
     return (2 * lost > (size > 0).sum(-1)).any(-1)

@@ -1,7 +1,6 @@
 """Measures free memory and the memory that a computation needs, so that users need not guess what fits."""
 
 import os
-import resource
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+UNKNOWN_BYTES = 2 << 30  # taken to be free where the system tells neither its free nor its whole memory
 GROUP_FILES = {  # controllers → folder below the root, files of the limit and of the use, name of the idle bytes
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -23,20 +23,23 @@ def available(device: str = "cpu") -> int:
     """Bytes that this process can still allocate on a device, within its limits."""
     target = torch.device(device)
     if target.type == "cuda":
-        return torch.cuda.mem_get_info(target)[0]
-    if target.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return max(0, min(limit for limit in (_machine_bytes(), _group_bytes(), _process_bytes()) if limit is not None))
+        # What torch keeps for reuse counts as taken with the driver, but the next tensor may have it.
+        kept = torch.cuda.memory_reserved(target) - torch.cuda.memory_allocated(target)
+        return torch.cuda.mem_get_info(target)[0] + kept
+    if target.type == "mps":  # which shares the machine's memory
+        return max(0, min(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory(), available()))
+    limits = [limit for limit in (_machine_bytes(), _group_bytes(), _process_bytes()) if limit is not None]
+    return max(0, min(limits, default=UNKNOWN_BYTES))
 
 
 def _machine_bytes() -> int | None:
-    """Bytes that the system can allocate without swapping."""
+    """Bytes that the system can allocate without swapping; half of its memory if it tells only how much it has."""
     if (kilobytes := _number_after(Path("/proc/meminfo"), "MemAvailable:")) is not None:
         return kilobytes * 1024
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
+    for pages, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
+        with suppress(ValueError, OSError, AttributeError):
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") // share
+    return None
 
 
 def _group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
@@ -66,6 +69,10 @@ def _group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
 
 def _process_bytes() -> int | None:
     """Bytes left by the limit on the address space (`ulimit -v`)."""
+    try:
+        import resource  # not on every system
+    except ImportError:
+        return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     used_bytes = _number_after(Path("/proc/self/status"), "VmSize:")
     return None if limit == resource.RLIM_INFINITY or used_bytes is None else limit - used_bytes * 1024
@@ -80,30 +87,24 @@ def _number_after(path: Path, name: str) -> int | None:
     return None
 
 
-def is_shortage(err: BaseException) -> bool:
-    """Whether this error means that memory ran out; torch has its own class only for GPUs."""
-    message = str(err).lower()
-    return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(err, RuntimeError)
-        and any(word in message for word in ("out of memory", "can't allocate memory", "not enough memory"))
-    )
-
-
-def empty_cache(kind: str) -> None:
-    """Release the memory that torch caches on a kind of device."""
-    if kind == "cuda":
-        torch.cuda.empty_cache()
-    elif kind == "mps":
+def empty_cache(device: str) -> None:
+    """Release the memory that torch keeps for reuse on a device."""
+    target = torch.device(device)
+    if target.type == "cuda":
+        with torch.cuda.device(target):
+            torch.cuda.empty_cache()
+    elif target.type == "mps":
         torch.mps.empty_cache()
 
 
 @contextmanager
-def measured(kind: str = "cpu") -> Iterator[Callable[[], int]]:
-    """Yield a function that returns, after the with statement, the peak bytes of the tensors created in it."""
-    if kind == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield lambda: torch.cuda.max_memory_allocated() - before
+def measured(device: str = "cpu") -> Iterator[Callable[[], int]]:
+    """Yield a function that returns, after the with statement, the peak bytes of the tensors created in it on the device."""
+    target = torch.device(device)
+    if target.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target)
+        before = torch.cuda.memory_allocated(target)
+        yield lambda: torch.cuda.max_memory_allocated(target) - before
     else:
         with Footprint() as footprint:
             yield lambda: footprint.most

@@ -23,6 +23,7 @@ from mlfusion.models.preprocessing import Preprocessing, read
 from mlfusion.shapes import Float
 from mlfusion.specs.identity import GRID_SIDES, HOOKS, KINDS, Compute, Hook, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges
+from mlfusion.system.devices import exact_products
 from mlfusion.system.words import plural
 
 __all__ = ["Anatomy", "Backbone", "Tap", "dissect"]
@@ -135,8 +136,8 @@ class Backbone:
             if layer == max(kinds_of):
                 raise StopForward
 
-        # Convolutions use TF32 by default, which would make the patch embedding's numbers depend on the device.
-        with ExitStack() as hooks, torch.backends.cudnn.flags(allow_tf32=False), suppress(StopForward):
+        # With TF32, which convolutions use by default, the patch embedding's numbers would depend on the device.
+        with ExitStack() as hooks, exact_products(self.device), suppress(StopForward):
             for layer in sorted(kinds_of):
                 hooks.enter_context(self._taps[layer].hook(partial(read_layer, layer), self.name))
             self._model(**self._arguments(pixels.to(self.device, self._dtype)))

@@ -271,7 +271,7 @@ def forward_arguments(model: nn.Module, patch_px: int | None, pixels: Tensor) ->
         return {
             "pixel_values": cut.permute(0, 2, 3, 4, 5, 1).reshape(count, rows * columns, -1),
             "pixel_attention_mask": torch.ones(count, rows * columns, dtype=torch.int32, device=pixels.device),
-            "spatial_shapes": torch.tensor([[rows, columns]] * count, device=pixels.device),
+            "spatial_shapes": torch.tensor([[rows, columns]] * count),  # the model reads it one by one: on the host
         }
     inputs: dict[str, Any] = {"pixel_values": pixels}
     if config.model_type == "vit_mae":  # sorts patches by noise even without masking: rising noise keeps the order

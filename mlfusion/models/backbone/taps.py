@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mlfusion.models.backbone.tracing import first_tensor, tensor_of
-from mlfusion.shapes import Float
+from mlfusion.shapes import Float, Int
 from mlfusion.specs.identity import GRID_SIDES, TokenKind
 
 Grid = tuple[int, int]
@@ -79,19 +79,25 @@ class Reducer:
     def __init__(self, tap: Tap) -> None:
         special, self._grid = tap.special, tap.grid
         self._order = torch.tensor(tap.order) if tap.order is not None else None
-        self._positions = {kind: _as_slice(getattr(special, kind)) for kind in ("cls", "dist", "registers")}
-        self._patches = _as_slice(sorted(set(range(tap.tokens)) - set(special.all_positions)))
+        self._positions = {kind: _positions(getattr(special, kind)) for kind in ("cls", "dist", "registers")}
+        self._positions["patches"] = _positions(sorted(set(range(tap.tokens)) - set(special.all_positions)))
 
     def __call__(self, sequence: Float[Tensor, "B T D"], kind: TokenKind) -> Float[Tensor, "B tokens D"]:
         """The tokens of a kind; a copy, so that the whole layer can be freed."""
         if kind == "all":
             return sequence.clone()
         if kind in self._positions:
-            return sequence[:, self._positions[kind]].clone()
-        patches = sequence[:, self._patches]
+            return self._select(sequence, kind).clone()
+        patches = self._select(sequence, "patches")
         if kind in GRID_SIDES:
             return self._pool(patches, GRID_SIDES[kind])
         return _STATISTICS[kind](patches)
+
+    def _select(self, sequence: Float[Tensor, "B T D"], kind: str) -> Float[Tensor, "B _ D"]:
+        positions = self._positions[kind]
+        if isinstance(positions, Tensor):  # copied to the device once: each copy would wait until it has computed
+            positions = self._positions[kind] = positions.to(sequence.device)
+        return sequence[:, positions]
 
     def _pool(self, patches: Float[Tensor, "B patches D"], side: int) -> Float[Tensor, "B {side*side} D"]:
         """Means over a grid of side × side cells, in raster order; a patch at the border of two cells counts in both."""
@@ -100,13 +106,15 @@ class Reducer:
             self._order = self._order.to(patches.device)
             patches = patches[:, self._order]
         maps = patches.float().transpose(1, 2).unflatten(2, self._grid)
+        if maps.device.type == "mps" and any(edge % side for edge in self._grid):  # which pools equal cells only
+            return F.adaptive_avg_pool2d(maps.cpu(), side).flatten(2).transpose(1, 2).to(maps.device)
         return F.adaptive_avg_pool2d(maps, side).flatten(2).transpose(1, 2)
 
 
-def _as_slice(positions: Sequence[int]) -> slice | list[int]:
+def _positions(positions: Sequence[int]) -> slice | Int[Tensor, " _"]:
     """The positions as a slice if they are contiguous, as in most models: a slice needs no index on the device."""
     contiguous = list(positions) == list(range(positions[0], positions[-1] + 1)) if positions else False
-    return slice(positions[0], positions[-1] + 1) if contiguous else list(positions)
+    return slice(positions[0], positions[-1] + 1) if contiguous else torch.tensor(positions, dtype=torch.int64)
 
 
 # Means are computed in float32: a mean of hundreds of bfloat16 numbers is wrong in its third digit.

@@ -197,13 +197,21 @@ class Steps:
             else:
                 floats.copy_(floats.double().mul_(factor))
         if self.image_mean is not None and self.image_std is not None:
-            colours = torch.tensor([self.image_mean, self.image_std], device=floats.device)
-            floats.sub_(colours[0, :, None, None]).div_(colours[1, :, None, None])
+            mean, std = self.colours.to(floats.device)
+            floats.sub_(mean).div_(std)
         return floats
 
     def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "B 3 height width"]:
         """Images → the model's input."""
         return self.finish(torch.from_numpy(np.stack([self.picture(image) for image in images])))
+
+    @cached_property
+    def colours(self) -> Float[Tensor, "2 3 1 1"]:
+        """Mean and standard deviation of each colour, 0 and 1 for pictures that are not normalised."""
+        normalises = self.image_mean is not None and self.image_std is not None
+        return torch.tensor([self.image_mean, self.image_std] if normalises else [[0.0] * 3, [1.0] * 3])[
+            ..., None, None
+        ]
 
     @cached_property
     def _division_is_exact(self) -> bool:
