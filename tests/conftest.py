@@ -10,12 +10,15 @@ os.environ["COLUMNS"] = "160"
 
 import hypothesis
 import jaxtyping
+import plain
 import pytest
 import tiers
 import torch
 from axes import modules_with_axes
 
 torch.set_num_threads(1)
+if plain.PLAIN:
+    plain.hide()  # before anything of mlfusion is imported
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 

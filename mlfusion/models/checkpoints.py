@@ -118,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
     with (
         boundary(lambda reason: BadModel(f"{cannot} ({reason}); {allowed}. Download it again")),
         # Without waiting, as it would for a pipe.
-        open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file,
+        open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file,
     ):
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_JSON:

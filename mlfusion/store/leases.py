@@ -193,9 +193,9 @@ def _remove_unchanged(tree: Tree, path: str, state: tuple[int, int, str]) -> Non
 def _link(tree: Tree, draft: str, path: str, claim: str) -> bool:
     """Give a claim its final name; False if another worker was first."""
     with tree.at(draft) as (folder, name):
-        final = path.rpartition("/")[2]
+        (source, at), (goal, _) = disk.place(name, folder), disk.place(path.rpartition("/")[2], folder)
         try:
-            os.link(name, final, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+            os.link(source, goal, src_dir_fd=at, dst_dir_fd=at, **disk.LINK_ITSELF)
         except FileExistsError:
             return False
         except OSError:  # no hard links here, or the draft was removed: exclusive creation is enough for a small claim

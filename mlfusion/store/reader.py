@@ -60,7 +60,8 @@ class BufferPool:
                 if size <= len(memory := cls.idle.popleft()) <= 2 * size:
                     return memory
                 cls.idle.append(memory)
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        memory = mmap.mmap(-1, size, **private)
         with suppress(AttributeError, OSError):  # not on every system
             memory.madvise(mmap.MADV_HUGEPAGE)
         return memory

@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import pwd
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -237,10 +236,12 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def owned_by(path: Path) -> str:
-    """'; it belongs to NAME' if a path is another user's, else ''."""
+    """'; it belongs to NAME' if a path is another user's, else ''; '' also where the system has no such owners."""
     try:
+        import pwd
+
         owner = os.lstat(path).st_uid
-    except OSError:
+    except (OSError, ImportError):
         return ""
     if owner == os.geteuid():
         return ""

@@ -163,6 +163,9 @@ class Shard:
         data = _buffer(self.rows(block) * self._row_bytes)
         first, done = int(self._starts[block, layer, kind]), 0
         try:
+            if not hasattr(os, "preadv"):  # elsewhere by the memory map, which several threads may read too
+                data[:] = self._bytes[first : first + len(data)]
+                done = len(data)
             while done < len(data):
                 count = os.preadv(self._descriptor, [data[done:].data], first + done)
                 if count == 0:

@@ -18,8 +18,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mlfusion.errors import CacheUnusable, MlfusionError
+
+GUARDED = os.open in os.supports_dir_fd and hasattr(os, "O_DIRECTORY") and hasattr(os, "O_NOFOLLOW")
+"""Whether the system opens names relative to an opened folder, and follows no link on demand; not so on Windows."""
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY if GUARDED else os.O_RDONLY
+LINK_ITSELF: dict[str, Any] = {"follow_symlinks": False} if os.link in os.supports_follow_symlinks else {}
+
+Folder = int | str
+"""An opened folder: its descriptor, or its path where the system is not `GUARDED`."""
 
 DRAFT = ".draft~"
 STALE = 24 * 3600.0  # seconds after which the draft of another host is removed
@@ -44,7 +54,8 @@ def _own_process(number: int) -> str:
     return f"{number}.{_start_time(number)}"
 
 
-os.register_at_fork(after_in_child=_own_process.cache_clear)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_own_process.cache_clear)
 
 
 _CLAIM = re.compile(r"[^~/]+~[1-9]\d*(\.\d*)?~[0-9a-f]{8}")
@@ -59,7 +70,7 @@ def alive(claim: str) -> bool | None:
     """Whether the process that made a claim is alive; None if that cannot be known on this host."""
     parts = claim.split("~")
     number, _, start = parts[1].partition(".") if len(parts) == 3 else ("", "", "")
-    if not number.isdecimal() or parts[0] != process_scope():
+    if not number.isdecimal() or parts[0] != process_scope() or os.name == "nt":  # where asking would end the process
         return None
     try:
         os.kill(int(number), 0)
@@ -102,15 +113,26 @@ def drafted(draft: Path) -> Iterator[Path]:
 def sweep(folder: Path) -> None:
     """Remove the drafts in `folder` that dead processes left, and those of other hosts after a day."""
     with suppress(FileNotFoundError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        opened: Folder = os.open(folder, FOLDER) if GUARDED else str(folder)
         try:
-            sweep_at(descriptor)
+            sweep_at(opened)
         finally:
-            os.close(descriptor)
+            close(opened)
 
 
-def sweep_at(folder: int) -> None:
-    """`sweep` for the descriptor of a folder. What may not be removed, such as another user's drafts, is left."""
+def close(folder: Folder) -> None:
+    """Close an opened folder."""
+    if isinstance(folder, int):
+        os.close(folder)
+
+
+def place(name: Path | str, folder: Folder | None) -> tuple[Path | str, int | None]:
+    """What the system is given for a name in an opened folder: a path, and the descriptor that it is relative to."""
+    return (f"{folder}/{name}", None) if isinstance(folder, str) else (name, folder)
+
+
+def sweep_at(folder: Folder) -> None:
+    """`sweep` for an opened folder. What may not be removed, such as another user's drafts, is left."""
     for name in os.listdir(folder):
         if owner := draft_owner(name):
             owner_alive = alive(owner)
@@ -119,11 +141,12 @@ def sweep_at(folder: int) -> None:
                     remove(name, folder)
 
 
-# Each of the following functions takes a path, or a name and the descriptor `at` of the folder that holds it.
+# Each of the following functions takes a path, or a name and the opened folder `at` that holds it.
 
 
-def remove(path: Path | str, at: int | None = None) -> None:
+def remove(path: Path | str, at: Folder | None = None) -> None:
     """Remove a file, a link or a folder; no error if it does not exist. Nothing behind a link is removed."""
+    path, at = place(path, at)
     try:  # without a check of the type first: a prune may remove and restore its folder between check and removal
         os.unlink(path, dir_fd=at)
         return
@@ -147,37 +170,40 @@ def remove(path: Path | str, at: int | None = None) -> None:
 
 def beside(path: Path | str) -> Path | str:
     """A new draft's name in the folder of a path; of the same type as `path`."""
-    return draft_name(path.parent) if isinstance(path, Path) else f"{DRAFT}{claim()}"
+    if isinstance(path, Path):
+        return draft_name(path.parent)
+    folder, separator, _ = path.rpartition("/")
+    return f"{folder}{separator}{DRAFT}{claim()}"
 
 
-def clock(folder: int) -> float:
+def clock(folder: Folder) -> float:
     """The current time of the file system of a folder, for comparison with files' times; the host's clock may differ."""
-    probe = f"{DRAFT}{claim()}"
+    probe, at = place(f"{DRAFT}{claim()}", folder)
     with suppress(OSError):
-        file = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600, dir_fd=folder)
+        file = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600, dir_fd=at)
         now = os.fstat(file).st_mtime
         os.close(file)
-        os.unlink(probe, dir_fd=folder)
+        os.unlink(probe, dir_fd=at)
         return now
     return time.time()  # the folder is read-only, so nothing in it is removed by age
 
 
-def age(name: str, folder: int) -> float:
+def age(name: str, folder: Folder) -> float:
     """Seconds since a name in a folder was last changed; 0 if it does not exist."""
+    path, at = place(name, folder)
     try:
-        changed = os.lstat(name, dir_fd=folder).st_mtime
+        changed = os.lstat(path, dir_fd=at).st_mtime
     except OSError:
         return 0.0
     return clock(folder) - changed
 
 
-def publish_file(draft: Path | str, final: Path | str, at: int | None = None) -> bool:
+def publish_file(draft: Path | str, final: Path | str, at: Folder | None = None) -> bool:
     """Give a flushed draft its final name; False if that name exists (the first writer wins)."""
+    (source, fd), (goal, _) = place(draft, at), place(final, at)
     created = True
     try:
-        os.link(
-            draft, final, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False
-        )  # unlike rename, never replaces a file
+        os.link(source, goal, src_dir_fd=fd, dst_dir_fd=fd, **LINK_ITSELF)  # unlike rename, never replaces a file
     except FileExistsError:
         created = False
     except OSError as err:
@@ -185,12 +211,12 @@ def publish_file(draft: Path | str, final: Path | str, at: int | None = None) ->
             remove(draft, at)
             raise
         try:  # no hard links here: of two writers in the same instant the later one wins
-            os.lstat(final, dir_fd=at)
+            os.lstat(goal, dir_fd=fd)
             created = False
         except FileNotFoundError:
-            os.rename(draft, final, src_dir_fd=at, dst_dir_fd=at)
+            os.rename(source, goal, src_dir_fd=fd, dst_dir_fd=fd)
     with suppress(FileNotFoundError):
-        os.unlink(draft, dir_fd=at)
+        os.unlink(source, dir_fd=fd)
     flush_folder(final, at)
     return created
 
@@ -237,17 +263,17 @@ def unsealed(text: bytes) -> bytes:
     return b"{" + rest
 
 
-def publish_folder(draft: Path | str, final: Path | str, at: int | None = None, to: int | None = None) -> bool:
+def publish_folder(draft: Path | str, final: Path | str, at: Folder | None = None, to: Folder | None = None) -> bool:
     """Give a folder of finished files its final name, in the folder `to`; False if another writer was first."""
+    (source, source_fd), (goal, goal_fd) = place(draft, at), place(final, to)
     try:
-        for _, _, _, descriptor in os.fwalk(draft, topdown=False, onerror=_fail, dir_fd=at):
-            os.fsync(descriptor)
+        _flush_folders(source, source_fd)
     except OSError:
         remove(draft, at)
         raise
     while True:
-        try:
-            os.rename(draft, final, src_dir_fd=at, dst_dir_fd=to)  # fails if a folder that is not empty has this name
+        try:  # fails if a folder that is not empty has this name
+            os.rename(source, goal, src_dir_fd=source_fd, dst_dir_fd=goal_fd)
             break
         except OSError as err:
             if _is_folder(final, to):
@@ -260,19 +286,32 @@ def publish_folder(draft: Path | str, final: Path | str, at: int | None = None, 
     return True
 
 
+def _flush_folders(path: Path | str, at: int | None) -> None:
+    """fsync a folder and all in it."""
+    if GUARDED:
+        for _, _, _, descriptor in os.fwalk(path, topdown=False, onerror=_fail, dir_fd=at):
+            os.fsync(descriptor)
+    else:
+        for folder, _, _ in os.walk(path, topdown=False, onerror=_fail):
+            flush(Path(folder))
+
+
 def _fail(err: OSError) -> None:
     raise err
 
 
-def _is_folder(path: Path | str, at: int | None) -> bool:
+def _is_folder(path: Path | str, at: Folder | None) -> bool:
+    whole, fd = place(path, at)
     try:
-        return stat.S_ISDIR(os.lstat(path, dir_fd=at).st_mode)
+        return stat.S_ISDIR(os.lstat(whole, dir_fd=fd).st_mode)
     except FileNotFoundError:
         return False
 
 
 def flush(path: Path) -> None:
     """fsync a file or a folder, so that its bytes or names survive a power loss."""
+    if os.name == "nt":  # which flushes what is open for writing only
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -280,12 +319,12 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def flush_folder(path: Path | str, at: int | None = None) -> None:
+def flush_folder(path: Path | str, at: Folder | None = None) -> None:
     """fsync the folder that holds a path."""
-    if at is None:
-        flush(Path(path).parent)
-    else:
+    if isinstance(at, int):
         os.fsync(at)
+    else:
+        flush(Path(path).parent if at is None else Path(at))
 
 
 def nearest_existing(folder: Path) -> Path:

@@ -3,22 +3,31 @@
 Each access walks from the opened root, one component at a time, and follows no link: a link, or anything else that is neither
 a folder nor a regular file, is damage. The root itself may be a link, since the user chose it. A path is a text relative to
 the root, such as 'v3/KEY/entry.json'. Who can exchange files between the walk and the access is outside the trust model.
+
+A system without file names relative to an opened folder, such as Windows, gets whole paths instead: there each component is
+looked at before it is used, which does not guard against whoever exchanges it in between, and a message says so.
 """
 
 import errno
 import io
+import logging
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from mlfusion.system import disk
+from mlfusion.system.disk import Folder, place
 
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
-FILE = os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe is opened without waiting for its other end
+logger = logging.getLogger(__name__)
+
+# No link is followed, and a pipe is opened without waiting for its other end.
+FILE = os.O_NOFOLLOW | os.O_NONBLOCK if disk.GUARDED else getattr(os, "O_BINARY", 0)
+FOLDER = disk.FOLDER | FILE
 SORTS = {
     stat.S_IFLNK: "a link",
     stat.S_IFIFO: "a pipe",
@@ -37,8 +46,10 @@ class Tree:
     the whole path.
     """
 
-    def __init__(self, root: Path | str, damaged: Callable[[Path, str], Exception], held: int | None = None) -> None:
-        """`held` is a descriptor of the root, which `close` closes; without one the root is opened for each access."""
+    def __init__(self, root: Path | str, damaged: Callable[[Path, str], Exception], held: Folder | None = None) -> None:
+        """`held` is the opened root, which `close` closes; without it the root is opened for each access."""
+        if not disk.GUARDED:
+            _say_unguarded()
         self.root, self.damaged, self._held = str(root), damaged, held  # a text, since joining paths takes longer
 
     def hold(self, path: str) -> "Tree":
@@ -54,26 +65,23 @@ class Tree:
     def close(self) -> None:
         """Close the held root."""
         if self._held is not None:
-            os.close(self._held)
+            disk.close(self._held)
             self._held = None
 
     def path(self, path: str) -> Path:
         """The whole path, for messages."""
         return Path(f"{self.root}/{path}")
 
-    def open_folder(self, path: str = "") -> int:
-        """A descriptor of a folder, which the caller closes."""
-        if self._held is None:
-            folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
-        else:
-            folder = self._held if path else os.open(".", FOLDER, dir_fd=self._held)
+    def open_folder(self, path: str = "") -> Folder:
+        """A folder, opened; `disk.close` closes it."""
+        folder = self._root(reopen=not path)
         walked = ""
         try:
             for part in path.split("/") if path else ():
                 if part in ("", ".", ".."):
                     raise ValueError(f"{path!r} is no path below a root")
                 walked += f"/{part}"
-                inner = os.open(part, FOLDER, dir_fd=folder)
+                inner = _enter(part, folder)
                 self._done(folder)
                 folder = inner
         except OSError as err:
@@ -82,17 +90,27 @@ class Tree:
             raise fault from None
         return folder
 
-    def _done(self, folder: int) -> None:
-        """Close a descriptor, but not that of a held root."""
-        if folder != self._held:
-            os.close(folder)
+    def _root(self, *, reopen: bool) -> Folder:
+        """The root, opened; a held one by another descriptor if `reopen`."""
+        if self._held is not None:
+            return os.open(".", FOLDER, dir_fd=self._held) if reopen and isinstance(self._held, int) else self._held
+        if disk.GUARDED:
+            return os.open(self.root, disk.FOLDER)
+        if not stat.S_ISDIR(os.stat(self.root).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self.root)
+        return self.root
 
-    def _fault(self, err: OSError, path: str, folder: int, wanted: int) -> Exception:
+    def _done(self, folder: Folder) -> None:
+        """Close an opened folder, but not a held root."""
+        if folder != self._held:
+            disk.close(folder)
+
+    def _fault(self, err: OSError, path: str, folder: Folder, wanted: int) -> Exception:
         """The error to raise if what a path names cannot be opened: damage if it is of another sort."""
         err.filename = f"{self.root}/{path.removeprefix('/')}"
         if err.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
             with suppress(OSError):
-                self._check(path.removeprefix("/"), os.lstat(path.rpartition("/")[2], dir_fd=folder), wanted)
+                self._check(path.removeprefix("/"), _state(path.rpartition("/")[2], folder), wanted)
         return err
 
     def _check(self, path: str, state: os.stat_result, wanted: int) -> None:
@@ -101,8 +119,8 @@ class Tree:
             raise self.damaged(self.path(path), f"it is {SORTS.get(sort, 'of an unknown sort')}, not {SORTS[wanted]}")
 
     @contextmanager
-    def at(self, path: str) -> Iterator[tuple[int, str]]:
-        """The descriptor of the folder that holds a path, and its name there."""
+    def at(self, path: str) -> Iterator[tuple[Folder, str]]:
+        """The folder that holds a path, opened, and its name there."""
         parent, _, name = path.rpartition("/")
         folder = self._held if self._held is not None and not parent else self.open_folder(parent)
         try:
@@ -119,9 +137,12 @@ class Tree:
         with self.at(path) as (folder, name):
             return self._open(path, folder, name)[0]
 
-    def _open(self, path: str, folder: int, name: str) -> tuple[int, os.stat_result]:
+    def _open(self, path: str, folder: Folder, name: str) -> tuple[int, os.stat_result]:
+        where, at = place(name, folder)
+        if not disk.GUARDED:
+            self._check(path, os.lstat(where), stat.S_IFREG)
         try:
-            file = os.open(name, os.O_RDONLY | FILE, dir_fd=folder)
+            file = os.open(where, os.O_RDONLY | FILE, dir_fd=at)
         except OSError as err:
             raise self._fault(err, path, folder, stat.S_IFREG) from None
         state = os.fstat(file)
@@ -166,7 +187,7 @@ class Tree:
         """The state of a path, a link's own if it is one; None if it does not exist."""
         try:
             with self.at(path) as (folder, name):
-                return os.lstat(name, dir_fd=folder)
+                return _state(name, folder)
         except FileNotFoundError:
             return None
 
@@ -186,7 +207,7 @@ class Tree:
         try:
             return _size(folder)
         finally:
-            os.close(folder)
+            self._done(folder)
 
     def clock(self, path: str = "") -> float:
         """The current time of the file system of a folder."""
@@ -194,7 +215,7 @@ class Tree:
         try:
             return disk.clock(folder)
         finally:
-            os.close(folder)
+            self._done(folder)
 
     # --- changes: what is made takes the root's mode, whatever the process's umask ------------------------------------
 
@@ -205,20 +226,23 @@ class Tree:
     def make(self, path: str) -> None:
         """Create a folder, not its parents; FileExistsError if the name is taken."""
         with self.at(path) as (folder, name):
-            os.mkdir(name, dir_fd=folder)
-            inner = os.open(name, FOLDER, dir_fd=folder)
+            where, at = place(name, folder)
+            os.mkdir(where, dir_fd=at)
+            inner = _enter(name, folder)
             try:
                 with suppress(PermissionError):  # a file system without modes
-                    os.fchmod(inner, stat.S_IMODE(self._mode) | 0o700)
+                    os.chmod(inner, stat.S_IMODE(self._mode) | 0o700)
             finally:
-                os.close(inner)
+                disk.close(inner)
 
     def create(self, path: str) -> io.FileIO:
         """Create a file, open for writing; FileExistsError if the name is taken."""
         with self.at(path) as (folder, name):
-            file = io.FileIO(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=folder), "w")
-        with self._removed_after_error(path), suppress(PermissionError):
-            os.fchmod(file.fileno(), stat.S_IMODE(self._mode) & 0o666 | 0o600)
+            where, at = place(name, folder)
+            file = io.FileIO(os.open(where, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE, 0o666, dir_fd=at), "w")
+        if hasattr(os, "fchmod"):
+            with self._removed_after_error(path), suppress(PermissionError):
+                os.fchmod(file.fileno(), stat.S_IMODE(self._mode) & 0o666 | 0o600)
         return file
 
     def write(self, path: str, data: bytes, *, flush: bool = True) -> None:
@@ -269,7 +293,8 @@ class Tree:
     def rename(self, path: str, new: str) -> None:
         """Give a file, a link or a folder another name below the root."""
         with self.at(path) as (old, name), self.at(new) as (folder, final):
-            os.rename(name, final, src_dir_fd=old, dst_dir_fd=folder)
+            (source, source_fd), (goal, goal_fd) = place(name, old), place(final, folder)
+            os.rename(source, goal, src_dir_fd=source_fd, dst_dir_fd=goal_fd)
 
     def move(self, path: str, new: str) -> None:
         """`rename`; where the system cannot rename, as a folder in the lower layer of an overlay, copy and remove."""
@@ -293,8 +318,9 @@ class Tree:
     def touch(self, path: str, at_ns: int | None = None) -> None:
         """Set the time of a file or folder to now, or to a time in nanoseconds."""
         with self.at(path) as (folder, name):
-            times = {} if at_ns is None else {"ns": (at_ns, at_ns)}
-            os.utime(name, **times, dir_fd=folder, follow_symlinks=False)
+            times: dict[str, Any] = {} if at_ns is None else {"ns": (at_ns, at_ns)}
+            where, at = place(name, folder)
+            os.utime(where, **times, dir_fd=at, **disk.LINK_ITSELF)
 
     def sweep(self, path: str = "") -> None:
         """Remove the drafts in a folder that dead processes left, and those of other hosts after a day."""
@@ -303,10 +329,34 @@ class Tree:
             try:
                 disk.sweep_at(folder)
             finally:
-                os.close(folder)
+                self._done(folder)
 
 
-def _size(folder: int) -> int:
+@cache
+def _say_unguarded() -> None:
+    """Say once that whoever can write beside us may lead us elsewhere."""
+    logger.warning(
+        "this system opens no file relative to an opened folder, so mlfusion does not guard against links that are put into a "
+        "cache while it is used; keep caches where no other user can write"
+    )
+
+
+def _enter(name: str, folder: Folder) -> Folder:
+    """Open a folder in an opened folder; NotADirectoryError if it is a link or anything else."""
+    if isinstance(folder, int):
+        return os.open(name, FOLDER, dir_fd=folder)
+    if not stat.S_ISDIR(_state(name, folder).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
+    return f"{folder}/{name}"
+
+
+def _state(name: str, folder: Folder) -> os.stat_result:
+    """The state of a name in an opened folder, a link's own if it is one."""
+    where, at = place(name, folder)
+    return os.lstat(where, dir_fd=at)
+
+
+def _size(folder: Folder) -> int:
     total = 0
     with os.scandir(folder) as items:
         for item in items:
@@ -314,9 +364,9 @@ def _size(folder: int) -> int:
                 if not item.is_dir(follow_symlinks=False):
                     total += item.stat(follow_symlinks=False).st_size
                     continue
-                inner = os.open(item.name, FOLDER, dir_fd=folder)
+                inner = _enter(item.name, folder)
                 try:
                     total += _size(inner)
                 finally:
-                    os.close(inner)
+                    disk.close(inner)
     return total
