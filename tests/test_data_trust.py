@@ -1,5 +1,7 @@
 """A data set from a stranger reads nothing outside of its folder, waits for nothing, and damage is one sentence."""
 
+import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -15,15 +17,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import xxhash
 from forms import npy, parquet, plain, put, rows, tars
 from PIL import Image
-from tiny import save_images
+from tiny import save_features, save_images
 
 from mlfusion import datasets
 from mlfusion.datasets import ReadOptions, arrays, hub, remote
 from mlfusion.datasets import tars as tar_reader
 from mlfusion.datasets.files import Files
-from mlfusion.errors import BadData
+from mlfusion.errors import BadData, CacheUnusable
+from mlfusion.store import overlap
 from mlfusion.system import room
 
 
@@ -475,3 +479,33 @@ def test_npy_of_a_label_in_a_tar_is_a_vector(tmp_path: Path) -> None:
             put(tar, f"s{number}.png", b"x")
             put(tar, f"s{number}.npy", npy(np.array([number % 2, 1 - number % 2])))
     assert datasets.load(str(tmp_path / "t.tar")).split("train").labels.tolist() == [[0, 1], [1, 0], [0, 1], [1, 0]]
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_identified_by_a_cryptographic_digest_and_former_entries_still_by_theirs(tmp_path: Path) -> None:
+    save_images(tmp_path, {"train": 2, "test": 2})
+    train = datasets.load(str(tmp_path)).split("train")
+    bodies = [body for _, _, body in rows(train)]
+    digests = train.read_digests("set")
+    assert [each.tobytes() for each in digests] == [hashlib.sha256(body).digest() for body in bodies]
+    former = np.frombuffer(b"".join(map(xxhash.xxh3_128_digest, bodies)), np.uint8).reshape(-1, 16)
+    for kind in (digests, former):
+        assert train.has_digests(kind, "set")
+        assert not train.has_digests(kind[::-1], "set")
+
+
+def test_splits_of_two_sorts_of_digests_are_not_compared(tmp_path: Path) -> None:
+    """Else no image of one would be found in the other, without a word."""
+    labels, random = np.arange(12) % 3, np.random.default_rng(0)
+    made = {
+        split: save_features(tmp_path / split, split, random.normal(size=(12, 2, 4)), labels)
+        for split in ("train", "test")
+    }
+    assert overlap.overlap(made["train"], made["test"]).bytes == 0
+    samples = made["test"].samples
+    wide = dataclasses.replace(samples, digests=np.tile(samples.digests, 2))
+    made["test"].__dict__["samples"] = wide
+    with pytest.raises(CacheUnusable, match=r"identify images by different digests.*extract both again"):
+        overlap.overlap(made["train"], made["test"])
