@@ -1,7 +1,10 @@
 """Rows that several processes train are those that one process trains, errors and little memory included."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,7 +78,7 @@ def test_rows_are_those_of_one_process_also_where_a_share_of_the_memory_is_too_s
     monkeypatch.setattr(processes, "LEAST_MEMORY", 1)
     monkeypatch.setattr(processes, "TOKENS_SHARE", 0)
     half, whole = (Resources("cpu", size, streams=False) for size in (memory // 2, memory))
-    assert isinstance(processes._in_process(pair, some[0], half), TooLittleMemory)
+    assert isinstance(processes._in_process(pair, some[0], half, os.getpid()), TooLittleMemory)
     assert (torch.get_num_threads(), progress._quiet) == (2, False)  # as before, if it was no other process
     for several, one in zip(processes.trained(pair, some, whole), alone, strict=True):
         assert_same(several, one)
@@ -129,3 +132,25 @@ def test_a_script_of_the_user_runs_once(pair: SplitPair, tmp_path: Path) -> None
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert said.stdout == "once\n"
     assert len(Results(tmp_path / "r").rows()) == 2
+
+
+WATCHED = """
+import os, subprocess, sys, time
+child = "import sys, time; from mlfusion.probing.processes import _end_with; _end_with(int(sys.argv[1])); time.sleep(1000)"
+print(subprocess.Popen([sys.executable, "-c", child, str(os.getpid())]).pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="the test reads /proc")
+def test_no_process_outlives_a_parent_that_was_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", WATCHED], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = Path(f"/proc/{int(parent.stdout.readline())}")
+        assert child.exists()
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while child.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not child.exists()

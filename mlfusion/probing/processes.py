@@ -1,10 +1,13 @@
 """Trains jobs in several processes: a step of a small probe is mostly Python, of which threads run one at a time."""
 
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
+from threading import Thread
 
 import torch
 
@@ -73,7 +76,7 @@ def _results(
 
     # Unlike a pool of the standard library, joblib's does not run the script of the caller again in each process.
     parallel = Parallel(n_jobs=processes, backend="loky", batch_size=1, max_nbytes=None, return_as="generator")
-    results = parallel(delayed(_in_process)(pair, job, resources) for job in jobs)
+    results = parallel(delayed(_in_process)(pair, job, resources, os.getpid()) for job in jobs)
     try:
         yield results
     finally:
@@ -82,8 +85,9 @@ def _results(
             results.close()
 
 
-def _in_process(pair: SplitPair, job: Job, resources: Resources) -> Trained | MlfusionError:
+def _in_process(pair: SplitPair, job: Job, resources: Resources, parent: int) -> Trained | MlfusionError:
     """Train a job in a process of its own; an error is returned, so that it is raised in its turn, after earlier results."""
+    _end_with(parent)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -94,3 +98,16 @@ def _in_process(pair: SplitPair, job: Job, resources: Resources) -> Trained | Ml
     finally:
         # Where joblib may start no process, such as in a process that has to have no children, this is the caller's own.
         torch.set_num_threads(before)
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended: joblib's would wait for ever for one that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if os.getpid() != parent:
+        Thread(target=watch, daemon=True).start()

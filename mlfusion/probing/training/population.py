@@ -335,13 +335,8 @@ def train(
         bundles = [tuple(blocks[n : n + layout.bundle]) for n in range(0, len(blocks), layout.bundle)]
         steps = batches(tokens, data.rows, schedule, seed=population.seed, device=numerics.device, dtype=numerics.dtype)
         report = partial(progress or (lambda _: None), len(members))
-        with (
-            tensor_cores(numerics.device),
-            in_order(),
-            denormals(kept=False),
-            _Workers(min(layout.workers, len(bundles))) as workers,
-        ):
-            _run(bundles, workers, steps, data.schedule.steps, report)
+        with tensor_cores(numerics.device):
+            _run(bundles, min(layout.workers, len(bundles)), steps, data.schedule.steps, report)
         if numerics.is_accelerated:
             yield slice(members[0], members[-1] + 1), blocks[0].probe.eval()
             continue
@@ -360,24 +355,27 @@ def _blocks(population: Population, places: Sequence[dict[int, int]], numerics: 
     return [_Block(population.some(members), numerics, loss) for members in filled]
 
 
+@in_order()
+@denormals(kept=False)
 def _run(
     bundles: Sequence[tuple[_Block, ...]],
-    workers: _Workers,
+    workers: int,
     data: Iterator[tuple[Float[Tensor, "B T D"], Shaped[Tensor, "B ..."]]],
     steps: int,
     report: Callable[[], None],
 ) -> None:
-    """Step all blocks on every batch."""
+    """Step all blocks on every batch, by so many threads."""
 
     def work(bundle: tuple[_Block, ...], *, step: int, tokens: Tensor, labels: Tensor) -> None:
         for block in bundle:
             block.step(tokens, labels, step, steps)
 
-    for step, (batch, labels) in enumerate(data):
-        if workers.step(partial(work, step=step, tokens=batch, labels=labels), bundles):
+    with _Workers(workers) as pool:
+        for step, (batch, labels) in enumerate(data):
+            if pool.step(partial(work, step=step, tokens=batch, labels=labels), bundles):
+                report()
+        if pool.finish():
             report()
-    if workers.finish():
-        report()
 
 
 def _move(tokens: Tokens, numerics: Numerics) -> Tokens:
