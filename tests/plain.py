@@ -1,6 +1,6 @@
 """A system that has only what every system has: MLFUSION_PLAIN=1 takes away what is POSIX's or Linux's, before all imports.
 
-`test_platforms.py` runs a part of the tests so. What guards against links is not there either, and tests of it are skipped.
+`test_platforms.py` runs a part of the tests so. What guards against links is not there either, so tests of it cannot pass.
 """
 
 import io
