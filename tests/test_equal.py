@@ -15,7 +15,7 @@ import mlfusion
 from mlfusion.errors import BadData
 from mlfusion.probing import grids, protocol
 from mlfusion.probing.protocol import Outcome
-from mlfusion.probing.search import Training, changed
+from mlfusion.probing.search import Running, Training, changed
 from mlfusion.probing.solvers.design import add_product, matmul
 from mlfusion.probing.targets import Number, OneClass, SeveralLabels, Target
 from mlfusion.probing.training.batches import Tokens
@@ -60,7 +60,7 @@ def fitted(head: Head, count: int, memory: int | None, target: Target) -> Outcom
             lambda: tokens(target, 47, 1),
             target=target,
             options=fit_options(heads=3),
-            training=TrainingOptions(memory=memory),
+            running=Running(training=TrainingOptions(memory=memory)),
         )
     finally:
         assert torch.get_num_threads() == count  # as the caller had it

@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from mlfusion.errors import BadData
 from mlfusion.probing import protocol
-from mlfusion.probing.search import SOLVERS
+from mlfusion.probing.search import SOLVERS, Running
 from mlfusion.probing.solvers import design as design_module
 from mlfusion.probing.solvers import logistic
 from mlfusion.probing.solvers.design import Design, Penalty, penalties
@@ -256,7 +256,7 @@ def test_more_classes_than_memory_are_refused_before_anything_is_solved(monkeypa
             lambda: tokens,
             target=target,
             options=fit_options(),
-            training=TrainingOptions(memory=1000),
+            running=Running(training=TrainingOptions(memory=1000)),
         )
 
 
@@ -359,7 +359,12 @@ def test_they_are_chosen_refitted_and_tested(head: Any, kind: str) -> None:
     test, _ = data((60, 3, 8), kind, seed=1)
     seen: list[tuple[int, int]] = []
     outcome = protocol.fit(
-        head, train, lambda: test, target=target, options=fit_options(), progress=lambda *at: seen.append(at)
+        head,
+        train,
+        lambda: test,
+        target=target,
+        options=fit_options(),
+        running=Running(progress=lambda *at: seen.append(at)),
     )
     floor = {"class": 0.5, "labels": 0.6, "number": 0.4}[kind]  # by chance: a third, two fifths, none
     assert outcome.test == outcome.metrics[outcome.metric] > floor

@@ -16,7 +16,7 @@ from mlfusion.errors import BadData, BadOption
 from mlfusion.probing import grids, protocol
 from mlfusion.probing.grids import SEARCH_GRIDS, Grid
 from mlfusion.probing.protocol import Outcome, choose, fit
-from mlfusion.probing.search import Training
+from mlfusion.probing.search import Running, Training
 from mlfusion.probing.solvers.design import penalties
 from mlfusion.probing.solvers.neighbours import neighbourhoods
 from mlfusion.probing.splits import draw, split
@@ -48,7 +48,7 @@ def tokens(images: int = 90, *, seed: int = 0, signal: float = 1.0, width: int =
 def fitted(head: Head, train: Tokens, test: Tokens | Callable[[], Tokens], **options: Any) -> Outcome:
     target, progress = options.pop("target", OneClass(CLASSES)), options.pop("progress", None)
     reading = test if callable(test) else lambda: test
-    return fit(head, train, reading, target=target, options=fit_options(**options), progress=progress)
+    return fit(head, train, reading, target=target, options=fit_options(**options), running=Running(progress=progress))
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------

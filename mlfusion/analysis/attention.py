@@ -141,6 +141,11 @@ def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None)
         BadData: the features are no longer cached, or the data set has other images, by the digests of their bytes.
         UnknownName, Unavailable: the data set is not available.
     """
+    if row.folds is not None:
+        raise BadData(
+            f"row {row.id} was tested in {row.folds} folds of train and test; allowed: rows that were tested on a test split. "
+            "Train the probe without --folds for pictures"
+        )
     entry = FeatureStore(cache).by_key(row.features[1])
     source = dataset or row.sources.dataset
     if entry is None:
@@ -157,7 +162,7 @@ def row_images(row: Row, *, cache: CachePath = None, dataset: str | None = None)
     window = decoding.window and f"{decoding.window[0]},{decoding.window[1]}"
     # How bad images are treated is no option of features.
     options = from_words(FeatureOptions, [word for word in row.sources.options if word != "--skip-bad"])
-    test = next((name for name in options.splits if name.partition("=")[0] == "test"), "test")
+    test = next((name for name in options.splits or () if name.partition("=")[0] == "test"), "test")
     reading = replace(options.read, exif_transpose=decoding.exif_transpose, window=window)
     data = datasets.load(source, reading)
     split, samples = data.split(test), entry.samples

@@ -24,6 +24,7 @@ def advise(
     as_json: AsJson = False,
 ) -> None:
     """Recommend a representation and a probe, by a pilot on a few hundred images, and estimate what the rest would cost."""
+    from mlfusion.statistics.uncertainty import few_test_images
     from mlfusion.system.progress import duration
     from mlfusion.workflows import advice
 
@@ -58,6 +59,8 @@ def advise(
             f"{result.cheapest_equivalent.probe} is cheaper, and the pilot cannot tell it from the best "
             f"({_difference_text(result.cheapest_equivalent.behind)} points behind{_reason(result.cheapest_equivalent.lead)})."
         )
+    if result.wants_folds:
+        say(f"{few_test_images(result.test_images)}: mlfusion probe --folds 5.")
 
 
 def _difference_text(gain: Any) -> str:

@@ -74,6 +74,7 @@ def show(row: RowId, results_path: ResultsPath = RESULTS, as_json: AsJson = Fals
     width = max(map(len, lines))
     for name, value in lines.items():
         say(f"{name.ljust(width)}  {_format_value(value)}")
+    say(f"chosen on: {stored.chosen_on()}")
     _print_certainty(stored, details)
     say()
     for name, text in (

@@ -18,8 +18,8 @@ from mlfusion.datasets.images import Decoder
 from mlfusion.errors import BadData, BadImage
 from mlfusion.specs.identity import AS_STORED, Decoding
 from mlfusion.specs.kinds import parse_window
-from mlfusion.specs.options import FeatureOptions, LabelKind, ReadOptions
-from mlfusion.specs.splits import split_word
+from mlfusion.specs.options import LabelKind, ReadOptions
+from mlfusion.specs.splits import default_splits, split_word
 from mlfusion.system import room
 from mlfusion.system.progress import track
 
@@ -243,9 +243,11 @@ class DataSet:
         """Whether its images have labels."""
         return self.form != UNLABELLED
 
-    def requested(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """The names of the splits to extract: of images without labels the only one, unless others than usual are named."""
-        return tuple(self.splits) if not self.labelled and names == FeatureOptions().splits else names
+    def requested(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
+        """The names of the splits to extract: unless they are named, the default, or the only one of images without labels."""
+        if names is not None:
+            return names
+        return default_splits(self.splits) if self.labelled else tuple(self.splits)
 
     def split(self, name: str) -> Split:
         """Return one split; 'test=validation' returns the split validation as test, and 'val' the split validation.

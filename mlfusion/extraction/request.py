@@ -11,6 +11,7 @@ from mlfusion.models.preprocessing import Preprocessing
 from mlfusion.specs.identity import KINDS, DataSpec, FeatureSpec, Pair, TokenKind, digest
 from mlfusion.specs.names import parse_tokens
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
+from mlfusion.specs.splits import default_splits
 from mlfusion.store import Groups, Names, Samples
 from mlfusion.system.devices import pick_compute, pick_device
 from mlfusion.system.references import Kind, find_path, parse_model
@@ -62,6 +63,11 @@ class Images:
         reading = digest([contents, data.classes, data.label_kind, data.resplit, *([groups] if groups else [])])
         return cls(data, names, tuple(splits), argument, reading)
 
+    @property
+    def leaves_out_validation(self) -> bool:
+        """Whether the default would have read a validation split beside train and test, which are all that is read."""
+        return self.names == ("train", "test") != default_splits(self.data.splits)
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -111,7 +117,8 @@ class Request:
         recorded = replace(
             features,
             read=replace(features.read, image_root=root and str(Path(root).expanduser().resolve())),
-            splits=("train", "test"),
+            # Without it, the command would add features that choose the configuration of the next probe.
+            splits=images.names if images.leaves_out_validation else None,
             layers="all",
             tokens="cls,ap",
             hook=None,

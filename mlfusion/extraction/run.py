@@ -28,6 +28,7 @@ from mlfusion.specs.definitions import command
 from mlfusion.specs.identity import TokenKind
 from mlfusion.specs.names import layer_ranges
 from mlfusion.specs.options import ComputeOptions, FeatureOptions
+from mlfusion.specs.splits import split_word
 from mlfusion.store import CachePath, Entry, FeatureStore, Gap, Piece, RunPart, RunRecord
 from mlfusion.system.devices import device_name, failures, processor_count
 from mlfusion.system.display import Displayed
@@ -99,7 +100,13 @@ def extract(
     log: Callable[[str], None] = lambda _: None,
 ) -> list[ExtractionResult]:
     """Cache a frozen model's tokens of a data set; arguments and errors as in `mlfusion.extract`."""
-    return fill(Request.of(model, dataset, features, compute), cache=cache, log=log)
+    request = Request.of(model, dataset, features, compute)
+    if features.splits is None and any(split_word(job.split.name) == "validation" for job in request.jobs):
+        log(
+            "read are train, test and validation, on which probes choose their configuration; to leave validation out, so "
+            "that a fifth of train chooses: --split train,test"
+        )
+    return fill(request, cache=cache, log=log)
 
 
 def next_command(results: list[ExtractionResult], cache: str | None = None) -> str:

@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from mlfusion.errors import BadOption
 from mlfusion.probing import saved
 from mlfusion.probing.fitting import Resources, Trained, train
 from mlfusion.probing.jobs import Job, identity, jobs_of
 from mlfusion.probing.processes import trained as trained_jobs
-from mlfusion.results import Results, Row
+from mlfusion.results import Results, Row, chosen_on
 from mlfusion.results.trackers import Tracker, log_new, open_trackers
 from mlfusion.specs.commands import extract_command
 from mlfusion.specs.definitions import command
@@ -22,6 +24,8 @@ from mlfusion.system.display import Displayed
 from mlfusion.system.words import plural
 
 logger = logging.getLogger(__name__)
+
+NAMED = 5  # number of classes that a message names
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,15 +63,12 @@ def probe(
     store, results, trackers = FeatureStore(storage.cache), Results(Path(storage.results)), open_trackers(storage.track)
     rows: list[Row] = []
     trained, left_out = 0, []
-    for pair in split_pairs(store, dataset, model):
+    for pair in (pair.choosing_on(search.choose_on) for pair in split_pairs(store, dataset, model)):
         cached, missing = _select(pair, probes, model or pair.names[0].model_argument, dataset)
         left_out += missing
         for line in missing:
             log(line)
-        log(
-            f"{pair.model} on {pair.dataset}: features reused from the cache ({pair.train.key}, {pair.test.key}), no "
-            "forward pass"
-        )
+        log(f"{pair.model} on {pair.dataset}: features reused from the cache ({', '.join(pair.keys)}), no forward pass")
         if pair.older:
             others = plural(pair.older, "other set of features has", "other sets of features have")
             log(f"{others} these names; those extracted last are used")
@@ -93,6 +94,11 @@ def run(
 
     Arguments and errors are those of `probe`. A tracker that fails is taken out of `trackers`.
     """
+    if save and any(job.search.folds for job in jobs):
+        raise BadOption(
+            "--folds and --save exclude each other: folds train a probe for each part of the images, of which none is the one "
+            "to keep; leave --folds out, to train on all of train and keep that probe"
+        )
     resources = Resources.of(training)
     device = resources.device
     rows: list[Row] = []
@@ -124,9 +130,35 @@ def run(
             again = train(pair, replace(job, search=row.search()), resources)
             log(save_probe(results, row, again) if same_scores(row, again.row) else _not_saved(results, row, again.row))
         rows.append(row)
-    for note in dict.fromkeys(filter(None, (row.duplicates_note() for row in rows))):
+    notes = [
+        f"chosen on: {chosen_on(rows)}" if rows else "",
+        *absent_notes(pair),
+        *(row.duplicates_note() for row in rows),
+    ]
+    for note in dict.fromkeys(filter(None, notes)):
         log(note)
     return rows, trained
+
+
+def absent_notes(pair: SplitPair) -> list[str]:
+    """A sentence about classes of train that no image of validation has, on which the choice cannot depend."""
+    if pair.validation is None:
+        return []
+    labels, classes = (entry.samples.labels[entry.rows()] for entry in (pair.train, pair.validation)), pair.train.spec
+    of_train, of_validation = (_present(one, len(classes.data.classes)) for one in labels)
+    absent = [classes.data.classes[k] for k in sorted(of_train - of_validation)]
+    if not absent:
+        return []
+    named = ", ".join(map(repr, absent[:NAMED])) + (f" and {len(absent) - NAMED} more" if len(absent) > NAMED else "")
+    return [f"validation has no image of {named}: the other classes choose"]
+
+
+def _present(labels: np.ndarray, classes: int) -> set[int]:
+    """The classes or labels that some image has; none for numbers."""
+    if labels.dtype.kind == "f":
+        return set()
+    counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=classes)
+    return set(np.flatnonzero(counts).tolist())
 
 
 def stored(results: Results, job: Job, features: tuple[str, ...], device: str = "cpu") -> Row | None:
@@ -152,6 +184,7 @@ def is_saved(results: Results, row: Row) -> bool:
 
 def save_probe(results: Results, row: Row, trained: Trained) -> str:
     """Save the trained probe of a row; return a line that says where."""
+    assert trained.card is not None  # folds are refused
     saved.save(_folder(results, row), trained.card, trained.weights)
     return f"{row.probe}, seed {row.seed}, is kept in {_folder(results, row).absolute()}"
 

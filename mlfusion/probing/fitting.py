@@ -5,13 +5,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from mlfusion.errors import BadData
+from mlfusion.errors import BadData, TooLittleMemory
 from mlfusion.probing import protocol, saved, splits
+from mlfusion.probing.folds import fit_folds
 from mlfusion.probing.jobs import Job
-from mlfusion.probing.rows import Fitted, arrays_of, card_of, row_of
-from mlfusion.probing.search import FitOptions
-from mlfusion.probing.targets import target_of
+from mlfusion.probing.rows import Fitted, TestedGroups, arrays_of, card_of, row_of
+from mlfusion.probing.search import FitOptions, Running
+from mlfusion.probing.targets import Target, target_of
 from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.results import ImageCounts, Row
@@ -24,7 +26,7 @@ from mlfusion.store.features import SplitPair
 from mlfusion.store.overlap import compared_pair
 from mlfusion.system.devices import pick_device
 from mlfusion.system.memory import available
-from mlfusion.system.progress import track
+from mlfusion.system.progress import Bar, track
 
 NONE = np.empty(0, np.int64)  # no rows
 
@@ -50,7 +52,7 @@ class Trained:
 
     row: Row
     arrays: dict[str, np.ndarray]
-    card: saved.Card
+    card: saved.Card | None  # None: folds have no single probe
     weights: Mapping[str, np.ndarray]
 
 
@@ -62,46 +64,123 @@ def train(pair: SplitPair, job: Job, resources: Resources) -> Trained:
     """
     fitted = _fit(pair, job, resources)
     row = row_of(pair, fitted)
-    return Trained(row, arrays_of(pair, fitted), card_of(pair, fitted, row), fitted.outcome.weights)
+    card = card_of(pair, fitted, row) if job.search.folds is None else None
+    return Trained(row, arrays_of(fitted), card, fitted.outcome.weights)
 
 
 def _fit(pair: SplitPair, job: Job, resources: Resources) -> Fitted:
     with ExitStack() as stack:
-        without = NONE
-        if job.search.drop_duplicates:  # what is left out must not depend on which tokens happen to be cached
-            names = pair.names[0]
-            pair.require(
-                frozenset({compared_pair(pair.train.spec.model)}), names.model_argument, names.dataset_argument
-            )
-            without = pair.overlap.train_rows
-            if len(without) == len(pair.train.rows()):
-                raise BadData(
-                    f"every image of {pair.dataset}/train is in test too, byte for byte or as a near copy, so that "
-                    "--drop-duplicates leaves none; leave that option out, or train on other images"
-                )
-        train = _tokens(pair.train, job.probe, resources, stack, without, pair.groups[0])
-        streamed = isinstance(train.values, TokenReader)
-        classes = pair.train.spec.data.classes
-        target = target_of(train.labels, len(classes), smoothing=job.search.smoothing, names=classes)
-        if job.shots is not None:
-            rows = splits.draw(train.labels, job.shots, target=target, seed=job.seed, groups=train.groups)
-            train = train.of(rows)
-        free = resources.memory - (0 if streamed else train.nbytes)
-        with track(f"{job.probe.name} on {pair.dataset}, seed {job.seed}", 1, "steps") as bar:
-            outcome = protocol.fit(
-                job.probe.head,
-                train,
-                lambda: _tokens(pair.test, job.probe, replace(resources, streams=None), stack),
-                target=target,
-                options=FitOptions(seed=job.seed, heads=job.probe.attention_heads(), search=job.search),
-                training=TrainingOptions(
-                    device=resources.device, memory=max(1, free) if resources.device == "cpu" else None
-                ),
-                progress=bar.to,
-            )
-        images = ImageCounts(train=len(train), test=len(pair.test.rows()))
-        groups = None if train.groups is None else len(np.unique(train.groups))
-        return Fitted(job, resources.device, target, outcome, images, train.shape[1], streamed, groups)
+        validation = None
+        if pair.validation is not None:
+            validation = _tokens(pair.validation, job.probe, replace(resources, streams=None), stack)
+        bar = stack.enter_context(track(f"{job.probe.name} on {pair.dataset}, seed {job.seed}", 1, "steps"))
+        fit = _fit_split if job.search.folds is None else _fit_pooled
+        return fit(pair, job, resources, stack, validation, bar)
+
+
+def _fit_split(
+    pair: SplitPair, job: Job, resources: Resources, stack: ExitStack, validation: Tokens | None, bar: Bar
+) -> Fitted:
+    """Train on train and test on test."""
+    train = _tokens(pair.train, job.probe, resources, stack, _left_out(pair, job), pair.groups[0])
+    streamed = isinstance(train.values, TokenReader)
+    target = _target(pair, job, train.labels)
+    if job.shots is not None:
+        train = train.of(splits.draw(train.labels, job.shots, target=target, seed=job.seed, groups=train.groups))
+    outcome = protocol.fit(
+        job.probe.head,
+        train,
+        lambda: _tokens(pair.test, job.probe, replace(resources, streams=None), stack),
+        target=target,
+        options=_options(job),
+        running=_running(resources, bar, train, validation),
+        validation=validation,
+    )
+    labels = pair.test.samples.labels[pair.test.rows()]
+    images = ImageCounts(train=len(train), test=len(labels), choosing=outcome.choosing)
+    groups = None
+    if train.groups is not None and pair.groups[1] is not None:
+        groups = TestedGroups(len(np.unique(train.groups)), codes_of(pair.groups[1].names)[pair.test.rows()])
+    return Fitted(job, labels, resources.device, target, outcome, images, train.shape[1], streamed, groups)
+
+
+def _fit_pooled(
+    pair: SplitPair, job: Job, resources: Resources, stack: ExitStack, validation: Tokens | None, bar: Bar
+) -> Fitted:
+    """Train and test by folds of train and test together, in that order, all of whose tokens are in memory."""
+    assert job.search.folds is not None
+    parts = [stack.enter_context(open_tokens(entry, job.probe)) for entry in (pair.train, pair.test)]
+    if (size := sum(part.nbytes for part in parts)) > resources.memory / 2:  # a fold's training images are a copy
+        raise TooLittleMemory(
+            f"--folds holds the tokens of all images in memory: {size / 1e6:,.0f} MB, of which there is room for "
+            f"{resources.memory / 2e6:,.0f}; allowed: a probe that reads fewer tokens, a larger --memory, or no --folds"
+        )
+    labels = np.concatenate([part.labels for part in parts])
+    ids = tuple(name for part in parts for name in part.ids or ())
+    tokens = Tokens(torch.cat([part[:] for part in parts]), labels, ids, _pooled_groups(pair))
+    target = _target(pair, job, labels)
+    target.check_folds(labels, job.search.folds)
+    fold_of = splits.folds(
+        target.strata(labels), job.search.folds, seed=job.seed, ids=ids, groups=tokens.groups, target=target
+    )
+    outcome = fit_folds(
+        job.probe.head,
+        tokens,
+        fold_of,
+        target=target,
+        options=_options(job),
+        running=_running(resources, bar, tokens, validation),
+        validation=validation,
+    )
+    fewest = len(tokens) - int(np.bincount(fold_of).max())
+    images = ImageCounts(train=fewest, test=len(tokens), choosing=outcome.choosing)
+    groups = None
+    if tokens.groups is not None:
+        per_fold = [len(np.unique(tokens.groups[fold_of != fold])) for fold in range(job.search.folds)]
+        groups = TestedGroups(min(per_fold), tokens.groups)
+    return Fitted(job, labels, resources.device, target, outcome, images, tokens.shape[1], False, groups)
+
+
+def _pooled_groups(pair: SplitPair) -> Int[np.ndarray, " N"] | None:
+    """The number of the group of each image of train and test: a group of both has one number."""
+    of_train, of_test = pair.groups
+    if of_train is None or of_test is None:
+        return None
+    codes = codes_of((*of_train.names, *of_test.names))
+    return np.concatenate(
+        [codes[: len(of_train.names)][pair.train.rows()], codes[len(of_train.names) :][pair.test.rows()]]
+    )
+
+
+def _left_out(pair: SplitPair, job: Job) -> Int[np.ndarray, " n"]:
+    """The rows of train that are copies of test images, if they are to be left out."""
+    if not job.search.drop_duplicates:
+        return NONE
+    names = pair.names[0]  # what is left out must not depend on which tokens happen to be cached
+    pair.require(frozenset({compared_pair(pair.train.spec.model)}), names.model_argument, names.dataset_argument)
+    without = pair.overlap.train_rows
+    if len(without) == len(pair.train.rows()):
+        raise BadData(
+            f"every image of {pair.dataset}/train is in test too, byte for byte or as a near copy, so that "
+            "--drop-duplicates leaves none; leave that option out, or train on other images"
+        )
+    return without
+
+
+def _target(pair: SplitPair, job: Job, labels: np.ndarray) -> Target:
+    classes = pair.train.spec.data.classes
+    return target_of(labels, len(classes), smoothing=job.search.smoothing, names=classes)
+
+
+def _options(job: Job) -> FitOptions:
+    return FitOptions(seed=job.seed, heads=job.probe.attention_heads(), search=job.search)
+
+
+def _running(resources: Resources, bar: Bar, *held: Tokens | None) -> Running:
+    """Device and progress; and on a processor the memory that the tokens `held` in memory leave."""
+    free = resources.memory - sum(each.nbytes for each in held if each is not None and not each.is_streamed)
+    memory = max(1, free) if resources.device == "cpu" else None
+    return Running(training=TrainingOptions(device=resources.device, memory=memory), progress=bar.to)
 
 
 @contextmanager

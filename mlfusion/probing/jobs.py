@@ -48,11 +48,12 @@ class Job:
     def row_id(self, features: tuple[str, ...]) -> str:
         """Id of a resolved job's row: r, and 15 digits of the digest of protocol, `identity` of the features, probe, search.
 
+        The keys are those of train, test, and validation if its images choose, so that they say what `choose_on` resolved to.
         The letter keeps other programs from reading an id of decimal digits in a CSV as a number.
         """
         if self.search.precision == "auto":
             raise ValueError("'auto' names no row; resolve the job first")
-        return "r" + digest([PROTOCOL, *features, self.probe.name, self.search], 15)
+        return "r" + digest([PROTOCOL, *features, self.probe.name, replace(self.search, choose_on="auto")], 15)
 
     def _with(self, precision: str) -> "Job":
         return replace(self, search=replace(self.search, precision=precision))  # type: ignore[arg-type]

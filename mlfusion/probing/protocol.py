@@ -1,4 +1,4 @@
-"""The study's protocol (arXiv 2601.09322): choose on a part of train, refit on all of it, read the test set once."""
+"""The study's protocol (arXiv 2601.09322): choose on images that are not fitted, refit on all of train, read test once."""
 
 import time
 from collections.abc import Callable
@@ -11,13 +11,12 @@ import torch
 from mlfusion.errors import BadData
 from mlfusion.probing.grids import at_end
 from mlfusion.probing.heads import HeadModule, HeadShape
-from mlfusion.probing.search import SOLVERS, FitOptions, Training
+from mlfusion.probing.search import SOLVERS, FitOptions, Running, Training
 from mlfusion.probing.targets import Target, kind_of
 from mlfusion.probing.training import population
 from mlfusion.probing.training.batches import LARGEST_BATCH, Tokens
-from mlfusion.shapes import Float, Num
+from mlfusion.shapes import Float, Int, Num
 from mlfusion.specs.names import Head, Stability
-from mlfusion.specs.options import TrainingOptions
 from mlfusion.system.threads import in_order
 
 
@@ -27,7 +26,8 @@ class Outcome:
 
     seed: int
     metric: str  # metric of val, test and train, which are fractions; see `targets`
-    val: float  # score of the chosen configuration on the validation part
+    val: float  # score of the chosen configuration on the images that choose
+    choosing: int  # number of images that choose
     test: float
     train: float  # score of the refitted probe on its training images; of neighbours, by the votes of the others
     metrics: dict[str, Any]  # scores on the test set, see `statistics.measures`
@@ -42,7 +42,9 @@ class Outcome:
         np.ndarray, "N C"
     ]  # for the test images: probabilities, float32; or numbers from `Number.origin`, float64
     attention: Float[np.ndarray, "N T"] | None  # mean over heads, float32; None for a head that does not attend
-    weights: dict[str, np.ndarray]  # parameters and statistics of the refitted probe
+    weights: dict[str, np.ndarray]  # parameters and statistics of the refitted probe; empty over folds
+    folds: "tuple[Outcome, ...]" = ()  # those that this one pools
+    fold_of: Int[np.ndarray, " N"] | None = None  # the fold that tested each image
 
 
 @in_order()
@@ -53,10 +55,10 @@ def fit(
     *,
     target: Target,
     options: FitOptions,
-    training: TrainingOptions = TrainingOptions(),
-    progress: Callable[[int, int], None] | None = None,
+    running: Running = Running(),
+    validation: Tokens | None = None,
 ) -> Outcome:
-    """Choose a configuration on a stratified fifth of train, refit it on all of train, test it once.
+    """Choose a configuration on `validation` or on a stratified fifth of train, refit it on all of train, test it once.
 
     Args:
         head: the probe.
@@ -64,27 +66,33 @@ def fit(
         test: returns those of the test split; called once, after the choice is made and the probe refitted.
         target: the kind of the labels.
         options: seed, attention heads and how to search.
-        training: device and memory.
-        progress: called after each step with the steps done and their total, counted per configuration.
+        running: device and memory; and what is called after each step, with the steps done and their total, counted per
+            configuration.
+        validation: images that choose, while the configurations are fitted to all of train; None: a fifth of train is
+            held out.
 
     Raises:
-        BadData: no probe can be trained on the tokens or labels, or the test split does not match.
+        BadData: no probe can be trained on the tokens or labels, or another split does not match train.
     """
     start = time.perf_counter()
     _check(train, target, "train")
-    target.check_choice(train.labels)
-    search = SOLVERS.get(head, Training)(head, train, target, options, training, progress)
+    target.check_choice(train.labels, least=2 if validation is None else 1)
+    if validation is not None:
+        _check_like_train(validation, train, target, "validation")
+    search = SOLVERS.get(head, Training)(head, train, target, options, running, validation)
     score, loss = search.scores()
     best, stability = search.settle(choose(score, loss), score)
     probe = search.refit(best)
     on_train = target.predictions(search.on_train(probe)).numpy()
-    test_tokens = _checked_test(test, train, target)
+    test_tokens = test()
+    _check_like_train(test_tokens, train, target, "test")
     predictions, attention = predict(probe, test_tokens, target, block=search.block, device=search.device)
     metrics = target.scores(test_tokens.labels, predictions)
     return Outcome(
         seed=options.seed,
         metric=target.metric,
         val=float(score[best]),
+        choosing=len(search.held_out),
         test=metrics[target.metric],
         train=target.score(train.labels, on_train),
         metrics=metrics,
@@ -101,16 +109,14 @@ def fit(
     )
 
 
-def _checked_test(test: Callable[[], Tokens], train: Tokens, target: Target) -> Tokens:
-    """The test split, checked against train."""
-    tokens = test()
-    _check(tokens, target, "test")
+def _check_like_train(tokens: Tokens, train: Tokens, target: Target, name: str) -> None:
+    """Raise `BadData` for tokens of another split that do not match those of train."""
+    _check(tokens, target, name)
     if tokens.shape[1:] != train.shape[1:]:
         raise BadData(
-            f"test has tokens of shape {tokens.shape[1:]} and train {train.shape[1:]}; "
+            f"{name} has tokens of shape {tokens.shape[1:]} and train {train.shape[1:]}; "
             "allowed: the same tokens and width, so extract both splits with the same model, layers and tokens"
         )
-    return tokens
 
 
 def choose(score: Num[np.ndarray, " K"], loss: Num[np.ndarray, " K"]) -> int:

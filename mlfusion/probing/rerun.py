@@ -60,25 +60,28 @@ def rerun(
     result = Rerun(row, again.row, differs)
     if keep and result.same:
         results.keep_arrays(row, again.arrays)
-        save_probe(results, row, again)
+        if row.folds is None:
+            save_probe(results, row, again)
     return result
 
 
 def _pair_of(store: FeatureStore, row: Row, probe: Probe) -> SplitPair:
     """The features that a row was trained on, found by their keys."""
-    train, test = (store.by_key(key) for key in row.features)
-    if train is None or test is None:
+    entries = [entry for key in row.keys if (entry := store.by_key(key)) is not None]
+    if len(entries) < len(row.keys):
         raise NotCached(
-            f"the features of result {row.id} ({', '.join(row.features)}) are not in {store.root}. Name the cache that "
+            f"the features of result {row.id} ({', '.join(row.keys)}) are not in {store.root}. Name the cache that "
             f"has them with --cache, or make them again: {row.extract_command(str(store.root.absolute()))}"
         )
-    for entry in (train, test):
+    for entry in entries:
         require(
             entry, probe.representation.pairs(row.depth), row.sources.model, row.sources.dataset, row.sources.options
         )
     groups = row.groups.digests if row.groups else ("", "")
+    train, test, *others = entries
     names = [_names_with(entry, digest, row) for entry, digest in zip((train, test), groups, strict=True)]
-    return SplitPair(row.model, row.dataset, train, test, (names[0], names[1]), older=0)
+    names += [entry.names()[-1] for entry in others]
+    return SplitPair(row.model, row.dataset, train, test, tuple(names), 0, others[0] if others else None)
 
 
 def _names_with(entry: Entry, groups: str, row: Row) -> Names:

@@ -10,6 +10,7 @@ from mlfusion.probing.targets import Number, Target
 from mlfusion.results import (
     Attention,
     Duplicates,
+    Fold,
     GroupCounts,
     ImageCounts,
     Row,
@@ -18,7 +19,6 @@ from mlfusion.results import (
     metrics_of,
     provenance,
 )
-from mlfusion.specs.grouping import codes_of
 from mlfusion.specs.identity import digest
 from mlfusion.specs.names import Probe
 from mlfusion.store import Entry
@@ -27,17 +27,26 @@ from mlfusion.store.features import SplitPair
 
 
 @dataclass(frozen=True, eq=False)
+class TestedGroups:
+    """The groups of the images of a fit."""
+
+    train: int  # number of groups of the training images; over folds the smallest
+    tested: np.ndarray  # the number of each tested image's group [N]
+
+
+@dataclass(frozen=True, eq=False)
 class Fitted:
     """The outcome of the protocol for a job."""
 
     job: Job  # resolved
+    labels: np.ndarray  # of the images that were tested
     device: str
     target: Target
     outcome: protocol.Outcome
     images: ImageCounts
     tokens: int  # T, tokens per image
     streamed: bool
-    groups: int | None  # number of groups of the training images; None: every image is its own group
+    groups: TestedGroups | None  # None: every image is its own group
 
 
 def row_of(pair: SplitPair, fitted: Fitted) -> Row:
@@ -70,7 +79,11 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         width=spec.model.width,
         classes=spec.data.classes,
         images=fitted.images,
-        features=pair.keys,
+        features=(pair.train.key, pair.test.key),
+        validation=pair.validation.key if pair.validation else None,
+        folds=search.folds,
+        by_fold=tuple(map(_fold, outcome.folds)),
+        choose_on=search.choose_on if pair.validation is None else "validation",
         attention=_attention(probe, pair.train, outcome.attention),
         versions=provenance.versions(),
         code=provenance.code(),
@@ -87,6 +100,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
             weights=spec.model.weights,
             train=spec.data.content,
             test=pair.test.spec.data.content,
+            validation=pair.validation.spec.data.content if pair.validation else None,
             options=tuple(pair.words()),
         ),
         shots=job.shots,
@@ -101,18 +115,14 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
 
 
 def _group_counts(pair: SplitPair, fitted: Fitted) -> GroupCounts | None:
-    codes = _test_groups(pair)
-    if fitted.groups is None or codes is None:
+    if fitted.groups is None:
         return None
     return GroupCounts(
-        column=pair.names[0].grouped_by, train=fitted.groups, test=len(np.unique(codes)), digests=pair.group_digests
+        column=pair.names[0].grouped_by,
+        train=fitted.groups.train,
+        test=len(np.unique(fitted.groups.tested)),
+        digests=pair.group_digests,
     )
-
-
-def _test_groups(pair: SplitPair) -> np.ndarray | None:
-    """The number of each readable test image's group [N]."""
-    groups = pair.groups[1]
-    return None if groups is None else codes_of(groups.names)[pair.test.rows()]
 
 
 def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> saved.Card:
@@ -146,23 +156,36 @@ def card_of(pair: SplitPair, fitted: Fitted, row: Row) -> saved.Card:
         versions=row.versions,
         code=row.code,
         created=row.created,
+        chosen_on=row.chosen_on(),
     )
 
 
-def arrays_of(pair: SplitPair, fitted: Fitted) -> dict[str, np.ndarray]:
-    """The arrays of the test images as they were scored: predictions, labels, groups, the origin of numbers; and attention."""
+def arrays_of(fitted: Fitted) -> dict[str, np.ndarray]:
+    """The arrays of the tested images as they were scored: predictions, labels, groups, folds, origin of numbers, attention."""
     outcome, target = fitted.outcome, fitted.target
     arrays = {
         "probabilities": outcome.predictions,
-        "labels": target.scored(pair.test.samples.labels[pair.test.rows()]),
+        "labels": target.scored(fitted.labels),
     }
-    if (groups := _test_groups(pair)) is not None:
-        arrays["groups"] = groups
+    if fitted.groups is not None:
+        arrays["groups"] = fitted.groups.tested
+    if outcome.fold_of is not None:
+        arrays["folds"] = outcome.fold_of
     if isinstance(target, Number):
         arrays["origin"] = np.array(target.origin)
     if outcome.attention is not None:
         arrays["attention"] = outcome.attention.astype(np.float16)
     return arrays
+
+
+def _fold(outcome: protocol.Outcome) -> Fold:
+    return Fold(
+        images=len(outcome.predictions),
+        val=outcome.val,
+        test=outcome.test,
+        train=outcome.train,
+        selected=Selected.of(outcome.selected),
+    )
 
 
 def _attention(probe: Probe, entry: Entry, attention: np.ndarray | None) -> Attention | None:

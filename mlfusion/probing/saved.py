@@ -78,6 +78,7 @@ class Card(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     versions: Annotated[dict[Name, Name], Meta(max_length=100)]
     code: Name
     created: Time
+    chosen_on: Place = "the validation part"  # the images that chose; those of older cards are a part of train
 
     def target(self) -> Target:
         """The target that the probe was trained for.
@@ -187,7 +188,7 @@ mlfusion predict --probe FOLDER image.jpg
 | {metric} | |
 |---|---:|
 {scores}
-Seed {card.seed}; chosen on the validation part: {selected}. Classes: {classes}. Made {card.created} by mlfusion
+Seed {card.seed}; chosen on {markdown(card.chosen_on)}: {selected}. Classes: {classes}. Made {card.created} by mlfusion
 {markdown(card.versions.get("mlfusion", ""))} ({markdown(card.code)}).
 """
 

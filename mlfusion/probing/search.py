@@ -1,4 +1,4 @@
-"""The search for each kind of head: its configurations are trained or solved, scored on the validation part, and refitted."""
+"""The search for each kind of head: configurations are trained or solved, scored on images that choose, and refitted."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +43,14 @@ class FitOptions:
     search: SearchOptions
 
 
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How a fit runs, which changes its result by rounding at most."""
+
+    training: TrainingOptions = TrainingOptions()  # device and memory
+    progress: Callable[[int, int], None] | None = None  # called with the steps done and their total
+
+
 class Search(ABC):
     """A search over the configurations of a head: it scores all of them, and refits the chosen one."""
 
@@ -55,18 +63,22 @@ class Search(ABC):
         train: Tokens,
         target: Target,
         options: FitOptions,
-        training: TrainingOptions = TrainingOptions(),
-        progress: Callable[[int, int], None] | None = None,
+        running: Running = Running(),
+        validation: Tokens | None = None,
     ) -> None:
-        """Split train into a fitted and a held-out part."""
+        """Set the images that are fitted and those that choose: `validation`, or without it a part of train."""
         self.head, self.train, self.target, self.options = head, train, target, options
-        self.device, self.memory = training.device, training.memory
-        strata = target.strata(train.labels)
-        self.fitted, self.held_out = split(strata, seed=options.seed, groups=train.groups, target=target)
+        self.device, self.memory = running.training.device, running.training.memory
         self.everything = np.arange(len(train))
+        self.choosing_tokens = train if validation is None else validation
+        if validation is None:
+            strata = target.strata(train.labels)
+            self.fitted, self.held_out = split(strata, seed=options.seed, groups=train.groups, target=target)
+        else:
+            self.fitted, self.held_out = self.everything, np.arange(len(validation))
         _, t, d = train.shape
         self.shape = HeadShape(tokens=t, width=d, classes=target.outputs)
-        self.progress, self.done, self.steps = progress, 0, 0
+        self.progress, self.done, self.steps = running.progress, 0, 0
 
     def advance(self, steps: int = 1) -> None:
         """Report a number of the `self.steps` as done."""
@@ -90,18 +102,23 @@ class Search(ABC):
     def selected(self, best: int) -> dict[str, float | int]:
         """The hyper-parameters of the configuration, for a row."""
 
-    def outputs(self, probe: HeadModule, rows: Int[np.ndarray, " n"], block: int) -> Float[Tensor, "K n C"]:
-        """Outputs of a probe for some images of train, `block` at a time."""
-        batches = population.read(probe, self.train, rows, block=block, device=self.device)
-        return torch.cat([outputs for outputs, _ in batches], dim=1)
+    def outputs(self, probe: HeadModule, block: int) -> Float[Tensor, "K n C"]:
+        """Outputs of a probe for the images that choose, `block` at a time."""
+        return self._outputs_for(probe, self.choosing_tokens, self.held_out, block)
 
     def on_train(self, probe: HeadModule) -> Float[Tensor, "N C"]:
         """Outputs of a refitted probe for the images of train, from which its score on train follows."""
-        return self.outputs(probe, self.everything, self.block)[0]
+        return self._outputs_for(probe, self.train, self.everything, self.block)[0]
 
-    def measure(self, outputs: Float[Tensor, "K n C"], rows: Int[np.ndarray, " n"], loss: Loss) -> Scores:
-        """Scores and losses of outputs for these images."""
-        truth = self.train.labels[rows]
+    def _outputs_for(
+        self, probe: HeadModule, tokens: Tokens, rows: Int[np.ndarray, " n"], block: int
+    ) -> Float[Tensor, "K n C"]:
+        batches = population.read(probe, tokens, rows, block=block, device=self.device)
+        return torch.cat([outputs for outputs, _ in batches], dim=1)
+
+    def measure(self, outputs: Float[Tensor, "K n C"], loss: Loss) -> Scores:
+        """Scores and losses of outputs for the images that choose."""
+        truth = self.choosing_tokens.labels[self.held_out]
         finite = torch.isfinite(outputs).flatten(1).all(1).tolist()
         losses = loss(outputs, torch.from_numpy(truth).to(outputs.device)).double().cpu().numpy()
         predicted = self.target.predictions(outputs).numpy()
@@ -146,7 +163,7 @@ class Training(Search):
         self.steps = sum(members * until for members, until in self.rungs) + self.refitting.steps
         if not HEADS[head].is_convex:
             self.steps += self.choosing.steps  # of the twin
-        self._outputs: dict[int, Tensor] = {}  # [n, C] of the best so far, for the images held out
+        self._outputs: dict[int, Tensor] = {}  # [n, C] of the best so far, for the images that choose
 
     def scores(self) -> Scores:
         """Scores as in `Search`; -inf and inf for a configuration that halving stopped."""
@@ -168,8 +185,8 @@ class Training(Search):
     def settle(self, best: int, score: Float[np.ndarray, " K"]) -> tuple[int, Stability | None]:
         """The configuration to take instead of an unstable best one: a stable one within its noise.
 
-        A configuration is unstable if its twin gives other answers for more than a share `UNSTABLE` of the n images held
-        out. Its noise is max(|s − s'|, √(p / n)), s and s' being both scores and p that share: p·n answers that are right or
+        A configuration is unstable if its twin gives other answers for more than a share `UNSTABLE` of the n images that
+        choose. Its noise is max(|s − s'|, √(p / n)), s and s' being both scores and p that share: p·n answers that are right or
         wrong by chance have a mean with a standard deviation of √(p·n) / n at most.
         """
         if HEADS[self.head].is_convex:
@@ -196,12 +213,12 @@ class Training(Search):
     def _measured(
         self, configurations: Sequence[Configuration], until: int | None, width: int
     ) -> Iterator[tuple[slice, Float[Tensor, "k n C"], Float[np.ndarray, " k"], Float[np.ndarray, " k"]]]:
-        """Configurations trained on the fitted part: outputs, scores and losses for the images held out."""
+        """Configurations trained on the fitted part: outputs, scores and losses for the images that choose."""
         loss = self.target.loss(self.train.labels[self.fitted], self.device, torch.float32)
         data = TrainingData(self.train, self.fitted, self.choosing, until)
         for part, probe in self._train(configurations, data, loss, width):
-            outputs = self.outputs(probe, self.held_out, self.choosing.batch_size)
-            yield part, outputs, *self.measure(outputs, self.held_out, loss)
+            outputs = self.outputs(probe, self.choosing.batch_size)
+            yield part, outputs, *self.measure(outputs, loss)
 
     def refit(self, best: int) -> HeadModule:
         loss_function = self.target.loss(self.train.labels, self.device, torch.float32)
@@ -247,13 +264,13 @@ class SolvedSearch(Search):
 
     @abstractmethod
     def solve(self) -> Iterator[Float[Tensor, "k n C"]]:
-        """Outputs of the probes of all settings, in order, for the n images held out."""
+        """Outputs of the probes of all settings, in order, for the n images that choose."""
 
     def scores(self) -> Scores:
         measured = []
         for outputs in self.solve():
             loss = self.target.loss(self.train.labels[self.fitted], str(outputs.device), outputs.dtype)
-            measured.append(self.measure(outputs, self.held_out, loss))
+            measured.append(self.measure(outputs, loss))
             self.advance(len(outputs))
         scores, losses = zip(*measured, strict=True)
         return np.concatenate(scores), np.concatenate(losses)
@@ -266,12 +283,12 @@ class RidgeSearch(SolvedSearch):
     """Penalties of ridge regression, chosen by leave-one-out scores on all of train, which need no further fit.
 
     Where images have groups, others of its group would tell a left-out image's label: the held-out groups choose instead, and
-    the factor of the scores is theirs.
+    the factor of the scores is theirs. A validation split chooses in the same way, among fits to all of train.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.leaves_one_out = self.train.groups is None
+        self.leaves_one_out = self.choosing_tokens is self.train and self.train.groups is None
         if self.leaves_one_out:
             self.fitted = self.held_out = self.everything
         self.ridge = self._ridge(self.fitted)
@@ -282,14 +299,15 @@ class RidgeSearch(SolvedSearch):
             yield from (self.ridge.left_out(penalty)[None] for penalty in self.settings)
             return
         for penalty in self.settings:
-            outputs = self.outputs(self.ridge.solve(penalty, factor=1.0), self.held_out, self.block)
-            self.factors.append(self.ridge.factor(outputs[0], self.train.labels[self.held_out]))
+            outputs = self.outputs(self.ridge.solve(penalty, factor=1.0), self.block)
+            self.factors.append(self.ridge.factor(outputs[0], self.choosing_tokens.labels[self.held_out]))
             yield self.factors[-1] * outputs
 
     def refit(self, best: int) -> HeadModule:
         if self.leaves_one_out:
             return self.ridge.solve(self.settings[best])
-        return self._ridge(self.everything).solve(self.settings[best], factor=self.factors[best])
+        ridge = self.ridge if self.fitted is self.everything else self._ridge(self.everything)
+        return ridge.solve(self.settings[best], factor=self.factors[best])
 
     def _ridge(self, rows: Int[np.ndarray, " N"]) -> Ridge:
         return Ridge(Design(self.train, rows, self.target, self.device))
@@ -300,7 +318,7 @@ class LogisticSearch(SolvedSearch):
 
     def solve(self) -> Iterator[Float[Tensor, "k n C"]]:
         logistic = self._logistic(self.fitted)
-        return (self.outputs(probe, self.held_out, self.block) for _, probe in logistic.solve(self.settings))
+        return (self.outputs(probe, self.block) for _, probe in logistic.solve(self.settings))
 
     def refit(self, best: int) -> HeadModule:
         logistic = self._logistic(self.everything)
@@ -317,7 +335,7 @@ class NeighbourSearch(SolvedSearch):
     grid = staticmethod(neighbourhoods)
 
     def solve(self) -> Iterator[Float[Tensor, "K n C"]]:
-        yield self.outputs(self._neighbours(self.fitted, self.settings), self.held_out, self.block)
+        yield self.outputs(self._neighbours(self.fitted, self.settings), self.block)
 
     def refit(self, best: int) -> HeadModule:
         return self._neighbours(self.everything, [self.settings[best]])

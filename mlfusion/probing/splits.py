@@ -1,4 +1,4 @@
-"""The split of train into fitted and validation images, and few-shot draws; groups of images, such as patients, stay whole.
+"""The split of train into fitted images and those that choose, folds, and few-shot draws; groups such as patients stay whole.
 
 A probe that is chosen on images of the groups it was fitted to is chosen for knowing them again.
 """
@@ -6,6 +6,7 @@ A probe that is chosen on images of the groups it was fitted to is chosen for kn
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
 from mlfusion.errors import BadData
 from mlfusion.probing.targets import OneClass, Target
@@ -47,6 +48,44 @@ def split(
         held_out.append(random.permutation(rows)[:count])
     held = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def folds(
+    strata: Int[np.ndarray, " N"],
+    count: int,
+    *,
+    seed: int,
+    ids: Sequence[str] | None = None,
+    groups: Int[np.ndarray, " N"] | None = None,
+    target: Target | None = None,
+) -> Int[np.ndarray, " N"]:
+    """The fold 0..count-1 of each image, stratified; they follow from the seed and the ids, whatever the order of the images.
+
+    Without groups the sizes of two folds differ by one image at most, in all and in each stratum. With groups, all images of
+    a group are in one fold, see `part_groups`.
+
+    Args:
+        strata: the stratum of each image, such as its class.
+        count: number of folds.
+        seed: shuffles the images.
+        ids: names of the images; None: their numbers.
+        groups: the number of each image's group, such as a patient.
+        target: names the classes in messages.
+
+    Raises:
+        BadData: there are fewer images than folds, or too few groups.
+    """
+    if groups is not None:
+        return part_groups(strata, groups, [1 / count] * count, np.random.default_rng(stream("folds", seed)), target)
+    if len(strata) < count:
+        raise BadData(f"{len(strata)} images are too few for --folds {count}; allowed: 2 to {len(strata)}")
+    names = [str(row) for row in range(len(strata))] if ids is None else ids
+    hashes = np.array([xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) for name in names], np.uint64)
+    order = np.lexsort((np.array(names), hashes))
+    order = order[np.argsort(strata[order], kind="stable")]
+    fold_of = np.empty(len(strata), np.int64)
+    fold_of[order] = np.arange(len(strata)) % count
+    return fold_of
 
 
 def part_groups(

@@ -1,7 +1,7 @@
 """Targets of a probe: one class, several labels, or a number. Loss, choice and scores follow from the target alone."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,8 +14,10 @@ from mlfusion.errors import BadData
 from mlfusion.probing.losses import Loss, class_weights, cross_entropy
 from mlfusion.shapes import Float, Int, Num, Shaped
 from mlfusion.statistics import measures
+from mlfusion.system.words import plural
 
 STRATUM_SIZE = 5  # images with similar numbers, of which one is held out
+_AT_LEAST = {1: "1 or more", 2: "2 or more, one to fit and one to choose on"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,15 @@ class Target(ABC):
         """A class or label as messages name it: its name, or its number if there are no names."""
         return repr(self.names[number]) if self.names else str(number)
 
+    def _require_folds(self, kind: str, counts: Int[np.ndarray, " C"], folds: int) -> None:
+        if counts.min() < folds:
+            scarce = int(counts.argmin())
+            raise BadData(
+                f"{kind} {self.name_of(scarce)} has {plural(int(counts[scarce]), 'image')}, so that not every one of "
+                f"--folds {folds} can test it; allowed: 2 to the number of images of the rarest {kind}. Ask for fewer folds, "
+                f"add images, or leave the {kind} out"
+            )
+
     @abstractmethod
     def check(self, labels: Num[np.ndarray, "N ..."], name: str) -> None:
         """Check that labels are of this kind.
@@ -41,8 +52,10 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
-        """Check that a part of the training labels can be held out for the choice.
+    def check_choice(self, labels: Num[np.ndarray, "N ..."], *, least: int = 2) -> None:
+        """Check that there are labels to train on: two images of each, one to fit and one to choose on.
+
+        `least` is 1 where other images choose.
 
         Raises:
             BadData: says which label is too rare.
@@ -51,6 +64,18 @@ class Target(ABC):
     @abstractmethod
     def strata(self, labels: Num[np.ndarray, "N ..."]) -> Int[np.ndarray, " N"]:
         """The stratum of every image; the same share of each stratum is held out."""
+
+    @abstractmethod
+    def check_folds(self, labels: Num[np.ndarray, "N ..."], folds: int) -> None:
+        """Check that every fold can test every class or label.
+
+        Raises:
+            BadData: says which one has fewer images than there are folds.
+        """
+
+    def fitted_to(self, labels: Num[np.ndarray, "N ..."]) -> "Target":
+        """This target as it follows from the training images of a fold; its predictions compare with those of other folds."""
+        return self
 
     def weights(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, " N"]:
         """The weight of every image in training; their mean is one."""
@@ -101,7 +126,7 @@ class OneClass(Target):
                 "Extract the split again, or pass the number of classes that the labels have"
             )
 
-    def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
+    def check_choice(self, labels: Num[np.ndarray, "N ..."], *, least: int = 2) -> None:
         if self.outputs < 2:
             raise BadData(
                 f"{self.outputs} class in train; allowed: 2 or more, so choose a data set with at least two classes"
@@ -112,12 +137,15 @@ class OneClass(Target):
                 "Extract more images, or leave classes out"
             )
         counts = np.bincount(labels, minlength=self.outputs)
-        if counts.min() < 2:
+        if counts.min() < least:
             scarce = int(counts.argmin())
             raise BadData(
                 f"class {self.name_of(scarce)} has {counts[scarce]} training image{'' if counts[scarce] == 1 else 's'}; "
-                "allowed: 2 or more, one to fit and one to choose on. Add images of that class or leave it out"
+                f"allowed: {_AT_LEAST[least]}. Add images of that class or leave it out"
             )
+
+    def check_folds(self, labels: Num[np.ndarray, "N ..."], folds: int) -> None:
+        self._require_folds("class", np.bincount(labels, minlength=self.outputs), folds)
 
     def strata(self, labels: Num[np.ndarray, "N ..."]) -> Int[np.ndarray, " N"]:
         return labels
@@ -166,14 +194,17 @@ class SeveralLabels(Target):
                 "more. Give its images their labels, or take another split"
             )
 
-    def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
+    def check_choice(self, labels: Num[np.ndarray, "N ..."], *, least: int = 2) -> None:
         counts = labels.sum(0)
-        if counts.min() < 2:
+        if counts.min() < least:
             scarce = int(counts.argmin())
             raise BadData(
                 f"label {self.name_of(scarce)} is on {int(counts[scarce])} training image{'' if counts[scarce] == 1 else 's'}; "
-                "allowed: 2 or more, one to fit and one to choose on. Add images with that label or leave it out"
+                f"allowed: {_AT_LEAST[least]}. Add images with that label or leave it out"
             )
+
+    def check_folds(self, labels: Num[np.ndarray, "N ..."], folds: int) -> None:
+        self._require_folds("label", labels.sum(0), folds)
 
     def strata(self, labels: Num[np.ndarray, "N ..."]) -> Int[np.ndarray, " N"]:
         """The rarest label on the image, so that both parts have rare labels; C for images without labels."""
@@ -225,8 +256,8 @@ class Number(Target):
                 "more. Choose labels that differ from image to image"
             )
 
-    def check_choice(self, labels: Num[np.ndarray, "N ..."]) -> None:
-        if len(labels) < 2 * STRATUM_SIZE:
+    def check_choice(self, labels: Num[np.ndarray, "N ..."], *, least: int = 2) -> None:
+        if least > 1 and len(labels) < 2 * STRATUM_SIZE:
             raise BadData(
                 f"train has {len(labels)} images; allowed: {2 * STRATUM_SIZE} or more to choose by R². Add images"
             )
@@ -235,6 +266,17 @@ class Number(Target):
         """Five images that follow each other in the order of their numbers are a stratum."""
         ranks = np.argsort(np.argsort(labels, kind="stable"))
         return np.minimum(ranks // STRATUM_SIZE, len(labels) // STRATUM_SIZE - 1)  # the last stratum takes the rest
+
+    def check_folds(self, labels: Num[np.ndarray, "N ..."], folds: int) -> None:
+        if len(labels) < 2 * folds:
+            raise BadData(
+                f"{len(labels)} images are too few for --folds {folds}; allowed: 2 to {len(labels) // 2}, since R² of a fold "
+                "needs two images"
+            )
+
+    def fitted_to(self, labels: Num[np.ndarray, "N ..."]) -> "Number":
+        differences = labels.astype(np.float64) - self.origin
+        return replace(self, mean=float(differences.mean()), deviation=float(differences.std()) or 1.0)
 
     def scored(self, labels: Num[np.ndarray, "N ..."]) -> Float[np.ndarray, " N"]:
         return labels.astype(np.float64) - self.origin

@@ -16,7 +16,7 @@ from mlfusion.report.numbers import between, count, enumerated, p_value, percent
 from mlfusion.report.sentences import protocol_notes, rare_notes
 from mlfusion.report.studies import Study, studies
 from mlfusion.report.summary import ALF, ComparisonGroup, code_versions, comparison_groups, metric_name
-from mlfusion.results import Results, Row
+from mlfusion.results import Results, Row, chosen_on
 from mlfusion.specs.names import BASELINE, layer_ranges
 from mlfusion.statistics.datasets import gain_tests
 from mlfusion.statistics.rows import Comparison, by_dataset, compare_probes, cost
@@ -71,14 +71,18 @@ def _provenance(groups: Sequence[ComparisonGroup]) -> str:
     seeds = layer_ranges(seed for group in groups for seed in group.seeds)
     dates = sorted(row.created[:10] for group in groups for row in group.rows)
     dates_text = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    chosen = {
+        name: chosen_on(row for group in groups if group.dataset == name for row in group.rows) for name in datasets
+    }
     sizes = [
-        (name, count(one.images.train), count(one.images.test), str(len(one.classes))) for name, one in datasets.items()
+        (name, chosen[name], count(one.images.train), count(one.images.test), str(len(one.classes)))
+        for name, one in datasets.items()
     ]
     return _with_table(
         f"This command writes this page. Its rows were computed on {dates_text} by mlfusion at "
         f"{', '.join(code_versions(groups))}. Models: {architectures}. Grid: "
         f"{', '.join(dict.fromkeys(group.grid for group in groups))}; seeds {seeds}.",
-        tables.markdown_lines(["data set", "train images", "test images", "classes"], sizes),
+        tables.markdown_lines(["data set", "chosen on", "train images", "test images", "classes"], sizes, texts=2),
     )
 
 

@@ -23,6 +23,8 @@ from mlfusion.report.summary import (
     score_word,
 )
 from mlfusion.report.tables import slug
+from mlfusion.results import chosen_on
+from mlfusion.statistics.uncertainty import FEW_TEST_IMAGES, few_test_images
 from mlfusion.system.text import one_line
 
 MAX_TOP_CASES = 4
@@ -178,6 +180,11 @@ def _facts(name: str, groups: Sequence[ComparisonGroup]) -> str:
     facts = [domain(name)] * (domain(name) != "Others")
     facts.append(f"{count(len(groups[0].first.classes))} classes")
     facts.append(f"{count(groups[0].first.images.train)} + {count(groups[0].first.images.test)} images")
+    facts.append(f"chosen on: {chosen_on(row for group in groups for row in group.rows)}")
+    if best and all(row.folds is None for group in groups for row in group.rows):
+        smallest = min(group.first.images.test for group in groups)
+        if smallest < FEW_TEST_IMAGES:
+            facts.append(f"{few_test_images(smallest)}: mlfusion probe --folds 5")
     if best:
         facts.append(f"{best.probe} {percent(best.test.mean)} %")
     return " · ".join(facts)

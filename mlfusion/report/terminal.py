@@ -20,7 +20,7 @@ from mlfusion.report.summary import (
     metric_name,
 )
 from mlfusion.report.tables import markdown_lines, seed_counts
-from mlfusion.results import Results, Row
+from mlfusion.results import Results, Row, chosen_on
 from mlfusion.system import text
 from mlfusion.system.progress import duration
 from mlfusion.system.words import plural
@@ -184,7 +184,11 @@ def markdown(rows: Sequence[Row], *, results: Results | None = None) -> str:
 
 
 def _sizes(group: ComparisonGroup) -> str:
-    return f"{count(group.first.images.train)} train, {count(group.first.images.test)} test images, {group.grid} grid"
+    images = group.first.images
+    return (
+        f"{count(images.train)} train, {count(images.test)} test images, {group.grid} grid, chosen on: "
+        f"{chosen_on(group.rows)}"
+    )
 
 
 def _table(group: ComparisonGroup) -> Table:

@@ -9,22 +9,26 @@ from mlfusion.results.database import Results
 from mlfusion.results.rows import (
     Attention,
     Duplicates,
+    Fold,
     GroupCounts,
     ImageCounts,
     Row,
     Selected,
     Sources,
+    chosen_on,
     metrics_of,
 )
 
 __all__ = [
     "Attention",
     "Duplicates",
+    "Fold",
     "GroupCounts",
     "ImageCounts",
     "Results",
     "Row",
     "Selected",
     "Sources",
+    "chosen_on",
     "metrics_of",
 ]

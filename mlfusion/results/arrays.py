@@ -41,6 +41,9 @@ def check(row: Row, arrays: Mapping[str, np.ndarray]) -> None:
     groups = arrays.get("groups")
     if groups is not None and not (groups.min() >= 0 and len(np.unique(groups)) == (row.groups and row.groups.test)):
         raise ValueError("groups are not as many as the row's; allowed: the number of each test image's group, from 0")
+    folds = arrays.get("folds", np.empty(0, np.int64))
+    if folds.size and np.bincount(folds).tolist() != [one.images for one in row.by_fold]:
+        raise ValueError("folds are not those of the row: by_fold has other numbers of images")
     for name in ("probabilities", "attention"):
         array = arrays.get(name, np.empty(0))
         if not array.size:
@@ -115,7 +118,7 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-_KNOWN = {"labels", "probabilities", "attention", "origin", "groups"}
+_KNOWN = {"labels", "probabilities", "attention", "origin", "groups", "folds"}
 
 
 def _check_header(row: Row, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -131,8 +134,8 @@ def _check_header(row: Row, name: str, shape: tuple[int, ...], dtype: np.dtype) 
         allowed = [(images, 1), (images,)] if isinstance(row.metrics, NumberMetrics) else [(images, classes)]
     elif name == "attention":
         allowed = [(images, len(row.attention.layers))] if row.attention else []
-    elif name == "groups":
-        allowed = [(images,)] if row.groups and dtype.kind == "i" else []
+    elif name in ("groups", "folds"):
+        allowed = [(images,)] if getattr(row, name) and dtype.kind == "i" else []
     else:
         allowed = [()]
     if shape not in allowed:

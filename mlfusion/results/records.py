@@ -18,7 +18,7 @@ from mlfusion.results.rows import LabelMetrics, Metrics, Row, RowPrecision
 from mlfusion.specs.definitions import from_words
 from mlfusion.specs.identity import KINDS
 from mlfusion.specs.names import parse_probes
-from mlfusion.specs.options import FeatureOptions, GridName
+from mlfusion.specs.options import ChooseOn, FeatureOptions, GridName
 
 
 class NotARow(ValueError):
@@ -98,6 +98,7 @@ _SHARED = [
     "duplicates",
     "at_end",
     "stability",
+    "validation",
 ]
 
 
@@ -142,9 +143,30 @@ def _faults(row: Row) -> Iterator[str]:
             yield "attention has lists of different lengths, or empty ones"
         elif max(attention.layers) > row.depth:
             yield f"attention.layers has {max(attention.layers)}; the model has {row.depth}"
-    problem = _probe_fault(row.probe, row.depth) or _options_fault(row.sources.options) or _text_fault(row)
-    if problem:
-        yield problem
+    for problem in (
+        _probe_fault(row.probe, row.depth),
+        _options_fault(row.sources.options),
+        _choice_fault(row),
+        _fold_fault(row),
+        _text_fault(row),
+    ):
+        if problem:
+            yield problem
+
+
+def _choice_fault(row: Row) -> str | None:
+    chose = row.validation is not None
+    if chose == (row.sources.validation is not None) == (row.choose_on == "validation"):
+        return None
+    return f"validation is {_shortened(row.validation)}, choose_on {row.choose_on!r}, and the sources say otherwise"
+
+
+def _fold_fault(row: Row) -> str | None:
+    if len(row.by_fold) != (row.folds or 0) or row.folds == 1:
+        return f"by_fold has {len(row.by_fold)} folds; allowed: as many as folds says, 2 or more"
+    if row.folds and (tested := sum(fold.images for fold in row.by_fold)) != row.images.test:
+        return f"by_fold tests {tested} images; the row has {row.images.test}"
+    return None
 
 
 def _text_fault(row: Row) -> str | None:
@@ -192,12 +214,14 @@ _NOUNS = {
 }
 _ALLOWED = {
     "grid": get_args(GridName),
+    "choose_on": get_args(ChooseOn),
     "precision": get_args(RowPrecision),
     "metrics.kind": ("class", "labels", "number"),
     "tokens": KINDS,
     "attention.kinds": KINDS,
 }
 _PATTERNS = {
+    "validation": "is no key of a cache entry; allowed: 16 digits of 0-9a-f",
     "features": "is no key of a cache entry; allowed: 16 digits of 0-9a-f",
     "created": "is no time; allowed: such as 2026-01-31T23:59:59+00:00",
 }

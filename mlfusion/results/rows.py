@@ -5,7 +5,7 @@ finite and bounded, the id can name a file. Unknown fields are ignored.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from itertools import product
 from typing import Annotated, Any, Literal, cast
@@ -17,7 +17,7 @@ from mlfusion.specs.commands import extract_command, probe_command
 from mlfusion.specs.definitions import option_words
 from mlfusion.specs.identity import Pair, TokenKind
 from mlfusion.specs.names import Stability
-from mlfusion.specs.options import GridName, SearchOptions
+from mlfusion.specs.options import ChooseOn, GridName, SearchOptions
 from mlfusion.system.words import plural
 
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
@@ -85,7 +85,7 @@ def metrics_of(kind: str, scores: Mapping[str, Any]) -> AnyMetrics:
 
 
 class Selected(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The hyper-parameters chosen on the validation part; those that the head does not have are None."""
+    """The hyper-parameters that were chosen; those that the head does not have are None."""
 
     lr: Finite | None = None
     weight_decay: Finite | None = None
@@ -107,11 +107,14 @@ class Selected(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return msgspec.to_builtins(self)
 
 
-class ImageCounts(Struct, frozen=True, kw_only=True):
-    """The number of images of each split."""
+class ImageCounts(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The number of images of each split, and of those that chose the configuration."""
 
     train: Size
     test: Size
+    choosing: Size | None = (
+        None  # of validation, or of the part of train; None: the row was made before they were counted
+    )
 
 
 class Duplicates(Struct, frozen=True, kw_only=True):
@@ -139,7 +142,17 @@ class GroupCounts(Struct, frozen=True, kw_only=True):
     digests: tuple[Key, Key]  # of the groups of all images of train and test, as the cache has them
 
 
-class Sources(Struct, frozen=True, kw_only=True):
+class Fold(Struct, frozen=True, kw_only=True):
+    """What one of the folds of a row gave: the probe that was trained on all images but its own."""
+
+    images: Size  # that it tests
+    val: Score
+    test: Score
+    train: Score
+    selected: Selected
+
+
+class Sources(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The model and data set as given to `mlfusion extract`, which finds them again by these names."""
 
     model: Place  # a catalogue's source, hub id, or folder
@@ -148,6 +161,7 @@ class Sources(Struct, frozen=True, kw_only=True):
     train: Name  # digest of the split's images and labels
     test: Name
     options: tuple[Place, ...]  # further options of the `mlfusion extract` that makes the features again
+    validation: Name | None = None  # as train, of the split whose images chose; None: a part of train chose
 
 
 class Attention(Struct, frozen=True, kw_only=True):
@@ -168,13 +182,13 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     probe: Name  # "cls+ap-all-layers/attentive"
     seed: Seed
     metric: Name  # metric of val, test and train
-    val: Score  # score of the chosen configuration on the 20 % of train held out for the choice
+    val: Score  # score of the chosen configuration on the images that chose
     test: Score  # computed once, after the choice
     train: Score
     metrics: AnyMetrics
     selected: Selected
     grid: GridName
-    configurations: Count  # number of configurations scored on the validation part
+    configurations: Count  # number of configurations scored on the images that chose
     parameters: Count  # number of parameters of one probe
     seconds: Seconds
     layers: Annotated[tuple[Layer, ...], Meta(min_length=1)]  # layers that the probe reads
@@ -202,6 +216,15 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     drop_duplicates: bool = False  # train images that are in test too were left out of train
     at_end: dict[Name, Name] = {}  # hyper-parameters selected at an end of the grid: {"lr": "largest"}
     groups: GroupCounts | None = None  # None: every image is its own group
+    validation: Key | None = None  # cache key of the split whose images chose; None: a part of train chose
+    folds: Size | None = None  # number of folds of train and test together; None: trained on train and tested on test
+    by_fold: tuple[Fold, ...] = ()  # in their order; scores of the row are of the pooled predictions
+    choose_on: ChooseOn = "auto"  # as it was asked for; with a validation split always "validation"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Cache keys of train, test, and validation if its images chose."""
+        return self.features if self.validation is None else (*self.features, self.validation)
 
     def search(self) -> SearchOptions:
         """The options that decide its numbers; its id follows from them."""
@@ -213,7 +236,18 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
             smoothing=self.smoothing or 0.0,
             precision=self.precision,
             drop_duplicates=self.drop_duplicates,
+            choose_on=self.choose_on,
+            folds=self.folds,
         )
+
+    def chosen_on(self) -> str:
+        """The images that chose the configuration, such as 'validation (112 images)'."""
+        split = "a fifth of train" if self.validation is None else "validation"
+        if self.validation is None and self.groups is None and self.probe.endswith("/ridge"):
+            split = "train, each image left out in turn"
+        if self.validation is None and self.folds is not None:
+            split = split.replace("train", f"the other {plural(self.folds - 1, 'fold')}")
+        return f"{split} ({plural(self.images.choosing, 'image')})" if self.images.choosing else split
 
     def renamed(self, write: Callable[[str], str]) -> "Row":
         """A copy whose names of model, data set, classes, code and versions are written by `write`; itself if none changes."""
@@ -242,7 +276,9 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def duplicates_note(self) -> str:
         """A sentence about test images that are in train too; empty if there are none, or if they were left out."""
-        told = self.duplicates.sentence(self.images.test) if self.duplicates and not self.drop_duplicates else ""
+        told = ""
+        if self.duplicates and not self.drop_duplicates and self.folds is None:  # folds part no train from a test
+            told = self.duplicates.sentence(self.images.test)
         return f"{told}. To leave them out of train: --drop-duplicates." if told else ""
 
     def at_end_note(self) -> str:
@@ -266,8 +302,15 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
             f"labels smoothed by {self.smoothing:g}" if self.smoothing is not None else "",
             "duplicates dropped" if self.drop_duplicates else "",
             f"groups by {self.groups.column}" if self.groups else "",
+            "chosen on validation" if self.validation is not None else "",
+            f"{self.folds} folds" if self.folds is not None else "",
         ]
         return ", ".join(filter(None, parts))
+
+
+def chosen_on(rows: Iterable[Row]) -> str:
+    """The images that chose, of all these rows: 'validation (112 images)', or several of these."""
+    return "; ".join(dict.fromkeys(row.chosen_on() for row in rows))
 
 
 @lru_cache(maxsize=256)

@@ -41,7 +41,17 @@ def settings(row: Row) -> dict[str, str | int | float]:
     """The options of a row, which trackers call hyper-parameters, without those that were not used."""
     fields = to_builtins(row)
     names = ("model", "dataset", "probe", "seed", "grid", "metric", "parameters", "code", "id")
-    options = ("shots", "halving", "smoothing", "drop_duplicates", "precision", "device", "protocol")
+    options = (
+        "shots",
+        "halving",
+        "smoothing",
+        "drop_duplicates",
+        "choose_on",
+        "folds",
+        "precision",
+        "device",
+        "protocol",
+    )
     selected = {f"selected.{name}": value for name, value in fields["selected"].items()}
     return {name: fields[name] for name in (*names, *options) if name in fields} | selected
 

@@ -28,6 +28,6 @@ def probe_command(model: str | None, dataset: str, probes: Sequence[str], search
     )
 
 
-def feature_words(splits: tuple[str, ...], view: str, options: Sequence[str]) -> list[str]:
-    """The words of an entry's options: its splits, its view, and the options in its record."""
+def feature_words(splits: tuple[str, ...] | None, view: str, options: Sequence[str]) -> list[str]:
+    """The words of an entry's options: its splits (None: the default), its view, and the options in its record."""
     return [*FeatureOptions(splits=splits, views=(view,)).words(), *options]

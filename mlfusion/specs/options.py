@@ -7,6 +7,7 @@ these definitions.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mlfusion.errors import BadOption
 from mlfusion.specs.definitions import Options, option
 from mlfusion.specs.identity import COMPUTES, DTYPES, HOOKS, MAX_PIXELS, Dtype, Hook
 from mlfusion.specs.kinds import (
@@ -46,6 +47,10 @@ FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 Precision = Literal["float32", "bfloat16", "auto"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+ChooseOn = Literal["auto", "validation", "held-out"]
+CHOOSE_ON: tuple[ChooseOn, ...] = get_args(ChooseOn)
+"""The images that choose a configuration: the split validation, a fifth of train, or (auto) validation where there is one."""
 
 GridName = Literal["paper", "quick"]
 GRID_NAMES: tuple[GridName, ...] = get_args(GridName)
@@ -123,10 +128,11 @@ class FeatureOptions(Options):
     """Options that decide the key or the streams of a cache entry."""
 
     read: ReadOptions = ReadOptions()
-    splits: tuple[str, ...] = option(
-        ("train", "test"),
+    splits: tuple[str, ...] | None = option(
+        None,
         split_names(),
-        "Splits, comma-separated; test=validation uses the validation split as the test split.",
+        "Splits, comma-separated; test=validation tests on the validation split; default: train, test, and validation "
+        "where there is one.",
         effect="key",
         name="split",
     )
@@ -234,12 +240,42 @@ class SearchOptions(Options):
         effect="id",
         added=True,
     )
+    choose_on: ChooseOn = option(
+        "auto",
+        one_of(CHOOSE_ON),
+        "Images that choose the configuration: validation (the split), held-out (a fifth of train), or auto (validation if "
+        "it is cached).",
+        effect="id",
+        added=True,
+    )
+    folds: int | None = option(
+        None,
+        whole(2),
+        "Number of folds of train and test together: each image is tested once, by a probe that was not trained on it.",
+        effect="id",
+        added=True,
+    )
     precision: Precision = option(
         "auto",
         one_of(PRECISIONS),
         "Precision of matrix products in training: float32, bfloat16, or auto (the faster one on this machine).",
         effect="id",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds is None:
+            return
+        if self.shots != (None,):
+            raise BadOption(
+                "--folds and --shots exclude each other: few shots are drawn from train, so that test is large enough already; "
+                "leave --folds out, and repeat the draw by --seeds"
+            )
+        if self.drop_duplicates:
+            raise BadOption(
+                "--folds and --drop-duplicates exclude each other: folds pool train and test, whose copies would have to stay "
+                "in one fold; leave --folds out, or remove the copies from the data set"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

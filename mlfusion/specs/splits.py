@@ -1,5 +1,7 @@
 """The words that name a split, such as `val`: data sets and the cache take the same ones."""
 
+from collections.abc import Iterable
+
 SPLITS = ("train", "test", "validation")
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -7,6 +9,12 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
 """Word, in lower case → the split that it names."""
+
+
+def default_splits(names: Iterable[str]) -> tuple[str, ...]:
+    """The splits that are read unless others are asked for: train, test, and the one for validation if it is among `names`."""
+    validation = next((name for name in names if split_word(name) == "validation"), None)
+    return ("train", "test") if validation is None else ("train", "test", validation)
 
 
 def split_word(text: str) -> str | None:

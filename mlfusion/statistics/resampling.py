@@ -25,6 +25,23 @@ class Bootstrap:
     level: float = 0.95  # share of such intervals that contain the true value
     resamples: int = 2000
     seed: int = 0
+    folds: int | None = None  # the predictions are those of so many folds; None: of one probe on a test set
+
+    @property
+    def widening(self) -> float:
+        """The factor by which folds widen an interval around its value.
+
+        The probes of K folds share training images, so that their errors vary together, which no resample of the images
+        shows. The variance of a mean over K folds is (1/K + n₂/n₁) σ² instead of σ²/K, for n₂ images of a fold and n₁ that it
+        is trained on (Nadeau & Bengio 2003, Machine Learning 52, 239-281): larger by 1 + K / (K - 1).
+        """
+        return 1.0 if self.folds is None else sqrt(1 + self.folds / (self.folds - 1))
+
+    def widened(self, value: float, low: float, high: float) -> tuple[float, float]:
+        """The limits of an interval around a value, as far apart as folds ask for."""
+        if self.folds is None:
+            return low, high
+        return value - self.widening * (value - low), value + self.widening * (high - value)
 
     def limits(self, score: Measure, units: "Units | Cells", means: int) -> tuple[float, float]:
         """The percentile interval of a score that is a mean over `units`, or over so many means of parts of them.

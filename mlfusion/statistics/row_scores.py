@@ -12,7 +12,7 @@ from mlfusion.errors import ResultsUnusable
 from mlfusion.results import Results, Row, export
 from mlfusion.statistics import images, uncertainty
 from mlfusion.statistics.images import Calibration, ClassScores
-from mlfusion.statistics.resampling import Units
+from mlfusion.statistics.resampling import Bootstrap, Units
 from mlfusion.statistics.uncertainty import Interval
 from mlfusion.statistics.verdicts import RareClass, rare_classes
 
@@ -49,7 +49,9 @@ def certainty(results: Results, row: Row, *, confusions: int = 5) -> Certainty:
     except ResultsUnusable as err:
         return Certainty(missing=str(err))
     labels, predictions, groups = arrays["labels"], arrays["probabilities"], arrays.get("groups")
-    interval = uncertainty.interval(labels, predictions, metric=row.metric, groups=groups)
+    interval = uncertainty.interval(
+        labels, predictions, metric=row.metric, bootstrap=Bootstrap(folds=row.folds), groups=groups
+    )
     if abs(interval.value - row.test) > ROUNDING:
         return Certainty(missing=str(results.reject_arrays(row, interval.value)))
     if labels.dtype.kind == "f":

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum, sqrt
 from statistics import fmean
 from typing import NamedTuple
@@ -59,7 +59,18 @@ class Setting(NamedTuple):
     protocol: int
 
 
-MARKED = ("seed", "grid", "code", "device", "precision", "shots", "halving", "smoothing", "drop_duplicates")
+MARKED = (
+    "seed",
+    "grid",
+    "code",
+    "device",
+    "precision",
+    "shots",
+    "halving",
+    "smoothing",
+    "drop_duplicates",
+    "validation",
+)
 """Fields of rows whose difference is marked where the rows are compared."""
 
 
@@ -95,7 +106,7 @@ class Cost:
 
 def setting(row: Row) -> Setting:
     """The setting of a row."""
-    return Setting(row.model, row.dataset, row.grid, row.metric, row.features, row.options(), row.protocol)
+    return Setting(row.model, row.dataset, row.grid, row.metric, row.keys, row.options(), row.protocol)
 
 
 def cost(rows: Sequence[Row]) -> Cost:
@@ -147,6 +158,7 @@ def compare(
     rows_a, rows_b = _paired([a] if isinstance(a, Row) else list(a), [b] if isinstance(b, Row) else list(b))
     one, other = rows_a[0], rows_b[0]
     _comparable(one, other)
+    bootstrap = replace(bootstrap, folds=one.folds)
     image_difference: Difference | None = None
     tests: tuple[McNemar, ...] = ()
     marks = tuple(differences(rows_a, rows_b).values())
@@ -168,7 +180,9 @@ def compare(
             labels, predictions_a, predictions_b, metric=one.metric, bootstrap=bootstrap, groups=groups
         )
         marks = (*marks, *filter(None, [image_difference.refused]))
-        if labels.ndim == 1 and labels.dtype.kind != "f":
+        if one.folds is not None:
+            marks = (*marks, f"no McNemar test: the probes of {one.folds} folds share training images")
+        elif labels.ndim == 1 and labels.dtype.kind != "f":
             tests = tuple(uncertainty.mcnemar(labels, x, y) for x, y in zip(predictions_a, predictions_b, strict=True))
     return Comparison(
         model=one.model if one.model == other.model else f"{one.model} / {other.model}",
@@ -353,7 +367,12 @@ def _comparable(a: Row, b: Row) -> None:
             f"{a.id} was tested on {a.images.test} images of {a.dataset}, {b.id} on {b.images.test} of "
             f"{b.dataset}; {same}"
         )
-    if a.sources.test != b.sources.test:
+    if a.folds != b.folds:
+        raise BadData(
+            f"{a.id} was tested in {a.folds or 'no'} folds, {b.id} in {b.folds or 'no'}; {same}, in as many folds. Probe both "
+            "with the same --folds"
+        )
+    if a.sources.test != b.sources.test or (a.folds and a.sources.train != b.sources.train):
         raise BadData(
             f"{a.dataset} changed between {a.id} and {b.id}: they were tested on other images; {same}. Extract and "
             "probe both again"

@@ -30,9 +30,14 @@ MIN_DIFFERENT = 6
 MIN_OUTCOMES = 10
 """Minimum number of right and of wrong images for a bootstrap interval: with fewer, resamples have too few different scores."""
 
+FEW_TEST_IMAGES = 300
+"""Number of test images below which folds are recommended: the interval of an accuracy of 80 % is then ± 4.5 points or
+more, and the gains of the study are 5.8 points on average."""
+
 BY_CLASS_MEANS = ("balanced_accuracy", "macro_f1", "auroc", "mean_average_precision")
 """Metrics that are means over classes or labels, so that a rare one weighs as much as a frequent one."""
 
+_ERRORS = ("mae", "rmse", "loss")  # metrics that have no upper end
 _ROUNDING = 1e-12  # differences of two swaps that differ by less, as a share of the scores, are equal up to rounding
 _ALL_EQUAL = (
     "no interval: almost every sample of these test images has the same score, so a bootstrap shows no variation"
@@ -82,6 +87,11 @@ class Difference:
     refused: str | None = None  # why there is no interval
 
 
+def few_test_images(images: int) -> str:
+    """A sentence about a small test split, without its end."""
+    return f"The test split has {plural(images, 'image')}, too few to tell a gain of some points; folds test every image once"
+
+
 @dataclass(frozen=True)
 class McNemar:
     """Counts of images by which of two probes is right, and the exact two-sided p-value of equal accuracy."""
@@ -127,7 +137,7 @@ def interval(
         if min(right, len(labels) - right) < MIN_OUTCOMES:
             if metric != "macro_f1":
                 counts = units.counts(labels) if metric == "balanced_accuracy" else np.array([units.count])
-                return Interval(value, *wilson(value, counts[counts > 0], level), level, 0)
+                return Interval(value, *wilson(value, counts[counts > 0] / bootstrap.widening**2, level), level, 0)
             refused = (
                 f"no interval: a bootstrap needs {MIN_OUTCOMES} right and {MIN_OUTCOMES} wrong test images or more"
             )
@@ -136,6 +146,11 @@ def interval(
     low, high = bootstrap.limits(score, units, means)
     if low == high:
         return Interval(value, None, None, level, bootstrap.resamples, _ALL_EQUAL)
+    if bootstrap.folds is not None:
+        low, high = bootstrap.widened(value, low, high)
+        # A widened interval may lead out of what a score can be.
+        high = high if metric in _ERRORS else min(high, 1.0)
+        low = low if metric == "r2" else max(low, 0.0)
     return Interval(value, low, high, level, bootstrap.resamples)
 
 
@@ -156,7 +171,7 @@ def difference(
     The mid-p value counts half of those with an equal difference (Lancaster 1961, Biometrika 48; Fagerland, Lydersen and Laake
     2013, BMC Medical Research Methodology 13:91): the plain one is too large where few images differ.
     With `groups`, answers to all images of a group are swapped together. Arguments and errors are those of `interval`; A and B
-    have as many seeds.
+    have as many seeds. With folds the difference is divided by `Bootstrap.widening` before it is compared.
     """
     if len(_seeds(a)) != len(_seeds(b)):
         raise BadData(f"A has {len(_seeds(a))} seeds, B has {len(_seeds(b))}; allowed: predictions of the same seeds")
@@ -178,10 +193,12 @@ def difference(
             low, high = bootstrap.limits(lambda weights: score_a(weights) - score_b(weights), units, means)
         if low == high:
             low, high, refused = None, None, _ALL_EQUAL
+        else:
+            low, high = bootstrap.widened(value, low, high)
     unit = 0.0 if metric in ("mae", "rmse") else 1.0  # errors have the unit of the labels, other scores end at 1
     rounding = _ROUNDING * max(unit, abs(a_score), abs(b_score))
     kinds, gaps = _gaps(labels, a, b, metric, units)
-    p, mid_p = _swap_p(kinds, gaps, abs(value), rounding, bootstrap)
+    p, mid_p = _swap_p(kinds, gaps, abs(value) / bootstrap.widening, rounding, bootstrap)
     level, resamples = bootstrap.level, bootstrap.resamples
     return Difference(a_score, b_score, value, low, high, level, p, mid_p, resamples, evidence, refused)
 

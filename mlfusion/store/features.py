@@ -4,7 +4,7 @@ import logging
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,8 @@ from mlfusion.specs.commands import extract_command, feature_words
 from mlfusion.specs.definitions import option_words
 from mlfusion.specs.identity import KINDS, ModelSpec, Pair, TokenKind
 from mlfusion.specs.names import layer_ranges, parse_layers, parse_tokens
-from mlfusion.specs.splits import split_word
+from mlfusion.specs.options import ChooseOn
+from mlfusion.specs.splits import SPLITS, split_word
 from mlfusion.store import Alias, CachePath, Check, Entry, FeatureStore, Groups, Names, TokenReader
 from mlfusion.store.embeddings import write
 from mlfusion.store.entry import pair_words
@@ -124,7 +125,7 @@ def open_features(
     numbers = (asked,) if isinstance(asked, int) else asked
     layers = parse_layers(numbers, depth) if isinstance(numbers, str) else tuple(numbers)
     kinds = tuple(selection.tokens.split(",")) if isinstance(selection.tokens, str) else tuple(selection.tokens)
-    words = feature_words(("train", "test"), selection.view, alias.names.options)
+    words = feature_words(None, selection.view, alias.names.options)
     require(entry, parse_tokens(kinds, layer_ranges(layers), depth), model, dataset, words)
     rows, samples, groups = entry.rows(), entry.samples, entry.groups(alias.names)
     tell_left_out(entry)
@@ -142,27 +143,59 @@ def open_features(
 
 @dataclass(frozen=True, eq=False)
 class SplitPair:
-    """Train and test features of one model, from one reading of one data set, extracted with the same options."""
+    """Train and test features of one model, from one reading of one data set, extracted with the same options.
+
+    The split validation of the same reading belongs to them if it chooses the configuration of a probe.
+    """
 
     model: str  # as the user named it
     dataset: str
     train: Entry
     test: Entry
-    names: tuple[Names, Names]  # of train and test
+    names: tuple[Names, ...]  # of train, test, and validation if there is one
     older: int  # number of older pairs of the same names
+    validation: Entry | None = None  # whose images choose; None: a fifth of train does
 
     @classmethod
-    def of(cls, train: Alias, test: Alias, older: int = 0) -> "SplitPair":
-        """The pair of two aliases."""
+    def of(cls, train: Alias, test: Alias, older: int = 0, validation: Alias | None = None) -> "SplitPair":
+        """The pair of two aliases, with the validation split of the same reading if there is one."""
         # The user's words may be the names of one split only, if the other was extracted from a copy of the data set.
         ours = train.names
         names = ours if train.matches else msgspec.structs.replace(test.names, split=ours.split, groups=ours.groups)
-        return cls(names.model, names.dataset, train.entry, test.entry, (names, test.names), older)
+        pair = cls(names.model, names.dataset, train.entry, test.entry, (names, test.names), older)
+        if validation is None:
+            return pair
+        return replace(pair, names=(*pair.names, validation.names), validation=validation.entry)
+
+    def choosing_on(self, choose_on: ChooseOn) -> "SplitPair":
+        """The pair with the images that choose: its validation split if it has one, except for 'held-out'.
+
+        Raises:
+            NotCached: 'validation' is asked for, and there is none.
+        """
+        if choose_on == "held-out":
+            return replace(self, names=self.names[:2], validation=None)
+        if choose_on == "validation" and self.validation is None:
+            names = self.names[0]
+            again = extract_command(
+                names.model_argument or names.model_source, names.dataset_argument or names.dataset_source
+            )
+            raise NotCached(
+                f"--choose-on validation: no split validation of {self.dataset}, from the same reading as train and other "
+                "than test, is cached; allowed: held-out, which chooses on a fifth of train. If the data set has such a "
+                f"split, run: {again}"
+            )
+        return self
 
     @property
-    def keys(self) -> tuple[str, str]:
-        """Keys of train and test."""
-        return self.train.key, self.test.key
+    def entries(self) -> tuple[Entry, ...]:
+        """The features of train, test, and validation if its images choose."""
+        return (self.train, self.test) if self.validation is None else (self.train, self.test, self.validation)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of train, test, and validation if its images choose."""
+        return tuple(entry.key for entry in self.entries)
 
     @property
     def group_digests(self) -> tuple[str, str]:
@@ -181,19 +214,22 @@ class SplitPair:
 
     @property
     def complete_pairs(self) -> frozenset[Pair]:
-        """Every (layer, kind) that is complete in both splits."""
-        return self.train.complete_pairs() & self.test.complete_pairs()
+        """Every (layer, kind) that is complete in every split."""
+        return frozenset.intersection(*(entry.complete_pairs() for entry in self.entries))
 
     def require(self, pairs: frozenset[Pair], model: str, dataset: str) -> None:
         """Raise NotCached with the command that extracts the rest unless `pairs` are complete; BadModel if none can."""
-        for entry in (self.train, self.test):
+        for entry in self.entries:
             require(entry, pairs, model, dataset, self.words())
 
     def words(self) -> list[str]:
         """Options of the `mlfusion extract` that creates these entries again, without those of tokens."""
-        train, test = self.names
-        splits = (train.split or "train", test.split or "test")
-        return feature_words(splits, self.train.spec.model.view, train.options)
+        splits = tuple(names.split or split for names, split in zip(self.names, SPLITS, strict=False))
+        options = list(self.names[0].options)
+        if self.validation is not None and "--split" in options:  # it was extracted later than train
+            place = options.index("--split")
+            del options[place : place + 2]
+        return feature_words(_unless_default(splits), self.train.spec.model.view, options)
 
 
 def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[SplitPair]:
@@ -218,7 +254,8 @@ def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[Sp
         _require_labels(store, model, dataset)
         raise NotCached(_not_cached(store, model, dataset, named))
     pairs = [_newest_pair(candidates, named) for candidates in pairs_of.values()]
-    for entry in (entry for pair in pairs for entry in (pair.train, pair.test)):
+    pairs = [_with_validation(pair, every) for pair in pairs]
+    for entry in (entry for pair in pairs for entry in pair.entries):
         tell_left_out(entry)
     return pairs
 
@@ -232,6 +269,28 @@ def _require_labels(store: FeatureStore, model: str | None, dataset: str) -> Non
             "folders (train/<class>/<image> and test/<class>/<image>) or a table of paths and labels, which mlfusion extract "
             "--dataset reads. Tokens without labels are for mlfusion.load_features and mlfusion cache embeddings"
         )
+
+
+def _with_validation(pair: SplitPair, every: Sequence[Alias]) -> SplitPair:
+    """The pair with the last validation split of its reading, made alike, whose images are neither train's nor test's."""
+    known = {pair.train.spec.data.content, pair.test.spec.data.content}
+    train = Alias(pair.train, pair.names[0], 0, True)
+    found = [
+        alias
+        for alias in every
+        if split_word(alias.entry.spec.data.split) == "validation"
+        and belong_together(train, alias)
+        and alias.entry.spec.data.content not in known
+    ]
+    if not found:
+        return pair
+    newest = max(found, key=lambda alias: alias.at_ns)
+    return replace(pair, names=(*pair.names, newest.names), validation=newest.entry)
+
+
+def _unless_default(splits: Sequence[str]) -> tuple[str, ...] | None:
+    """Splits as `extract` is told them; None if they are those that it reads by default."""
+    return None if set(splits) <= set(SPLITS) else tuple(splits)
 
 
 def tell_left_out(entry: Entry) -> None:
@@ -267,7 +326,7 @@ def newest_split(store: FeatureStore, model: str, dataset: str, split: str, view
     of_split = [alias for alias in named if alias.entry.spec.data.split == split]
     found = [alias for alias in of_split if alias.entry.spec.model.view == view]
     if of_split and not found:
-        options = feature_words(("train", "test"), view, of_split[0].names.options)
+        options = feature_words(None, view, of_split[0].names.options)
         raise NotCached(
             f"{split} features of {model} on {dataset} are cached of the views "
             f"{', '.join(sorted({alias.entry.spec.model.view for alias in of_split}))}, not of {view}; run: "
@@ -366,7 +425,8 @@ def _command_of(alias: Alias) -> str:
     spec, names = alias.entry.spec, alias.names
     splits = [names.split or spec.data.split]
     splits = [each for each in ("train", "test") if each != spec.data.split] + splits
-    words = feature_words(tuple(sorted(splits, reverse=True)), spec.model.view, names.options)
+    splits = sorted(splits, key=lambda name: [*SPLITS, split := name.partition("=")[0]].index(split))
+    words = feature_words(_unless_default(splits), spec.model.view, names.options)
     pairs = alias.entry.complete_pairs()
     return extract_command(
         names.model_argument or names.model_source, names.dataset_argument or names.dataset_source, pairs, words

@@ -22,7 +22,7 @@ from mlfusion.extraction import run
 from mlfusion.extraction.request import Request
 from mlfusion.probing import costs, protocol
 from mlfusion.probing.fitting import open_tokens
-from mlfusion.probing.search import FitOptions
+from mlfusion.probing.search import FitOptions, Running
 from mlfusion.probing.splits import part_groups
 from mlfusion.probing.targets import Target, target_of
 from mlfusion.probing.training.batches import Tokens
@@ -32,7 +32,7 @@ from mlfusion.specs.grouping import codes_of, in_turn
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import BASELINE, Probe, parse_probes
 from mlfusion.specs.options import ComputeOptions, FeatureOptions, PilotOptions, SearchOptions
-from mlfusion.statistics.uncertainty import Difference, Interval, difference, interval
+from mlfusion.statistics.uncertainty import FEW_TEST_IMAGES, Difference, Interval, difference, interval
 from mlfusion.statistics.verdicts import Verdict, verdict
 from mlfusion.store import Alias, CachePath, Entry, FeatureStore, Groups
 from mlfusion.store.features import belong_together, newest_split
@@ -78,6 +78,7 @@ class Advice:
     metric: str
     images: int  # number of images in the pilot
     train_images: int  # number of training images of the data set
+    test_images: int  # number of test images; 0: not known
     cached: bool  # whether the pilot's features came from the cache
     candidates: tuple[Candidate, ...]  # in the requested order
     seconds: float  # duration of the pilot
@@ -92,6 +93,11 @@ class Advice:
         """The cheapest candidate that is not told apart from the best one."""
         equivalent = [one for one in self.candidates if one.lead is None or one.lead.word != "gain"]
         return min(equivalent, key=lambda candidate: (candidate.seconds, -candidate.score.value))
+
+    @property
+    def wants_folds(self) -> bool:
+        """Whether the test split is so small that folds of train and test together tell more."""
+        return 0 < self.test_images < FEW_TEST_IMAGES
 
     def to_json(self) -> dict[str, Any]:
         """The object that `mlfusion advise --json` prints."""
@@ -123,6 +129,7 @@ def advise(
         metric=pilot.target.metric,
         images=len(pilot.labels),
         train_images=pilot.train_images,
+        test_images=pilot.all_images - pilot.train_images,
         cached=not pilot.seconds_each,
         candidates=candidates,
         seconds=time.perf_counter() - start,
@@ -355,7 +362,7 @@ def _cross_validate(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, t
                     lambda left_out=left_out, tokens=tokens: tokens.of(left_out),  # type: ignore[misc]
                     target=pilot.target,
                     options=FitOptions(seed=seed, heads=probe.attention_heads(), search=search),
-                    progress=partial(_show, bar, start, work[probe]),
+                    running=Running(progress=partial(_show, bar, start, work[probe])),
                 )
                 predictions[left_out] = outcome.predictions
                 bar.to(round(start + work[probe]))

@@ -20,6 +20,7 @@ from mlfusion.specs.definitions import Option, all_definitions, build
 from mlfusion.specs.identity import Pair
 from mlfusion.specs.names import Probe, expand_braces, parse_probes, parse_tokens
 from mlfusion.specs.options import MAX_DEPTH, ComputeOptions, FeatureOptions, SearchOptions
+from mlfusion.specs.splits import split_word
 from mlfusion.system.references import parse_model
 
 DATA = "$DATA"  # stands for the folder that --data names, at the beginning of a model's or data set's name
@@ -230,7 +231,10 @@ def _option(key: str, value: Any, data: Path | str | None) -> Parsed:
     if fault := definition.kind.fault(parsed):
         quoted = re.findall(r"'([^']+)'", fault)
         faults.append((next((w for w in quoted if w in str(value)), None), f"{key} = {value!r}: {fault}"))
-    elif field == "splits" and [word.partition("=")[0] for word in parsed] != ["train", "test"]:
+    elif field == "splits" and [split_word(word.partition("=")[0]) for word in parsed] not in (
+        ["train", "test"],
+        ["train", "test", "validation"],
+    ):
         faults.append((None, f"{key} = {value!r}: allowed are train,test and, say, train,test=validation"))
     elif field == "image_root":
         return _resolve_data(parsed, data)

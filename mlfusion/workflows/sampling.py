@@ -1,7 +1,7 @@
 """Runs some images of cached entries through their models again, since no checksum shows who wrote the numbers of a cache."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,9 @@ def _request(entry: Entry) -> Request:
     words = [
         word for word in last.options if word != "--skip-bad"
     ]  # how bad images are treated is no option of features
-    features = from_words(FeatureOptions, feature_words((last.split or entry.spec.data.split,), view, words))
+    features = replace(
+        from_words(FeatureOptions, feature_words(None, view, words)), splits=(last.split or entry.spec.data.split,)
+    )
     model, dataset = last.model_argument or last.model_source, last.dataset_argument or last.dataset_source
     return Request.of(model, dataset, features, ComputeOptions())
 

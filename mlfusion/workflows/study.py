@@ -4,25 +4,27 @@ Cached features and stored rows are found by their identity, so an interrupted s
 data set runs only that. If one model or data set fails, the others still run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mlfusion import models
-from mlfusion.errors import MlfusionError
+from mlfusion.errors import BadData, MlfusionError
 from mlfusion.extraction import plan as plan_module
 from mlfusion.extraction.plan import estimate
 from mlfusion.extraction.request import Images, Request
+from mlfusion.extraction.request import Job as ExtractionJob
 from mlfusion.extraction.run import ExtractionResult, fill, load
 from mlfusion.models.backbone import Backbone
 from mlfusion.probing import costs, evaluation
 from mlfusion.probing.jobs import Job, identity, jobs_of
 from mlfusion.results import Results, Row
 from mlfusion.results.trackers import open_trackers
-from mlfusion.specs.identity import GRID_SIDES, FeatureSpec, TokenKind
-from mlfusion.specs.options import StorageOptions
+from mlfusion.specs.identity import GRID_SIDES, TokenKind
+from mlfusion.specs.options import ChooseOn, StorageOptions
+from mlfusion.specs.splits import SPLITS
 from mlfusion.store import FeatureStore
 from mlfusion.store.features import SplitPair
 from mlfusion.store.overlap import compared_pair
@@ -41,6 +43,7 @@ class Case:
     model: str  # name in the recipe
     dataset: str
     request: Request  # for the tokens of the missing jobs
+    choose_on: ChooseOn
     jobs: tuple[Job, ...]
     missing: tuple[Job, ...]
     stage_one: plan_module.Plan | None  # None if no token is needed
@@ -54,8 +57,8 @@ class Case:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The `identity` of the train and test features that probes read."""
-        return _identity(self.request)
+        """The `identity` of the features that probes read: of train, test, and validation if its images choose."""
+        return _identity(_read_by_probes(self.request, self.choose_on))
 
     @property
     def images_to_run(self) -> int:
@@ -200,10 +203,16 @@ class _Planner:
         """Plan one model on one data set; raises MlfusionError if one of them is not available or not usable."""
         recipe, images = self.recipe, self._read(dataset)
         request = Request.of(model, images, recipe.features, replace(recipe.compute, device=self.device))
-        spec, _ = _plain_specs(request)
+        read = _read_by_probes(request, recipe.search.choose_on)
+        if recipe.search.choose_on == "validation" and len(read) < len(SPLITS):
+            raise BadData(
+                f'{images.data.name} has no split validation beside train and test; allowed: choose_on = "held-out", which '
+                'chooses on a fifth of train, or "auto"'
+            )
+        spec = read[0].spec
         probes, all_pairs = recipe.probes_and_tokens(spec.model.depth)
         jobs = jobs_of(probes, recipe.search)
-        features = _identity(request)
+        features = _identity(read)
         missing = tuple(
             job for job in jobs if not any(same.row_id(features) in self._done for same in job.equivalents("cpu"))
         )
@@ -225,6 +234,7 @@ class _Planner:
             model=model,
             dataset=dataset,
             request=request,
+            choose_on=recipe.search.choose_on,
             jobs=tuple(jobs),
             missing=missing,
             stage_one=stage_one,
@@ -238,7 +248,10 @@ class _Planner:
     def _read(self, dataset: str) -> Images:
         if dataset not in self._images:
             try:
-                self._images[dataset] = Images.of(dataset, self.recipe.features)
+                features = self.recipe.features
+                if features.splits is None and self.recipe.search.choose_on == "held-out":
+                    features = replace(features, splits=("train", "test"))  # nothing is extracted that no probe reads
+                self._images[dataset] = Images.of(dataset, features)
             except MlfusionError as err:
                 self._images[dataset] = err  # the next model need not try again
         images = self._images[dataset]
@@ -261,7 +274,7 @@ class _Planner:
             ),
             job.search,
             beside_others=beside_others,
-        )
+        ) * (job.search.folds or 1)
 
 
 def _tokens(kind: TokenKind, request: Request) -> int:
@@ -273,16 +286,17 @@ def _tokens(kind: TokenKind, request: Request) -> int:
     return GRID_SIDES.get(kind, 1) ** 2
 
 
-def _plain_specs(request: Request) -> tuple[FeatureSpec, FeatureSpec]:
-    """The specs of the plain views of train and test, which probes read."""
-    train, test = (job.spec for job in request.jobs if job.steps.view == "plain")
-    return train, test
+def _read_by_probes(request: Request, choose_on: ChooseOn) -> tuple[ExtractionJob, ...]:
+    """The jobs of the plain views of train, test, and validation if its images choose and are neither train's nor test's."""
+    train, test, *others = (job for job in request.jobs if job.steps.view == "plain")
+    known = {train.spec.data.content, test.spec.data.content}
+    chooses = choose_on != "held-out" and others and others[0].spec.data.content not in known
+    return (train, test, *others) if chooses else (train, test)
 
 
-def _identity(request: Request) -> tuple[str, ...]:
-    """The `identity` of the train and test features that probes read."""
-    read = [job for job in request.jobs if job.steps.view == "plain"]
-    return identity(tuple(job.spec.key for job in read), [job.names.groups for job in read])
+def _identity(read: Sequence[ExtractionJob]) -> tuple[str, ...]:
+    """The `identity` of the features that probes read: the groups are those of train and test."""
+    return identity(tuple(job.spec.key for job in read), [job.names.groups for job in read[:2]])
 
 
 class _ModelLoader:
@@ -324,8 +338,8 @@ def run(planned: Plan, *, log: Callable[[str], None] = lambda _: None) -> StudyR
 
 
 def _pair(case: Case, store: FeatureStore) -> SplitPair:
-    train_job, test_job = (job for job in case.request.jobs if job.steps.view == "plain")
-    train, test = (store.entry(job.spec) for job in (train_job, test_job))
+    jobs = _read_by_probes(case.request, case.choose_on)
+    train, test, *others = (store.entry(job.spec) for job in jobs)
     assert train is not None and test is not None  # filled just now
-    names = train_job.names, test_job.names
-    return SplitPair(names[0].model, names[0].dataset, train, test, names, older=0)
+    names = tuple(job.names for job in jobs)
+    return SplitPair(names[0].model, names[0].dataset, train, test, names, 0, others[0] if others else None)
