@@ -136,7 +136,15 @@ def test_the_cheapest_of_those_that_cannot_be_told_apart_is_enough():
         candidate("dear", 0.79, "cannot be told", 90),
     )
     said = advice.Advice(
-        model="m", dataset="d", metric="x", images=9, train_images=9, test_images=0, cached=True, candidates=held, seconds=1
+        model="m",
+        dataset="d",
+        metric="x",
+        images=9,
+        train_images=9,
+        test_images=0,
+        cached=True,
+        candidates=held,
+        seconds=1,
     )
     assert (said.best.probe, said.cheapest_equivalent.probe) == ("best", "cheap")
     assert said.to_json()["use"] == "best"
