@@ -384,7 +384,8 @@ def test_a_stream_of_other_sizes_than_the_models_is_not_filled(tmp_path: Path) -
 
 def test_names_are_filed_under_what_they_hold(entry: Entry) -> None:
     [file] = (entry.path / "names").iterdir()
-    assert file.stem == digest(list(msgspec.structs.astuple(NAMES)))
+    first_nine = list(msgspec.structs.astuple(NAMES))[:9]  # what was added later counts only where it is given
+    assert file.stem == digest(first_nine)
     file.rename(file.with_name("0123456789abcdef.json"))
     with pytest.raises(CacheUnusable, match="not named after what it holds"):
         entry.names()

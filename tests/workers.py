@@ -18,6 +18,7 @@ import torch
 from mlfusion.errors import MlfusionError
 from mlfusion.extraction import run
 from mlfusion.extraction.request import ComputeOptions, Job, Request
+from mlfusion.models import preprocessing
 from mlfusion.specs.identity import DataSpec, Dtype, FeatureSpec, ModelSpec
 from mlfusion.store import Entry, FeatureStore, Names, RunRecord, Samples
 from mlfusion.store.verify import verify_entry
@@ -69,12 +70,13 @@ def numbers(rows, layer: int, kind: str) -> np.ndarray:
     return np.sin(at + inner * 0.618).astype(np.float32)
 
 
-class Steps:
+class Steps(preprocessing.Steps):
     """Stands where preprocessing stands: a picture of one pixel, its row number."""
 
-    pixels, dtype, decodes_jpeg, view = (1, 1), torch.float32, False, "plain"
+    def __init__(self) -> None:
+        super().__init__(size=(1, 1), crop_size=None, kernel="torch-float32")
 
-    def picture(self, image: int, name: str) -> np.ndarray:
+    def picture(self, image: int, name: str) -> np.ndarray:  # type: ignore[override]  # a number is an image here
         return np.full((3, 1, 1), image, np.float32)
 
     def finish(self, pictures: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

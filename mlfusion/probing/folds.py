@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def fit_folds(
             protocol.fit(
                 head,
                 tokens.of(fitted),
-                lambda tested=tested: tokens.of(tested),  # type: ignore[misc]
+                partial(tokens.of, tested),
                 target=target.fitted_to(tokens.labels[fitted]),
                 options=options,
                 running=replace(running, progress=_share(running, fold, count)),
