@@ -10,11 +10,13 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mlfusion.datasets import at_work
 from mlfusion.errors import MlfusionError
 from mlfusion.extraction import run
 from mlfusion.extraction.request import ComputeOptions, Job, Request
@@ -114,6 +116,9 @@ class Images:
 
     def image(self, row: int) -> int:
         return row
+
+    def at_work(self, row: int) -> AbstractContextManager[None]:
+        return at_work(self.ids[row])
 
 
 def samples(images: int = IMAGES) -> Samples:
