@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from mlfusion.specs.definitions import distribute
 from mlfusion.specs.options import (
     ComputeOptions,
-    EmbeddingOptions,
     FeatureOptions,
     PilotOptions,
     PredictorOptions,
@@ -24,6 +23,7 @@ from mlfusion.specs.options import (
     StorageOptions,
     TrainingOptions,
 )
+from mlfusion.specs.selection import EmbeddingOptions
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,7 @@ from mlfusion.report import terminal
 from mlfusion.results import Results
 from mlfusion.results.best import best
 from mlfusion.specs.definitions import build
-from mlfusion.specs.options import BestOptions
+from mlfusion.specs.selection import BestOptions
 
 BASE, ALF, RIDGE = "cls-last/linear", "cls+ap-all-layers/attentive", "cls+ap-all-layers/ridge"
 

@@ -10,7 +10,7 @@ from tiny import save_model
 import mlfusion
 from mlfusion.errors import CacheUnusable, NotCached
 from mlfusion.specs.identity import digest
-from mlfusion.specs.options import CopyOptions
+from mlfusion.specs.selection import CopyOptions
 from mlfusion.store import Entry, FeatureStore, Groups, Names
 from mlfusion.store.features import split_pairs
 from mlfusion.store.housekeeping import copy_entries

@@ -17,7 +17,7 @@ from workers import RUN
 from mlfusion import cli, load_features
 from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.definitions import build
-from mlfusion.specs.options import CopyOptions, EntryFilter, PruneOptions
+from mlfusion.specs.selection import CopyOptions, EntryFilter, PruneOptions
 from mlfusion.store import FeatureStore
 from mlfusion.store.housekeeping import (
     PruneResult,

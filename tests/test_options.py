@@ -41,13 +41,13 @@ from mlfusion.specs.options import (
     PREPARATIONS,
     ComputeOptions,
     FeatureOptions,
-    PruneOptions,
     ReadOptions,
     RunOptions,
     SearchOptions,
     StorageOptions,
     TrainingOptions,
 )
+from mlfusion.specs.selection import PruneOptions
 
 ROOT = Path(__file__).parent.parent
 

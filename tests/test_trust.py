@@ -24,7 +24,7 @@ import mlfusion
 from mlfusion.errors import CacheUnread, CacheUnusable, MlfusionError, printable
 from mlfusion.specs.definitions import build
 from mlfusion.specs.identity import digest
-from mlfusion.specs.options import PruneOptions
+from mlfusion.specs.selection import PruneOptions
 from mlfusion.store import Entry, FeatureStore, Gap, records, streams_for
 from mlfusion.store.entry import zarr_group
 from mlfusion.store.housekeeping import copy_entries, disk_usage, list_entries, prune, remove_entry

@@ -112,7 +112,7 @@ def encoded(row: int) -> bytes:
 def split(count: int) -> Split:
     """A split of so many images, image i being the number i."""
     ids = tuple(map(str, range(count)))
-    return Split("train", ids, np.zeros(count, np.int64), ("x",), encoded, int)  # type: ignore[arg-type]
+    return Split("train", ids, np.zeros(count, np.int64), ("x",), encoded, int)
 
 
 def samples(images: int = IMAGES) -> Samples:

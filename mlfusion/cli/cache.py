@@ -11,14 +11,8 @@ from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Model, 
 from mlfusion.cli.output import notify, print_json, print_rows, say
 from mlfusion.errors import CacheUnusable
 from mlfusion.specs.definitions import command
-from mlfusion.specs.options import (
-    ComputeOptions,
-    CopyOptions,
-    EmbeddingOptions,
-    EntryFilter,
-    FeatureOptions,
-    PruneOptions,
-)
+from mlfusion.specs.options import ComputeOptions, FeatureOptions
+from mlfusion.specs.selection import CopyOptions, EmbeddingOptions, EntryFilter, PruneOptions
 from mlfusion.system.words import plural
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer.main
 
-from mlfusion.specs import options
+from mlfusion.specs import options, selection
 from mlfusion.specs.definitions import EFFECTS, Options, definitions
 
 CALLS: dict[str, str] = {
@@ -48,7 +48,7 @@ CALLS: dict[str, str] = {
 
 HEAD = """# Which commands and options are there?
 
-`python -m mlfusion.cli.reference` writes this page from the definitions in `mlfusion/specs/options.py` and the commands. Do
+`python -m mlfusion.cli.reference` writes this page from the definitions in `mlfusion/specs/` and the commands. Do
 not edit it by hand.
 
 Every command has a Python function that does the same. Functions of `mlfusion` itself take the fields of the options classes as
@@ -70,7 +70,8 @@ def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
 
 def option_classes() -> list[type[Options]]:
     """Every options class, in the order of definition."""
-    classes = [value for value in vars(options).values() if isinstance(value, type) and issubclass(value, Options)]
+    defined = (vars(options) | vars(selection)).values()
+    classes = [value for value in defined if isinstance(value, type) and issubclass(value, Options)]
     return [cls for cls in classes if cls is not Options]
 
 

@@ -7,7 +7,7 @@ import typer
 
 from mlfusion.cli.options import Cache, with_options
 from mlfusion.cli.output import notify, print_renderable, print_table, say
-from mlfusion.specs.options import ReportOptions
+from mlfusion.specs.selection import ReportOptions
 from mlfusion.system.words import plural
 
 MAX_SHOWN = 40  # lines of the comparison in the terminal; the CSV file and the page have all lines

@@ -9,7 +9,7 @@ import typer
 from mlfusion.cli.options import AsJson, Cache, ResultsPath, with_options
 from mlfusion.cli.output import SHOWN, confirmed, notify, print_json, print_rows, row_json, say
 from mlfusion.specs.definitions import command
-from mlfusion.specs.options import BestOptions, RowFilter, SettingFilter
+from mlfusion.specs.selection import BestOptions, RowFilter, SettingFilter
 from mlfusion.system.words import plural
 
 if TYPE_CHECKING:

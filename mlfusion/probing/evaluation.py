@@ -19,7 +19,8 @@ from mlfusion.specs.definitions import command
 from mlfusion.specs.names import Probe, expand_braces, parse_probes
 from mlfusion.specs.options import SearchOptions, StorageOptions, TrainingOptions
 from mlfusion.store import FeatureStore
-from mlfusion.store.features import SplitPair, impossible, split_pairs
+from mlfusion.store.features import SplitPair, split_pairs
+from mlfusion.store.lookup import impossible
 from mlfusion.system.display import Displayed
 from mlfusion.system.words import plural
 

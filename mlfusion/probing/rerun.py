@@ -14,7 +14,8 @@ from mlfusion.results import Results, Row
 from mlfusion.specs.names import Probe, parse_probes
 from mlfusion.specs.options import StorageOptions, TrainingOptions
 from mlfusion.store import Entry, FeatureStore, Names
-from mlfusion.store.features import SplitPair, require
+from mlfusion.store.features import SplitPair
+from mlfusion.store.lookup import require
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,8 +52,7 @@ class Fitted:
 def row_of(pair: SplitPair, fitted: Fitted) -> Row:
     """The row of a job fitted on a pair of splits."""
     job, outcome, spec = fitted.job, fitted.outcome, pair.train.spec
-    names, probe, depth = pair.names[0], job.probe, spec.model.depth
-    search = job.search
+    probe, depth, search = job.probe, spec.model.depth, job.search
     precision = search.precision
     assert precision != "auto"  # a resolved job
     return Row(
@@ -94,15 +93,7 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         bytes=(fitted.images.train + fitted.images.test)
         * fitted.tokens
         * ENCODINGS[spec.dtype].vector_bytes(spec.model.width),
-        sources=Sources(
-            model=names.model_argument or names.model_source,
-            dataset=names.dataset_argument or names.dataset_source,
-            weights=spec.model.weights,
-            train=spec.data.content,
-            test=pair.test.spec.data.content,
-            validation=pair.validation.spec.data.content if pair.validation else None,
-            options=tuple(pair.words()),
-        ),
+        sources=_sources(pair),
         shots=job.shots,
         halving=search.halving,
         smoothing=search.smoothing or None,
@@ -111,6 +102,19 @@ def row_of(pair: SplitPair, fitted: Fitted) -> Row:
         duplicates=Duplicates(bytes=pair.overlap.bytes, near=pair.overlap.near),
         drop_duplicates=search.drop_duplicates,
         groups=_group_counts(pair, fitted),
+    )
+
+
+def _sources(pair: SplitPair) -> Sources:
+    names, validation = pair.names[0], pair.validation
+    return Sources(
+        model=names.model_argument or names.model_source,
+        dataset=names.dataset_argument or names.dataset_source,
+        weights=pair.train.spec.model.weights,
+        train=pair.train.spec.data.content,
+        test=pair.test.spec.data.content,
+        validation=validation.spec.data.content if validation else None,
+        options=tuple(pair.words()),
     )
 
 

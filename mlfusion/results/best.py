@@ -8,7 +8,7 @@ from statistics import fmean
 from mlfusion.errors import BadData
 from mlfusion.results.database import Results
 from mlfusion.results.rows import Row
-from mlfusion.specs.options import BestOptions
+from mlfusion.specs.selection import BestOptions
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from mlfusion.results.records import decode, encode
 from mlfusion.results.rows import Row
 from mlfusion.specs.definitions import distribute
 from mlfusion.specs.names import full_name
-from mlfusion.specs.options import RowFilter
+from mlfusion.specs.selection import RowFilter
 from mlfusion.system import disk
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from mlfusion.errors import CacheUnusable, MlfusionError, NotCached
 from mlfusion.specs.definitions import command
 from mlfusion.specs.identity import FORMAT
 from mlfusion.specs.names import token_words
-from mlfusion.specs.options import CopyOptions, EntryFilter, FormatName, PruneOptions
+from mlfusion.specs.options import FormatName
+from mlfusion.specs.selection import CopyOptions, EntryFilter, PruneOptions
 from mlfusion.store.entry import KEY, Entry
 from mlfusion.store.feature_store import QUARANTINE, TRASH, CachePath, FeatureStore, read_or_report
 from mlfusion.store.leases import in_use

@@ -35,7 +35,8 @@ from mlfusion.specs.options import ComputeOptions, FeatureOptions, PilotOptions,
 from mlfusion.statistics.uncertainty import FEW_TEST_IMAGES, Difference, Interval, difference, interval
 from mlfusion.statistics.verdicts import Verdict, verdict
 from mlfusion.store import Alias, CachePath, Entry, FeatureStore, Groups
-from mlfusion.store.features import belong_together, newest_split
+from mlfusion.store.features import belong_together
+from mlfusion.store.lookup import newest_split
 from mlfusion.system.progress import Bar, track
 
 FOLDS = 3
