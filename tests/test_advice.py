@@ -93,7 +93,7 @@ def test_a_pilot_finds_the_layer_that_knows(model, tmp_path, monkeypatch):
     mlfusion.extract(model, str(data))
     random = np.random.default_rng(0)
 
-    def made_up(entry, rows):
+    def made_up(entry, rows, groups):
         labels = entry.samples.labels[rows]
 
         def tokens(probe) -> Tokens:

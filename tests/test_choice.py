@@ -304,7 +304,9 @@ def test_every_output_says_which_images_chose(pictures: Path, tmp_path: Path, ca
     shown = CliRunner().invoke(cli.app, ["results", "show", row.id]).output
     card = (Path("results") / "probes" / row.id / "README.md").read_text()
     for text in (shown, (tmp_path / "page.html").read_text(), (tmp_path / "page.md").read_text(), card):
-        assert "validation (12 images)" in text
+        assert "validation (12 images)" in text.replace("\N{NO-BREAK SPACE}", " ").replace(
+            "\N{NARROW NO-BREAK SPACE}", " "
+        )
     held_out = probed(pictures, probes="cls-last/ridge", choose_on="held-out")
     assert held_out.chosen_on() == "train, each image left out in turn (24 images)"
 

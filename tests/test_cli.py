@@ -119,7 +119,7 @@ def test_the_whole_journey(run, model, images, short_grid):
 
     repeated = run(*words)  # every model whose features are cached: here the same one
     assert repeated.json["results"] == results
-    assert "20 of 20 results are in results already" in repeated.err
+    assert f"20 of 20 results are in {Path('results').absolute()} already" in repeated.err
 
     reported = run("report", "--html", "page.html")
     assert reported.code == 0
@@ -207,7 +207,7 @@ def test_more_seeds_run_only_those(run, model, images, short_grid):
     words = ("probe", "-d", images, "--grid", "quick", "--probe", f"{BASELINE},cls+ap-last/linear")
     run(*words, "--seeds", "0")
     said = run(*words, "--seeds", "0,1")
-    assert "2 of 4 results are in results already" in said.err
+    assert f"2 of 4 results are in {Path('results').absolute()} already" in said.err
     assert len(Results("results").rows()) == 4
 
 

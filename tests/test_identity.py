@@ -75,10 +75,13 @@ def test_every_part_of_a_job_is_in_the_id() -> None:
         "halving": True,
         "smoothing": 0.1,
         "drop_duplicates": True,
+        "folds": 5,
     }
-    assert changes.keys() == vars(job().search).keys()  # a field that is added is to be added here
+    # A field that is added is to be added here; `choose_on` is in the id by the key of the split that chooses.
+    assert {*changes, "choose_on"} == vars(job().search).keys()
     changes["probe"] = other
     ids = {name: job(**{name: value}).row_id(KEYS) for name, value in changes.items()}
+    ids["choose_on"] = job().row_id((*KEYS, "a key of validation"))
     assert len({*ids.values(), job().row_id(KEYS), job().row_id(KEYS[::-1])}) == len(ids) + 2
 
 

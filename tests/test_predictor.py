@@ -147,7 +147,7 @@ def test_a_bad_image_is_named_and_its_bytes_are_not_printed(root: Path, predicto
         ([good, "nowhere.png"], "nowhere.png cannot be read: No such file"),
         ("a\0b", "cannot be read: embedded null"),
         ("secret bytes" * 500, r"… \(6,000 characters\) cannot be read: File name too long"),
-        (tmp_path, f"{tmp_path} cannot be read: Is a directory"),
+        (tmp_path, f"{tmp_path} is a folder; allowed: a regular file"),
         (np.zeros((4, 4, 4), np.uint8), r"the image is an array \[4, 4, 4\] of uint8; allowed: a path, the bytes"),
         (np.zeros((4, 4)), r"an array \[4, 4\] of float64; allowed"),
         (np.zeros((0, 4), np.uint8), r"an array \[0, 4\] of uint8; allowed"),

@@ -206,7 +206,7 @@ def test_how_features_are_made_is_part_of_the_study(model, data):
         assert done.exit_code == 0, done.output
         [case] = study.plan(other).cases
         assert (case.images_to_run, len(case.missing)) == (0, 1), name
-        keys.add(case.keys)
+        keys.add(case.features)
     assert len(keys) == len(CHANGED)
     assert study.run(study.plan(other)).trained == 1
     assert study.plan(other).is_done
@@ -255,7 +255,7 @@ split = "train,test=validation"
     (tmp_path / "x.toml").write_text(text)
     asked = load(tmp_path / "x.toml", data=pictures.parent)
     done = study.run(study.plan(asked))
-    assert (done.failures, done.rows[0].images) == ((), ImageCounts(train=24, test=12))
+    assert (done.failures, done.rows[0].images) == ((), ImageCounts(train=24, test=12, choosing=6))
     assert done.rows[0].classes == ("blue", "green", "red")
     [case] = study.plan(changed(asked, label_column="odd")).cases
     assert len(case.missing) == 1

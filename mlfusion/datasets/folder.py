@@ -97,8 +97,12 @@ def _require_regular(path: Path | str, state: os.stat_result, most: int | None =
         )
 
 
+# A pipe is opened without waiting for its other end. No system but POSIX has pipes in folders, and only Windows has text files.
+_FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
 def _without_waiting(path: Path | str) -> int:
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is opened without waiting for its other end
+    return os.open(path, os.O_RDONLY | _FLAGS)
 
 
 def open_regular(path: Path | str, most: int | None = None) -> BinaryIO:

@@ -29,6 +29,7 @@ from mlfusion.system.text import one_line
 
 MAX_TOP_CASES = 4
 """Up to this number of cases (a model on a data set) are drawn at the top; more are drawn with their data set."""
+NAMED_CHOICES = 3  # kinds of images that chose, which the line above the scores can name
 
 OVER_STUDIES: Mapping[SectionName, str] = {
     "tokens": "CLS, AP, or both",
@@ -77,6 +78,7 @@ def _accuracy(data: ReportData) -> Section:
     content = {
         "metric": capitalized(enumerated(list(dict.fromkeys(metric_name(group.metric) for group in groups)))),
         "chance": sentences.chance_level(groups),
+        "chosen": _chosen_on(groups),
         "own": own,
         "studies": over,
         "footnote": " ".join(footnotes(score for _, score in pairs)),
@@ -85,6 +87,12 @@ def _accuracy(data: ReportData) -> Section:
     tables = {"scores": page_tables.scores_table(pairs, several=len(groups) > 1)}
     entries = [("accuracy", name), ("all-scores", "All scores")]
     return Section("accuracy", title, figures, tables, "accuracy", content, entries)
+
+
+def _chosen_on(groups: Sequence[ComparisonGroup]) -> str:
+    """The images that chose; where they differ too much for one sentence, the place that names them."""
+    named = list(dict.fromkeys(row.chosen_on() for group in groups for row in group.rows))
+    return " or ".join(named) if len(named) <= NAMED_CHOICES else "the images that each data set below names"
 
 
 def _figures_at_the_top(data: ReportData, section: SectionName) -> list[Figure]:
