@@ -170,6 +170,10 @@ def test_a_column_that_repeats_over_splits_is_reported_once(tmp_path: Path, capl
     assert line.startswith("scans:label: 10 values of the column patient have images in train and in test. If images")
     assert line.endswith("--group-column patient keeps them together")
     caplog.clear()
+    hostile = [{name.replace("patient", "-patient; $(x)"): row[name] for name in row} for row in rows]
+    datasets.load(table(tmp_path / "c", hostile), ReadOptions(label_column="label"))
+    assert "'--group-column=-patient; $(x)' keeps them together" in caplog.text  # what may be pasted is quoted
+    caplog.clear()
     grouped = [row | {"split": "test" if row["patient"] in ("p0", "p1") else "train"} for row in rows_of()]
     datasets.load(table(tmp_path / "b", grouped), ReadOptions(label_column="label"))
     assert not [record for record in caplog.records if "--group-column" in record.getMessage()]

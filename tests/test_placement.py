@@ -299,6 +299,26 @@ def test_numbers_that_are_not_finite_are_named(number: float, tmp_path: Path) ->
     assert "has 1 number that is not finite" in said
 
 
+@pytest.mark.parametrize(
+    "part", ["patch_embeddings.projection.weight", "layer.2.layernorm_before.weight", "layernorm.weight"]
+)
+@pytest.mark.parametrize("pooler", [True, False])
+def test_weights_too_large_for_finite_tokens_are_the_cause_that_is_named(
+    part: str, pooler: bool, tmp_path: Path
+) -> None:
+    def spoil(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        name = next(name for name in held if name.endswith(part))
+        return {
+            key: torch.full_like(tensor, 3e38) if key == name else tensor
+            for key, tensor in held.items()
+            if pooler or "pooler" not in key
+        }
+
+    said = refusal(edit(save_model("vit", tmp_path / "m"), spoil))
+    assert "the weights of m give numbers that are not finite" in said
+    assert re.search(rf"the largest weight is 3e\+38, in \S*{part.rpartition('.layer')[2]}", said)
+
+
 # --- shapes and types -------------------------------------------------------------------------------------------------
 
 

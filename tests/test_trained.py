@@ -202,6 +202,10 @@ FORGED: list[tuple[Head, dict[str, Any], str]] = [
     ("linear", {"target": {"kind": "class", "outputs": 3, "more": 1}}, "a target has no more"),
     ("linear", {"extra": 1}, "unknown field `extra`"),
     ("linear", {"scores": {"test": float("nan")}}, "Expected `float`"),
+    ("linear", {"scores": {"test": 0.5, "train": 0.5}}, "no score of val"),
+    ("linear", {"head": 5}, "Expected `str`"),
+    ("linear", {"dtype": 1e308}, "Expected `str`"),
+    ("linear", {"kinds": [[]]}, "Expected `str`"),
 ]
 
 
@@ -235,6 +239,7 @@ def test_a_card_that_contradicts_itself_is_refused(
         ("size", "holds no probe"),
         ("more", "has no tensor named another"),
         ("text", "holds no probe"),
+        ("list", r"holds no probe .*Expected `object`, got `array`"),
         ("nested", "cannot be read"),
         ("link", "cannot be read"),
         ("pipe", "cannot be read"),
@@ -259,6 +264,8 @@ def test_tensors_that_no_head_has_are_refused(head: Head, what: str, message: st
         save_file(held | changed, path)
     elif what == "text":
         path.write_bytes(b"\x10\0\0\0\0\0\0\0no header at all")
+    elif what == "list":
+        path.write_bytes(b"\x02\0\0\0\0\0\0\0[]")
     elif what == "nested":
         (folder / "card.json").write_text("[" * 100_000)
     else:
@@ -405,6 +412,17 @@ def test_a_probe_is_not_put_on_another_backbone(model: Path, images: Path, tmp_p
     (folder / "card.json").write_text(json.dumps(body | {"sha256": sealed_digest(body)}))
     with pytest.raises(BadModel, match=r"preprocess differs\. Allowed: the same weights and preprocessing"):
         mlfusion.predict(folder, [picture])
+
+
+def test_a_preparation_nested_deep_ends_in_no_traceback(model: Path, images: Path) -> None:
+    """It is taken for that of a processor with rules of its own, whose digest alone counts: here that of the model."""
+    [(_, folder)] = probed(model, images, "cls-last/linear")
+    picture = next(images.rglob("*.png"))
+    before = mlfusion.predict(folder, [picture])
+    body = json.loads((folder / "card.json").read_text())
+    body["backbone"]["preparation"] = "[" * 100_000
+    (folder / "card.json").write_text(json.dumps(body | {"sha256": sealed_digest(body)}))
+    assert mlfusion.predict(folder, [picture]) == before
 
 
 def test_an_image_that_cannot_be_read_is_named(model: Path, images: Path, tmp_path: Path) -> None:

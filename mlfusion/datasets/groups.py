@@ -7,6 +7,7 @@ group is reported.
 import logging
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from mlfusion.datasets.columns import GROUPS
 from mlfusion.datasets.split import DataSet, RawSplit, Split
 from mlfusion.datasets.values import MISSING, plain, shown
 from mlfusion.errors import BadData
+from mlfusion.specs.definitions import option_words
 from mlfusion.specs.options import ReadOptions
 from mlfusion.system.words import plural
 
@@ -134,10 +136,10 @@ def report_candidates(name: str, raw: Mapping[str, RawSplit], splits: Mapping[st
         others = [other for other, *_ in usual or found if other != column]
         logger.warning(
             "%s: %s of the column %s have images in train and in %s%s. If images of one value belong together, such as those "
-            "of a patient, scores are too high: --group-column %s keeps them together",
+            "of a patient, scores are too high: %s keeps them together",
             *(name, plural(count, "value"), column, split),
             f" (likewise {', '.join(others[:3])})" if others else "",
-            column,
+            shlex.join(option_words("group-column", column)),
         )
 
 

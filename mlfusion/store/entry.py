@@ -86,10 +86,9 @@ class ShardDraft:
         finite[missing] = True
         if not finite.all():
             row, layer = (int(i[0]) for i in np.nonzero(~finite))
-            raise BadData(
-                f"layer {self.stream.layers[layer]} of image {self._samples.ids[self.row + row]!r} is not finite "
-                f"in {self.stream.dtype}; use --dtype float32, or look at that image"
-            )
+            other = "run mlfusion doctor MODEL" if self.stream.dtype == "float32" else "use --dtype float32"
+            where = f"layer {self.stream.layers[layer]} of image {self._samples.ids[self.row + row]!r}"
+            raise BadData(f"{where} is not finite in {self.stream.dtype}; {other}, or look at that image")
         if missing:
             stored = stored.copy()
             stored[missing] = encoding.blank()

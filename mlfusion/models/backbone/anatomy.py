@@ -36,7 +36,7 @@ from mlfusion.models.backbone.patches import (
     grid_of,
 )
 from mlfusion.models.backbone.taps import Grid, Tap
-from mlfusion.models.backbone.tracing import Call, CallRecorder
+from mlfusion.models.backbone.tracing import Call, CallRecorder, main_output
 from mlfusion.specs.identity import Hook
 
 FinalMode = Literal["hook", "apply", "raw"]
@@ -173,6 +173,16 @@ def _why_not(model: nn.Module, pixels: tuple[int, ...], name: str, reason: str) 
     )
 
 
+def _not_finite(model: nn.Module, name: str) -> BadModel:
+    """The error where finite weights give numbers that are not; names the largest weight, which is nearly always the cause."""
+    sizes = {path: float(weight.abs().max()) for path, weight in model.named_parameters()}
+    where = max(sizes, key=lambda path: sizes[path])
+    return BadModel(
+        f"the weights of {name} give numbers that are not finite (NaN or infinity) on a trial image: the largest weight is "
+        f"{sizes[where]:.3g}, in {where}. Allowed: weights whose tokens are finite in float32. Download or save the model again"
+    )
+
+
 def _trace(
     model: nn.Module, to_arguments: ToArguments, pixels: tuple[int, ...], depth: int, name: str, absent: Container[str]
 ) -> Trace:
@@ -188,10 +198,10 @@ def _trace(
         )
     absent_held = {key: held[key] for key in held if key in absent}
     with boundary(partial(_why_not, model, pixels, name)), recorder.recording(model.modules(), absent_held):
-        model(**to_arguments(noise))
+        output = main_output(model(**to_arguments(noise)))
     blocks = _blocks(model, recorder, depth, name)
     runs = tuple(call for block in blocks if (call := recorder.first(block)))
-    return Trace(
+    trace = Trace(
         name=name,
         recorder=recorder,
         blocks=tuple(blocks),
@@ -199,6 +209,10 @@ def _trace(
         channels_first=tuple(_channels_first(run, recorder) for run in runs),
         stages=tuple(_stages(model, blocks)),
     )
+    # A tensor that the checkpoint lacks may be the cause; it is looked for later.
+    if output is not None and not output.isfinite().all() and not _read_by(trace, _final_norm(trace)):
+        raise _not_finite(model, name)
+    return trace
 
 
 def _layout(trace: Trace, trials: Trials, patch_px: int | None) -> TokenLayout:

@@ -321,7 +321,7 @@ def from_key(key: str) -> tuple[Steps | None, Decoding]:
         steps = Steps(**{**absent, **body, **sizes, **colours})
         known = steps.resample in FILTERS and steps.kernel in get_args(Kernel) and is_view(steps.view)
         return (steps if known and steps.key() == unmarked else None), decoding
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, BadModel):
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, BadModel):
         return None, decoding
 
 
