@@ -13,16 +13,22 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import pyarrow.parquet
 import pytest
 from rows import study
-from tiny import save_images, save_model
+from tiny import save_features, save_images, save_model
 
 from mlfusion import cli
 from mlfusion.probing import grids
 from mlfusion.report import table, write_figures, write_markdown, write_page
 from mlfusion.results import Results, export
+from mlfusion.store import Names
+from mlfusion.store.records import Groups
 from mlfusion.system import text
+from mlfusion.workflows.prediction import Prediction
+from mlfusion.workflows.prediction_files import FORMATS, writing
 
 NAME = "=1+1\x1b[2J\x07[red][b]'`$(touch OWNED)`\n<img src=x onerror=alert(1)>|\u202e&"
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -177,8 +183,78 @@ def test_a_hostile_name_acts_in_no_command(
     assert {".csv", ".jsonl", ".parquet", ".html", ".md", ".svg", ".png", ".tex"} <= kinds.keys()
 
 
+def hostile_cache(root: Path) -> None:
+    """Features of a hostile model and data set, whose groups have hostile names too."""
+    random = np.random.default_rng(0)
+    for split, images in (("train", 60), ("test", 30)):
+        labels = np.arange(images) % 3
+        tokens = random.normal(size=(images, 2, 4)) + labels[:, None, None]
+        entry = save_features(root, split, tokens, labels, (NAME, "b", f"-{NAME}"))
+        groups = Groups(tuple(f"{NAME}{split}{row // 2}" for row in range(images)))
+        sources = {"model_source": NAME, "dataset_source": NAME, "reading": NAME}
+        grouped = {"groups": groups.digest, "grouped_by": NAME}
+        entry.add_alias(Names(model=f"m{NAME}", dataset=NAME, **sources, **grouped), groups=groups)
+
+
+@pytest.mark.slow
+def test_a_hostile_name_acts_in_no_command_on_a_cache_or_results(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    cache, results = f"c{NAME}", f"r{NAME}"
+    hostile_cache(Path(cache))
+    named = ("-m", f"m{NAME}", "-d", NAME)
+    said = run("advise", *named, "--cache", cache, "--probe", "all-tokens-last/linear,all-tokens-last/ridge")
+    for words in (
+        *(("ls",), ("ls", "--json"), ("du",), ("verify",), ("path",), ("path", "--model", f"m{NAME}")),
+        *(
+            ("embeddings", f"out/e.{kind}", *named, "--layers", "last", "--tokens", "all")
+            for kind in ("npy", "parquet")
+        ),
+        *(("export", f"x{NAME}"), ("export", f"x{NAME}", "--json"), ("prune", "--dry-run", "--model", f"m{NAME}")),
+    ):
+        said += run("cache", *words, *(("--split", "test") if words[0] == "embeddings" else ()), "--cache", cache)
+    said += run("cache", "import", cache, "--cache", f"y{NAME}") + run("cache", "import", f"x{NAME}", "--cache", "y")
+    said += run("doctor", f"m{NAME}", code=1) + run("doctor", f"m{NAME}", "--cache", cache, "--json", code=1)
+    probe = ("probe", *named, "--cache", cache, "--probe", "all-tokens-last/linear", "--results", results)
+    said += run(*probe, "--grid", "quick", "--seeds", "0,1", "--track", "tensorboard:out/runs")
+    rows = [row.id for row in Results(results).rows()]
+    for words in (
+        *(("best",), ("best", "--json"), ("track", "tensorboard:out/later"), ("rm", rows[0], "--yes")),
+        *(("export", f"out/rows.{kind}", "--by-class") for kind in export.FORMATS),
+    ):
+        said += run("results", *words, "--results", results)
+    said += run("cache", "prune", "--model", f"m{NAME}", "--cache", cache)
+    assert "\\x1b[2J" in said and "\\u202e" in said and "[red][b]" in said
+    paste(commands_in(said), tmp_path)
+    shutil.rmtree("out/runs"), shutil.rmtree("out/later")  # of TensorBoard's own form, which escapes in the browser
+    Path("out/e.npy").unlink()
+    assert read_files(Path("out")) == {".csv": 1, ".jsonl": 1, ".parquet": 2}
+
+
+def test_predictions_of_a_hostile_name_are_exact_or_escaped(tmp_path: Path) -> None:
+    """A path may have bytes that are no UTF-8; JSON has an escape for them, a table an escape of ours."""
+    images = [LONG, "a\udcff.png"]
+    for kind in FORMATS:
+        with writing(tmp_path / f"p.{kind}") as write:
+            for image in images:
+                write(Prediction(image, ((NAME, 0.75), ("@b", 0.25)), None))
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [one["image"] for one in lines] == images and lines[0]["top"][0]["class"] == NAME
+    table = pyarrow.parquet.read_table(tmp_path / "p.parquet").to_pylist()
+    assert [one["image"] for one in table] == [LONG, "a\\udcff.png"] and table[1]["class_2"] == "@b"
+    with (tmp_path / "p.csv").open(newline="") as file:
+        cells = list(csv.reader(file))
+    assert cells[1][:2] == [f"'{LONG}", f"'{NAME}"] and cells[2][0] == "a\\udcff.png" and cells[2][3] == "'@b"
+    with writing(tmp_path / "n.jsonl") as write:
+        write(Prediction("x", (), float("inf")))
+    assert json.loads((tmp_path / "n.jsonl").read_text(), parse_constant=pytest.fail) == {"image": "x", "number": None}
+
+
 def hostile_rows() -> list[Any]:
     names = {"model": LONG, "dataset": LONG, "code": LONG, "versions": {LONG: LONG}, "classes": [LONG, "b"]}
+    names |= {"device": LONG, "groups": {"column": LONG, "train": 50, "test": 20, "digests": ["a" * 16, "b" * 16]}}
     scores = {"cls-last/linear": [0.5, 0.6], "cls+ap-all-layers/attentive": [0.7, 0.8]}
     return study(scores, **names)
 
@@ -199,6 +275,18 @@ def test_a_name_that_no_file_has_acts_in_no_file(tmp_path: Path) -> None:
     assert read_files(out)[".svg"] > 3
     again = Results(tmp_path / "again")
     assert again.take_from(out / "rows.jsonl").taken == len(rows) and again.rows() == rows  # JSON lines are exact
+
+
+def test_a_table_for_the_terminal_has_no_controls(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of no text in a row: neither of its names nor of what it was made with, which a note about replaced rows tells."""
+    from rich.console import Console
+
+    rows = hostile_rows()
+    later = [msgspec.structs.replace(row, code=f"{row.code}2", device="cpu", id=f"{row.id}2") for row in rows]
+    for long in (False, True):
+        Console(width=300).print(table([*rows, *later], width=300, long=long))
+        said = capsys.readouterr().out
+        assert "older rows are left out" in said and "(groups by =1+1\\x1b[2J" in said and not HIDDEN.search(said)
 
 
 def test_a_table_for_the_terminal_has_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

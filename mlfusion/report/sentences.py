@@ -11,6 +11,7 @@ from mlfusion.specs.names import BASELINE
 from mlfusion.statistics import Spread
 from mlfusion.statistics.verdicts import NOT_TOLD, Word, enumerate_rare
 from mlfusion.system.progress import duration
+from mlfusion.system.text import one_line
 from mlfusion.system.words import plural
 
 CASES = "(a model on a data set)"
@@ -84,7 +85,7 @@ def protocol_notes(groups: Sequence[ComparisonGroup]) -> list[str]:
 
 def replaced_notes(rows: Iterable[Row]) -> list[str]:
     """One sentence about the rows that are left out for later ones, with the settings that changed; none if all count."""
-    pairs = replaced(rows)
+    pairs = replaced([row.renamed(one_line) for row in rows])
     if not pairs:
         return []
     changes = [

@@ -14,7 +14,7 @@ from mlfusion.errors import ResultsUnusable, UnknownName
 from mlfusion.results.records import NotARow, decode, encode
 from mlfusion.results.rows import Row
 from mlfusion.system import disk
-from mlfusion.system.text import csv_cell
+from mlfusion.system.text import csv_cell, json_text
 
 if TYPE_CHECKING:
     import pandas
@@ -87,7 +87,7 @@ def write_objects(objects: Sequence[Mapping[str, Any]], path: Path) -> None:
             return
         with draft.open("x", encoding="utf-8", newline="") as file:
             if format == "jsonl":
-                file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
+                file.writelines(json_text(item) + "\n" for item in objects)
                 return
             table = csv.DictWriter(file, list(_columns(objects)), lineterminator="\n")
             table.writeheader()

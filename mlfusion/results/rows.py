@@ -250,16 +250,19 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"{split} ({plural(self.images.choosing, 'image')})" if self.images.choosing else split
 
     def renamed(self, write: Callable[[str], str]) -> "Row":
-        """A copy whose names of model, data set, classes, code and versions are written by `write`; itself if none changes."""
-        names = (self.model, self.dataset, self.code, *self.versions, *self.versions.values())
+        """A copy whose names that a stranger may have chosen are written by `write`; itself if none changes."""
+        names = (self.model, self.dataset, self.code, self.device, *self.versions, *self.versions.values())
+        groups = self.groups and msgspec.structs.replace(self.groups, column=write(self.groups.column))
         classes = _written(write, self.classes)
-        if classes == self.classes and all(write(name) == name for name in names):
+        if (classes, groups) == (self.classes, self.groups) and all(write(name) == name for name in names):
             return self
         return msgspec.structs.replace(
             self,
             model=write(self.model),
             dataset=write(self.dataset),
             code=write(self.code),
+            device=write(self.device),
+            groups=groups,
             versions={write(name): write(version) for name, version in self.versions.items()},
             classes=classes,
         )

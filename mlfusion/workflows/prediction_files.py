@@ -1,7 +1,6 @@
 """Writes predictions to a file as they are made, so that they need not fit into memory: CSV, JSON lines or Parquet."""
 
 import csv
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from mlfusion.errors import ResultsUnusable, UnknownName
 from mlfusion.system import disk
-from mlfusion.system.text import csv_cell
+from mlfusion.system.text import csv_cell, json_text
 from mlfusion.workflows.prediction import Prediction
 
 FORMATS = ("csv", "jsonl", "parquet")
@@ -19,10 +18,14 @@ Write = Callable[[Prediction], None]
 
 
 def columns(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as the cells of a table: image, class_1, probability_1, class_2, …; or image, number."""
+    """A prediction as the cells of a table: image, class_1, probability_1, class_2, …; or image, number.
+
+    A byte of an image's path that is no UTF-8 becomes an escape such as \\udcff.
+    """
+    image = prediction.image.encode(errors="backslashreplace").decode()
     if prediction.number is not None:
-        return {"image": prediction.image, "number": prediction.number}
-    cells: dict[str, Any] = {"image": prediction.image}
+        return {"image": image, "number": prediction.number}
+    cells: dict[str, Any] = {"image": image}
     for place, (name, probability) in enumerate(prediction.top, 1):
         cells |= {f"class_{place}": name, f"probability_{place}": probability}
     return cells
@@ -69,7 +72,7 @@ def _csv(draft: Path) -> Iterator[Write]:
 @contextmanager
 def _jsonl(draft: Path) -> Iterator[Write]:
     with draft.open("x", encoding="utf-8") as file:
-        yield lambda prediction: print(json.dumps(prediction.to_json(), ensure_ascii=False), file=file)
+        yield lambda prediction: print(json_text(prediction.to_json()), file=file)
 
 
 @contextmanager
