@@ -22,7 +22,7 @@ from forms import npy, parquet, plain, put, rows, tars
 from PIL import Image
 from tiny import save_features, save_images
 
-from mlfusion import datasets
+from mlfusion import cli, datasets
 from mlfusion.datasets import ReadOptions, arrays, hub, remote
 from mlfusion.datasets import tars as tar_reader
 from mlfusion.datasets.files import Files
@@ -433,6 +433,18 @@ def test_large_images_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> No
         thread.join(60)
     assert most == 1
     assert room._total == 0
+
+
+def test_a_command_has_no_warning_of_an_image_within_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_images(tmp_path / "d", {"train": 1, "test": 1})  # of 1,440 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(sys, "argv", ["mlfusion", "data", str(tmp_path / "d"), "--check", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    # A warning is an error here, and would make the image unreadable.
+    assert all(one["checked"]["unreadable"] == {} for one in json.loads(capsys.readouterr().out)["splits"])
 
 
 def test_an_image_larger_than_the_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

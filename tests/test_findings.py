@@ -49,6 +49,12 @@ def test_gains_and_their_test_over_data_sets(kept):
     assert "| set0 | 71.0 | 70.0 | −1.0 | ± 0.0 |" in text.replace(" vit |", "", 1)
 
 
+def test_what_is_the_users_own_has_no_controls_either(kept):
+    rows, results = kept
+    text = findings.page_text(rows, results, title="a\x1b[2J", about="b\u202e", command="mlfusion run 'x\n```\x07'")
+    assert text.startswith("# a\\x1b[2J\n\nb\\u202e\n\n```\nmlfusion run 'x\\n```\\x07'\n```\n")
+
+
 def test_scores_and_time_are_the_rows_own(kept):
     text = page(kept)
     [line] = [line for line in text.splitlines() if line.startswith("| set6 |") and "(" in line]

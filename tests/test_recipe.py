@@ -32,6 +32,14 @@ def test_every_recipe_says_how_to_run_it_what_it_costs_and_what_to_expect(path):
     assert named(path) in said["Run"] or "make demo" in said["Run"]
 
 
+def test_a_recipe_without_a_head_says_nothing_of_itself(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text('models = ["formula-vit"]\n# no head\n')
+    assert recipe.about(path) == ("", {})
+    path.write_text('# A: b.\n#\n# Run:    x\n#         y\nmodels = ["formula-vit"]\n')
+    assert recipe.about(path) == ("A: b.", {"Run": "x y"})
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=named)
 def test_every_recipe_of_both_stages_loads(path, tmp_path):
     text = path.read_text()

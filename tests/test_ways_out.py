@@ -176,6 +176,19 @@ def test_a_hostile_name_acts_in_no_command(
     picture = str(next(Path(data, "test", NAME).iterdir()))
     saved = Path(results, "probes", linear)
     said += run("predict", picture, "--probe", str(saved)) + run("predict", picture, "--probe", str(saved), "--json")
+    said += "".join(
+        run("predict", picture, "--probe", str(saved), "--out", f"out/predicted/rows.{kind}") for kind in FORMATS
+    )
+    recipe = f"{NAME}.toml"
+    study = {"models": [model], "datasets": [data], "probes": ["cls-last/linear"], "grid": "quick", "seeds": [0, 1]}
+    Path(recipe).write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in study.items()))
+    pages = ("--html", "out/run.html", "--markdown", "out/run.md")
+    said += run("run", recipe, "--dry-run", "--cache", "cache") + run(
+        "run", recipe, "--cache", "cache", "--results", results, *pages
+    )
+    said += run("data", data, "--group-pattern", "/(.[^/]*)/", "--json") + run(
+        "data", data, "--group-pattern", f"({re.escape(NAME)}[^/]*/[^/]*)x", code=1
+    )
     shutil.copy(saved / "README.md", "out/README.md")
     assert "\\x1b[2J" in said and "\\u202e" in said and "[red][b]" in said  # shown, and as they are called
     paste(commands_in(said), tmp_path)

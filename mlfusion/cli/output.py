@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,8 @@ def set_verbosity(volume: int) -> None:
     global _volume
     _volume = volume
     set_quiet(volume < 0)
+    # Of an image within --max-pixels, which is the limit that holds; the warning names none.
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit", RuntimeWarning)
     logger, handler = logging.getLogger("mlfusion"), logging.StreamHandler()
     handler.set_name(HANDLER)
     handler.setFormatter(_OneLine("%(asctime)s %(name)s: %(message)s" if volume > 0 else "%(message)s"))

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlfusion.datasets.images import Decoder
 from mlfusion.datasets.split import DataSet, Split
-from mlfusion.errors import BadData, BadImage
+from mlfusion.errors import BadData
 
 SHOWN_IDS = 3  # number of ids that are shown of each split
 
@@ -95,10 +95,8 @@ def _read(split: Split, row: int) -> tuple[bytes, Found | str]:
             # An image of 8 bits is decoded by now; of others it is not known that they can be.
             size = split.image(row).size if bits == 16 else (values.shape[1], values.shape[0])
             return digest, (size, bits, (int(values.min()), int(values.max())))
-    except BadImage as err:
-        return digest, str(err).removeprefix(f"{split.ids[row]} cannot be read: ")
     except BadData as err:
-        return digest, str(err)
+        return digest, str(err).removeprefix(f"{split.ids[row]} cannot be read: ")
 
 
 def _check(split: Split, digests_of: dict[str, set[bytes]], progress: Callable[[str, int, int], None]) -> ReadCheck:

@@ -22,7 +22,7 @@ from mlfusion.statistics.datasets import gain_tests
 from mlfusion.statistics.rows import Comparison, by_dataset, compare_probes, cost
 from mlfusion.statistics.verdicts import NOT_TOLD, WORDS
 from mlfusion.system.progress import duration
-from mlfusion.system.text import markdown
+from mlfusion.system.text import markdown, one_line
 from mlfusion.system.words import plural
 
 COMPARED_PROBES = (ALF, "cls+ap-all-layers/linear", "all-tokens-last/attentive")
@@ -48,11 +48,14 @@ def write_findings(
 
 
 def page_text(rows: Sequence[Row], results: Results, *, title: str, about: str, command: str) -> str:
-    """The text that `write_findings` writes; names of rows are escaped, title, `about` and command are the user's own."""
+    """The text that `write_findings` writes; names of rows are escaped, title, `about` and command are the user's own.
+
+    Of those, too, control characters are.
+    """
     rows = [row.renamed(markdown) for row in rows]
     groups = comparison_groups(rows, results)
     notes = [*rare_notes(groups), *protocol_notes(groups)]
-    parts = [f"# {title}", about, f"```\n{command}\n```", _provenance(groups), *notes]
+    parts = [f"# {one_line(title)}", one_line(about), f"```\n{one_line(command)}\n```", _provenance(groups), *notes]
     for study in studies(groups):
         name = f" ({study.name})" if study.name else ""
         texts = [tables.markdown(tables.of_model(study, model)) for model in study.models if study.probes]

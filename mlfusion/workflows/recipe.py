@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,9 @@ def load(path: Path, *, data: Path | str | None = None, seeds: tuple[int, ...] |
 
 
 def about(path: Path) -> tuple[str, dict[str, str]]:
-    """The comment at the head of a recipe: its introduction, and the texts after Run, Cost and Expect."""
-    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if line]
+    """The comment at the head of a recipe: its introduction, '' without one, and the texts after Run, Cost and Expect."""
+    head = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    lines = [line[1:].strip() for line in head]
     sections: dict[str, str] = {"": ""}
     section = ""
     for line in lines:
