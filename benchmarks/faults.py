@@ -4,7 +4,8 @@
 
 Runs the long form of tests/faults, file by file, a process each. A file that passed is not run again while its tally lies in
 --folder, unless it is named; one that failed is, and says why. `--minutes 60 soak` lets users of every kind loose on one
-cache for an hour; `inputs` gives random data sets and processors to the readers, and `model_folders` forged configurations.
+cache for an hour; `inputs` gives random data sets and processors to the readers, `model_folders` forged configurations, and
+`cards` forged saved probes: with --minutes as many of their trials as begin within that time.
 With --page the tables go into docs/measurements/faults.md, losses included, the table of all faults only once every file has a
 tally; with --table nothing is run, and they show the tallies there are.
 """
@@ -31,7 +32,7 @@ def run(test: Path, kept: Path, minutes: float | None) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", str(test)],
         env=os.environ
-        | {"MLFUSION_LONG": "inf", "MLFUSION_TALLY": str(tally)}
+        | {"MLFUSION_LONG": str(minutes or "inf"), "MLFUSION_TALLY": str(tally)}
         | ({"MLFUSION_SOAK": str(minutes)} if minutes else {}),
         cwd=ROOT,
         check=False,
@@ -102,12 +103,12 @@ def folders(figures: dict[str, Any]) -> str:
 
 
 def records(figures: dict[str, Any]) -> str:
-    """The table of forged records, and of what became of them."""
+    """The table of forged records or cards, and of what became of them."""
     rows = [(what, f"{count:,}") for what, count in figures.items()]
     return page.table(["outcome", "trials"], [*rows, ("**all**", f"**{sum(figures.values()):,}**")])
 
 
-PARTS = {"records": records, "soak": soak, "shards": shards, "inputs": inputs, "folders": folders}
+PARTS = {"records": records, "soak": soak, "shards": shards, "inputs": inputs, "folders": folders, "cards": records}
 
 
 def main() -> None:
@@ -115,7 +116,7 @@ def main() -> None:
     tests = {test.stem.removeprefix("test_"): test for test in sorted(TESTS.glob("test_*.py"))}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"run these, and only these, anew: {', '.join(tests)}")
-    parser.add_argument("--minutes", type=float, help="that the soak takes: 1")
+    parser.add_argument("--minutes", type=float, help="that the soak takes: 1; after which no other trial begins: none")
     parser.add_argument("--folder", type=Path, default=ROOT / "results" / "faults", help="for the tallies")
     parser.add_argument("--page", action="store_true", help="put the tables into docs/measurements/faults.md")
     parser.add_argument("--table", action="store_true", help="run nothing")

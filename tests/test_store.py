@@ -271,13 +271,17 @@ def test_a_missing_shard_is_missing(format, tmp_path):
 
 @both
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
-def test_numbers_that_cannot_be_kept_are_refused_with_the_image(format, value, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [("float16", "use --dtype float32"), ("float32", "mlfusion doctor MODEL")]
+)
+def test_numbers_that_cannot_be_kept_are_refused_with_the_image(format, value, dtype, advice, tmp_path):
     entry = new_entry(tmp_path)
-    [one] = streams_for(SHAPES, images=19, dtype="float16", format=format)
+    [one] = streams_for(SHAPES, images=19, dtype=dtype, format=format)
     entry.begin([one])
     tokens = np.zeros((8, *one.shape[1:]), np.float32)
-    tokens[5, 1, 0, 2] = value
-    with pytest.raises(BadData, match=r"layer 2 of image 'train/α/5 ½.png'"), entry.draft(one, 0) as draft:
+    tokens[5, 1, 0, 2] = np.inf if dtype == "float32" else value
+    refused = rf"layer 2 of image 'train/α/5 ½.png' is not finite in {dtype}; .*{advice}"
+    with pytest.raises(BadData, match=refused), entry.draft(one, 0) as draft:
         draft.append(tokens)
     assert entry.missing_shards(one) == [0, 1, 2]
     assert not list(entry.path.rglob(f"{disk.DRAFT}*"))
