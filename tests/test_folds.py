@@ -102,6 +102,13 @@ def tokens(images: int, kind: str, seed: int = 0) -> Tokens:
     return Tokens(values, 1e9 + labels + rng.normal(scale=0.1, size=images) if kind == "number" else labels)
 
 
+def test_a_fold_without_a_score_of_its_own_is_refused_before_training() -> None:
+    data, fold_of = tokens(20, "number"), np.arange(20) // 4
+    data.labels[fold_of == 2] = 7.0
+    with pytest.raises(BadData, match=r"all 4 labels of fold 3 of 5 are 7\.0"):
+        fit_folds("ridge", data, fold_of, target=target_of(data.labels, 0), options=fit_options())
+
+
 @pytest.mark.parametrize(
     ("head", "kind"), [("ridge", "class"), ("ridge", "number"), ("knn", "class"), ("attentive", "class")]
 )

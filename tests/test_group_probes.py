@@ -61,6 +61,20 @@ def test_labels_and_numbers_need_no_stratum_on_both_sides(made: list[Any], seed:
         assert len(fitted) and len(held) and not set(groups[fitted]) & set(groups[held])
 
 
+@pytest.mark.parametrize(("groups", "each"), [(40, 5), (25, 7), (30, 100)])
+def test_numbers_that_are_alike_in_a_group_are_parted_evenly(groups: int, each: int) -> None:
+    """The age of a patient is that of all slices: five slices of similar ages are then of one patient."""
+    random = np.random.default_rng(groups)
+    ages = np.repeat(random.integers(20, 90, groups).astype(float), each)
+    patients = np.repeat(np.arange(groups), each)
+    target = Number(1)
+    _, held = splits.split(target.strata(ages), seed=0, groups=patients, target=target)
+    assert 0.1 <= len(held) / len(ages) <= 0.3 and abs(ages[held].mean() - ages.mean()) < 12
+    fold_of = splits.folds(target.strata(ages), 5, seed=0, groups=patients, target=target)
+    assert np.bincount(fold_of).min() >= 0.6 * len(ages) / 5 and np.bincount(fold_of).max() <= 1.4 * len(ages) / 5
+    assert max(abs(ages[fold_of == fold].mean() - ages.mean()) for fold in range(5)) < 12
+
+
 @given(GROUPS, st.integers(2, 4), st.integers(0, 5))
 def test_few_shots_are_of_several_groups_so_that_others_can_be_held_out(made: list[Any], shots: int, seed: int) -> None:
     labels, groups = images(made)

@@ -38,6 +38,8 @@ def fit_folds(
         fold_of: the fold that tests each image, from 0; every fold has an image.
     """
     count = int(fold_of.max()) + 1
+    for fold in range(count):  # before any probe is trained
+        target.check(tokens.labels[fold_of == fold], f"fold {fold + 1} of {count}")
     outcomes: list[Outcome] = []
     for fold in range(count):
         fitted, tested = (np.flatnonzero(chosen) for chosen in (fold_of != fold, fold_of == fold))

@@ -5,6 +5,7 @@ needs any shares, and the same parts on every machine whatever the order. This i
 """
 
 from collections.abc import Sequence
+from math import ceil
 
 import numpy as np
 
@@ -44,12 +45,15 @@ def assign(
         groups: the number of each image's group, 0..G-1.
         shares: of the parts; their sum is 1.
         rank: the place of each group in a random order, which alone decides between groups that are alike.
-        every: whether each part must have each stratum; else it must have a group.
+        every: whether each part must have each stratum; else it must have a group, and strata that follow each other and are
+            of fewer groups than could be parted are joined.
 
     Raises:
         NoPartition: there are fewer groups than parts; or with `every` fewer with images of a stratum, or no move leads to it.
     """
-    names, codes = np.unique(strata, return_inverse=True)
+    names, codes = np.unique(
+        strata if every else _joined(strata, groups, ceil(1 / min(shares) - 1e-9)), return_inverse=True
+    )
     table = _Table(groups, codes, len(names))
     held, share = np.zeros((len(shares), len(names))), np.array(shares)
     part = np.empty(len(rank), np.int64)
@@ -65,6 +69,23 @@ def assign(
         whole = _Table(groups, np.zeros_like(codes), 1)
         _fill(part, whole, held.sum(1, keepdims=True), rank, [None])
     return part[groups]
+
+
+def _joined(strata: Int[np.ndarray, " N"], groups: Int[np.ndarray, " N"], least: int) -> Int[np.ndarray, " N"]:
+    """Strata joined with those that follow, until each has images of so many groups.
+
+    A stratum of one group says nothing of where that belongs: such as five slices of one patient, whose ages are equal.
+    """
+    _, codes, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    number, found, joined = 0, set[int](), np.zeros(len(counts), np.int64)
+    for code, rows in enumerate(np.split(np.argsort(codes, kind="stable"), counts.cumsum()[:-1])):
+        found.update(groups[rows].tolist())
+        joined[code] = number
+        if len(found) >= least:
+            number, found = number + 1, set()
+    if found:  # too few are left for a stratum of their own
+        joined[joined == number] = max(0, number - 1)
+    return joined[codes]
 
 
 class _Table:
