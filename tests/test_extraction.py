@@ -20,7 +20,9 @@ from tiny import save_images, save_model
 
 import mlfusion
 from mlfusion.errors import BadData, BadModel, BadOption, CacheUnusable, MlfusionError, NotCached, UnknownName
+from mlfusion.extraction import run
 from mlfusion.models.backbone import Backbone
+from mlfusion.specs.options import FeatureOptions
 from mlfusion.store import FeatureStore, differences, stream
 from mlfusion.system import disk
 
@@ -502,3 +504,16 @@ def test_the_projected_last_layer_is_narrower_and_padded_with_zeros(images, tmp_
     matrix = transformers.CLIPModel.from_pretrained(clip).visual_projection.weight.detach().numpy()
     np.testing.assert_allclose(projected[:, 2, :, :24], plain[:, 2] @ matrix.T, atol=2e-6)
     assert not projected[:, 2, :, 24:].any()
+
+
+def test_a_copy_in_validation_is_not_said_to_be_left_out_by_an_option_of_test(model: str, tmp_path: Path) -> None:
+    root = save_images(tmp_path / "set", {"train": 4, "val": 2, "test": 2})
+    source = min((root / "train").rglob("*.*"))
+    for split in ("val", "test"):
+        shutil.copy(source, min((root / split).rglob("*.*")))
+    told: list[str] = []
+    run.extract(model, str(root), FeatureOptions(tokens="cls@last"), cache=tmp_path / "cache", log=told.append)
+    lines = [line for line in told if "byte for byte" in line]
+    assert len(lines) == 3  # train and test, train and validation, test and validation
+    for line in lines:
+        assert ("--drop-duplicates" in line) == (" test images of " in line and "in train too" in line), line

@@ -6,6 +6,7 @@ import typer
 
 from mlfusion.cli.options import DATASET, MODEL, AsJson, Cache, Dataset, Device, Model, with_options
 from mlfusion.cli.output import print_json, print_rows, say
+from mlfusion.specs.definitions import command
 from mlfusion.specs.options import PilotOptions
 
 
@@ -60,7 +61,8 @@ def advise(
             f"({_difference_text(result.cheapest_equivalent.behind)} points behind{_reason(result.cheapest_equivalent.lead)})."
         )
     if result.wants_folds:
-        say(f"{few_test_images(result.test_images)}: mlfusion probe --folds 5.")
+        again = command("probe", ["--folds", "5"], model=model, dataset=dataset, cache=cache)
+        say(f"{few_test_images(result.test_images)}: {again}")
 
 
 def _difference_text(gain: Any) -> str:

@@ -193,10 +193,11 @@ def _shared_images(jobs: Sequence[Job]) -> Iterator[str]:
         digests = {row.tobytes() for row in job.samples.digests}
         count = sum(row.tobytes() in digests for row in other_job.samples.digests)
         if count:
-            yield (
-                f"{count:,} of {len(other_job.split):,} {other} images of {job.names.dataset} are byte for byte in {name} too; "
-                "mlfusion probe --drop-duplicates leaves such images out of train"
-            )
+            remedy = "mlfusion probe --drop-duplicates leaves such images out of train"
+            if {name, other} != {"train", "test"}:  # that option compares train with test alone
+                remedy = "remove them from one of the two: no option of mlfusion probe leaves them out"
+            images = f"{count:,} of {len(other_job.split):,} {other} images of {job.names.dataset}"
+            yield f"{images} are byte for byte in {name} too; {remedy}"
 
 
 class _FillLoop:

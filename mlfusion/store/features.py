@@ -184,7 +184,10 @@ class SplitPair:
         if choose_on == "validation" and self.validation is None:
             names = self.names[0]
             again = extract_command(
-                names.model_argument or names.model_source, names.dataset_argument or names.dataset_source
+                names.model_argument or names.model_source,
+                names.dataset_argument or names.dataset_source,
+                self.complete_pairs if any(kind not in ("cls", "ap") for _, kind in self.complete_pairs) else (),
+                self.words(every_split=True),
             )
             raise NotCached(
                 f"--choose-on validation: no split validation of {self.dataset}, from the same reading as train and other "
@@ -228,14 +231,14 @@ class SplitPair:
         for entry in self.entries:
             require(entry, pairs, model, dataset, self.words())
 
-    def words(self) -> list[str]:
-        """Options of the `mlfusion extract` that creates these entries again, without those of tokens."""
+    def words(self, *, every_split: bool = False) -> list[str]:
+        """Options of the `mlfusion extract` that creates these entries again, or all that it reads by default; no tokens."""
         splits = tuple(names.split or split for names, split in zip(self.names, SPLITS, strict=False))
         options = list(self.names[0].options)
-        if self.validation is not None and "--split" in options:  # it was extracted later than train
+        if (every_split or self.validation is not None) and "--split" in options:  # it was extracted later than train
             place = options.index("--split")
             del options[place : place + 2]
-        return feature_words(unless_default(splits), self.train.spec.model.view, options)
+        return feature_words(None if every_split else unless_default(splits), self.train.spec.model.view, options)
 
 
 def split_pairs(store: FeatureStore, dataset: str, model: str | None) -> list[SplitPair]:
