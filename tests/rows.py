@@ -19,6 +19,9 @@ def row(row_id: str = "a1", **changes: object) -> Row:
     whole["features"] = [one if re.fullmatch("[0-9a-f]{16}", one) else key(one) for one in whole["features"]]
     if "metrics" not in changes:
         whole["metrics"] = metrics(whole["metric"], len(whole["classes"]))
+    if folds := whole.get("folds"):
+        one = {name: whole[name] for name in ("val", "test", "train", "selected")}
+        whole.setdefault("by_fold", [{"images": whole["images"]["test"] // folds, **one}] * folds)
     return from_object(whole)
 
 

@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from rich.console import Console
 from rows import study
 
+import mlfusion
 from mlfusion import cli, statistics
-from mlfusion.errors import BadData, UnknownName
+from mlfusion.errors import BadData, ResultsUnusable, UnknownName
 from mlfusion.report import terminal
 from mlfusion.results import Results
 from mlfusion.results.best import best
@@ -77,6 +78,21 @@ def test_the_command_prints_the_folder_of_the_best_probe(run: Any, tmp_path: Pat
     assert out.splitlines()[1] == str(tmp_path / "results" / "probes" / row.id)
     said = json.loads(run("best", "-d", "digits", "--by", "test", "--json")[1])
     assert (said["result"]["probe"], said["folder"]) == (ALF, None)
+
+
+def test_a_probe_of_folds_is_not_kept_and_the_command_trains_one_that_is(run: Any, tmp_path: Path) -> None:
+    row = replace(study({RIDGE: [0.8]}, folds=5)[0], id="r0123456789abcde")
+    results = Results("results")
+    results.append(row)
+    assert row.keep_command("here") == (
+        f"mlfusion probe --model org/a-vit --dataset digits --results here --probe {RIDGE} --grid quick --seeds 0 --precision "
+        "float32 --save"
+    )
+    code, _, err = run("best", "-d", "digits")
+    assert code == 0 and "each of its 5 folds has a probe of its own" in err
+    assert row.keep_command(f"{tmp_path}/results") in err
+    with pytest.raises(ResultsUnusable, match=r"has no single probe: each of its 5 folds .*: mlfusion probe .*--save"):
+        mlfusion.load_probe(row.id)
 
 
 # --- removing --------------------------------------------------------------------------------------------------------

@@ -179,6 +179,51 @@ def test_over_data_sets(tmp_path: Path) -> None:
         statistics.by_dataset([row("x"), row("y", features=["other", "keys"])])
 
 
+def test_settings_of_one_data_set_are_no_further_data_sets(tmp_path: Path) -> None:
+    rows = [
+        one
+        for folds in (2, 4, 5, 8, 10, 20)
+        for one in study(
+            {"cls-last/linear": [0.5], "ap-last/linear": [0.6]},
+            model=f"vit-{folds}",
+            images={"train": 9, "test": 40},
+            folds=folds,
+        )
+    ]
+    rows = [msgspec.structs.replace(one, model="a-vit") for one in rows]
+    compared = statistics.compare_probes(
+        kept(tmp_path, rows), rows, "ap-last/linear", "cls-last/linear", bootstrap=statistics.Bootstrap(resamples=100)
+    )
+    assert sorted(one.setting for one in compared) == sorted(
+        f"quick grid, {folds} folds" for folds in (2, 4, 5, 8, 10, 20)
+    )
+    assert "digits is compared in several settings" in str(statistics.over_datasets(compared)["a-vit"])
+
+
+def grouped(column: str, digest: str) -> dict[str, Any]:
+    return {"column": column, "train": 25, "test": 20, "digests": [digest * 16, digest * 16]}
+
+
+def test_groups_count_even_if_one_of_two_results_was_made_without_them(tmp_path: Path) -> None:
+    rows = study({"cls-last/linear": [0.5], "ap-last/linear": [0.8]}, images={"train": 100, "test": 40})
+    store = kept(tmp_path, rows)
+    single = statistics.compare(store, rows[1], rows[0])
+    assert single.mcnemar and single.images and single.images.evidence.images == 40
+    patient = from_object(msgspec.to_builtins(rows[1]) | {"groups": grouped("patient", "a")})
+    store.append(patient, store.arrays(rows[1]) | {"groups": np.arange(40) // 2})
+    for a, b in ((patient, rows[0]), (rows[0], patient)):
+        found = statistics.compare(store, a, b)
+        assert found.images and found.images.evidence.images == 20 and found.images.evidence.noun == "test group"
+        assert found.mcnemar == () and any("no McNemar test" in mark for mark in found.marks)
+        assert any("groups: " in mark and "patient (aaaaaa+aaaaaa)" in mark for mark in found.marks)
+
+
+def test_a_column_of_groups_that_changed_makes_another_setting() -> None:
+    [one] = study({"cls-last/linear": [0.5]}, groups=grouped("patient", "a"))
+    [other] = study({"cls-last/linear": [0.5]}, groups=grouped("patient", "b"))
+    assert statistics.setting(one) != statistics.setting(other) and one.options() == other.options()
+
+
 def test_cost() -> None:
     rows = [row("a", train=0.9, test=0.7), row("b", train=1.0, test=0.6, parameters=2000, seconds=2.5, bytes=5000)]
     assert statistics.cost(rows) == statistics.Cost(2000, 2.0, 5000)

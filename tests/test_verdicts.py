@@ -229,6 +229,8 @@ def test_images_of_one_group_widen_the_interval_of_a_recall() -> None:
     guesses = [answers(labels, np.arange(120) % 4 > 0)]
     apart = statistics.by_class(labels, guesses, ["a", "b"])[0]
     grouped = statistics.by_class(labels, guesses, ["a", "b"], groups=np.arange(120) // 4)[0]
+    folds = statistics.by_class(labels, guesses, ["a", "b"], widening=3.0)[0]
+    assert (folds.low, folds.high) == pytest.approx(uncertainty.wilson(apart.recall, np.array([60 / 9]), 0.95))
     assert apart.recall == grouped.recall and apart.low > grouped.low and apart.images == grouped.images == 60
 
 

@@ -116,7 +116,7 @@ def compare(
         bodies = {name: {"refused": one} if isinstance(one, str) else asdict(one) for name, one in tests.items()}
         print_json({"comparisons": [asdict(one) for one in comparisons], "over_datasets": bodies})
         return
-    print_rows([_comparison_cells(one) for one in comparisons])
+    print_rows([_comparison_cells(one, len({each.setting for each in comparisons}) > 1) for one in comparisons])
     for one in comparisons:
         for mark in one.marks:
             notify(f"{one.model} on {one.dataset}: {mark}")
@@ -161,8 +161,7 @@ def best(
     if found.folder:
         say(f"{found.folder.absolute()}")
     else:
-        again = command(f"results rerun {row.id} --keep", results=str(results.absolute()))
-        notify(f"its trained probe was not kept; to have it: {again}")
+        notify(row.not_kept_note(str(results.absolute())))
 
 
 @app.command()
@@ -328,6 +327,8 @@ def rerun(
             say(f"{name}: {text}")
         for line in result.differs:
             notify(line)
+    if keep and result.row.folds is not None:
+        notify(result.row.not_kept_note(str(results.absolute())))
     if not result.same:
         notify("the scores are not the same" + ("" if result.differs else ", though nothing that rows tell of differs"))
         raise typer.Exit(1)
@@ -418,7 +419,7 @@ def _percent(value: float | None) -> str:
     return "none" if value is None else percent(value)
 
 
-def _comparison_cells(comparison: "Comparison") -> dict[str, Any]:
+def _comparison_cells(comparison: "Comparison", several: bool) -> dict[str, Any]:
     from mlfusion.report.numbers import between, mean_sd, p_value, points
     from mlfusion.report.summary import metric_name
     from mlfusion.statistics.verdicts import NOT_TOLD
@@ -429,7 +430,7 @@ def _comparison_cells(comparison: "Comparison") -> dict[str, Any]:
     if difference:
         heading = f"{100 * difference.level:.0f} % over images"
         interval = between(difference.low, difference.high)
-    return {
+    return ({"setting": comparison.setting} if several else {}) | {
         "model": comparison.model,
         "dataset": comparison.dataset,
         f"A: {comparison.a}": mean_sd(comparison.score_a),

@@ -203,8 +203,9 @@ def _gain_text(group: ComparisonGroup, gain: Spread) -> str:
     text = f"{points(gain.mean)}{plus_minus(gain.sd)} points, {seeds}"
     if group.verdict.p is None or group.verdict.word == NOT_TOLD:
         return text
-    images = count(group.first.images.test)
-    return f"{text}; p {p_value(group.verdict.p)} of {metric_name(group.metric)} over {images} test images"
+    groups, images = group.first.groups, group.first.images.test
+    units = f"{count(images)} test images" if groups is None else plural(groups.test, "test group")
+    return f"{text}; p {p_value(group.verdict.p)} of {metric_name(group.metric)} over {units}"
 
 
 def _best(group: ComparisonGroup) -> str:

@@ -41,7 +41,7 @@ def best(results: Results, options: BestOptions) -> Best:
     probes: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if options.max_params is None or row.parameters <= options.max_params:
-            probes[row.model, row.probe, row.grid, *row.features, row.options()].append(row)
+            probes[row.model, row.probe, row.grid, *row.made_from, row.options()].append(row)
     if not probes:
         fewest = min(row.parameters for row in rows)
         raise BadData(f"every probe has more than {options.max_params:,} parameters; the smallest has {fewest:,}")

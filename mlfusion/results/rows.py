@@ -6,6 +6,7 @@ finite and bounded, the id can name a file. Unknown fields are ignored.
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Annotated, Any, Literal, cast
@@ -14,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mlfusion.specs.commands import extract_command, probe_command
-from mlfusion.specs.definitions import option_words
+from mlfusion.specs.definitions import command, option_words
 from mlfusion.specs.identity import Pair, TokenKind
 from mlfusion.specs.names import Stability
 from mlfusion.specs.options import ChooseOn, GridName, SearchOptions
@@ -226,6 +227,11 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Cache keys of train, test, and validation if its images chose."""
         return self.features if self.validation is None else (*self.features, self.validation)
 
+    @property
+    def made_from(self) -> tuple[str, ...]:
+        """Its cache keys, and the digests of the groups: rows in which these differ are of other features or groups."""
+        return (*self.keys, *(self.groups.digests if self.groups else ()))
+
     def search(self) -> SearchOptions:
         """The options that decide its numbers; its id follows from them."""
         return SearchOptions(
@@ -276,6 +282,20 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def probe_command(self) -> str:
         """The command that trains its probe on the cached features."""
         return probe_command(self.sources.model, self.sources.dataset, [self.probe], self.search())
+
+    def keep_command(self, results: str) -> str:
+        """The command that keeps its trained probe in this folder; of folds, which have none, one of all of train."""
+        if self.folds is None:
+            return command(f"results rerun {self.id} --keep", results=results)
+        words = ["--probe", self.probe, *replace(self.search(), folds=None).words(), "--save"]
+        return command("probe", words, model=self.sources.model, dataset=self.sources.dataset, results=results)
+
+    def not_kept_note(self, results: str) -> str:
+        """A sentence about a trained probe that this folder does not have, without its end."""
+        again = self.keep_command(results)
+        if self.folds is None:
+            return f"its trained probe was not kept; to have it: {again}"
+        return f"each of its {self.folds} folds has a probe of its own, and none is kept; to have one of all of train: {again}"
 
     def duplicates_note(self) -> str:
         """A sentence about test images that are in train too; empty if there are none, or if they were left out."""

@@ -79,6 +79,7 @@ def by_class(
     *,
     groups: np.ndarray | None = None,
     level: float = 0.95,
+    widening: float = 1.0,
 ) -> tuple[ClassScores, ...]:
     """Recall, specificity and area under the ROC curve of each class against the rest.
 
@@ -91,6 +92,7 @@ def by_class(
         classes: the names of the C classes or labels.
         groups: the group of each image [N]; None: every image is its own group.
         level: share of such intervals that contain the true value.
+        widening: of the intervals over folds, see `Bootstrap.widening`.
 
     Raises:
         BadData: labels and predictions do not match.
@@ -105,7 +107,7 @@ def by_class(
         if owned[c]:
             recall = float(np.mean([hits[c] for hits, _, _ in counts]) / owned[c])
             members = labels[:, c] > 0 if labels.ndim == 2 else labels == c
-            low, high = wilson(recall, np.array([len(np.unique(units.of[members]))]), level)
+            low, high = wilson(recall, np.array([len(np.unique(units.of[members])) / widening**2]), level)
         if others[c]:
             specificity = 1 - float(np.mean([taken[c] - hits[c] for hits, _, taken in counts]) / others[c])
         if owned[c] and others[c]:

@@ -43,7 +43,7 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:  # oldest first
         group = groups[row.dataset, row.metric, row.grid, str(row.options()), str(row.protocol)]
-        if group and group[-1].features != row.features:
+        if group and group[-1].made_from != row.made_from:
             group.clear()
         group.append(row)
     return groups

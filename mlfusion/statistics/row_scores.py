@@ -49,14 +49,13 @@ def certainty(results: Results, row: Row, *, confusions: int = 5) -> Certainty:
     except ResultsUnusable as err:
         return Certainty(missing=str(err))
     labels, predictions, groups = arrays["labels"], arrays["probabilities"], arrays.get("groups")
-    interval = uncertainty.interval(
-        labels, predictions, metric=row.metric, bootstrap=Bootstrap(folds=row.folds), groups=groups
-    )
+    bootstrap = Bootstrap(folds=row.folds)
+    interval = uncertainty.interval(labels, predictions, metric=row.metric, bootstrap=bootstrap, groups=groups)
     if abs(interval.value - row.test) > ROUNDING:
         return Certainty(missing=str(results.reject_arrays(row, interval.value)))
     if labels.dtype.kind == "f":
         return Certainty(interval)
-    by_class = images.by_class(labels, [predictions], row.classes, groups=groups)
+    by_class = images.by_class(labels, [predictions], row.classes, groups=groups, widening=bootstrap.widening)
     areas = [one.auroc for one in by_class if one.auroc is not None]
     auroc, rare = float(np.mean(areas)) if areas else None, rare_in(row, labels, groups)
     if labels.ndim != 1:

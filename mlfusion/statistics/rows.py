@@ -1,11 +1,11 @@
 """Statistics of rows: comparison of two probes, ranks over data sets, and cost."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import fsum, sqrt
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -70,6 +70,7 @@ MARKED = (
     "smoothing",
     "drop_duplicates",
     "validation",
+    "groups",
 )
 """Fields of rows whose difference is marked where the rows are compared."""
 
@@ -93,6 +94,7 @@ class Comparison:
         McNemar, ...
     ]  # one per seed, of plain accuracy; empty if arrays are missing or images have no single class
     marks: tuple[str, ...]  # other differences between the two
+    setting: str  # of A: its grid, and options such as '5 folds'
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Cost:
 
 def setting(row: Row) -> Setting:
     """The setting of a row."""
-    return Setting(row.model, row.dataset, row.grid, row.metric, row.keys, row.options(), row.protocol)
+    return Setting(row.model, row.dataset, row.grid, row.metric, row.made_from, row.options(), row.protocol)
 
 
 def cost(rows: Sequence[Row]) -> Cost:
@@ -169,7 +171,9 @@ def compare(
         missing = str(err)
         marks = (*marks, f"no interval: {err}")
     else:
-        labels, groups = arrays_a[0]["labels"], arrays_a[0].get("groups")
+        labels = arrays_a[0]["labels"]
+        # One of the two may have been made without groups; the images are no more independent for that.
+        groups = next((arrays["groups"] for arrays in (*arrays_a, *arrays_b) if "groups" in arrays), None)
         if not all(np.array_equal(labels, arrays["labels"]) for arrays in (*arrays_a, *arrays_b)):
             raise BadData(
                 f"{one.id} and {other.id} were tested on other images, or in another order; allowed: the same test "
@@ -182,6 +186,8 @@ def compare(
         marks = (*marks, *filter(None, [image_difference.refused]))
         if one.folds is not None:
             marks = (*marks, f"no McNemar test: the probes of {one.folds} folds share training images")
+        elif groups is not None:
+            marks = (*marks, "no McNemar test: it counts images one by one, and those of one group are alike")
         elif labels.ndim == 1 and labels.dtype.kind != "f":
             tests = tuple(uncertainty.mcnemar(labels, x, y) for x, y in zip(predictions_a, predictions_b, strict=True))
     return Comparison(
@@ -198,6 +204,7 @@ def compare(
         verdict=verdict(image_difference, metric=one.metric, classes=one.classes, spread=gain.sd, missing=missing),
         mcnemar=tests,
         marks=marks,
+        setting=", ".join(filter(None, [f"{one.grid} grid", one.options()])),
     )
 
 
@@ -251,10 +258,20 @@ def _probe_name(word: str) -> str | None:
 
 def over_datasets(comparisons: Sequence[Comparison]) -> dict[str, SignedRank | str]:
     """{model: one-sided signed-rank test that A is better than B over its data sets, or why there is none}."""
-    gains: dict[str, list[float]] = defaultdict(list)
+    by_model: dict[str, list[Comparison]] = defaultdict(list)
     for comparison in comparisons:
-        gains[comparison.model].append(comparison.gain.mean)
-    return {model: wilcoxon_or_reason(values) for model, values in gains.items()}
+        by_model[comparison.model].append(comparison)
+    return {model: _over_datasets(compared) for model, compared in by_model.items()}
+
+
+def _over_datasets(comparisons: Sequence[Comparison]) -> SignedRank | str:
+    counts = Counter(one.dataset for one in comparisons)
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
+        return (
+            f"a signed-rank test counts every data set once, and {', '.join(repeated)} is compared in several settings; choose "
+            "one with --grid, or remove the other results with mlfusion results rm"
+        )
+    return wilcoxon_or_reason([one.gain.mean for one in comparisons])
 
 
 @dataclass(frozen=True)
@@ -392,10 +409,17 @@ def differences(a: Sequence[Row], b: Sequence[Row]) -> dict[str, str]:
     found: dict[str, str] = {}
     objects = [[msgspec.to_builtins(row) for row in rows] for rows in (a, b)]  # without options at their default
     for name in MARKED:
-        by_row = [[str(row.get(name, "none")) for row in rows] for rows in objects]
+        by_row = [[_shown(row.get(name, "none")) for row in rows] for rows in objects]
         if by_row[0] == by_row[1]:
             continue
         values_a, values_b = (", ".join(sorted(set(values))) for values in by_row)
         where = " in other seeds" if values_a == values_b else ""
         found[name] = f"{name}: {values_a} against {values_b}{where}"
     return found
+
+
+def _shown(value: Any) -> str:
+    """A field as a difference names it: of groups their column and their digests."""
+    if isinstance(value, dict):
+        return f"{value['column']} ({'+'.join(digest[:6] for digest in value['digests'])})"
+    return str(value)

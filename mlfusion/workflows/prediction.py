@@ -27,7 +27,6 @@ from mlfusion.probing.targets import Number, OneClass
 from mlfusion.probing.training.batches import Tokens
 from mlfusion.results import Results
 from mlfusion.shapes import Float, Num
-from mlfusion.specs.definitions import command
 from mlfusion.specs.identity import COMPUTES, Compute, Decoding, ModelSpec, digest
 from mlfusion.specs.options import PredictorOptions
 from mlfusion.store.encoding import ENCODINGS
@@ -313,7 +312,9 @@ def _folder(probe: str | os.PathLike[str], results: Results) -> Path:
     row = results.named(str(probe))
     if (folder := results.probe_folder(row)).exists():
         return folder
-    again = command(f"results rerun {row.id} --keep", results=str(results.root.absolute()))
+    if row.folds is not None:
+        raise ResultsUnusable(f"result {row.id} has no single probe: {row.not_kept_note(str(results.root.absolute()))}")
+    again = row.keep_command(str(results.root.absolute()))
     raise ResultsUnusable(
         f"the trained probe of result {row.id} was not kept: there is no {folder.absolute()}. Train it again with `{again}`"
     )

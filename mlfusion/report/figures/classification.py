@@ -13,7 +13,7 @@ from mlfusion.report.figures.drawing import Figure, Panel, Record, series_legend
 from mlfusion.report.numbers import between_percent, percent
 from mlfusion.report.summary import ComparisonGroup, Score
 from mlfusion.results import Results
-from mlfusion.statistics import Calibration, ClassScores, by_class, calibration, confusion
+from mlfusion.statistics import Bootstrap, Calibration, ClassScores, by_class, calibration, confusion
 
 MAX_CLASSES = 30
 """Maximum size of a readable matrix; with more classes only the most frequent confusions are listed."""
@@ -50,6 +50,7 @@ def predictions(groups: Sequence[ComparisonGroup], results: Results) -> Predicti
             [arrays["probabilities"] for arrays in seeds],
             score.rows[0].classes,
             groups=seeds[0].get("groups"),
+            widening=Bootstrap(folds=score.rows[0].folds).widening,
         )
         return Predictions(group, score, confusion(*own), tuple(curves), classes, len(seeds))
     return None
