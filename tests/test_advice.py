@@ -13,8 +13,9 @@ from tiny import save_images, save_model
 import mlfusion
 from mlfusion.errors import BadData
 from mlfusion.probing import costs, grids, protocol
+from mlfusion.probing.targets import target_of
 from mlfusion.probing.training.batches import Tokens
-from mlfusion.specs.names import BASELINE
+from mlfusion.specs.names import BASELINE, parse_probes
 from mlfusion.specs.options import PilotOptions
 from mlfusion.statistics import verdicts
 from mlfusion.system.progress import Bar
@@ -84,6 +85,31 @@ def test_no_image_is_scored_by_a_probe_that_saw_it(model, images, monkeypatch):
     left_out = [name for _, names in fitted for name in names]
     assert len(left_out) == len(set(left_out)) == said.images
     assert all(name.startswith("train/") for name in left_out)
+
+
+@pytest.mark.parametrize("zero", [0.0, 1e9])
+def test_a_pilot_on_numbers_does_not_depend_on_where_their_unit_has_its_zero(zero):
+    random = np.random.default_rng(0)
+    values = random.standard_normal((60, 1, 8)).astype(np.float32)
+    labels = zero + values[:, 0, :2].sum(1).astype(np.float64)
+    probes = parse_probes("cls-last/ridge", 2)
+    pilot = advice._Pilot(
+        model="a-vit",
+        dataset="ages",
+        depth=2,
+        probes=probes,
+        labels=labels,
+        groups=None,
+        target=target_of(labels, 0),
+        train_images=60,
+        all_images=80,
+        cached=probes[0].representation.pairs(2),
+        bytes_of={},
+        seconds_each=0.0,
+        tokens=lambda probe: Tokens(values, labels),
+    )
+    [found] = advice._candidates(pilot, advice._cross_validate(pilot, 0))
+    assert found.score.value > 0.9 and found.score.low > 0.85
 
 
 @pytest.mark.slow

@@ -184,12 +184,14 @@ def compare(
             labels, predictions_a, predictions_b, metric=one.metric, bootstrap=bootstrap, groups=groups
         )
         marks = (*marks, *filter(None, [image_difference.refused]))
-        if one.folds is not None:
-            marks = (*marks, f"no McNemar test: the probes of {one.folds} folds share training images")
-        elif groups is not None:
-            marks = (*marks, "no McNemar test: it counts images one by one, and those of one group are alike")
-        elif labels.ndim == 1 and labels.dtype.kind != "f":
-            tests = tuple(uncertainty.mcnemar(labels, x, y) for x, y in zip(predictions_a, predictions_b, strict=True))
+        if labels.ndim == 1 and labels.dtype.kind != "f":  # images are right or wrong
+            if one.folds is not None:
+                marks = (*marks, f"no McNemar test: the probes of {one.folds} folds share training images")
+            elif groups is not None:
+                marks = (*marks, "no McNemar test: it counts images one by one, and those of one group are alike")
+            else:
+                pairs = zip(predictions_a, predictions_b, strict=True)
+                tests = tuple(uncertainty.mcnemar(labels, x, y) for x, y in pairs)
     return Comparison(
         model=one.model if one.model == other.model else f"{one.model} / {other.model}",
         dataset=one.dataset,

@@ -139,7 +139,8 @@ def advise(
 
 def _candidates(pilot: "_Pilot", outcomes: dict[Probe, tuple[np.ndarray, tuple[int, ...]]]) -> tuple[Candidate, ...]:
     """The score, the gains and the estimated cost of each probe."""
-    labels, target = pilot.labels, pilot.target
+    target = pilot.target
+    labels = target.scored(pilot.labels)
     by_name = {probe.name: predictions for probe, (predictions, _) in outcomes.items()}
     scores = {
         name: interval(labels, predictions, metric=target.metric, groups=pilot.groups)
@@ -353,7 +354,7 @@ def _cross_validate(pilot: _Pilot, seed: int) -> dict[Probe, tuple[np.ndarray, t
     with track(f"pilot of {pilot.model} on {pilot.dataset}", round(FOLDS * sum(work.values())), "parts") as bar:
         for done, probe in zip(accumulate(work.values(), initial=0.0), pilot.probes, strict=False):
             tokens = pilot.tokens(probe)
-            predictions = np.zeros((len(tokens), pilot.target.outputs), np.float32)
+            predictions = np.zeros((len(tokens), pilot.target.outputs))
             for fold in range(FOLDS):
                 start = FOLDS * done + fold * work[probe]
                 fitted, left_out = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
