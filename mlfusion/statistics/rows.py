@@ -185,10 +185,8 @@ def compare(
         )
         marks = (*marks, *filter(None, [image_difference.refused]))
         if labels.ndim == 1 and labels.dtype.kind != "f":  # images are right or wrong
-            if one.folds is not None:
-                marks = (*marks, f"no McNemar test: the probes of {one.folds} folds share training images")
-            elif groups is not None:
-                marks = (*marks, "no McNemar test: it counts images one by one, and those of one group are alike")
+            if reason := _no_mcnemar(one, groups):
+                marks = (*marks, reason)
             else:
                 pairs = zip(predictions_a, predictions_b, strict=True)
                 tests = tuple(uncertainty.mcnemar(labels, x, y) for x, y in pairs)
@@ -208,6 +206,13 @@ def compare(
         marks=marks,
         setting=", ".join(filter(None, [f"{one.grid} grid", one.options()])),
     )
+
+
+def _no_mcnemar(row: Row, groups: np.ndarray | None) -> str:
+    """Why McNemar's test, which takes images to be independent, would find too much; empty if it would not."""
+    if row.folds is not None:
+        return f"no McNemar test: the probes of {row.folds} folds share training images"
+    return "" if groups is None else "no McNemar test: it counts images one by one, and those of one group are alike"
 
 
 def compare_probes(
