@@ -103,7 +103,7 @@ def test_sizes_must_add_up(tmp_path: Path) -> None:
         next(values.batches([10, 19], seed=0))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_probe_streams_what_it_may_not_load(tmp_path: Path) -> None:
     """The same protocol and the same scores but for rounding; the row tells."""
     for split, images in (("train", 1200), ("test", 300)):

@@ -155,7 +155,7 @@ def test_an_interrupt_while_the_program_is_loaded_is_quiet(module: str) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_python_without_docstrings_is_named_as_the_cause(tmp_path: Path) -> None:
     model, images = save_model("vit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 2, "test": 2})
     words = ("extract", "-m", str(model), "-d", str(images), "--cache", str(tmp_path / "cache"))

@@ -65,7 +65,7 @@ def test_intervals_by_group_cover_the_truth_as_often_as_they_say_and_those_by_im
     assert by_image < 0.85 * worlds
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_alike_probes_differ_by_group_as_rarely_as_p_says() -> None:
     random, worlds, by_group, by_image = np.random.default_rng(2), 200, 0, 0
     for number in range(worlds):

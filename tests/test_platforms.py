@@ -34,7 +34,7 @@ print("ran")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_stages_run_on_a_plain_system_which_says_what_is_not_guarded(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", RUN.format(tests=str(ROOT / "tests"))], capture_output=True, text=True, cwd=tmp_path

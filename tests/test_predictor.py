@@ -98,7 +98,7 @@ def test_numbers_are_floats_and_the_stored_ones(root: Path) -> None:
         predictor.predict_proba(ids)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_thousand_requests_of_eight_threads(root: Path, predictor: Any) -> None:
     files = files_of(root)
     requests = [files[number % len(files)] for number in range(1000)]

@@ -39,6 +39,7 @@ def world(
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy"])
 def test_intervals_cover_the_truth_as_often_as_they_say(metric: str) -> None:
     """A world whose true score is known: each class is right with its own probability."""

@@ -33,7 +33,7 @@ def run(source: str, held: dict[str, Any]) -> Any:
     return eval(compile(ast.Expression(last.value), "cell", "eval"), held) if isinstance(last, ast.Expr) else None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_its_cells_run_in_order() -> None:
     held: dict[str, Any] = {}
     shown = [run("".join(cell["source"]), held) for cell in cells("code")]

@@ -158,7 +158,7 @@ def test_counted_images_have_the_interval_of_drawn_ones() -> None:
     assert found.value == pytest.approx(balanced(np.arange(300)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in level.CALLED if "AUROC" not in name])
 def test_of_null_worlds_few_are_called_a_gain_or_a_loss(name: str) -> None:
     worlds = 150
