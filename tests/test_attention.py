@@ -81,7 +81,7 @@ def test_what_has_no_map_is_refused():
         attention.maps(attending([(1, "cls"), (1, "ap")]), np.ones((3, 5)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_images_of_a_row_are_those_it_was_tested_on(tmp_path):
     """A probe of one image: the picture found for number i is the one whose class the arrays say."""
     model, data = save_model("deit", tmp_path / "m"), save_images(tmp_path / "d", {"train": 4, "test": 3})

@@ -396,7 +396,7 @@ def test_a_hook_point_or_a_setting_is_another_entry_under_a_name_of_its_own(mode
         mlfusion.load_features(f"{model}:mlp", images, "train")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_needs_a_token_that_the_model_lacks_is_refused_with_the_alternatives(images, tmp_path):
     siglip = str(zoo.save("SigLIP", tmp_path / "siglip"))
     with pytest.raises(BadModel, match=r"siglip has no cls token; allowed: ap, max.* --tokens ap, .* ap-last/linear"):

@@ -183,7 +183,7 @@ def test_a_list_that_is_not_clear_is_refused(spoil: Callable[[Path], None], mess
     assert message in problem(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_hub_is_asked_for_the_files_that_are_read_and_no_others(tmp_path: Path) -> None:
     folder = as_shards(save_model("vit", tmp_path / "m"))
     for name in ("pytorch_model.bin", "other.safetensors", "model.fp16.safetensors"):

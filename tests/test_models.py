@@ -23,7 +23,7 @@ def at_hub(endpoint: str, home: Path, *words: str) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, "-m", "mlfusion", *words], env=env, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_of_the_hub_is_downloaded_once_and_pinned_to_its_commit(tmp_path):
     folder = save_model("vit", tmp_path / "m")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle that must not be fetched")

@@ -121,7 +121,7 @@ def test_a_number_by_hand(tmp_path: Path) -> None:
     assert np.corrcoef([one.number for one in made], red["test"])[0, 1] > 0.9  # and it is what was asked for
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_images_prediction_does_not_depend_on_its_company(root: Path) -> None:
     folder = probed(root, "cls+ap-last/attentive")
     files = sorted((root / "colours" / "test").rglob("*.png"))

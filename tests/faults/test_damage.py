@@ -107,7 +107,7 @@ def test_every_class_of_bytes(name, format, cache, many, trial, tmp_path):
     whole(tmp_path / "cache")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @both
 def test_every_byte_of_one_shard(format, cache, many, trial, tmp_path):
     """Not a sample: each byte of the file in turn, or in the short form each 29th."""
